@@ -1,0 +1,369 @@
+"""Train the demo model: a small Nemotron-H with every kind of block, on public-domain text, on a CPU.
+
+    python calib/demo_model/text.py WORK_DIR
+    python calib/demo_model/train.py tokenizer WORK_DIR
+    python calib/demo_model/train.py fit WORK_DIR --steps 4000     (resumes from WORK_DIR/state.pt)
+    python calib/demo_model/train.py save WORK_DIR                 (writes the checkpoint beside this file)
+    python calib/demo_model/measure.py WORK_DIR                    (perplexity, 5-gram, ablations -> manifest.json)
+
+The forward pass here is written for training alone (bf16 products, whole sequences, no state); the package's reference
+model is tested against transformers, and measure.py evaluates the saved checkpoint with that reference model.
+
+Choices that matter, each tried: matrices are updated by Muon (orthogonalised momentum), the rest by AdamW; experts are
+initialised by fan-in, or the latent projections starve them and the shared expert does all the work; the router's
+correction bias moves by a step that shrinks with training; the decay rates' bias `dt_bias` covers dt from
+`time_step_floor` (1e-4) to `time_step_max` evenly in the logarithm, so that every layer has slow heads.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+VOCAB = 2048
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+PAD, BOS, EOS = 0, 1, 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+CONFIG: dict = {
+    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16", "torch_dtype": "bfloat16",
+    "vocab_size": VOCAB, "hidden_size": 192, "hybrid_override_pattern": "MEM*EMEM*E", "num_hidden_layers": 10,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "attention_bias": False, "attention_dropout": 0.0,
+    "mamba_num_heads": 6, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2, "conv_kernel": 4, "chunk_size": 64, "expand": 2,
+    "use_conv_bias": True, "use_bias": False, "mamba_proj_bias": False, "mamba_hidden_act": "silu", "mamba_ssm_cache_dtype": "float32",
+    "time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 0.0001,
+    "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_latent_size": 96, "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 96, "moe_shared_expert_overlap": False, "intermediate_size": 256, "mlp_hidden_act": "relu2",
+    "mlp_bias": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+    "norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "residual_in_fp32": False, "rescale_prenorm_residual": True, "initializer_range": 0.02,
+    "tie_word_embeddings": False, "max_position_embeddings": 4096, "use_cache": True, "num_logits_to_keep": 1,
+    "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+H, INNER = CONFIG["hidden_size"], CONFIG["mamba_num_heads"] * CONFIG["mamba_head_dim"]
+GROUPS, STATE, HEADS = CONFIG["n_groups"], CONFIG["ssm_state_size"], CONFIG["mamba_num_heads"]
+EXPERTS, TOP = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
+
+ROWS, LENGTH = 8, 512  # of one step
+MTP_WEIGHT = 0.2
+MUON_LR, ADAM_LR, WARMUP, DECAY = 0.012, 3e-3, 60, 0.45  # the last share of all steps decays linearly to zero
+
+
+# --- parameters: published names, except that the experts of a layer are one [E, out, in] tensor until they are saved ---
+
+
+def fan_in(out: int, inputs: int, scale: float = 1.0, experts: int = 0) -> torch.Tensor:
+    shape = (experts, out, inputs) if experts else (out, inputs)
+    return torch.randn(shape) * scale / math.sqrt(inputs)
+
+
+def init_mixer(kind: str, prefix: str) -> dict[str, torch.Tensor]:
+    q, kv = CONFIG["num_attention_heads"] * CONFIG["head_dim"], CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+    latent, width, shared = CONFIG["moe_latent_size"], CONFIG["moe_intermediate_size"], CONFIG["moe_shared_expert_intermediate_size"]
+    conv = INNER + 2 * GROUPS * STATE
+    if kind == "M":
+        low, high = math.log(CONFIG["time_step_floor"]), math.log(CONFIG["time_step_max"])
+        dt = torch.exp(low + (torch.arange(HEADS) + torch.rand(HEADS)) / HEADS * (high - low))
+        tensors = {
+            "in_proj.weight": fan_in(INNER + conv + HEADS, H), "conv1d.weight": torch.randn(conv, 1, 4) * 0.4, "conv1d.bias": torch.zeros(conv),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)), "A_log": torch.log(torch.empty(HEADS).uniform_(1, 16)), "D": torch.ones(HEADS),
+            "norm.weight": torch.ones(INNER), "out_proj.weight": fan_in(H, INNER, 0.3),
+        }  # fmt: skip
+    elif kind == "*":
+        tensors = {
+            "q_proj.weight": fan_in(q, H), "k_proj.weight": fan_in(kv, H), "v_proj.weight": fan_in(kv, H), "o_proj.weight": fan_in(H, q, 0.3),
+        }  # fmt: skip
+    else:
+        tensors = {
+            "gate.weight": fan_in(EXPERTS, H), "gate.e_score_correction_bias": torch.zeros(EXPERTS),
+            "fc1_latent_proj.weight": fan_in(latent, H), "fc2_latent_proj.weight": torch.randn(H, latent) * 0.05,
+            "experts.up_proj.weight": fan_in(width, latent, 1.0, EXPERTS), "experts.down_proj.weight": fan_in(latent, width, 0.5, EXPERTS),
+            "shared_experts.up_proj.weight": fan_in(shared, H), "shared_experts.down_proj.weight": fan_in(H, shared, 0.2),
+        }  # fmt: skip
+    return {f"{prefix}.mixer.{name}": value for name, value in tensors.items()}
+
+
+def initial() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    p = {"backbone.embeddings.weight": torch.randn(VOCAB, H) * 0.05, "lm_head.weight": torch.randn(VOCAB, H) * 0.02}
+    for i, kind in enumerate(CONFIG["hybrid_override_pattern"]):
+        p |= {f"backbone.layers.{i}.norm.weight": torch.ones(H)} | init_mixer(kind, f"backbone.layers.{i}")
+    p["backbone.norm_f.weight"] = torch.ones(H)
+    m = "mtp.layers.0"
+    p |= {f"{m}.enorm.weight": torch.ones(H), f"{m}.hnorm.weight": torch.ones(H), f"{m}.eh_proj.weight": fan_in(H, 2 * H)}
+    p |= {f"{m}.norm.weight": torch.ones(H)} | init_mixer("*", m)
+    p |= {"mtp.layers.1.norm.weight": torch.ones(H)} | init_mixer("E", "mtp.layers.1")
+    p["mtp.layers.1.final_layernorm.weight"] = torch.ones(H)
+    return p
+
+
+# --- forward, for training ---
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, 1e-5)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x.bfloat16(), weight.bfloat16())
+
+
+def squared(x: torch.Tensor) -> torch.Tensor:
+    x = torch.relu(x)
+    return x * x
+
+
+@torch.compile(dynamic=False)
+def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(linear(hidden, head).float().flatten(0, 1), targets.flatten())
+
+
+def mamba(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
+    """The mixer of a Mamba-2 layer."""
+    names = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+    return scan(u, *(p[k + name] for name in names))
+
+
+@torch.compile(dynamic=False)
+def scan(u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ignore[no-untyped-def]
+    """Chunked state-space dual form (Dao and Gu 2024, listing 1): products within a chunk, a scan over chunk states."""
+    b, length, _ = u.shape
+    q = CONFIG["chunk_size"]
+    chunks = length // q
+    z, xbc, dt = linear(u, w_in).split([INNER, INNER + 2 * GROUPS * STATE, HEADS], -1)
+    w = w_conv[:, 0].bfloat16()
+    pad = F.pad(xbc, (0, 0, 3, 0))
+    xbc = F.silu(sum(pad[:, j : j + length] * w[:, j] for j in range(4)) + b_conv.bfloat16())
+    x, bm, cm = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
+    per = HEADS // GROUPS
+    dt = F.softplus(dt.float() + dt_bias)
+    decay = (dt * -torch.exp(a_log)).view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2).cumsum(-1)  # b c g h q
+    x = x.view(b, chunks, q, GROUPS, per, -1).permute(0, 1, 3, 4, 2, 5)  # b c g h q p
+    xdt = x * dt.view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2)[..., None].bfloat16()
+    bm = bm.view(b, chunks, q, GROUPS, STATE).permute(0, 1, 3, 2, 4)  # b c g q n
+    cm = cm.view(b, chunks, q, GROUPS, STATE).permute(0, 1, 3, 2, 4)
+    upper = torch.ones(q, q, dtype=torch.bool).triu(1)
+    mask = torch.exp((decay[..., :, None] - decay[..., None, :]).masked_fill(upper, -torch.inf)).bfloat16()
+    y = ((cm @ bm.mT)[:, :, :, None] * mask) @ xdt
+    to_end = torch.exp(decay[..., -1:] - decay)
+    states = (xdt * to_end[..., None].bfloat16()).mT @ bm[:, :, :, None]  # b c g h p n
+    total = torch.exp(decay[..., -1])[..., None, None]
+    carried, state = [], torch.zeros_like(states[:, 0], dtype=torch.float32)
+    for c in range(chunks):
+        carried.append(state)
+        state = state * total[:, c] + states[:, c].float()
+    y = y + (cm[:, :, :, None] @ torch.stack(carried, 1).bfloat16().mT) * torch.exp(decay)[..., None].bfloat16()
+    y = (y + x * d.view(GROUPS, per, 1, 1).bfloat16()).permute(0, 1, 4, 2, 3, 5).reshape(b, length, INNER)
+    y = (y * F.silu(z)).float().view(b, length, GROUPS, -1)
+    y = F.rms_norm(y, (y.shape[-1],), None, 1e-5).view(b, length, INNER) * w_norm
+    return linear(y, w_out)
+
+
+def attention(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
+    b, length, _ = u.shape
+    d = CONFIG["head_dim"]
+    q, key, v = (linear(u, p[k + f"{n}_proj.weight"]).view(b, length, -1, d).transpose(1, 2) for n in "qkv")
+    per = q.shape[1] // key.shape[1]
+    y = F.scaled_dot_product_attention(q, key.repeat_interleave(per, 1), v.repeat_interleave(per, 1), is_causal=True)
+    return linear(y.transpose(1, 2).reshape(b, length, -1), p[k + "o_proj.weight"])
+
+
+def moe(p: dict, k: str, u: torch.Tensor, loads: dict[str, torch.Tensor]) -> torch.Tensor:
+    x = u.reshape(-1, H)
+    scores = torch.sigmoid(x.float() @ p[k + "gate.weight"].mT)
+    chosen = torch.topk(scores.detach() + p[k + "gate.e_score_correction_bias"], TOP, -1).indices
+    weights = scores.gather(1, chosen)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * CONFIG["routed_scaling_factor"]
+    order = torch.argsort(chosen.view(-1), stable=True)
+    counts = torch.bincount(chosen.view(-1), minlength=EXPERTS)
+    loads[k] = counts
+    rows = order // TOP
+    latent = linear(x, p[k + "fc1_latent_proj.weight"]).index_select(0, rows)
+    up, down = (p[k + f"experts.{n}_proj.weight"].bfloat16().unbind(0) for n in ("up", "down"))
+    parts = [squared(part @ u.mT) @ d.mT for part, u, d in zip(latent.split(counts.tolist()), up, down, strict=True)]
+    routed = torch.cat(parts) * weights.view(-1).index_select(0, order)[:, None].bfloat16()
+    mixed = torch.zeros(x.shape[0], routed.shape[1], dtype=torch.bfloat16).index_add(0, rows, routed)
+    out = linear(mixed, p[k + "fc2_latent_proj.weight"])
+    shared = squared(linear(x, p[k + "shared_experts.up_proj.weight"]))
+    return (out + linear(shared, p[k + "shared_experts.down_proj.weight"])).view(u.shape)
+
+
+def block(kind: str, p: dict, prefix: str, x: torch.Tensor, loads: dict) -> torch.Tensor:
+    u = norm(x, p[prefix + ".norm.weight"])
+    k = prefix + ".mixer."
+    y = mamba(p, k, u) if kind == "M" else attention(p, k, u) if kind == "*" else moe(p, k, u, loads)
+    return x + y.float()
+
+
+def losses(p: dict, tokens: torch.Tensor, loads: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of the next token, and of the one after it by the MTP module. ``tokens`` [B, L + 2]."""
+    embedded = F.embedding(tokens, p["backbone.embeddings.weight"])
+    x = embedded[:, :-2]
+    for i, kind in enumerate(CONFIG["hybrid_override_pattern"]):
+        x = block(kind, p, f"backbone.layers.{i}", x, loads)
+    hidden = norm(x, p["backbone.norm_f.weight"])
+    head = p["lm_head.weight"]
+    main = cross_entropy(hidden, head, tokens[:, 1:-1])
+    m, hidden, embedded, tokens = "mtp.layers.0", hidden[::2], embedded[::2], tokens[::2]  # every other row is enough for it
+    joined = torch.cat([norm(embedded[:, 1:-1], p[m + ".enorm.weight"]), norm(hidden, p[m + ".hnorm.weight"])], -1)
+    x = linear(joined, p[m + ".eh_proj.weight"]).float()
+    x = block("E", p, "mtp.layers.1", block("*", p, m, x, loads), loads)
+    x = norm(x, p["mtp.layers.1.final_layernorm.weight"])
+    return main, cross_entropy(x, head, tokens[:, 2:])
+
+
+# --- optimiser ---
+
+
+def orthogonal(g: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz iteration towards U V^T of ``g = U S V^T``, quintic coefficients of Muon (Jordan 2024); batched."""
+    x = g.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if tall else x).float()
+
+
+def step(p: dict, state: dict, at: int, steps: int) -> None:
+    """One update of every parameter in place, by its gradient."""
+    rate = min(1.0, (at + 1) / WARMUP, (steps - at) / (DECAY * steps))
+    for name, w in p.items():
+        if w.grad is None:
+            continue
+        s = state.setdefault(name, {})
+        if "mixer" in name and w.ndim >= 2 and "conv1d" not in name and "gate" not in name or "eh_proj" in name:
+            m = s.setdefault("m", torch.zeros_like(w)).lerp_(w.grad, 0.05)
+            update = orthogonal(w.grad.lerp(m, 0.95))
+            w.data.mul_(1 - 0.02 * MUON_LR * rate).sub_(update, alpha=MUON_LR * rate * math.sqrt(max(1, w.shape[-2] / w.shape[-1])))
+        else:
+            m, v = s.setdefault("m", torch.zeros_like(w)), s.setdefault("v", torch.zeros_like(w))
+            m.lerp_(w.grad, 0.1)
+            v.lerp_(w.grad.square(), 0.03)
+            lr = ADAM_LR * rate * (1.0 if w.ndim >= 2 else 0.5)
+            w.data.addcdiv_(m / (1 - 0.9 ** (at + 1)), (v / (1 - 0.97 ** (at + 1))).sqrt() + 1e-9, value=-lr)
+        w.grad = None
+
+
+def balance(p: dict, loads: dict[str, torch.Tensor], rate: float) -> None:
+    """Loss-free balancing (Wang et al. 2024): experts above the mean load get a lower choice bias, those below a higher one."""
+    for k, counts in loads.items():
+        error = (counts.float().mean() - counts.float()) / counts.float().mean()
+        p[k + "gate.e_score_correction_bias"].data.add_(rate * error.clamp(-1, 1))
+
+
+# --- verbs ---
+
+
+def tokenizer(work: Path) -> None:
+    """Byte-level BPE of ``VOCAB`` entries, then the three texts as uint16 tokens, documents ended by the eos token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def texts(path: Path) -> list[str]:
+        return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(
+        texts(work / "train.jsonl"), trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    tok.save(str(HERE / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    (HERE / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (HERE / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name, path in (("train", work / "train.jsonl"), ("evaluation", HERE.parent / "data/evaluation.jsonl")):
+        rows = [np.array([*e.ids, EOS], np.uint16) for e in tok.encode_batch(texts(path))]
+        np.random.default_rng(0).shuffle(rows)
+        np.concatenate(rows).tofile(work / f"{name}.u16")
+        print(name, sum(map(len, rows)), "tokens")
+
+
+def fit(work: Path, steps: int) -> None:
+    data = np.fromfile(work / "train.u16", np.uint16)
+    test = torch.from_numpy(np.fromfile(work / "evaluation.u16", np.uint16).astype(np.int64))
+    test = test[: 32 * (LENGTH + 2)].view(-1, LENGTH + 2)
+    p, optimiser, at, spent = initial(), {}, 0, 0.0
+    if (work / "state.pt").exists():
+        saved = torch.load(work / "state.pt")
+        p, optimiser, at, spent = saved["p"], saved["optimiser"], saved["at"], saved["spent"]
+    for name, w in p.items():
+        w.requires_grad_("correction_bias" not in name)
+    per_epoch = len(data) // LENGTH // ROWS - 1
+    started = time.time() - spent
+    while at < steps:
+        epoch, place = divmod(at, per_epoch)
+        rng = np.random.default_rng(epoch)
+        starts = rng.integers(LENGTH) + LENGTH * rng.permutation(per_epoch * ROWS)[place * ROWS : place * ROWS + ROWS]
+        tokens = torch.from_numpy(np.stack([data[s : s + LENGTH + 2] for s in starts]).astype(np.int64))
+        loads: dict[str, torch.Tensor] = {}
+        main, mtp = losses(p, tokens, loads)
+        (main + MTP_WEIGHT * mtp).backward()
+        step(p, optimiser, at, steps)
+        balance(p, loads, 0.02 * max(0.02, 1 - at / steps))
+        at += 1
+        if at % 20 == 0:
+            idle = sum(int((c == 0).sum()) for c in loads.values())
+            print(f"step {at} loss {main.item():.3f} mtp {mtp.item():.3f} idle experts {idle} {time.time() - started:.0f} s", flush=True)
+        if at % 200 == 0 or at == steps:
+            with torch.no_grad():
+                scores = torch.tensor([[v.item() for v in losses(p, test[i : i + 8], {})] for i in range(0, 32, 8)]).mean(0)
+            print(f"EVAL step {at} perplexity {scores[0].exp():.2f} mtp {scores[1].exp():.2f}", flush=True)
+            torch.save({"p": p, "optimiser": optimiser, "at": at, "spent": time.time() - started}, work / "state.tmp")
+            (work / "state.tmp").rename(work / "state.pt")
+
+
+def save(work: Path) -> None:
+    """The published layout: one tensor an expert, bf16 (the correction bias fp32), two shards with an index."""
+    p = torch.load(work / "state.pt")["p"]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, w in p.items():
+        w = w.detach()
+        if ".experts." in name:
+            left, right = name.split(".experts.")
+            tensors |= {f"{left}.experts.{e}.{right}": w[e].bfloat16().contiguous() for e in range(EXPERTS)}
+        else:
+            tensors[name] = w.float() if name.endswith("correction_bias") else w.bfloat16()
+    sizes = {n: t.numel() * t.element_size() for n, t in tensors.items()}
+    total, shards, used = sum(sizes.values()), [{}, {}], 0
+    for name, tensor in tensors.items():
+        shards[used >= total / 2][name] = tensor
+        used += sizes[name]
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-00002.safetensors"
+        save_file(shard, HERE / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (HERE / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (HERE / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (HERE / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}, indent=2) + "\n")
+    print(f"{len(tensors)} tensors, {total} bytes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["tokenizer", "fit", "save"])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=4000)
+    arguments = parser.parse_args()
+    if arguments.verb == "fit":
+        fit(arguments.work, arguments.steps)
+    else:
+        {"tokenizer": tokenizer, "save": save}[arguments.verb](arguments.work)

@@ -1,0 +1,80 @@
+"""Every exception that nemoquant raises on purpose, and the exit code each one gives.
+
+    NemoquantError                  exit 2
+        UsageError                  exit 2   options that contradict each other, or that this input does not admit
+        CheckpointError             exit 2   the source (or a checkpoint to verify) is not what it should be
+            ConfigError                      config.json: unknown model, missing or contradictory keys
+            HeaderError                      a safetensors file whose header cannot be trusted
+            TensorTableError                 tensors missing, extra or misshapen: one error that lists them all
+            WeightError                      NaN or Inf in weights
+        RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
+        CalibrationError            exit 2   calibration text or calibration results that cannot be used
+        OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
+        MissingExtraError           exit 3   a feature whose optional packages are not installed
+        VerificationError           exit 1   a written checkpoint that is not what its plan says
+    Interrupted                     exit 130 Ctrl-C
+
+A message names the thing, what was got, what was expected, and what to do, in that order.
+"""
+
+from collections.abc import Sequence
+
+
+class NemoquantError(Exception):
+    """Base of all errors that carry a message for the user."""
+
+    exit_code = 2
+
+
+class UsageError(NemoquantError):
+    pass
+
+
+class CheckpointError(NemoquantError):
+    pass
+
+
+class ConfigError(CheckpointError):
+    pass
+
+
+class HeaderError(CheckpointError):
+    pass
+
+
+class TensorTableError(CheckpointError):
+    pass
+
+
+class WeightError(CheckpointError):
+    pass
+
+
+class RecipeError(NemoquantError):
+    pass
+
+
+class CalibrationError(NemoquantError):
+    pass
+
+
+class OutputError(NemoquantError):
+    pass
+
+
+class MissingExtraError(NemoquantError):
+    exit_code = 3
+
+
+class VerificationError(NemoquantError):
+    exit_code = 1
+
+
+class Interrupted(NemoquantError):
+    exit_code = 130
+
+
+def listing(names: Sequence[object], limit: int = 5) -> str:
+    """``a, b, c and 7 more``: how a message lists things of which there may be thousands."""
+    shown = ", ".join(str(n) for n in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
