@@ -56,7 +56,7 @@ EXPERTS, TOP = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
 
 ROWS, LENGTH = 8, 512  # of one step
 MTP_WEIGHT = 0.2
-MUON_LR, ADAM_LR, WARMUP, DECAY = 0.012, 3e-3, 60, 0.45  # the last share of all steps decays linearly to zero
+MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 4e-3, 60, 0.5  # the last share of all steps decays linearly to zero
 
 
 # --- parameters: published names, except that the experts of a layer are one [E, out, in] tensor until they are saved ---
@@ -110,6 +110,7 @@ def initial() -> dict[str, torch.Tensor]:
 # --- forward, for training ---
 
 
+@torch.compile(dynamic=False)
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight, 1e-5)
 
@@ -121,6 +122,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def squared(x: torch.Tensor) -> torch.Tensor:
     x = torch.relu(x)
     return x * x
+
+
+@torch.compile(dynamic=False)
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of [B, KV, group, L, D] queries on [B, KV, 1, L, D] keys and values."""
+    scores = (q @ k.mT).float() * CONFIG["head_dim"] ** -0.5
+    upper = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    return scores.masked_fill(upper, -torch.inf).softmax(-1).bfloat16() @ v
 
 
 @torch.compile(dynamic=False)

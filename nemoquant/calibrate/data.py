@@ -1,0 +1,182 @@
+"""Calibration rows: text or token ids from a file, as one matrix of tokens.
+
+Documents are taken in file order, each followed by the eos token, and cut into rows without overlap; what is left of the
+last row is dropped and counted.
+
+    .txt       one document
+    .jsonl     one document a line: {"text": ...}, {"messages": [...]} through the chat template, or {"input_ids": [...]}
+    .parquet   the same by columns (extra `parquet`)
+    .npy       integer array [rows, length], taken as it is
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nemoquant.errors import CalibrationError, MissingExtraError
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.plan.recipe import recipe_folder
+
+DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Calibration tokens. ``ids`` is [rows, length] int64; ``dropped`` tokens were left over by the cut."""
+
+    ids: npt.NDArray[np.int64]
+    source: str
+    dropped: int
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the tokens, whatever file they came from."""
+        return hashlib.sha256(np.ascontiguousarray(self.ids).tobytes() + repr(self.ids.shape).encode()).hexdigest()
+
+
+def default_data() -> Path:
+    """The text that is shipped for calibration."""
+    return recipe_folder().parent / "data/calibration.jsonl"
+
+
+def load_rows(path: Path, model: Path, config: NemotronHConfig, rows: int = DEFAULT_ROWS, length: int = DEFAULT_LENGTH) -> Rows:
+    """The first ``rows`` rows of ``length`` tokens of a file; ``model`` is the folder that holds the tokenizer.
+
+    Raises:
+        CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
+        MissingExtraError: a .parquet file without the extra.
+    """
+    ids = _array(path) if path.suffix == ".npy" else _cut(path, model, config, rows, length)
+    if ids.ids.size and not (0 <= ids.ids.min() and ids.ids.max() < config.vocab_size):
+        raise CalibrationError(
+            f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to {config.vocab_size - 1}; is the tokenizer this model's?"
+        )
+    return ids
+
+
+def _array(path: Path) -> Rows:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path} cannot be read as a numpy array ({error}); expected integers [rows, length]") from None
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
+        raise CalibrationError(f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]")
+    return Rows(array.astype(np.int64), path.name, 0)
+
+
+def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
+    stream: list[int] = []
+    documents, rest = 0, 0
+    for ids in _documents(path, model):
+        stream += [*ids, *config.eos_token_ids[:1]]
+        documents += bool(ids)
+        if len(stream) >= rows * length:
+            break
+    if not documents:
+        raise CalibrationError(f"{path} holds no text; expected at least one row of {length} tokens")
+    count = min(rows, len(stream) // length)
+    if not count:
+        raise CalibrationError(
+            f"{path} holds {len(stream)} tokens, less than one row of {length}; give more text or a smaller --seq-len"
+        )
+    rest = len(stream) - count * length if count < rows else 0
+    return Rows(np.array(stream[: count * length], np.int64).reshape(count, length), path.name, rest)
+
+
+def _documents(path: Path, model: Path) -> Iterator[list[int]]:
+    """Token ids of each document, tokenized as it is asked for."""
+    encode, template = None, None
+    for number, document in _raw_documents(path):
+        where = f"{path.name}, document {number}"
+        if isinstance(document.get("input_ids"), list):
+            yield [int(i) for i in document["input_ids"]]
+            continue
+        text = document.get("text")
+        if text is None and isinstance(document.get("messages"), list):
+            template = template or _chat_template(model)
+            text = template(document["messages"], where)
+        if not isinstance(text, str):
+            raise CalibrationError(f"{where}: has {sorted(document)}; expected `text`, `messages` or `input_ids`")
+        encode = encode or _tokenizer(model)
+        yield encode(text)
+
+
+def _raw_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        if path.suffix == ".txt":
+            yield 1, {"text": path.read_text(encoding="utf-8")}
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        document = json.loads(line)
+                        if not isinstance(document, dict):
+                            raise CalibrationError(f"{path.name}, line {number}: a JSON {type(document).__name__}, expected an object")
+                        yield number, document
+        elif path.suffix == ".parquet":
+            yield from _parquet(path)
+        else:
+            raise CalibrationError(f"{path}: unknown kind {path.suffix!r}; expected .txt, .jsonl, .parquet or .npy")
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{path.name}: not JSON ({error}); expected one JSON object a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtraError(f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'") from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(64):
+            yield from ((i, row) for i, row in enumerate(batch.to_pylist(), 1))
+    except pyarrow.ArrowException as error:
+        raise CalibrationError(f"{path} cannot be read as parquet ({error})") from None
+
+
+def _tokenizer(model: Path) -> Any:
+    file = model / "tokenizer.json"
+    if not file.exists():
+        raise CalibrationError(f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or `input_ids` in .jsonl)")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise CalibrationError(f"{file} cannot be read as a tokenizer ({error})") from None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _chat_template(model: Path) -> Any:
+    """Renders messages with the checkpoint's template, in jinja's sandbox: a template is data from a stranger."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    file, settings = model / "chat_template.jinja", model / "tokenizer_config.json"
+    names = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    source = file.read_text(encoding="utf-8") if file.exists() else names.get("chat_template")
+    if not isinstance(source, str):
+        raise CalibrationError(f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    tokens = {k: names[k]["content"] if isinstance(names[k], dict) else names[k] for k in ("bos_token", "eos_token") if names.get(k)}
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def render(messages: list[Any], where: str) -> str:
+        try:
+            return environment.from_string(source).render(
+                messages=messages, add_generation_prompt=False, raise_exception=refuse, **tokens
+            )
+        except (TemplateError, TypeError) as error:
+            raise CalibrationError(f"{where}: the chat template refuses its messages ({error})") from None
+
+    return render

@@ -1,0 +1,137 @@
+"""Calibration, layer by layer: only one layer's weights are mapped, the rows' hidden states wait for the next one.
+
+Every GEMM input of the main model is observed, whatever the plan quantizes, so that one scales file serves all recipes.
+The bf16 output is propagated: a maximum describes what the source model computes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemoquant.calibrate.data import Rows
+from nemoquant.calibrate.observers import AmaxObserver
+from nemoquant.calibrate.scales import Scales
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.errors import CalibrationError, listing
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.norm import rms_norm
+from nemoquant.model.reference import layer_forward
+from nemoquant.model.taps import prefixed
+
+MAX_NON_FINITE = 0.1  # share of rows that may be left out
+DEFAULT_ROW_BATCH = 4
+KV_OUTPUT = ".output"
+Progress = Callable[[int, int, str], None]  # done, total, what
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the machine multiplies it directly, else float32."""
+    if device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    rows: Rows,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    row_batch: int = DEFAULT_ROW_BATCH,
+    progress: Progress = lambda done, total, what: None,
+) -> Scales:
+    """Run ``rows`` through the model and observe.
+
+    Args:
+        dtype: compute dtype; None picks :func:`compute_dtype`.
+        row_batch: rows that go through a layer at once.
+    Raises:
+        CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf.
+    """
+    dtype = dtype or compute_dtype(device)
+    hidden = _embed(checkpoint, rows, dtype)
+    alive = np.ones(len(rows.ids), bool)
+    settings: dict[str, Any] = {
+        "rows": len(rows.ids), "seq_len": rows.ids.shape[1], "tokens_sha256": rows.sha256, "data": rows.source, "device": device,
+        "dtype": str(dtype).removeprefix("torch."), "row_batch": row_batch, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    scales = Scales(settings)
+    for i in range(len(config.layers)):
+        progress(i, len(config.layers) + 1, f"layer {i}, {config.layers[i]}")
+        _layer(checkpoint, config, i, hidden, alive, scales, device, row_batch)
+    progress(len(config.layers), len(config.layers) + 1, "head")
+    norm = LayerWeights(checkpoint, "backbone.norm_f.")["weight"]
+    head = AmaxObserver()
+    for batch in _batches(alive, row_batch):
+        head.tap()("lm_head", rms_norm(hidden[batch].to(device), norm, config.norm_eps))
+    scales.input_amax |= head.collect()
+    scales.non_finite_rows = int((~alive).sum())
+    progress(len(config.layers) + 1, len(config.layers) + 1, "done")
+    return scales
+
+
+def _embed(checkpoint: Checkpoint, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Hidden states [rows, length, hidden] before the first layer, in memory."""
+    weights = LayerWeights(checkpoint, "backbone.embeddings.")
+    result = F.embedding(torch.from_numpy(rows.ids), weights["weight"]).to(dtype)
+    weights.release()
+    return result
+
+
+def _batches(alive: np.ndarray[Any, Any], size: int) -> list[Tensor]:
+    """Indices of the rows that are still finite, ``size`` at a time."""
+    return list(torch.from_numpy(np.flatnonzero(alive)).split(size))
+
+
+def _layer(
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    i: int,
+    hidden: Tensor,
+    alive: np.ndarray[Any, Any],
+    scales: Scales,
+    device: str,
+    row_batch: int,
+) -> None:
+    """One layer over all rows: ``hidden`` becomes its output, ``alive`` loses the rows that are no longer finite."""
+    prefix = f"backbone.layers.{i}."
+    weights = LayerWeights(checkpoint, prefix)
+    kind = config.layers[i]
+    found: dict[str, float] = {}
+    tokens: dict[int, int] = {}
+    for batch in _batches(alive, row_batch):
+        observer = AmaxObserver()
+        output, _ = layer_forward(config, kind, weights, hidden[batch].to(device), None, prefixed(observer.tap(), prefix))
+        finite = torch.isfinite(output).flatten(1).all(1).cpu()
+        if not finite.all():  # their maxima mean nothing: observe the others of this batch again, without them
+            alive[batch[~finite].numpy()] = False
+            _check_finite(alive, i, kind)
+            batch, output = batch[finite], output[finite.to(output.device)]
+            observer = AmaxObserver()
+            if len(batch):
+                layer_forward(config, kind, weights, hidden[batch].to(device), None, prefixed(observer.tap(), prefix))
+        hidden[batch] = output.to(hidden.device)
+        for name, amax in observer.collect().items():
+            found[name] = max(amax, found.get(name, 0.0))
+        for expert, count in observer.tokens.items():
+            tokens[expert] = tokens.get(expert, 0) + count
+    weights.release()
+    scales.kv_amax |= {n.removesuffix(KV_OUTPUT): v for n, v in found.items() if n.endswith(KV_OUTPUT)}
+    scales.input_amax |= {n: v for n, v in found.items() if not n.endswith((KV_OUTPUT, ".gate"))}
+    if kind == "moe":
+        scales.tokens_per_expert[i] = [tokens.get(e, 0) for e in range(config.n_routed_experts)]
+
+
+def _check_finite(alive: np.ndarray[Any, Any], layer: int, kind: str) -> None:
+    bad = np.flatnonzero(~alive)
+    if len(bad) > MAX_NON_FINITE * len(alive):
+        raise CalibrationError(
+            f"layer {layer} ({kind}): NaN or Inf in {len(bad)} of {len(alive)} rows ({listing(list(bad))}), more than "
+            f"{MAX_NON_FINITE:.0%}; expected finite activations, are the weights damaged?"
+        )

@@ -1,0 +1,84 @@
+"""What calibration found out, and its file: given back by ``--scales``, it repeats a whole run to the byte."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemoquant.errors import CalibrationError, listing
+from nemoquant.plan.plan import Plan
+
+SCHEMA = 1
+FILE = "nemoquant_scales.json"
+
+
+@dataclass
+class Scales:
+    """Maxima of magnitudes, as float32 values that JSON repeats exactly.
+
+    Attributes:
+        settings: what the run was: rows, lengths, hashes of tokens and source, device, dtype, batch, threads.
+        input_amax: module -> amax of its GEMM's input over all rows. A routed expert that no token reached is absent.
+        kv_amax: ``...k_proj`` or ``...v_proj`` -> amax of the keys or values that it puts into the cache.
+        tokens_per_expert: MoE layer -> tokens that each expert got.
+        non_finite_rows: rows that were left out because NaN or Inf came up in them.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    input_amax: dict[str, float] = field(default_factory=dict)
+    kv_amax: dict[str, float] = field(default_factory=dict)
+    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    non_finite_rows: int = 0
+
+    def dump(self) -> str:
+        """The file's text; the same results give the same bytes."""
+        data = {
+            "schema": SCHEMA,
+            "settings": self.settings,
+            "non_finite_rows": self.non_finite_rows,
+            "tokens_per_expert": {str(k): v for k, v in self.tokens_per_expert.items()},
+            "kv_amax": self.kv_amax,
+            "input_amax": self.input_amax,
+        }
+        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> "Scales":
+        """Read a scales file.
+
+        Raises:
+            CalibrationError: not such a file, or of another schema.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] != SCHEMA:
+                raise CalibrationError(f"{path}: schema {data['schema']}, expected {SCHEMA}; calibrate again with this version")
+            scales = Scales(
+                dict(data["settings"]),
+                {str(k): float(v) for k, v in data["input_amax"].items()},
+                {str(k): float(v) for k, v in data["kv_amax"].items()},
+                {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
+                int(data["non_finite_rows"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CalibrationError(f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run") from None
+        bad = [k for k, v in (scales.input_amax | scales.kv_amax).items() if not 0 <= v < float("inf")]
+        if bad:
+            raise CalibrationError(f"{path}: maxima of {listing(bad)} are negative or not finite; calibrate again")
+        return scales
+
+    def check(self, plan: Plan, path: Path) -> None:
+        """Make sure that a file from an earlier run has what ``plan`` needs.
+
+        Raises:
+            CalibrationError: lists the modules whose maxima are missing.
+        """
+        missing = [r.module for r in plan.quantized if r.activation_format and r.expert is None and r.module not in self.input_amax]
+        missing += [m for m in kv_modules(plan) if m not in self.kv_amax]
+        if missing:
+            raise CalibrationError(f"{path} lacks the maxima of {len(missing)} modules: {listing(missing)}; is it of another model?")
+
+
+def kv_modules(plan: Plan) -> list[str]:
+    """The projections whose outputs go into an FP8 cache."""
+    return [f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"]

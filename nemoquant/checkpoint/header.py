@@ -1,0 +1,123 @@
+"""The header of one safetensors file, validated before anything else is read.
+
+Format (safetensors README): 8 bytes little-endian header size, that many bytes of JSON, then the data. Each entry has
+``dtype``, ``shape`` and ``data_offsets`` relative to the data; together they cover it without hole or overlap.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemoquant.errors import HeaderError
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # the limit of the reference implementation
+ALIGNMENT = 4096  # our files begin their data at a multiple of a page
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``start`` and ``end`` are absolute byte offsets in ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of one safetensors file by name, in file order, and its ``__metadata__``.
+
+    Raises:
+        HeaderError: the file is too short, its JSON is wrong, or an entry contradicts the file's size or another entry.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise HeaderError(
+                    f"{file.name}: header size {length:,} does not fit the file's {size:,} bytes; expected a safetensors file, "
+                    "the download may be incomplete"
+                )
+            text = f.read(length)
+    except OSError as error:
+        raise HeaderError(f"{file}: cannot be read ({error.strerror}); expected a safetensors file") from None
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise HeaderError(f"{file.name}: header is not valid JSON ({error}); expected a safetensors file") from None
+    if not isinstance(entries, dict):
+        raise HeaderError(f"{file.name}: header is a JSON {type(entries).__name__}, expected an object")
+    metadata = entries.pop("__metadata__", {})
+    begin = 8 + length
+    tensors = {name: _tensor(file, name, entry, begin) for name, entry in entries.items()}
+    _check_coverage(file, tensors, begin, size)
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+    return result
+
+
+def _tensor(file: Path, name: str, entry: object, begin: int) -> TensorInfo:
+    def fail(got: str) -> HeaderError:
+        return HeaderError(f"{file.name}: tensor {name!r} has {got}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail(f"the entry {entry!r}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_SIZE:
+        raise fail(f"dtype {dtype!r}, expected one of {', '.join(ITEM_SIZE)}")
+    if not _naturals(shape):
+        raise fail(f"shape {shape!r}, expected a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fail(f"data_offsets {offsets!r}, expected [begin, end]")
+    expected = math.prod(shape) * ITEM_SIZE[dtype]
+    if offsets[1] - offsets[0] != expected:
+        raise fail(f"{offsets[1] - offsets[0]:,} bytes, expected {expected:,} for {dtype} {shape}")
+    return TensorInfo(name, dtype, tuple(shape), file, begin + offsets[0], begin + offsets[1])
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], begin: int, size: int) -> None:
+    at = begin
+    for t in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+        if t.start != at:
+            kind = "overlaps the tensor before it" if t.start < at else f"leaves a hole of {t.start - at:,} bytes before it"
+            raise HeaderError(f"{file.name}: tensor {t.name!r} {kind}; expected contiguous data")
+        at = t.end
+    if at != size:
+        raise HeaderError(f"{file.name}: its tensors end at byte {at:,}, but the file has {size:,}; expected the same, it may be truncated")
+
+
+def encode_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file that holds ``tensors`` (name, dtype, shape) back to back, padded to ``ALIGNMENT`` with spaces."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)

@@ -1,0 +1,70 @@
+"""``nemoquant.json``: what was made, from what, with which settings, and the sha256 of every file. No time, host or path in it."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.errors import CheckpointError
+from nemoquant.model.roles import TensorSpec
+
+FILE = "nemoquant.json"
+SCHEMA = 1
+READ_BYTES = 8 << 20
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, read a few megabytes at a time."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as f:
+        while count := f.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
+    """Identity of a checkpoint's tensor table: names, dtypes and shapes, in whatever files they lie."""
+    table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
+    return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+def pack_dtypes(table: list[TensorSpec]) -> dict[str, Any]:
+    """The dtypes of a tensor table: the usual one, and the names that have another."""
+    usual = Counter(spec.dtype for spec in table).most_common(1)[0][0]
+    return {"usual": usual, "others": {spec.name: spec.dtype for spec in table if spec.dtype != usual}}
+
+
+def canonical(data: Mapping[str, Any]) -> bytes:
+    """The bytes of the manifest: sorted keys, without the ``sha256`` that is taken of them."""
+    return json.dumps({k: v for k, v in data.items() if k != "sha256"}, indent=1, sort_keys=True).encode()
+
+
+def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` with the sha256 of its canonical bytes."""
+    signed = dict(data) | {"sha256": hashlib.sha256(canonical(data)).hexdigest()}
+    (folder / FILE).write_text(json.dumps(signed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read ``nemoquant.json`` and check its own sha256.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, of another schema, or was changed.
+    """
+    path = folder / FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; expected a checkpoint that nemoquant wrote") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); expected JSON") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path}: schema {got!r}, expected {SCHEMA}; use the version of nemoquant that wrote it")
+    if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
+        raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
+    return data

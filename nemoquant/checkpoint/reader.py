@@ -1,0 +1,176 @@
+"""A checkpoint on disk: every header validated, tensors under their published names, bytes mapped and released.
+
+Two spellings are translated here and nowhere else: ``backbone.embedding.weight`` (transformers 5) is read as
+``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_proj`` [E, out, in] as E published expert tensors,
+each a view of its bytes.
+"""
+
+import json
+import mmap
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nemoquant.checkpoint.header import ITEM_SIZE, TensorInfo, read_header
+from nemoquant.errors import CheckpointError, HeaderError, TensorTableError, listing
+from nemoquant.model.roles import TensorSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": np.uint8}
+FUSED = re.compile(r"(.+\.mixer\.experts)\.(up_proj|down_proj)(\.weight)?")
+
+
+class Checkpoint:
+    """The tensors of a folder. Use as a context manager, or call :meth:`close`.
+
+    Attributes:
+        path: the folder.
+        tensors: published name -> :class:`TensorInfo`, all shards together.
+        aliases: published name -> name in the file, for the names that were translated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read and validate all headers.
+
+        Raises:
+            CheckpointError: the folder or the index is not usable.
+            HeaderError: a shard's header is not.
+        """
+        self.path = path
+        self.aliases: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
+        for info in _all_tensors(path):
+            for name, part in _published(info):
+                if name in self.tensors:
+                    raise CheckpointError(f"{path}: two tensors are named {name!r} (one in {part.file.name}); expected each once")
+                self.tensors[name] = part
+                if name != info.name:
+                    self.aliases[name] = info.name
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the maps that nothing uses any more; arrays that are still held keep theirs."""
+        self._maps.clear()
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, mapped, 1-D. Writing to them would not reach the file."""
+        info = self.tensors[name]
+        with self._lock:  # threads must share one map, or release() would miss the other's pages
+            if info.file not in self._maps:
+                with info.file.open("rb") as f:
+                    # a private writable map: torch accepts no read-only memory without a warning
+                    self._maps[info.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.start)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as numpy array, mapped; BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes."""
+        info = self.tensors[name]
+        if info.dtype not in NUMPY:
+            raise CheckpointError(f"{info.file.name}: tensor {name!r} has dtype {info.dtype}; expected one of {', '.join(NUMPY)}")
+        data = self.raw(name)
+        if info.start % ITEM_SIZE[info.dtype]:  # legal in safetensors, but kernels want aligned data
+            data = data.copy()
+        return data.view(NUMPY[info.dtype]).reshape(info.shape)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let the system drop the pages of these tensors: they count as resident memory until then."""
+        for name in names:
+            info = self.tensors[name]
+            if info.file in self._maps and info.nbytes:
+                begin = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+                self._maps[info.file].madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+
+
+def _all_tensors(path: Path) -> list[TensorInfo]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder; expected a checkpoint folder with config.json and safetensors files")
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            raise CheckpointError(f"{path} has neither {INDEX} nor {SINGLE}; expected a checkpoint in safetensors format")
+        return list(read_header(path / SINGLE)[0].values())
+    weight_map = _read_index(index)
+    result: list[TensorInfo] = []
+    found: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).is_file():
+            raise CheckpointError(f"{path / shard} does not exist, but {INDEX} names it; download the shard")
+        for name, info in read_header(path / shard)[0].items():
+            if name in found:
+                raise HeaderError(f"tensor {name!r} is in {found[name]} and in {shard}; expected it once")
+            found[name] = shard
+            result.append(info)
+    wrong = [name for name, shard in weight_map.items() if found.get(name) != shard]
+    extra = [name for name in found if name not in weight_map]
+    if wrong or extra:
+        raise CheckpointError(
+            f"{index} does not fit its shards: " + (f"not where it says: {listing(wrong)}" if wrong else f"not in it: {listing(extra)}")
+        )
+    return result
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise TypeError("weight_map is not an object of strings")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}); expected JSON with a `weight_map`") from None
+    for shard in set(weight_map.values()):
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names the shard {shard!r}; expected a plain file name ending in .safetensors")
+    return dict(weight_map)
+
+
+def _published(info: TensorInfo) -> list[tuple[str, TensorInfo]]:
+    """A tensor of the file under its published name, or the experts that it fuses."""
+    fused = FUSED.fullmatch(info.name)
+    if fused and len(info.shape) == 3:
+        count, *shape = info.shape
+        size = info.nbytes // count if count else 0
+        return [
+            (
+                f"{fused[1]}.{e}.{fused[2]}.weight",
+                TensorInfo(info.name, info.dtype, tuple(shape), info.file, info.start + e * size, info.start + (e + 1) * size),
+            )
+            for e in range(count)
+        ]
+    return [("backbone.embeddings.weight" if info.name == "backbone.embedding.weight" else info.name, info)]
+
+
+def check_table(path: Path, expected: list[TensorSpec], tensors: dict[str, TensorInfo]) -> None:
+    """Compare a checkpoint with the tensors that its config calls for.
+
+    Raises:
+        TensorTableError: lists every kind of difference: missing, extra, misshapen.
+    """
+    wanted = {spec.name: spec for spec in expected}
+    missing = [n for n in wanted if n not in tensors]
+    extra = [n for n in tensors if n not in wanted]
+    shapes = [
+        f"{n} is {list(tensors[n].shape)}, expected {list(spec.shape)}"
+        for n, spec in wanted.items()
+        if n in tensors and tensors[n].shape != spec.shape
+    ]
+    found = [
+        f"{len(names)} {kind}: {listing(names)}" for kind, names in (("missing", missing), ("extra", extra), ("misshapen", shapes)) if names
+    ]
+    if found:
+        raise TensorTableError(
+            f"{path}: its tensors are not those that its config.json calls for: {'; '.join(found)}; "
+            "expected the published layout, is the config the right one?"
+        )

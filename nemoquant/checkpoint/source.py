@@ -1,0 +1,46 @@
+"""A source to quantize: config and tensor table, from a checkpoint folder or from a bare config.json."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemoquant.checkpoint.reader import Checkpoint, check_table
+from nemoquant.errors import CheckpointError, listing
+from nemoquant.model.config import NemotronHConfig, load_config
+from nemoquant.model.roles import TensorSpec, tensor_table
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a source. ``checkpoint`` is None for a bare config; then the table's dtypes are assumed."""
+
+    path: Path
+    config: NemotronHConfig
+    raw_config: dict[str, Any]
+    table: list[TensorSpec]
+    checkpoint: Checkpoint | None
+
+
+def open_source(path: Path) -> Source:
+    """Read the config, and all headers where ``path`` is a folder; no weight is touched.
+
+    Raises:
+        CheckpointError: or one of its kinds: not a Nemotron-H checkpoint, already quantized, tensors missing, extra or misshapen,
+            or of a dtype that is no float.
+    """
+    config, raw = load_config(path)
+    table = tensor_table(config)
+    if not path.is_dir():
+        return Source(path, config, raw, table, None)
+    if "quantization_config" in raw or (path / "hf_quant_config.json").exists():
+        where = "config.json has `quantization_config`" if "quantization_config" in raw else "it has hf_quant_config.json"
+        raise CheckpointError(f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from")
+    checkpoint = Checkpoint(path)
+    check_table(path, table, checkpoint.tensors)
+    table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in table]
+    wrong = [f"{spec.name} {spec.dtype}" for spec in table if spec.dtype not in FLOAT_DTYPES]
+    if wrong:
+        raise CheckpointError(f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected {', '.join(FLOAT_DTYPES)}")
+    return Source(path, config, raw, table, checkpoint)

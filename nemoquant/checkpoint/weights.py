@@ -1,0 +1,41 @@
+"""A layer's weights as torch tensors over the mapped file: read when asked for, dropped from memory soon after."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from nemoquant.checkpoint.reader import Checkpoint
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+HELD_BYTES = 256 << 20  # of mapped pages, before those of earlier tensors are released
+
+
+class LayerWeights(Mapping[str, Tensor]):
+    """The tensors under a prefix, by their names relative to it; floating source dtypes only.
+
+    A tensor stays valid after its pages were released: they are read again from the page cache when touched.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self.checkpoint, self.prefix = checkpoint, prefix
+        self._held: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        full = self.prefix + name
+        info = self.checkpoint.tensors[full]
+        if sum(self._held.values()) + info.nbytes > HELD_BYTES:
+            self.release()
+        self._held[full] = info.nbytes
+        return torch.from_numpy(self.checkpoint.array(full)).view(TORCH[info.dtype])
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self.prefix) for n in self.checkpoint.tensors if n.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def release(self) -> None:
+        """Drop the pages of all tensors that were asked for."""
+        self.checkpoint.release(self._held)
+        self._held.clear()

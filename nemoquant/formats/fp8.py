@@ -1,0 +1,79 @@
+"""FP8 per tensor: one fp32 ``decode_scale`` multiplies E4M3 codes into values.
+
+    decode_scale = amax / 448        codes = e4m3(w / decode_scale)
+
+both divided in fp32, the quotient rounded once. (Model Optimizer 0.47 divides a bf16 weight in bf16, and so rounds twice.)
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemoquant.formats import e4m3
+from nemoquant.formats.rounding import (
+    Codes,
+    Floats,
+    Weight,
+    checked_scale,
+    flat,
+    kernel,
+    output,
+    tensor_scale,
+    weight_bits,
+    widen,
+)
+
+_VALUES = e4m3.VALUES
+_encode_one = e4m3.encode_one
+
+
+def decode_scale(amax: float | np.float32) -> np.float32:
+    """``amax / 448`` in fp32; 1.0 where ``is_degenerate(amax)``. Raises ValueError if amax is negative, Inf or NaN."""
+    return tensor_scale(amax, e4m3.MAX)[0]
+
+
+def is_degenerate(amax: float | np.float32) -> bool:
+    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as ``zeros(shape)``."""
+    return tensor_scale(amax, e4m3.MAX)[1]
+
+
+@kernel
+def _encode(bits: NDArray[np.unsignedinteger], shift: np.uint32, decode_scale: np.float32, codes: Codes) -> None:
+    for i in range(bits.shape[0]):
+        codes[i] = _encode_one(np.float32(widen(bits[i], shift) / decode_scale))
+
+
+@kernel
+def _decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
+    for i in range(codes.shape[0]):
+        values[i] = np.float32(_VALUES[codes[i]] * decode_scale)
+
+
+def encode(weight: Weight, decode_scale: float | np.float32, out: Codes | None = None) -> Codes:
+    """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> uint8 E4M3 codes [out, in].
+
+    ``out`` is a uint8 buffer [out, in] to write into and return. What exceeds 448 scales saturates: a scale that a group shares
+    comes from the largest amax in it. Raises ValueError for a wrong dtype, layout or buffer, or a scale that is not positive.
+    """
+    bits, shift = weight_bits(weight)
+    scale = checked_scale(decode_scale, "decode_scale")
+    codes = output(out, weight.shape, "out")
+    _encode(bits, shift, scale, codes.reshape(-1))
+    return codes
+
+
+def zeros(shape: tuple[int, int], out: Codes | None = None) -> Codes:
+    """The codes of a degenerate weight [out, in]: all 0x00. (Divided by the scale 1.0, tiny negatives would give 0x80.)"""
+    codes = output(out, tuple(shape), "out")
+    codes.fill(0)
+    return codes
+
+
+def decode(codes: Codes, decode_scale: float | np.float32) -> Floats:
+    """uint8 E4M3 codes of any shape -> ``value * decode_scale``, float32 of that shape, one fp32 rounding.
+
+    Raises ValueError for another dtype or a scale that is not positive.
+    """
+    scale = checked_scale(decode_scale, "decode_scale")
+    values = np.empty(codes.shape, np.float32)
+    _decode(flat(codes, np.uint8, "codes"), scale, values.reshape(-1))
+    return values

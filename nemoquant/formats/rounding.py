@@ -1,0 +1,107 @@
+"""What the kernels share: how they are compiled, how a float32 and its bits turn into each other, and how arguments are checked.
+
+A weight enters every kernel as bit patterns and a shift: ``bits << shift`` are the bits of the float32 value, with shift 16 for
+bf16 (uint16) and 0 for float32 (uint32). So one kernel serves both, and no float copy of a tensor is made.
+
+Two traps of numba, for whoever edits a kernel:
+
+* uint32 (op) uint32 and float32 (op) Python number are 64 bits wide. Every constant has its own ``np.float32(...)`` or
+  ``np.uint32(...)``, and every integer result is cut back, or results stop being fp32 (and loops stop being vectors).
+* Its cache on disk watches only the file a kernel stands in, not the files of the functions it calls. After editing a helper
+  that another file calls, delete ``nemoquant/formats/__pycache__``.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Codes: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.float32]
+Weight: TypeAlias = NDArray[np.uint16] | NDArray[np.float32]
+
+SMALLEST_NORMAL = np.float32(2.0**-126)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(function: F) -> F:
+    """Compile for the CPU: no GIL, sums in their order, and x / 0 is Inf or NaN as in numpy (a check would break up vectors)."""
+    return cast(F, numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")(function))
+
+
+@kernel
+def float_of(bits: np.uint32) -> np.float32:
+    return np.uint32(bits).view(np.float32)
+
+
+@kernel
+def bits_of(value: np.float32) -> np.uint32:
+    return np.float32(value).view(np.uint32)
+
+
+@kernel
+def widen(bits: np.unsignedinteger, shift: np.uint32) -> np.float32:
+    """The float32 value of one element of a weight."""
+    return float_of(np.uint32(np.uint32(bits) << shift))
+
+
+def weight_bits(weight: Weight) -> tuple[NDArray[np.unsignedinteger], np.uint32]:
+    """A weight [out, in] as flat bit patterns and the shift that makes float32 of them; a view, read-only.
+
+    Read-only always, because numba compiles anew for arrays that are not, and a mapped file is not writable.
+    """
+    if weight.ndim != 2 or not weight.flags.c_contiguous:
+        layout = "C-contiguous" if weight.flags.c_contiguous else "strided"
+        raise ValueError(f"weight: got a {layout} array of shape {weight.shape}, expected a C-contiguous [out, in]")
+    bits: NDArray[np.unsignedinteger]
+    if weight.dtype == np.uint16:
+        bits, shift = weight.view(np.uint16), np.uint32(16)
+    elif weight.dtype == np.float32:
+        bits, shift = weight.view(np.uint32), np.uint32(0)
+    else:
+        raise ValueError(f"weight: got dtype {weight.dtype}, expected uint16 (bf16 bit patterns) or float32")
+    bits = bits.reshape(-1)
+    bits.flags.writeable = False
+    return bits, shift
+
+
+def flat(array: NDArray[Any], dtype: type[np.generic], name: str) -> NDArray[Any]:
+    """The array as one read-only row, copied only if it is strided; its dtype must already be right."""
+    if array.dtype != dtype:
+        raise ValueError(f"{name}: got dtype {array.dtype}, expected {np.dtype(dtype)}")
+    row = np.ascontiguousarray(array).reshape(-1).view()
+    row.flags.writeable = False
+    return row
+
+
+def output(out: Codes | None, shape: tuple[int, ...], name: str) -> Codes:
+    """The caller's buffer if it fits, else a new one."""
+    if out is None:
+        return np.empty(shape, np.uint8)
+    if out.shape != shape or out.dtype != np.uint8 or not (out.flags.c_contiguous and out.flags.writeable):
+        raise ValueError(f"{name}: got {out.dtype} of shape {out.shape}, expected a writable C-contiguous uint8 of shape {shape}")
+    return out
+
+
+def tensor_scale(amax: float | np.float32, largest: float) -> tuple[np.float32, bool]:
+    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number, so that 1.0 stands in for it.
+
+    Raises ValueError for an amax that is negative, Inf or NaN: those are errors of the checkpoint, to be told before any scale.
+    """
+    value = np.float32(amax)
+    if not (np.isfinite(value) and value >= 0):
+        raise ValueError(f"amax: got {value}, expected a finite number that is not negative; check weights for NaN and Inf first")
+    scale = np.float32(value / np.float32(largest))
+    degenerate = bool(scale < SMALLEST_NORMAL)
+    return (np.float32(1.0) if degenerate else scale), degenerate
+
+
+def checked_scale(decode_scale: float | np.float32, name: str) -> np.float32:
+    """A scale per tensor as fp32; ValueError unless it is a positive finite number."""
+    scale = np.float32(decode_scale)
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"{name}: got {scale}, expected a positive finite number")
+    return scale

@@ -1,0 +1,85 @@
+"""The mixture-of-experts block: a sigmoid router, routed experts (behind a latent projection or not), and a shared expert.
+
+The router scores in float32. ``e_score_correction_bias`` takes part in the choice and not in the weights (DeepSeek-V3's
+loss-free balancing, section 2.1.2 of arXiv:2412.19437); with ``n_group`` > 1 only the best ``topk_group`` groups of experts,
+by the sum of their two best scores, are open to a token. The result is
+
+    fc2_latent_proj(sum over chosen e of w_e * down_e(relu(up_e(fc1_latent_proj(x)))^2)) + shared_experts(x)
+
+without fc1 and fc2 where the config has no latent size.
+"""
+
+import torch
+from torch import Tensor
+
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.mlp import mlp
+from nemoquant.model.taps import Scope, Tap, Weights, linear, prefixed
+
+
+def route(config: NemotronHConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts of each token, and what their outputs are multiplied with.
+
+    Args:
+        weights: holds ``gate.weight`` [experts, hidden] and ``gate.e_score_correction_bias`` [experts].
+        x: [tokens, hidden].
+    Returns:
+        ids [tokens, k] int64, distinct in a row and in no particular order, and weights [tokens, k] float32.
+    """
+    scores = torch.sigmoid(x.float() @ weights["gate.weight"].to(x.device).float().mT)
+    choice = scores + weights["gate.e_score_correction_bias"].to(x.device).float()
+    if config.n_group > 1:
+        choice = close_groups(choice, config.n_group, config.topk_group)
+    ids = torch.topk(choice, config.num_experts_per_tok, dim=-1, sorted=False).indices
+    chosen = scores.gather(1, ids)
+    if config.norm_topk_prob:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return ids, chosen * config.routed_scaling_factor
+
+
+def close_groups(choice: Tensor, groups: int, open_groups: int) -> Tensor:
+    """-inf for the experts outside each token's best ``open_groups`` groups; ``choice`` [tokens, experts]."""
+    grouped = choice.view(choice.shape[0], groups, -1)
+    value = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    best = value.topk(open_groups, dim=-1, sorted=False).indices
+    closed = torch.ones_like(value, dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(closed[..., None], -torch.inf).flatten(-2)
+
+
+def routed_experts(weights: Weights, x: Tensor, ids: Tensor, factors: Tensor, tap: Tap) -> Tensor:
+    """The weighted sum of each token's experts; an expert that no token chose is neither read nor tapped.
+
+    Args:
+        weights: holds ``experts.E.up_proj.weight`` [width, in] and ``experts.E.down_proj.weight`` [in, width].
+        x: [tokens, in]. An expert's tap sees its tokens' rows in ascending order.
+        ids: [tokens, k] int64.
+        factors: [tokens, k] float32.
+    Returns:
+        [tokens, in] in the dtype of ``x``, summed in float32 in ascending order of experts.
+    """
+    order = torch.argsort(ids.flatten(), stable=True)
+    tokens = order // ids.shape[1]
+    counts = torch.bincount(ids.flatten()).tolist()
+    factor = factors.flatten()[order, None]
+    total = torch.zeros_like(x, dtype=torch.float32)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = tokens[start : start + count]
+            y = mlp(Scope(weights, f"experts.{expert}."), x[rows], prefixed(tap, f"experts.{expert}."))
+            total.index_add_(0, rows, y * factor[start : start + count])
+            start += count
+    return total.to(x.dtype)
+
+
+def forward(config: NemotronHConfig, weights: Weights, x: Tensor, state: None, tap: Tap) -> tuple[Tensor, None]:  # noqa: ARG001
+    """x [batch, length, hidden], already normalised -> (y of that shape, no state)."""
+    flat = x.flatten(0, 1)
+    ids, factors = route(config, weights, tap("gate", flat))
+    latent = linear("fc1_latent_proj", flat, weights, tap) if config.moe_latent_size else flat
+    y = routed_experts(weights, latent, ids, factors, tap)
+    if config.moe_latent_size:
+        y = linear("fc2_latent_proj", y, weights, tap)
+    if config.n_shared_experts:
+        y = y + mlp(Scope(weights, "shared_experts."), flat, prefixed(tap, "shared_experts."))
+    return y.view_as(x), None

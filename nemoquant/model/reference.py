@@ -1,0 +1,156 @@
+"""The reference model: what a Nemotron-H checkpoint computes, one layer's weights at a time.
+
+``layer_forward`` is the unit that streams: calibration keeps the rows' hidden states itself and runs them through one layer
+after the other. ``ReferenceModel`` does the same for one batch of tokens. Compute is in one dtype, float32 or bfloat16, on
+one device; norms, the router, and all of a Mamba-2 mixer between its projections are float32 in either.
+Weights may lie in another dtype or on another device: each is converted when it is used, and forgotten.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemoquant.model import attention, mamba2, mlp, moe, mtp
+from nemoquant.model.attention import KVState
+from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.mamba2 import MambaState
+from nemoquant.model.norm import rms_norm
+from nemoquant.model.taps import Scope, Tap, Weights, identity, linear, prefixed
+
+LayerState = MambaState | KVState | None
+WeightSource = Callable[[str], Weights]
+
+
+@dataclass(frozen=True)
+class State:
+    """What generation keeps between calls: one entry for each layer, None for those that keep nothing."""
+
+    layers: tuple[LayerState, ...]
+
+
+def mixer_forward(
+    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, state: LayerState, tap: Tap
+) -> tuple[Tensor, LayerState]:
+    """The block of ``kind``; ``weights`` and ``tap`` by names relative to the mixer."""
+    if kind == "mamba":
+        assert state is None or isinstance(state, MambaState)
+        return mamba2.forward(config, weights, x, state, tap)
+    if kind == "attention":
+        assert state is None or isinstance(state, KVState)
+        return attention.forward(config, weights, x, state, tap)
+    assert state is None
+    block = moe.forward if kind == "moe" else mlp.forward
+    return block(config, weights, x, None, tap)
+
+
+@torch.no_grad()
+def layer_forward(
+    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, state: LayerState = None, tap: Tap = identity
+) -> tuple[Tensor, LayerState]:
+    """One layer: ``x + mixer(norm(x))``.
+
+    Args:
+        weights: by names relative to the layer, as published: ``norm.weight``, ``mixer.in_proj.weight``,
+            ``mixer.experts.3.up_proj.weight``. Asked for one at a time, and for experts only when a token reached them.
+        x: [batch, length, hidden], float32 or bfloat16: the compute dtype. Not changed.
+        state: of this layer, from the call on the positions before; None at the start of a sequence.
+        tap: called by names relative to the layer, ``mixer.in_proj``.
+    Returns:
+        [batch, length, hidden] in the dtype of ``x``, and the layer's state, new tensors.
+    """
+    normed = rms_norm(x, weights["norm.weight"], config.norm_eps)
+    y, state = mixer_forward(config, kind, Scope(weights, "mixer."), normed, state, prefixed(tap, "mixer."))
+    return x + y, state
+
+
+class ReferenceModel:
+    """The whole model over a source of weights.
+
+    Args:
+        weights: called with a prefix (``backbone.embeddings.``, ``backbone.layers.3.``, ``backbone.norm_f.``, ``lm_head.``,
+            ``mtp.layers.0.``), returns the tensors under it by their names relative to it. Called again in each forward;
+            what it returns is dropped before the next call.
+        dtype: the compute dtype, float32 or bfloat16.
+        device: where the compute happens, wherever the weights are.
+    """
+
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        weights: WeightSource,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.weights, self.dtype, self.device = config, weights, dtype, torch.device(device)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [batch, length] int64 -> [batch, length, hidden]."""
+        table = self.weights("backbone.embeddings.")["weight"]
+        return F.embedding(tokens.to(table.device), table).to(self.device, self.dtype)
+
+    def hidden(self, tokens: Tensor, state: State | None = None, tap: Tap | None = None) -> tuple[Tensor, State]:
+        """The main model up to and with norm_f, which is what lm_head and MTP are given; arguments and state as in ``forward``.
+
+        Returns:
+            [batch, length, hidden] in the compute dtype, and the state after the last token.
+        """
+        prefixes = [f"backbone.layers.{i}." for i in range(len(self.config.layers))]
+        x, state = self._layers(self.config.layers, prefixes, self.embed(tokens), state, tap)
+        return rms_norm(x, self.weights("backbone.norm_f.")["weight"], self.config.norm_eps), state
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, tap: Tap | None = None) -> Tensor:
+        """hidden [batch, length, hidden], after its norm -> [batch, length, vocabulary], same dtype; taps ``lm_head``."""
+        head = "backbone.embeddings." if self.config.tie_word_embeddings else "lm_head."
+        weights = {"lm_head.weight": self.weights(head)["weight"]}
+        return linear("lm_head", hidden.flatten(0, 1), weights, tap or identity).view(*hidden.shape[:2], -1)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, tap: Tap | None = None, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Logits of the next token.
+
+        Args:
+            tokens: [batch, length] int64, length >= 1.
+            state: from the call on the tokens before these.
+            tap: called by full module names.
+            last_only: only the last position's logits.
+        Returns:
+            [batch, length or 1, vocabulary] in the compute dtype, and the state after the last token.
+        """
+        hidden, state = self.hidden(tokens, state, tap)
+        return self.logits(hidden[:, -1:] if last_only else hidden, tap), state
+
+    def mtp_forward(
+        self, tokens: Tensor, hidden: Tensor, state: State | None = None, tap: Tap | None = None, module: int = 0
+    ) -> tuple[Tensor, Tensor, State]:
+        """One MTP module.
+
+        Args:
+            tokens: [batch, length] int64, the token *after* each position of ``hidden``.
+            hidden: [batch, length, hidden] from ``hidden()``; for a further step or module, what this returned.
+            state: of this module, from its call on the positions before.
+        Returns:
+            logits of the token after ``tokens`` [batch, length, vocabulary], the hidden states [batch, length, hidden]
+            that they were made from, and the module's state.
+        """
+        prefixes = mtp.layer_prefixes(self.config, module)
+        first, last = prefixes[0], prefixes[-1]
+        x = mtp.mtp_input(self.config, self.weights(first), self.embed(tokens), hidden, prefixed(tap, first))
+        x, state = self._layers(self.config.mtp_layers, prefixes, x, state, tap)
+        hidden = mtp.mtp_output(self.config, self.weights(last), x)
+        return self.logits(hidden, tap), hidden, state
+
+    def _layers(
+        self, kinds: Sequence[LayerKind], prefixes: Sequence[str], x: Tensor, state: State | None, tap: Tap | None
+    ) -> tuple[Tensor, State]:
+        before = state.layers if state else (None,) * len(kinds)
+        after: list[LayerState] = []
+        for kind, prefix, old in zip(kinds, prefixes, before, strict=True):
+            x, new = layer_forward(self.config, kind, self.weights(prefix), x, old, prefixed(tap, prefix))
+            after.append(new)
+        return x, State(tuple(after))

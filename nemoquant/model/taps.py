@@ -1,0 +1,79 @@
+"""Taps: the one way into every matrix product of the reference model.
+
+A tap is called with a module's name and the input of its product, and returns the tensor that is multiplied instead. An
+observer returns its argument, a fake quantizer returns a rounded one, and the model can't tell them apart. Names are those of
+the checkpoint's modules: relative to the mixer inside a block (``in_proj``), to the layer in ``layer_forward``
+(``mixer.in_proj``), and full in ``ReferenceModel`` (``backbone.layers.3.mixer.in_proj``). Beside the products there are
+``k_proj.output`` and ``v_proj.output``, keys and values as they enter the cache, and ``gate``, the router's input.
+
+A tap must return the shape, dtype and device that it was given. It may keep what it was given, but not change it in place:
+q, k and v (and the router, the shared expert and fc1) are given the same tensor one after the other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tap = Callable[[str, Tensor], Tensor]
+Weights = Mapping[str, Tensor]
+
+CAST_ELEMENTS = 1 << 24  # of a weight that is in another dtype than the compute: at most this much is converted at a time
+
+
+def identity(name: str, x: Tensor) -> Tensor:  # noqa: ARG001
+    """The tap that leaves the model as it is."""
+    return x
+
+
+def prefixed(tap: Tap | None, prefix: str) -> Tap:
+    """A tap for the modules under ``prefix``, which calls ``tap`` with their longer names."""
+    if tap is None or tap is identity:
+        return identity
+    outer = tap
+    return lambda name, x: outer(prefix + name, x)
+
+
+class Scope(Mapping[str, Tensor]):
+    """The weights under ``prefix``, by their shorter names. Looks up on demand: nothing is copied, nothing is read early."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self.weights, self.prefix = weights, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.weights if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def linear(name: str, x: Tensor, weights: Weights, tap: Tap) -> Tensor:
+    """``tap(x) @ weights[name + ".weight"].T`` in the dtype and on the device of ``x``.
+
+    Args:
+        x: [tokens, in].
+        weights: holds [out, in] of any floating dtype; converted here, in slices of rows, and forgotten.
+    Returns:
+        [tokens, out], dtype of ``x``.
+    """
+    return product(tap(name, x), weights[name + ".weight"])
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``."""
+    if weight.dtype == x.dtype or weight.numel() <= CAST_ELEMENTS:
+        return F.linear(x, weight.to(x))
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = max(1, CAST_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        y[..., start : start + rows] = F.linear(x, weight[start : start + rows].to(x))
+    return y
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """``relu(x)^2``, the activation of this family's experts and MLPs; ``x`` is overwritten."""
+    return torch.relu_(x).square_()

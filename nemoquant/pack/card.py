@@ -1,0 +1,89 @@
+"""The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain words."""
+
+from nemoquant.pack.layouts import algorithm
+from nemoquant.plan.plan import Plan
+
+# From the engines' sources and release notes, read in November 2026; none was run here.
+LOADERS = {
+    "FP8": [
+        ("vLLM", "0.12.0", "GPUs with FP8: SM 89 (Ada) and later"),
+        ("SGLang", "0.5.9", "SM 89 and later"),
+        ("TensorRT-LLM", "1.3.0rc8", "SM 89 and later"),
+    ],
+    "NVFP4": [
+        ("vLLM", "0.17.1", "W4A4 on Blackwell (SM 100, 103, 120, 121)"),
+        ("SGLang", "0.5.9", "Blackwell"),
+        ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
+    ],
+    "W4A16_NVFP4": [
+        ("vLLM", "a release after May 2026 (its pull request #41769)", "SM 80 (Ampere) and later, by weight-only kernels"),
+    ],
+    "MIXED_PRECISION": [
+        ("vLLM", "0.17.1 (0.15.1 refuses it)", "NVFP4 experts want Blackwell; FP8 parts want SM 89 or later"),
+        ("SGLang", "0.5.9", "Blackwell"),
+        ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
+    ],
+}  # fmt: skip
+NAMES = {"fp8": "FP8 (E4M3, one scale a tensor)", "nvfp4": "NVFP4 (E2M1, a scale for each 16 values)", "source": "as the source"}
+
+
+def algorithms(plan: Plan) -> tuple[str, ...]:
+    """ModelOpt's names for what is in the checkpoint; MIXED_PRECISION stands for several."""
+    kinds = sorted({algorithm(row) for row in plan.quantized})
+    return ("MIXED_PRECISION",) if len(kinds) > 1 else tuple(kinds)
+
+
+def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
+    """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for row in plan.rows:
+        weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
+        entry = found.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
+        entry[0] += 1
+        entry[1] += row.bytes_out
+    return [(*key, *value) for key, value in found.items()]
+
+
+def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:
+    """The card's text. ``calibration`` says in a sentence what the activation scales come from."""
+    per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
+    kv = plan.kv_cache_bytes_per_token()
+    lines = [
+        "---",
+        "library_name: nemoquant",
+        "tags: [nemotron_h, modelopt, " + ", ".join(sorted({row.format for row in plan.quantized})) + "]",
+        "---",
+        f"# Nemotron-H, quantized: {plan.recipe.name}",
+        "",
+        plan.recipe.summary,
+        "",
+        f"- Size: {plan.bytes_out / 1e9:.3f} GB of tensors, {plan.bytes_in / 1e9:.3f} GB before ({plan.bytes_in / plan.bytes_out:.2f} times smaller).",
+        f"- Bits: {per_weight:.2f} a weight over the whole model"
+        + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
+        f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
+        f"- Calibration: {calibration}",
+        "- Measured cost against the source: not measured yet.",
+        "",
+        "## Map",
+        "",
+        "| role | weights | GEMM inputs | tensors | bytes |",
+        "|---|---|---|---:|---:|",
+        *(f"| {role} | {weights} | {inputs} | {count:,} | {size:,} |" for role, weights, inputs, count, size in role_table(plan)),
+        "",
+        *(f"- `{name}`: {text}" for name, text in NAMES.items() if any(row.format == name for row in plan.rows)),
+        "",
+        "## What loads it",
+        "",
+        "ModelOpt unified layout. Versions are from the engines' sources and release notes.",
+        "",
+        "| engine | from version | hardware |",
+        "|---|---|---|",
+        *(f"| {engine} | {version} | {gpu} |" for kind in algorithms(plan) for engine, version, gpu in LOADERS[kind]),
+        "",
+    ]
+    if warnings:
+        lines += ["## Warnings", "", *(f"- {warning}" for warning in warnings), ""]
+    lines += ["## Provenance", "", "`nemoquant.json` has the recipe, the plan's and every file's sha256; `nemoquant verify` checks them."]
+    if copied:
+        lines += ["", "Copied from the source: " + ", ".join(f"`{name}`" for name in copied) + "."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""The ModelOpt unified layout: the names of tensors, and the two config files that describe them to engines.
+
+This is the only file that knows foreign names. In this layout every stored scale is a decode scale:
+
+    ours            FP8             NVFP4
+    codes           weight          weight            (U8, two codes a byte, even column in the low nibble)
+    block_scales                    weight_scale      (F8_E4M3)
+    global_scale    weight_scale    weight_scale_2    (F32, shape [])
+    input_scale     input_scale     input_scale       (F32, shape [])
+    K, V cache      k_proj.k_scale, v_proj.v_scale    (F32, shape [])
+"""
+
+from typing import Any
+
+from nemoquant.plan.plan import Plan, Row
+
+PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
+LAYOUT_VERSION = "0.47.0"  # the Model Optimizer whose layout this is, byte for byte in the tests
+_SUFFIX = {
+    ("fp8", "codes"): "weight", ("fp8", "global_scale"): "weight_scale",
+    ("nvfp4", "codes"): "weight", ("nvfp4", "block_scales"): "weight_scale", ("nvfp4", "global_scale"): "weight_scale_2",
+    ("fp8", "input_scale"): "input_scale", ("nvfp4", "input_scale"): "input_scale",
+}  # fmt: skip
+KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
+
+
+def tensor_name(row: Row, kind: str) -> str:
+    """Name in the written file of one part of a row (see ``Row.parts``)."""
+    return row.name if kind == "source" else f"{row.module}.{_SUFFIX[row.format, kind]}"
+
+
+def kv_scale_name(module: str) -> str:
+    """``....k_proj`` -> ``....k_proj.k_scale``."""
+    return f"{module}.{KV_SUFFIX[module.rsplit('.', 1)[1]]}"
+
+
+def algorithm(row: Row) -> str:
+    """ModelOpt's name for what was done to a row's module."""
+    if row.format == "nvfp4":
+        return "NVFP4" if row.activation_format else "W4A16_NVFP4"
+    return {"fp8": "FP8", "source": ""}[row.format]
+
+
+def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """``quantization_config`` for config.json (None if nothing is quantized), and the whole hf_quant_config.json."""
+    by_module = {row.module: algorithm(row) for row in plan.quantized}
+    kinds = sorted(set(by_module.values()))
+    kv = "FP8" if plan.kv_layers else None
+    ignore = excluded_modules(plan)
+    producer = {"name": PRODUCER, "version": LAYOUT_VERSION}
+    if not kinds:
+        return None, {"producer": producer, "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore}}
+    mixed = len(kinds) > 1
+    named = {"quant_algo": "MIXED_PRECISION" if mixed else kinds[0]}
+    layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
+    legacy: dict[str, Any] = {**named, "kv_cache_quant_algo": kv}
+    if not mixed and kinds[0] != "FP8":
+        legacy["group_size"] = 16
+    legacy["exclude_modules"] = ignore
+    section: dict[str, Any] = {
+        "config_groups": {
+            f"group_{i}": _group(kind) | {"targets": sorted(m for m, k in by_module.items() if k == kind) if mixed else ["Linear"]}
+            for i, kind in enumerate(kinds)
+        }
+    }
+    if mixed:
+        legacy["quantized_layers"] = section["quantized_layers"] = layers
+    section |= {"ignore": ignore, **named}
+    if kv:
+        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    section |= {"producer": producer, "quant_method": "modelopt"}
+    return section, {"producer": producer, "quantization": legacy}
+
+
+def _entry(kind: str) -> dict[str, Any]:
+    return {"quant_algo": kind} if kind == "FP8" else {"quant_algo": kind, "group_size": 16}
+
+
+def _group(kind: str) -> dict[str, Any]:
+    number = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if kind != "FP8":
+        number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    return {"weights": number} if kind == "W4A16_NVFP4" else {"input_activations": number, "weights": number}
+
+
+def excluded_modules(plan: Plan) -> list[str]:
+    """Modules that stay as the source, by names that hit nothing else in any consumer.
+
+    vLLM matches an entry as a substring too, so there are no layer prefixes (``layers.1`` would hit 10 to 19): whole module
+    names, one for all experts of a layer. ``mtp*`` stands for the multi-token-prediction modules.
+    """
+    names: dict[str, None] = {}
+    for row in plan.rows:
+        if row.format != "source" or row.role in ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias"):
+            continue
+        if row.role.startswith("mtp."):
+            names["mtp*"] = None
+        elif row.expert is not None:
+            experts = row.module.rsplit(".", 2)[0]
+            names[experts] = names[f"{experts}.*"] = None
+        else:
+            names[row.module.removesuffix(".bias")] = None
+    return list(names)

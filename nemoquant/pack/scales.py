@@ -1,0 +1,76 @@
+"""The scalar scales of a plan: from weights' and activations' maxima, groups applied, degenerate cases defined and reported."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+from nemoquant.calibrate.scales import Scales, kv_modules
+from nemoquant.errors import CalibrationError
+from nemoquant.formats import fp8, nvfp4
+from nemoquant.plan.plan import Plan, Row
+
+Warn = Callable[[str], None]
+ONE = np.float32(1.0)
+
+
+def input_scale(amax: float, activation_format: str) -> np.float32:
+    """``amax / 448`` for FP8 inputs, ``amax / (6 * 448)`` for NVFP4; 1.0 when that would not be a normal fp32 number."""
+    return fp8.decode_scale(amax) if activation_format == "fp8" else nvfp4.global_decode_scale(amax)
+
+
+def weight_scale(row: Row, amax: np.float32) -> tuple[np.float32, bool]:
+    """The per-tensor decode scale of a weight, and whether the weight is degenerate (written as zeros)."""
+    if row.format == "fp8":
+        return fp8.decode_scale(amax), fp8.is_degenerate(amax)
+    method = row.scale_method
+    assert method in ("max", "mse", "four_over_six")
+    return nvfp4.global_decode_scale(amax, method), nvfp4.is_degenerate(amax, method)
+
+
+def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.float32]:
+    """Module -> ``input_scale``, for every row whose activations are quantized.
+
+    Raises:
+        CalibrationError: no token reached any module of a group, so that nothing is known about its input.
+    """
+    groups: dict[str, list[Row]] = defaultdict(list)
+    layers: dict[str, float] = {}  # experts of a layer and projection: the largest of all, whatever the grouping
+    amax = scales.input_amax if scales else {}
+    rows = [row for row in plan.quantized if row.activation_format]
+    for row in rows:
+        groups[row.input_group or row.module].append(row)
+        if row.expert is not None and row.module in amax:
+            layers[_layer_projection(row)] = max(amax[row.module], layers.get(_layer_projection(row), 0.0))
+    result: dict[str, np.float32] = {}
+    unreached = 0
+    for group, members in groups.items():
+        seen = [amax[row.module] for row in members if row.module in amax]
+        fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
+        if not seen and fallback is None:
+            raise CalibrationError(f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with more rows")
+        unreached += not seen
+        largest = max(seen) if seen else fallback
+        assert largest is not None and members[0].activation_format is not None
+        if largest == 0:
+            warn(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
+        result |= dict.fromkeys((row.module for row in members), input_scale(largest, members[0].activation_format))
+    if unreached:
+        warn(f"{unreached} experts got no calibration token; each has the largest input scale of its layer and projection")
+    return result
+
+
+def _layer_projection(row: Row) -> str:
+    experts, _, projection = row.module.rsplit(".", 2)
+    return f"{experts}.{projection}"
+
+
+def kv_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.float32]:
+    """``...k_proj`` and ``...v_proj`` modules -> decode scale of their cache, amax / 448."""
+    result = {}
+    for module in kv_modules(plan):
+        amax = scales.kv_amax[module] if scales else 0.0
+        if amax == 0:
+            warn(f"{module}: its output was zero in all calibration rows; cache scale set to 1.0")
+        result[module] = fp8.decode_scale(amax)
+    return result

@@ -1,0 +1,212 @@
+"""Verify: read a written checkpoint again and hold it against its plan, which is resolved anew from its own manifest.
+
+1. the manifest is unchanged, every file in it exists and has its sha256, and no file is unknown (a warning)
+2. the recipe and the config give the plan whose hash the manifest names
+3. names, dtypes, shapes and order of all tensors are those of the plan, the index fits, data begins at a page
+4. every scalar scale is finite and positive, every block scale is a positive number
+5. both config files are those that the plan calls for, and the source's own keys are all there
+6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give the same bytes
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemoquant.checkpoint.header import ALIGNMENT, read_header
+from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
+from nemoquant.checkpoint.reader import INDEX, Checkpoint
+from nemoquant.checkpoint.source import Source
+from nemoquant.errors import NemoquantError
+from nemoquant.model.config import load_config
+from nemoquant.model.roles import tensor_table
+from nemoquant.pack.encode import encode, slices
+from nemoquant.pack.layouts import quantization_sections
+from nemoquant.pack.shards import Entry, Shard, shards
+from nemoquant.plan.plan import Plan, Row
+from nemoquant.plan.recipe import parse_recipe
+from nemoquant.plan.resolve import resolve
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+COMPARE_BYTES = 16 << 20
+
+
+class Report:
+    """What verify found: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts what was looked at."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.checked: dict[str, int] = {"files": 0, "tensors": 0, "scales": 0, "compared_with_source": 0, "encoded_again": 0}
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
+
+
+def verify(out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = lambda done, total: None) -> Report:
+    """Check the checkpoint in ``out``; problems are collected, not raised.
+
+    Args:
+        source: what it was made from, for step 6; ``encode_again`` False leaves out the second half of that step.
+    Raises:
+        CheckpointError: it can't be checked at all, because its manifest can't be used.
+    """
+    report = Report()
+    manifest = read_manifest(out)
+    _check_files(out, manifest, report, progress)
+    try:
+        plan = _plan_again(out, manifest, report)
+        layout = shards(plan, manifest["shard_bytes"])
+        _check_configs(out, plan, source, report)
+        with Checkpoint(out) as checkpoint:
+            if _check_tensors(out, layout, checkpoint, report):
+                _check_scales(layout, checkpoint, report)
+                if source is not None:
+                    _compare(manifest, layout, checkpoint, source, report, encode_again)
+    except NemoquantError as error:
+        report.problems.append(str(error))
+    return report
+
+
+def _check_files(out: Path, manifest: dict[str, Any], report: Report, progress: Progress) -> None:
+    files: dict[str, str] = manifest["files"]
+    sizes = {name: (out / name).stat().st_size if (out / name).is_file() else 0 for name in files}
+    done = 0
+    for name, digest in files.items():
+        if not (out / name).is_file():
+            report.problems.append(f"{name} is missing; the manifest lists it")
+        elif file_sha256(out / name) != digest:
+            report.problems.append(f"{name} was changed: its sha256 is not the manifest's")
+        done += sizes[name]
+        progress(done, sum(sizes.values()))
+        report.checked["files"] += 1
+    for path in sorted(out.iterdir()):
+        if path.name not in files and path.name != FILE:
+            report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
+
+
+def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
+    config, _ = load_config(out)
+    dtypes = manifest["source"]["dtypes"]
+    table = [replace(spec, dtype=dtypes["others"].get(spec.name, dtypes["usual"])) for spec in tensor_table(config)]
+    settings = manifest["plan"]
+    plan = resolve(parse_recipe(settings["recipe"]), config, table, assumed=False, scale_groups=settings["scale_groups"])
+    if plan.sha256 != settings["sha256"]:
+        report.problems.append(f"the recipe and config.json give the plan {plan.sha256[:12]}, the manifest names {settings['sha256'][:12]}")
+    return plan
+
+
+def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, report: Report) -> bool:
+    """Names, dtypes, shapes, order and place of every tensor; True if the rest can be checked."""
+    before = len(report.problems)
+    for shard in layout:
+        if not (out / shard.file).is_file():
+            report.problems.append(f"{shard.file} is missing; the plan has {len(layout)} shards")
+            continue
+        tensors, _ = read_header(out / shard.file)
+        found = sorted(tensors.values(), key=lambda t: (t.start, t.end))
+        expected = list(shard.entries)
+        report.checked["tensors"] += len(found)
+        if [(t.name, t.dtype, t.shape) for t in found] != [(e.name, e.dtype, e.shape) for e in expected]:
+            report.problems.append(f"{shard.file}: {_first_difference({t.name: t for t in found}, expected)}")
+        elif found and found[0].start % ALIGNMENT:
+            report.problems.append(f"{shard.file}: data begins at byte {found[0].start}, expected a multiple of {ALIGNMENT}")
+    if _json(out / INDEX).get("weight_map") != {e.name: shard.file for shard in layout for e in shard.entries}:
+        report.problems.append(f"{INDEX}: its weight_map is not the plan's")
+    if set(checkpoint.tensors) != {e.name for shard in layout for e in shard.entries}:
+        report.problems.append(f"{INDEX}: tensors missing or extra")
+    return len(report.problems) == before
+
+
+def _first_difference(found: dict[str, Any], expected: list[Entry]) -> str:
+    for e in expected:
+        t = found.get(e.name)
+        if t is None:
+            return f"{e.name} is missing"
+        if (t.dtype, t.shape) != (e.dtype, e.shape):
+            return f"{e.name} is {t.dtype} {list(t.shape)}, expected {e.dtype} {list(e.shape)}"
+    extra = set(found) - {e.name for e in expected}
+    return f"{min(extra)} is not in the plan" if extra else "its tensors are in another order than the plan's"
+
+
+def _check_scales(layout: list[Shard], checkpoint: Checkpoint, report: Report) -> None:
+    for e in (e for shard in layout for e in shard.entries if e.kind not in ("source", "codes")):
+        values = checkpoint.array(e.name)
+        if e.kind == "block_scales":  # E4M3: 0x01 to 0x7E are positive and finite
+            bad = int(np.count_nonzero((values == 0) | (values > 0x7E)))
+        else:
+            bad = int(np.count_nonzero(~(np.isfinite(values) & (values > 0))))
+        if bad:
+            report.problems.append(f"{e.name}: {bad} of {values.size} scales are not finite and positive")
+        checkpoint.release([e.name])
+        report.checked["scales"] += values.size
+
+
+def _check_configs(out: Path, plan: Plan, source: Source | None, report: Report) -> None:
+    section, legacy = quantization_sections(plan)
+    written = _json(out / "config.json")
+    if written.pop("quantization_config", None) != section:
+        report.problems.append("config.json: `quantization_config` is not what the plan calls for")
+    if _json(out / "hf_quant_config.json") != legacy:
+        report.problems.append("hf_quant_config.json is not what the plan calls for")
+    if source is not None and written != source.raw_config:
+        changed = sorted(k for k in written.keys() | source.raw_config.keys() if written.get(k) != source.raw_config.get(k))
+        report.problems.append(f"config.json: keys differ from the source's: {', '.join(changed)}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file; empty where there is none, which then differs from what is expected."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _compare(
+    manifest: dict[str, Any], layout: list[Shard], checkpoint: Checkpoint, source: Source, report: Report, again: bool
+) -> None:
+    assert source.checkpoint is not None
+    if tensor_table_sha256(source.checkpoint.tensors) != manifest["source"]["tensor_table_sha256"]:
+        report.problems.append(f"{source.path} is not the source: its tensor table is another one")
+        return
+    for unit in (unit for shard in layout for unit in shard.units):
+        by_kind = {(e.row.name, e.kind): e for e in unit.entries}
+        for row in unit.rows:
+            if row.format == "source":
+                same = _equal_bytes(source.checkpoint.raw(row.name), checkpoint.raw(row.name))
+                report.checked["compared_with_source"] += 1
+                if not same:
+                    report.problems.append(f"{row.name} differs from the source; expected the same bytes")
+            elif again:
+                report.checked["encoded_again"] += 1
+                if not _encodes_to(row, by_kind, source.checkpoint, checkpoint):
+                    report.problems.append(f"{row.module}: encoding the source's weight again gives other bytes")
+            source.checkpoint.release([row.name])
+            checkpoint.release(e.name for e in unit.entries if e.row is row)
+
+
+def _equal_bytes(a: Any, b: Any) -> bool:
+    return a.size == b.size and all(np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in range(0, a.size, COMPARE_BYTES))
+
+
+def _encodes_to(row: Row, entries: dict[tuple[str, str], Entry], source: Checkpoint, written: Checkpoint) -> bool:
+    """Whether the stored scale and the source's weight give the stored codes. All-zero codes stand for a degenerate weight."""
+    scale = written.array(entries[row.name, "global_scale"].name)[()]
+    codes = written.array(entries[row.name, "codes"].name)
+    block_scales = written.array(entries[row.name, "block_scales"].name) if (row.name, "block_scales") in entries else None
+    degenerate = scale == 1.0 and not codes.any()
+    for part in slices(row):
+        expected, expected_scales = encode(source, row, part, scale, degenerate)
+        if not np.array_equal(codes[part], expected):
+            return False
+        if block_scales is not None and not np.array_equal(block_scales[part], expected_scales):
+            return False
+    return True

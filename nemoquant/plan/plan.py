@@ -1,0 +1,191 @@
+"""The plan: one frozen row a tensor, and the sizes that follow from the rows. Later stages read it and match no names."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from nemoquant.checkpoint.header import ITEM_SIZE
+from nemoquant.formats import FORMATS
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.plan.recipe import Recipe
+
+SCHEMA = 1  # of the plan's JSON
+SCALAR_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one tensor of the source.
+
+    ``format`` is ``source`` (kept bit for bit), ``fp8`` or ``nvfp4``. ``activation_format`` is the format of the GEMM's input at
+    run time, None when it stays as it is. Rows that share ``weight_group`` share their per-tensor weight scale, rows that share
+    ``input_group`` their input scale; None means a scale of its own. ``reason`` names the recipe's rule.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    source_dtype: str
+    format: str
+    scale_method: str | None
+    activation_format: str | None
+    weight_group: str | None
+    input_group: str | None
+    reason: str
+
+    @property
+    def module(self) -> str:
+        """Name of the module that the tensor belongs to."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes_in(self) -> int:
+        return self.elements * ITEM_SIZE[self.source_dtype]
+
+    def parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """What is written for this row: (kind, safetensors dtype, shape), kind one of ``source``, ``codes``, ``block_scales``,
+        ``global_scale``, ``input_scale``."""
+        if self.format == "source":
+            return [("source", self.source_dtype, self.shape)]
+        parts: list[tuple[str, str, tuple[int, ...]]] = list(FORMATS[self.format].packed_tensors((self.shape[0], self.shape[1])))
+        return parts + [("input_scale", "F32", ())] * (self.activation_format is not None)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(math.prod(shape) * ITEM_SIZE[dtype] for _, dtype, shape in self.parts())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows, in file order, with the recipe that made them. ``assumed``: dtypes come from the config alone, not from headers."""
+
+    recipe: Recipe
+    config: NemotronHConfig
+    rows: tuple[Row, ...]
+    assumed: bool
+    scale_groups: bool
+
+    @property
+    def kv_layers(self) -> list[int]:
+        """Attention layers whose K and V caches are FP8 and therefore get scales."""
+        return [i for i, kind in enumerate(self.config.layers) if kind == "attention" and self.recipe.kv_cache == "fp8"]
+
+    @cached_property
+    def quantized(self) -> list[Row]:
+        return [row for row in self.rows if row.format != "source"]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any scale depends on activations."""
+        return bool(self.kv_layers) or any(row.activation_format for row in self.rows)
+
+    @cached_property
+    def tensors_out(self) -> int:
+        return sum(len(row.parts()) for row in self.rows) + 2 * len(self.kv_layers)
+
+    @cached_property
+    def bytes_in(self) -> int:
+        return sum(row.bytes_in for row in self.rows)
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of tensor data in the output, headers not counted."""
+        return sum(row.bytes_out for row in self.rows) + 2 * SCALAR_BYTES * len(self.kv_layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x bytes out over all elements of the source."""
+        return 8 * self.bytes_out / sum(row.elements for row in self.rows)
+
+    @property
+    def bits_per_quantized_weight(self) -> float | None:
+        """The same over quantized modules alone, their scales included; None when there are none."""
+        elements = sum(row.elements for row in self.quantized)
+        return 8 * sum(row.bytes_out for row in self.quantized) / elements if elements else None
+
+    def kv_cache_bytes_per_token(self) -> dict[str, int]:
+        """K and V of all attention layers of the main model; the source's cache is bf16."""
+        c = self.config
+        values = c.count("attention") * 2 * c.num_key_value_heads * c.head_dim
+        return {"source": 2 * values, "planned": values if self.recipe.kv_cache == "fp8" else 2 * values}
+
+    def ssm_state_bytes_per_sequence(self) -> dict[str, int]:
+        """Scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``; the plan does not change it."""
+        c = self.config
+        item = 4 if c.mamba_ssm_cache_dtype == "float32" else 2
+        size = c.count("mamba") * c.mamba_inner * c.ssm_state_size * item
+        return {"source": size, "planned": size}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the plan: the recipe, the grouping and every row."""
+        digest = hashlib.sha256(json.dumps([SCHEMA, self.recipe.dump(), self.scale_groups], sort_keys=True).encode())
+        for row in self.rows:
+            digest.update(json.dumps(asdict(row), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, without rows, as JSON data."""
+        formats: dict[str, int] = {}
+        for row in self.rows:
+            formats[row.format] = formats.get(row.format, 0) + 1
+        return {
+            "schema": SCHEMA,
+            "recipe": self.recipe.name,
+            "sha256": self.sha256,
+            "source_dtypes": "assumed" if self.assumed else "headers",
+            "tensors_in": len(self.rows),
+            "bytes_in": self.bytes_in,
+            "tensors_out": self.tensors_out,
+            "bytes_out": self.bytes_out,
+            "compression": self.bytes_in / self.bytes_out,
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_quantized_weight": self.bits_per_quantized_weight,
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token(),
+            "ssm_state_bytes_per_sequence": self.ssm_state_bytes_per_sequence(),
+            "formats": formats,
+            "needs_calibration": self.needs_calibration,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures and every row."""
+        return self.summary() | {"rows": [row_json(row) for row in self.rows]}
+
+    def by_layer(self) -> Iterator[tuple[str, list[Row]]]:
+        """Runs of rows that belong together on disk: (module prefix, rows), in file order."""
+        run: list[Row] = []
+        last = ""
+        for row in self.rows:
+            prefix = layer_prefix(row)
+            if run and prefix != last:
+                yield last, run
+                run = []
+            last = prefix
+            run.append(row)
+        if run:
+            yield last, run
+
+
+def layer_prefix(row: Row) -> str:
+    """``backbone.layers.3.`` or ``mtp.layers.0.`` for a tensor of a layer, else the tensor's own module and a dot."""
+    if row.layer is None:
+        return row.module + "."
+    return f"{row.name.split('.layers.')[0]}.layers.{row.layer}."
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """A row as JSON data; the two scale groups under one key."""
+    data = asdict(row)
+    data["shape"] = list(row.shape)
+    data["scale_group"] = {"weight": data.pop("weight_group"), "input": data.pop("input_group")}
+    return data

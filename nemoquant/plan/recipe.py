@@ -1,0 +1,129 @@
+"""Recipes: which role gets which number format. YAML, read strictly: an unknown key is an error.
+
+    name: nvfp4
+    summary: Routed experts NVFP4, the other GEMMs FP8.
+    rules:                                  # first match wins; every tensor must be covered
+      - roles: [experts.*]
+        format: nvfp4                       # source, fp8 or nvfp4
+        scales: max                         # NVFP4 block scales: max, mse or four_over_six
+        activations: nvfp4                  # the weight's format, or none for weights only (NVFP4 only)
+      - roles: [mamba.in_proj]
+        layers: [0, 2]                      # only in these layers; each must have the role
+        format: fp8
+      - names: ["backbone.layers.7.mixer.o_proj"]   # patterns (* ? [..]) over module or tensor names
+        format: source
+      - roles: ["*"]
+        format: source
+    kv_cache: fp8                           # source or fp8
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nemoquant.errors import RecipeError, listing
+
+WeightFormat = Literal["source", "fp8", "nvfp4"]
+ScaleMethod = Literal["max", "mse", "four_over_six"]
+
+
+class Rule(BaseModel):
+    """One line of a recipe: what it matches, and the format that its matches get."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    roles: list[str] = Field(default=[], min_length=1)
+    names: list[str] = Field(default=[], min_length=1)
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    format: WeightFormat
+    scales: ScaleMethod = "max"
+    activations: Literal["fp8", "nvfp4", "none"] | None = None
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Rule":
+        if bool(self.roles) == bool(self.names):
+            raise ValueError("expected either `roles` or `names`")
+        if self.layers is not None and not self.roles:
+            raise ValueError("`layers` goes with `roles`; a name pattern says its layers itself")
+        if self.scales != "max" and self.format != "nvfp4":
+            raise ValueError(f"`scales: {self.scales}` goes with `format: nvfp4` only")
+        if self.activations not in (None, self.format) and not (self.format == "nvfp4" and self.activations == "none"):
+            allowed = {"source": "no `activations`", "fp8": "fp8", "nvfp4": "nvfp4 or none"}[self.format]
+            raise ValueError(f"`activations: {self.activations}` does not go with `format: {self.format}`; expected {allowed}")
+        return self
+
+    @property
+    def activation_format(self) -> str | None:
+        """Format of the GEMM's input; None when it stays as it is."""
+        if self.format == "source" or self.activations == "none":
+            return None
+        return self.format
+
+    def __str__(self) -> str:
+        where = f"roles {', '.join(self.roles)}" if self.roles else f"names {', '.join(self.names)}"
+        return where + (f" in {len(self.layers)} layers" if self.layers is not None else "")
+
+
+class Recipe(BaseModel):
+    """A named list of rules, and the KV cache's format."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    summary: str
+    rules: list[Rule] = Field(min_length=1)
+    kv_cache: Literal["source", "fp8"] = "source"
+
+    def dump(self) -> dict[str, Any]:
+        """The recipe as plain data, defaults left out; :func:`parse_recipe` takes it back."""
+        return self.model_dump(exclude_defaults=True)
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes lie: in the installed package, or in the source tree."""
+    package = Path(__file__).resolve().parents[1]
+    return next(p for p in (package / "calib/recipes", package.parent / "calib/recipes") if p.is_dir())
+
+
+def presets() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A preset by its name, or a recipe file.
+
+    Raises:
+        RecipeError: there is no such preset or file, or the file does not follow the schema.
+    """
+    shipped = presets()
+    path = shipped.get(name_or_path, Path(name_or_path))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {name_or_path!r} is neither a file nor a preset; presets are {listing(list(shipped), 20)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return parse_recipe(data, name_or_path)
+
+
+def parse_recipe(data: object, source: str = "recipe") -> Recipe:
+    """Check plain data against the schema; ``source`` names it in messages.
+
+    Raises:
+        RecipeError: names the key, what it held, and what was expected.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for e in error.errors():
+            place = ".".join(str(p) for p in e["loc"]) or "recipe"
+            if e["type"] == "extra_forbidden":
+                problems.append(f"unknown key `{place}`")
+            else:
+                got = "" if isinstance(e["input"], dict) else f", got {e['input']!r}"
+                problems.append(f"`{place}`: {e['msg'].removeprefix('Value error, ')}{got}")
+        raise RecipeError(f"recipe {source}: {'; '.join(problems)}; `nemoquant recipes show fp8` prints a valid one") from None

@@ -1,0 +1,181 @@
+"""Resolve a recipe against a tensor table. This is the only place that matches names; every later stage reads the rows.
+
+Order of checks, each an error that lists what it found:
+
+1. a role in the recipe that the family does not have (a role that this config lacks is fine: it matches nothing)
+2. a name pattern, or a layer of a rule, that matches nothing, or only what earlier rules took
+3. a tensor that no rule covers
+4. a tensor that must not be quantized
+5. an input dimension that the format's block does not divide
+6. tensors that consumers fuse, with different formats
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from fnmatch import translate
+
+from nemoquant.errors import RecipeError, listing
+from nemoquant.formats import FORMATS
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
+from nemoquant.plan.plan import Plan, Row
+from nemoquant.plan.recipe import Recipe, Rule
+
+_REASONS = {
+    "ssm.": "the recurrence multiplies their error over the whole sequence, and engines widen them to fp32",
+    "router": "a rounded router sends tokens to other experts, and engines compute it in fp32",
+    "norm": "norms are a few kilobytes, and no engine reads a quantized one",
+    "conv1d": "the convolution is depthwise, not a GEMM, and engines always exclude it",
+    "embedding": "it is a table lookup, not a GEMM, and no engine reads a quantized one",
+    "mtp.": "engines load multi-token-prediction modules unquantized",
+}
+
+
+def resolve(recipe: Recipe, config: NemotronHConfig, table: list[TensorSpec], *, assumed: bool, scale_groups: bool = True) -> Plan:
+    """The plan for ``table`` (dtypes as the source has them, or assumed from a bare config).
+
+    Raises:
+        RecipeError: the recipe does not fit; the message lists what does not.
+    """
+    claims = _claim(recipe, table)
+    rows = [_row(spec, rule, number, scale_groups) for spec, (number, rule) in zip(table, claims, strict=True)]
+    _check_allowed(rows)
+    _check_divisible(rows)
+    _check_fused(rows)
+    return Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
+
+
+def _pattern(globs: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(translate(g) for g in globs))
+
+
+def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
+    """For each tensor the first rule that matches it, with the rule's number (from 1)."""
+    for rule in recipe.rules:
+        unknown = [g for g in rule.roles if not any(_pattern([g]).fullmatch(role) for role in ROLES)]
+        if unknown:
+            raise RecipeError(f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}")
+    claims: list[tuple[int, Rule] | None] = [None] * len(table)
+    for number, rule in enumerate(recipe.rules, 1):
+        matched = _matches(rule, table)
+        _check_matched(recipe, rule, number, table, matched)
+        taken = [i for i in matched if claims[i] is None]
+        if matched and not taken and (rule.names or rule.layers is not None):
+            raise RecipeError(
+                f"recipe {recipe.name}: rule {number} ({rule}) does nothing: earlier rules take all {len(matched)} tensors that it "
+                "matches; the first match wins, move it up or remove it"
+            )
+        for i in taken:
+            claims[i] = (number, rule)
+    uncovered = [spec.name for spec, claim in zip(table, claims, strict=True) if claim is None]
+    if uncovered:
+        raise RecipeError(
+            f"recipe {recipe.name}: no rule covers {len(uncovered)} tensors: {listing(uncovered)}; end the rules with "
+            '`- roles: ["*"]` and `format: source`'
+        )
+    return [claim for claim in claims if claim is not None]
+
+
+def _matches(rule: Rule, table: list[TensorSpec]) -> list[int]:
+    if rule.names:
+        names = _pattern(rule.names)
+        return [i for i, s in enumerate(table) if names.fullmatch(s.name) or names.fullmatch(s.module)]
+    roles = _pattern(rule.roles)
+    wanted = {role for role in ROLES if roles.fullmatch(role)}
+    layers = None if rule.layers is None else set(rule.layers)
+    return [i for i, s in enumerate(table) if s.role in wanted and (layers is None or s.layer in layers)]
+
+
+def _check_matched(recipe: Recipe, rule: Rule, number: int, table: list[TensorSpec], matched: list[int]) -> None:
+    where = f"recipe {recipe.name}: rule {number}"
+    for glob in rule.names:
+        pattern = _pattern([glob])
+        if not any(pattern.fullmatch(table[i].name) or pattern.fullmatch(table[i].module) for i in matched):
+            raise RecipeError(
+                f"{where}: the name pattern {glob!r} matches none of the {len(table):,} tensors; names look like "
+                f"{table[min(len(table) - 1, 2)].name!r}"
+            )
+    if rule.layers is not None:
+        empty = sorted(set(rule.layers) - {table[i].layer for i in matched})
+        if empty:
+            raise RecipeError(
+                f"{where}: layers {listing(empty)} have no tensor of the roles {listing(rule.roles)}; expected layers that have them, "
+                "is the recipe for another model?"
+            )
+
+
+def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
+    quantized = rule.format != "source"
+    return Row(
+        name=spec.name,
+        role=spec.role,
+        layer=spec.layer,
+        expert=spec.expert,
+        shape=spec.shape,
+        source_dtype=spec.dtype,
+        format=rule.format,
+        scale_method=rule.scales if quantized else None,
+        activation_format=rule.activation_format,
+        weight_group=_weight_group(spec) if quantized and scale_groups else None,
+        input_group=_input_group(spec) if quantized and scale_groups and rule.activation_format else None,
+        reason=f"rule {number}: {rule}",
+    )
+
+
+def _weight_group(spec: TensorSpec) -> str | None:
+    """Engines load q, k and v as one GEMM with one scale."""
+    if spec.role in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
+        return spec.module.rsplit(".", 1)[0] + ".qkv_proj"
+    return None
+
+
+def _input_group(spec: TensorSpec) -> str | None:
+    """q, k and v read one tensor; all experts of a layer and projection run as one grouped GEMM."""
+    if spec.expert is not None:
+        experts, _, projection = spec.module.rsplit(".", 2)
+        return f"{experts}.{projection}"
+    return _weight_group(spec)
+
+
+def _check_allowed(rows: list[Row]) -> None:
+    for row in rows:
+        if row.format != "source" and row.role not in LINEAR_ROLES:
+            why = next(text for prefix, text in _REASONS.items() if row.role.startswith(prefix))
+            raise RecipeError(
+                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why}; give it `format: source` ({row.reason})"
+            )
+
+
+def _check_divisible(rows: list[Row]) -> None:
+    problems = []
+    for row in rows:
+        if row.format != "source":
+            problem = FORMATS[row.format].indivisible(row.shape)
+            if problem:
+                problems.append(f"{row.name}: {problem}")
+    if problems:
+        raise RecipeError(f"{len(problems)} tensors don't fit their format: {listing(problems, 3)}; give them fp8 or source")
+
+
+def _check_fused(rows: list[Row]) -> None:
+    """q, k, v of a layer, and all experts of a layer, are one kernel in every engine: one format each."""
+    fused: Mapping[str, dict[tuple[str, str | None], str]] = defaultdict(dict)
+    for row in rows:
+        group = _fused_with(row)
+        if group:
+            fused[group].setdefault((row.format, row.activation_format), row.name)
+    for group, formats in fused.items():
+        if len(formats) > 1:
+            got = ", ".join(f"{name} {form[0]}" for form, name in formats.items())
+            raise RecipeError(f"{group} run as one fused operation in vLLM, SGLang and TensorRT-LLM, but got {got}; expected one format")
+
+
+def _fused_with(row: Row) -> str | None:
+    if row.role.startswith("mtp."):
+        return None
+    if row.expert is not None:
+        return f"all experts of layer {row.layer}"
+    if row.role in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
+        return f"q, k and v of layer {row.layer}"
+    return None
