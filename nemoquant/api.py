@@ -100,7 +100,9 @@ def quantize(
     threads = threads or len(os.sched_getaffinity(0))
     opened = open_source(source)
     if opened.checkpoint is None:
-        raise CheckpointError(f"{source} is a config.json; quantize needs the folder with the weights (`nemoquant plan` takes a bare config)")
+        raise CheckpointError(
+            f"{source} is a config.json; quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
+        )
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
         output.check_output(out, source, made.bytes_out)
@@ -115,7 +117,9 @@ def quantize(
             return _write(opened, made, layout, scales, folder, out, threads, shard_bytes, warnings, progress)
 
 
-def _scales(source: Source, plan: Plan, options: CalibrationOptions, threads: int, dry_run: bool, warnings: list[str], progress: Progress) -> Any:
+def _scales(
+    source: Source, plan: Plan, options: CalibrationOptions, threads: int, dry_run: bool, warnings: list[str], progress: Progress
+) -> Any:
     """Calibrate, or read the results of an earlier run. None on a dry run, after the data were checked."""
     from nemoquant.calibrate.data import default_data, load_rows
     from nemoquant.calibrate.scales import Scales
@@ -132,7 +136,9 @@ def _scales(source: Source, plan: Plan, options: CalibrationOptions, threads: in
         raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
     rows = load_rows(options.data or default_data(), source.path, source.config, options.rows, options.seq_len)
     if len(rows.ids) < options.rows and (options.data is None or options.data.suffix != ".npy"):
-        warnings.append(f"{rows.source} holds {len(rows.ids)} rows of {options.seq_len} tokens, {options.rows} were asked for; all of them were used")
+        warnings.append(
+            f"{rows.source} holds {len(rows.ids)} rows of {options.seq_len} tokens, {options.rows} were asked for; all of them were used"
+        )
     if rows.dropped:
         warnings.append(f"{rows.source}: its last {rows.dropped} tokens do not fill a row and were left out")
     if dry_run:
@@ -177,7 +183,9 @@ def _write(
     if packer.zero_weights:
         from nemoquant.errors import listing
 
-        warnings.append(f"{len(packer.zero_weights)} weights are zero or underflow; scales set to 1.0, codes to 0: {listing(packer.zero_weights)}")
+        warnings.append(
+            f"{len(packer.zero_weights)} weights are zero or underflow; scales set to 1.0, codes to 0: {listing(packer.zero_weights)}"
+        )
     section, legacy = quantization_sections(plan)
     _json(folder / "config.json", source.raw_config | ({"quantization_config": section} if section else {}))
     _json(folder / "hf_quant_config.json", legacy)
@@ -191,7 +199,9 @@ def _write(
     manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
     report = check(folder, source, encode_again=False, progress=lambda done, total: progress("verify", done, total, ""))
     if not report.ok:
-        raise VerificationError(f"{out}: what was written is not what was planned, nothing is kept: {'; '.join(report.problems[:3])}")
+        raise VerificationError(
+            f"{out}: what was written is not what was planned, nothing is kept: {'; '.join(report.problems[:3])}"
+        )
     return Result(out, plan, warnings, report.checked, skipped)
 
 
@@ -241,3 +251,16 @@ def verify(out: Path, against: Path | None = None, *, progress: Progress = no_pr
     if source is not None and source.checkpoint is None:
         raise CheckpointError(f"{against} is a config.json; --against needs the source's folder with its weights")
     return check(out, source, progress=lambda done, total: progress("verify", done, total, "")).to_json()
+
+
+def inspect(path: Path, *, context: int | None = None) -> dict[str, Any]:
+    """What a checkpoint folder, quantized or not, or a bare ``config.json`` is: layers, parameters, formats, cache sizes.
+
+    Args:
+        context: tokens for ``kv_cache.bytes_at_context``; None is the config's ``max_position_embeddings``.
+    Raises:
+        CheckpointError
+    """
+    from nemoquant.checkpoint.summary import summarize
+
+    return summarize(path, context)

@@ -69,7 +69,11 @@ def fan_in(out: int, inputs: int, scale: float = 1.0, experts: int = 0) -> torch
 
 def init_mixer(kind: str, prefix: str) -> dict[str, torch.Tensor]:
     q, kv = CONFIG["num_attention_heads"] * CONFIG["head_dim"], CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
-    latent, width, shared = CONFIG["moe_latent_size"], CONFIG["moe_intermediate_size"], CONFIG["moe_shared_expert_intermediate_size"]
+    latent, width, shared = (
+        CONFIG["moe_latent_size"],
+        CONFIG["moe_intermediate_size"],
+        CONFIG["moe_shared_expert_intermediate_size"],
+    )
     conv = INNER + 2 * GROUPS * STATE
     if kind == "M":
         low, high = math.log(CONFIG["time_step_floor"]), math.log(CONFIG["time_step_max"])
@@ -253,10 +257,12 @@ def step(p: dict, state: dict, at: int, steps: int) -> None:
         if w.grad is None:
             continue
         s = state.setdefault(name, {})
-        if "mixer" in name and w.ndim >= 2 and "conv1d" not in name and "gate" not in name or "eh_proj" in name:
+        if ("mixer" in name and w.ndim >= 2 and "conv1d" not in name and "gate" not in name) or "eh_proj" in name:
             m = s.setdefault("m", torch.zeros_like(w)).lerp_(w.grad, 0.05)
             update = orthogonal(w.grad.lerp(m, 0.95))
-            w.data.mul_(1 - 0.02 * MUON_LR * rate).sub_(update, alpha=MUON_LR * rate * math.sqrt(max(1, w.shape[-2] / w.shape[-1])))
+            w.data.mul_(1 - 0.02 * MUON_LR * rate).sub_(
+                update, alpha=MUON_LR * rate * math.sqrt(max(1, w.shape[-2] / w.shape[-1]))
+            )
         else:
             m, v = s.setdefault("m", torch.zeros_like(w)), s.setdefault("v", torch.zeros_like(w))
             m.lerp_(w.grad, 0.1)
@@ -329,7 +335,10 @@ def fit(work: Path, steps: int) -> None:
         at += 1
         if at % 20 == 0:
             idle = sum(int((c == 0).sum()) for c in loads.values())
-            print(f"step {at} loss {main.item():.3f} mtp {mtp.item():.3f} idle experts {idle} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {at} loss {main.item():.3f} mtp {mtp.item():.3f} idle experts {idle} {time.time() - started:.0f} s",
+                flush=True,
+            )
         if at % 200 == 0 or at == steps:
             with torch.no_grad():
                 scores = torch.tensor([[v.item() for v in losses(p, test[i : i + 8], {})] for i in range(0, 32, 8)]).mean(0)
@@ -362,7 +371,9 @@ def save(work: Path) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (HERE / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (HERE / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    (HERE / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}, indent=2) + "\n")
+    (HERE / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}, indent=2) + "\n"
+    )
     print(f"{len(tensors)} tensors, {total} bytes")
 
 

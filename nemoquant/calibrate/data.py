@@ -53,7 +53,7 @@ def load_rows(path: Path, model: Path, config: NemotronHConfig, rows: int = DEFA
         MissingExtraError: a .parquet file without the extra.
     """
     ids = _array(path) if path.suffix == ".npy" else _cut(path, model, config, rows, length)
-    if ids.ids.size and not (0 <= ids.ids.min() and ids.ids.max() < config.vocab_size):
+    if ids.ids.size and not (ids.ids.min() >= 0 and ids.ids.max() < config.vocab_size):
         raise CalibrationError(
             f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to {config.vocab_size - 1}; is the tokenizer this model's?"
         )
@@ -117,7 +117,9 @@ def _raw_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     if line.strip():
                         document = json.loads(line)
                         if not isinstance(document, dict):
-                            raise CalibrationError(f"{path.name}, line {number}: a JSON {type(document).__name__}, expected an object")
+                            raise CalibrationError(
+                                f"{path.name}, line {number}: a JSON {type(document).__name__}, expected an object"
+                            )
                         yield number, document
         elif path.suffix == ".parquet":
             yield from _parquet(path)
@@ -145,7 +147,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _tokenizer(model: Path) -> Any:
     file = model / "tokenizer.json"
     if not file.exists():
-        raise CalibrationError(f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or `input_ids` in .jsonl)")
+        raise CalibrationError(
+            f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or `input_ids` in .jsonl)"
+        )
     from tokenizers import Tokenizer
 
     try:
@@ -166,7 +170,9 @@ def _chat_template(model: Path) -> Any:
     if not isinstance(source, str):
         raise CalibrationError(f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    tokens = {k: names[k]["content"] if isinstance(names[k], dict) else names[k] for k in ("bos_token", "eos_token") if names.get(k)}
+    tokens = {
+        k: names[k]["content"] if isinstance(names[k], dict) else names[k] for k in ("bos_token", "eos_token") if names.get(k)
+    }
 
     def refuse(message: str) -> None:
         raise TemplateError(message)

@@ -86,7 +86,8 @@ def _embed(checkpoint: Checkpoint, rows: Rows, dtype: torch.dtype) -> Tensor:
 
 def _batches(alive: np.ndarray[Any, Any], size: int) -> list[Tensor]:
     """Indices of the rows that are still finite, ``size`` at a time."""
-    return list(torch.from_numpy(np.flatnonzero(alive)).split(size))
+    indices = np.flatnonzero(alive)
+    return [torch.from_numpy(indices[i : i + size]) for i in range(0, len(indices), size)]
 
 
 def _layer(

@@ -73,10 +73,14 @@ class Scales:
         Raises:
             CalibrationError: lists the modules whose maxima are missing.
         """
-        missing = [r.module for r in plan.quantized if r.activation_format and r.expert is None and r.module not in self.input_amax]
+        missing = [
+            r.module for r in plan.quantized if r.activation_format and r.expert is None and r.module not in self.input_amax
+        ]
         missing += [m for m in kv_modules(plan) if m not in self.kv_amax]
         if missing:
-            raise CalibrationError(f"{path} lacks the maxima of {len(missing)} modules: {listing(missing)}; is it of another model?")
+            raise CalibrationError(
+                f"{path} lacks the maxima of {len(missing)} modules: {listing(missing)}; is it of another model?"
+            )
 
 
 def kv_modules(plan: Plan) -> list[str]:

@@ -107,7 +107,9 @@ def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], begin: int, s
             raise HeaderError(f"{file.name}: tensor {t.name!r} {kind}; expected contiguous data")
         at = t.end
     if at != size:
-        raise HeaderError(f"{file.name}: its tensors end at byte {at:,}, but the file has {size:,}; expected the same, it may be truncated")
+        raise HeaderError(
+            f"{file.name}: its tensors end at byte {at:,}, but the file has {size:,}; expected the same, it may be truncated"
+        )
 
 
 def encode_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

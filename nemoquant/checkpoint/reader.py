@@ -118,7 +118,8 @@ def _all_tensors(path: Path) -> list[TensorInfo]:
     extra = [name for name in found if name not in weight_map]
     if wrong or extra:
         raise CheckpointError(
-            f"{index} does not fit its shards: " + (f"not where it says: {listing(wrong)}" if wrong else f"not in it: {listing(extra)}")
+            f"{index} does not fit its shards: "
+            + (f"not where it says: {listing(wrong)}" if wrong else f"not in it: {listing(extra)}")
         )
     return result
 
@@ -167,7 +168,9 @@ def check_table(path: Path, expected: list[TensorSpec], tensors: dict[str, Tenso
         if n in tensors and tensors[n].shape != spec.shape
     ]
     found = [
-        f"{len(names)} {kind}: {listing(names)}" for kind, names in (("missing", missing), ("extra", extra), ("misshapen", shapes)) if names
+        f"{len(names)} {kind}: {listing(names)}"
+        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", shapes))
+        if names
     ]
     if found:
         raise TensorTableError(

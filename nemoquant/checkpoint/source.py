@@ -42,5 +42,7 @@ def open_source(path: Path) -> Source:
     table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in table]
     wrong = [f"{spec.name} {spec.dtype}" for spec in table if spec.dtype not in FLOAT_DTYPES]
     if wrong:
-        raise CheckpointError(f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected {', '.join(FLOAT_DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected {', '.join(FLOAT_DTYPES)}"
+        )
     return Source(path, config, raw, table, checkpoint)

@@ -31,11 +31,11 @@ class ShardWriter:
 
     def write(self, data: npt.NDArray[np.generic]) -> None:
         """Append the bytes of a C-contiguous array."""
-        view = memoryview(data.reshape(-1).view(np.uint8))
-        self._left -= len(view)
+        view = data.reshape(-1).view(np.uint8)
+        self._left -= view.size
         assert self._left >= 0, f"{self.path.name}: more bytes than its header announces"
-        self._digest.update(view)
-        self._file.write(view)
+        self._digest.update(view.data)
+        self._file.write(view.data)
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -198,10 +198,14 @@ class _Parser:
         if blocks is not None:
             if not isinstance(blocks, list) or not blocks or not all(b in BLOCK_NAMES for b in blocks):
                 bad = [b for b in blocks if b not in BLOCK_NAMES] if isinstance(blocks, list) else blocks
-                raise self.fail(f"`{list_key}` has the unknown layer kind {bad!r}; expected a list of {listing(list(BLOCK_NAMES), 9)}")
+                raise self.fail(
+                    f"`{list_key}` has the unknown layer kind {bad!r}; expected a list of {listing(list(BLOCK_NAMES), 9)}"
+                )
             spelled.append(tuple(BLOCK_NAMES[b] for b in blocks))
         if len(set(spelled)) > 1:
-            raise self.fail(f"`{pattern_key}` and `{list_key}` describe different layers; expected the same schedule, remove the wrong one")
+            raise self.fail(
+                f"`{pattern_key}` and `{list_key}` describe different layers; expected the same schedule, remove the wrong one"
+            )
         return spelled[0]
 
     def time_step_limit(self) -> tuple[float, float]:
@@ -225,15 +229,21 @@ class _Parser:
             raise self.fail("no layer schedule; expected `hybrid_override_pattern` or `layers_block_type`")
         declared = self.raw.get("num_hidden_layers")
         if declared is not None and declared != len(layers):
-            raise self.fail(f"`num_hidden_layers` is {declared!r}, but the layer schedule has {len(layers)} layers; expected the same")
+            raise self.fail(
+                f"`num_hidden_layers` is {declared!r}, but the layer schedule has {len(layers)} layers; expected the same"
+            )
         for key in ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"):
             if self.raw.get(key):
-                raise self.fail(f"`{key}` is {self.raw[key]!r}, expected false; no published model of this family has biases in its projections")
+                raise self.fail(
+                    f"`{key}` is {self.raw[key]!r}, expected false; no published model of this family has biases in its projections"
+                )
         for key, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
             if self.raw.get(key, expected) != expected:
                 raise self.fail(f"`{key}` is {self.raw[key]!r}, expected {expected!r}, the only one that this family has")
         if self.raw.get("sliding_window") is not None:
-            raise self.fail(f"`sliding_window` is {self.raw['sliding_window']!r}, expected null; this family attends to the whole context")
+            raise self.fail(
+                f"`sliding_window` is {self.raw['sliding_window']!r}, expected null; this family attends to the whole context"
+            )
         modules = self.integer("num_nextn_predict_layers", 0, minimum=0)
         mtp = self.schedule("mtp_hybrid_override_pattern", "mtp_layers_block_type") or ("attention", "moe")
         mtp = mtp if modules else ()
@@ -306,4 +316,6 @@ class _Parser:
             if b and a % b:
                 raise self.fail(f"`{whole}` is {a}, which `{part}` = {b} does not divide; expected a multiple")
         if c.num_experts_per_tok > c.n_routed_experts:
-            raise self.fail(f"`num_experts_per_tok` is {c.num_experts_per_tok}, more than the {c.n_routed_experts} experts of a layer")
+            raise self.fail(
+                f"`num_experts_per_tok` is {c.num_experts_per_tok}, more than the {c.n_routed_experts} experts of a layer"
+            )

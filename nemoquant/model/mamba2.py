@@ -24,7 +24,7 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import gated_group_norm
 from nemoquant.model.taps import Tap, Weights, linear
 
-CHUNK = 64  # positions; the fastest of 32, 64, 128 and 256 on two cores. Results depend on it by rounding only.
+CHUNK = 64  # positions; on two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -
     taps = weight.to(x.device).float()[:, 0].mT.contiguous()  # [kernel, channels]
     full = torch.cat([state.to(x).mT, x], 1)
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for start in range(0, length, CHUNK):  # a block of float32 inputs fits the caches: six times as fast as all at once
+    for start in range(0, length, CHUNK):  # one dtype in a block that fits the caches: six times as fast as bf16 times float32
         part = y[:, start : start + CHUNK]
         block = full[:, start : start + part.shape[1] + kernel - 1].float()
         torch.mul(block[:, : part.shape[1]], taps[0], out=part)

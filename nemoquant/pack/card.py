@@ -41,7 +41,7 @@ def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
         entry = found.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
         entry[0] += 1
         entry[1] += row.bytes_out
-    return [(*key, *value) for key, value in found.items()]
+    return [(role, weights, inputs, count, size) for (role, weights, inputs), (count, size) in found.items()]
 
 
 def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:
@@ -57,7 +57,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
         plan.recipe.summary,
         "",
-        f"- Size: {plan.bytes_out / 1e9:.3f} GB of tensors, {plan.bytes_in / 1e9:.3f} GB before ({plan.bytes_in / plan.bytes_out:.2f} times smaller).",
+        f"- Size: {plan.bytes_out / 1e9:.3f} GB of tensors, {plan.bytes_in / 1e9:.3f} GB before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
@@ -83,7 +83,11 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
     ]
     if warnings:
         lines += ["## Warnings", "", *(f"- {warning}" for warning in warnings), ""]
-    lines += ["## Provenance", "", "`nemoquant.json` has the recipe, the plan's and every file's sha256; `nemoquant verify` checks them."]
+    lines += [
+        "## Provenance",
+        "",
+        "`nemoquant.json` has the recipe, the plan's and every file's sha256; `nemoquant verify` checks them.",
+    ]
     if copied:
         lines += ["", "Copied from the source: " + ", ".join(f"`{name}`" for name in copied) + "."]
     return "\n".join(lines) + "\n"

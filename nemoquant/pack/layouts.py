@@ -49,7 +49,10 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     ignore = excluded_modules(plan)
     producer = {"name": PRODUCER, "version": LAYOUT_VERSION}
     if not kinds:
-        return None, {"producer": producer, "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore}}
+        return None, {
+            "producer": producer,
+            "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore},
+        }
     mixed = len(kinds) > 1
     named = {"quant_algo": "MIXED_PRECISION" if mixed else kinds[0]}
     layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
@@ -59,7 +62,8 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     legacy["exclude_modules"] = ignore
     section: dict[str, Any] = {
         "config_groups": {
-            f"group_{i}": _group(kind) | {"targets": sorted(m for m, k in by_module.items() if k == kind) if mixed else ["Linear"]}
+            f"group_{i}": _group(kind)
+            | {"targets": sorted(m for m, k in by_module.items() if k == kind) if mixed else ["Linear"]}
             for i, kind in enumerate(kinds)
         }
     }

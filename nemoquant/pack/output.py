@@ -38,7 +38,9 @@ def check_output(out: Path, source: Path, needed: int) -> None:
         raise OutputError(f"{out}: {parent} is not a folder; choose another output")
     free = shutil.disk_usage(parent).free
     if free < needed + MARGIN:
-        raise OutputError(f"{out}: {(needed + MARGIN) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or choose another disk")
+        raise OutputError(
+            f"{out}: {(needed + MARGIN) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or choose another disk"
+        )
 
 
 @contextmanager

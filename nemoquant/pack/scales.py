@@ -24,7 +24,7 @@ def weight_scale(row: Row, amax: np.float32) -> tuple[np.float32, bool]:
     if row.format == "fp8":
         return fp8.decode_scale(amax), fp8.is_degenerate(amax)
     method = row.scale_method
-    assert method in ("max", "mse", "four_over_six")
+    assert method is not None
     return nvfp4.global_decode_scale(amax, method), nvfp4.is_degenerate(amax, method)
 
 
@@ -48,7 +48,9 @@ def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.
         seen = [amax[row.module] for row in members if row.module in amax]
         fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
         if not seen and fallback is None:
-            raise CalibrationError(f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with more rows")
+            raise CalibrationError(
+                f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with more rows"
+            )
         unreached += not seen
         largest = max(seen) if seen else fallback
         assert largest is not None and members[0].activation_format is not None

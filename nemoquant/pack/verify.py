@@ -50,7 +50,9 @@ class Report:
         return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
 
 
-def verify(out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = lambda done, total: None) -> Report:
+def verify(
+    out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = lambda done, total: None
+) -> Report:
     """Check the checkpoint in ``out``; problems are collected, not raised.
 
     Args:
@@ -99,7 +101,9 @@ def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
     settings = manifest["plan"]
     plan = resolve(parse_recipe(settings["recipe"]), config, table, assumed=False, scale_groups=settings["scale_groups"])
     if plan.sha256 != settings["sha256"]:
-        report.problems.append(f"the recipe and config.json give the plan {plan.sha256[:12]}, the manifest names {settings['sha256'][:12]}")
+        report.problems.append(
+            f"the recipe and config.json give the plan {plan.sha256[:12]}, the manifest names {settings['sha256'][:12]}"
+        )
     return plan
 
 
@@ -194,12 +198,14 @@ def _compare(
 
 
 def _equal_bytes(a: Any, b: Any) -> bool:
-    return a.size == b.size and all(np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in range(0, a.size, COMPARE_BYTES))
+    return a.size == b.size and all(
+        np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in range(0, a.size, COMPARE_BYTES)
+    )
 
 
 def _encodes_to(row: Row, entries: dict[tuple[str, str], Entry], source: Checkpoint, written: Checkpoint) -> bool:
     """Whether the stored scale and the source's weight give the stored codes. All-zero codes stand for a degenerate weight."""
-    scale = written.array(entries[row.name, "global_scale"].name)[()]
+    scale = np.float32(written.array(entries[row.name, "global_scale"].name)[()])
     codes = written.array(entries[row.name, "codes"].name)
     block_scales = written.array(entries[row.name, "block_scales"].name) if (row.name, "block_scales") in entries else None
     degenerate = scale == 1.0 and not codes.any()
@@ -207,6 +213,6 @@ def _encodes_to(row: Row, entries: dict[tuple[str, str], Entry], source: Checkpo
         expected, expected_scales = encode(source, row, part, scale, degenerate)
         if not np.array_equal(codes[part], expected):
             return False
-        if block_scales is not None and not np.array_equal(block_scales[part], expected_scales):
+        if block_scales is not None and expected_scales is not None and not np.array_equal(block_scales[part], expected_scales):
             return False
     return True

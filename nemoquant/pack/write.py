@@ -23,7 +23,7 @@ from nemoquant.plan.plan import Plan, Row
 
 Progress = Callable[[int], None]  # bytes of source that were dealt with since the last call
 T = TypeVar("T")
-I = TypeVar("I")
+Item = TypeVar("Item")
 COPY_BYTES = 16 << 20
 
 
@@ -107,11 +107,19 @@ class Packer:
     def _tensor(self, row: Row, pool: ThreadPoolExecutor) -> Iterator[tuple[Row, np.float32, bool, Iterable[Encoded]]]:
         """One weight: its chunks go to the threads, first for the maximum of its group, then for the codes."""
         members = self._groups[row.weight_group] if row.weight_group else [row]
-        found = [v for r in members for v in self._ahead(pool, lambda part, r=r: amax(self.checkpoint, r, part), slices(r))]
+        parts = [(member, part) for member in members for part in slices(member)]
+        found = self._ahead(pool, lambda item: amax(self.checkpoint, *item), parts)
         scale, degenerate = weight_scale(row, max(found))
-        yield row, scale, degenerate, self._ahead(pool, lambda part: encode(self.checkpoint, row, part, scale, degenerate), slices(row))
+        yield (
+            row,
+            scale,
+            degenerate,
+            self._ahead(pool, lambda part: encode(self.checkpoint, row, part, scale, degenerate), slices(row)),
+        )
 
-    def _experts(self, rows: Iterable[Row], pool: ThreadPoolExecutor) -> Iterator[tuple[Row, np.float32, bool, Iterable[Encoded]]]:
+    def _experts(
+        self, rows: Iterable[Row], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Row, np.float32, bool, Iterable[Encoded]]]:
         """Experts: one task each, maximum and codes while the weight is in the cache."""
 
         def task(row: Row) -> tuple[Row, np.float32, bool, Iterable[Encoded]]:
@@ -120,7 +128,7 @@ class Packer:
 
         return self._ahead(pool, task, rows)
 
-    def _ahead(self, pool: ThreadPoolExecutor, function: Callable[[I], T], items: Iterable[I]) -> Iterator[T]:
+    def _ahead(self, pool: ThreadPoolExecutor, function: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
         """``map`` in the threads, in order, with a bounded number of results waiting."""
         waiting: deque[Future[T]] = deque()
         for item in items:

@@ -11,7 +11,7 @@ from typing import Any
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.formats import FORMATS
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.plan.recipe import Recipe
+from nemoquant.plan.recipe import Recipe, ScaleMethod
 
 SCHEMA = 1  # of the plan's JSON
 SCALAR_BYTES = 4
@@ -33,7 +33,7 @@ class Row:
     shape: tuple[int, ...]
     source_dtype: str
     format: str
-    scale_method: str | None
+    scale_method: ScaleMethod | None
     activation_format: str | None
     weight_group: str | None
     input_group: str | None

@@ -1,20 +1,20 @@
 """Recipes: which role gets which number format. YAML, read strictly: an unknown key is an error.
 
-    name: nvfp4
-    summary: Routed experts NVFP4, the other GEMMs FP8.
-    rules:                                  # first match wins; every tensor must be covered
-      - roles: [experts.*]
-        format: nvfp4                       # source, fp8 or nvfp4
-        scales: max                         # NVFP4 block scales: max, mse or four_over_six
-        activations: nvfp4                  # the weight's format, or none for weights only (NVFP4 only)
-      - roles: [mamba.in_proj]
-        layers: [0, 2]                      # only in these layers; each must have the role
-        format: fp8
-      - names: ["backbone.layers.7.mixer.o_proj"]   # patterns (* ? [..]) over module or tensor names
-        format: source
-      - roles: ["*"]
-        format: source
-    kv_cache: fp8                           # source or fp8
+name: nvfp4
+summary: Routed experts NVFP4, the other GEMMs FP8.
+rules:                                  # first match wins; every tensor must be covered
+  - roles: [experts.*]
+    format: nvfp4                       # source, fp8 or nvfp4
+    scales: max                         # NVFP4 block scales: max, mse or four_over_six
+    activations: nvfp4                  # the weight's format, or none for weights only (NVFP4 only)
+  - roles: [mamba.in_proj]
+    layers: [0, 2]                      # only in these layers; each must have the role
+    format: fp8
+  - names: ["backbone.layers.7.mixer.o_proj"]   # patterns (* ? [..]) over module or tensor names
+    format: source
+  - roles: ["*"]
+    format: source
+kv_cache: fp8                           # source or fp8
 """
 
 from pathlib import Path
@@ -103,7 +103,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"recipe {name_or_path!r} is neither a file nor a preset; presets are {listing(list(shipped), 20)}") from None
+        raise RecipeError(
+            f"recipe {name_or_path!r} is neither a file nor a preset; presets are {listing(list(shipped), 20)}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(data, name_or_path)

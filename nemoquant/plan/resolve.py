@@ -32,7 +32,9 @@ _REASONS = {
 }
 
 
-def resolve(recipe: Recipe, config: NemotronHConfig, table: list[TensorSpec], *, assumed: bool, scale_groups: bool = True) -> Plan:
+def resolve(
+    recipe: Recipe, config: NemotronHConfig, table: list[TensorSpec], *, assumed: bool, scale_groups: bool = True
+) -> Plan:
     """The plan for ``table`` (dtypes as the source has them, or assumed from a bare config).
 
     Raises:
@@ -168,7 +170,9 @@ def _check_fused(rows: list[Row]) -> None:
     for group, formats in fused.items():
         if len(formats) > 1:
             got = ", ".join(f"{name} {form[0]}" for form, name in formats.items())
-            raise RecipeError(f"{group} run as one fused operation in vLLM, SGLang and TensorRT-LLM, but got {got}; expected one format")
+            raise RecipeError(
+                f"{group} run as one fused operation in vLLM, SGLang and TensorRT-LLM, but got {got}; expected one format"
+            )
 
 
 def _fused_with(row: Row) -> str | None:

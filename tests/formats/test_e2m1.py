@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -56,6 +56,7 @@ def test_every_bf16_value_goes_to_the_nearest() -> None:
     assert e2m1.encode(values).tolist() == [plain_code(float(v)) for v in values]
 
 
+@settings(deadline=None)  # the first example may wait for the compiler
 @given(st.floats(min_value=-8, max_value=8, width=32))
 def test_any_float32_goes_to_the_nearest(value: float) -> None:
     assert encode(value) == [plain_code(value)]
@@ -67,6 +68,7 @@ def test_the_even_index_is_the_low_nibble() -> None:
     assert e2m1.unpack(np.array([[0x21, 0x0F], [0x78, 0xC3]], np.uint8)).tolist() == codes.tolist()
 
 
+@settings(deadline=None)  # the first example may wait for the compiler
 @given(arrays(np.uint8, st.tuples(st.integers(0, 5), st.integers(0, 9))))
 def test_unpack_then_pack_gives_the_bytes_back(packed: np.ndarray) -> None:
     codes = e2m1.unpack(packed)

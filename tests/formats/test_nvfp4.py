@@ -85,7 +85,7 @@ def test_bytes_are_those_of_the_plain_definition(bf16_weight, to_float, method, 
         assert_same(nvfp4.encode(weight, scale, method), expected)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)  # the first example may wait for the compiler
 @given(
     numbers=st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=32, max_size=32),
     exponent=st.integers(-24, 12),
@@ -97,7 +97,7 @@ def test_any_float32_block_is_that_of_the_plain_definition(numbers: list[float],
     assert_same(nvfp4.encode(values, scale, method), plain_encode(values, scale, method))
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)  # the first example may wait for the compiler
 @given(
     steps=st.lists(st.integers(-48, 48), min_size=16, max_size=16),
     exponent=st.integers(-12, 6),
@@ -171,15 +171,30 @@ def test_decode_by_hand() -> None:
     np.testing.assert_array_equal(values[0, 16:], np.array(ALL_CODES, np.float32) * np.float32(2.0**-10))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_keep_their_order_of_error(method, to_bf16, to_float) -> None:
-    """On normal weights the search is never worse than max, and both lie where 4-bit floats do (about 20 dB)."""
+def test_signal_to_noise_of_normal_weights(to_bf16, to_float) -> None:
+    """Floors in dB, half a dB or so below what is measured. The search includes the choice of max, so that it cannot be worse."""
     weight = to_bf16(np.random.default_rng(3).standard_normal((64, 256)) * 0.02)
     values = to_float(weight).astype(np.float64)
-    scale = nvfp4.global_decode_scale(amax(weight), method)
-    error = nvfp4.decode(*nvfp4.encode(weight, scale, method), scale) - values
-    sqnr = 10 * np.log10((values**2).sum() / (error**2).sum())
-    assert sqnr > {"max": 20.0, "four_over_six": 20.5, "mse": 21.0}[method]
+    sqnr = {}
+    for method in METHODS:
+        scale = nvfp4.global_decode_scale(amax(weight), method)
+        error = nvfp4.decode(*nvfp4.encode(weight, scale, method), scale) - values
+        sqnr[method] = 10 * np.log10((values**2).sum() / (error**2).sum())
+    assert sqnr["max"] > 20
+    assert sqnr["four_over_six"] > 20.5
+    assert sqnr["mse"] > 21
+    assert sqnr["mse"] >= sqnr["max"]
+
+
+def test_a_weight_mapped_at_an_odd_address(bf16_weight) -> None:
+    """A safetensors header may have any length, so that a mapped tensor need not be aligned."""
+    padded = np.frombuffer(b"\0" + bf16_weight.tobytes(), np.uint8)
+    weight = padded[1:].view(np.uint16).reshape(bf16_weight.shape)
+    assert not weight.flags.aligned
+    assert amax(weight) == amax(bf16_weight)
+    scale = nvfp4.global_decode_scale(amax(weight))
+    for method in METHODS:
+        assert_same(nvfp4.encode(weight, scale, method), nvfp4.encode(bf16_weight, scale, method))
 
 
 # Scales per tensor, degenerate weights.

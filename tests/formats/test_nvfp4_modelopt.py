@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("modelopt") is None, reason="needs nvidia-modelopt (extra: modelopt), the oracle"
     ),
-    # importing modelopt loads parts of torch and of its own that call torch.jit.script and script_method, which torch has deprecated
+    # importing modelopt runs torch.jit.script and script_method, in torch's modules and its own; torch has deprecated both
     pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
 ]
 

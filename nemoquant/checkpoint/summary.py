@@ -1,0 +1,57 @@
+"""What ``inspect`` tells: figures from a config, and from headers where there are any."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nemoquant.checkpoint.header import ITEM_SIZE
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.model.config import PATTERN_LETTERS, NemotronHConfig, load_config
+from nemoquant.model.roles import TensorSpec, tensor_table
+
+
+def summarize(path: Path, context: int | None) -> dict[str, Any]:
+    """See :func:`nemoquant.inspect`."""
+    config, raw = load_config(path)
+    table = tensor_table(config)
+    if path.is_dir():
+        with Checkpoint(path) as checkpoint:
+            stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
+    else:
+        stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
+    sizes = [math.prod(spec.shape) for spec in table]
+    main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
+    letters = {kind: letter for letter, kind in PATTERN_LETTERS.items()}
+    quantization = raw.get("quantization_config") or {}
+    fp8_cache = quantization.get("kv_cache_scheme", {}).get("num_bits") == 8
+    per_token = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
+    tokens = context or config.max_position_embeddings
+    item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
+    counts, bytes_by_dtype = Counter(d for d, _ in stored), Counter[str]()
+    for dtype, size in stored:
+        bytes_by_dtype[dtype] += size
+    return {
+        "source": "headers" if path.is_dir() else "the config alone (dtypes assumed)",
+        "layers": {
+            "total": len(config.layers),
+            "kinds": dict(Counter(config.layers)),
+            "pattern": "".join(letters[kind] for kind in config.layers),
+            "mtp_modules": config.mtp_modules,
+            "mtp_pattern": "".join(letters[kind] for kind in config.mtp_layers),
+        },
+        "parameters": sum(sizes),
+        "parameters_without_mtp": sum(n for _, n in main),
+        "active_parameters": sum(_active(config, spec, n) for spec, n in main),
+        "tensors": len(stored),
+        "bytes": sum(size for _, size in stored),
+        "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
+        "quantization": quantization.get("quant_algo"),
+        "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
+        "ssm_state_bytes_per_sequence": config.count("mamba") * config.mamba_inner * config.ssm_state_size * item,
+    }
+
+
+def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:
+    """Parameters that one token uses: of routed experts, its top k of all."""
+    return elements * config.num_experts_per_tok // config.n_routed_experts if spec.expert is not None else elements

@@ -1,0 +1,72 @@
+"""The command line: a thin face on the Python API. Verbs are loaded when they are called, so that ``--help`` is quick."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from nemoquant._version import __version__
+
+VERBS = {
+    "inspect": "Show what a checkpoint or config.json is.",
+    "plan": "Show what a recipe would do, tensor by tensor, before it is done.",
+    "quantize": "Quantize a bf16 checkpoint to FP8 or NVFP4.",
+    "verify": "Check a quantized checkpoint, file by file and byte by byte.",
+    "recipes": "List and show the shipped recipes.",
+}
+
+
+class Verbs(click.Group):
+    """Loads ``nemoquant.cli.<verb>`` when the verb is used; errors become one line and their exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"nemoquant.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], VERBS, 1)
+            hint = f" Did you mean '{close[0]}'?" if close else f" Commands are {', '.join(VERBS)}."
+            raise click.UsageError(f"No such command '{args[0]}'.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):  # without loading them
+            formatter.write_dl(list(VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from nemoquant.errors import NemoquantError
+
+        try:
+            return super().invoke(ctx)
+        except NemoquantError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("error: interrupted; nothing was kept", err=True)
+            sys.exit(130)
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", message="nemoquant %(version)s")
+def main() -> None:
+    """Quantize and deploy NVIDIA Nemotron-H models.
+
+    \b
+    Examples:
+      nemoquant inspect MODEL
+      nemoquant plan MODEL --fmt nvfp4
+      nemoquant quantize MODEL OUT --fmt fp8
+      nemoquant verify OUT --against MODEL
+
+    \b
+    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted.
+    """

@@ -1,0 +1,46 @@
+"""``nemoquant inspect``: what a checkpoint or config is."""
+
+from pathlib import Path
+
+import click
+
+from nemoquant.cli.shared import json_option, print_json, size, table
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--context", type=click.IntRange(min=1), help="Tokens for the full-context figure; default: the config's maximum.")
+@json_option
+def command(model: Path, context: int | None, as_json: bool) -> None:
+    """Show layers, parameters, formats and cache sizes of MODEL, a checkpoint folder (quantized or not) or a config.json.
+
+    \b
+    Examples:
+      nemoquant inspect MODEL
+      nemoquant inspect config.json --context 1048576 --json
+    """
+    from nemoquant import api
+
+    found = api.inspect(model, context=context)
+    if as_json:
+        print_json(found)
+        return
+    layers, kv = found["layers"], found["kv_cache"]
+    lines = [
+        (
+            "layers",
+            f"{layers['total']}: "
+            + ", ".join(f"{n} {kind}" for kind, n in layers["kinds"].items())
+            + f"; MTP modules {layers['mtp_modules']}",
+        ),
+        ("pattern", layers["pattern"]),
+        ("parameters", f"{found['parameters']:,} ({found['parameters_without_mtp']:,} without MTP)"),
+        ("active per token", f"{found['active_parameters']:,}"),
+        ("tensors", f"{found['tensors']:,}, {found['bytes']:,} bytes ({size(found['bytes'])}), from {found['source']}"),
+        ("quantization", found["quantization"] or "none"),
+        ("KV cache", f"{kv['bytes_per_token']:,} B a token, {size(kv['bytes_at_context'])} at {kv['context']:,} tokens"),
+        ("SSM state", f"{size(found['ssm_state_bytes_per_sequence'])} a sequence"),
+    ]
+    for name, text in lines:
+        click.echo(f"{name:<18}{text}")
+    table([(k, v["tensors"], v["bytes"]) for k, v in found["dtypes"].items()], ("stored as", "tensors", "bytes"), right="12")

@@ -1,0 +1,98 @@
+"""``nemoquant quantize``: the main job."""
+
+import time
+from pathlib import Path
+
+import click
+
+from nemoquant.cli.shared import json_option, print_json, progress_bars, recipe_name, recipe_options, size
+
+
+@click.command("quantize")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@recipe_options
+@click.option(
+    "--calib",
+    type=click.Path(path_type=Path),
+    help="Calibration data: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Calibration rows.")
+@click.option("--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in a calibration row.")
+@click.option(
+    "--scales",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="nemoquant_scales.json of an earlier run, instead of calibrating.",
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where calibration computes."
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Dtype that calibration computes in.",
+)
+@click.option(
+    "--row-batch",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Calibration rows that go through a layer at once.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
+@click.option(
+    "--shard-size", type=click.FloatRange(min=0.000001), default=5.0, show_default=True, help="Largest output file, in GB."
+)
+@click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@json_option
+def command(
+    source: Path, out: Path, fmt: str | None, recipe: str | None, calib: Path | None, rows: int, seq_len: int, scales: Path | None,
+    device: str, compute: str, row_batch: int, threads: int | None, shard_size: float, no_scale_groups: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Quantize the bf16 checkpoint in SRC into the new folder OUT.
+
+    Calibrates layer by layer, packs in a stream, verifies what was written, and only then gives the folder its name.
+
+    \b
+    Examples:
+      nemoquant quantize MODEL OUT --fmt fp8
+      nemoquant quantize MODEL OUT --fmt nvfp4 --calib chats.jsonl --rows 128 --seq-len 2048
+      nemoquant quantize MODEL OUT --recipe nvfp4-w4a16             weights only, no calibration
+      nemoquant quantize MODEL OUT --fmt fp8 --scales EARLIER/nemoquant_scales.json
+    """
+    from nemoquant import api
+    from nemoquant.errors import UsageError
+
+    name = recipe_name(fmt, recipe)
+    if scales and calib:
+        raise UsageError("got both --scales and --calib; expected one: --scales takes the place of calibration")
+    options = api.CalibrationOptions(calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch)
+    began = time.monotonic()
+    with progress_bars(as_json) as progress:
+        result = api.quantize(
+            source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
+            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    took = time.monotonic() - began
+    if as_json:
+        figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
+        print_json(
+            figures | {"warnings": result.warnings, "verified": result.verified, "skipped_side_files": result.skipped_files}
+        )
+        return
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if result.skipped_files:
+        click.echo(
+            f"left behind: {', '.join(result.skipped_files)} (not on the list of files that belong to a checkpoint)", err=True
+        )
+    made = result.plan
+    what = f"{size(made.bytes_in)} -> {size(made.bytes_out)} of tensors, {made.bits_per_weight:.2f} bits a weight"
+    if dry_run:
+        click.echo(f"dry run: {made.recipe.name} fits {source}; {what}; {made.tensors_out:,} tensors would be written to {out}")
+    else:
+        click.echo(f"{out}: {made.recipe.name}, {what}, verified, {took:.1f} s")

@@ -1,0 +1,45 @@
+"""``nemoquant recipes``: list and show the shipped recipes."""
+
+import click
+
+from nemoquant.cli.shared import json_option, print_json, table
+
+
+@click.group("recipes")
+def command() -> None:
+    """List and show the shipped recipes.
+
+    \b
+    Examples:
+      nemoquant recipes list
+      nemoquant recipes show nvfp4 > my.yaml      start from a preset
+    """
+
+
+@command.command("list")
+@json_option
+def list_recipes(as_json: bool) -> None:
+    """The presets, a line each."""
+    from nemoquant.plan.recipe import load_recipe, presets
+
+    recipes = [load_recipe(name) for name in presets()]
+    if as_json:
+        print_json([{"name": r.name, "summary": r.summary, "kv_cache": r.kv_cache} for r in recipes])
+    else:
+        table([(r.name, r.kv_cache, r.summary) for r in recipes], ("preset", "KV cache", "what it does"))
+
+
+@command.command("show")
+@click.argument("name")
+@json_option
+def show_recipe(name: str, as_json: bool) -> None:
+    """Print a recipe: a preset's file as it is, comments and all."""
+    from pathlib import Path
+
+    from nemoquant.plan.recipe import load_recipe, presets
+
+    recipe = load_recipe(name)
+    if as_json:
+        print_json(recipe.dump())
+    else:
+        click.echo(presets().get(name, Path(name)).read_text(encoding="utf-8"), nl=False)

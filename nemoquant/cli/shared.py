@@ -1,0 +1,113 @@
+"""What several verbs share: options, output, progress."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from nemoquant.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
+
+
+def recipe_options(function: F) -> F:
+    """``--fmt`` and ``--recipe``; :func:`recipe_name` reads them."""
+    function = click.option(
+        "--recipe", metavar="NAME_OR_FILE", help="Preset name or recipe file; `nemoquant recipes list` shows presets."
+    )(function)
+    return click.option("--fmt", type=click.Choice(["fp8", "nvfp4"]), help="Number format: the preset of that name.")(function)
+
+
+def recipe_name(fmt: str | None, recipe: str | None) -> str:
+    """The recipe that the two options ask for; exactly one must be given."""
+    if (fmt is None) == (recipe is None):
+        got = "neither" if fmt is None else "both"
+        raise UsageError(f"got {got} of --fmt and --recipe; expected one, such as --fmt fp8")
+    return fmt or recipe or ""
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON for machines, and nothing else, on standard output."
+)
+
+
+def print_json(data: Any) -> None:
+    """JSON on standard output; NaN and Infinity never occur in it."""
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.23 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yields the callback that the API's functions report to.
+
+    On a terminal it draws one rich bar a stage on standard error, once the work has lasted ``SHOW_AFTER`` seconds; elsewhere it
+    prints a plain line a stage when that is over.
+    """
+    began = time.monotonic()
+    if quiet:
+        yield lambda stage, done, total, what: None
+    elif not sys.stderr.isatty():
+        yield _plain(began)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>4.0f}%"), TimeElapsedColumn())
+        bars = Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True
+        )
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int, what: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, what=what)
+            bars.update(tasks[stage], completed=done, total=total, what=what)
+            if not bars.live.is_started and time.monotonic() - began > SHOW_AFTER:
+                bars.start()
+
+        try:
+            yield report
+        finally:
+            if bars.live.is_started:
+                bars.stop()
+
+
+def _plain(began: float) -> Callable[[str, int, int, str], None]:
+    finished: set[str] = set()
+
+    def report(stage: str, done: int, total: int, what: str) -> None:  # noqa: ARG001
+        if done >= total and stage not in finished:
+            finished.add(stage)
+            click.echo(f"{stage}: done after {time.monotonic() - began:.1f} s", err=True)
+
+    return report
+
+
+def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "") -> None:
+    """A table on standard output, by rich on a terminal's width; ``right`` names the columns to align right, by number."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(header):
+        made.add_column(name, justify="right" if str(i) in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160  # into a file or pipe: nobody's terminal to fit
+    console.print(made)
