@@ -107,7 +107,10 @@ def quantize(
         made = _plan(opened, recipe, scale_groups)
         output.check_output(out, source, made.bytes_out)
         layout = shards(made, shard_bytes)
-        warnings: list[str] = []
+        warnings = [
+            f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
+            for name in made.unused_formats
+        ]
         scales = None
         if made.needs_calibration:
             scales = _scales(opened, made, options, threads, dry_run, warnings, progress)
@@ -127,6 +130,7 @@ def _scales(
     if options.scales is not None:
         scales = Scales.load(options.scales)
         scales.check(plan, options.scales)
+        warnings += scales.warnings
         return scales
     import torch
 
@@ -135,13 +139,15 @@ def _scales(
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
     rows = load_rows(options.data or default_data(), source.path, source.config, options.rows, options.seq_len)
+    told: list[str] = []  # goes into the scales file: giving that back repeats the warnings too
     if len(rows.ids) < options.rows and (options.data is None or options.data.suffix != ".npy"):
-        warnings.append(
+        told.append(
             f"{rows.source} holds {len(rows.ids)} rows of {options.seq_len} tokens, {options.rows} were asked for; all of them were used"
         )
     if rows.dropped:
-        warnings.append(f"{rows.source}: its last {rows.dropped} tokens do not fill a row and were left out")
+        told.append(f"{rows.source}: its last {rows.dropped} tokens do not fill a row and were left out")
     if dry_run:
+        warnings += told
         return None
     torch.set_num_threads(threads)
     assert source.checkpoint is not None
@@ -155,7 +161,9 @@ def _scales(
         progress=lambda done, total, what: progress("calibrate", done, total, what),
     )
     if scales.non_finite_rows:
-        warnings.append(f"{scales.non_finite_rows} calibration rows came to NaN or Inf and were left out")
+        told.append(f"{scales.non_finite_rows} calibration rows came to NaN or Inf and were left out")
+    scales.warnings = told
+    warnings += told
     return scales
 
 

@@ -56,7 +56,11 @@ EXPERTS, TOP = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
 
 ROWS, LENGTH = 8, 512  # of one step
 MTP_WEIGHT = 0.2
-MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 4e-3, 60, 0.5  # the last share of all steps decays linearly to zero
+MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 4e-3, 60, 0.74  # the last share of all steps decays linearly to zero
+# Full steps push experts' units below zero for every token, where squared ReLU has no gradient: at step 1,000 nearly all units
+# of two layers were dead. From then on up projections take smaller steps, and dead units are made anew.
+REVIVE_FROM, REVIVE_EVERY, REVIVE_UNTIL, UP_RATE = 1000, 100, 0.8, 0.4
+DEAD = 0.002  # a unit that is positive for less than this share of its expert's tokens
 
 
 # --- parameters: published names, except that the experts of a layer are one [E, out, in] tensor until they are saved ---
@@ -121,6 +125,9 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.bfloat16(), weight.bfloat16())
+
+
+WATCH: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # while set: layer -> units' activity [E, width], mean input
 
 
 def squared(x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +211,9 @@ def moe(p: dict, k: str, u: torch.Tensor, loads: dict[str, torch.Tensor]) -> tor
     latent = linear(x, p[k + "fc1_latent_proj.weight"]).index_select(0, rows)
     up, down = (p[k + f"experts.{n}_proj.weight"].bfloat16().unbind(0) for n in ("up", "down"))
     parts = [squared(part @ u.mT) @ d.mT for part, u, d in zip(latent.split(counts.tolist()), up, down, strict=True)]
+    if WATCH is not None:
+        active = [(part @ u.mT > 0).float().mean(0) for part, u in zip(latent.split(counts.tolist()), up, strict=True)]
+        WATCH[k] = torch.stack(active), latent.float().mean(0)
     routed = torch.cat(parts) * weights.view(-1).index_select(0, order)[:, None].bfloat16()
     mixed = torch.zeros(x.shape[0], routed.shape[1], dtype=torch.bfloat16).index_add(0, rows, routed)
     out = linear(mixed, p[k + "fc2_latent_proj.weight"])
@@ -260,9 +270,8 @@ def step(p: dict, state: dict, at: int, steps: int) -> None:
         if ("mixer" in name and w.ndim >= 2 and "conv1d" not in name and "gate" not in name) or "eh_proj" in name:
             m = s.setdefault("m", torch.zeros_like(w)).lerp_(w.grad, 0.05)
             update = orthogonal(w.grad.lerp(m, 0.95))
-            w.data.mul_(1 - 0.02 * MUON_LR * rate).sub_(
-                update, alpha=MUON_LR * rate * math.sqrt(max(1, w.shape[-2] / w.shape[-1]))
-            )
+            lr = MUON_LR * rate * (UP_RATE if at >= REVIVE_FROM and "experts.up_proj" in name else 1.0)
+            w.data.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * math.sqrt(max(1, w.shape[-2] / w.shape[-1])))
         else:
             m, v = s.setdefault("m", torch.zeros_like(w)), s.setdefault("v", torch.zeros_like(w))
             m.lerp_(w.grad, 0.1)
@@ -277,6 +286,26 @@ def balance(p: dict, loads: dict[str, torch.Tensor], rate: float) -> None:
     for k, counts in loads.items():
         error = (counts.float().mean() - counts.float()) / counts.float().mean()
         p[k + "gate.e_score_correction_bias"].data.add_(rate * error.clamp(-1, 1))
+
+
+@torch.no_grad()
+def revive(p: dict, state: dict, tokens: torch.Tensor) -> int:
+    """Make dead units of routed experts anew: random weights at a right angle to the mean input, no momentum. Returns how many."""
+    global WATCH
+    WATCH = {}
+    losses(p, tokens, {})
+    watched, WATCH = WATCH, None
+    count = 0
+    for k, (activity, mean) in watched.items():
+        up, down = p[k + "experts.up_proj.weight"], p[k + "experts.down_proj.weight"]
+        dead = activity < DEAD  # NaN, an expert without tokens, is not
+        rows = fan_in(int(dead.sum()), up.shape[-1])
+        up[dead] = rows - (rows @ mean)[:, None] * mean / mean.square().sum()
+        down.mT[dead] = fan_in(len(rows), down.shape[-2]) * 0.15
+        state[k + "experts.up_proj.weight"]["m"][dead] = 0
+        state[k + "experts.down_proj.weight"]["m"].mT[dead] = 0
+        count += len(rows)
+    return count
 
 
 # --- verbs ---
@@ -327,6 +356,9 @@ def fit(work: Path, steps: int) -> None:
         rng = np.random.default_rng(epoch)
         starts = rng.integers(LENGTH) + LENGTH * rng.permutation(per_epoch * ROWS)[place * ROWS : place * ROWS + ROWS]
         tokens = torch.from_numpy(np.stack([data[s : s + LENGTH + 2] for s in starts]).astype(np.int64))
+        if at >= REVIVE_FROM and at % REVIVE_EVERY == 0 and at <= REVIVE_UNTIL * steps:
+            torch.manual_seed(at)
+            print(f"step {at} revived {revive(p, optimiser, tokens)} units", flush=True)
         loads: dict[str, torch.Tensor] = {}
         main, mtp = losses(p, tokens, loads)
         (main + MTP_WEIGHT * mtp).backward()

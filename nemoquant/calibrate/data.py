@@ -11,6 +11,7 @@ last row is dropped and counted.
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,11 @@ def load_rows(path: Path, model: Path, config: NemotronHConfig, rows: int = DEFA
 
 def _array(path: Path) -> Rows:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as f:
+            array = np.load(f, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"{path} cannot be read as a numpy array ({error}); expected integers [rows, length]") from None
     if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
         raise CalibrationError(f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]")
@@ -95,7 +99,11 @@ def _documents(path: Path, model: Path) -> Iterator[list[int]]:
     for number, document in _raw_documents(path):
         where = f"{path.name}, document {number}"
         if isinstance(document.get("input_ids"), list):
-            yield [int(i) for i in document["input_ids"]]
+            ids = document["input_ids"]
+            bad = [i for i in ids if type(i) is not int or not 0 <= i < 1 << 31]
+            if bad:
+                raise CalibrationError(f"{where}: `input_ids` holds {bad[0]!r}; expected token ids")
+            yield ids
             continue
         text = document.get("text")
         if text is None and isinstance(document.get("messages"), list):
@@ -165,11 +173,16 @@ def _chat_template(model: Path) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     file, settings = model / "chat_template.jinja", model / "tokenizer_config.json"
-    names = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    try:
+        names = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    except ValueError as error:
+        raise CalibrationError(f"{settings} cannot be read ({error}); expected JSON") from None
     source = file.read_text(encoding="utf-8") if file.exists() else names.get("chat_template")
     if not isinstance(source, str):
         raise CalibrationError(f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # as transformers renders: `break` and `continue` exist, and JSON is not escaped for HTML
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     tokens = {
         k: names[k]["content"] if isinstance(names[k], dict) else names[k] for k in ("bos_token", "eos_token") if names.get(k)
     }
@@ -182,7 +195,7 @@ def _chat_template(model: Path) -> Any:
             return environment.from_string(source).render(
                 messages=messages, add_generation_prompt=False, raise_exception=refuse, **tokens
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: whatever it raises is its own, or jinja's word on it
             raise CalibrationError(f"{where}: the chat template refuses its messages ({error})") from None
 
     return render

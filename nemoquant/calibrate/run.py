@@ -17,7 +17,7 @@ from nemoquant.calibrate.observers import AmaxObserver
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CalibrationError, listing
+from nemoquant.errors import CalibrationError, WeightError, listing
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import layer_forward
@@ -52,7 +52,7 @@ def calibrate(
         dtype: compute dtype; None picks :func:`compute_dtype`.
         row_batch: rows that go through a layer at once.
     Raises:
-        CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf.
+        CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf; WeightError where weights hold them.
     """
     dtype = dtype or compute_dtype(device)
     hidden = _embed(checkpoint, rows, dtype)
@@ -112,7 +112,7 @@ def _layer(
         finite = torch.isfinite(output).flatten(1).all(1).cpu()
         if not finite.all():  # their maxima mean nothing: observe the others of this batch again, without them
             alive[batch[~finite].numpy()] = False
-            _check_finite(alive, i, kind)
+            _check_finite(checkpoint, alive, i, kind)
             batch, output = batch[finite], output[finite.to(output.device)]
             observer = AmaxObserver()
             if len(batch):
@@ -129,10 +129,20 @@ def _layer(
         scales.tokens_per_expert[i] = [tokens.get(e, 0) for e in range(config.n_routed_experts)]
 
 
-def _check_finite(alive: np.ndarray[Any, Any], layer: int, kind: str) -> None:
+def _check_finite(checkpoint: Checkpoint, alive: np.ndarray[Any, Any], layer: int, kind: str) -> None:
     bad = np.flatnonzero(~alive)
     if len(bad) > MAX_NON_FINITE * len(alive):
+        damaged = [
+            weights.prefix + name
+            for weights in (LayerWeights(checkpoint, p) for p in ("backbone.embeddings.", f"backbone.layers.{layer}."))
+            for name, weight in weights.items()
+            if not torch.isfinite(weight).all()
+        ]
+        if damaged:
+            raise WeightError(
+                f"{listing(damaged)} has NaN or Inf; expected finite weights, the source is damaged: download or convert it again"
+            )
         raise CalibrationError(
             f"layer {layer} ({kind}): NaN or Inf in {len(bad)} of {len(alive)} rows ({listing(list(bad))}), more than "
-            f"{MAX_NON_FINITE:.0%}; expected finite activations, are the weights damaged?"
+            f"{MAX_NON_FINITE:.0%}; expected finite activations, the layer's weights are finite: try --compute float32"
         )

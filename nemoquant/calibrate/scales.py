@@ -22,6 +22,7 @@ class Scales:
         kv_amax: ``...k_proj`` or ``...v_proj`` -> amax of the keys or values that it puts into the cache.
         tokens_per_expert: MoE layer -> tokens that each expert got.
         non_finite_rows: rows that were left out because NaN or Inf came up in them.
+        warnings: what the user was told of the run; told again when the file is given back.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -29,6 +30,7 @@ class Scales:
     kv_amax: dict[str, float] = field(default_factory=dict)
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     non_finite_rows: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def dump(self) -> str:
         """The file's text; the same results give the same bytes."""
@@ -36,6 +38,7 @@ class Scales:
             "schema": SCHEMA,
             "settings": self.settings,
             "non_finite_rows": self.non_finite_rows,
+            "warnings": self.warnings,
             "tokens_per_expert": {str(k): v for k, v in self.tokens_per_expert.items()},
             "kv_amax": self.kv_amax,
             "input_amax": self.input_amax,
@@ -59,6 +62,7 @@ class Scales:
                 {str(k): float(v) for k, v in data["kv_amax"].items()},
                 {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
                 int(data["non_finite_rows"]),
+                [str(w) for w in data["warnings"]],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run") from None
@@ -68,11 +72,17 @@ class Scales:
         return scales
 
     def check(self, plan: Plan, path: Path) -> None:
-        """Make sure that a file from an earlier run has what ``plan`` needs.
+        """Make sure that a file from an earlier run has what ``plan`` needs, and nothing that its model lacks.
 
         Raises:
-            CalibrationError: lists the modules whose maxima are missing.
+            CalibrationError: lists the modules whose maxima are missing, or that the model does not have.
         """
+        known = {row.module for row in plan.rows} | {"lm_head"}  # a tied head is no tensor, but a GEMM
+        strange = [m for m in self.input_amax | self.kv_amax if m not in known]
+        if strange:
+            raise CalibrationError(
+                f"{path} has the maxima of {len(strange)} modules that this model lacks: {listing(strange)}; is it of another model?"
+            )
         missing = [
             r.module for r in plan.quantized if r.activation_format and r.expert is None and r.module not in self.input_amax
         ]

@@ -18,6 +18,7 @@ ITEM_SIZE = {
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_DIMENSIONS = 64
 ALIGNMENT = 4096  # our files begin their data at a multiple of a page
 
 
@@ -47,17 +48,19 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         size = file.stat().st_size
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
+            if size < 8 or length > size - 8:
                 raise HeaderError(
                     f"{file.name}: header size {length:,} does not fit the file's {size:,} bytes; expected a safetensors file, "
                     "the download may be incomplete"
                 )
+            if length > MAX_HEADER:
+                raise HeaderError(f"{file.name}: header size is {length:,}; expected at most {MAX_HEADER:,} bytes")
             text = f.read(length)
     except OSError as error:
         raise HeaderError(f"{file}: cannot be read ({error.strerror}); expected a safetensors file") from None
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise HeaderError(f"{file.name}: header is not valid JSON ({error}); expected a safetensors file") from None
     if not isinstance(entries, dict):
         raise HeaderError(f"{file.name}: header is a JSON {type(entries).__name__}, expected an object")
@@ -83,7 +86,7 @@ def _tensor(file: Path, name: str, entry: object, begin: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail(f"the entry {entry!r}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_SIZE:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise fail(f"dtype {dtype!r}, expected one of {', '.join(ITEM_SIZE)}")
     if not _naturals(shape):
         raise fail(f"shape {shape!r}, expected a list of sizes")
@@ -96,7 +99,8 @@ def _tensor(file: Path, name: str, entry: object, begin: int) -> TensorInfo:
 
 
 def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    """A short list of 64-bit sizes: products of longer ones could not even be printed."""
+    return isinstance(value, list) and len(value) <= MAX_DIMENSIONS and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], begin: int, size: int) -> None:

@@ -24,6 +24,7 @@ from nemoquant.model.roles import TensorSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": np.uint8}
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python from 3.13 on
 FUSED = re.compile(r"(.+\.mixer\.experts)\.(up_proj|down_proj)(\.weight)?")
 
 
@@ -72,8 +73,11 @@ class Checkpoint:
         with self._lock:  # threads must share one map, or release() would miss the other's pages
             if info.file not in self._maps:
                 with info.file.open("rb") as f:
-                    # a private writable map: torch accepts no read-only memory without a warning
-                    self._maps[info.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+                    # a private writable map: torch accepts no read-only memory without a warning; nothing is reserved for it,
+                    # or the system would refuse a file that is larger than memory
+                    self._maps[info.file] = mmap.mmap(
+                        f.fileno(), 0, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                    )
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.start)
 
     def array(self, name: str) -> npt.NDArray[Any]:
@@ -129,7 +133,7 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError("weight_map is not an object of strings")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read ({error}); expected JSON with a `weight_map`") from None
     for shard in set(weight_map.values()):
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):

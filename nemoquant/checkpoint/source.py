@@ -34,8 +34,9 @@ def open_source(path: Path) -> Source:
     table = tensor_table(config)
     if not path.is_dir():
         return Source(path, config, raw, table, None)
-    if "quantization_config" in raw or (path / "hf_quant_config.json").exists():
-        where = "config.json has `quantization_config`" if "quantization_config" in raw else "it has hf_quant_config.json"
+    declared = raw.get("quantization_config") is not None
+    if declared or (path / "hf_quant_config.json").exists():
+        where = "config.json has `quantization_config`" if declared else "it has hf_quant_config.json"
         raise CheckpointError(f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from")
     checkpoint = Checkpoint(path)
     check_table(path, table, checkpoint.tensors)

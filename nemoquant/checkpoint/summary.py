@@ -1,5 +1,6 @@
 """What ``inspect`` tells: figures from a config, and from headers where there are any."""
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -23,8 +24,8 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     letters = {kind: letter for letter, kind in PATTERN_LETTERS.items()}
-    quantization = raw.get("quantization_config") or {}
-    fp8_cache = quantization.get("kv_cache_scheme", {}).get("num_bits") == 8
+    quantization = raw.get("quantization_config") or _legacy_quantization(path)
+    fp8_cache = (quantization.get("kv_cache_scheme") or {}).get("num_bits") == 8
     per_token = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
     tokens = context or config.max_position_embeddings
     item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
@@ -50,6 +51,16 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": config.count("mamba") * config.mamba_inner * config.ssm_state_size * item,
     }
+
+
+def _legacy_quantization(path: Path) -> dict[str, Any]:
+    """What hf_quant_config.json says, for checkpoints whose config.json is silent; in the other file's terms."""
+    try:
+        found = json.loads((path / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
+        bits = {"kv_cache_scheme": {"num_bits": 8}} if found.get("kv_cache_quant_algo") == "FP8" else {}
+        return {"quant_algo": found.get("quant_algo"), **bits}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from nemoquant.checkpoint.reader import Checkpoint
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-HELD_BYTES = 256 << 20  # of mapped pages, before those of earlier tensors are released
+HELD_BYTES = 64 << 20  # of mapped pages, before those of earlier tensors are released
 
 
 class LayerWeights(Mapping[str, Tensor]):

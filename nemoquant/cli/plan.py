@@ -46,5 +46,7 @@ def command(model: Path, fmt: str | None, recipe: str | None, no_scale_groups: b
     ]
     for name, text in lines:
         click.echo(f"{name:<24}{text}")
+    for name in made.unused_formats:
+        click.echo(f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe names", err=True)
     if made.assumed:
         click.echo("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")

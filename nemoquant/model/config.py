@@ -117,7 +117,7 @@ def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; expected a Nemotron-H checkpoint folder or its config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}); expected a Nemotron-H config.json") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} holds a JSON {type(raw).__name__}, expected an object with `model_type: nemotron_h`")
@@ -165,7 +165,7 @@ class _Parser:
         value = value["__float__"] if isinstance(value, dict) and set(value) == {"__float__"} else value
         try:
             result = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             result = math.nan
         if isinstance(value, bool) or math.isnan(result):
             raise self.fail(f"`{name}` is {value!r}; expected a number")
@@ -196,8 +196,8 @@ class _Parser:
                 )
             spelled.append(tuple(PATTERN_LETTERS[letter] for letter in pattern))
         if blocks is not None:
-            if not isinstance(blocks, list) or not blocks or not all(b in BLOCK_NAMES for b in blocks):
-                bad = [b for b in blocks if b not in BLOCK_NAMES] if isinstance(blocks, list) else blocks
+            bad = [b for b in blocks if not isinstance(b, str) or b not in BLOCK_NAMES] if isinstance(blocks, list) else blocks
+            if bad or not blocks:
                 raise self.fail(
                     f"`{list_key}` has the unknown layer kind {bad!r}; expected a list of {listing(list(BLOCK_NAMES), 9)}"
                 )
@@ -293,12 +293,12 @@ class _Parser:
         }
 
     def experts(self, present: bool) -> dict[str, Any]:
-        shared = self.integer("n_shared_experts", 1 if present else 0, minimum=0) if present else 0
+        shared = self.integer("n_shared_experts", 1, minimum=0) if present else 0
         return {
             "n_routed_experts": self.integer("n_routed_experts") if present else 0,
             "num_experts_per_tok": self.integer("num_experts_per_tok") if present else 0,
             "n_shared_experts": shared,
-            "moe_latent_size": self.integer("moe_latent_size", 0) if present else 0,
+            "moe_latent_size": self.integer("moe_latent_size", 0, minimum=0) if present else 0,
             "moe_intermediate_size": self.integer("moe_intermediate_size") if present else 0,
             "moe_shared_expert_intermediate_size": self.integer("moe_shared_expert_intermediate_size") if shared else 0,
             "routed_scaling_factor": self.number("routed_scaling_factor", 1.0),

@@ -15,7 +15,7 @@ MARGIN = 64 << 20  # of free disk beyond the tensors: headers, side files, the r
 
 
 def partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+    return out.parent / (out.name + ".partial")
 
 
 def check_output(out: Path, source: Path, needed: int) -> None:
@@ -55,10 +55,12 @@ def making(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial)
         for parent in parents:  # innermost first
             parent.rmdir()
+        if isinstance(error, OSError):
+            raise OutputError(f"{out}: {error}; nothing was kept, make room or choose another disk") from error
         raise
 
 

@@ -3,7 +3,8 @@
 1. the manifest is unchanged, every file in it exists and has its sha256, and no file is unknown (a warning)
 2. the recipe and the config give the plan whose hash the manifest names
 3. names, dtypes, shapes and order of all tensors are those of the plan, the index fits, data begins at a page
-4. every scalar scale is finite and positive, every block scale is a positive number
+4. every scalar scale is finite and positive, every block scale is a positive number, and the scales of inputs and caches are those
+   that follow from the scales file
 5. both config files are those that the plan calls for, and the source's own keys are all there
 6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give the same bytes
 """
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from nemoquant.calibrate.scales import FILE as SCALES_FILE
+from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.header import ALIGNMENT, read_header
 from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
@@ -23,8 +26,9 @@ from nemoquant.checkpoint.source import Source
 from nemoquant.errors import NemoquantError
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import tensor_table
-from nemoquant.pack.encode import encode, slices
+from nemoquant.pack.encode import amax, encode, slices
 from nemoquant.pack.layouts import quantization_sections
+from nemoquant.pack.scales import input_scales, kv_scales, weight_scale
 from nemoquant.pack.shards import Entry, Shard, shards
 from nemoquant.plan.plan import Plan, Row
 from nemoquant.plan.recipe import parse_recipe
@@ -69,7 +73,7 @@ def verify(
         _check_configs(out, plan, source, report)
         with Checkpoint(out) as checkpoint:
             if _check_tensors(out, layout, checkpoint, report):
-                _check_scales(layout, checkpoint, report)
+                _check_scales(layout, checkpoint, _activation_scales(out, plan), report)
                 if source is not None:
                     _compare(manifest, layout, checkpoint, source, report, encode_again)
     except NemoquantError as error:
@@ -122,8 +126,12 @@ def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, repor
             report.problems.append(f"{shard.file}: {_first_difference({t.name: t for t in found}, expected)}")
         elif found and found[0].start % ALIGNMENT:
             report.problems.append(f"{shard.file}: data begins at byte {found[0].start}, expected a multiple of {ALIGNMENT}")
-    if _json(out / INDEX).get("weight_map") != {e.name: shard.file for shard in layout for e in shard.entries}:
+    index = _json(out / INDEX)
+    if index.get("weight_map") != {e.name: shard.file for shard in layout for e in shard.entries}:
         report.problems.append(f"{INDEX}: its weight_map is not the plan's")
+    total = sum(e.nbytes for shard in layout for e in shard.entries)
+    if index.get("metadata") != {"total_size": total}:
+        report.problems.append(f"{INDEX}: its metadata are {index.get('metadata')}, expected total_size {total}")
     if set(checkpoint.tensors) != {e.name for shard in layout for e in shard.entries}:
         report.problems.append(f"{INDEX}: tensors missing or extra")
     return len(report.problems) == before
@@ -140,7 +148,19 @@ def _first_difference(found: dict[str, Any], expected: list[Entry]) -> str:
     return f"{min(extra)} is not in the plan" if extra else "its tensors are in another order than the plan's"
 
 
-def _check_scales(layout: list[Shard], checkpoint: Checkpoint, report: Report) -> None:
+def _activation_scales(out: Path, plan: Plan) -> dict[tuple[str, str], np.float32]:
+    """(module, kind) -> scale of its input or cache, from the scales file."""
+    if not plan.needs_calibration:
+        return {}
+    scales = Scales.load(out / SCALES_FILE)
+    scales.check(plan, out / SCALES_FILE)
+    inputs, caches = input_scales(plan, scales, lambda warning: None), kv_scales(plan, scales, lambda warning: None)
+    return {(m, "input_scale"): v for m, v in inputs.items()} | {(m, "kv_scale"): v for m, v in caches.items()}
+
+
+def _check_scales(
+    layout: list[Shard], checkpoint: Checkpoint, activations: dict[tuple[str, str], np.float32], report: Report
+) -> None:
     for e in (e for shard in layout for e in shard.entries if e.kind not in ("source", "codes")):
         values = checkpoint.array(e.name)
         if e.kind == "block_scales":  # E4M3: 0x01 to 0x7E are positive and finite
@@ -149,6 +169,8 @@ def _check_scales(layout: list[Shard], checkpoint: Checkpoint, report: Report) -
             bad = int(np.count_nonzero(~(np.isfinite(values) & (values > 0))))
         if bad:
             report.problems.append(f"{e.name}: {bad} of {values.size} scales are not finite and positive")
+        elif e.kind in ("input_scale", "kv_scale") and values[()] != (expected := activations[e.row.module, e.kind]):
+            report.problems.append(f"{e.name} is {values[()]}, {SCALES_FILE} gives {expected}")
         checkpoint.release([e.name])
         report.checked["scales"] += values.size
 
@@ -181,7 +203,11 @@ def _compare(
     if tensor_table_sha256(source.checkpoint.tensors) != manifest["source"]["tensor_table_sha256"]:
         report.problems.append(f"{source.path} is not the source: its tensor table is another one")
         return
-    for unit in (unit for shard in layout for unit in shard.units):
+    units = [unit for shard in layout for unit in shard.units]
+    groups: dict[str, list[Row]] = {}
+    for row in (row for unit in units for row in unit.rows if row.weight_group):
+        groups.setdefault(row.weight_group or "", []).append(row)
+    for unit in units:
         by_kind = {(e.row.name, e.kind): e for e in unit.entries}
         for row in unit.rows:
             if row.format == "source":
@@ -191,7 +217,7 @@ def _compare(
                     report.problems.append(f"{row.name} differs from the source; expected the same bytes")
             elif again:
                 report.checked["encoded_again"] += 1
-                if not _encodes_to(row, by_kind, source.checkpoint, checkpoint):
+                if not _encodes_to(row, groups.get(row.weight_group or "", [row]), by_kind, source.checkpoint, checkpoint):
                     report.problems.append(f"{row.module}: encoding the source's weight again gives other bytes")
             source.checkpoint.release([row.name])
             checkpoint.release(e.name for e in unit.entries if e.row is row)
@@ -203,12 +229,15 @@ def _equal_bytes(a: Any, b: Any) -> bool:
     )
 
 
-def _encodes_to(row: Row, entries: dict[tuple[str, str], Entry], source: Checkpoint, written: Checkpoint) -> bool:
-    """Whether the stored scale and the source's weight give the stored codes. All-zero codes stand for a degenerate weight."""
-    scale = np.float32(written.array(entries[row.name, "global_scale"].name)[()])
+def _encodes_to(
+    row: Row, group: list[Row], entries: dict[tuple[str, str], Entry], source: Checkpoint, written: Checkpoint
+) -> bool:
+    """Whether the source's weight gives the stored scales and codes; its per-tensor scale is that of its ``group``."""
+    scale, degenerate = weight_scale(row, max(amax(source, member, part) for member in group for part in slices(member)))
+    if written.array(entries[row.name, "global_scale"].name)[()] != scale:
+        return False
     codes = written.array(entries[row.name, "codes"].name)
     block_scales = written.array(entries[row.name, "block_scales"].name) if (row.name, "block_scales") in entries else None
-    degenerate = scale == 1.0 and not codes.any()
     for part in slices(row):
         expected, expected_scales = encode(source, row, part, scale, degenerate)
         if not np.array_equal(codes[part], expected):

@@ -85,6 +85,11 @@ class Plan:
         return [row for row in self.rows if row.format != "source"]
 
     @property
+    def unused_formats(self) -> list[str]:
+        """Formats that the recipe gives and no tensor got, because this model lacks the roles."""
+        return sorted({rule.format for rule in self.recipe.rules} - {row.format for row in self.rows})
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any scale depends on activations."""
         return bool(self.kv_layers) or any(row.activation_format for row in self.rows)

@@ -36,7 +36,7 @@ class Rule(BaseModel):
 
     roles: list[str] = Field(default=[], min_length=1)
     names: list[str] = Field(default=[], min_length=1)
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    layers: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)] | None = None
     format: WeightFormat
     scales: ScaleMethod = "max"
     activations: Literal["fp8", "nvfp4", "none"] | None = None
@@ -101,12 +101,12 @@ def load_recipe(name_or_path: str) -> Recipe:
     shipped = presets()
     path = shipped.get(name_or_path, Path(name_or_path))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Strict)  # a SafeLoader
     except FileNotFoundError:
         raise RecipeError(
             f"recipe {name_or_path!r} is neither a file nor a preset; presets are {listing(list(shipped), 20)}"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(data, name_or_path)
 
@@ -120,12 +120,29 @@ def parse_recipe(data: object, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = []
-        for e in error.errors():
-            place = ".".join(str(p) for p in e["loc"]) or "recipe"
-            if e["type"] == "extra_forbidden":
-                problems.append(f"unknown key `{place}`")
-            else:
-                got = "" if isinstance(e["input"], dict) else f", got {e['input']!r}"
-                problems.append(f"`{place}`: {e['msg'].removeprefix('Value error, ')}{got}")
-        raise RecipeError(f"recipe {source}: {'; '.join(problems)}; `nemoquant recipes show fp8` prints a valid one") from None
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise RecipeError(f"recipe {source}: {problems}; `nemoquant recipes show fp8` prints a valid one") from None
+
+
+def _problem(error: Any) -> str:
+    """One of pydantic's findings in a line; rules are counted from 1, as everywhere."""
+    place = list(error["loc"])
+    rule = f"rule {place[1] + 1}" if len(place) > 1 and place[0] == "rules" else ""
+    key = ".".join(str(p) for p in (place[2:] if rule else place))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key `{key}`" + (f" in {rule}" if rule else "")
+    where = ", ".join(part for part in (rule, f"`{key}`" if key else "") if part) or "recipe"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message.removesuffix(" or instance of Rule").removesuffix(" or instance of Recipe")
+    return f"{where}: {message}" + ("" if isinstance(error["input"], dict) else f", got {error['input']!r}")
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML whose mappings have each key once; plain YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {listing(twice)} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)

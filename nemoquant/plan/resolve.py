@@ -3,7 +3,7 @@
 Order of checks, each an error that lists what it found:
 
 1. a role in the recipe that the family does not have (a role that this config lacks is fine: it matches nothing)
-2. a name pattern, or a layer of a rule, that matches nothing, or only what earlier rules took
+2. a name pattern, or a layer of a rule, that matches nothing; a rule that matches only what earlier rules took
 3. a tensor that no rule covers
 4. a tensor that must not be quantized
 5. an input dimension that the format's block does not divide
@@ -59,15 +59,21 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
         if unknown:
             raise RecipeError(f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}")
     claims: list[tuple[int, Rule] | None] = [None] * len(table)
+    gone: set[str] = set()  # roles that earlier rules take in all layers
     for number, rule in enumerate(recipe.rules, 1):
         matched = _matches(rule, table)
         _check_matched(recipe, rule, number, table, matched)
         taken = [i for i in matched if claims[i] is None]
-        if matched and not taken and (rule.names or rule.layers is not None):
+        roles = _roles(rule)
+        # a rule for whole roles may find nothing left in this model, if it would in another
+        dead = roles <= gone if rule.roles and rule.layers is None else not taken
+        if dead:
             raise RecipeError(
                 f"recipe {recipe.name}: rule {number} ({rule}) does nothing: earlier rules take all {len(matched)} tensors that it "
                 "matches; the first match wins, move it up or remove it"
             )
+        if rule.layers is None:
+            gone |= roles
         for i in taken:
             claims[i] = (number, rule)
     uncovered = [spec.name for spec, claim in zip(table, claims, strict=True) if claim is None]
@@ -79,12 +85,16 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
     return [claim for claim in claims if claim is not None]
 
 
+def _roles(rule: Rule) -> set[str]:
+    pattern = _pattern(rule.roles)
+    return {role for role in ROLES if pattern.fullmatch(role)}
+
+
 def _matches(rule: Rule, table: list[TensorSpec]) -> list[int]:
     if rule.names:
         names = _pattern(rule.names)
         return [i for i, s in enumerate(table) if names.fullmatch(s.name) or names.fullmatch(s.module)]
-    roles = _pattern(rule.roles)
-    wanted = {role for role in ROLES if roles.fullmatch(role)}
+    wanted = _roles(rule)
     layers = None if rule.layers is None else set(rule.layers)
     return [i for i, s in enumerate(table) if s.role in wanted and (layers is None or s.layer in layers)]
 
@@ -162,17 +172,27 @@ def _check_divisible(rows: list[Row]) -> None:
 
 def _check_fused(rows: list[Row]) -> None:
     """q, k, v of a layer, and all experts of a layer, are one kernel in every engine: one format each."""
-    fused: Mapping[str, dict[tuple[str, str | None], str]] = defaultdict(dict)
+    fused: Mapping[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
         group = _fused_with(row)
         if group:
-            fused[group].setdefault((row.format, row.activation_format), row.name)
+            fused[group].setdefault(_fused_format(row), row.name)
     for group, formats in fused.items():
         if len(formats) > 1:
-            got = ", ".join(f"{name} {form[0]}" for form, name in formats.items())
+            got = ", ".join(f"{name} {form}" for form, name in formats.items())
             raise RecipeError(
                 f"{group} run as one fused operation in vLLM, SGLang and TensorRT-LLM, but got {got}; expected one format"
             )
+
+
+def _fused_format(row: Row) -> str:
+    """What must be the same in all of a fused operation; ``scales`` too where the weights share their scale."""
+    words = [row.format]
+    if row.format == "nvfp4" and row.activation_format is None:
+        words.append("weights only")
+    if row.format == "nvfp4" and row.expert is None:
+        words.append(f"with {row.scale_method} scales")
+    return " ".join(words)
 
 
 def _fused_with(row: Row) -> str | None:

@@ -1,0 +1,274 @@
+"""Maxima against the reference model with a recording tap of the test's own; coverage, batches, rows with NaN, the scales file."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.calibrate.data import Rows
+from nemoquant.calibrate.observers import AmaxObserver
+from nemoquant.calibrate.run import calibrate
+from nemoquant.calibrate.scales import FILE, Scales
+from nemoquant.checkpoint.source import open_source
+from nemoquant.errors import CalibrationError, WeightError
+from nemoquant.model.reference import ReferenceModel
+
+EXPERT = re.compile(r"backbone\.layers\.(\d+)\.mixer\.experts\.(\d+)\.up_proj")
+
+
+def tokens(count=8, length=32, seed=0):
+    return Rows(np.random.default_rng(seed).integers(3, 96, (count, length)), "rows", 0)
+
+
+def run(folder, rows, **options):
+    source = open_source(folder)
+    with source.checkpoint:
+        return calibrate(source.checkpoint, source.config, rows, **{"dtype": torch.float32, **options})
+
+
+def record(folder, rows):
+    """All rows at once through ReferenceModel over weights that the safetensors library read: name -> amax, name -> tokens."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    source = open_source(folder)
+    amax, seen = {}, {}
+
+    def tap(name, x):
+        amax[name] = max(amax.get(name, 0.0), float(x.abs().max()))
+        seen[name] = seen.get(name, 0) + x.shape[0]
+        return x
+
+    def weights(prefix):
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    ReferenceModel(source.config, weights).forward(torch.from_numpy(rows.ids), tap=tap)
+    return amax, seen
+
+
+@pytest.fixture(autouse=True)
+def two_threads_at_most():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_maxima_are_those_of_the_reference_model(make_checkpoint):
+    source = make_checkpoint("balanced", balanced)
+    scales = run(source, tokens())
+    amax, seen = record(source, tokens())
+    kv = {name.removesuffix(".output"): value for name, value in amax.items() if name.endswith(".output")}
+    inputs = {name: value for name, value in amax.items() if not name.endswith((".output", ".gate"))}
+    assert len(kv) == 2
+    assert {"backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.experts.0.down_proj", "lm_head"} <= inputs.keys()
+    # the batches differ, so sums are in another order: fp32 rounding
+    assert scales.input_amax == pytest.approx(inputs, rel=1e-6)
+    assert scales.kv_amax == pytest.approx(kv, rel=1e-6)
+    counts = {layer: [0] * 8 for layer in (2, 5)}
+    for name, count in seen.items():
+        if expert := EXPERT.fullmatch(name):
+            counts[int(expert[1])][int(expert[2])] = count
+    assert scales.tokens_per_expert == counts
+    assert all(sum(row) == 8 * 32 * 2 for row in scales.tokens_per_expert.values()), "rows x length x top 2"
+    assert all(min(row) > 0 for row in scales.tokens_per_expert.values())
+    assert scales.non_finite_rows == 0
+
+
+def test_values_are_float32(source):
+    scales = run(source, tokens(2))
+    assert all(float(np.float32(v)) == v for v in (scales.input_amax | scales.kv_amax).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_batch(dtype, source):
+    one, four = run(source, tokens(), dtype=dtype, row_batch=1), run(source, tokens(), dtype=dtype, row_batch=4)
+    if dtype == torch.float32:  # DESIGN.md, "Reproducible": within 1e-5
+        assert one.input_amax == pytest.approx(four.input_amax, rel=1e-5)
+        assert one.kv_amax == pytest.approx(four.kv_amax, rel=1e-5)
+        assert one.tokens_per_expert == four.tokens_per_expert
+    assert (one.settings["row_batch"], four.settings["row_batch"]) == (1, 4)
+    assert one.input_amax.keys() == four.input_amax.keys()
+
+
+def test_the_same_settings_give_the_same_bytes(source):
+    assert run(source, tokens()).dump() == run(source, tokens()).dump()
+
+
+def test_bfloat16_is_near_float32(source):
+    """A maximum of values rounded to 8 bits at each of some 20 operations: 5% is far above that, and far below a missed layer."""
+    a, b = run(source, tokens(), dtype=torch.bfloat16), run(source, tokens())
+    shared = [n for n in b.input_amax if ".experts." not in n]  # rounding sends some tokens to other experts
+    assert {n: a.input_amax[n] for n in shared} == pytest.approx({n: b.input_amax[n] for n in shared}, rel=0.05)
+
+
+# Coverage of experts.
+
+
+def balanced(tensors):
+    for layer in (2, 5):
+        tensors[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"].zero_()
+
+
+def without_expert(tensors, layer=2, expert=5):
+    """Router's bias: sigmoid scores are in (0, 1), so -10 keeps an expert out of every top 2, and 0 lets all others in."""
+    balanced(tensors)
+    tensors[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"][expert] = -10.0
+
+
+def test_an_expert_that_no_token_reached(make_checkpoint, token_rows, tmp_path):
+    source = make_checkpoint("unreached", without_expert)
+    scales = run(source, tokens())
+    assert scales.tokens_per_expert[2][5] == 0
+    assert sum(scales.tokens_per_expert[2]) == 8 * 32 * 2
+    assert not any("layers.2.mixer.experts.5." in name for name in scales.input_amax)
+
+    def result(name, **options):
+        calibration = CalibrationOptions(data=token_rows, dtype="float32")
+        made = quantize(source, tmp_path / name, "nvfp4", calibration=calibration, threads=1, **options)
+        tensors = load_file(made.out / "model-00001-of-00001.safetensors")
+        inputs = {
+            p: [tensors[f"backbone.layers.2.mixer.experts.{e}.{p}_proj.input_scale"].item() for e in range(8)]
+            for p in ("up", "down")
+        }
+        return made.warnings, inputs
+
+    warnings, inputs = result("grouped")
+    assert warnings == [], "its group knows its scale"
+    assert all(len(set(values)) == 1 for values in inputs.values())
+    warnings, apart = result("apart", scale_groups=False)
+    assert warnings == [
+        "experts that no calibration token reached: 1; each has the largest input scale of its layer and projection"
+    ]
+    for p in ("up", "down"):
+        assert apart[p][5] == inputs[p][5] == max(apart[p])
+        assert len(set(apart[p])) > 2
+
+
+def test_experts_of_a_whole_layer_that_no_token_reached(source, tmp_path):
+    """It cannot happen to a router, but to a scales file."""
+    scales = run(source, tokens())
+    for name in [n for n in scales.input_amax if n.startswith("backbone.layers.2.mixer.experts.") and n.endswith("up_proj")]:
+        del scales.input_amax[name]
+    (tmp_path / FILE).write_text(scales.dump())
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(
+        CalibrationError,
+        match=r"backbone\.layers\.2\.mixer\.experts\.up_proj: no calibration token reached it, .*calibrate with more rows",
+    ):
+        quantize(source, tmp_path / "out", "nvfp4", calibration=CalibrationOptions(scales=tmp_path / FILE))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# Rows that come to NaN.
+
+
+def poisoned(tensors):
+    """Token 95 is embedded as NaN: a row that has it is lost, the others know nothing of it."""
+    tensors["backbone.embeddings.weight"][95] = torch.nan
+
+
+def with_token_95(rows, count=20):
+    ids = np.random.default_rng(1).integers(3, 95, (count, 16))
+    for row in rows:
+        ids[row, 7] = 95
+    return Rows(ids, "rows", 0)
+
+
+@pytest.mark.parametrize("row_batch", [1, 4, 20])
+@pytest.mark.parametrize("bad", [[3], [0, 19], [4, 5]])
+def test_rows_with_nan_are_counted_and_left_out(bad, row_batch, make_checkpoint):
+    source = make_checkpoint("poisoned", poisoned)
+    with_them = run(source, with_token_95(bad), row_batch=row_batch)
+    clean = Rows(np.delete(with_token_95(bad).ids, bad, 0), "rows", 0)
+    without = run(source, clean, row_batch=row_batch)
+    assert with_them.non_finite_rows == len(bad)
+    assert with_them.input_amax == pytest.approx(without.input_amax, rel=1e-5)  # other rows stand together in a batch
+    assert with_them.kv_amax == pytest.approx(without.kv_amax, rel=1e-5)
+    assert with_them.tokens_per_expert == without.tokens_per_expert
+
+
+def test_too_many_rows_with_nan(make_checkpoint):
+    with pytest.raises(CalibrationError, match=r"layer 3 \(mlp\): NaN or Inf in 4 of 20 rows \(0, 1, 2, 3\), more than 10%"):
+        run(make_checkpoint("huge", huge), with_token_95([]))  # stopped after the first four
+
+
+def huge(tensors):
+    """Finite weights whose product is not: relu(up(x))^2 overflows."""
+    tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e25)
+
+
+def test_the_limit_is_a_tenth(make_checkpoint):
+    source = make_checkpoint("poisoned", poisoned)
+    assert run(source, with_token_95([0, 1])).non_finite_rows == 2
+    with pytest.raises(WeightError, match=r"backbone\.embeddings\.weight has NaN or Inf"):
+        run(source, with_token_95([0, 1, 2]))
+
+
+# The scales file.
+
+
+def test_scales_file_round_trip_is_exact(source, tmp_path):
+    scales = run(source, tokens())
+    scales.warnings = ["told"]
+    path = tmp_path / FILE
+    path.write_text(scales.dump())
+    again = Scales.load(path)
+    assert again == scales
+    assert again.dump() == scales.dump()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema=2), r"schema 2, expected 1; calibrate again"),
+        (lambda d: d.pop("schema"), "is not a scales file"),
+        (lambda d: d.pop("kv_amax"), "is not a scales file"),
+        (lambda d: d.update(input_amax=[1]), "is not a scales file"),
+        (lambda d: d["input_amax"].update(lm_head="much"), "is not a scales file"),
+        (lambda d: d["input_amax"].update(lm_head=None), "is not a scales file"),
+        (lambda d: d["input_amax"].update(lm_head=float("nan")), "maxima of lm_head are negative or not finite"),
+        (lambda d: d["input_amax"].update(lm_head=float("inf")), "maxima of lm_head are negative or not finite"),
+        (lambda d: d["input_amax"].update(lm_head=-1.0), "maxima of lm_head are negative or not finite"),
+    ],
+)
+def test_damaged_scales_files(change, message, source, tmp_path):
+    path = tmp_path / FILE
+    data = json.loads(run(source, tokens(1)).dump())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(CalibrationError, match=message) as error:
+        Scales.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"'])
+def test_files_that_are_no_scales_files(text, tmp_path):
+    path = tmp_path / FILE
+    path.write_text(text)
+    with pytest.raises(CalibrationError, match="is not a scales file"):
+        Scales.load(path)
+
+
+# The observer alone.
+
+
+def test_observer():
+    observer = AmaxObserver()
+    tap = observer.tap()
+    x = torch.tensor([[1.0, -3.0], [2.0, 0.5]])
+    assert tap("m.in_proj", x) is x
+    tap("m.in_proj", -0.5 * x)
+    tap("l.mixer.experts.11.up_proj", x)
+    tap("l.mixer.experts.11.up_proj", x[:1])
+    tap("l.mixer.experts.11.down_proj", torch.zeros(3, 2))
+    tap("bf16", torch.tensor([[-7.0]], dtype=torch.bfloat16))
+    assert observer.collect() == {
+        "m.in_proj": 3.0, "l.mixer.experts.11.up_proj": 3.0, "l.mixer.experts.11.down_proj": 0.0, "bf16": 7.0,
+    }  # fmt: skip
+    assert observer.tokens == {11: 3}
+    assert observer.collect() == {}

@@ -1,0 +1,410 @@
+"""Each bad input of the issue's list: its exit code, its one line on standard error, and nothing left behind.
+
+OUT lies two folders deep that do not exist: they must not be made either.
+"""
+
+import json
+import shutil
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from nemoquant.checkpoint.writer import ShardWriter
+from nemoquant.cli import main
+
+EXPERT = "backbone.layers.2.mixer.experts.3.up_proj.weight"
+RECIPE = "name: mine\nsummary: s\nrules:\n{rules}\n- {{roles: ['*'], format: source}}\n"
+
+
+def tree(folder):
+    """Every path below, with the content of files."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def refused(tmp_path, token_rows):
+    """Runs ``nemoquant quantize SRC OUT ...`` and checks how it is refused; the message is asserted by its parts."""
+
+    def check(source, *options, parts, code=2, out=None, fmt="nvfp4", calib=token_rows):
+        out = tmp_path / "new/deeper/out" if out is None else out
+        options = [*(["--calib", calib] if calib else []), *(["--fmt", fmt] if fmt else []), *options]
+        before = tree(tmp_path)
+        result = CliRunner().invoke(main, [str(a) for a in ["quantize", source, out, *options, "--threads", 1]])
+        assert result.exit_code == code, (result.output, result.exception)
+        assert isinstance(result.exception, SystemExit), "a message, not a traceback"
+        lines = [
+            line for line in result.stderr.splitlines() if not line.startswith(("calibrate: done", "pack: done", "verify: done"))
+        ]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        missing = [part for part in parts if part not in lines[0]]
+        assert not missing, f"{missing} not in {lines[0]}"
+        assert result.stdout == ""
+        assert tree(tmp_path) == before
+        return lines[0]
+
+    return check
+
+
+# The checkpoint.
+
+
+def replace(name, change):
+    def edit(tensors):
+        tensors[name] = change(tensors[name])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "parts"),
+    [
+        (lambda t: t.pop(EXPERT), ["1 missing", EXPERT, "config.json calls for"]),
+        (lambda t: t.update(stranger=torch.zeros(2)), ["1 extra", "stranger", "config.json calls for"]),
+        (replace(EXPERT, lambda w: w[:, :-1]), ["1 misshapen", f"{EXPERT} is [48, 31], expected [48, 32]"]),
+        (
+            lambda t: [t.pop(n) for n in list(t) if ".experts." in n and n.startswith("mtp.")] and None,
+            ["16 missing: mtp.layers.1.mixer.experts.0.up_proj.weight", "and 11 more"],
+        ),
+        (replace(EXPERT, lambda w: w.to(torch.float8_e4m3fn)), [f"{EXPERT} F8_E4M3", "not floating", "expected BF16, F16, F32"]),
+    ],
+    ids=["missing", "extra", "wrong shape", "many missing", "not floating"],
+)
+def test_tensors_that_do_not_fit_the_config(edit, parts, make_checkpoint, refused):
+    source = make_checkpoint("bad", edit)
+    assert str(source) in refused(source, parts=parts)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        EXPERT,
+        "backbone.layers.0.mixer.in_proj.weight",
+        "lm_head.weight",
+        "backbone.layers.0.mixer.A_log",
+        "mtp.layers.0.norm.weight",
+    ],
+)
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
+def test_nan_and_inf_in_weights(preset, name, value, make_checkpoint, refused):
+    source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    line = refused(
+        source, "--recipe", preset, fmt=None, parts=[f"{name} has ", "expected finite weights", "download or convert it again"]
+    )
+    assert "NaN" in line if np.isnan(value) else "Inf" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_type": "llama"}, ["`model_type` is 'llama', expected 'nemotron_h'"]),
+        (
+            {"hybrid_override_pattern": "M*XE"},
+            ["`hybrid_override_pattern`", "unknown layer letter 'X' at layer 2", "expected M (Mamba-2)"],
+        ),
+        ({"num_hidden_layers": 7}, ["`num_hidden_layers` is 7", "has 6 layers"]),
+        (
+            {"quantization_config": {"quant_algo": "FP8"}},
+            ["is already quantized", "quantization_config", "expected the bf16 checkpoint"],
+        ),
+        ({"hidden_size": "wide"}, ["`hidden_size` is 'wide'; expected an integer"]),
+    ],
+    ids=["model_type", "letter", "count", "quantized", "no number"],
+)
+def test_configs_that_cannot_be_used(changes, parts, source, refused):
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refused(source, parts=parts)
+
+
+def test_a_source_that_is_already_quantized(source, quantized_by_command, refused):
+    refused(quantized_by_command, parts=["out is already quantized", "expected the bf16 checkpoint that it was made from"])
+    (source / "hf_quant_config.json").write_text("{}")
+    refused(source, parts=["source is already quantized", "it has hf_quant_config.json"])
+
+
+@pytest.fixture
+def quantized_by_command(source, tmp_path):
+    made = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "out"), "--recipe", "nvfp4-w4a16"])
+    assert made.exit_code == 0, made.output
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("what", ["nowhere", "a file", "no config", "no weights", "a bare config", "half a shard", "no JSON"])
+def test_sources_that_are_none(what, source, tmp_path, refused):
+    if what == "nowhere":
+        refused(tmp_path / "nowhere", parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"])
+    elif what == "a file":
+        refused(source / "model-00001-of-00002.safetensors", parts=["cannot be read as JSON"])
+    elif what == "no config":
+        (source / "config.json").unlink()
+        refused(source, parts=["config.json does not exist"])
+    elif what == "no weights":
+        for file in source.glob("model*"):
+            file.unlink()
+        refused(source, parts=["has neither model.safetensors.index.json nor model.safetensors"])
+    elif what == "a bare config":
+        refused(source / "config.json", parts=["is a config.json; quantize needs the folder with the weights"])
+    elif what == "half a shard":
+        file = source / "model-00002-of-00002.safetensors"
+        file.write_bytes(file.read_bytes()[:5000])
+        refused(source, parts=["model-00002-of-00002.safetensors", "does not fit the file's 5,000 bytes"])
+    else:
+        (source / "config.json").write_text("{")
+        refused(source, parts=["config.json cannot be read as JSON"])
+
+
+# The recipe.
+
+
+@pytest.mark.parametrize(
+    ("rules", "parts"),
+    [
+        ("- {roles: [experts.*], format: nvfp4, speed: fast}", ["mine.yaml", "unknown key `speed` in rule 1"]),
+        ("- {roles: [experts.*], format: int4}", ["rule 1, `format`", "'source', 'fp8' or 'nvfp4'", "got 'int4'"]),
+        ("- {names: ['backbone.layers.9.*'], format: fp8}", ["rule 1", "name pattern 'backbone.layers.9.*' matches none of the"]),
+        ("- {roles: [expert.*], format: fp8}", ["no role matches expert.*", "roles are"]),
+        ("- {roles: [experts.*], layers: [0], format: fp8}", ["rule 1", "layers 0 have no tensor of the roles experts.*"]),
+        ("- {roles: [ssm.A_log], format: fp8}", ["backbone.layers.0.mixer.A_log", "can't be given the format fp8", "recurrence"]),
+        ("- {roles: [router], format: fp8}", ["backbone.layers.2.mixer.gate.weight", "can't be given the format fp8", "rounded router"]),
+        ("- {roles: [experts.*], format: fp8, activations: none}", ["`activations: none` does not go with `format: fp8`"]),
+    ],
+    ids=["key", "format", "pattern", "role", "layer", "ssm", "router", "activations"],
+)  # fmt: skip
+def test_recipes_that_do_not_fit(rules, parts, source, tmp_path, refused):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(RECIPE.format(rules=rules))
+    refused(source, "--recipe", recipe, fmt=None, parts=parts)
+
+
+def test_a_recipe_that_is_none(source, tmp_path, refused):
+    refused(source, "--recipe", "fp9", fmt=None, parts=["recipe 'fp9' is neither a file nor a preset", "presets are"])
+    (tmp_path / "x.yaml").write_text("rules: [")
+    refused(source, "--recipe", tmp_path / "x.yaml", fmt=None, parts=["x.yaml cannot be read as YAML"])
+
+
+def test_no_rule_covers_a_tensor(source, tmp_path, refused):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nsummary: s\nrules:\n- {roles: [experts.*], format: fp8}\n")
+    refused(source, "--recipe", recipe, fmt=None, parts=["no rule covers", "backbone.embeddings.weight", "end the rules with"])
+
+
+def test_an_indivisible_dimension(make_checkpoint, refused):
+    source = make_checkpoint("narrow", moe_intermediate_size=40)
+    refused(
+        source,
+        parts=[
+            "tensors don't fit their format",
+            "experts.0.down_proj.weight: input dimension 40",
+            "block of 16",
+            "give them fp8",
+        ],
+    )
+
+
+@pytest.mark.parametrize("given", [[], ["--fmt", "fp8", "--recipe", "fp8"]])
+def test_one_of_fmt_and_recipe(given, source, refused):
+    refused(source, *given, fmt=None, parts=["got neither" if not given else "got both", "--fmt and --recipe", "expected one"])
+
+
+# The output.
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "dangling link"])
+def test_an_output_that_exists(kind, source, tmp_path, refused):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "dangling link":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out.mkdir()
+        if kind == "folder":
+            (out / "mine").write_text("mine")
+    refused(source, out=out, parts=["out exists; expected a new folder, nothing is overwritten"])
+
+
+@pytest.mark.parametrize("where", ["SRC", "SRC/out", "SRC/../source", "SRC/deep/er/out", ".", "link/out"])
+def test_an_output_that_overlaps_the_source(where, source, tmp_path, refused):
+    (tmp_path / "link").symlink_to(source)
+    out = {"link/out": tmp_path / "link/out", ".": tmp_path}.get(where, where.replace("SRC", str(source)))
+    refused(source, out=out, parts=["overlaps the source", "expected a folder outside it"])
+
+
+def test_an_output_whose_partial_folder_is_the_source(source, tmp_path, refused):
+    source = source.rename(tmp_path / "out.partial")
+    refused(source, out=tmp_path / "out", parts=["overlaps the source"])
+
+
+@pytest.mark.parametrize("out", ["/", "/proc/out"])
+def test_outputs_that_cannot_be(out, source, refused):
+    refused(source, out=out, parts=[out])
+
+
+def test_a_partial_folder_is_left_untouched(source, tmp_path, refused):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine").write_text("mine")
+    refused(source, out=tmp_path / "out", parts=["out.partial exists, left by a run that was killed; remove it"])
+    assert (partial / "mine").read_text() == "mine"
+
+
+def test_a_parent_that_is_a_file(source, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    refused(source, out=tmp_path / "file/out", parts=["file is not a folder"])
+
+
+def test_too_little_disk(source, refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 10**9, 1_000_000))
+    refused(source, parts=["0.07 GB needed, 0.00 GB free on its disk; make room or choose another disk"])
+
+
+# Calibration.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("x.txt", "", ["x.txt holds no text", "expected at least one row of 512 tokens"]),
+        ("x.jsonl", '{"input_ids": [5, 6]}\n', ["x.jsonl holds 3 tokens, less than one row of 512", "give more text or a smaller --seq-len"]),
+        ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
+        ("x.jsonl", '{"input_ids": [5]}\nhello\n', ["x.jsonl: not JSON", "expected one JSON object a line"]),
+        ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
+        ("x.txt", "some text", ["tokenizer.json does not exist; text needs the model's tokenizer"]),
+        ("x.jsonl", '{"messages": []}', ["source has no chat template; `messages` need chat_template.jinja"]),
+        ("missing.txt", None, ["missing.txt cannot be read", "No such file"]),
+    ],
+    ids=["empty", "short", "suffix", "JSON", "ids", "no tokenizer", "no template", "missing"],
+)  # fmt: skip
+def test_calibration_data(name, content, parts, source, tmp_path, refused):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    if "holds no text" in parts[0]:
+        from tokenizers import Tokenizer, models
+
+        Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(source / "tokenizer.json"))
+    refused(source, calib=path, parts=parts)
+
+
+def test_parquet_without_its_extra(source, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"")
+    refused(
+        source,
+        calib=tmp_path / "x.parquet",
+        code=3,
+        parts=["x.parquet needs the extra `parquet`: pip install 'nemoquant[parquet]'"],
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a machine without a GPU")
+def test_no_gpu(source, refused):
+    refused(source, "--device", "cuda", parts=["--device cuda: no CUDA device is usable here; expected cpu"])
+
+
+@pytest.fixture
+def scales(source, token_rows, tmp_path):
+    made = CliRunner().invoke(
+        main, ["quantize", str(source), str(tmp_path / "first"), "--fmt", "fp8", "--calib", str(token_rows)]
+    )
+    assert made.exit_code == 0, made.output
+    return tmp_path / "first/nemoquant_scales.json"
+
+
+def test_scales_and_calib(source, scales, refused):
+    refused(source, "--scales", scales, parts=["got both --scales and --calib; expected one"])
+
+
+def test_scales_of_another_model(make_checkpoint, scales, refused):
+    other = make_checkpoint("other", hybrid_override_pattern="*MEM")
+    refused(
+        other,
+        "--scales",
+        scales,
+        calib=None,
+        parts=["has the maxima of", "modules that this model lacks", "is it of another model?"],
+    )
+    longer = make_checkpoint("longer", hybrid_override_pattern="M*E-MEM")
+    refused(longer, "--scales", scales, calib=None, parts=["lacks the maxima of 2 modules", "backbone.layers.6.mixer.in_proj"])
+    shorter = make_checkpoint("shorter", hybrid_override_pattern="M*E-M")
+    refused(shorter, "--scales", scales, calib=None, parts=["modules that this model lacks: backbone.layers.5.mixer."])
+
+
+def test_damaged_scales(source, scales, tmp_path, refused):
+    for name, content in {
+        "half.json": scales.read_text()[:500],
+        "config.json": '{"model_type": "nemotron_h"}',
+        "missing.json": None,
+    }.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        refused(
+            source,
+            "--scales",
+            path,
+            calib=None,
+            parts=[f"{name} is not a scales file", "nemoquant_scales.json of an earlier run"],
+        )
+
+
+def test_activations_that_overflow(make_checkpoint, refused):
+    source = make_checkpoint("huge", lambda tensors: tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e25))
+    refused(source, parts=["layer 3 (mlp): NaN or Inf in", "of 8 rows", "more than 10%", "expected finite activations"])
+
+
+# In the middle.
+
+
+@pytest.mark.parametrize("shards", [[], ["--shard-size", "0.00002"]], ids=["one shard", "several"])
+def test_a_write_error_leaves_nothing(shards, source, refused, monkeypatch):
+    written = 0
+    write = ShardWriter.write
+
+    def full(self, data):
+        nonlocal written
+        written += data.nbytes
+        if written > 60_000:
+            raise OSError(28, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    refused(source, *shards, parts=["new/deeper/out", "No space left on device", "nothing was kept", "make room"])
+    assert written > 60_000
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "pack", "verify"])
+def test_an_interrupt_leaves_nothing(stage, source, refused, monkeypatch):
+    from nemoquant.calibrate import run
+    from nemoquant.pack import verify
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    place = {"calibrate": (run, "_layer"), "pack": (ShardWriter, "write"), "verify": (verify, "_check_tensors")}[stage]
+    monkeypatch.setattr(*place, interrupt)
+    refused(source, code=130, parts=["interrupted; nothing was kept"])
+
+
+def test_an_unforeseen_error_leaves_nothing_either(source, token_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardWriter, "write", lambda self, data: 1 / 0)
+    before = tree(tmp_path)
+    result = CliRunner().invoke(
+        main, ["quantize", str(source), str(tmp_path / "a/b"), "--fmt", "fp8", "--calib", str(token_rows)]
+    )
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert tree(tmp_path) == before
+
+
+def test_parents_that_existed_stay(source, token_rows, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(ShardWriter, "write", lambda self, data: 1 / 0)
+    CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "a/b/c"), "--fmt", "fp8", "--calib", str(token_rows)])
+    assert (tmp_path / "a").is_dir()
+    assert list((tmp_path / "a").iterdir()) == []

@@ -1,0 +1,290 @@
+"""The command line's manners: help, dry runs, JSON, progress, exit codes, and how little it loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nemoquant._version import __version__
+from nemoquant.cli import VERBS, main
+from nemoquant.cli.shared import progress_bars, size
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs/super-120b-a12b.json"
+
+
+def nemoquant(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def quantize(source, token_rows, tmp_path):
+    """Runs the verb on the base checkpoint, with OUT = tmp_path/out."""
+    return lambda *more, code=0: nemoquant(
+        "quantize", source, tmp_path / "out", "--calib", token_rows, "--threads", 1, *more, code=code
+    )
+
+
+@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), ("recipes", "list"), ("recipes", "show")], ids=" ".join)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(verb, flag):
+    text = nemoquant(*verb, flag).stdout
+    assert text.startswith(f"Usage: main {' '.join(verb)}".rstrip())
+    if len(verb) < 2:
+        assert "Examples:" in text
+        examples = [line.strip() for line in text.splitlines() if line.startswith("    nemoquant ")]
+        assert len(examples) >= 2
+        assert all(example.split()[1] == (verb[0] if verb else example.split()[1]) for example in examples)
+
+
+def test_the_help_of_the_group_names_every_verb_and_exit_code():
+    text = nemoquant("--help").stdout
+    assert all(f"  {verb} " in text and summary in text for verb, summary in VERBS.items())
+    assert "Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted" in text
+
+
+def test_version():
+    assert nemoquant("--version").stdout == f"nemoquant {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("quantise", "Did you mean 'quantize'?"), ("verfy", "Did you mean 'verify'?"), ("xyz", f"Commands are {', '.join(VERBS)}.")],
+)
+def test_unknown_commands_get_a_suggestion(word, hint):
+    assert f"No such command '{word}'. {hint}" in nemoquant(word, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["quantize"], ["quantize", "a", "b", "--fmt", "int4"], ["verify"], ["plan", "a", "--nonsense"]]
+)
+def test_usage_errors(arguments):
+    result = nemoquant(*arguments, code=2)
+    assert "Usage: " in result.stderr
+    assert result.stdout == ""
+
+
+# Quantize.
+
+
+def test_output_for_people(quantize, tmp_path):
+    result = quantize("--fmt", "nvfp4")
+    assert result.stdout.startswith(f"{tmp_path / 'out'}: nvfp4, ")
+    assert "bits a weight, verified, " in result.stdout
+    assert result.stdout.count("\n") == 1
+
+
+def test_json_is_alone_on_stdout(quantize, tmp_path, source):
+    (source / "notes.txt").write_text("mine")
+    result = quantize("--fmt", "nvfp4", "--json")
+    assert result.stderr == ""
+    report = json.loads(result.stdout)
+    plan = json.loads(nemoquant("plan", source, "--fmt", "nvfp4", "--json").stdout)
+    assert {k: report[k] for k in plan if k != "rows"} == {k: v for k, v in plan.items() if k != "rows"}
+    assert report["out"] == str(tmp_path / "out")
+    assert report["dry_run"] is False
+    assert report["seconds"] > 0
+    assert report["warnings"] == []
+    assert report["skipped_side_files"] == ["notes.txt"]
+    assert (
+        report["verified"]["tensors"] == report["tensors_out"] == len(plan["rows"]) + report["tensors_out"] - report["tensors_in"]
+    )
+
+
+def test_what_is_left_behind_is_told(quantize, source):
+    (source / "notes.txt").write_text("mine")
+    assert "left behind: notes.txt (not on the list of files that belong to a checkpoint)\n" in quantize("--fmt", "fp8").stderr
+
+
+def test_warnings_go_to_stderr(make_checkpoint, token_rows, tmp_path):
+    source = make_checkpoint("zero", lambda tensors: tensors["backbone.layers.0.mixer.in_proj.weight"].zero_())
+    result = nemoquant("quantize", source, tmp_path / "out", "--fmt", "fp8", "--calib", token_rows)
+    assert (
+        "warning: 1 weights are zero or underflow; scales set to 1.0, codes to 0: backbone.layers.0.mixer.in_proj\n"
+        in result.stderr
+    )
+    assert "warning:" not in result.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16"])
+def test_dry_run_writes_nothing(recipe, more, quantize, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    result = quantize("--recipe", recipe, "--dry-run", *more)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    if more:
+        report = json.loads(result.stdout)
+        assert (report["dry_run"], report["verified"]) == (True, {})
+        assert report["tensors_out"] > report["tensors_in"]
+    else:
+        assert result.stdout.startswith(f"dry run: {recipe} fits ")
+        assert "tensors would be written to" in result.stdout
+
+
+def test_dry_run_checks_the_data_and_the_output(quantize, source, tmp_path):
+    assert "No such file" in nemoquant(
+        "quantize", source, tmp_path / "out", "--fmt", "fp8", "--calib", tmp_path / "no.npy", "--dry-run", code=2
+    ).stderr  # fmt: skip
+    (tmp_path / "out").mkdir()
+    assert "exists; expected a new folder" in quantize("--fmt", "fp8", "--dry-run", code=2).stderr
+
+
+def test_options_reach_the_manifest(quantize, tmp_path):
+    quantize("--fmt", "fp8", "--compute", "float32", "--row-batch", 2, "--shard-size", 0.00003, "--no-scale-groups")
+    manifest = json.loads((tmp_path / "out/nemoquant.json").read_text())
+    settings = manifest["calibration"]
+    assert (settings["dtype"], settings["row_batch"], settings["threads"], settings["device"]) == ("float32", 2, 1, "cpu")
+    assert (settings["rows"], settings["seq_len"], settings["data"]) == (8, 32, "rows.npy")
+    assert manifest["shard_bytes"] == 30_000
+    assert manifest["plan"]["scale_groups"] is False
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+# Progress.
+
+
+def test_plain_progress_when_not_a_terminal(quantize):
+    result = quantize("--fmt", "fp8")
+    stages = [line.split(":")[0] for line in result.stderr.splitlines()]
+    assert stages == ["calibrate", "pack", "verify"]
+    assert all(line.split(": ")[1].startswith("done after ") and line.endswith(" s") for line in result.stderr.splitlines())
+    assert "\x1b" not in result.output
+    assert "\r" not in result.output
+
+
+class Terminal:
+    """A standard error that says it is a terminal, and keeps what is written."""
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["soon over", "over two seconds"])
+def test_bars_on_a_terminal(slow, monkeypatch):
+    from nemoquant.cli import shared
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(shared, "SHOW_AFTER", -1.0 if slow else 60.0)
+    with progress_bars(quiet=False) as report:
+        for i in range(5):
+            report("pack", i, 4, f"layer {i}")
+    assert ("pack" in terminal.text) is slow
+    assert ("100%" in terminal.text) is slow
+
+
+# The other verbs: --json is parseable and alone, plain text has the figures.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", CONFIG],
+        ["plan", CONFIG.with_name("nano-30b-a3b.json"), "--fmt", "nvfp4"],
+        ["recipes", "list"],
+        ["recipes", "show", "nvfp4"],
+        ["recipes", "show", "super-nvfp4-published"],
+    ],
+    ids=lambda a: " ".join(str(x) for x in a if not isinstance(x, Path)),
+)
+def test_json_of_the_other_verbs(arguments):
+    result = nemoquant(*arguments, "--json")
+    assert result.stderr == ""
+    assert json.loads(result.stdout)
+    plain = nemoquant(*arguments)
+    assert plain.stdout
+    assert plain.stderr == ""
+    assert "\x1b" not in plain.stdout
+
+
+def test_golden_figures_of_super():
+    text = nemoquant("inspect", CONFIG, "--context", 1_048_576).stdout
+    assert "42,683, 247,222,108,160 bytes" in text
+    assert "8,192 B a token, 8.59 GB at 1,048,576 tokens" in text
+
+
+def test_a_shown_recipe_is_a_recipe(source, tmp_path):
+    shown = tmp_path / "mine.yaml"
+    shown.write_text(nemoquant("recipes", "show", "nvfp4").stdout)
+    mine, theirs = (json.loads(nemoquant("plan", source, "--recipe", r, "--json").stdout) for r in (shown, "nvfp4"))
+    assert mine == theirs
+
+
+def test_inspect_of_a_quantized_checkpoint(quantize, tmp_path):
+    quantize("--fmt", "nvfp4")
+    found = json.loads(nemoquant("inspect", tmp_path / "out", "--json").stdout)
+    assert found["quantization"] == "MIXED_PRECISION"
+    assert {"BF16", "F32", "F8_E4M3", "U8"} == set(found["dtypes"])
+
+
+@pytest.mark.parametrize("count", [0, 999, 1000, 1_500_000, 5 * 10**9, 247_222_108_160, 2 * 10**12])
+def test_sizes_for_people(count):
+    shown = {
+        0: "0 B", 999: "999 B", 1000: "1.00 kB", 1_500_000: "1.50 MB", 5 * 10**9: "5.00 GB", 247_222_108_160: "247.22 GB", 2 * 10**12: "2.00 TB",
+    }  # fmt: skip
+    assert size(count) == shown[count]
+
+
+# What it loads.
+
+LIGHT = """
+import sys
+import nemoquant, nemoquant.cli
+from click.testing import CliRunner
+assert CliRunner().invoke(nemoquant.cli.main, ["--help"]).exit_code == 0
+print([m for m in ("torch", "numpy", "numba", "pydantic", "safetensors", "jinja2", "tokenizers", "rich", "yaml") if m in sys.modules])
+"""
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+WITHOUT_TORCH = """
+import sys
+from click.testing import CliRunner
+from nemoquant.cli import main
+made = CliRunner().invoke(main, sys.argv[1:])
+assert made.exit_code == 0, made.output
+print([m for m in ("torch", "numba", "tokenizers", "jinja2") if m in sys.modules])
+"""
+
+
+def test_planning_and_inspecting_load_no_torch():
+    small = str(CONFIG.with_name("nano-30b-a3b.json"))
+    for arguments in (["plan", small, "--fmt", "fp8"], ["inspect", small]):
+        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n", arguments
+
+
+def test_exit_codes_of_a_real_process(tmp_path):
+    """The console script's entry point, not a runner: code 2, one line, no traceback."""
+    code = "from nemoquant.cli import main; main(prog_name='nemoquant')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "quantize", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--fmt", "fp8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

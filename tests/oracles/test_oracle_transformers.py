@@ -1,0 +1,118 @@
+"""What was written, read by others: the safetensors library, a decoder written for the tests, and transformers' model.
+
+If a tensor were transposed, its nibbles swapped, its scale another's or a name wrong, logits would be far off. They are near:
+
+- FP8 rounds to 4 significant bits, a relative error of at most 2^-4 and 2 to 3% on average, 31 dB; 28 with half a bit of slack.
+- NVFP4 has steps of 0.5 to 2 in a range of 6, and block scales of 4 bits: about 10%, 20 dB; 17 with half a bit of slack.
+
+Let e be the error of a weight at that floor: 4% and 14%. A layer is two products in a row, and relu squared between them
+doubles what the first one brings: sqrt(1 + 4) e = 2.2 e for each of six layers, which add up as independent ones in the
+residual stream: sqrt(6) x 2.2 e = 5.5 e, were each layer the whole stream. The logits of the median position must be within
+that: 0.22 for FP8, 0.77 for NVFP4. The median, because a token whose second expert flips by a rounding is off by more.
+Activations stay as they are.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import modelopt_run
+import pytest
+import torch
+from oracle_tensors import decode, read, sqnr, weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers (extra: modelopt), which computes the logits"
+)
+
+FLOOR = {torch.float8_e4m3fn: 28.0, torch.uint8: 17.0}  # dB
+FP8_BOUND, NVFP4_BOUND = (30**0.5 * 10 ** (-floor / 20) for floor in FLOOR.values())
+BOUND = {"fp8": FP8_BOUND, "nvfp4": NVFP4_BOUND, "nvfp4-full": NVFP4_BOUND, "nvfp4-w4a16": NVFP4_BOUND}
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens: Tensor) -> Tensor:
+    """By transformers in float32: [rows, length, vocabulary]."""
+    return modelopt_run.load(folder, torch.float32)(tokens, use_cache=False).logits
+
+
+def plain(tensors: dict[str, Tensor], config: Path, folder: Path) -> Path:
+    """An unquantized checkpoint of these tensors, under the names that they have."""
+    folder.mkdir()
+    raw = json.loads(config.read_text())
+    raw.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Median over positions of the relative error of a position's logits."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(5))  # not the rows of the calibration
+
+
+@pytest.fixture(scope="module")
+def expected(runs, tokens) -> Tensor:
+    return logits(runs.source, tokens)
+
+
+@pytest.mark.parametrize("preset", modelopt_run.MAPS)
+def test_weights_decode_near_the_source(preset, runs, source_tensors) -> None:
+    stored = read(runs.ours(preset))
+    decoded = decode(stored)
+    assert {name: t.shape for name, t in decoded.items()} == {name: t.shape for name, t in source_tensors.items()}
+    for dtype, floor in FLOOR.items():
+        low = {name: sqnr(source_tensors[name], decoded[name]) for name in weights(stored, dtype)}
+        assert {name: db for name, db in low.items() if db < floor} == {}
+
+
+@pytest.mark.parametrize("preset", modelopt_run.MAPS)
+def test_logits_are_near_the_source(preset, runs, tokens, expected, tmp_path) -> None:
+    out = runs.ours(preset)
+    found = logits(plain(decode(read(out)), out / "config.json", tmp_path / "plain"), tokens)
+    print(f"{preset}: relative error of logits {error(found, expected):.3f}, bound {BOUND[preset]:.2f}")
+    assert error(found, expected) < BOUND[preset]
+
+
+def test_the_bound_sees_faults(runs, tokens, expected, tmp_path) -> None:
+    """One thing wrong at a time, each of which stays under the bound of no preset."""
+
+    def faulty(name: str, preset: str, change) -> float:
+        tensors = change(read(runs.ours(preset)))
+        return error(logits(plain(tensors, runs.source / "config.json", tmp_path / name), tokens), expected)
+
+    def other_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for layer in (0, 4):
+            mixer = f"backbone.layers.{layer}.mixer."
+            tensors[mixer + "in_proj.weight_scale"] = tensors[mixer + "in_proj.weight_scale"].reciprocal()
+        return decode(tensors)
+
+    def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        result = decode(tensors)
+        for name in [n for n in result if n.endswith(("out_proj.weight", "o_proj.weight"))]:  # square
+            result[name] = result[name].T.contiguous()
+        return result
+
+    found = {
+        "nibbles swapped": faulty("nibbles", "nvfp4-full", lambda t: decode(t, low_nibble_first=False)),
+        "scale inverted": faulty("scale", "fp8", other_scale),
+        "transposed": faulty("transposed", "fp8", transposed),
+    }
+    print(found)
+    assert {fault: value for fault, value in found.items() if value < max(BOUND.values())} == {}
+
+
+def test_the_folder_is_whole(runs, tmp_path) -> None:
+    """The index names every tensor and file; nothing outside the folder is needed."""
+    out = shutil.copytree(runs.ours("nvfp4"), tmp_path / "moved")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == read(out).keys()
+    assert {path.name for path in out.glob("*.safetensors")} == set(index["weight_map"].values())

@@ -1,0 +1,33 @@
+"""Output to look at: a checkpoint quantized through the API, with the small calibration that the fixture model can take."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemoquant.api import CalibrationOptions, Result, quantize
+
+
+@pytest.fixture
+def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Quantizes ``source`` (or the folder given) and returns the new folder."""
+
+    def make(preset: str = "fp8", name: str = "out", of: Path = source, scales: Path | None = None, **options: Any) -> Path:
+        calibration = CalibrationOptions(data=token_rows, dtype="float32", scales=scales)
+        result: Result = quantize(of, tmp_path / name, preset, calibration=calibration, **{"threads": 1, **options})
+        return result.out
+
+    return make
+
+
+@pytest.fixture
+def scales_of() -> Callable[[Path], dict[str, Any] | None]:
+    """Content of an output's scales file, None where it needed none."""
+
+    def load(out: Path) -> dict[str, Any] | None:
+        file = out / "nemoquant_scales.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    return load

@@ -1,0 +1,115 @@
+"""Bounded memory: a checkpoint three times the limit goes through with its peak under the limit.
+
+Peak is VmHWM of a process of its own, above that of a process that only imports the same modules and compiles the kernels.
+(``ru_maxrss`` would not do: it starts from the parent's at the fork.)
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemoquant.checkpoint.header import encode_header
+from nemoquant.model.config import parse_config
+from nemoquant.model.roles import tensor_table
+
+LIMIT = 180e6
+CONFIG = {
+    "model_type": "nemotron_h", "hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "vocab_size": 4096, "hidden_size": 1024,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 4096,
+    "mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2, "conv_kernel": 4, "chunk_size": 64,
+    "n_routed_experts": 128, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_latent_size": 512, "moe_intermediate_size": 1024,
+    "moe_shared_expert_intermediate_size": 2048, "routed_scaling_factor": 1.0, "eos_token_id": 2,
+}  # fmt: skip
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+from nemoquant import api
+from nemoquant.calibrate import data, run, scales
+from nemoquant.formats import amax, fp8, nvfp4
+from nemoquant.pack import card, verify, write
+
+source, out, preset, options = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+weight = np.ones((16, 1024), np.uint16)
+fp8.encode(weight, 1.0), nvfp4.encode(weight, 1.0), amax.amax(weight)
+torch.set_num_threads(2)
+for dtype in (torch.bfloat16, torch.float32):
+    torch.nn.functional.linear(torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
+if preset != "none":
+    options = {k: Path(v) if k in ("data", "scales") else v for k, v in options.items()}
+    api.quantize(source, out, preset, calibration=api.CalibrationOptions(**options), threads=2)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """Half a gigabyte of finite bf16, written from one buffer a tensor at a time."""
+    folder = tmp_path_factory.mktemp("large") / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(CONFIG))]
+    noise = (torch.randn(8 << 20, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
+    with (folder / "model.safetensors").open("wb") as f:
+        f.write(encode_header(table, {}))
+        for number, (_, dtype, shape) in enumerate(table):
+            count = int(np.prod(shape))
+            start = number * 4099 % (len(noise) - count)
+            f.write(np.zeros(count, np.float32) if dtype == "F32" else noise[start : start + count])
+    np.save(folder.parent / "rows.npy", np.random.default_rng(0).integers(3, 4096, (4, 128)))
+    return folder
+
+
+def peak(source, out, preset, **options):
+    arguments = [str(source), str(out), preset, json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in options.items()})]
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def baseline(large):
+    return peak(large, large.parent / "none", "none")
+
+
+def test_peak_memory_stays_under_the_limit(large, baseline, tmp_path):
+    size = (large / "model.safetensors").stat().st_size
+    assert size > 2.9 * LIMIT
+    rows, scales = large.parent / "rows.npy", tmp_path / "calibrated/nemoquant_scales.json"
+    found = {
+        "weights only": peak(large, tmp_path / "w4a16", "nvfp4-w4a16"),
+        "calibrated": peak(large, tmp_path / "calibrated", "fp8", data=rows, row_batch=2),
+        "given scales": peak(large, tmp_path / "scales", "nvfp4", scales=scales),
+    }
+    above = {run: round((value - baseline) / 1e6) for run, value in found.items()}
+    print(f"MB above {baseline / 1e6:.0f}: {above}")
+    assert max(above.values()) < LIMIT / 1e6, above
+
+
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
+    """A sparse file: mapped privately and writable, it must not be counted as memory that is promised."""
+    import os
+
+    from nemoquant.checkpoint.reader import Checkpoint
+
+    rows = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * 65536)
+    header = encode_header([("a", "BF16", (rows, 65536)), ("b", "BF16", (16,))], {})
+    with (tmp_path / "model.safetensors").open("wb") as f:
+        f.write(header)
+        f.truncate(len(header) + 2 * rows * 65536)
+        f.seek(0, 2)
+        f.write(b"\x80\x3f" * 16)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.array("b").tolist() == [0x3F80] * 16
+        assert checkpoint.array("a").shape == (rows, 65536)

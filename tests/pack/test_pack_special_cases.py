@@ -1,0 +1,119 @@
+"""Weights and inputs without magnitude, and the files beside the tensors."""
+
+import json
+
+import numpy as np
+import pack_oracle
+import pytest
+import torch
+from pack_oracle import read
+
+from nemoquant.api import CalibrationOptions, quantize
+
+ZERO = {  # one of each kind
+    "fp8": ["backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.shared_experts.down_proj"],
+    "nvfp4": ["backbone.layers.2.mixer.experts.3.up_proj", "backbone.layers.5.mixer.experts.7.down_proj"],
+}
+# The largest magnitude whose scale is no normal fp32 number any more: below 448 * 2^-126 or 2688 * 2^-126.
+TINY = {"fp8": 447 * 2.0**-126, "nvfp4": 2687 * 2.0**-126, "zero": 0.0}
+
+
+def run(source, token_rows, tmp_path, preset="nvfp4", name="out"):
+    return quantize(source, tmp_path / name, preset, calibration=CalibrationOptions(data=token_rows, dtype="float32"), threads=1)
+
+
+@pytest.mark.parametrize("kind", ["zero", "tiny", "negative tiny"])
+def test_weights_without_magnitude(kind, make_checkpoint, token_rows, tmp_path):
+    def edit(tensors):
+        for form, modules in ZERO.items():
+            for module in modules:
+                weight = tensors[f"{module}.weight"]
+                value = 0.0 if kind == "zero" else TINY[form] * (0.99 if kind == "tiny" else -0.99)
+                tensors[f"{module}.weight"] = torch.full_like(weight, value)
+                assert kind == "zero" or (tensors[f"{module}.weight"] != 0).all()
+
+    result = run(make_checkpoint("degenerate", edit), token_rows, tmp_path)
+    tensors = read(result.out)
+    for form, modules in ZERO.items():
+        for module in modules:
+            assert not any(tensors[f"{module}.weight"].data), "codes 0, no sign"
+            if form == "fp8":
+                assert tensors[f"{module}.weight_scale"].tensor().item() == 1.0
+            else:
+                assert tensors[f"{module}.weight_scale_2"].tensor().item() == 1.0
+                assert set(tensors[f"{module}.weight_scale"].data) == {0x38}
+    everything = [m for modules in ZERO.values() for m in modules]
+    (warning,) = [w for w in result.warnings if "weights are zero or underflow" in w]
+    assert warning.startswith("4 weights are zero or underflow; scales set to 1.0, codes to 0: ")
+    assert all(module in warning for module in everything)
+    assert warning in json.loads((result.out / "nemoquant.json").read_text())["warnings"]
+    assert warning in (result.out / "README.md").read_text()
+
+
+def test_just_above_underflow_is_an_ordinary_weight(make_checkpoint, token_rows, tmp_path):
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    source = make_checkpoint("small", lambda tensors: tensors.update({name: torch.full_like(tensors[name], 448 * 2.0**-126)}))
+    result = run(source, token_rows, tmp_path, "fp8")
+    tensors = read(result.out)
+    assert set(tensors[name].data) == {0x7E}
+    assert tensors[f"{name}_scale"].tensor().item() == 2.0**-126
+    assert not any("underflow" in w for w in result.warnings)
+
+
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
+def test_a_zero_weight_in_a_group_takes_the_groups_scale(preset, make_checkpoint, token_rows, tmp_path, scales_of):
+    source = make_checkpoint("q", lambda tensors: tensors["backbone.layers.1.mixer.q_proj.weight"].zero_())
+    out = run(source, token_rows, tmp_path, preset).out
+    found = {name: (t.dtype, t.shape, t.data) for name, t in read(out).items()}
+    assert found == pack_oracle.expected(source, preset, scales_of(out))
+    suffix = "weight_scale" if preset == "fp8" else "weight_scale_2"
+    scales = {found[f"backbone.layers.1.mixer.{p}_proj.{suffix}"][2] for p in "qkv"}
+    assert len(scales) == 1
+    assert scales != {np.float32(1).tobytes()}
+
+
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
+def test_zero_inputs(preset, make_checkpoint, token_rows, tmp_path):
+    """A norm of zeros: nothing goes into layers 1 (attention) and 3 (MLP)."""
+
+    def edit(tensors):
+        for layer in (1, 3):
+            tensors[f"backbone.layers.{layer}.norm.weight"].zero_()
+
+    result = run(make_checkpoint("mute", edit), token_rows, tmp_path, preset)
+    tensors = read(result.out)
+    zero = [f"backbone.layers.1.mixer.{p}_proj" for p in "qkvo"] + [f"backbone.layers.3.mixer.{p}_proj" for p in ("up", "down")]
+    for module in zero:
+        assert tensors[f"{module}.input_scale"].tensor().item() == 1.0
+    for p in "kv":
+        assert tensors[f"backbone.layers.1.mixer.{p}_proj.{p}_scale"].tensor().item() == 1.0
+    told = [w.split(":")[0] for w in result.warnings if "was zero in all calibration rows" in w]
+    attention = [f"backbone.layers.1.mixer.{p}_proj" for p in ("qkv", "o", "k", "v")]
+    assert sorted(told) == sorted([*attention, *zero[4:]])
+    assert tensors["backbone.layers.2.mixer.shared_experts.up_proj.input_scale"].tensor().item() != 1.0
+
+
+SIDE_FILES = {  # name -> whether it is copied
+    "generation_config.json": True, "tokenizer.json": True, "tokenizer_config.json": True, "tokenizer.model": True,
+    "chat_template.jinja": True, "special_tokens_map.json": True, "LICENSE": True, "NOTICE.txt": True, "modeling_made_up.py": True,
+    "other.py": False, "evil.sh": False, "README.md": False, "training_args.bin": False, ".gitattributes": False, "vocab.txt": False,
+}  # fmt: skip
+
+
+def test_side_files_by_allow_list(make_checkpoint, token_rows, tmp_path):
+    source = make_checkpoint("source", auto_map={"AutoModelForCausalLM": "made/up--modeling_made_up.Model", "X": ["a.B", None]})
+    for name in SIDE_FILES:
+        (source / name).write_text("raise SystemExit('imported')\n" if name.endswith(".py") else f"{name}\n")
+    (source / "tokenizer_parts").mkdir()
+    result = run(source, token_rows, tmp_path, "nvfp4-w4a16")
+    for name, copied in SIDE_FILES.items():
+        if name != "README.md":
+            assert (result.out / name).exists() == copied, name
+        if copied:
+            assert (result.out / name).read_bytes() == (source / name).read_bytes()
+    assert (result.out / "README.md").read_text() != "README.md\n", "the card is ours"
+    skipped = sorted([name for name, copied in SIDE_FILES.items() if not copied] + ["tokenizer_parts/"])
+    assert sorted(result.skipped_files) == skipped
+    manifest = json.loads((result.out / "nemoquant.json").read_text())
+    assert sorted(manifest["skipped_side_files"]) == skipped
+    assert set(manifest["files"]) == {p.name for p in result.out.iterdir()} - {"nemoquant.json"}

@@ -1,0 +1,367 @@
+"""Verify finds each kind of damage, by the check that is there for it, and names it.
+
+``sign`` gives a tampered output a manifest that fits: then only the deeper check can tell.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from pack_oracle import PRESETS, read
+
+from nemoquant.api import CalibrationOptions, quantize, verify
+from nemoquant.checkpoint.manifest import FILE, file_sha256, write_manifest
+from nemoquant.cli import main
+
+IN_PROJ, EXPERT = "backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.experts.3.up_proj"
+ONE_FILE = "model-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def out(quantized):
+    return quantized("nvfp4")
+
+
+def sign(out):
+    """A manifest that names the files as they are now."""
+    data = json.loads((out / FILE).read_text())
+    data["files"] = {p.name: file_sha256(p) for p in sorted(out.iterdir()) if p.name != FILE}
+    write_manifest(out, data)
+
+
+def overwrite(out, name, data, at=0):
+    """Change bytes of a tensor where they lie."""
+    stored = read(out)[name]
+    with (out / stored.file).open("r+b") as f:
+        f.seek(stored.start + at)
+        f.write(data)
+
+
+def edit_json(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def command(out, *more):
+    """(exit code, parsed report) of ``nemoquant verify --json``"""
+    result = CliRunner().invoke(main, ["verify", str(out), "--json", *(str(a) for a in more)])
+    return result.exit_code, json.loads(result.stdout) if result.stdout else result.stderr
+
+
+def failed(out, *more):
+    """The problems, one line; the exit code must say so too."""
+    code, report = command(out, *more)
+    assert code == 1, report
+    assert report["ok"] is False
+    assert report["problems"]
+    return "; ".join(report["problems"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fresh_output_passes(preset, source, quantized):
+    out = quantized(preset)
+    tensors = read(out)
+    code, report = command(out, "--against", source)
+    assert (code, report["ok"], report["problems"], report["warnings"]) == (0, True, [], [])
+    checked = report["checked"]
+    assert checked["files"] == len(list(out.iterdir())) - 1
+    assert checked["tensors"] == len(tensors)
+    quantized_weights = sum(name.endswith(".weight") and t.dtype in ("U8", "F8_E4M3") for name, t in tensors.items())
+    assert checked["encoded_again"] == quantized_weights > 0
+    assert checked["encoded_again"] + checked["compared_with_source"] == len(read(source))
+    alone = verify(out)
+    assert alone["ok"]
+    assert alone["checked"]["compared_with_source"] == alone["checked"]["encoded_again"] == 0
+    assert alone["checked"]["scales"] == checked["scales"] > 0
+
+
+def test_several_shards_pass(source, quantized):
+    out = quantized("nvfp4", shard_bytes=20_000)
+    assert command(out, "--against", source)[0] == 0
+
+
+@pytest.mark.parametrize("at", [0, 9, 5000, -1], ids=["header size", "header", "data", "last byte"])
+def test_a_flipped_byte(at, out):
+    file = out / ONE_FILE
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    assert f"{ONE_FILE} was changed: its sha256 is not the manifest's" in failed(out)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "hf_quant_config.json", "README.md", "nemoquant_scales.json", "model.safetensors.index.json"]
+)
+def test_a_changed_file(name, out):
+    (out / name).write_text((out / name).read_text() + "\n")
+    assert failed(out) == f"{name} was changed: its sha256 is not the manifest's"
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json", "README.md"])
+def test_a_missing_file(name, out):
+    (out / name).unlink()
+    assert f"{name} is missing; the manifest lists it" in failed(out)
+
+
+def test_a_changed_manifest(out):
+    edit_json(out / FILE, lambda data: data.update(shard_bytes=1))
+    code, message = command(out)
+    assert code == 2
+    assert "nemoquant.json was changed after it was written" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "cannot be read"),
+        ("[]", "schema 'list', expected 1"),
+        ('{"schema": 99}', "schema 99, expected 1"),
+    ],
+)
+def test_no_usable_manifest(content, message, out):
+    if content is None:
+        (out / FILE).unlink()
+    else:
+        (out / FILE).write_text(content)
+    code, error = command(out)
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_foreign_file_is_a_warning(out):
+    (out / "notes.txt").write_text("mine")
+    code, report = command(out)
+    assert (code, report["problems"]) == (0, [])
+    assert report["warnings"] == ["notes.txt is not in the manifest; nemoquant did not write it"]
+
+
+# With a manifest that fits.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(f"{IN_PROJ}.weight_scale", v) for v in (np.nan, np.inf, 0.0, -1.0)]
+    + [(n, np.nan) for n in (f"{EXPERT}.weight_scale_2", f"{EXPERT}.input_scale", "backbone.layers.1.mixer.k_proj.k_scale")],
+)
+def test_a_scalar_scale_that_is_no_positive_number(name, value, out):
+    overwrite(out, name, np.float32(value).tobytes())
+    sign(out)
+    assert failed(out) == f"{name}: 1 of 1 scales are not finite and positive"
+
+
+@pytest.mark.parametrize("code", [0x00, 0x80, 0x7F, 0xFF, 0xB8], ids=["0", "-0", "NaN", "-NaN", "-1"])
+def test_a_block_scale_that_is_no_positive_number(code, out):
+    overwrite(out, f"{EXPERT}.weight_scale", bytes([code]), at=5)
+    sign(out)
+    assert failed(out) == f"{EXPERT}.weight_scale: 1 of 96 scales are not finite and positive"
+
+
+def test_smallest_and_largest_block_scales_are_fine(out):
+    overwrite(out, f"{EXPERT}.weight_scale", bytes([0x01, 0x7E]))
+    sign(out)
+    assert command(out)[0] == 0
+
+
+@pytest.mark.parametrize("name", [f"{IN_PROJ}.weight", f"{EXPERT}.weight", f"{EXPERT}.weight_scale"])
+def test_changed_codes_are_found_with_the_source(name, source, out):
+    before = read(out)[name].data
+    overwrite(out, name, bytes([before[7] ^ 1]), at=7)
+    sign(out)
+    assert command(out)[0] == 0, "without the source they are codes like any other"
+    assert failed(out, "--against", source) == f"{name.rsplit('.', 1)[0]}: encoding the source's weight again gives other bytes"
+
+
+@pytest.mark.parametrize("name", [f"{IN_PROJ}.weight_scale", f"{EXPERT}.weight_scale_2"])
+def test_a_wrong_weight_scale_is_found_with_the_source(name, source, out):
+    scale = np.float32(read(out)[name].tensor().item())
+    overwrite(out, name, np.nextafter(scale, np.float32(1)).tobytes())  # one step: too little to change a code
+    sign(out)
+    assert failed(out, "--against", source) == f"{name.rsplit('.', 1)[0]}: encoding the source's weight again gives other bytes"
+
+
+@pytest.mark.parametrize("name", [f"{IN_PROJ}.input_scale", f"{EXPERT}.input_scale", "backbone.layers.1.mixer.v_proj.v_scale"])
+def test_an_activation_scale_that_the_scales_file_does_not_give(name, out):
+    scale = np.float32(read(out)[name].tensor().item())
+    overwrite(out, name, np.float32(1 / scale).tobytes())  # the reciprocal: finite, positive, wrong
+    sign(out)
+    assert f"{name} is {np.float32(1 / scale)}, nemoquant_scales.json gives {scale}" == failed(out)
+
+
+def test_zeros_in_place_of_a_weight_are_found_with_the_source(source, out):
+    """What a zero weight is written as (codes 0, scale 1.0) must not pass for another weight."""
+    overwrite(out, f"{IN_PROJ}.weight", bytes(len(read(out)[f"{IN_PROJ}.weight"].data)))
+    overwrite(out, f"{IN_PROJ}.weight_scale", np.float32(1).tobytes())
+    sign(out)
+    assert failed(out, "--against", source) == f"{IN_PROJ}: encoding the source's weight again gives other bytes"
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "backbone.layers.0.mixer.A_log", "mtp.layers.1.mixer.experts.0.up_proj.weight"]
+)
+def test_a_changed_unquantized_tensor_is_found_with_the_source(name, source, out):
+    before = read(out)[name].data
+    overwrite(out, name, bytes([before[0] ^ 1]))
+    sign(out)
+    assert command(out)[0] == 0
+    assert failed(out, "--against", source) == f"{name} differs from the source; expected the same bytes"
+
+
+def rewrite(out, change):
+    """Write the shard anew with another header; ``change`` gets name -> (dtype, shape, bytes) in order."""
+    tensors = {name: (t.dtype, t.shape, t.data) for name, t in read(out).items()}
+    tensors = change(tensors) or tensors
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-(8 + len(text)) // 4096) * 4096 - 8)
+    (out / ONE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
+    edit_json(out / "model.safetensors.index.json", lambda index: index.update(weight_map=dict.fromkeys(tensors, ONE_FILE)))
+    sign(out)
+
+
+def swap(a, b):
+    def change(tensors):
+        return {{a: b, b: a}.get(name, name): value for name, value in tensors.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{EXPERT}.input_scale") and None, f"{EXPERT}.input_scale is missing"),
+        (lambda t: t.pop("backbone.norm_f.weight") and None, "backbone.norm_f.weight is missing"),
+        (lambda t: t.update(stranger=("F32", [], bytes(4))), "stranger is not in the plan"),
+        (
+            lambda t: t.update({f"{EXPERT}.input_scale": ("F32", [1], t[f"{EXPERT}.input_scale"][2])}),
+            f"{EXPERT}.input_scale is F32 [1], expected F32 []",
+        ),
+        (
+            lambda t: t.update({f"{EXPERT}.weight": ("I8", *t[f"{EXPERT}.weight"][1:])}),
+            f"{EXPERT}.weight is I8 [48, 16], expected U8 [48, 16]",
+        ),
+        (
+            swap("backbone.layers.2.mixer.experts.3.up_proj.weight", "backbone.layers.2.mixer.experts.4.up_proj.weight"),
+            "its tensors are in another order than the plan's",
+        ),
+    ],
+    ids=["missing scale", "missing weight", "extra", "shape", "dtype", "names swapped"],
+)  # fmt: skip
+def test_another_tensor_table(change, message, out):
+    rewrite(out, change)
+    assert f"{ONE_FILE}: {message}" in failed(out)
+
+
+def test_swapped_bytes_are_found_with_the_source(source, out):
+    a, b = (f"backbone.layers.2.mixer.experts.{e}.up_proj.weight" for e in (3, 4))
+    tensors = read(out)
+    overwrite(out, a, tensors[b].data)
+    overwrite(out, b, tensors[a].data)
+    sign(out)
+    assert command(out)[0] == 0
+    problems = failed(out, "--against", source)
+    assert "experts.3.up_proj: encoding" in problems
+    assert "experts.4.up_proj: encoding" in problems
+
+
+def test_data_that_does_not_begin_at_a_page(out):
+    file = out / ONE_FILE
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    file.write_bytes((size + 8).to_bytes(8, "little") + raw[8 : 8 + size] + b" " * 8 + raw[8 + size :])
+    sign(out)
+    assert failed(out) == f"{ONE_FILE}: data begins at byte {size + 16}, expected a multiple of 4096"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda d: d.pop("quantization_config"), "config.json: `quantization_config` is not what the plan calls for"),
+        (
+            "config.json",
+            lambda d: d["quantization_config"]["ignore"].append("backbone.layers.1"),
+            "config.json: `quantization_config` is not what the plan calls for",
+        ),
+        (
+            "hf_quant_config.json",
+            lambda d: d["quantization"].update(kv_cache_quant_algo=None),
+            "hf_quant_config.json is not what the plan calls for",
+        ),
+        (
+            "hf_quant_config.json",
+            lambda d: d["quantization"]["quantized_layers"].popitem(),
+            "hf_quant_config.json is not what the plan calls for",
+        ),
+        ("config.json", lambda d: d.update(hidden_size=32), "the recipe and config.json give the plan"),
+        ("config.json", lambda d: d.update(model_type="llama"), "`model_type` is 'llama'"),
+        ("model.safetensors.index.json", lambda d: d["weight_map"].popitem(), "does not fit its shards: not in it: mtp.layers.1"),
+        ("model.safetensors.index.json", lambda d: d["metadata"].update(total_size=1), "index.json: its metadata are {'total_size': 1}"),
+    ],
+    ids=["no section", "ignore", "kv", "a module less", "sizes", "model_type", "index", "total"],
+)  # fmt: skip
+def test_config_files_that_do_not_fit(file, change, message, out):
+    edit_json(out / file, change)
+    sign(out)
+    assert message in failed(out)
+
+
+def test_source_keys_that_were_lost(source, out):
+    edit_json(out / "config.json", lambda data: data.pop("architectures"))
+    sign(out)
+    assert command(out)[0] == 0
+    assert "config.json: keys differ from the source's: architectures" in failed(out, "--against", source)
+
+
+# Against something else.
+
+
+def test_against_another_model(out, make_checkpoint):
+    other = make_checkpoint("other", n_routed_experts=4)
+    assert "is not the source: its tensor table is another one" in failed(out, "--against", other)
+
+
+def test_against_other_weights_of_the_same_shapes(out, make_checkpoint):
+    problems = failed(out, "--against", make_checkpoint("other", seed=1))
+    assert f"{IN_PROJ}: encoding the source's weight again gives other bytes" in problems
+    assert "lm_head.weight differs from the source" in problems
+
+
+@pytest.mark.parametrize("what", ["config", "missing", "quantized"])
+def test_against_what_is_no_source(what, source, out, tmp_path):
+    against = {"config": source / "config.json", "missing": tmp_path / "nowhere", "quantized": out}[what]
+    code, message = command(out, "--against", against)
+    assert code == 2
+    assert {"config": "is a config.json", "missing": "does not exist", "quantized": "is already quantized"}[what] in message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+
+
+def test_plain_report(out, source):
+    result = CliRunner().invoke(main, ["verify", str(out), "--against", str(source)])
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{out}: ok (")
+    shutil.rmtree(out / "nothing", ignore_errors=True)
+    (out / "README.md").unlink()
+    result = CliRunner().invoke(main, ["verify", str(out)])
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"{out}: FAILED (")
+    assert "problem: README.md is missing; the manifest lists it\n" in result.stderr
+
+
+def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monkeypatch):
+    """A packer that writes wrong scales: caught, and nothing is kept."""
+    from nemoquant.errors import VerificationError
+    from nemoquant.pack import write
+
+    monkeypatch.setattr(write, "input_scales", lambda plan, scales, warn: {r.module: np.float32(np.nan) for r in plan.quantized})
+    with pytest.raises(VerificationError, match="what was written is not what was planned, nothing is kept") as error:
+        quantize(source, tmp_path / "out", "fp8", calibration=CalibrationOptions(data=token_rows), threads=1)
+    assert error.value.exit_code == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.npy", "source"]
