@@ -1,23 +1,19 @@
 """The Python API: what the command line does, as functions. Messages and progress go to callbacks, results are data."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemoquant._version import __version__
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.source import Source, open_source
-from nemoquant.errors import CheckpointError, UsageError, VerificationError
+from nemoquant.errors import CheckpointError, UsageError, listing
 from nemoquant.pack import output
-from nemoquant.pack.shards import SHARD_BYTES, Shard, shards
-from nemoquant.plan.plan import Plan
-from nemoquant.plan.recipe import load_recipe
-from nemoquant.plan.resolve import resolve
+from nemoquant.pack.shards import SHARD_BYTES
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.recipe import load_recipe
+from nemoquant.planning.resolve import resolve
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
@@ -47,16 +43,21 @@ class CalibrationOptions:
     dtype: str | None = None
     row_batch: int = 4
 
+    def given(self) -> list[str]:
+        """Options that say where scales come from, as far as they were given."""
+        return [name for name, value in (("--calib", self.data), ("--scales", self.scales)) if value is not None]
+
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` made: the plan, warnings in plain words, and what verify checked before the rename."""
+    """What ``quantize`` made: the plan, warnings in plain words, what verify checked before the rename, and how calibration went."""
 
     out: Path
     plan: Plan
     warnings: list[str]
     verified: dict[str, int]
     skipped_files: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
 
 
 def plan(source: Path, recipe: str, *, scale_groups: bool = True) -> Plan:
@@ -106,7 +107,6 @@ def quantize(
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
         output.check_output(out, source, made.bytes_out)
-        layout = shards(made, shard_bytes)
         warnings = [
             f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
             for name in made.unused_formats
@@ -114,22 +114,33 @@ def quantize(
         scales = None
         if made.needs_calibration:
             scales = _scales(opened, made, options, threads, dry_run, warnings, progress)
+        else:
+            warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
         if dry_run:
             return Result(out, made, warnings, {})
+        from nemoquant.pack.run import write_checkpoint
+
         with output.making(out) as folder:
-            return _write(opened, made, layout, scales, folder, out, threads, shard_bytes, warnings, progress)
+            verified, skipped = write_checkpoint(opened, made, scales, folder, threads, shard_bytes, warnings, progress)
+        return Result(out, made, warnings, verified, skipped, None if scales is None else scales.summary())
 
 
 def _scales(
     source: Source, plan: Plan, options: CalibrationOptions, threads: int, dry_run: bool, warnings: list[str], progress: Progress
 ) -> Any:
     """Calibrate, or read the results of an earlier run. None on a dry run, after the data were checked."""
+    assert source.checkpoint is not None
+    weights = manifest.weights_fingerprint(source.checkpoint)
     from nemoquant.calibrate.data import default_data, load_rows
     from nemoquant.calibrate.scales import Scales
 
     if options.scales is not None:
         scales = Scales.load(options.scales)
         scales.check(plan, options.scales)
+        if scales.settings.get("weights") != weights:
+            warnings.append(
+                f"{options.scales} was made from other weights than {source.path}: their norms and SSM parameters differ"
+            )
         warnings += scales.warnings
         return scales
     import torch
@@ -150,7 +161,6 @@ def _scales(
         warnings += told
         return None
     torch.set_num_threads(threads)
-    assert source.checkpoint is not None
     scales = calibrate(
         source.checkpoint,
         source.config,
@@ -162,87 +172,16 @@ def _scales(
     )
     if scales.non_finite_rows:
         told.append(f"{scales.non_finite_rows} calibration rows came to NaN or Inf and were left out")
+    unreached, experts = scales.unreached(), sum(map(len, scales.tokens_per_expert.values()))
+    if unreached:
+        told.append(
+            f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
+            "each has the largest input scale of its layer and projection, give more rows to see them"
+        )
+    scales.settings["weights"] = weights
     scales.warnings = told
     warnings += told
     return scales
-
-
-def _write(
-    source: Source, plan: Plan, layout: list[Shard], scales: Any, folder: Path, out: Path, threads: int, shard_bytes: int,
-    warnings: list[str], progress: Progress,
-) -> Result:  # fmt: skip
-    """Everything that is written, into ``folder``, and verify over it."""
-    from nemoquant.calibrate.scales import FILE as SCALES_FILE
-    from nemoquant.pack.card import card
-    from nemoquant.pack.layouts import quantization_sections
-    from nemoquant.pack.verify import verify as check
-    from nemoquant.pack.write import Packer
-
-    assert source.checkpoint is not None
-    done = 0
-
-    def packed(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("pack", done, plan.bytes_in, "")
-
-    packer = Packer(plan, source.checkpoint, scales, threads=threads, warn=warnings.append, progress=packed)
-    digests = packer.write(folder, layout)
-    if packer.zero_weights:
-        from nemoquant.errors import listing
-
-        warnings.append(
-            f"{len(packer.zero_weights)} weights are zero or underflow; scales set to 1.0, codes to 0: {listing(packer.zero_weights)}"
-        )
-    section, legacy = quantization_sections(plan)
-    _json(folder / "config.json", source.raw_config | ({"quantization_config": section} if section else {}))
-    _json(folder / "hf_quant_config.json", legacy)
-    weight_map = {entry.name: shard.file for shard in layout for entry in shard.entries}
-    _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
-    if scales is not None:
-        (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
-    copied, skipped = output.copy_side_files(source.path, source.raw_config, folder)
-    (folder / "README.md").write_text(card(plan, _calibration_sentence(plan, scales), warnings, copied), encoding="utf-8")
-    files = {path.name: digests.get(path.name) or manifest.file_sha256(path) for path in sorted(folder.iterdir())}
-    manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
-    report = check(folder, source, encode_again=False, progress=lambda done, total: progress("verify", done, total, ""))
-    if not report.ok:
-        raise VerificationError(
-            f"{out}: what was written is not what was planned, nothing is kept: {'; '.join(report.problems[:3])}"
-        )
-    return Result(out, plan, warnings, report.checked, skipped)
-
-
-def _json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _calibration_sentence(plan: Plan, scales: Any) -> str:
-    if not plan.needs_calibration:
-        return "none was needed."
-    s = scales.settings
-    return f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; per-tensor maxima."
-
-
-def _manifest(
-    source: Source, plan: Plan, scales: Any, shard_bytes: int, warnings: list[str], skipped: list[str], files: dict[str, str]
-) -> dict[str, Any]:
-    assert source.checkpoint is not None
-    return {
-        "schema": manifest.SCHEMA,
-        "nemoquant": __version__,
-        "source": {
-            "config_sha256": hashlib.sha256(json.dumps(source.raw_config, sort_keys=True).encode()).hexdigest(),
-            "tensor_table_sha256": manifest.tensor_table_sha256(source.checkpoint.tensors),
-            "dtypes": manifest.pack_dtypes(source.table),
-        },
-        "plan": plan.summary() | {"recipe": plan.recipe.dump(), "scale_groups": plan.scale_groups},
-        "calibration": None if scales is None else scales.settings,
-        "shard_bytes": shard_bytes,
-        "warnings": warnings,
-        "skipped_side_files": skipped,
-        "files": files,
-    }
 
 
 def verify(out: Path, against: Path | None = None, *, progress: Progress = no_progress) -> dict[str, Any]:

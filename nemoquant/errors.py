@@ -12,7 +12,7 @@
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
         MissingExtraError           exit 3   a feature whose optional packages are not installed
         VerificationError           exit 1   a written checkpoint that is not what its plan says
-    Interrupted                     exit 130 Ctrl-C
+    KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
 
 A message names the thing, what was got, what was expected, and what to do, in that order.
 """
@@ -68,10 +68,6 @@ class MissingExtraError(NemoquantError):
 
 class VerificationError(NemoquantError):
     exit_code = 1
-
-
-class Interrupted(NemoquantError):
-    exit_code = 130
 
 
 def listing(names: Sequence[object], limit: int = 5) -> str:

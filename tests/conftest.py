@@ -37,6 +37,8 @@ def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor
             value = torch.rand(spec.shape, generator=g) + 0.5
         elif spec.role.endswith("ssm.A_log"):
             value = torch.rand(spec.shape, generator=g) * 2.5
+        elif spec.role.endswith("router.bias"):
+            value = torch.zeros(spec.shape)  # so that every expert gets tokens
         elif spec.role.endswith("ssm.dt_bias"):
             value = torch.rand(spec.shape, generator=g) * 4 - 5
         else:

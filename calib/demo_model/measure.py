@@ -154,9 +154,12 @@ def main(work: Path) -> None:
         "mamba heads": slow_heads(source),
         "tokens per expert, 32 calibration rows": tokens,
         "perplexity without a block": ablations(model, rows[:ABLATION_ROWS]),
-        "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(HERE.glob("*")) if p.suffix in (".safetensors", ".json", ".jinja")},
+        "files": {
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(HERE.iterdir())
+            if p.suffix in (".safetensors", ".json", ".jinja") and p.name != "manifest.json"
+        },
     }  # fmt: skip
-    manifest["files"].pop("manifest.json", None)
     (HERE / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     print(json.dumps({k: v for k, v in manifest.items() if k != "files"}, indent=1))
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from nemoquant.errors import CalibrationError, MissingExtraError
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.plan.recipe import recipe_folder
+from nemoquant.planning.recipe import recipe_folder
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
 

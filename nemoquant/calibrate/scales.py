@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import CalibrationError, listing
-from nemoquant.plan.plan import Plan
+from nemoquant.planning.plan import Plan
 
 SCHEMA = 1
 FILE = "nemoquant_scales.json"
@@ -70,6 +70,16 @@ class Scales:
         if bad:
             raise CalibrationError(f"{path}: maxima of {listing(bad)} are negative or not finite; calibrate again")
         return scales
+
+    def unreached(self) -> list[str]:
+        """Experts without a token, as ``layer 3 expert 7``."""
+        return [f"layer {i} expert {e}" for i, counts in self.tokens_per_expert.items() for e, n in enumerate(counts) if not n]
+
+    def summary(self) -> dict[str, Any]:
+        """The settings, and how experts were covered, as JSON data."""
+        counts = [n for layer in self.tokens_per_expert.values() for n in layer]
+        coverage = {"experts": len(counts), "unreached": counts.count(0), "fewest_tokens": min(counts, default=0)}
+        return self.settings | {"non_finite_rows": self.non_finite_rows, "coverage": coverage}
 
     def check(self, plan: Plan, path: Path) -> None:
         """Make sure that a file from an earlier run has what ``plan`` needs, and nothing that its model lacks.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
 from nemoquant.model.roles import TensorSpec
 
@@ -30,6 +31,15 @@ def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
     """Identity of a checkpoint's tensor table: names, dtypes and shapes, in whatever files they lie."""
     table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+def weights_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases. A few megabytes that tell one training from another."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
+        digest.update(checkpoint.raw(name).data)
+        checkpoint.release([name])
+    return digest.hexdigest()
 
 
 def pack_dtypes(table: list[TensorSpec]) -> dict[str, Any]:

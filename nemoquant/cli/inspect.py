@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, size, table
+from nemoquant.cli.shared import json_option, print_json, table
+from nemoquant.units import size
 
 
 @click.command("inspect")

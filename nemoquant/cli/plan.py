@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, recipe_name, recipe_options, size, table
+from nemoquant.cli.shared import json_option, print_json, recipe_name, recipe_options, table
+from nemoquant.units import size
 
 
 @click.command("plan")

@@ -2,10 +2,12 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, progress_bars, recipe_name, recipe_options, size
+from nemoquant.cli.shared import json_option, print_json, progress_bars, recipe_name, recipe_options
+from nemoquant.units import size
 
 
 @click.command("quantize")
@@ -80,6 +82,7 @@ def command(
     took = time.monotonic() - began
     if as_json:
         figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
+        figures["calibration"] = result.calibration
         print_json(
             figures | {"warnings": result.warnings, "verified": result.verified, "skipped_side_files": result.skipped_files}
         )
@@ -95,4 +98,16 @@ def command(
     if dry_run:
         click.echo(f"dry run: {made.recipe.name} fits {source}; {what}; {made.tensors_out:,} tensors would be written to {out}")
     else:
+        if result.calibration is not None:
+            click.echo(_calibrated(result.calibration))
         click.echo(f"{out}: {made.recipe.name}, {what}, verified, {took:.1f} s")
+
+
+def _calibrated(found: dict[str, Any]) -> str:
+    """How calibration went, in a line."""
+    line = f"calibrated on {found['rows']} rows of {found['seq_len']} tokens ({found['data']}, {found['dtype']})"
+    coverage = found["coverage"]
+    if coverage["experts"]:
+        reached = coverage["experts"] - coverage["unreached"]
+        line += f"; {reached:,} of {coverage['experts']:,} experts reached, the fewest tokens {coverage['fewest_tokens']:,}"
+    return line

@@ -20,7 +20,7 @@ def command() -> None:
 @json_option
 def list_recipes(as_json: bool) -> None:
     """The presets, a line each."""
-    from nemoquant.plan.recipe import load_recipe, presets
+    from nemoquant.planning.recipe import load_recipe, presets
 
     recipes = [load_recipe(name) for name in presets()]
     if as_json:
@@ -36,7 +36,7 @@ def show_recipe(name: str, as_json: bool) -> None:
     """Print a recipe: a preset's file as it is, comments and all."""
     from pathlib import Path
 
-    from nemoquant.plan.recipe import load_recipe, presets
+    from nemoquant.planning.recipe import load_recipe, presets
 
     recipe = load_recipe(name)
     if as_json:

@@ -41,14 +41,6 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, allow_nan=False))
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1.23 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
     """Yields the callback that the API's functions report to.

@@ -1,7 +1,8 @@
 """The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain words."""
 
 from nemoquant.pack.layouts import algorithm
-from nemoquant.plan.plan import Plan
+from nemoquant.planning.plan import Plan
+from nemoquant.units import size
 
 # From the engines' sources and release notes, read in November 2026; none was run here.
 LOADERS = {
@@ -41,7 +42,7 @@ def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
         entry = found.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
         entry[0] += 1
         entry[1] += row.bytes_out
-    return [(role, weights, inputs, count, size) for (role, weights, inputs), (count, size) in found.items()]
+    return [(role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in found.items()]
 
 
 def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:
@@ -57,7 +58,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
         plan.recipe.summary,
         "",
-        f"- Size: {plan.bytes_out / 1e9:.3f} GB of tensors, {plan.bytes_in / 1e9:.3f} GB before.",
+        f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
@@ -68,7 +69,10 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
         "| role | weights | GEMM inputs | tensors | bytes |",
         "|---|---|---|---:|---:|",
-        *(f"| {role} | {weights} | {inputs} | {count:,} | {size:,} |" for role, weights, inputs, count, size in role_table(plan)),
+        *(
+            f"| {role} | {weights} | {inputs} | {count:,} | {total:,} |"
+            for role, weights, inputs, count, total in role_table(plan)
+        ),
         "",
         *(f"- `{name}`: {text}" for name, text in NAMES.items() if any(row.format == name for row in plan.rows)),
         "",

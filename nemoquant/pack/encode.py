@@ -9,7 +9,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import WeightError
 from nemoquant.formats import fp8, nvfp4
 from nemoquant.formats.amax import amax as bits_amax
-from nemoquant.plan.plan import Row
+from nemoquant.planning.plan import Row
 
 CHUNK_BYTES = 8 << 20  # of source, read and encoded at a time
 

@@ -12,7 +12,7 @@ This is the only file that knows foreign names. In this layout every stored scal
 
 from typing import Any
 
-from nemoquant.plan.plan import Plan, Row
+from nemoquant.planning.plan import Plan, Row
 
 PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
 LAYOUT_VERSION = "0.47.0"  # the Model Optimizer whose layout this is, byte for byte in the tests

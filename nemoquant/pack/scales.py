@@ -8,10 +8,9 @@ import numpy as np
 from nemoquant.calibrate.scales import Scales, kv_modules
 from nemoquant.errors import CalibrationError
 from nemoquant.formats import fp8, nvfp4
-from nemoquant.plan.plan import Plan, Row
+from nemoquant.planning.plan import Plan, Row
 
 Warn = Callable[[str], None]
-ONE = np.float32(1.0)
 
 
 def input_scale(amax: float, activation_format: str) -> np.float32:
@@ -43,7 +42,6 @@ def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.
         if row.expert is not None and row.module in amax:
             layers[_layer_projection(row)] = max(amax[row.module], layers.get(_layer_projection(row), 0.0))
     result: dict[str, np.float32] = {}
-    unreached: set[str] = set()
     for group, members in groups.items():
         seen = [amax[row.module] for row in members if row.module in amax]
         fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
@@ -51,17 +49,11 @@ def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.
             raise CalibrationError(
                 f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with more rows"
             )
-        if not seen:
-            unreached.add(members[0].module.rsplit(".", 1)[0])
         largest = max(seen) if seen else fallback
         assert largest is not None and members[0].activation_format is not None
         if largest == 0:
             warn(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
         result |= dict.fromkeys((row.module for row in members), input_scale(largest, members[0].activation_format))
-    if unreached:
-        warn(
-            f"experts that no calibration token reached: {len(unreached)}; each has the largest input scale of its layer and projection"
-        )
     return result
 
 

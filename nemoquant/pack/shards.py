@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.pack.layouts import kv_scale_name, tensor_name
-from nemoquant.plan.plan import Plan, Row
+from nemoquant.planning.plan import Plan, Row
 
 SHARD_BYTES = 5_000_000_000
 

@@ -30,9 +30,9 @@ from nemoquant.pack.encode import amax, encode, slices
 from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.scales import input_scales, kv_scales, weight_scale
 from nemoquant.pack.shards import Entry, Shard, shards
-from nemoquant.plan.plan import Plan, Row
-from nemoquant.plan.recipe import parse_recipe
-from nemoquant.plan.resolve import resolve
+from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.recipe import parse_recipe
+from nemoquant.planning.resolve import resolve
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 COMPARE_BYTES = 16 << 20

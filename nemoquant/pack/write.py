@@ -19,7 +19,7 @@ from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.pack.encode import Array, Encoded, amax, check_finite, encode, slices
 from nemoquant.pack.scales import Warn, input_scales, kv_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
-from nemoquant.plan.plan import Plan, Row
+from nemoquant.planning.plan import Plan, Row
 
 Progress = Callable[[int], None]  # bytes of source that were dealt with since the last call
 T = TypeVar("T")
@@ -108,8 +108,10 @@ class Packer:
         """One weight: its chunks go to the threads, first for the maximum of its group, then for the codes."""
         members = self._groups[row.weight_group] if row.weight_group else [row]
         parts = [(member, part) for member in members for part in slices(member)]
-        found = self._ahead(pool, lambda item: amax(self.checkpoint, *item), parts)
+        found = list(self._ahead(pool, lambda item: amax(self.checkpoint, *item), parts))
         scale, degenerate = weight_scale(row, max(found))
+        if not degenerate and not any(value for (member, _), value in zip(parts, found, strict=True) if member is row):
+            self.zero_weights.append(row.module)  # its group has a scale all the same
         yield (
             row,
             scale,

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from nemoquant._version import __version__
 from nemoquant.cli import VERBS, main
-from nemoquant.cli.shared import progress_bars, size
+from nemoquant.cli.shared import progress_bars
+from nemoquant.units import size
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/super-120b-a12b.json"
 
@@ -73,9 +74,11 @@ def test_usage_errors(arguments):
 
 def test_output_for_people(quantize, tmp_path):
     result = quantize("--fmt", "nvfp4")
-    assert result.stdout.startswith(f"{tmp_path / 'out'}: nvfp4, ")
-    assert "bits a weight, verified, " in result.stdout
-    assert result.stdout.count("\n") == 1
+    calibrated, made = result.stdout.splitlines()
+    assert calibrated.startswith("calibrated on 8 rows of 32 tokens (rows.npy, ")
+    assert "; 16 of 16 experts reached, the fewest tokens " in calibrated
+    assert made.startswith(f"{tmp_path / 'out'}: nvfp4, ")
+    assert "bits a weight, verified, " in made
 
 
 def test_json_is_alone_on_stdout(quantize, tmp_path, source):
@@ -104,7 +107,7 @@ def test_warnings_go_to_stderr(make_checkpoint, token_rows, tmp_path):
     source = make_checkpoint("zero", lambda tensors: tensors["backbone.layers.0.mixer.in_proj.weight"].zero_())
     result = nemoquant("quantize", source, tmp_path / "out", "--fmt", "fp8", "--calib", token_rows)
     assert (
-        "warning: 1 weights are zero or underflow; scales set to 1.0, codes to 0: backbone.layers.0.mixer.in_proj\n"
+        "warning: 1 weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: backbone.layers.0.mixer.in_proj\n"
         in result.stderr
     )
     assert "warning:" not in result.stdout

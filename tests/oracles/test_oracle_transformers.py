@@ -74,6 +74,19 @@ def test_weights_decode_near_the_source(preset, runs, source_tensors) -> None:
         assert {name: db for name, db in low.items() if db < floor} == {}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors (extra: dev)")
+def test_nvfp4_codes_by_compressed_tensors(runs) -> None:
+    """Its unpacking of two codes a byte, written for vLLM, and the decoder here agree on each value."""
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    stored = read(runs.ours("nvfp4-full"))
+    decoded = decode(stored)
+    for name in weights(stored, torch.uint8):
+        codes = unpack_fp4_from_uint8(stored[name], *decoded[name].shape, dtype=torch.float32)
+        step = stored[name + "_scale"].float() * stored[name + "_scale_2"]
+        assert torch.equal(codes * step.repeat_interleave(16, 1), decoded[name]), name
+
+
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
 def test_logits_are_near_the_source(preset, runs, tokens, expected, tmp_path) -> None:
     out = runs.ours(preset)

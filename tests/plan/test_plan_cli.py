@@ -322,7 +322,6 @@ main(sys.argv[1:], prog_name="nemoquant")
 def test_the_api_is_found_in_any_order_of_imports(source: Path) -> None:
     code = """
 import sys
-from collections.abc import Callable
 from pathlib import Path
 for name in sys.argv[2].split():
     exec(f"import {name}")
@@ -331,11 +330,11 @@ first = nemoquant.plan(Path(sys.argv[1]), "fp8")
 from nemoquant import plan
 assert plan(Path(sys.argv[1]), "fp8") == nemoquant.plan(Path(sys.argv[1]), "fp8") == first
 assert nemoquant.plan(Path(sys.argv[1]), "fp8", scale_groups=False) != first
-import nemoquant.plan.recipe as recipe
+import nemoquant.planning.recipe as recipe
 assert recipe.presets()
 print(nemoquant.inspect(Path(sys.argv[1]))["layers"]["total"])
 """
-    for order in ("nemoquant", "nemoquant.plan.resolve", "nemoquant.api nemoquant.plan.recipe"):
+    for order in ("nemoquant", "nemoquant.planning.resolve", "nemoquant.api nemoquant.planning.recipe"):
         assert run(code, str(source), order) == "6\n"
 
 

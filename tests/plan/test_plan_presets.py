@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from nemoquant import api
 from nemoquant.errors import RecipeError
-from nemoquant.plan.plan import Plan
+from nemoquant.planning.plan import Plan
 
 Make = Callable[..., Path]
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -15,9 +15,9 @@ from nemoquant import api
 from nemoquant.errors import RecipeError
 from nemoquant.model.config import parse_config
 from nemoquant.model.roles import tensor_table
-from nemoquant.plan.plan import Plan, Row
-from nemoquant.plan.recipe import parse_recipe
-from nemoquant.plan.resolve import resolve
+from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.recipe import parse_recipe
+from nemoquant.planning.resolve import resolve
 
 Rule = dict[str, Any]
 Make = Callable[..., Path]

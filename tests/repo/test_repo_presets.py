@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import nemoquant
-from nemoquant.plan.recipe import presets
+from nemoquant.planning.recipe import presets
 
 DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
 PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # that one fits Super only
@@ -22,7 +22,8 @@ def scales(tmp_path_factory):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset(preset, scales, tmp_path):
     out = tmp_path / preset
-    result = nemoquant.quantize(DEMO, out, preset, calibration=nemoquant.CalibrationOptions(scales=scales))
+    needed = nemoquant.plan(DEMO, preset).needs_calibration
+    result = nemoquant.quantize(DEMO, out, preset, calibration=nemoquant.CalibrationOptions(scales=scales) if needed else None)
     assert result.warnings == []
     report = nemoquant.verify(out, against=DEMO)
     assert report["ok"] and not report["problems"] and not report["warnings"]

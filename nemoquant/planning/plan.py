@@ -11,7 +11,7 @@ from typing import Any
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.formats import FORMATS
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.plan.recipe import Recipe, ScaleMethod
+from nemoquant.planning.recipe import Recipe, ScaleMethod
 
 SCHEMA = 1  # of the plan's JSON
 SCALAR_BYTES = 4

@@ -19,8 +19,8 @@ from nemoquant.errors import RecipeError, listing
 from nemoquant.formats import FORMATS
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
-from nemoquant.plan.plan import Plan, Row
-from nemoquant.plan.recipe import Recipe, Rule
+from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.recipe import Recipe, Rule
 
 _REASONS = {
     "ssm.": "the recurrence multiplies their error over the whole sequence, and engines widen them to fp32",

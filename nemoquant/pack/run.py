@@ -1,0 +1,106 @@
+"""Pack a whole checkpoint: shards, both config files, index, side files, scales file, card and manifest; then verify it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemoquant._version import __version__
+from nemoquant.calibrate.scales import FILE as SCALES_FILE
+from nemoquant.calibrate.scales import Scales
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.source import Source
+from nemoquant.errors import VerificationError, listing
+from nemoquant.pack import output
+from nemoquant.pack.card import card
+from nemoquant.pack.layouts import quantization_sections
+from nemoquant.pack.shards import shards
+from nemoquant.pack.verify import verify
+from nemoquant.pack.write import Packer
+from nemoquant.planning.plan import Plan
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
+
+
+def write_checkpoint(
+    source: Source, plan: Plan, scales: Scales | None, folder: Path, threads: int, shard_bytes: int, warnings: list[str],
+    progress: Progress,
+) -> tuple[dict[str, int], list[str]]:  # fmt: skip
+    """Write everything into the empty ``folder``, and verify it. Finds of its own are added to ``warnings``.
+
+    Returns:
+        what verify checked, and the source's files that were left behind.
+    Raises:
+        CalibrationError, WeightError, VerificationError
+    """
+    assert source.checkpoint is not None
+    layout = shards(plan, shard_bytes)
+    done = 0
+
+    def packed(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("pack", done, plan.bytes_in, "")
+
+    packer = Packer(plan, source.checkpoint, scales, threads=threads, warn=warnings.append, progress=packed)
+    digests = packer.write(folder, layout)
+    if packer.zero_weights:
+        warnings.append(
+            f"{len(packer.zero_weights)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: "
+            f"{listing(packer.zero_weights)}"
+        )
+    section, legacy = quantization_sections(plan)
+    _json(folder / "config.json", source.raw_config | ({"quantization_config": section} if section else {}))
+    _json(folder / "hf_quant_config.json", legacy)
+    weight_map = {entry.name: shard.file for shard in layout for entry in shard.entries}
+    _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
+    if scales is not None:
+        (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
+    copied, skipped = output.copy_side_files(source.path, source.raw_config, folder)
+    (folder / "README.md").write_text(card(plan, _calibration_sentence(scales), warnings, copied), encoding="utf-8")
+    files = {path.name: digests.get(path.name) or manifest.file_sha256(path) for path in sorted(folder.iterdir())}
+    manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
+    report = verify(folder, source, encode_again=False, progress=lambda done, total: progress("verify", done, total, ""))
+    if not report.ok:
+        raise VerificationError(f"what was written is not what was planned, nothing is kept: {'; '.join(report.problems[:3])}")
+    return report.checked, skipped
+
+
+def _json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _calibration_sentence(scales: Scales | None) -> str:
+    if scales is None:
+        return "none was needed."
+    s = scales.settings
+    return f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; per-tensor maxima."
+
+
+def _manifest(
+    source: Source,
+    plan: Plan,
+    scales: Scales | None,
+    shard_bytes: int,
+    warnings: list[str],
+    skipped: list[str],
+    files: dict[str, str],
+) -> dict[str, Any]:
+    assert source.checkpoint is not None
+    return {
+        "schema": manifest.SCHEMA,
+        "nemoquant": __version__,
+        "source": {
+            "config_sha256": hashlib.sha256(json.dumps(source.raw_config, sort_keys=True).encode()).hexdigest(),
+            "tensor_table_sha256": manifest.tensor_table_sha256(source.checkpoint.tensors),
+            "dtypes": manifest.pack_dtypes(source.table),
+        },
+        "plan": plan.summary() | {"recipe": plan.recipe.dump(), "scale_groups": plan.scale_groups},
+        "calibration": None if scales is None else scales.settings,
+        "shard_bytes": shard_bytes,
+        "warnings": warnings,
+        "skipped_side_files": skipped,
+        "files": files,
+    }
