@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.source import Source, open_source
@@ -12,9 +12,14 @@ from nemoquant.errors import CheckpointError, UsageError, listing
 from nemoquant.pack import output
 from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.planning.plan import Plan
-from nemoquant.planning.recipe import load_recipe
+from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
 
+if TYPE_CHECKING:
+    from nemoquant.calibrate.data import Rows
+    from nemoquant.calibrate.scales import Scales
+
+PathLike = str | os.PathLike[str]
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
 
@@ -35,13 +40,22 @@ class CalibrationOptions:
         row_batch: rows that go through a layer at once.
     """
 
-    data: Path | None = None
+    data: PathLike | None = None
     rows: int = 32
     seq_len: int = 512
-    scales: Path | None = None
+    scales: PathLike | None = None
     device: str = "cpu"
     dtype: str | None = None
     row_batch: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "seq_len", "row_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"device is {self.device!r}; expected cpu or cuda")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UsageError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
 
     def given(self) -> list[str]:
         """Options that say where scales come from, as far as they were given."""
@@ -60,22 +74,30 @@ class Result:
     calibration: dict[str, Any] | None = None
 
 
-def plan(source: Path, recipe: str, *, scale_groups: bool = True) -> Plan:
+def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
     """Resolve a recipe (preset name or file) against a checkpoint folder's headers, or a bare ``config.json``.
 
     Raises:
         CheckpointError, RecipeError
     """
-    return _plan(open_source(source), recipe, scale_groups)
+    return _plan(open_source(Path(source)), recipe, scale_groups)
 
 
 def _plan(source: Source, recipe: str, scale_groups: bool) -> Plan:
     return resolve(load_recipe(recipe), source.config, source.table, assumed=source.checkpoint is None, scale_groups=scale_groups)
 
 
+def _recipe_warnings(recipe: str, made: Plan) -> list[str]:
+    """A file that began as a copy of a preset should not pass for it: name and summary go into the model card."""
+    name = made.recipe.name
+    if recipe in presets() or name not in presets() or load_recipe(name) == made.recipe:
+        return []
+    return [f"{recipe} calls itself {name} but differs from that preset; give it a `name` and `summary` of its own"]
+
+
 def quantize(
-    source: Path,
-    out: Path,
+    source: PathLike,
+    out: PathLike,
     recipe: str,
     *,
     calibration: CalibrationOptions | None = None,
@@ -83,6 +105,7 @@ def quantize(
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
+    planned: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = no_progress,
 ) -> Result:
     """Quantize the checkpoint in ``source`` into the new folder ``out``.
@@ -94,11 +117,15 @@ def quantize(
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False for comparisons.
         threads: for calibration and packing; None is all that this process may use.
         dry_run: check everything, write nothing.
+        planned: called with the plan before anything long begins.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
+    source, out = Path(source), Path(out)
     options = calibration or CalibrationOptions()
     threads = threads or len(os.sched_getaffinity(0))
+    if threads < 1 or shard_bytes < 1:
+        raise UsageError(f"threads is {threads}, shard_bytes {shard_bytes}; expected at least 1 of each")
     opened = open_source(source)
     if opened.checkpoint is None:
         raise CheckpointError(
@@ -106,65 +133,81 @@ def quantize(
         )
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
-        output.check_output(out, source, made.bytes_out)
-        warnings = [
+        output.check_output(out, source, made.tensors_out, made.bytes_out)
+        output.side_files(source, opened.raw_config)
+        planned(made)
+        warnings = _recipe_warnings(recipe, made)
+        warnings += [
             f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
             for name in made.unused_formats
         ]
-        scales = None
-        if made.needs_calibration:
-            scales = _scales(opened, made, options, threads, dry_run, warnings, progress)
-        else:
+        if not made.needs_calibration:
             warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
         if dry_run:
+            _check_calibration(opened, made, options, warnings)
             return Result(out, made, warnings, {})
         from nemoquant.pack.run import write_checkpoint
 
         with output.making(out) as folder:
+            scales = _scales(opened, made, options, threads, warnings, progress) if made.needs_calibration else None
             verified, skipped = write_checkpoint(opened, made, scales, folder, threads, shard_bytes, warnings, progress)
         return Result(out, made, warnings, verified, skipped, None if scales is None else scales.summary())
 
 
-def _scales(
-    source: Source, plan: Plan, options: CalibrationOptions, threads: int, dry_run: bool, warnings: list[str], progress: Progress
-) -> Any:
-    """Calibrate, or read the results of an earlier run. None on a dry run, after the data were checked."""
-    assert source.checkpoint is not None
-    weights = manifest.weights_fingerprint(source.checkpoint)
+def _check_calibration(source: Source, plan: Plan, options: CalibrationOptions, warnings: list[str]) -> "Scales | Rows | None":
+    """Read what the scales will come from, an earlier run's file or rows to calibrate on; None where nothing is needed."""
     from nemoquant.calibrate.data import default_data, load_rows
     from nemoquant.calibrate.scales import Scales
 
+    if not plan.needs_calibration:
+        return None
     if options.scales is not None:
-        scales = Scales.load(options.scales)
-        scales.check(plan, options.scales)
-        if scales.settings.get("weights") != weights:
+        scales = Scales.load(Path(options.scales))
+        scales.check(plan, Path(options.scales))
+        return scales
+    if options.device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
+    data = Path(options.data) if options.data is not None else default_data()
+    rows = load_rows(data, source.path, source.config, options.rows, options.seq_len)
+    if len(rows.ids) < options.rows and data.suffix != ".npy":
+        warnings.append(
+            f"{rows.source} holds {len(rows.ids)} rows of {options.seq_len} tokens, {options.rows} were asked for; all of them were used"
+        )
+    if rows.dropped:
+        warnings.append(f"{rows.source}: its last {rows.dropped} tokens do not fill a row and were left out")
+    return rows
+
+
+def _scales(
+    source: Source, plan: Plan, options: CalibrationOptions, threads: int, warnings: list[str], progress: Progress
+) -> "Scales":
+    """Calibrate, or take the results of an earlier run. What was told of a run is told again with its file."""
+    from nemoquant.calibrate.scales import Scales
+
+    assert source.checkpoint is not None
+    weights = manifest.weights_fingerprint(source.checkpoint)
+    told: list[str] = []
+    found = _check_calibration(source, plan, options, told)
+    if isinstance(found, Scales):
+        if found.settings.get("weights") != weights:
             warnings.append(
                 f"{options.scales} was made from other weights than {source.path}: their norms and SSM parameters differ"
             )
-        warnings += scales.warnings
-        return scales
+        warnings += found.warnings
+        return found
     import torch
 
     from nemoquant.calibrate.run import calibrate
 
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
-    rows = load_rows(options.data or default_data(), source.path, source.config, options.rows, options.seq_len)
-    told: list[str] = []  # goes into the scales file: giving that back repeats the warnings too
-    if len(rows.ids) < options.rows and (options.data is None or options.data.suffix != ".npy"):
-        told.append(
-            f"{rows.source} holds {len(rows.ids)} rows of {options.seq_len} tokens, {options.rows} were asked for; all of them were used"
-        )
-    if rows.dropped:
-        told.append(f"{rows.source}: its last {rows.dropped} tokens do not fill a row and were left out")
-    if dry_run:
-        warnings += told
-        return None
+    assert found is not None
     torch.set_num_threads(threads)
     scales = calibrate(
         source.checkpoint,
         source.config,
-        rows,
+        found,
         device=options.device,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         row_batch=options.row_batch,
@@ -173,7 +216,7 @@ def _scales(
     if scales.non_finite_rows:
         told.append(f"{scales.non_finite_rows} calibration rows came to NaN or Inf and were left out")
     unreached, experts = scales.unreached(), sum(map(len, scales.tokens_per_expert.values()))
-    if unreached:
+    if unreached and any(row.expert is not None and row.activation_format for row in plan.rows):
         told.append(
             f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
             "each has the largest input scale of its layer and projection, give more rows to see them"
@@ -184,7 +227,7 @@ def _scales(
     return scales
 
 
-def verify(out: Path, against: Path | None = None, *, progress: Progress = no_progress) -> dict[str, Any]:
+def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Check a written checkpoint, with its source bit for bit where that is given.
 
     Returns:
@@ -194,13 +237,13 @@ def verify(out: Path, against: Path | None = None, *, progress: Progress = no_pr
     """
     from nemoquant.pack.verify import verify as check
 
-    source = None if against is None else open_source(against)
+    source = None if against is None else open_source(Path(against))
     if source is not None and source.checkpoint is None:
         raise CheckpointError(f"{against} is a config.json; --against needs the source's folder with its weights")
-    return check(out, source, progress=lambda done, total: progress("verify", done, total, "")).to_json()
+    return check(Path(out), source, progress=lambda done, total: progress("verify", done, total, "")).to_json()
 
 
-def inspect(path: Path, *, context: int | None = None) -> dict[str, Any]:
+def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
     """What a checkpoint folder, quantized or not, or a bare ``config.json`` is: layers, parameters, formats, cache sizes.
 
     Args:
@@ -210,4 +253,4 @@ def inspect(path: Path, *, context: int | None = None) -> dict[str, Any]:
     """
     from nemoquant.checkpoint.summary import summarize
 
-    return summarize(path, context)
+    return summarize(Path(path), context)

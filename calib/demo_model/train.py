@@ -60,6 +60,8 @@ MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 4e-3, 60, 0.74  # the last share of all 
 # Full steps push experts' units below zero for every token, where squared ReLU has no gradient: at step 1,000 nearly all units
 # of two layers were dead. From then on up projections take smaller steps, and dead units are made anew.
 REVIVE_FROM, REVIVE_EVERY, REVIVE_UNTIL, UP_RATE = 1000, 100, 0.8, 0.4
+# The revived units of these two layers never came to matter, so at step 3,000 the layers' experts are made from their shared expert.
+UPCYCLE_AT, UPCYCLED = 3000, (4, 6)
 DEAD = 0.002  # a unit that is positive for less than this share of its expert's tokens
 
 
@@ -308,6 +310,33 @@ def revive(p: dict, state: dict, tokens: torch.Tensor) -> int:
     return count
 
 
+@torch.no_grad()
+def upcycle(p: dict, state: dict, layer: int) -> None:
+    """Sparse upcycling (Komatsuzaki et al. 2022): every routed expert begins as the shared expert, which begins anew.
+
+    The latent space is made the shared expert's hidden space, so that the layer computes what it did: fc1 is its up projection,
+    experts pass 96 units through (and get new ones beside them), fc2 is its down projection, divided by the sum of router weights.
+    """
+    k = f"backbone.layers.{layer}.mixer."
+    up, down = p[k + "experts.up_proj.weight"], p[k + "experts.down_proj.weight"]
+    latent = up.shape[-1]
+    assert latent == CONFIG["moe_shared_expert_intermediate_size"]
+    p[k + "fc1_latent_proj.weight"].copy_(p[k + "shared_experts.up_proj.weight"])
+    p[k + "fc2_latent_proj.weight"].copy_(p[k + "shared_experts.down_proj.weight"] / CONFIG["routed_scaling_factor"])
+    up.copy_(fan_in(up.shape[1], latent, 1.0, EXPERTS))
+    down.copy_(fan_in(latent, down.shape[2], 0.15, EXPERTS))
+    up[:, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, EXPERTS)
+    down[:, :, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, EXPERTS)
+    p[k + "shared_experts.up_proj.weight"].copy_(fan_in(latent, H))
+    p[k + "shared_experts.down_proj.weight"].copy_(fan_in(H, latent, 0.05))
+    p[k + "gate.weight"].copy_(fan_in(EXPERTS, H))
+    p[k + "gate.e_score_correction_bias"].zero_()
+    for name, entry in state.items():
+        if name.startswith(k) and "norm" not in name:
+            for value in entry.values():
+                value.zero_()
+
+
 # --- verbs ---
 
 
@@ -356,6 +385,10 @@ def fit(work: Path, steps: int) -> None:
         rng = np.random.default_rng(epoch)
         starts = rng.integers(LENGTH) + LENGTH * rng.permutation(per_epoch * ROWS)[place * ROWS : place * ROWS + ROWS]
         tokens = torch.from_numpy(np.stack([data[s : s + LENGTH + 2] for s in starts]).astype(np.int64))
+        if at == UPCYCLE_AT:
+            torch.manual_seed(at)
+            for layer in UPCYCLED:
+                upcycle(p, optimiser, layer)
         if at >= REVIVE_FROM and at % REVIVE_EVERY == 0 and at <= REVIVE_UNTIL * steps:
             torch.manual_seed(at)
             print(f"step {at} revived {revive(p, optimiser, tokens)} units", flush=True)

@@ -11,8 +11,9 @@ last row is dropped and counted.
 
 import hashlib
 import json
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.planning.recipe import recipe_folder
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
+PIECE_CHARS = 1 << 16
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ def load_rows(path: Path, model: Path, config: NemotronHConfig, rows: int = DEFA
         CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
         MissingExtraError: a .parquet file without the extra.
     """
+    if not path.is_file():
+        raise CalibrationError(
+            f"{path} {'is not a file' if path.exists() else 'does not exist'}; expected .txt, .jsonl, .parquet or .npy"
+        )
     ids = _array(path) if path.suffix == ".npy" else _cut(path, model, config, rows, length)
     if ids.ids.size and not (ids.ids.min() >= 0 and ids.ids.max() < config.vocab_size):
         raise CalibrationError(
@@ -76,13 +83,17 @@ def _array(path: Path) -> Rows:
 
 def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
     stream: list[int] = []
-    documents, rest = 0, 0
-    for ids in _documents(path, model):
-        stream += [*ids, *config.eos_token_ids[:1]]
-        documents += bool(ids)
+    for document in _documents(path, model):
+        before = len(stream)
+        for ids in document:
+            stream += ids
+            if len(stream) >= rows * length:
+                break
+        if len(stream) > before:
+            stream += config.eos_token_ids[:1]
         if len(stream) >= rows * length:
             break
-    if not documents:
+    if not stream:
         raise CalibrationError(f"{path} holds no text; expected at least one row of {length} tokens")
     count = min(rows, len(stream) // length)
     if not count:
@@ -93,8 +104,8 @@ def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: in
     return Rows(np.array(stream[: count * length], np.int64).reshape(count, length), path.name, rest)
 
 
-def _documents(path: Path, model: Path) -> Iterator[list[int]]:
-    """Token ids of each document, tokenized as it is asked for."""
+def _documents(path: Path, model: Path) -> Iterator[Iterable[list[int]]]:
+    """Token ids of each document, in pieces that are tokenized when they are asked for."""
     encode, template = None, None
     for number, document in _raw_documents(path):
         where = f"{path.name}, document {number}"
@@ -103,16 +114,32 @@ def _documents(path: Path, model: Path) -> Iterator[list[int]]:
             bad = [i for i in ids if type(i) is not int or not 0 <= i < 1 << 31]
             if bad:
                 raise CalibrationError(f"{where}: `input_ids` holds {bad[0]!r}; expected token ids")
-            yield ids
+            yield [ids]
             continue
         text = document.get("text")
         if text is None and isinstance(document.get("messages"), list):
             template = template or _chat_template(model)
             text = template(document["messages"], where)
         if not isinstance(text, str):
-            raise CalibrationError(f"{where}: has {sorted(document)}; expected `text`, `messages` or `input_ids`")
+            kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in sorted(document.items())) or "nothing"
+            raise CalibrationError(f"{where}: has {kinds}; expected `text` (str), `messages` (list) or `input_ids` (list)")
         encode = encode or _tokenizer(model)
-        yield encode(text)
+        yield map(encode, _pieces(text))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text cut between lines, so that no more of it is tokenized than rows need.
+
+    The cut is after a single line break between two other characters: no tokenizer of this family joins tokens across one.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        place = LINE_END.search(text, start + PIECE_CHARS)
+        if place is None:
+            break
+        yield text[start : place.end()]
+        start = place.end()
+    yield text[start:]
 
 
 def _raw_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -146,8 +173,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except ImportError:
         raise MissingExtraError(f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'") from None
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(64):
-            yield from ((i, row) for i, row in enumerate(batch.to_pylist(), 1))
+        rows = (row for batch in parquet.ParquetFile(path).iter_batches(64) for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
     except pyarrow.ArrowException as error:
         raise CalibrationError(f"{path} cannot be read as parquet ({error})") from None
 
@@ -190,11 +217,14 @@ def _chat_template(model: Path) -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    try:
+        compiled = environment.from_string(source)
+    except TemplateError as error:
+        raise CalibrationError(f"{model}: its chat template cannot be read ({error})") from None
+
     def render(messages: list[Any], where: str) -> str:
         try:
-            return environment.from_string(source).render(
-                messages=messages, add_generation_prompt=False, raise_exception=refuse, **tokens
-            )
+            return compiled.render(messages=messages, add_generation_prompt=False, raise_exception=refuse, **tokens)
         except Exception as error:  # a template is a program: whatever it raises is its own, or jinja's word on it
             raise CalibrationError(f"{where}: the chat template refuses its messages ({error})") from None
 

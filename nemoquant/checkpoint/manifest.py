@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from nemoquant.model.roles import TensorSpec
 FILE = "nemoquant.json"
 SCHEMA = 1
 READ_BYTES = 8 << 20
+REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, read a few megabytes at a time."""
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
+    """sha256 of a file's bytes, read a few megabytes at a time; ``progress`` is told of each."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as f:
         while count := f.readinto(buffer):
             digest.update(buffer[:count])
+            progress(count)
     return digest.hexdigest()
 
 
@@ -77,4 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: schema {got!r}, expected {SCHEMA}; use the version of nemoquant that wrote it")
     if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
         raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
+    missing = [key for key, kind in REQUIRED.items() if not isinstance(data.get(key), kind)]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}, or has them of another kind; expected what nemoquant writes")
     return data

@@ -11,6 +11,8 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.model.config import PATTERN_LETTERS, NemotronHConfig, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
+WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # what a `weight` of that dtype is in the ModelOpt layout
+
 
 def summarize(path: Path, context: int | None) -> dict[str, Any]:
     """See :func:`nemoquant.inspect`."""
@@ -19,13 +21,17 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
             stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
+            weights = Counter(t.dtype for name, t in checkpoint.tensors.items() if name.endswith(".weight"))
     else:
+        weights = Counter(spec.dtype for spec in table if spec.name.endswith(".weight"))
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     letters = {kind: letter for letter, kind in PATTERN_LETTERS.items()}
-    quantization = raw.get("quantization_config") or _legacy_quantization(path)
-    fp8_cache = (quantization.get("kv_cache_scheme") or {}).get("num_bits") == 8
+    declared = raw.get("quantization_config")
+    quantization = declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
+    cache = quantization.get("kv_cache_scheme")
+    fp8_cache = isinstance(cache, dict) and cache.get("num_bits") == 8
     per_token = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
     tokens = context or config.max_position_embeddings
     item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
@@ -48,6 +54,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "bytes": sum(size for _, size in stored),
         "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
         "quantization": quantization.get("quant_algo"),
+        "weights": {WEIGHT_FORMATS.get(dtype, dtype): weights[dtype] for dtype in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": config.count("mamba") * config.mamba_inner * config.ssm_state_size * item,
     }

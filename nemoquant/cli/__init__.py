@@ -10,7 +10,7 @@ from nemoquant._version import __version__
 
 VERBS = {
     "inspect": "Show what a checkpoint or config.json is.",
-    "plan": "Show what a recipe would do, tensor by tensor, before it is done.",
+    "plan": "Show what a recipe would do, before it is done.",
     "quantize": "Quantize a bf16 checkpoint to FP8 or NVFP4.",
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
     "recipes": "List and show the shipped recipes.",
@@ -43,13 +43,19 @@ class Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        import signal
+
         from nemoquant.errors import NemoquantError
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: clean up as after Ctrl-C
         try:
             return super().invoke(ctx)
         except NemoquantError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # a disk or a permission that nobody foresaw: still one line, and not "a check failed"
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("error: interrupted; nothing was kept", err=True)
             sys.exit(130)

@@ -39,6 +39,7 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
         ("active per token", f"{found['active_parameters']:,}"),
         ("tensors", f"{found['tensors']:,}, {found['bytes']:,} bytes ({size(found['bytes'])}), from {found['source']}"),
         ("quantization", found["quantization"] or "none"),
+        ("weights", ", ".join(f"{count:,} {name}" for name, count in found["weights"].items())),
         ("KV cache", f"{kv['bytes_per_token']:,} B a token, {size(kv['bytes_at_context'])} at {kv['context']:,} tokens"),
         ("SSM state", f"{size(found['ssm_state_bytes_per_sequence'])} a sequence"),
     ]

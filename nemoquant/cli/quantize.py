@@ -2,12 +2,16 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from nemoquant.cli.shared import json_option, print_json, progress_bars, recipe_name, recipe_options
 from nemoquant.units import size
+
+if TYPE_CHECKING:
+    from nemoquant.planning.plan import Plan
 
 
 @click.command("quantize")
@@ -74,25 +78,33 @@ def command(
         raise UsageError("got both --scales and --calib; expected one: --scales takes the place of calibration")
     options = api.CalibrationOptions(calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch)
     began = time.monotonic()
+
+    def planned(made: "Plan") -> None:
+        if not as_json:
+            click.echo(
+                f"{made.recipe.name}: {size(made.bytes_in)} -> {size(made.bytes_out)}, {made.bits_per_weight:.2f} bits a weight, "
+                f"{len(made.quantized):,} of {len(made.rows):,} tensors quantized"
+                + (", activations calibrated" if made.needs_calibration else ", no calibration needed"),
+                err=True,
+            )
+
     with progress_bars(as_json) as progress:
         result = api.quantize(
             source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
-            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, progress=progress,
+            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, planned=planned, progress=progress,
         )  # fmt: skip
     took = time.monotonic() - began
+    unused = _unused_options(result.plan.needs_calibration, scales is not None, calib is not None and calib.suffix == ".npy")
+    warnings = result.warnings + unused
     if as_json:
         figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
         figures["calibration"] = result.calibration
-        print_json(
-            figures | {"warnings": result.warnings, "verified": result.verified, "skipped_side_files": result.skipped_files}
-        )
+        print_json(figures | {"warnings": warnings, "verified": result.verified, "skipped_side_files": result.skipped_files})
         return
-    for warning in result.warnings:
+    for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
     if result.skipped_files:
-        click.echo(
-            f"left behind: {', '.join(result.skipped_files)} (not on the list of files that belong to a checkpoint)", err=True
-        )
+        click.echo(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
     made = result.plan
     what = f"{size(made.bytes_in)} -> {size(made.bytes_out)} of tensors, {made.bits_per_weight:.2f} bits a weight"
     if dry_run:
@@ -103,11 +115,26 @@ def command(
         click.echo(f"{out}: {made.recipe.name}, {what}, verified, {took:.1f} s")
 
 
+def _unused_options(calibrates: bool, has_scales: bool, has_rows: bool) -> list[str]:
+    """Options that were given and had no effect, in words."""
+    given = click.get_current_context().get_parameter_source
+    names = {"rows": "--rows", "seq_len": "--seq-len", "device": "--device", "compute": "--compute", "row_batch": "--row-batch"}
+    options = [flag for name, flag in names.items() if given(name) is ParameterSource.COMMANDLINE]
+    if not calibrates:
+        why = "this recipe needs no calibration"
+    elif has_scales:
+        why = "--scales takes the place of calibration"
+    else:
+        why = "an .npy file says its rows and length itself"
+        options = [flag for flag in options if has_rows and flag in ("--rows", "--seq-len")]
+    return [f"not used: {', '.join(options)} ({why})"] if options else []
+
+
 def _calibrated(found: dict[str, Any]) -> str:
     """How calibration went, in a line."""
     line = f"calibrated on {found['rows']} rows of {found['seq_len']} tokens ({found['data']}, {found['dtype']})"
     coverage = found["coverage"]
     if coverage["experts"]:
         reached = coverage["experts"] - coverage["unreached"]
-        line += f"; {reached:,} of {coverage['experts']:,} experts reached, the fewest tokens {coverage['fewest_tokens']:,}"
+        line += f"; {reached:,} of {coverage['experts']:,} experts reached, the least used got {coverage['fewest_tokens']:,}"
     return line

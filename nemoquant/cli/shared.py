@@ -13,6 +13,7 @@ from nemoquant.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
+PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
 def recipe_options(function: F) -> F:
@@ -46,13 +47,13 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]
     """Yields the callback that the API's functions report to.
 
     On a terminal it draws one rich bar a stage on standard error, once the work has lasted ``SHOW_AFTER`` seconds; elsewhere it
-    prints a plain line a stage when that is over.
+    prints a plain line a stage when that is over, and one a minute before.
     """
     began = time.monotonic()
     if quiet:
         yield lambda stage, done, total, what: None
     elif not sys.stderr.isatty():
-        yield _plain(began)
+        yield _plain()
     else:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -77,13 +78,23 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]
                 bars.stop()
 
 
-def _plain(began: float) -> Callable[[str, int, int, str], None]:
+def _plain() -> Callable[[str, int, int, str], None]:
+    """A line when a stage begins to last, and one when it is over."""
+    began: dict[str, float] = {}
     finished: set[str] = set()
+    told = time.monotonic()
 
-    def report(stage: str, done: int, total: int, what: str) -> None:  # noqa: ARG001
+    def report(stage: str, done: int, total: int, what: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        began.setdefault(stage, now)
         if done >= total and stage not in finished:
             finished.add(stage)
-            click.echo(f"{stage}: done after {time.monotonic() - began:.1f} s", err=True)
+            click.echo(f"{stage}: done in {now - began[stage]:.1f} s", err=True)
+        elif now - told > PLAIN_EVERY and total:
+            told = now
+            left = (now - began[stage]) * (total - done) / max(1, done)
+            click.echo(f"{stage}: {done / total:.0%}{', ' + what if what else ''}, about {left / 60:.0f} min left", err=True)
 
     return report
 

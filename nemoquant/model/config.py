@@ -133,6 +133,17 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Nemotro
     return _Parser(raw, source).parse()
 
 
+def _plain(value: Any) -> Any:
+    """A value in one spelling: ``{"__float__": "Infinity"}`` as the number, layer kinds by our names, in lists too."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return _plain(value["__float__"])
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, str):
+        return math.inf if value.lower() in ("inf", "infinity") else BLOCK_NAMES.get(value, value)
+    return value
+
+
 class _Parser:
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw, self.source = raw, source
@@ -143,7 +154,7 @@ class _Parser:
     def find(self, name: str) -> Any:
         """The value under the canonical name or one of its aliases; None when absent. Two that disagree are an error."""
         found = {key: self.raw[key] for key in (name, *ALIASES.get(name, ())) if self.raw.get(key) is not None}
-        values = list(found.values())
+        values = [_plain(value) for value in found.values()]
         if any(v != values[0] for v in values[1:]):
             raise self.fail(f"{found} contradict each other; expected one value, remove the wrong key")
         return values[0] if values else None
@@ -162,7 +173,6 @@ class _Parser:
         value = self.find(name)
         if value is None:
             return default
-        value = value["__float__"] if isinstance(value, dict) and set(value) == {"__float__"} else value
         try:
             result = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -214,7 +224,10 @@ class _Parser:
             return 0.0, math.inf
         if not isinstance(value, list | tuple) or len(value) != 2:
             raise self.fail(f"`time_step_limit` is {value!r}; expected a pair of numbers")
-        low, high = (_Parser({"time_step_limit": v}, self.source).number("time_step_limit", 0.0) for v in value)
+        low, high = (
+            default if v is None else _Parser({"time_step_limit": v}, self.source).number("time_step_limit", default)
+            for v, default in zip(value, (0.0, math.inf), strict=True)
+        )
         if not 0 <= low < high:
             raise self.fail(f"`time_step_limit` is [{low}, {high}]; expected 0 <= low < high")
         return low, high
@@ -248,7 +261,6 @@ class _Parser:
         mtp = self.schedule("mtp_hybrid_override_pattern", "mtp_layers_block_type") or ("attention", "moe")
         mtp = mtp if modules else ()
         kinds = set(layers) | set(mtp)
-        eos = self.raw.get("eos_token_id")
         config = NemotronHConfig(
             layers=layers,
             mtp_layers=mtp,
@@ -262,11 +274,18 @@ class _Parser:
             **self.attention("attention" in kinds),
             **self.mamba("mamba" in kinds),
             **self.experts("moe" in kinds),
-            bos_token_id=self.raw.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            bos_token_id=next(iter(self.token_ids("bos_token_id")), None),
+            eos_token_ids=self.token_ids("eos_token_id"),
         )
         self.check_divisibility(config)
         return config
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        value = self.raw.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise self.fail(f"`{name}` is {value!r}; expected a token id or a list of them")
+        return tuple(ids)
 
     def attention(self, present: bool) -> dict[str, Any]:
         if not present:
@@ -281,6 +300,7 @@ class _Parser:
     def mamba(self, present: bool) -> dict[str, Any]:
         sizes = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
         dtype = self.raw.get("mamba_ssm_cache_dtype") or "float32"
+        dtype = "float32" if dtype == "auto" else dtype  # what engines take it for
         if dtype not in ("float32", "float16", "bfloat16"):
             raise self.fail(f"`mamba_ssm_cache_dtype` is {dtype!r}; expected float32, float16 or bfloat16")
         return {
@@ -318,4 +338,10 @@ class _Parser:
         if c.num_experts_per_tok > c.n_routed_experts:
             raise self.fail(
                 f"`num_experts_per_tok` is {c.num_experts_per_tok}, more than the {c.n_routed_experts} experts of a layer"
+            )
+        open_experts = c.topk_group * (c.n_routed_experts // c.n_group)
+        if c.n_routed_experts and (c.topk_group > c.n_group or c.num_experts_per_tok > open_experts):
+            raise self.fail(
+                f"`topk_group` is {c.topk_group} of `n_group` = {c.n_group} groups, which hold {open_experts} experts for "
+                f"`num_experts_per_tok` = {c.num_experts_per_tok}; expected enough of them"
             )

@@ -1,5 +1,6 @@
 """The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain words."""
 
+from nemoquant._version import __version__
 from nemoquant.pack.layouts import algorithm
 from nemoquant.planning.plan import Plan
 from nemoquant.units import size
@@ -51,7 +52,6 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
     kv = plan.kv_cache_bytes_per_token()
     lines = [
         "---",
-        "library_name: nemoquant",
         "tags: [nemotron_h, modelopt, " + ", ".join(sorted({row.format for row in plan.quantized})) + "]",
         "---",
         f"# Nemotron-H, quantized: {plan.recipe.name}",
@@ -63,7 +63,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
         f"- Calibration: {calibration}",
-        "- Measured cost against the source: not measured yet.",
+        "- Cost in accuracy: not measured; measure it on your task before you use it.",
         "",
         "## Map",
         "",
@@ -78,7 +78,8 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
         "## What loads it",
         "",
-        "ModelOpt unified layout. Versions are from the engines' sources and release notes.",
+        "ModelOpt unified layout. Versions are from the engines' sources and release notes; none was run on this checkpoint.",
+        "`producer` in the config files says modelopt because engines look for that name; nemoquant wrote them.",
         "",
         "| engine | from version | hardware |",
         "|---|---|---|",
@@ -90,7 +91,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
     lines += [
         "## Provenance",
         "",
-        "`nemoquant.json` has the recipe, the plan's and every file's sha256; `nemoquant verify` checks them.",
+        f"Made by nemoquant {__version__}. `nemoquant.json` has the recipe, the plan's and every file's sha256; `nemoquant verify` checks them.",
     ]
     if copied:
         lines += ["", "Copied from the source: " + ", ".join(f"`{name}`" for name in copied) + "."]

@@ -1,8 +1,9 @@
 """The output folder: ``OUT.partial`` while it is made, ``OUT`` once it is whole. Only what was made here is ever removed."""
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from nemoquant.errors import OutputError
 
 SIDE_FILES = ("generation_config.json", "tokenizer*", "chat_template*", "special_tokens*", "LICENSE*", "NOTICE*")
 WRITTEN = ("config.json", "hf_quant_config.json", "README.md", "nemoquant.json", "nemoquant_scales.json")
-MARGIN = 64 << 20  # of free disk beyond the tensors: headers, side files, the rest
+MARGIN = 64 << 20  # of free disk beyond the tensors: side files and the rest
+BYTES_PER_TENSOR = 600  # of headers, index, config files and scales file
 
 
 def partial_of(out: Path) -> Path:
     return out.parent / (out.name + ".partial")
 
 
-def check_output(out: Path, source: Path, needed: int) -> None:
+def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int) -> None:
     """Make sure that ``out`` can be written.
 
     Raises:
-        OutputError: it exists, overlaps the source, an earlier run left its partial folder, or the disk has no room for
-            ``needed`` bytes.
+        OutputError: it exists, overlaps the source, an earlier run left its partial folder, its folder is not writable, or the
+            disk has no room for that many tensors and bytes.
     """
     here, there = out.resolve(), source.resolve()
     for path in (here, partial_of(here)):
@@ -36,51 +38,77 @@ def check_output(out: Path, source: Path, needed: int) -> None:
     parent = next(p for p in here.parents if p.exists())
     if not parent.is_dir():
         raise OutputError(f"{out}: {parent} is not a folder; choose another output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: {parent} is not writable; choose another output")
+    needed = tensor_bytes + BYTES_PER_TENSOR * tensors + MARGIN
     free = shutil.disk_usage(parent).free
-    if free < needed + MARGIN:
+    if free < needed:
         raise OutputError(
-            f"{out}: {(needed + MARGIN) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or choose another disk"
+            f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or choose another disk"
         )
 
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """Yields the empty folder ``OUT.partial``; it becomes OUT when the body ends well, and is removed when it does not."""
+    """Yields the empty folder ``OUT.partial``; it becomes OUT when the body ends well, and is removed when it does not.
+
+    Raises:
+        OutputError: it can't be made or written, or OUT came to be meanwhile; then the finished OUT.partial stays.
+    """
     partial = partial_of(out)
     parents = [p for p in out.absolute().parents if not p.exists()]
+    made = False
     try:
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{partial} cannot be made ({error.strerror}); choose another output") from None
-    try:
+        made = True
         yield partial
-        partial.rename(out)
     except BaseException as error:
-        shutil.rmtree(partial)
-        for parent in parents:  # innermost first
-            parent.rmdir()
+        if made:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents:  # innermost first; one that another run uses by now stays
+            with suppress(OSError):
+                parent.rmdir()
         if isinstance(error, OSError):
-            raise OutputError(f"{out}: {error}; nothing was kept, make room or choose another disk") from error
+            raise OutputError(
+                f"{out}: {error.strerror or error}; nothing was kept, make room or choose another output"
+            ) from error
         raise
+    try:
+        partial.rename(out)
+    except OSError as error:
+        raise OutputError(
+            f"{partial} is finished and verified, but can't be renamed to {out} ({error.strerror}); rename it"
+        ) from None
 
 
-def copy_side_files(source: Path, raw_config: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
-    """Copy what belongs to a checkpoint beside its tensors, by allow-list: names copied, and names left behind.
+def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What lies beside the source's tensors: names that go along, by allow-list, and names that stay.
 
-    ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
+    ``*.py`` files go along only if the config's ``auto_map`` names them; they are never imported.
+
+    Raises:
+        OutputError: one that should go along can't be read.
     """
-    auto_map = raw_config.get("auto_map") or {}
+    auto_map = raw_config.get("auto_map")
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
     entries = [e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)]
     modules = {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
-    copied, skipped = [], []
+    wanted, skipped = [], []
     for path in sorted(source.iterdir()):
         name = path.name
         if name in ("config.json", "nemoquant.json") or name.endswith((".safetensors", ".safetensors.index.json")):
             continue  # written anew, or what the tensors were read from
-        wanted = name in modules or any(fnmatch(name, pattern) for pattern in SIDE_FILES)
-        if wanted and path.is_file() and name not in WRITTEN:
-            shutil.copyfile(path, folder / name)  # follows a link: hub caches are made of them
-            copied.append(name)
+        belongs = name in modules or any(fnmatch(name, pattern) for pattern in SIDE_FILES)
+        if belongs and path.is_file() and name not in WRITTEN:
+            if not os.access(path, os.R_OK):
+                raise OutputError(f"{path} cannot be read (permission denied); it belongs to the checkpoint: make it readable")
+            wanted.append(name)
         else:
             skipped.append(name + "/" * path.is_dir())
-    return copied, skipped
+    return wanted, skipped
+
+
+def copy_side_files(source: Path, names: list[str], folder: Path) -> None:
+    """Copy them; links are followed, because hub caches are made of them."""
+    for name in names:
+        shutil.copyfile(source / name, folder / name)

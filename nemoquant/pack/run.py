@@ -58,7 +58,8 @@ def write_checkpoint(
     _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
     if scales is not None:
         (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
-    copied, skipped = output.copy_side_files(source.path, source.raw_config, folder)
+    copied, skipped = output.side_files(source.path, source.raw_config)
+    output.copy_side_files(source.path, copied, folder)
     (folder / "README.md").write_text(card(plan, _calibration_sentence(scales), warnings, copied), encoding="utf-8")
     files = {path.name: digests.get(path.name) or manifest.file_sha256(path) for path in sorted(folder.iterdir())}
     manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
@@ -76,7 +77,7 @@ def _calibration_sentence(scales: Scales | None) -> str:
     if scales is None:
         return "none was needed."
     s = scales.settings
-    return f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; per-tensor maxima."
+    return f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; the largest magnitude of each GEMM input."
 
 
 def _manifest(

@@ -10,8 +10,11 @@
 """
 
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,17 @@ def verify(
     """
     report = Report()
     manifest = read_manifest(out)
-    _check_files(out, manifest, report, progress)
+    total = sum((out / name).stat().st_size for name in manifest["files"] if (out / name).is_file())
+    if source is not None:
+        total += sum(info.nbytes for info in source.checkpoint.tensors.values()) if source.checkpoint else 0
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(min(done, total), total)
+
+    _check_files(out, manifest, report, count)
     try:
         plan = _plan_again(out, manifest, report)
         layout = shards(plan, manifest["shard_bytes"])
@@ -75,23 +88,22 @@ def verify(
             if _check_tensors(out, layout, checkpoint, report):
                 _check_scales(layout, checkpoint, _activation_scales(out, plan), report)
                 if source is not None:
-                    _compare(manifest, layout, checkpoint, source, report, encode_again)
+                    _compare(manifest, layout, checkpoint, source, report, encode_again, count)
     except NemoquantError as error:
         report.problems.append(str(error))
     return report
 
 
-def _check_files(out: Path, manifest: dict[str, Any], report: Report, progress: Progress) -> None:
+def _check_files(out: Path, manifest: dict[str, Any], report: Report, progress: Callable[[int], None]) -> None:
     files: dict[str, str] = manifest["files"]
-    sizes = {name: (out / name).stat().st_size if (out / name).is_file() else 0 for name in files}
-    done = 0
     for name, digest in files.items():
-        if not (out / name).is_file():
+        try:
+            if file_sha256(out / name, progress) != digest:
+                report.problems.append(f"{name} was changed: its sha256 is not the manifest's")
+        except FileNotFoundError:
             report.problems.append(f"{name} is missing; the manifest lists it")
-        elif file_sha256(out / name) != digest:
-            report.problems.append(f"{name} was changed: its sha256 is not the manifest's")
-        done += sizes[name]
-        progress(done, sum(sizes.values()))
+        except OSError as error:
+            report.problems.append(f"{name} cannot be read ({error.strerror})")
         report.checked["files"] += 1
     for path in sorted(out.iterdir()):
         if path.name not in files and path.name != FILE:
@@ -197,9 +209,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _compare(
-    manifest: dict[str, Any], layout: list[Shard], checkpoint: Checkpoint, source: Source, report: Report, again: bool
-) -> None:
+    manifest: dict[str, Any], layout: list[Shard], written: Checkpoint, source: Source, report: Report, again: bool,
+    progress: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Every tensor against the source's, the experts of a layer in threads."""
     assert source.checkpoint is not None
+    original = source.checkpoint
     if tensor_table_sha256(source.checkpoint.tensors) != manifest["source"]["tensor_table_sha256"]:
         report.problems.append(f"{source.path} is not the source: its tensor table is another one")
         return
@@ -207,20 +222,31 @@ def _compare(
     groups: dict[str, list[Row]] = {}
     for row in (row for unit in units for row in unit.rows if row.weight_group):
         groups.setdefault(row.weight_group or "", []).append(row)
-    for unit in units:
-        by_kind = {(e.row.name, e.kind): e for e in unit.entries}
-        for row in unit.rows:
-            if row.format == "source":
-                same = _equal_bytes(source.checkpoint.raw(row.name), checkpoint.raw(row.name))
-                report.checked["compared_with_source"] += 1
-                if not same:
-                    report.problems.append(f"{row.name} differs from the source; expected the same bytes")
-            elif again:
-                report.checked["encoded_again"] += 1
-                if not _encodes_to(row, groups.get(row.weight_group or "", [row]), by_kind, source.checkpoint, checkpoint):
-                    report.problems.append(f"{row.module}: encoding the source's weight again gives other bytes")
-            source.checkpoint.release([row.name])
-            checkpoint.release(e.name for e in unit.entries if e.row is row)
+
+    def problem(entries: dict[str, dict[str, Entry]], row: Row) -> str | None:
+        if row.format == "source":
+            return (
+                None
+                if _equal_bytes(original.raw(row.name), written.raw(row.name))
+                else f"{row.name} differs from the source; expected the same bytes"
+            )
+        if again and not _encodes_to(row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written):
+            return f"{row.module}: encoding the source's weight again gives other bytes"
+        return None
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for unit in units:
+            entries: dict[str, dict[str, Entry]] = {}
+            for e in unit.entries:
+                entries.setdefault(e.row.name, {})[e.kind] = e
+            for row, found in zip(unit.rows, pool.map(partial(problem, entries), unit.rows), strict=True):
+                if found:
+                    report.problems.append(found)
+                if row.format == "source" or again:
+                    report.checked["compared_with_source" if row.format == "source" else "encoded_again"] += 1
+                original.release([row.name])
+                progress(row.bytes_in)
+            written.release(e.name for e in unit.entries)
 
 
 def _equal_bytes(a: Any, b: Any) -> bool:
@@ -229,15 +255,13 @@ def _equal_bytes(a: Any, b: Any) -> bool:
     )
 
 
-def _encodes_to(
-    row: Row, group: list[Row], entries: dict[tuple[str, str], Entry], source: Checkpoint, written: Checkpoint
-) -> bool:
+def _encodes_to(row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint) -> bool:
     """Whether the source's weight gives the stored scales and codes; its per-tensor scale is that of its ``group``."""
     scale, degenerate = weight_scale(row, max(amax(source, member, part) for member in group for part in slices(member)))
-    if written.array(entries[row.name, "global_scale"].name)[()] != scale:
+    if written.array(entries["global_scale"].name)[()] != scale:
         return False
-    codes = written.array(entries[row.name, "codes"].name)
-    block_scales = written.array(entries[row.name, "block_scales"].name) if (row.name, "block_scales") in entries else None
+    codes = written.array(entries["codes"].name)
+    block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None
     for part in slices(row):
         expected, expected_scales = encode(source, row, part, scale, degenerate)
         if not np.array_equal(codes[part], expected):

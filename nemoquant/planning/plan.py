@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -165,27 +164,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The figures and every row."""
         return self.summary() | {"rows": [row_json(row) for row in self.rows]}
-
-    def by_layer(self) -> Iterator[tuple[str, list[Row]]]:
-        """Runs of rows that belong together on disk: (module prefix, rows), in file order."""
-        run: list[Row] = []
-        last = ""
-        for row in self.rows:
-            prefix = layer_prefix(row)
-            if run and prefix != last:
-                yield last, run
-                run = []
-            last = prefix
-            run.append(row)
-        if run:
-            yield last, run
-
-
-def layer_prefix(row: Row) -> str:
-    """``backbone.layers.3.`` or ``mtp.layers.0.`` for a tensor of a layer, else the tensor's own module and a dot."""
-    if row.layer is None:
-        return row.module + "."
-    return f"{row.name.split('.layers.')[0]}.layers.{row.layer}."
 
 
 def row_json(row: Row) -> dict[str, Any]:

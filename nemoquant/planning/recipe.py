@@ -134,7 +134,13 @@ def _problem(error: Any) -> str:
     where = ", ".join(part for part in (rule, f"`{key}`" if key else "") if part) or "recipe"
     message = error["msg"].removeprefix("Value error, ")
     message = message.removesuffix(" or instance of Rule").removesuffix(" or instance of Recipe")
-    return f"{where}: {message}" + ("" if isinstance(error["input"], dict) else f", got {error['input']!r}")
+    return f"{where}: {message}" + ("" if isinstance(error["input"], dict) else f", got {_short(error['input'])}")
+
+
+def _short(value: object) -> str:
+    """A value for a message; a whole book given as a recipe is cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class _Strict(yaml.SafeLoader):

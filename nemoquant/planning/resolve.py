@@ -8,6 +8,7 @@ Order of checks, each an error that lists what it found:
 4. a tensor that must not be quantized
 5. an input dimension that the format's block does not divide
 6. tensors that consumers fuse, with different formats
+7. nothing that is quantized at all
 """
 
 import re
@@ -45,7 +46,13 @@ def resolve(
     _check_allowed(rows)
     _check_divisible(rows)
     _check_fused(rows)
-    return Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
+    plan = Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
+    if not plan.quantized and not plan.kv_layers:
+        raise RecipeError(
+            f"recipe {recipe.name} quantizes nothing in this model, which has none of the roles that it gives a format; "
+            "expected at least one tensor or the KV cache, choose another recipe"
+        )
+    return plan
 
 
 def _pattern(globs: Iterable[str]) -> re.Pattern[str]:

@@ -124,7 +124,10 @@ def test_dtypes_in_short() -> None:
 
 # --- the manifest
 
-DATA: dict[str, Any] = {"schema": 1, "nemoquant": "0.1.0", "files": {"b": "22", "a": "11"}, "notes": ["é", 0.5, None]}
+DATA: dict[str, Any] = {
+    "schema": 1, "nemoquant": "0.1.0", "files": {"b": "22", "a": "11"}, "notes": ["é", 0.5, None],
+    "plan": {}, "source": {}, "shard_bytes": 5,
+}  # fmt: skip
 CANONICAL = b"""{
  "files": {
   "a": "11",
@@ -136,7 +139,10 @@ CANONICAL = b"""{
   0.5,
   null
  ],
- "schema": 1
+ "plan": {},
+ "schema": 1,
+ "shard_bytes": 5,
+ "source": {}
 }"""
 
 

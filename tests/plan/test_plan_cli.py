@@ -141,7 +141,7 @@ def test_plan_writes_nothing(source: Path) -> None:
 def test_inspect_as_json() -> None:
     found = data("inspect", SUPER)
     assert list(found) == [
-        "source", "layers", "parameters", "parameters_without_mtp", "active_parameters", "tensors", "bytes", "dtypes", "quantization",
+        "source", "layers", "parameters", "parameters_without_mtp", "active_parameters", "tensors", "bytes", "dtypes", "quantization", "weights",
         "kv_cache", "ssm_state_bytes_per_sequence",
     ]  # fmt: skip
     assert (found["tensors"], found["bytes"]) == (42_683, 247_222_108_160)

@@ -15,7 +15,7 @@ PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # that one fits Su
 def scales(tmp_path_factory):
     """Calibrated once: the file serves every recipe."""
     out = tmp_path_factory.mktemp("fp8") / "out"
-    nemoquant.quantize(DEMO, out, "fp8", calibration=nemoquant.CalibrationOptions(rows=8))
+    nemoquant.quantize(DEMO, out, "fp8", calibration=nemoquant.CalibrationOptions(rows=16))
     return out / "nemoquant_scales.json"
 
 

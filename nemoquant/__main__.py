@@ -1,0 +1,5 @@
+"""``python -m nemoquant``."""
+
+from nemoquant.cli import main
+
+main()
