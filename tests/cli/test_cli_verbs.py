@@ -293,3 +293,36 @@ def test_exit_codes_of_a_real_process(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+# What would else be silent, or found only after hours.
+
+
+def test_a_changed_preset_should_not_pass_for_it(quantize, tmp_path):
+    preset = nemoquant("recipes", "show", "nvfp4").stdout
+    (tmp_path / "same.yaml").write_text(preset)
+    (tmp_path / "mine.yaml").write_text(preset.replace("format: nvfp4", "format: fp8"))
+    assert "warning" not in quantize("--recipe", tmp_path / "same.yaml", "--dry-run").stderr
+    told = quantize("--recipe", tmp_path / "mine.yaml", "--dry-run").stderr
+    assert "mine.yaml calls itself nvfp4 but differs from that preset; give it a `name` and `summary` of its own" in told
+
+
+def test_options_without_effect_are_named(quantize):
+    told = quantize("--fmt", "fp8", "--rows", 2, "--compute", "float32", "--dry-run").stderr
+    assert "warning: not used: --rows (an .npy file says its rows and length itself)\n" in told
+    told = quantize("--recipe", "nvfp4-w4a16", "--row-batch", 2, "--dry-run").stderr
+    assert "warning: not used: --row-batch (this recipe needs no calibration)\n" in told
+
+
+def test_what_cannot_be_read_or_written_is_found_before_the_work(quantize, source, tmp_path, monkeypatch):
+    (source / "tokenizer.json").write_text("{}")
+    closed = {source / "tokenizer.json"}
+    monkeypatch.setattr("os.access", lambda path, mode: path not in closed)
+    error = quantize("--fmt", "fp8", code=2).stderr
+    assert (
+        error
+        == f"error: {source}/tokenizer.json cannot be read (permission denied); it belongs to the checkpoint: make it readable\n"
+    )
+    closed.clear()
+    closed.add(tmp_path.resolve())
+    assert f"{tmp_path} is not writable; choose another output" in quantize("--fmt", "fp8", "--dry-run", code=2).stderr
