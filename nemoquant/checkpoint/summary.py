@@ -3,12 +3,13 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.model.config import PATTERN_LETTERS, NemotronHConfig, load_config
+from nemoquant.model.config import NemotronHConfig, layer_pattern, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
 WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # what a `weight` of that dtype is in the ModelOpt layout
@@ -27,11 +28,8 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
-    letters = {kind: letter for letter, kind in PATTERN_LETTERS.items()}
-    declared = raw.get("quantization_config")
-    quantization = declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
-    cache = quantization.get("kv_cache_scheme")
-    fp8_cache = isinstance(cache, dict) and cache.get("num_bits") == 8
+    quantization = declared_quantization(path, raw)
+    fp8_cache = declares_fp8_cache(quantization)
     per_token = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
     tokens = context or config.max_position_embeddings
     item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
@@ -43,9 +41,9 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "layers": {
             "total": len(config.layers),
             "kinds": dict(Counter(config.layers)),
-            "pattern": "".join(letters[kind] for kind in config.layers),
+            "pattern": layer_pattern(config.layers),
             "mtp_modules": config.mtp_modules,
-            "mtp_pattern": "".join(letters[kind] for kind in config.mtp_layers),
+            "mtp_pattern": layer_pattern(config.mtp_layers),
         },
         "parameters": sum(sizes),
         "parameters_without_mtp": sum(n for _, n in main),
@@ -58,6 +56,18 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": config.count("mamba") * config.mamba_inner * config.ssm_state_size * item,
     }
+
+
+def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its own quantization, in the terms of config.json's ``quantization_config``; empty if nothing."""
+    declared = raw.get("quantization_config")
+    return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
+
+
+def declares_fp8_cache(quantization: Mapping[str, Any]) -> bool:
+    """Whether :func:`declared_quantization` asks for an FP8 KV cache."""
+    cache = quantization.get("kv_cache_scheme")
+    return isinstance(cache, dict) and cache.get("num_bits") == 8
 
 
 def _legacy_quantization(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A layer's weights as torch tensors over the mapped file: read when asked for, dropped from memory soon after."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,11 +25,15 @@ class LayerWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         full = self.prefix + name
-        info = self.checkpoint.tensors[full]
-        if sum(self._held.values()) + info.nbytes > HELD_BYTES:
+        return torch.from_numpy(self.hold(full)).view(TORCH[self.checkpoint.tensors[full].dtype])
+
+    def hold(self, name: str) -> npt.NDArray[Any]:
+        """A tensor by its full name, as the checkpoint maps it; its pages are dropped with the others."""
+        nbytes = self.checkpoint.tensors[name].nbytes
+        if sum(self._held.values()) + nbytes > HELD_BYTES:
             self.release()
-        self._held[full] = info.nbytes
-        return torch.from_numpy(self.checkpoint.array(full)).view(TORCH[info.dtype])
+        self._held[name] = nbytes
+        return self.checkpoint.array(name)
 
     def __iter__(self) -> Iterator[str]:
         return (n.removeprefix(self.prefix) for n in self.checkpoint.tensors if n.startswith(self.prefix))

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,8 +20,10 @@ class ShardWriter:
     Use as a context manager; leaving it without an error checks the count. ``sha256`` is the file's, once it is closed.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
-        header = encode_header(list(tensors), METADATA)
+    def __init__(
+        self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = METADATA
+    ) -> None:
+        header = encode_header(list(tensors), metadata)
         self.path = path
         self.sha256 = ""
         self._left = sum(math.prod(shape) * ITEM_SIZE[dtype] for _, dtype, shape in tensors)

@@ -15,6 +15,7 @@ from nemoquant.formats.rounding import (
     Weight,
     checked_scale,
     flat,
+    float_output,
     kernel,
     output,
     tensor_scale,
@@ -68,12 +69,12 @@ def zeros(shape: tuple[int, int], out: Codes | None = None) -> Codes:
     return codes
 
 
-def decode(codes: Codes, decode_scale: float | np.float32) -> Floats:
+def decode(codes: Codes, decode_scale: float | np.float32, out: Floats | None = None) -> Floats:
     """uint8 E4M3 codes of any shape -> ``value * decode_scale``, float32 of that shape, one fp32 rounding.
 
-    Raises ValueError for another dtype or a scale that is not positive.
+    ``out`` is a float32 buffer of that shape to write into and return. Raises ValueError for another dtype or a scale that is not positive.
     """
     scale = checked_scale(decode_scale, "decode_scale")
-    values = np.empty(codes.shape, np.float32)
+    values = float_output(out, codes.shape)
     _decode(flat(codes, np.uint8, "codes"), scale, values.reshape(-1))
     return values

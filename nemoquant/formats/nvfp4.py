@@ -14,6 +14,10 @@ four_over_six  global_decode_scale = amax / (6 * 256); block_scale as in max (M 
                Source: Cook et al., "Four over six", 2025 (arXiv 2512.02010).
 
 The error of a block is the float64 sum, in index order, of (w - code * d)^2.
+
+Activations are encoded at run time (``encode_activations``): the global scale is the calibrated ``input_scale``, the block's scale is
+e4m3(block_amax / (6 * global)) without the lower bound: it may round to zero, and the whole block with it, as in the kernels of
+vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``) and in Model Optimizer's fake quantizer. What exceeds 448 * 6 global scales is clipped.
 """
 
 from typing import Literal, TypeAlias
@@ -29,6 +33,7 @@ from nemoquant.formats.rounding import (
     checked_scale,
     flat,
     float_of,
+    float_output,
     kernel,
     output,
     tensor_scale,
@@ -218,6 +223,19 @@ def _encode_four_over_six(bits: Bits, shift: np.uint32, global_scale: np.float32
         _write_codes(bits, shift, block, scale, codes, packed)
 
 
+@kernel
+def _encode_activations(bits: Bits, shift: np.uint32, global_scale: np.float32, packed: Codes, block_scales: Codes) -> None:
+    codes = np.empty(BLOCK, np.uint8)
+    for block in range(bits.shape[0]):
+        amax = _block_amax(bits, shift, block)
+        code = _encode_e4m3(np.float32(amax / np.float32(np.float32(6) * global_scale)))
+        block_scales[block] = code
+        if code == np.uint8(0):
+            packed[block] = np.uint8(0)
+        else:
+            _write_codes(bits, shift, block, np.float32(_E4M3[code] * global_scale), codes, packed)
+
+
 _KERNELS = {"max": _encode_max, "mse": _encode_mse, "four_over_six": _encode_four_over_six}
 
 
@@ -250,6 +268,19 @@ def encode(
     return packed, block_scales
 
 
+def encode_activations(values: Floats, global_decode_scale: float | np.float32) -> tuple[Codes, Codes]:
+    """A GEMM's input [tokens, in] (float32, C-contiguous) -> codes [tokens, in/2], E4M3 scales [tokens, in/16], both uint8.
+
+    NaN makes its block's scale, and so all of its block, NaN. Raises ValueError for a wrong dtype or layout, an input dimension that
+    16 does not divide, or a scale that is not positive.
+    """
+    bits, shift = weight_bits(values)
+    scale = checked_scale(global_decode_scale, "global_decode_scale")
+    packed, block_scales = _outputs(values.shape, None)
+    _encode_activations(bits.reshape(-1, BLOCK), shift, scale, packed.reshape(-1, BLOCK // 2), block_scales.reshape(-1))
+    return packed, block_scales
+
+
 def zeros(shape: tuple[int, int], out: tuple[Codes, Codes] | None = None) -> tuple[Codes, Codes]:
     """A degenerate weight [out, in]: codes 0x00 [out, in/2], block scales 1.0 (0x38) [out, in/16].
 
@@ -272,10 +303,12 @@ def _outputs(shape: tuple[int, ...], out: tuple[Codes, Codes] | None) -> tuple[C
     )
 
 
-def decode(packed: Codes, block_scales: Codes, global_decode_scale: float | np.float32) -> Floats:
+def decode(
+    packed: Codes, block_scales: Codes, global_decode_scale: float | np.float32, out: Floats | None = None
+) -> Floats:
     """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code * fp32(block * global)``.
 
-    Raises ValueError for a wrong dtype, shapes that do not belong together, or a scale that is not positive.
+    ``out`` is a float32 buffer [out, in] to write into and return. Raises ValueError for a wrong dtype, shapes that do not belong together, or a scale that is not positive.
     """
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     rows, blocks = block_scales.shape
@@ -283,6 +316,6 @@ def decode(packed: Codes, block_scales: Codes, global_decode_scale: float | np.f
         raise ValueError(
             f"packed: got shape {packed.shape}, expected {(rows, blocks * BLOCK // 2)} for scales {block_scales.shape}"
         )
-    values = np.empty((rows, blocks * BLOCK), np.float32)
+    values = float_output(out, (rows, blocks * BLOCK))
     _decode(flat(packed, np.uint8, "packed"), flat(block_scales, np.uint8, "block_scales"), scale, values.reshape(-1))
     return values

@@ -78,11 +78,19 @@ def flat(array: NDArray[Any], dtype: type[np.generic], name: str) -> NDArray[Any
 
 
 def output(out: Codes | None, shape: tuple[int, ...], name: str) -> Codes:
-    """The caller's buffer if it fits, else a new one."""
-    if out is None:
-        return np.empty(shape, np.uint8)
-    if out.shape != shape or out.dtype != np.uint8 or not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError(f"{name}: got {out.dtype} of shape {out.shape}, expected a writable C-contiguous uint8 of shape {shape}")
+    """The caller's buffer for codes if it fits, else a new one."""
+    return np.empty(shape, np.uint8) if out is None else _fitting(out, shape, np.uint8, name)
+
+
+def float_output(out: Floats | None, shape: tuple[int, ...]) -> Floats:
+    """The caller's buffer for decoded values if it fits, else a new one."""
+    return np.empty(shape, np.float32) if out is None else _fitting(out, shape, np.float32, "out")
+
+
+def _fitting(out: NDArray[Any], shape: tuple[int, ...], dtype: type[np.generic], name: str) -> NDArray[Any]:
+    if out.shape != shape or out.dtype != dtype or not (out.flags.c_contiguous and out.flags.writeable):
+        expected = f"a writable C-contiguous {np.dtype(dtype)} of shape {shape}"
+        raise ValueError(f"{name}: got {out.dtype} of shape {out.shape}, expected {expected}")
     return out
 
 

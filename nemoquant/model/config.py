@@ -6,7 +6,7 @@ Nothing here reads weights.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +104,12 @@ class NemotronHConfig:
     def count(self, kind: LayerKind) -> int:
         """How many layers of ``kind`` the main model has."""
         return self.layers.count(kind)
+
+
+def layer_pattern(layers: Sequence[LayerKind]) -> str:
+    """A schedule in the letters of ``hybrid_override_pattern``."""
+    letters = {kind: letter for letter, kind in PATTERN_LETTERS.items()}
+    return "".join(letters[kind] for kind in layers)
 
 
 def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:

@@ -10,8 +10,14 @@ This is the only file that knows foreign names. In this layout every stored scal
     K, V cache      k_proj.k_scale, v_proj.v_scale    (F32, shape [])
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.errors import CheckpointError
+from nemoquant.formats import FORMATS
+from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 
 PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
@@ -27,6 +33,45 @@ KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 def tensor_name(row: Row, kind: str) -> str:
     """Name in the written file of one part of a row (see ``Row.parts``)."""
     return row.name if kind == "source" else f"{row.module}.{_SUFFIX[row.format, kind]}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor of the model lies in a file of this layout: its format, and the names of its parts by kind."""
+
+    format: str
+    parts: dict[str, str]
+
+
+def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
+    """The reverse of ``tensor_name``: what holds the tensor ``spec``, told by dtypes and shapes, whoever wrote the file.
+
+    Raises:
+        CheckpointError: it is missing, or its parts are not those of FP8 per tensor or NVFP4 in this layout.
+    """
+    info = tensors.get(spec.name)
+    if info is None:
+        raise CheckpointError(f"{spec.name} is missing")
+    format = {"F8_E4M3": "fp8", "U8": "nvfp4"}.get(info.dtype, "source")
+    if format == "source":
+        expected = [("source", None, spec.shape)]
+    else:
+        problem = FORMATS[format].indivisible(spec.shape)
+        if problem:
+            raise CheckpointError(f"{spec.name} is {info.dtype}: {problem}")
+        expected = list(FORMATS[format].packed_tensors((spec.shape[0], spec.shape[1])))
+        if f"{spec.module}.input_scale" in tensors:
+            expected.append(("input_scale", "F32", ()))
+    parts = {}
+    for kind, dtype, shape in expected:
+        name = spec.name if kind == "source" else f"{spec.module}.{_SUFFIX[format, kind]}"
+        found = tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{name} is missing; {spec.name} is {info.dtype} and needs it")
+        if dtype not in (None, found.dtype) or (found.shape or (1,)) != (shape or (1,)):
+            raise CheckpointError(f"{name} is {found.dtype} {list(found.shape)}, expected {dtype or found.dtype} {list(shape)}")
+        parts[kind] = name
+    return Stored(format, parts)
 
 
 def kv_scale_name(module: str) -> str:

@@ -1,0 +1,99 @@
+"""Final norm, head and multi-token prediction of all models, position by position together."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemoquant.calibrate.data import Rows
+from nemoquant.checkpoint.source import Source
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.evaluate.candidate import Candidate
+from nemoquant.evaluate.layers import Energy, into, run_layer
+from nemoquant.evaluate.metrics import Positions, compare, top1
+from nemoquant.evaluate.reference import embed
+from nemoquant.model import mtp
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.norm import rms_norm
+from nemoquant.model.reference import ReferenceModel, WeightSource
+from nemoquant.model.taps import Tap, identity, prefixed
+
+HEAD_ELEMENTS = 1 << 25  # of logits of one model at a time
+
+Progress = Callable[[int, str], None]  # how many of the candidates' shares of the work are done, what
+
+
+class Head:
+    """What one model makes of its stream [rows, length, hidden] after the last layer."""
+
+    def __init__(self, config: NemotronHConfig, weights: WeightSource, tap: Tap, stream: Tensor) -> None:
+        self.config, self.weights, self.tap = config, weights, tap
+        self.model = ReferenceModel(config, weights)
+        self.hidden = rms_norm(stream, weights("backbone.norm_f.")["weight"], config.norm_eps).flatten(0, 1)
+        self.choice = np.zeros(len(self.hidden), np.int64)  # the likeliest next token of each position
+
+    def logits(self, part: slice = slice(None), hidden: Tensor | None = None) -> Tensor:
+        """Of some of its positions, or of other hidden states [positions, hidden]: [positions, vocabulary] float32."""
+        x = (self.hidden if hidden is None else hidden)[part]
+        return self.model.logits(x[None], self.tap)[0]
+
+    def acceptance(self, ids: Tensor) -> float:
+        """Share of positions where the first MTP module's first choice is what the main model chooses next.
+
+        At position t the module is given the hidden state of t and the token at t + 1, and its choice is compared with the main
+        model's at t + 1, as in speculative decoding with greedy verification. ids [rows, length]; ``choice`` must be filled.
+        """
+        c, prefixes = self.config, mtp.layer_prefixes(self.config, 0)
+        rows, length = ids.shape
+        hidden = self.hidden.view(rows, length, -1)
+        x = torch.empty(rows, length - 1, c.hidden_size)
+        embeddings, first = self.weights("backbone.embeddings."), self.weights(prefixes[0])
+        for row in range(rows):
+            one = slice(row, row + 1)
+            tap = prefixed(self.tap, prefixes[0])
+            x[one] = mtp.mtp_input(c, first, embed(embeddings, ids[one, 1:]), hidden[one, :-1], tap)
+        for kind, prefix in zip(c.mtp_layers, prefixes, strict=True):
+            y = torch.empty_like(x)
+            run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y))
+            x = y
+        drafted = mtp.mtp_output(c, self.weights(prefixes[-1]), x).flatten(0, 1)
+        expected = self.choice.reshape(rows, length)[:, 1:].reshape(-1)
+        accepted = sum(int((top1(self.logits(part, drafted)) == expected[part]).sum()) for part in _slices(c, len(drafted)))
+        return accepted / len(drafted)
+
+
+def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
+    step = max(1, HEAD_ELEMENTS // config.vocab_size)
+    return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
+
+
+def compare_heads(
+    source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], rows: Rows, progress: Progress
+) -> tuple[Positions, list[Positions], list[Energy], list[float | None]]:
+    """Logits of all models, and what follows from them.
+
+    Args:
+        streams: after the last layer, the reference's first.
+    Returns:
+        positions of the reference and of each candidate, the error of each candidate's logits, and the MTP acceptance of the
+        reference and of each candidate, None where one has no module.
+    """
+    assert source.checkpoint is not None
+    checkpoint, config, ids = source.checkpoint, source.config, torch.from_numpy(rows.ids)
+    heads = [Head(config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0])]
+    heads += [Head(config, c.weights, c.tap(), stream) for c, stream in zip(candidates, streams[1:], strict=True)]
+    found = [Positions(*ids.shape) for _ in heads]
+    energies = [Energy() for _ in candidates]
+    targets = ids.roll(-1, 1).flatten()
+    for part in _slices(config, ids.numel()):
+        progress(len(candidates) * part.start // ids.numel(), "head")
+        logits = [head.logits(part) for head in heads]
+        for head, own in zip(heads, logits, strict=True):
+            head.choice[part] = top1(own)
+        for energy, own in zip(energies, logits[1:], strict=True):
+            energy.add(own, logits[0])
+        compare(logits, targets[part], found, part.start)
+    has_mtp = [config.mtp_modules > 0, *(c.has_mtp for c in candidates)]
+    acceptance = [head.acceptance(ids) if has else None for head, has in zip(heads, has_mtp, strict=True)]
+    return found[0], found[1:], energies, acceptance

@@ -1,0 +1,107 @@
+"""One layer over all rows: in batches of rows and segments of positions, so that memory follows neither rows nor their length."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemoquant.evaluate.metrics import shared
+from nemoquant.evaluate.schema import Error, Routing
+from nemoquant.formats.noise import decibels
+from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.mamba2 import MambaState
+from nemoquant.model.moe import route
+from nemoquant.model.norm import rms_norm
+from nemoquant.model.reference import LayerState, layer_forward
+from nemoquant.model.taps import Scope, Tap, Weights
+
+BATCH_BYTES = 384 << 20  # of a layer's intermediate values, about
+SEGMENT = 2048  # positions of a row that go through a layer at once; its state carries over
+
+Sink = Callable[[slice, slice, Tensor], None]  # rows, positions, what the layer put out there
+
+
+@dataclass
+class Energy:
+    """Sums of squares, float64: of a difference, and of what it is a difference to."""
+
+    error: float = 0.0
+    signal: float = 0.0
+
+    def add(self, value: Tensor, reference: Tensor, base: Tensor | None = None) -> None:
+        """``value`` against ``reference``; the signal is what ``reference`` adds to ``base``."""
+        self.error += _square(value - reference)
+        self.signal += _square(reference if base is None else reference - base)
+
+    def result(self) -> Error:
+        relative = math.sqrt(self.error / self.signal) if self.signal else float(self.error > 0)
+        return Error(relative=relative, sqnr_db=decibels(self.signal, self.error))
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int) -> Iterator[slice]:
+    """Slices of rows whose intermediate values fit ``BATCH_BYTES``."""
+    c = config
+    width = {  # float32 values a token, of what is alive at once
+        "mamba": 3 * c.mamba_inner + 4 * c.conv_channels,
+        "attention": 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim,
+        "moe": 2 * c.moe_shared_expert_intermediate_size + 4 * c.expert_input,
+        "mlp": 2 * c.intermediate_size,
+    }[kind] + 3 * c.hidden_size
+    size = max(1, BATCH_BYTES // (4 * width * min(length, SEGMENT)))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def run_layer(config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, tap: Tap, sink: Sink) -> Tensor | None:
+    """``layer_forward`` of x [rows, length, hidden]; outputs go to ``sink``.
+
+    Returns:
+        the scan's states after the last position [rows, heads, head_dim, state], of a Mamba-2 layer.
+    """
+    states = []
+    for rows in batches(config, kind, *x.shape[:2]):
+        state: LayerState = None
+        for start in range(0, x.shape[1], SEGMENT):
+            part = slice(start, min(start + SEGMENT, x.shape[1]))
+            y, state = layer_forward(config, kind, weights, x[rows, part], state, tap)
+            sink(rows, part, y)
+        if isinstance(state, MambaState):
+            states.append(state.ssm)
+    return torch.cat(states) if states else None
+
+
+def into(out: Tensor) -> Sink:
+    """A sink that keeps everything in ``out`` [rows, length, hidden]."""
+
+    def keep(rows: slice, part: slice, y: Tensor) -> None:
+        out[rows, part] = y
+
+    return keep
+
+
+@torch.no_grad()
+def choices(config: NemotronHConfig, weights: Weights, x: Tensor) -> NDArray[np.int64]:
+    """The experts that a MoE layer's router chooses for x [rows, length, hidden]: ids [rows * length, k], ascending in a row."""
+    norm, mixer = weights["norm.weight"], Scope(weights, "mixer.")
+    tokens = x.flatten(0, 1)
+    found = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0] for part in tokens.split(SEGMENT)]
+    return torch.cat(found).sort(-1).values.numpy()
+
+
+def routing(config: NemotronHConfig, reference: NDArray[np.int64], candidate: NDArray[np.int64]) -> Routing:
+    """Two models' choices [tokens, k] for the same tokens, compared."""
+    same = shared(reference, candidate)
+    count = reference.shape[1]
+    return Routing(
+        flipped=1 - same.mean() / count,
+        tokens_with_flip=(same < count).mean(),
+        tokens_per_expert=np.bincount(candidate.reshape(-1), minlength=config.n_routed_experts).tolist(),
+        tokens_per_expert_reference=np.bincount(reference.reshape(-1), minlength=config.n_routed_experts).tolist(),
+    )

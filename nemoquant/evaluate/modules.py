@@ -1,0 +1,159 @@
+"""What each module of a candidate costs: its weights' and inputs' noise, and its measured effect.
+
+The effect of a module is measured, not estimated: its layer is run with this module as the candidate has it and all else as the
+source has it, on the reference's input, and the residual stream after the layer is compared. So modules of one layer are told
+apart, and an error counts by what reaches the rest of the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemoquant.checkpoint.reader import NUMPY, Checkpoint
+from nemoquant.evaluate.candidate import Candidate, CandidateWeights, Module
+from nemoquant.evaluate.layers import SEGMENT, Energy
+from nemoquant.evaluate.packed import PackedWeight
+from nemoquant.evaluate.schema import Experts, Quantized
+from nemoquant.evaluate.schema import Module as Measured
+from nemoquant.formats import noise
+from nemoquant.formats.noise import Noise
+from nemoquant.formats.rounding import Weight
+from nemoquant.model.roles import TensorSpec
+from nemoquant.model.taps import Tap, Weights
+
+EFFECT_ROWS = 4
+
+Run = Callable[[Weights, Tap], Tensor]  # something of the model, with these weights and taps
+
+
+class Mixed(Mapping[str, Tensor]):
+    """The source's tensors under a prefix, but those named in ``names`` (in full) from the candidate."""
+
+    def __init__(self, source: Weights, candidate: CandidateWeights, names: frozenset[str]) -> None:
+        self.source, self.candidate, self.names = source, candidate, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (self.candidate if self.candidate.prefix + name in self.names else self.source)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def sample(x: Tensor) -> Tensor:
+    """The part of x [rows, length, hidden] that effects are measured on."""
+    return x[:EFFECT_ROWS, :SEGMENT]
+
+
+def weight_noise(candidate: Candidate, spec: TensorSpec) -> Noise:
+    """One tensor of the candidate against the source's."""
+    source = candidate.source.checkpoint
+    assert source is not None
+    stored = candidate.stored[spec.name]
+    weights = candidate.weights("")
+    if stored.format != "source":
+        found = weights.packed(stored).noise(_matrix(source, spec))
+    elif _same_bytes(source, candidate.checkpoint, spec.name):
+        found = Noise(count=max(1, int(np.prod(spec.shape))))
+    else:
+        other = _matrix(candidate.checkpoint, spec)
+        values = np.ascontiguousarray(other if other.dtype == np.float32 else torch.from_numpy(other).view(torch.bfloat16).float())
+        found = noise.measure(_matrix(source, spec), values, np.array([np.inf], np.float32), max(1, values.size))
+    source.release([spec.name])
+    weights.release()
+    return found
+
+
+def _matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Weight:
+    """A floating tensor as kernels take it: [out, rest], bf16 bit patterns or float32."""
+    array = checkpoint.array(spec.name)
+    array = array.astype(np.float32) if array.dtype == np.float16 else array
+    return array.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else array.reshape(1, -1)
+
+
+def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
+    one, other = a.tensors[name], b.tensors[name]
+    return NUMPY[one.dtype] == NUMPY[other.dtype] and np.array_equal(a.raw(name), b.raw(name))
+
+
+class ModuleNoise:
+    """Noise of one module's weights by tensor, and of its inputs by tap."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.weights: list[Noise] = []
+        self.inputs: dict[str, Noise] = {}
+
+    def record(self, tap: str, found: Noise) -> None:
+        if tap in self.inputs:
+            self.inputs[tap] += found
+        else:
+            self.inputs[tap] = found
+
+    @property
+    def differs(self) -> bool:
+        """Whether the module is not exactly as the source has it."""
+        return self.module.format != "source" or bool(self.module.taps) or any(noise.error for noise in self.weights)
+
+    def measured(self, candidate: Candidate, effect: float) -> Measured:
+        module, stored = self.module, [candidate.stored[spec.name] for spec in self.module.specs]
+        changed = module.format == "source" and any(noise.error for noise in self.weights)
+        return Measured(
+            name=module.name,
+            layer=module.layer,
+            role=module.role,
+            format="changed" if changed else module.format,
+            input_format=module.activation_format,
+            elements=sum(int(np.prod(spec.shape)) for spec in module.specs),
+            bytes=sum(candidate.checkpoint.tensors[name].nbytes for s in stored for name in s.parts.values()),
+            weight=_quantized(self.weights),
+            input=_quantized(list(self.inputs.values())),
+            effect=effect,
+            experts=self._experts() if module.specs and module.specs[0].expert is not None else None,
+        )
+
+    def _experts(self) -> Experts:
+        by_expert = [self.inputs.get(spec.module) for spec in self.module.specs]
+        quality = [noise.sqnr_db for noise in self.weights]
+        finite = [(db, e) for e, db in enumerate(quality) if db is not None]
+        return Experts(
+            weight_sqnr_db=quality,
+            input_sqnr_db=[None if n is None else n.sqnr_db for n in by_expert],
+            input_saturated=[None if n is None else n.saturated / n.count for n in by_expert],
+            worst_expert=min(finite)[1] if finite else None,
+        )
+
+
+def _quantized(parts: list[Noise]) -> Quantized | None:
+    total = Noise()
+    for part in parts:
+        total += part
+    if not total.count:
+        return None
+    return Quantized(
+        sqnr_db=total.sqnr_db, saturated=total.saturated / total.count, flushed=total.flushed / total.count
+    )
+
+
+def effects(candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: CandidateWeights, run: Run) -> list[Measured]:
+    """Measure those that differ, one at a time.
+
+    Args:
+        source, weights: the layer's tensors.
+        run: the layer, on the reference's input.
+    """
+    differing = [noise for noise in found if noise.differs]
+    if not differing:
+        return []
+    expected = run(source, candidate.tap(only=()))
+    result = []
+    for noise in differing:
+        names = frozenset(spec.name for spec in noise.module.specs)
+        energy = Energy()
+        energy.add(run(Mixed(source, weights, names), candidate.tap(only=noise.module.taps)), expected)
+        result.append(noise.measured(candidate, energy.result().relative))
+    return result

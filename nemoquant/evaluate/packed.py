@@ -1,0 +1,123 @@
+"""Quantized weights and activations as a consumer has them: decoded when they are used, in slices of rows, in threads.
+
+The arithmetic is that of the formats: a weight is ``code * scale`` in fp32; an input is encoded with its calibrated scale (NVFP4
+with block scales of its own, at run time) and decoded again. What is multiplied is float32.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemoquant.formats import fp8, noise, nvfp4
+from nemoquant.formats.noise import Noise
+from nemoquant.formats.rounding import Codes, Floats, Weight
+
+PIECE_ELEMENTS = 1 << 18  # of a tensor that one thread works on at a time: in the caches from encoding to the sums
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def _in_pieces(function: Callable[[slice], Noise | None], rows: int, width: int) -> list[Noise | None]:
+    """``function`` of slices that cover ``rows`` rows, in as many threads as torch uses; the results in order."""
+    step = max(1, PIECE_ELEMENTS // max(1, width))
+    pieces = [slice(start, start + step) for start in range(0, rows, step)]
+    if len(pieces) < 2:
+        return [function(piece) for piece in pieces]
+    return list(_pool(torch.get_num_threads()).map(function, pieces))
+
+
+def _total(parts: list[Noise | None]) -> Noise:
+    total = Noise()
+    for part in parts:
+        assert part is not None
+        total += part
+    return total
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [out, in] of a quantized checkpoint, mapped; ``taps.product`` takes it for a tensor of a foreign dtype.
+
+    Attributes:
+        codes: uint8 [out, in] (fp8) or [out, in/2] (nvfp4).
+        block_scales: E4M3 codes, uint8 [out, in/16], nvfp4 only.
+        scale: the decode scale of the whole tensor.
+    """
+
+    format: str
+    codes: Codes
+    block_scales: Codes | None
+    scale: np.float32
+
+    dtype = torch.uint8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1] * (1 if self.block_scales is None else 2)
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def __getitem__(self, rows: slice) -> "PackedWeight":
+        blocks = None if self.block_scales is None else self.block_scales[rows]
+        return PackedWeight(self.format, self.codes[rows], blocks, self.scale)
+
+    def to(self, like: Tensor) -> Tensor:
+        """Decoded, with the dtype and device of ``like``."""
+        values = np.empty(self.shape, np.float32)
+        _in_pieces(lambda rows: self[rows].decode(values[rows]), *self.shape)
+        return torch.from_numpy(values).to(like)
+
+    def decode(self, out: Floats) -> None:
+        """The values, into a float32 buffer [out, in]."""
+        if self.block_scales is None:
+            fp8.decode(self.codes, self.scale, out)
+        else:
+            nvfp4.decode(self.codes, self.block_scales, self.scale, out)
+
+    def limits(self) -> tuple[Floats, int]:
+        """The largest value of each run of so many values."""
+        if self.block_scales is None:
+            return noise.fp8_limits(self.scale), max(1, self.numel())
+        return noise.nvfp4_limits(self.block_scales, self.scale), nvfp4.BLOCK
+
+    def noise(self, weight: Weight) -> Noise:
+        """Against the source's ``weight`` [out, in], bf16 bit patterns or float32."""
+
+        def piece(rows: slice) -> Noise:
+            part = self[rows]
+            values = np.empty(part.shape, np.float32)
+            part.decode(values)
+            return noise.measure(weight[rows], values, *part.limits())
+
+        return _total(_in_pieces(piece, *self.shape))
+
+
+def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, Noise]:
+    """``x`` [..., in] float32 through codes and back, as a new tensor, and what that did to it.
+
+    Args:
+        format: ``fp8`` (``code = e4m3(x / scale)``) or ``nvfp4`` (``scale`` is the global one; blocks of 16 get theirs here).
+    """
+    values: Floats = x.contiguous().view(-1, x.shape[-1]).numpy()
+    out = np.empty_like(values)
+
+    def piece(rows: slice) -> Noise:
+        part = values[rows]
+        if format == "fp8":
+            encoded = PackedWeight(format, fp8.encode(part, scale), None, scale)
+        else:
+            encoded = PackedWeight(format, *nvfp4.encode_activations(part, scale), scale)
+        encoded.decode(out[rows])
+        return noise.measure(part, out[rows], *encoded.limits())
+
+    total = _total(_in_pieces(piece, *values.shape))
+    return torch.from_numpy(out).view(x.shape), total

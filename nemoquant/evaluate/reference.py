@@ -1,0 +1,162 @@
+"""The source's side of a diff: the residual stream after each layer, computed, or read from a cache that an earlier run wrote.
+
+The cache is a safetensors file: ``hidden.I`` [rows, length, hidden] F32 before layer I (the last one after all layers) and
+``ssm_state.I`` of the Mamba-2 layers. Logits follow from the last by one product with the head, and would be larger by
+vocabulary / hidden size (32 times for Super). Its metadata say what it was made from; another source or other tokens are refused.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemoquant.calibrate.data import Rows
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.header import read_header
+from nemoquant.checkpoint.source import Source
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.checkpoint.writer import METADATA, ShardWriter
+from nemoquant.errors import CheckpointError, OutputError, WeightError
+from nemoquant.evaluate.layers import into, run_layer
+from nemoquant.model.taps import Weights, identity
+
+SCHEMA = "1"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The stream after the embedding (``layer`` None) or a layer; ``ssm_state`` of a Mamba-2 layer after the last position."""
+
+    layer: int | None
+    hidden: Tensor
+    ssm_state: Tensor | None
+
+
+def embed(weights: Weights, ids: Tensor) -> Tensor:
+    """Token ids [rows, length] -> [rows, length, hidden] float32."""
+    return F.embedding(ids, weights["weight"]).float()
+
+
+def stream(source: Source, rows: Rows, cache: Path | None) -> Iterator[Stage]:
+    """The stages in order. A cache that does not exist yet is written on the way, and is there when the last stage was taken.
+
+    Raises:
+        CheckpointError: the cache is not of this source and these rows; WeightError where the source computes NaN or Inf.
+        OutputError: the cache can't be written.
+    """
+    if cache is None:
+        yield from _computed(source, rows)
+    elif cache.exists():
+        yield from _read(cache, source, rows)
+    else:
+        yield from _written(cache, source, rows)
+
+
+def _computed(source: Source, rows: Rows) -> Iterator[Stage]:
+    assert source.checkpoint is not None
+    weights = LayerWeights(source.checkpoint, "backbone.embeddings.")
+    x = embed(weights, torch.from_numpy(rows.ids))
+    weights.release()
+    yield Stage(None, x, None)
+    for i, kind in enumerate(source.config.layers):
+        weights = LayerWeights(source.checkpoint, f"backbone.layers.{i}.")
+        y = torch.empty_like(x)
+        state = run_layer(source.config, kind, weights, x, identity, into(y))
+        weights.release()
+        if not torch.isfinite(y).all():
+            raise WeightError(
+                f"{source.path}: layer {i} ({kind}) computes NaN or Inf; expected finite activations, is the source damaged?"
+            )
+        yield Stage(i, y, state)
+        x = y
+
+
+def _layout(source: Source, rows: Rows) -> list[tuple[str, str, tuple[int, ...]]]:
+    c, (count, length) = source.config, rows.ids.shape
+    table = [("hidden.0", "F32", (count, length, c.hidden_size))]
+    for i, kind in enumerate(c.layers):
+        table.append((f"hidden.{i + 1}", "F32", (count, length, c.hidden_size)))
+        if kind == "mamba":
+            table.append((f"ssm_state.{i}", "F32", (count, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)))
+    return table
+
+
+def _made_from(source: Source, rows: Rows) -> dict[str, str]:
+    assert source.checkpoint is not None
+    return {
+        "schema": SCHEMA,
+        "config": json.dumps(source.raw_config, sort_keys=True),
+        "tensor_table": manifest.tensor_table_sha256(source.checkpoint.tensors),
+        "weights": manifest.weights_fingerprint(source.checkpoint),
+        "tokens": rows.sha256,
+    }
+
+
+def _written(cache: Path, source: Source, rows: Rows) -> Iterator[Stage]:
+    partial = cache.parent / (cache.name + ".partial")
+    try:
+        with ShardWriter(partial, _layout(source, rows), METADATA | _made_from(source, rows)) as writer:
+            for stage in _computed(source, rows):
+                writer.write(stage.hidden.numpy())
+                if stage.ssm_state is not None:
+                    writer.write(stage.ssm_state.numpy())
+                yield stage
+        partial.rename(cache)
+    except FileExistsError:
+        raise OutputError(f"{partial} exists, left by a run that was killed or still writing; remove it, or give another cache") from None
+    except OSError as error:
+        _forget(partial)
+        raise OutputError(f"{cache}: {error.strerror or error}; give another place for the reference cache") from None
+    except BaseException:
+        _forget(partial)
+        raise
+
+
+def _forget(partial: Path) -> None:
+    with suppress(OSError):
+        partial.unlink()
+
+
+def check_cache(cache: Path, source: Source, rows: Rows) -> None:
+    """Make sure that an existing cache is of this source and these rows, or that a new one can be written.
+
+    Raises:
+        CheckpointError, HeaderError: it is not a cache, or not of these; the message names what differs.
+        OutputError: there is no folder to write it into.
+    """
+    if not cache.exists():
+        if not cache.parent.is_dir():
+            raise OutputError(f"{cache}: {cache.parent} is not a folder; make it, or give another place for the reference cache")
+        return
+    tensors, metadata = read_header(cache)
+    expected = _made_from(source, rows)
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            what = {"schema": "version of nemoquant", "tokens": "rows (--data, --rows, --seq-len)"}.get(key, "source")
+            raise CheckpointError(
+                f"{cache} was made from another {what}: its {key.replace('_', ' ')} differ; expected a reference cache of this run's, "
+                "give another file or remove this one"
+            )
+    if {t.name: (t.dtype, t.shape) for t in tensors.values()} != {n: (d, s) for n, d, s in _layout(source, rows)}:
+        raise CheckpointError(f"{cache} lacks tensors that a reference cache has; remove it")
+
+
+def _read(cache: Path, source: Source, rows: Rows) -> Iterator[Stage]:
+    check_cache(cache, source, rows)
+    tensors, _ = read_header(cache)
+
+    def load(name: str) -> Tensor:
+        info: Any = tensors[name]
+        values = np.fromfile(cache, np.float32, info.nbytes // 4, offset=info.start)
+        return torch.from_numpy(values).view(info.shape)
+
+    yield Stage(None, load("hidden.0"), None)
+    for i in range(len(source.config.layers)):
+        yield Stage(i, load(f"hidden.{i + 1}"), load(f"ssm_state.{i}") if f"ssm_state.{i}" in tensors else None)

@@ -1,0 +1,237 @@
+"""The diff: reference and candidates side by side over the same rows, a layer at a time, then the head.
+
+For each layer the source's weights are read once: by the reference (unless it comes from a cache), and beside each candidate's for
+the noise of its weights. A candidate runs its layer twice: on its own stream, which shows the error that has built up, and
+on the reference's input, which shows the layer's own. What waits in memory is one residual stream for each model and one more, the
+scan states of one layer, and the working set of a layer over a batch of rows (``layers.py``).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemoquant._version import __version__
+from nemoquant.calibrate.data import Rows
+from nemoquant.checkpoint.source import Source
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.errors import CheckpointError
+from nemoquant.evaluate import schema
+from nemoquant.evaluate.candidate import Candidate
+from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads
+from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
+from nemoquant.evaluate.metrics import summarize
+from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample, weight_noise
+from nemoquant.evaluate.reference import Stage, embed, stream
+from nemoquant.formats import FORMATS
+from nemoquant.model.config import layer_pattern
+from nemoquant.model.reference import layer_forward
+from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
+
+Progress = Callable[[int, int, str], None]  # done, total, what
+WORST = 10
+
+
+class Side:
+    """A candidate on its way through the layers."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.hidden = torch.empty(0)
+        self.layers: list[schema.Layer] = []
+        self.modules: list[schema.Module] = []
+
+    def noise(self, layer: int | None, *roles: str) -> list[ModuleNoise]:
+        """Of the modules of a layer, or of those outside the layers with these roles: their weights' noise."""
+        found = []
+        for module in self.candidate.modules:
+            if module.layer == layer and (layer is not None or module.role in roles):
+                noise = ModuleNoise(module)
+                noise.weights = [weight_noise(self.candidate, spec) for spec in module.specs]
+                found.append(noise)
+        return found
+
+    def elements(self, found: list[ModuleNoise]) -> dict[str, int]:
+        """Weights by stored format."""
+        counts: dict[str, int] = {}
+        for noise in found:
+            size = sum(math.prod(spec.shape) for spec in noise.module.specs)
+            if size:
+                counts[noise.module.format] = counts.get(noise.module.format, 0) + size
+        return counts
+
+    def check_finite(self, where: str) -> None:
+        if not torch.isfinite(self.hidden).all():
+            raise CheckpointError(
+                f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would too, no figure can be given: "
+                "look at its scales there, or calibrate again"
+            )
+
+
+def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | None, progress: Progress) -> schema.Report:
+    """Compare.
+
+    Args:
+        candidates: opened for this source.
+        cache: file of the reference's stream, read if it exists, else written.
+    Raises:
+        NemoquantError: see ``reference.stream``; or a candidate that computes NaN.
+    """
+    config = source.config
+    sides = [Side(candidate) for candidate in candidates]
+    steps = len(config.layers) + 2
+    before = torch.empty(0)
+    for done, stage in enumerate(stream(source, rows, cache)):
+        what = "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
+        for number, side in enumerate(sides):
+            progress(done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
+            if stage.layer is None:
+                _embedding(side, source, rows, stage)
+            else:
+                _layer(side, source, before, stage)
+            side.check_finite(what)
+        before = stage.hidden
+    own, found, energies, acceptance = compare_heads(
+        source, candidates, [before, *(side.hidden for side in sides)], rows,
+        lambda number, what: progress((steps - 1) * len(sides) + number, steps * len(sides), what),
+    )  # fmt: skip
+    for side, energy in zip(sides, energies, strict=True):
+        _head_modules(side, source, before, energy)
+    progress(steps * len(sides), steps * len(sides), "done")
+    reference = _reference(source, own.perplexity, acceptance[0])
+    return schema.Report(
+        schema_version=schema.VERSION,
+        nemoquant=__version__,
+        data=schema.Data(
+            source=rows.source,
+            rows=rows.ids.shape[0],
+            seq_len=rows.ids.shape[1],
+            predicted_positions=rows.ids.shape[0] * (rows.ids.shape[1] - 1),
+            tokens_sha256=rows.sha256,
+        ),
+        compute="float32",
+        threads=torch.get_num_threads(),
+        effect_rows=min(EFFECT_ROWS, rows.ids.shape[0]),
+        reference=reference,
+        candidates=[
+            _candidate(side, reference, summarize(positions, own), accepted)
+            for side, positions, accepted in zip(sides, found, acceptance[1:], strict=True)
+        ],
+        warnings=[],
+    )
+
+
+def _embedding(side: Side, source: Source, rows: Rows, stage: Stage) -> None:
+    weights = side.candidate.weights("backbone.embeddings.")
+    side.hidden = embed(weights, torch.from_numpy(rows.ids))
+    weights.release()
+    found, energy = side.noise(None, "embedding"), Energy()
+    energy.add(side.hidden, stage.hidden)
+    effect = Energy()
+    effect.add(sample(side.hidden), sample(stage.hidden))
+    side.modules += [noise.measured(side.candidate, effect.result().relative) for noise in found if noise.differs]
+    side.layers.append(schema.Layer(
+        name="embedding", kind="embedding", elements_by_format=side.elements(found), stream=energy.result(), alone=energy.result(),
+        routing=None, ssm_state=None,
+    ))  # fmt: skip
+
+
+def _layer(side: Side, source: Source, before: Tensor, stage: Stage) -> None:
+    """One layer of one candidate. ``before`` and ``stage.hidden`` are the reference's stream around it."""
+    assert stage.layer is not None and source.checkpoint is not None
+    config, candidate, prefix = source.config, side.candidate, f"backbone.layers.{stage.layer}."
+    kind = config.layers[stage.layer]
+    original, weights = LayerWeights(source.checkpoint, prefix), candidate.weights(prefix)
+    found = side.noise(stage.layer)
+    by_tap = {tap: noise for noise in found for tap in noise.module.taps}
+    alone, error, state_error = Energy(), Energy(), Energy()
+
+    def measure(rows: slice, part: slice, y: Tensor) -> None:
+        alone.add(y, stage.hidden[rows, part], before[rows, part])
+
+    recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
+    run_layer(config, kind, weights, before, prefixed(recording, prefix), measure)
+    flips = None
+    if kind == "moe":
+        flips = routing(config, choices(config, original, before), choices(config, weights, side.hidden))
+    after = torch.empty_like(side.hidden)
+    state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after))
+    side.hidden = after
+    error.add(after, stage.hidden)
+    if state is not None and stage.ssm_state is not None:
+        state_error.add(state, stage.ssm_state)
+    side.modules += effects(
+        candidate, found, original, weights,
+        lambda mixed, tap: layer_forward(config, kind, mixed, sample(before), None, prefixed(tap, prefix))[0],
+    )  # fmt: skip
+    original.release()
+    weights.release()
+    side.layers.append(schema.Layer(
+        name=str(stage.layer), kind=kind, elements_by_format=side.elements(found), stream=error.result(), alone=alone.result(),
+        routing=flips, ssm_state=None if state is None else state_error.result(),
+    ))  # fmt: skip
+
+
+def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) -> None:
+    """Final norm and head: alone on the reference's stream ``before`` them, and the effect of each on the logits."""
+    assert source.checkpoint is not None
+    candidate, found = side.candidate, side.noise(None, "norm", "lm_head")
+    original, weights = LayerWeights(source.checkpoint, ""), candidate.weights("")
+    by_tap = {tap: noise for noise in found for tap in noise.module.taps}
+    x = sample(before)[:, : max(1, HEAD_ELEMENTS // source.config.vocab_size)]
+
+    def run(mixed: Weights, tap: Tap) -> Tensor:
+        return Head(source.config, lambda prefix: Scope(mixed, prefix), tap, x).logits()
+
+    alone = Energy()
+    if any(noise.differs for noise in found):
+        recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
+        alone.add(run(weights, recording), run(original, identity))
+    side.modules += effects(candidate, found, original, weights, run)
+    side.layers.append(schema.Layer(
+        name="head", kind="head", elements_by_format=side.elements(found), stream=logits.result(), alone=alone.result(),
+        routing=None, ssm_state=None,
+    ))  # fmt: skip
+
+
+def _reference(source: Source, perplexity: float | None, acceptance: float | None) -> schema.Reference:
+    assert source.checkpoint is not None
+    size = sum(info.nbytes for info in source.checkpoint.tensors.values())
+    elements = sum(math.prod(spec.shape) for spec in source.table)
+    return schema.Reference(
+        name=source.path.resolve().name,
+        pattern=layer_pattern(source.config.layers),
+        parameters=elements,
+        bytes=size,
+        bits_per_weight=8 * size / elements,
+        perplexity=perplexity,
+        mtp_acceptance=acceptance,
+    )
+
+
+def _candidate(side: Side, reference: schema.Reference, logits: schema.Logits, acceptance: float | None) -> schema.Candidate:
+    candidate = side.candidate
+    size = sum(info.nbytes for info in candidate.checkpoint.tensors.values())
+    formats = Counter(module.format for module in candidate.modules if module.specs)
+    quantized = [module for module in side.modules if module.format in FORMATS]
+    elements = sum(module.elements for module in quantized)
+    plan = candidate.manifest["plan"] if candidate.manifest else {}
+    return schema.Candidate(
+        name=candidate.name,
+        recipe=plan.get("recipe", {}).get("name"),
+        formats=dict(sorted(formats.items())),
+        kv_cache="fp8" if candidate.fp8_cache else "source",
+        bytes=size,
+        compression=reference.bytes / size,
+        bits_per_weight=8 * size / reference.parameters,
+        bits_per_quantized_weight=8 * sum(module.bytes for module in quantized) / elements if elements else None,
+        logits=logits,
+        mtp_acceptance=acceptance,
+        layers=side.layers,
+        modules=side.modules,
+        worst_modules=[m.name for m in sorted(side.modules, key=lambda m: -m.effect)[:WORST] if m.effect > 0],
+        warnings=candidate.warnings,
+    )

@@ -1,0 +1,217 @@
+"""The report of ``nemoquant diff`` as data: what its JSON holds. HTML, Markdown and the model card are drawn from it.
+
+NaN and Infinity never occur. A figure that is not a finite number is null: an SQNR where there is no error at all, a
+mean over nothing. ``docs/diff.schema.json`` is made from these classes, and a test holds it to them.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VERSION = 1
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Data(_Part):
+    """What was read by the models."""
+
+    source: str
+    """Name of the file."""
+    rows: int
+    seq_len: int
+    """Tokens in a row. Each row starts from an empty state."""
+    predicted_positions: int
+    """rows x (seq_len - 1): the last token of a row predicts nothing that is known."""
+    tokens_sha256: str
+    """Identity of the tokens, whatever file they came from."""
+
+
+class Reference(_Part):
+    """The source, computed in float32."""
+
+    name: str
+    pattern: str
+    """The layer schedule: M Mamba-2, E mixture of experts, * attention, - MLP."""
+    parameters: int
+    bytes: int
+    """Tensor data of the checkpoint."""
+    bits_per_weight: float
+    perplexity: float | None
+    """exp of the mean negative log likelihood of the next token, in float64; null where that overflows."""
+    mtp_acceptance: Share | None
+    """Share of positions at which the first MTP module's likeliest token is the main model's own next choice; null without MTP."""
+
+
+class Error(_Part):
+    """Of a tensor against the reference's: over all rows and positions, in float64."""
+
+    relative: NotNegative
+    """norm of the difference / norm of the reference."""
+    sqnr_db: float | None
+    """-20 log10(relative) in dB; null where there is no error."""
+
+
+class Kl(_Part):
+    """KL(reference || candidate) of a position's next-token distribution, in nats, over the whole vocabulary."""
+
+    mean: NotNegative
+    median: NotNegative
+    p99: NotNegative
+    max: NotNegative
+
+
+class Histogram(_Part):
+    """Positions by KL: ``counts[i]`` of them in [edges[i], edges[i + 1]); the first bin holds all below, the last all above."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class PositionRange(_Part):
+    """Mean KL of positions ``first`` to ``last`` of a row (from 0, both included)."""
+
+    first: int
+    last: int
+    kl: NotNegative
+
+
+class Logits(_Part):
+    """What reaches the user: the next token's distribution."""
+
+    kl: Kl
+    perplexity: float | None
+    perplexity_ratio: float | None
+    """Of the reference's."""
+    top1_agreement: Share
+    """Share of positions where both have the same likeliest token (ties go to the lower id)."""
+    top5_agreement: Share
+    """Mean share of the reference's five likeliest tokens that are among the candidate's five."""
+    kl_histogram: Histogram
+    kl_by_position: list[PositionRange]
+
+
+class Routing(_Part):
+    """Choice of experts in the candidate's own stream, against the reference's in its own."""
+
+    flipped: Share
+    """Share of (token, chosen expert) pairs of the reference that the candidate did not choose."""
+    tokens_with_flip: Share
+    tokens_per_expert: list[int]
+    tokens_per_expert_reference: list[int]
+
+
+class Layer(_Part):
+    """One layer, or the embedding before the first, or the final norm and head after the last."""
+
+    name: str
+    """``embedding``, the layer's number, or ``head``."""
+    kind: str
+    """embedding, mamba, moe, attention, mlp or head."""
+    elements_by_format: dict[str, int]
+    """Weights of the layer by the format that they are stored in."""
+    stream: Error
+    """Of the residual stream after the layer (of the logits for the head), with the errors inherited from before."""
+    alone: Error
+    """Of what the block adds to the stream, when the block is fed the reference's input: its own error. For the head: of the logits,
+    of at most ``effect_rows`` rows. For the embedding the same as ``stream``."""
+    routing: Routing | None
+    """MoE layers only."""
+    ssm_state: Error | None
+    """Mamba-2 layers only: of the scan's state after the last position of the rows, in the candidate's own stream."""
+
+
+class Quantized(_Part):
+    """A tensor before and after rounding."""
+
+    sqnr_db: float | None
+    """10 log10(signal / error) in dB; null where there is no error, or no signal."""
+    saturated: Share
+    """Share of values larger than the largest that their scale can represent."""
+    flushed: Share
+    """Share of values that are not zero and became zero."""
+
+
+class Experts(_Part):
+    """The routed experts of a layer and projection one by one, by index; inputs are null for an expert that no token reached."""
+
+    weight_sqnr_db: list[float | None]
+    input_sqnr_db: list[float | None]
+    input_saturated: list[Share | None]
+    worst_expert: int | None
+    """With the lowest weight SQNR; null where no weight has an error."""
+
+
+class Module(_Part):
+    """A tensor, all experts of a layer and projection, or an attention layer's KV cache, that is not as the source has it."""
+
+    name: str
+    layer: int | None
+    role: str
+    format: str
+    """Of the weight: source, fp8 or nvfp4; ``changed`` if it is stored unquantized but with other values."""
+    input_format: str | None
+    """Of the GEMM's input (of keys and values for the cache) at run time; null if it stays as it is."""
+    elements: int
+    bytes: int
+    """As stored, scales included."""
+    weight: Quantized | None
+    """Null for a KV cache."""
+    input: Quantized | None
+    """On the reference's input to the layer. Null where it is not rounded, or no token reached it."""
+    effect: NotNegative
+    """Measured effect: relative error of the residual stream after the layer (of the logits for the final norm and head) when only this
+    module is the candidate's, fed the reference's input; on the first ``effect_rows`` rows."""
+    experts: Experts | None
+
+
+class Candidate(_Part):
+    """One checkpoint that was compared."""
+
+    name: str
+    recipe: str | None
+    """Name of the recipe, if nemoquant wrote it."""
+    formats: dict[str, int]
+    """Modules by format, ``source`` included."""
+    kv_cache: str
+    """fp8 or source."""
+    bytes: int
+    compression: float
+    """The reference's bytes / this one's."""
+    bits_per_weight: float
+    """8 x bytes / elements of the source, all tensors."""
+    bits_per_quantized_weight: float | None
+    """The same over quantized modules alone, scales included; null without any."""
+    logits: Logits
+    mtp_acceptance: Share | None
+    layers: list[Layer]
+    modules: list[Module]
+    """In file order. Modules that are as the source has them are left out: they have no error."""
+    worst_modules: list[str]
+    """Names of the ten with the largest effect, the largest first."""
+    warnings: list[str]
+
+
+class Report(_Part):
+    """Everything that one ``nemoquant diff`` found out."""
+
+    schema_version: int
+    nemoquant: str
+    """Version that made it."""
+    data: Data
+    compute: str
+    """Dtype of the arithmetic outside the quantized formats."""
+    threads: int
+    effect_rows: int
+    reference: Reference
+    candidates: list[Candidate]
+    warnings: list[str]
+
+    def dump(self) -> str:
+        """The JSON text."""
+        return self.model_dump_json(indent=1) + "\n"
