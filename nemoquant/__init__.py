@@ -4,6 +4,7 @@
     >>> nemoquant.plan(Path("config.json"), "nvfp4").bits_per_weight
     >>> nemoquant.quantize(Path("model"), Path("model-fp8"), "fp8")
     >>> nemoquant.verify(Path("model-fp8"), against=Path("model"))
+    >>> nemoquant.diff(Path("model"), [Path("model-fp8")]).candidates[0].logits.kl.mean
 
 Functions are loaded when they are first used: importing the package is cheap.
 """
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from nemoquant._version import __version__
 
 if TYPE_CHECKING:
-    from nemoquant.api import CalibrationOptions, Result, inspect, plan, quantize, verify
+    from nemoquant.api import CalibrationOptions, Result, diff, inspect, plan, quantize, verify
 
-__all__ = ["CalibrationOptions", "Result", "__version__", "inspect", "plan", "quantize", "verify"]
+__all__ = ["CalibrationOptions", "Result", "__version__", "diff", "inspect", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

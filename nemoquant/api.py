@@ -1,7 +1,8 @@
 """The Python API: what the command line does, as functions. Messages and progress go to callbacks, results are data."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from nemoquant.planning.resolve import resolve
 if TYPE_CHECKING:
     from nemoquant.calibrate.data import Rows
     from nemoquant.calibrate.scales import Scales
+    from nemoquant.evaluate.schema import Report
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
@@ -171,14 +173,7 @@ def _check_calibration(source: Source, plan: Plan, options: CalibrationOptions, 
         if not torch.cuda.is_available():
             raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
     data = Path(options.data) if options.data is not None else default_data()
-    rows = load_rows(data, source.path, source.config, options.rows, options.seq_len)
-    if len(rows.ids) < options.rows and data.suffix != ".npy":
-        warnings.append(
-            f"{rows.source} holds {len(rows.ids)} rows of {options.seq_len} tokens, {options.rows} were asked for; all of them were used"
-        )
-    if rows.dropped:
-        warnings.append(f"{rows.source}: its last {rows.dropped} tokens do not fill a row and were left out")
-    return rows
+    return load_rows(data, source.path, source.config, options.rows, options.seq_len, warnings.append)
 
 
 def _scales(
@@ -241,6 +236,70 @@ def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress
     if source is not None and source.checkpoint is None:
         raise CheckpointError(f"{against} is a config.json; --against needs the source's folder with its weights")
     return check(Path(out), source, progress=lambda done, total: progress("verify", done, total, "")).to_json()
+
+
+def diff(
+    source: PathLike,
+    candidates: Sequence[PathLike],
+    *,
+    data: PathLike | None = None,
+    rows: int = 32,
+    seq_len: int = 512,
+    reference_cache: PathLike | None = None,
+    threads: int | None = None,
+    card: bool = True,
+    progress: Progress = no_progress,
+) -> "Report":
+    """Measure how far quantized checkpoints are from their source, side by side over the same text.
+
+    Args:
+        candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not quantized.
+        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated on.
+        rows, seq_len: how much of it; ignored for .npy, which says so itself.
+        reference_cache: file for the source's side, written by the first run and read by later ones.
+        card: put the figures into the model cards of candidates that nemoquant wrote.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    from nemoquant.calibrate.data import evaluation_data, load_rows
+
+    if min(rows, 1 if threads is None else threads) < 1 or seq_len < 2:
+        raise UsageError(f"rows is {rows}, seq_len {seq_len}, threads {threads}; expected at least 1 row, 2 tokens, 1 thread")
+    paths, cache = [Path(c) for c in candidates], None if reference_cache is None else Path(reference_cache)
+    if not paths:
+        raise UsageError("no checkpoint to compare; expected at least one beside the source")
+    twice = [str(p) for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]]
+    if twice:
+        raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
+    opened = open_source(Path(source))
+    if opened.checkpoint is None:
+        raise CheckpointError(f"{source} is a config.json; diff needs the folder with the weights")
+    told: list[str] = []
+    text = evaluation_data() if data is None else Path(data)
+    tokens = load_rows(text, opened.path, opened.config, rows, seq_len, told.append)
+    if tokens.ids.shape[1] < 2:
+        raise UsageError(f"{text} has rows of one token; expected at least 2, the first one predicts the second")
+    import torch
+
+    from nemoquant.evaluate.candidate import Candidate
+    from nemoquant.evaluate.card import update_card
+    from nemoquant.evaluate.reference import check_cache
+    from nemoquant.evaluate.run import diff as compare
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    with ExitStack() as stack:
+        stack.enter_context(opened.checkpoint)
+        names = [p.resolve().name for p in paths]
+        names = names if len(set(names)) == len(names) else [str(p) for p in paths]
+        sides = [Candidate(path, opened, name) for path, name in zip(paths, names, strict=True)]
+        for side in sides:
+            stack.enter_context(side.checkpoint)
+        if cache is not None:
+            check_cache(cache, opened, tokens)
+        report = compare(opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what))
+    if card:
+        told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
+    return report.model_copy(update={"warnings": told})
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,23 @@ def default_data() -> Path:
     return recipe_folder().parent / "data/calibration.jsonl"
 
 
-def load_rows(path: Path, model: Path, config: NemotronHConfig, rows: int = DEFAULT_ROWS, length: int = DEFAULT_LENGTH) -> Rows:
+def evaluation_data() -> Path:
+    """The text that is shipped for evaluation: other works than those for calibration."""
+    return default_data().with_name("evaluation.jsonl")
+
+
+def load_rows(
+    path: Path,
+    model: Path,
+    config: NemotronHConfig,
+    rows: int = DEFAULT_ROWS,
+    length: int = DEFAULT_LENGTH,
+    warn: Callable[[str], None] = lambda warning: None,
+) -> Rows:
     """The first ``rows`` rows of ``length`` tokens of a file; ``model`` is the folder that holds the tokenizer.
 
+    Args:
+        warn: told where there are fewer rows than asked for, and of tokens that the cut left over.
     Raises:
         CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
         MissingExtraError: a .parquet file without the extra.
@@ -65,6 +79,10 @@ def load_rows(path: Path, model: Path, config: NemotronHConfig, rows: int = DEFA
         raise CalibrationError(
             f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to {config.vocab_size - 1}; is the tokenizer this model's?"
         )
+    if len(ids.ids) < rows and path.suffix != ".npy":
+        warn(f"{ids.source} holds {len(ids.ids)} rows of {length} tokens, {rows} were asked for; all of them were used")
+    if ids.dropped:
+        warn(f"{ids.source}: its last {ids.dropped} tokens do not fill a row and were left out")
     return ids
 
 

@@ -58,7 +58,32 @@ def canonical(data: Mapping[str, Any]) -> bytes:
 def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
     """Write ``data`` with the sha256 of its canonical bytes."""
     signed = dict(data) | {"sha256": hashlib.sha256(canonical(data)).hexdigest()}
-    (folder / FILE).write_text(json.dumps(signed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    replace_text(folder / FILE, json.dumps(signed, indent=1, sort_keys=True) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed onto it."""
+    partial = path.parent / (path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def change_file(folder: Path, name: str, text: str) -> None:
+    """Give a file that the manifest lists a new text, and the manifest its new sha256, in one step.
+
+    Raises:
+        CheckpointError: the manifest can't be used, or the file is no longer what it lists.
+    """
+    data = read_manifest(folder)
+    if data["files"].get(name) != file_sha256(folder / name):
+        raise CheckpointError(f"{folder / name} was changed after it was written; it is left as it is")
+    data["files"][name] = hashlib.sha256(text.encode()).hexdigest()
+    replace_text(folder / name, text)
+    write_manifest(folder, data)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

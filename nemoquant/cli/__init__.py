@@ -13,6 +13,8 @@ VERBS = {
     "plan": "Show what a recipe would do, before it is done.",
     "quantize": "Quantize a bf16 checkpoint to FP8 or NVFP4.",
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
+    "diff": "Measure how far quantized checkpoints are from their source.",
+    "demo": "Quantize, verify and compare a small trained model, as a show.",
     "recipes": "List and show the shipped recipes.",
 }
 
@@ -72,6 +74,7 @@ def main() -> None:
       nemoquant plan MODEL --fmt nvfp4
       nemoquant quantize MODEL OUT --fmt fp8
       nemoquant verify OUT --against MODEL
+      nemoquant diff MODEL OUT --html report.html
 
     \b
     Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted.

@@ -53,7 +53,7 @@ class Candidate:
     """An opened checkpoint. Close ``checkpoint`` after use.
 
     Attributes:
-        name: the folder's.
+        name: what reports call it.
         stored: tensor of the model -> how it lies in the file; MTP tensors that the file lacks are absent.
         inputs: tap -> (format, decode scale): what is rounded at run time, GEMM inputs and ``...k_proj.output``, ``...v_proj.output``.
         modules: of the main model, in file order.
@@ -61,15 +61,14 @@ class Candidate:
         warnings: what the reader should know before believing a figure.
     """
 
-    def __init__(self, path: Path, source: Source) -> None:
+    def __init__(self, path: Path, source: Source, name: str) -> None:
         """Read headers and scalars, and make sure that the checkpoint can be compared with ``source``.
 
         Raises:
             CheckpointError: or one of its kinds: unreadable, made from another source, another tokenizer, or not in a layout
                 that can be decoded.
         """
-        self.path, self.source = path, source
-        self.name = path.resolve().name
+        self.path, self.source, self.name = path, source, name
         self.warnings: list[str] = []
         config, raw = load_config(path)
         if not path.is_dir():
@@ -178,7 +177,9 @@ class Candidate:
             if self.fp8_cache:
                 self.inputs[f"{spec.module}.output"] = "fp8", self._scalar(name) if stored else np.float32(1)
         if self.fp8_cache and missing:
-            self.warnings.append(f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines take 1.0, as here")
+            self.warnings.append(
+                f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines take 1.0, as here"
+            )
         if found and not self.fp8_cache:
             self.warnings.append(f"it has {found} KV cache scales but declares no FP8 cache: engines ignore them, as here")
 
@@ -280,5 +281,3 @@ def _check_tokenizer(path: Path, source: Path) -> None:
             f"{path} has another tokenizer than {source}: they differ in {', '.join(differing)}; expected the same, "
             "its tokens would mean other words"
         )
-
-

@@ -91,7 +91,7 @@ def choices(config: NemotronHConfig, weights: Weights, x: Tensor) -> NDArray[np.
     """The experts that a MoE layer's router chooses for x [rows, length, hidden]: ids [rows * length, k], ascending in a row."""
     norm, mixer = weights["norm.weight"], Scope(weights, "mixer.")
     tokens = x.flatten(0, 1)
-    found = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0] for part in tokens.split(SEGMENT)]
+    found = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0] for part in torch.split(tokens, SEGMENT)]
     return torch.cat(found).sort(-1).values.numpy()
 
 

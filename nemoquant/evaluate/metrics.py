@@ -28,7 +28,8 @@ class Positions:
     """
 
     def __init__(self, rows: int, length: int) -> None:
-        self.nll, self.kl, self.top1_same, self.top5_same = (np.zeros((rows, length)) for _ in range(4))
+        shape = rows, length
+        self.nll, self.kl, self.top1_same, self.top5_same = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
     @property
     def perplexity(self) -> float | None:
@@ -76,7 +77,7 @@ def compare(logits: Sequence[Tensor], targets: Tensor, out: Sequence[Positions],
     for begin in range(0, len(targets), step):
         part = slice(begin, min(begin + step, len(targets)))
         at = slice(start + part.start, start + part.stop)
-        first, p, log_p, best = logits[0][part], torch.empty(0), torch.empty(0), np.empty(0, np.int64)
+        first, p, log_p, best = logits[0][part], torch.empty(0), torch.empty(0), np.empty((0, 1), np.int64)
         for number, (model, positions) in enumerate(zip(logits, out, strict=True)):
             log_q = torch.log_softmax(model[part].double(), -1)
             positions.nll.reshape(-1)[at] = -log_q.gather(1, targets[part, None])[:, 0].numpy()

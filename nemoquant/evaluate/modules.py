@@ -14,14 +14,13 @@ from torch import Tensor
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.evaluate.candidate import Candidate, CandidateWeights, Module
 from nemoquant.evaluate.layers import SEGMENT, Energy
-from nemoquant.evaluate.packed import PackedWeight
 from nemoquant.evaluate.schema import Experts, Quantized
 from nemoquant.evaluate.schema import Module as Measured
 from nemoquant.formats import noise
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
 from nemoquant.model.roles import TensorSpec
-from nemoquant.model.taps import Tap, Weights
+from nemoquant.model.taps import Tap, Weights, identity
 
 EFFECT_ROWS = 4
 
@@ -61,8 +60,10 @@ def weight_noise(candidate: Candidate, spec: TensorSpec) -> Noise:
         found = Noise(count=max(1, int(np.prod(spec.shape))))
     else:
         other = _matrix(candidate.checkpoint, spec)
-        values = np.ascontiguousarray(other if other.dtype == np.float32 else torch.from_numpy(other).view(torch.bfloat16).float())
-        found = noise.measure(_matrix(source, spec), values, np.array([np.inf], np.float32), max(1, values.size))
+        values = np.ascontiguousarray(
+            other if other.dtype == np.float32 else torch.from_numpy(other).view(torch.bfloat16).float()
+        )
+        found = noise.measure(_matrix(source, spec), values, np.inf)
     source.release([spec.name])
     weights.release()
     return found
@@ -97,11 +98,11 @@ class ModuleNoise:
     @property
     def differs(self) -> bool:
         """Whether the module is not exactly as the source has it."""
-        return self.module.format != "source" or bool(self.module.taps) or any(noise.error for noise in self.weights)
+        return self.module.format != "source" or bool(self.module.taps) or any(n.error for n in self.weights)
 
     def measured(self, candidate: Candidate, effect: float) -> Measured:
         module, stored = self.module, [candidate.stored[spec.name] for spec in self.module.specs]
-        changed = module.format == "source" and any(noise.error for noise in self.weights)
+        changed = module.format == "source" and any(n.error for n in self.weights)
         return Measured(
             name=module.name,
             layer=module.layer,
@@ -118,7 +119,7 @@ class ModuleNoise:
 
     def _experts(self) -> Experts:
         by_expert = [self.inputs.get(spec.module) for spec in self.module.specs]
-        quality = [noise.sqnr_db for noise in self.weights]
+        quality = [n.sqnr_db for n in self.weights]
         finite = [(db, e) for e, db in enumerate(quality) if db is not None]
         return Experts(
             weight_sqnr_db=quality,
@@ -134,26 +135,26 @@ def _quantized(parts: list[Noise]) -> Quantized | None:
         total += part
     if not total.count:
         return None
-    return Quantized(
-        sqnr_db=total.sqnr_db, saturated=total.saturated / total.count, flushed=total.flushed / total.count
-    )
+    return Quantized(sqnr_db=total.sqnr_db, saturated=total.saturated / total.count, flushed=total.flushed / total.count)
 
 
-def effects(candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: CandidateWeights, run: Run) -> list[Measured]:
+def effects(
+    candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: CandidateWeights, run: Run
+) -> list[Measured]:
     """Measure those that differ, one at a time.
 
     Args:
         source, weights: the layer's tensors.
         run: the layer, on the reference's input.
     """
-    differing = [noise for noise in found if noise.differs]
+    differing = [one for one in found if one.differs]
     if not differing:
         return []
-    expected = run(source, candidate.tap(only=()))
+    expected = run(source, identity)
     result = []
-    for noise in differing:
-        names = frozenset(spec.name for spec in noise.module.specs)
+    for one in differing:
+        names = frozenset(spec.name for spec in one.module.specs)
         energy = Energy()
-        energy.add(run(Mixed(source, weights, names), candidate.tap(only=noise.module.taps)), expected)
-        result.append(noise.measured(candidate, energy.result().relative))
+        energy.add(run(Mixed(source, weights, names), candidate.tap(only=one.module.taps)), expected)
+        result.append(one.measured(candidate, energy.result().relative))
     return result

@@ -83,11 +83,10 @@ class PackedWeight:
         else:
             nvfp4.decode(self.codes, self.block_scales, self.scale, out)
 
-    def limits(self) -> tuple[Floats, int]:
-        """The largest value of each run of so many values."""
-        if self.block_scales is None:
-            return noise.fp8_limits(self.scale), max(1, self.numel())
-        return noise.nvfp4_limits(self.block_scales, self.scale), nvfp4.BLOCK
+    @property
+    def limit(self) -> float:
+        """The largest magnitude that it can hold."""
+        return noise.fp8_limit(self.scale) if self.block_scales is None else noise.nvfp4_limit(self.scale)
 
     def noise(self, weight: Weight) -> Noise:
         """Against the source's ``weight`` [out, in], bf16 bit patterns or float32."""
@@ -96,7 +95,7 @@ class PackedWeight:
             part = self[rows]
             values = np.empty(part.shape, np.float32)
             part.decode(values)
-            return noise.measure(weight[rows], values, *part.limits())
+            return noise.measure(weight[rows], values, self.limit)
 
         return _total(_in_pieces(piece, *self.shape))
 
@@ -117,7 +116,7 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
         else:
             encoded = PackedWeight(format, *nvfp4.encode_activations(part, scale), scale)
         encoded.decode(out[rows])
-        return noise.measure(part, out[rows], *encoded.limits())
+        return noise.measure(part, out[rows], encoded.limit)
 
     total = _total(_in_pieces(piece, *values.shape))
     return torch.from_numpy(out).view(x.shape), total

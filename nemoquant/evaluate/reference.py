@@ -80,7 +80,7 @@ def _computed(source: Source, rows: Rows) -> Iterator[Stage]:
 
 def _layout(source: Source, rows: Rows) -> list[tuple[str, str, tuple[int, ...]]]:
     c, (count, length) = source.config, rows.ids.shape
-    table = [("hidden.0", "F32", (count, length, c.hidden_size))]
+    table: list[tuple[str, str, tuple[int, ...]]] = [("hidden.0", "F32", (count, length, c.hidden_size))]
     for i, kind in enumerate(c.layers):
         table.append((f"hidden.{i + 1}", "F32", (count, length, c.hidden_size)))
         if kind == "mamba":
@@ -110,7 +110,9 @@ def _written(cache: Path, source: Source, rows: Rows) -> Iterator[Stage]:
                 yield stage
         partial.rename(cache)
     except FileExistsError:
-        raise OutputError(f"{partial} exists, left by a run that was killed or still writing; remove it, or give another cache") from None
+        raise OutputError(
+            f"{partial} exists, left by a run that was killed or still writing; remove it, or give another cache"
+        ) from None
     except OSError as error:
         _forget(partial)
         raise OutputError(f"{cache}: {error.strerror or error}; give another place for the reference cache") from None

@@ -89,7 +89,7 @@ def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | 
         for number, side in enumerate(sides):
             progress(done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
             if stage.layer is None:
-                _embedding(side, source, rows, stage)
+                _embedding(side, rows, stage)
             else:
                 _layer(side, source, before, stage)
             side.check_finite(what)
@@ -124,7 +124,7 @@ def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | 
     )
 
 
-def _embedding(side: Side, source: Source, rows: Rows, stage: Stage) -> None:
+def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
     weights = side.candidate.weights("backbone.embeddings.")
     side.hidden = embed(weights, torch.from_numpy(rows.ids))
     weights.release()

@@ -132,7 +132,8 @@ class Quantized(_Part):
     sqnr_db: float | None
     """10 log10(signal / error) in dB; null where there is no error, or no signal."""
     saturated: Share
-    """Share of values larger than the largest that their scale can represent."""
+    """Share of values larger than the largest that the tensor's scale can represent, and so clipped. Of inputs: beyond what
+    calibration saw."""
     flushed: Share
     """Share of values that are not zero and became zero."""
 

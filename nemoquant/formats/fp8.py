@@ -72,7 +72,8 @@ def zeros(shape: tuple[int, int], out: Codes | None = None) -> Codes:
 def decode(codes: Codes, decode_scale: float | np.float32, out: Floats | None = None) -> Floats:
     """uint8 E4M3 codes of any shape -> ``value * decode_scale``, float32 of that shape, one fp32 rounding.
 
-    ``out`` is a float32 buffer of that shape to write into and return. Raises ValueError for another dtype or a scale that is not positive.
+    ``out`` is a float32 buffer of that shape to write into and return.
+    Raises ValueError for another dtype or a scale that is not positive.
     """
     scale = checked_scale(decode_scale, "decode_scale")
     values = float_output(out, codes.shape)

@@ -1,8 +1,8 @@
 """What quantization did to a tensor: energy of its values and of their errors, and how many values were clipped or lost.
 
-    SQNR = 10 log10(sum of w^2 / sum of (w - decoded)^2) dB
-    saturated: decoded to the largest value that its scale can represent, and larger than that
-    flushed:   not zero, and decoded to zero
+SQNR = 10 log10(sum of w^2 / sum of (w - decoded)^2) dB
+saturated: decoded to the largest value that its scale can represent, and larger than that
+flushed:   not zero, and decoded to zero
 """
 
 import math
@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemoquant.formats import e2m1, e4m3
-from nemoquant.formats.rounding import Codes, Floats, Weight, flat, kernel, weight_bits, widen
+from nemoquant.formats.rounding import Floats, Weight, flat, kernel, weight_bits, widen
 
-_LANES = 16  # running sums side by side, in a fixed order: vectors of float64, and a block of NVFP4
-_E4M3 = e4m3.VALUES
+_LANES = 16  # running sums side by side, in a fixed order: vectors of float64
+_BEYOND_ROUNDING = 1 + 2.0**-20  # a scale is amax / limit in fp32: amax itself must not count as larger
 
 
 @dataclass
@@ -58,51 +58,52 @@ def decibels(signal: float, error: float) -> float | None:
 def _add(value: np.float32, decoded: np.float32, limit: np.float32, lane: int, sums: NDArray[np.float64]) -> None:
     wide = np.float64(value)
     difference = wide - np.float64(decoded)
-    magnitude, kept = abs(value), abs(decoded)
+    magnitude = abs(value)
     sums[0, lane] += wide * wide
     sums[1, lane] += difference * difference
     one, none = np.float64(1), np.float64(0)
-    sums[2, lane] += one if (magnitude > kept) & (kept >= limit) & (kept > np.float32(0)) else none
-    sums[3, lane] += one if (magnitude > np.float32(0)) & (kept == np.float32(0)) else none
+    sums[2, lane] += one if magnitude > limit else none
+    sums[3, lane] += one if (magnitude > np.float32(0)) & (decoded == np.float32(0)) else none
 
 
 @kernel
 def _measure(
-    bits: NDArray[np.unsignedinteger], shift: np.uint32, decoded: Floats, limits: Floats, block: int, sums: NDArray[np.float64]
+    bits: NDArray[np.unsignedinteger], shift: np.uint32, decoded: Floats, limit: np.float32, sums: NDArray[np.float64]
 ) -> None:
     for start in range(0, bits.shape[0] // _LANES * _LANES, _LANES):  # of constant length inside, without branches: vectors
-        limit = limits[start // block]
         for lane in range(_LANES):
             _add(widen(bits[start + lane], shift), decoded[start + lane], limit, lane, sums)
     for i in range(bits.shape[0] // _LANES * _LANES, bits.shape[0]):
-        _add(widen(bits[i], shift), decoded[i], limits[i // block], i % _LANES, sums)
+        _add(widen(bits[i], shift), decoded[i], limit, i % _LANES, sums)
 
 
-def measure(values: Weight, decoded: Floats, limits: Floats, block: int) -> Noise:
+def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise:
     """Compare ``values`` [rows, in] (uint16 bf16 patterns or float32, C-contiguous) with what they were decoded to.
 
     Args:
         decoded: float32 of that shape, C-contiguous.
-        limits: float32, flat: the largest magnitude that each run of ``block`` values can be decoded to.
-        block: 16, or the whole tensor.
+        limit: the largest magnitude that values of this tensor can be decoded to; what is larger counts as saturated.
     Raises:
-        ValueError: wrong dtypes, layouts or sizes.
+        ValueError: wrong dtypes or layouts, or shapes that do not belong together.
     """
     bits, shift = weight_bits(values)
-    if decoded.shape != values.shape or limits.size * block < bits.size:
-        raise ValueError(f"decoded: got shape {decoded.shape} and {limits.size} limits, expected {values.shape} in blocks of {block}")
+    if decoded.shape != values.shape:
+        raise ValueError(f"decoded: got shape {decoded.shape}, expected {values.shape}")
     sums = np.zeros((4, _LANES), np.float64)
-    _measure(bits, shift, flat(decoded, np.float32, "decoded"), flat(limits, np.float32, "limits"), block, sums)
+    _measure(bits, shift, flat(decoded, np.float32, "decoded"), np.float32(limit), sums)
     signal, error, saturated, flushed = (float(s) for s in sums.sum(1))
     return Noise(signal, error, int(saturated), int(flushed), bits.size)
 
 
-def fp8_limits(decode_scale: float | np.float32) -> Floats:
-    """The one limit of a tensor with an FP8 scale, [1]."""
-    return np.array([np.float32(e4m3.MAX) * np.float32(decode_scale)], np.float32)
+def fp8_limit(decode_scale: float | np.float32) -> float:
+    """The largest magnitude that an FP8 tensor can hold."""
+    return _BEYOND_ROUNDING * e4m3.MAX * float(decode_scale)
 
 
-def nvfp4_limits(block_scales: Codes, global_decode_scale: float | np.float32) -> Floats:
-    """A limit for each NVFP4 block, flat."""
-    limits: Floats = np.float32(e2m1.MAX) * (_E4M3[block_scales.reshape(-1)] * np.float32(global_decode_scale))
-    return limits
+def nvfp4_limit(global_decode_scale: float | np.float32) -> float:
+    """The largest magnitude that an NVFP4 tensor can hold: in a block with the largest scale.
+
+    A block's own scale is rounded to the nearest E4M3 value, so that its largest value may be clipped by up to a sixteenth: part of
+    the format, and of the error, but no saturation.
+    """
+    return _BEYOND_ROUNDING * e2m1.MAX * e4m3.MAX * float(global_decode_scale)

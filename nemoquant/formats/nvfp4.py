@@ -303,12 +303,11 @@ def _outputs(shape: tuple[int, ...], out: tuple[Codes, Codes] | None) -> tuple[C
     )
 
 
-def decode(
-    packed: Codes, block_scales: Codes, global_decode_scale: float | np.float32, out: Floats | None = None
-) -> Floats:
+def decode(packed: Codes, block_scales: Codes, global_decode_scale: float | np.float32, out: Floats | None = None) -> Floats:
     """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code * fp32(block * global)``.
 
-    ``out`` is a float32 buffer [out, in] to write into and return. Raises ValueError for a wrong dtype, shapes that do not belong together, or a scale that is not positive.
+    ``out`` is a float32 buffer [out, in] to write into and return.
+    Raises ValueError for a wrong dtype, shapes that do not belong together, or a scale that is not positive.
     """
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     rows, blocks = block_scales.shape

@@ -29,6 +29,19 @@ LOADERS = {
 NAMES = {"fp8": "FP8 (E4M3, one scale a tensor)", "nvfp4": "NVFP4 (E2M1, a scale for each 16 values)", "source": "as the source"}
 
 
+COST = "- Cost in accuracy: "  # begins the line that diff replaces
+
+
+def with_cost(text: str, sentence: str) -> str | None:
+    """A card's text with ``sentence`` as what it says of accuracy; None where it lacks that line."""
+    lines = text.split("\n")
+    places = [i for i, line in enumerate(lines) if line.startswith(COST)]
+    if len(places) != 1:
+        return None
+    lines[places[0]] = COST + sentence
+    return "\n".join(lines)
+
+
 def algorithms(plan: Plan) -> tuple[str, ...]:
     """ModelOpt's names for what is in the checkpoint; MIXED_PRECISION stands for several."""
     kinds = sorted({algorithm(row) for row in plan.quantized})
@@ -63,7 +76,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
         f"- Calibration: {calibration}",
-        "- Cost in accuracy: not measured; measure it on your task before you use it.",
+        f"{COST}not measured; `nemoquant diff` measures it. Measure it on your task before you use it.",
         "",
         "## Map",
         "",

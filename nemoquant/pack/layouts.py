@@ -53,9 +53,8 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
     if info is None:
         raise CheckpointError(f"{spec.name} is missing")
     format = {"F8_E4M3": "fp8", "U8": "nvfp4"}.get(info.dtype, "source")
-    if format == "source":
-        expected = [("source", None, spec.shape)]
-    else:
+    expected: list[tuple[str, str, tuple[int, ...]]] = [("source", info.dtype, spec.shape)]
+    if format != "source":
         problem = FORMATS[format].indivisible(spec.shape)
         if problem:
             raise CheckpointError(f"{spec.name} is {info.dtype}: {problem}")
@@ -68,8 +67,8 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
         found = tensors.get(name)
         if found is None:
             raise CheckpointError(f"{name} is missing; {spec.name} is {info.dtype} and needs it")
-        if dtype not in (None, found.dtype) or (found.shape or (1,)) != (shape or (1,)):
-            raise CheckpointError(f"{name} is {found.dtype} {list(found.shape)}, expected {dtype or found.dtype} {list(shape)}")
+        if dtype != found.dtype or (found.shape or (1,)) != (shape or (1,)):
+            raise CheckpointError(f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
         parts[kind] = name
     return Stored(format, parts)
 

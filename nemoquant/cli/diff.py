@@ -1,0 +1,93 @@
+"""``nemoquant diff``: how far quantized checkpoints are from their source."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from nemoquant.cli.shared import progress_bars
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("diff")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Text to compare on: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of text.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a row.")
+@click.option("--html", type=FILE, metavar="FILE", help="Write the report as one HTML file that opens offline.")
+@click.option(
+    "--json",
+    "json_file",
+    type=FILE,
+    metavar="FILE",
+    help="Write the report's data; - is standard output, with nothing else on it.",
+)
+@click.option("--markdown", type=FILE, metavar="FILE", help="Write the summary that the terminal shows, for a pull request.")
+@click.option(
+    "--fail-if",
+    multiple=True,
+    metavar="CONDITION",
+    help="Exit with 1 if a checkpoint meets it: 'kl > 0.02', 'top1 < 0.9'. Repeatable.",
+)
+@click.option(
+    "--reference-cache",
+    type=FILE,
+    metavar="FILE",
+    help="Keep the source's side in FILE for later runs on the same text, or take it from there.",
+)
+@click.option("--no-card", is_flag=True, help="Leave OUT's model card without the figures.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
+def command(
+    source: Path, outs: tuple[Path, ...], data: Path | None, rows: int, seq_len: int, html: Path | None, json_file: Path | None,
+    markdown: Path | None, fail_if: tuple[str, ...], reference_cache: Path | None, no_card: bool, threads: int | None,
+) -> None:  # fmt: skip
+    """Compare one or more checkpoints OUT with the bf16 checkpoint SRC that they were made from, over the same text.
+
+    Each is run with the arithmetic that it will have in an engine: weights decoded, GEMM inputs and KV cache rounded. The
+    summary goes to standard output, and the main figures into OUT's model card.
+
+    \b
+    Figures for --fail-if: kl kl_median kl_p99 kl_max perplexity perplexity_ratio top1 top5 mtp_acceptance flipped
+    bits_per_weight; comparisons > >= < <=.
+
+    \b
+    Examples:
+      nemoquant diff MODEL OUT
+      nemoquant diff MODEL OUT-fp8 OUT-nvfp4 --html report.html
+      nemoquant diff MODEL OUT --data chats.jsonl --rows 64 --seq-len 2048 --json report.json
+      nemoquant diff MODEL OUT --fail-if 'kl > 0.02' --fail-if 'top1 < 0.9'
+    """
+    from nemoquant import api
+    from nemoquant.evaluate.conditions import Condition
+    from nemoquant.evaluate.report.files import check_files, write_files
+
+    conditions = [Condition.parse(text) for text in fail_if]
+    to_stdout = str(json_file) == "-"
+    files = {"html": html, "json": None if to_stdout else json_file, "markdown": markdown}
+    check_files(files)
+    with progress_bars(to_stdout) as progress:
+        report = api.diff(
+            source, outs, data=data, rows=rows, seq_len=seq_len, reference_cache=reference_cache, threads=threads, card=not no_card,
+            progress=progress,
+        )  # fmt: skip
+    write_files(report, files)
+    if to_stdout:
+        click.echo(report.dump(), nl=False)
+    else:
+        from nemoquant.evaluate.report.markdown import markdown as summary
+
+        click.echo(summary(report), nl=False)
+        for kind, path in files.items():
+            if path is not None:
+                click.echo(f"{kind}: {path}", err=True)
+    failures = [line for condition in conditions for line in condition.failures(report)]
+    for line in failures:
+        click.echo(f"failed: {line}", err=True)
+    if failures:
+        sys.exit(1)

@@ -1,0 +1,50 @@
+"""The report's files: checked before the work begins, written whole or not at all after it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemoquant.checkpoint.manifest import replace_text
+from nemoquant.errors import OutputError, UsageError
+from nemoquant.evaluate.report.markdown import markdown
+from nemoquant.evaluate.schema import Report
+
+
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Make sure that the files (kind -> path, None is not wanted) can be written.
+
+    Raises:
+        OutputError: a folder is missing or not writable, or the place is taken by a folder; UsageError for one name twice.
+    """
+    wanted = [path for path in files.values() if path is not None]
+    for i, path in enumerate(wanted):
+        folder = path.absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: {folder} is not a folder that can be written; make it, or choose another place")
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; expected a file name")
+        if path.absolute() in [other.absolute() for other in wanted[:i]]:
+            raise UsageError(f"{path} is given for two reports; expected a file for each")
+
+
+def write_files(report: Report, files: Mapping[str, Path | None]) -> None:
+    """Write the report as ``html``, ``json`` and ``markdown``, as far as they are wanted; a file that was there is replaced.
+
+    Raises:
+        OutputError: one can't be written.
+    """
+    for kind, path in files.items():
+        if path is None:
+            continue
+        try:
+            replace_text(path, _text(kind, report))
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror or error}; the report can't be written there") from None
+
+
+def _text(kind: str, report: Report) -> str:
+    if kind == "html":
+        from nemoquant.evaluate.report.html import render
+
+        return render(report)
+    return report.dump() if kind == "json" else markdown(report)

@@ -1,0 +1,105 @@
+"""The report as Markdown, for a terminal and for pull requests; and the sentence that goes into a model card."""
+
+from collections.abc import Iterable
+
+from nemoquant.evaluate.schema import Candidate, Data, Layer, Module, Report
+from nemoquant.units import size
+
+WORST_LAYERS = 3
+
+
+def markdown(report: Report) -> str:
+    """The whole summary: figures of all candidates side by side, then what hurts in each."""
+    d, r = report.data, report.reference
+    lines = [
+        f"# Accuracy of {_text(r.name)}, quantized",
+        "",
+        f"{d.rows} rows of {d.seq_len:,} tokens of {code(d.source)}, {d.predicted_positions:,} predicted positions; "
+        f"bf16 source {size(r.bytes)}, perplexity {_number(r.perplexity, '.3f')}; nemoquant {report.nemoquant}.",
+        "",
+        *_table(report),
+    ]
+    for candidate in report.candidates:
+        lines += ["", *_candidate(candidate)]
+    warnings = [*report.warnings, *(f"{c.name}: {w}" for c in report.candidates for w in c.warnings)]
+    if warnings:
+        lines += ["", "## Warnings", "", *(f"- {_text(w)}" for w in warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(report: Report) -> Iterable[str]:
+    header = ["", "KL mean", "median", "99%", "perplexity", "change", "top-1", "top-5", "MTP accepts", "bits", "size", "smaller"]
+    yield "| " + " | ".join(header) + " |"
+    yield "|---" + "|---:" * (len(header) - 1) + "|"
+    r = report.reference
+    own = ["bf16", "", "", "", _number(r.perplexity, ".3f"), "", "", "", _number(r.mtp_acceptance, ".1%")]
+    yield "| " + " | ".join([*own, f"{r.bits_per_weight:.2f}", size(r.bytes), ""]) + " |"
+    for c in report.candidates:
+        logits, kl = c.logits, c.logits.kl
+        change = None if logits.perplexity_ratio is None else logits.perplexity_ratio - 1
+        yield "| " + " | ".join([
+            _text(c.name), f"{kl.mean:.5f}", f"{kl.median:.5f}", f"{kl.p99:.5f}", _number(logits.perplexity, ".3f"), _number(change, "+.2%"),
+            f"{logits.top1_agreement:.2%}", f"{logits.top5_agreement:.2%}", _number(c.mtp_acceptance, ".1%"), f"{c.bits_per_weight:.2f}",
+            size(c.bytes), f"{c.compression:.2f} x",
+        ]) + " |"  # fmt: skip
+
+
+def _candidate(c: Candidate) -> Iterable[str]:
+    yield f"## {_text(c.name)}: what hurts"
+    yield ""
+    if not c.worst_modules:
+        yield "Nothing: it computes what the source computes."
+        return
+    modules = {m.name: m for m in c.modules}
+    yield "| module | weight | input | effect | weight SQNR | input SQNR | inputs clipped |"
+    yield "|---|---|---|---:|---:|---:|---:|"
+    for name in c.worst_modules:
+        yield _module_line(modules[name])
+    yield ""
+    inner = [layer for layer in c.layers if layer.alone.relative > 0]
+    worst = sorted(inner, key=lambda layer: -layer.alone.relative)[:WORST_LAYERS]
+    yield f"Layers with the largest error of their own: {', '.join(map(_layer_words, worst))}."
+    flips = [(layer.routing.flipped, layer.name) for layer in c.layers if layer.routing]
+    if flips:
+        share, name = max(flips)
+        yield f"Expert choices that flipped: {share:.1%} at most, in layer {name}."
+
+
+def _module_line(m: Module) -> str:
+    worst = "" if m.experts is None or m.experts.worst_expert is None else f" (lowest SQNR: expert {m.experts.worst_expert})"
+    cells = [
+        code(m.name) + worst, m.format, m.input_format or "-", f"{m.effect:.3%}", _number(m.weight.sqnr_db if m.weight else None, ".1f", " dB"),
+        _number(m.input.sqnr_db if m.input else None, ".1f", " dB"), _number(m.input.saturated if m.input else None, ".3%"),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _layer_words(layer: Layer) -> str:
+    return f"{layer.name} ({layer.kind}, {layer.alone.relative:.1%})"
+
+
+def cost_sentence(candidate: Candidate, data: Data, reference_perplexity: float | None) -> str:
+    """What a model card says of accuracy, in a line."""
+    logits = candidate.logits
+    change = "" if logits.perplexity_ratio is None else f" ({logits.perplexity_ratio - 1:+.2%})"
+    return (
+        f"KL {logits.kl.mean:.5f} nats from the bf16 source (median {logits.kl.median:.5f}, 99% {logits.kl.p99:.5f}), perplexity "
+        f"{_number(logits.perplexity, '.3f')} instead of {_number(reference_perplexity, '.3f')}{change}, the same likeliest token at "
+        f"{logits.top1_agreement:.2%} of {data.predicted_positions:,} positions ({data.rows} rows of {data.seq_len:,} tokens of "
+        f"{code(data.source)}). Measure it on your task too."
+    )
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, form) + unit
+
+
+def code(text: str) -> str:
+    """Text of a stranger as Markdown code, in one line and inside a table's cell."""
+    plain = " ".join(text.replace("`", "'").replace("|", "\\|").split())
+    return f"`{plain}`"
+
+
+def _text(text: str) -> str:
+    """Text of a stranger as plain text: nothing in it is markup."""
+    return "".join("\\" + ch if ch in "\\`*[]<>|" else ch for ch in " ".join(text.split()))
