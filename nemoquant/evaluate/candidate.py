@@ -84,7 +84,6 @@ class Candidate:
         self.fp8_cache = declares_fp8_cache(declared)
         self._read_cache_scales()
         self._check_extra()
-        self._check_weights()
 
     def _check_origin(self, config: Any) -> None:
         assert self.source.checkpoint is not None
@@ -139,7 +138,8 @@ class Candidate:
             spec.name in self.stored for spec in self.source.table if spec.role.startswith("mtp.")
         )
 
-    def _scalar(self, name: str) -> np.float32:
+    def scalar(self, name: str) -> np.float32:
+        """A scale per tensor; raises CheckpointError where it is no positive finite number."""
         value = np.float32(self.checkpoint.array(name).reshape(())[()])
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(f"{self.path}: {name} is {value}; expected a positive finite scale, engines would compute NaN")
@@ -154,7 +154,7 @@ class Candidate:
                 continue
             scale = stored.parts.get("input_scale")
             if scale is not None:
-                self.inputs[spec.module] = stored.format, self._scalar(scale)
+                self.inputs[spec.module] = stored.format, self.scalar(scale)
             else:
                 entry = algorithms.get(spec.module)
                 algorithm = entry.get("quant_algo") if isinstance(entry, dict) else declared.get("quant_algo")
@@ -175,7 +175,7 @@ class Candidate:
             stored = name in self.checkpoint.tensors
             found, missing = found + stored, missing + (not stored)
             if self.fp8_cache:
-                self.inputs[f"{spec.module}.output"] = "fp8", self._scalar(name) if stored else np.float32(1)
+                self.inputs[f"{spec.module}.output"] = "fp8", self.scalar(name) if stored else np.float32(1)
         if self.fp8_cache and missing:
             self.warnings.append(
                 f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines take 1.0, as here"
@@ -192,12 +192,6 @@ class Candidate:
                 f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change what an engine computes, "
                 "expected the ModelOpt layout with FP8 per tensor or NVFP4"
             )
-
-    def _check_weights(self) -> None:
-        """One-dimensional tensors are never quantized: where they differ, the weights are of another training."""
-        assert self.source.checkpoint is not None
-        if manifest.weights_fingerprint(self.checkpoint) != manifest.weights_fingerprint(self.source.checkpoint):
-            self.warnings.append("its norms or SSM parameters differ from the source's: is it of other weights?")
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -263,7 +257,7 @@ class CandidateWeights(LayerWeights):
         parts = stored.parts
         codes = self.hold(parts["codes"])
         blocks = self.hold(parts["block_scales"]) if "block_scales" in parts else None
-        return PackedWeight(stored.format, codes, blocks, self.candidate._scalar(parts["global_scale"]))
+        return PackedWeight(stored.format, codes, blocks, self.candidate.scalar(parts["global_scale"]))
 
 
 def _check_tokenizer(path: Path, source: Path) -> None:

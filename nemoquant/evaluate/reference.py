@@ -6,7 +6,7 @@ vocabulary / hidden size (32 times for Super). Its metadata say what it was made
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ def embed(weights: Weights, ids: Tensor) -> Tensor:
     return F.embedding(ids, weights["weight"]).float()
 
 
-def stream(source: Source, rows: Rows, cache: Path | None) -> Iterator[Stage]:
+def stream(source: Source, rows: Rows, cache: Path | None) -> Generator[Stage, None, None]:
     """The stages in order. A cache that does not exist yet is written on the way, and is there when the last stage was taken.
 
     Raises:

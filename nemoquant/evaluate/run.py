@@ -9,6 +9,7 @@ scan states of one layer, and the working set of a layer over a batch of rows (`
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from nemoquant._version import __version__
 from nemoquant.calibrate.data import Rows
 from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CheckpointError
+from nemoquant.errors import CheckpointError, listing
 from nemoquant.evaluate import schema
 from nemoquant.evaluate.candidate import Candidate
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads
@@ -84,16 +85,17 @@ def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | 
     sides = [Side(candidate) for candidate in candidates]
     steps = len(config.layers) + 2
     before = torch.empty(0)
-    for done, stage in enumerate(stream(source, rows, cache)):
-        what = "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
-        for number, side in enumerate(sides):
-            progress(done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
-            if stage.layer is None:
-                _embedding(side, rows, stage)
-            else:
-                _layer(side, source, before, stage)
-            side.check_finite(what)
-        before = stage.hidden
+    with closing(stream(source, rows, cache)) as stages:
+        for done, stage in enumerate(stages):
+            what = "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
+            for number, side in enumerate(sides):
+                progress(done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
+                if stage.layer is None:
+                    _embedding(side, rows, stage)
+                else:
+                    _layer(side, source, before, stage)
+                side.check_finite(what)
+            before = stage.hidden
     own, found, energies, acceptance = compare_heads(
         source, candidates, [before, *(side.hidden for side in sides)], rows,
         lambda number, what: progress((steps - 1) * len(sides) + number, steps * len(sides), what),
@@ -187,7 +189,8 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
         return Head(source.config, lambda prefix: Scope(mixed, prefix), tap, x).logits()
 
     alone = Energy()
-    if any(noise.differs for noise in found):
+    tied = source.config.tie_word_embeddings and any(module.role == "embedding" for module in side.modules)
+    if tied or any(noise.differs for noise in found):
         recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
         alone.add(run(weights, recording), run(original, identity))
     side.modules += effects(candidate, found, original, weights, run)
@@ -219,6 +222,10 @@ def _candidate(side: Side, reference: schema.Reference, logits: schema.Logits, a
     quantized = [module for module in side.modules if module.format in FORMATS]
     elements = sum(module.elements for module in quantized)
     plan = candidate.manifest["plan"] if candidate.manifest else {}
+    changed = [module.name for module in side.modules if module.format == "changed"]
+    warnings = list(candidate.warnings)
+    if changed:
+        warnings.append(f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}")
     return schema.Candidate(
         name=candidate.name,
         recipe=plan.get("recipe", {}).get("name"),
@@ -233,5 +240,5 @@ def _candidate(side: Side, reference: schema.Reference, logits: schema.Logits, a
         layers=side.layers,
         modules=side.modules,
         worst_modules=[m.name for m in sorted(side.modules, key=lambda m: -m.effect)[:WORST] if m.effect > 0],
-        warnings=candidate.warnings,
+        warnings=warnings,
     )
