@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nemoquant.calibrate.data import Rows
     from nemoquant.calibrate.scales import Scales
     from nemoquant.evaluate.schema import Report
+    from nemoquant.graph.export import Exported
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
@@ -300,6 +301,43 @@ def diff(
     if card:
         told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
     return report.model_copy(update={"warnings": told})
+
+
+def export_onnx(
+    source: PathLike,
+    out: PathLike | None = None,
+    *,
+    dialect: str = "onnxruntime",
+    compute: str | None = None,
+    last_token_only: bool = False,
+    layers: tuple[int, int] | None = None,
+    mtp: bool = False,
+    copy: bool = True,
+    progress: Progress = no_progress,
+) -> "Exported":
+    """Write ``model.onnx`` (and ``mtp.onnx``) for a checkpoint, beside its shards or with a copy of it in the new folder ``out``.
+
+    Args:
+        dialect: ``onnxruntime`` or ``tensorrt_rtx``.
+        compute: ``float32``, ``float16`` or ``bfloat16``; None is the dialect's own.
+        layers: first layer and the one behind the last; None is the whole model.
+        mtp: also the multi-token-prediction module; the main graph then puts out what it is given.
+        copy: False refuses where tensors would have to be copied.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    from nemoquant.engine.files import onnx_package
+
+    onnx_package()
+    from nemoquant.graph.build import GraphOptions
+    from nemoquant.graph.dialects import DIALECTS
+    from nemoquant.graph.export import export_onnx as export
+
+    options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
+    return export(
+        Path(source), None if out is None else Path(out), dialect, options, mtp=mtp, copy=copy,
+        progress=lambda done, total: progress("copy", done, total, ""),
+    )  # fmt: skip
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

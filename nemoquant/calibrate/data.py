@@ -15,6 +15,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: in
 
 def _documents(path: Path, model: Path) -> Iterator[Iterable[list[int]]]:
     """Token ids of each document, in pieces that are tokenized when they are asked for."""
-    encode, template = None, None
+    tokenizer, template = None, None
     for number, document in _raw_documents(path):
         where = f"{path.name}, document {number}"
         if isinstance(document.get("input_ids"), list):
@@ -136,13 +137,18 @@ def _documents(path: Path, model: Path) -> Iterator[Iterable[list[int]]]:
             continue
         text = document.get("text")
         if text is None and isinstance(document.get("messages"), list):
-            template = template or _chat_template(model)
+            template = template or chat_template(model)
             text = template(document["messages"], where)
         if not isinstance(text, str):
             kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in sorted(document.items())) or "nothing"
             raise CalibrationError(f"{where}: has {kinds}; expected `text` (str), `messages` (list) or `input_ids` (list)")
-        encode = encode or _tokenizer(model)
-        yield map(encode, _pieces(text))
+        tokenizer = tokenizer or load_tokenizer(model)
+        yield map(partial(_encode, tokenizer), _pieces(text))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -197,7 +203,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise CalibrationError(f"{path} cannot be read as parquet ({error})") from None
 
 
-def _tokenizer(model: Path) -> Any:
+def load_tokenizer(model: Path) -> Any:
+    """The tokenizer of a checkpoint folder (``tokenizers.Tokenizer``); raises CalibrationError where it can't be read."""
     file = model / "tokenizer.json"
     if not file.exists():
         raise CalibrationError(
@@ -206,13 +213,12 @@ def _tokenizer(model: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise CalibrationError(f"{file} cannot be read as a tokenizer ({error})") from None
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _chat_template(model: Path) -> Any:
+def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
     """Renders messages with the checkpoint's template, in jinja's sandbox: a template is data from a stranger."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -242,7 +248,9 @@ def _chat_template(model: Path) -> Any:
 
     def render(messages: list[Any], where: str) -> str:
         try:
-            return compiled.render(messages=messages, add_generation_prompt=False, raise_exception=refuse, **tokens)
+            return compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, raise_exception=refuse, **tokens
+            )
         except Exception as error:  # a template is a program: whatever it raises is its own, or jinja's word on it
             raise CalibrationError(f"{where}: the chat template refuses its messages ({error})") from None
 

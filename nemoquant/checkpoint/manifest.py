@@ -72,6 +72,17 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def enter_file(folder: Path, name: str) -> None:
+    """Enter a file that a verb wrote later, or wrote anew, into the manifest.
+
+    Raises:
+        CheckpointError: the manifest can't be used.
+    """
+    data = read_manifest(folder)
+    data["files"][name] = file_sha256(folder / name)
+    write_manifest(folder, data)
+
+
 def change_file(folder: Path, name: str, text: str) -> None:
     """Give a file that the manifest lists a new text, and the manifest its new sha256, in one step.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
-from nemoquant.evaluate.candidate import Candidate, CandidateWeights, Module
+from nemoquant.evaluate.candidate import Candidate, Module
 from nemoquant.evaluate.layers import SEGMENT, Energy
 from nemoquant.evaluate.schema import Experts, Quantized
 from nemoquant.evaluate.schema import Module as Measured
@@ -21,6 +21,7 @@ from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
+from nemoquant.quantized.checkpoint import PackedWeights
 
 EFFECT_ROWS = 4
 
@@ -30,7 +31,7 @@ Run = Callable[[Weights, Tap], Tensor]  # something of the model, with these wei
 class Mixed(Mapping[str, Tensor]):
     """The source's tensors under a prefix, but those named in ``names`` (in full) from the candidate."""
 
-    def __init__(self, source: Weights, candidate: CandidateWeights, names: frozenset[str]) -> None:
+    def __init__(self, source: Weights, candidate: PackedWeights, names: frozenset[str]) -> None:
         self.source, self.candidate, self.names = source, candidate, names
 
     def __getitem__(self, name: str) -> Tensor:
@@ -138,9 +139,7 @@ def _quantized(parts: list[Noise]) -> Quantized | None:
     return Quantized(sqnr_db=total.sqnr_db, saturated=total.saturated / total.count, flushed=total.flushed / total.count)
 
 
-def effects(
-    candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: CandidateWeights, run: Run
-) -> list[Measured]:
+def effects(candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: PackedWeights, run: Run) -> list[Measured]:
     """Measure those that differ, one at a time.
 
     Args:

@@ -1,0 +1,87 @@
+"""``nemoquant export``: graphs and engines."""
+
+from pathlib import Path
+
+import click
+
+from nemoquant.cli.shared import json_option, print_json, progress_bars
+from nemoquant.errors import UsageError
+from nemoquant.units import size
+
+
+@click.group("export")
+def command() -> None:
+    """Export a checkpoint as an ONNX graph over its packed bytes, or as a TensorRT engine.
+
+    \b
+    Examples:
+      nemoquant export onnx OUT                                   OUT/model.onnx, for ONNX Runtime
+      nemoquant export onnx OUT --mtp --dialect tensorrt_rtx
+    """
+
+
+def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:  # noqa: ARG001
+    """``A:B``."""
+    if value is None:
+        return None
+    first, colon, end = value.partition(":")
+    if not (colon and first.isdigit() and end.isdigit()):
+        raise UsageError(f"--layers {value}: expected A:B, the first layer and the one behind the last")
+    return int(first), int(end)
+
+
+@command.command("onnx")
+@click.argument("source", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--dialect",
+    type=click.Choice(["onnxruntime", "tensorrt_rtx"]),
+    default="onnxruntime",
+    show_default=True,
+    help="Runtime that it is for.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Dtype of activations; default: float32, bfloat16 for TensorRT.",
+)
+@click.option("--last-token-only", is_flag=True, help="Logits of the last position only.")
+@click.option("--layers", metavar="A:B", callback=parse_layers, help="Only layers A to B - 1, with hidden states in or out.")
+@click.option("--mtp", is_flag=True, help="Also mtp.onnx, the multi-token-prediction module.")
+@click.option("--no-copy", is_flag=True, help="Refuse where tensors would have to be copied.")
+@json_option
+def export_onnx(
+    source: Path, out: Path | None, dialect: str, compute: str | None, last_token_only: bool, layers: tuple[int, int] | None, mtp: bool,
+    no_copy: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write DIR/model.onnx beside the shards of DIR, which it points into: no weight is copied.
+
+    With OUT, the checkpoint is copied into that new folder, and the graph stands there. That is needed where the shards are links,
+    or where experts do not lie back to back, as in published checkpoints.
+
+    \b
+    Examples:
+      nemoquant export onnx OUT
+      nemoquant export onnx MODEL MODEL-onnx --compute float16
+      nemoquant export onnx OUT --layers 3:4
+    """
+    from nemoquant import api
+
+    with progress_bars(as_json) as progress:
+        made = api.export_onnx(
+            source, out, dialect=dialect, compute=compute, last_token_only=last_token_only, layers=layers, mtp=mtp, copy=not no_copy,
+            progress=progress,
+        )  # fmt: skip
+    figures = {
+        "folder": str(made.folder), "graphs": {path.name: path.stat().st_size for path in made.graphs}, "dialect": dialect,
+        "copied_bytes": made.copied_bytes, "functions": made.functions, "nodes": made.nodes,
+    }  # fmt: skip
+    if as_json:
+        print_json(figures)
+        return
+    for path in made.graphs:
+        click.echo(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
+    click.echo(f"{made.nodes:,} nodes, {len(made.functions)} functions: {', '.join(made.functions)}")
+    click.echo(
+        f"{size(made.copied_bytes)} of tensors copied" if made.copied_bytes else "no tensor copied: weights stay in the shards"
+    )

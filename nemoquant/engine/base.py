@@ -1,0 +1,44 @@
+"""What an engine is: something that runs a model's tokens from a state on. ``generate`` and ``diff`` know no more of it.
+
+torch         the functional model over packed weights, no graph: always there
+onnxruntime   ``model.onnx`` on the CPU; the extra `ort` (or `gpu`)
+rtx           TensorRT-RTX: builds anywhere, runs on a GPU; the extra `rtx`
+trt           TensorRT: builds and runs on a GPU, with the plugins; the extra `trt`
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+ENGINES = ("torch", "onnxruntime", "rtx", "trt")
+
+Tokens = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call gave: logits [batch, length, vocabulary] and ``hidden`` [batch, length, hidden] (what MTP is given; None where the
+    graph does not put it out), float32; ``state`` goes into the next call."""
+
+    logits: Floats
+    hidden: Floats | None
+    state: Any
+
+
+class Engine(Protocol):
+    """A model that can be run. ``has_mtp`` says whether ``draft`` can be called."""
+
+    name: str
+    has_mtp: bool
+
+    def forward(self, tokens: Tokens, state: Any = None) -> Step:
+        """tokens [batch, length], from ``state`` on; None is the start of a sequence."""
+
+    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
+        """The first MTP module: ``tokens`` [batch, length] come after the positions of ``hidden`` [batch, length, hidden]."""
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for people and JSON: runtime, version, device, dtypes."""

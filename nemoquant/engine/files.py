@@ -1,0 +1,69 @@
+"""An exported graph on disk, checked before a runtime is given it: what it says of itself, and the shards that it points into."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemoquant.checkpoint.manifest import file_sha256
+from nemoquant.errors import CheckpointError, MissingExtraError
+
+
+def read_graph(path: Path) -> Any:
+    """The ``onnx.ModelProto`` without its external data.
+
+    Raises:
+        CheckpointError: there is none, it is no ONNX file of nemoquant's, or its external data lie outside its folder.
+    """
+    onnx = onnx_package()
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; make it with `nemoquant export onnx {path.parent}`") from None
+    except Exception as error:  # protobuf raises what it likes
+        raise CheckpointError(f"{path} cannot be read as ONNX ({error}); export it again") from None
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and (Path(entry.value).name != entry.value or entry.value in ("", ".", "..")):
+                raise CheckpointError(
+                    f"{path}: {tensor.name} has its data in {entry.value!r}; expected a plain file name beside the graph, export it again"
+                )
+    return model
+
+
+def onnx_package() -> Any:
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtraError("graphs need the extra `onnx`: pip install 'nemoquant[onnx]'") from None
+    return onnx
+
+
+def graph_facts(model: Any, path: Path) -> dict[str, Any]:
+    """What the export wrote of the graph: dialect, compute dtype, plan, files."""
+    for entry in model.metadata_props:
+        if entry.key == "nemoquant":
+            facts: dict[str, Any] = json.loads(entry.value)
+            return facts
+    raise CheckpointError(f"{path} was not exported by nemoquant; expected its metadata, export it again")
+
+
+def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
+    """Make sure that the graph is for ``dialect`` and that the shards beside it are those it was made for.
+
+    Raises:
+        CheckpointError: another dialect; a shard is missing, of another size, or (where its hash is known) of other bytes.
+    """
+    if facts["dialect"] != dialect:
+        raise CheckpointError(
+            f"{path} is in the {facts['dialect']} dialect, expected {dialect}; export it again with --dialect {dialect}"
+        )
+    for name, expected in facts["files"].items():
+        shard = path.parent / name
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is missing; {path.name} points into it, copy it there or export again")
+        if shard.stat().st_size != expected["size"]:
+            raise CheckpointError(
+                f"{shard} has {shard.stat().st_size:,} bytes, {path.name} was made for {expected['size']:,}; export it again"
+            )
+        if expected["sha256"] is not None and file_sha256(shard) != expected["sha256"]:
+            raise CheckpointError(f"{shard} was changed after {path.name} was made: its sha256 is another; export it again")

@@ -1,0 +1,100 @@
+"""The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder, weights packed in memory as they are on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemoquant.engine.base import Floats, Step, Tokens
+from nemoquant.engine.files import check_shards, graph_facts, read_graph
+from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
+
+MODEL, MTP = "model.onnx", "mtp.onnx"
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+def package() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("the engine onnxruntime needs the extra `ort`: pip install 'nemoquant[ort]'") from None
+    return onnxruntime
+
+
+class Graph:
+    """One session: runs a graph and keeps the names of its state apart from its other inputs."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """Raises CheckpointError where the graph or its shards are not what they should be."""
+        runtime = package()
+        self.path = path
+        self.facts = graph_facts(read_graph(path), path)
+        check_shards(path, self.facts, "onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        try:
+            # constant folding would unpack every weight when the session starts
+            self.session = runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            )
+        except Exception as error:  # its exceptions have no common base of their own
+            raise CheckpointError(
+                f"{path}: ONNX Runtime {runtime.__version__} can't load it ({error}); export it again"
+            ) from None
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.states = [name for name in self.inputs if name not in ("input_ids", "hidden")]
+
+    def empty_state(self, batch: int) -> dict[str, Any]:
+        """Zeros, and no past positions."""
+        sizes = {"batch": batch, "past": 0}
+        return {
+            name: np.zeros([sizes.get(d, d) for d in self.inputs[name].shape], NUMPY[self.inputs[name].type])
+            for name in self.states
+        }
+
+    def run(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
+        """All outputs by name. ``feeds`` are cast to the graph's dtypes."""
+        batch = len(next(iter(feeds.values())))
+        given = {name: np.ascontiguousarray(value, NUMPY[self.inputs[name].type]) for name, value in feeds.items()}
+        return dict(zip(self.outputs, self.session.run(None, given | (state or self.empty_state(batch))), strict=True))
+
+    def step(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> Step:
+        """One call of the graph of a model that ends with the head."""
+        found = self.run(feeds, state)
+        hidden = found.get("hidden_out")
+        after = {name: found["present_" + name.removeprefix("past_")] for name in self.states}
+        return Step(
+            found["logits"].astype(np.float32, copy=False),
+            None if hidden is None else hidden.astype(np.float32, copy=False),
+            after,
+        )
+
+
+class OnnxRuntimeEngine:
+    """Runs an exported folder on the CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.main = Graph(path / MODEL, threads)
+        if "logits" not in self.main.outputs or "input_ids" not in self.main.inputs:
+            raise UsageError(f"{path / MODEL} holds some layers only; export the whole model")
+        self.mtp = Graph(path / MTP, threads) if (path / MTP).exists() else None
+        self.has_mtp = self.mtp is not None and "hidden_out" in self.main.outputs
+
+    def forward(self, tokens: Tokens, state: Any = None) -> Step:
+        return self.main.step({"input_ids": tokens}, state)
+
+    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
+        assert self.mtp is not None
+        return self.mtp.step({"input_ids": tokens, "hidden": hidden}, state)
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": self.name, "version": package().__version__, "device": "cpu", "compute": self.main.facts["compute"]}

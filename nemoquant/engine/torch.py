@@ -1,0 +1,33 @@
+"""The torch engine: the functional model over packed weights, with every rounding of the checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemoquant.engine.base import Floats, Step, Tokens
+from nemoquant.model.reference import ReferenceModel
+from nemoquant.quantized.checkpoint import PackedCheckpoint
+
+
+class TorchEngine:
+    """Runs the checkpoint in ``path`` in float32 on the CPU; any checkpoint, quantized or not."""
+
+    name = "torch"
+
+    def __init__(self, path: Path) -> None:
+        self.opened = PackedCheckpoint(path)
+        self.has_mtp = self.opened.has_mtp
+        self.model = ReferenceModel(self.opened.config, self.opened.weights)
+        self.tap = self.opened.tap()
+
+    def forward(self, tokens: Tokens, state: Any = None) -> Step:
+        hidden, after = self.model.hidden(torch.from_numpy(tokens), state, self.tap)
+        return Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
+
+    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
+        logits, out, after = self.model.mtp_forward(torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap)
+        return Step(logits.numpy(), out.numpy(), after)
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": self.name, "version": str(torch.__version__), "device": "cpu", "compute": "float32"}

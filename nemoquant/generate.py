@@ -1,0 +1,140 @@
+"""Text from a checkpoint, token by token, through any engine: greedy or sampled, with or without drafts by multi-token prediction."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemoquant.engine.base import Engine, Floats, Step
+from nemoquant.errors import UsageError
+from nemoquant.model.config import NemotronHConfig
+
+
+@dataclass
+class Drafts:
+    """How many tokens were drafted, and how many of them the main model would have chosen too."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        return self.accepted / self.drafted if self.drafted else None
+
+
+@dataclass
+class Sampler:
+    """Chooses a token from logits [vocabulary]: the likeliest (ties to the lower id), or by temperature from a seed."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    generator: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or a positive number")
+        self.generator = np.random.default_rng(self.seed)
+
+    def __call__(self, logits: Floats) -> int:
+        if not self.temperature:
+            return int(logits.argmax())
+        # the largest of logits / T plus Gumbel noise is a sample of the softmax
+        noise = self.generator.gumbel(size=logits.shape)
+        return int((logits.astype(np.float64) / self.temperature + noise).argmax())
+
+
+def stop_tokens(path: Path, config: NemotronHConfig) -> set[int]:
+    """The eos tokens of generation_config.json, else of config.json."""
+    try:
+        found = json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    ids = found if isinstance(found, list) else [found]
+    named = {i for i in ids if isinstance(i, int)}
+    return named or set(config.eos_token_ids)
+
+
+def generate(
+    engine: Engine,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    stop: set[int],
+    sampler: Sampler,
+    mtp: int = 0,
+    drafts: Drafts | None = None,
+) -> Iterator[int]:
+    """New tokens, one by one; a stop token ends it and is not given.
+
+    Args:
+        mtp: tokens to draft at a time and verify in one call; greedy only.
+        drafts: counts what became of them.
+    Raises:
+        UsageError: no prompt, or drafts where the engine has none or with a temperature.
+    """
+    if not prompt:
+        raise UsageError("the prompt holds no tokens; give some text")
+    if mtp and not engine.has_mtp:
+        raise UsageError(f"the {engine.name} engine has no multi-token prediction here; export with --mtp, or leave out --mtp")
+    if mtp and sampler.temperature:
+        raise UsageError("--mtp verifies greedily; leave out --temperature")
+    tokens = _plain(engine, prompt, sampler) if not mtp else _drafted(engine, prompt, sampler, mtp, drafts or Drafts())
+    for count, token in enumerate(tokens, 1):
+        if token in stop:
+            return
+        yield token
+        if count == max_tokens:
+            return
+
+
+def _ids(tokens: list[int]) -> Any:
+    return np.array([tokens], np.int64)
+
+
+def _plain(engine: Engine, prompt: list[int], sampler: Sampler) -> Iterator[int]:
+    step = engine.forward(_ids(prompt))
+    while True:
+        token = sampler(step.logits[0, -1])
+        yield token
+        step = engine.forward(_ids([token]), step.state)
+
+
+def _drafted(engine: Engine, prompt: list[int], sampler: Sampler, count: int, drafts: Drafts) -> Iterator[int]:
+    """Drafts ``count`` tokens behind each chosen one, and verifies them with it in one call of the main model.
+
+    The scan's state can't be cut back, so where a draft is rejected the accepted tokens run once more from the state before.
+    The module's own cache has seen the hidden state of every accepted position: drafts run ahead on a copy.
+    """
+    step = engine.forward(_ids(prompt))
+    token = sampler(step.logits[0, -1])
+    yield token
+    pending_hidden, pending_tokens = _hidden(step), [*prompt[1:], token]
+    module_state: Any = None
+    while True:
+        # positions whose next token is known by now; the last of them drafts
+        seen = engine.draft(_ids(pending_tokens), pending_hidden, module_state)
+        module_state = seen.state
+        guesses = [sampler(seen.logits[0, -1])]
+        ahead = seen
+        while len(guesses) < count:
+            ahead = engine.draft(_ids(guesses[-1:]), _hidden(ahead)[:, -1:], ahead.state)
+            guesses.append(sampler(ahead.logits[0, -1]))
+        checked = engine.forward(_ids([token, *guesses]), step.state)
+        chosen = [sampler(checked.logits[0, i]) for i in range(len(guesses) + 1)]
+        agreed = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
+        drafts.drafted += len(guesses)
+        drafts.accepted += agreed
+        kept = [token, *guesses[:agreed]]
+        step = checked if agreed == len(guesses) else engine.forward(_ids(kept), step.state)
+        new = [*guesses[:agreed], chosen[agreed]]
+        yield from new
+        pending_hidden, pending_tokens = _hidden(step), new
+        token = new[-1]
+
+
+def _hidden(step: Step) -> Floats:
+    assert step.hidden is not None
+    return step.hidden

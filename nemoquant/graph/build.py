@@ -1,0 +1,221 @@
+"""The graph of a whole model, of some of its layers, or of its multi-token-prediction module.
+
+Inputs: ``input_ids`` [batch, length] int64 (``hidden`` [batch, length, hidden] where the layers do not begin with the first one; MTP
+takes both, the token after each position and the main model's ``hidden`` of it), and for each layer i, by its index in the
+checkpoint, ``conv_state.i`` and ``ssm_state.i``, or ``past_key.i`` and ``past_value.i``. Outputs: ``logits`` (``hidden_out`` where the
+layers do not end with the last one, and where it is asked for), and ``present_...`` for each state. The same graph serves
+a prompt and single tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from nemoquant._version import __version__
+from nemoquant.errors import UsageError
+from nemoquant.graph import ops
+from nemoquant.graph.dialects import Dialect, format_name, parts_of
+from nemoquant.graph.layers import LAYERS, Variant, layer_function, rms_norm, state_names, weight_names
+from nemoquant.graph.tape import FLOAT, INT64, IR_VERSION, OPSET, Tape
+from nemoquant.graph.weights import GraphWeights
+from nemoquant.model import mtp
+from nemoquant.model.config import LayerKind
+from nemoquant.quantized.checkpoint import PackedCheckpoint
+
+ALL = 2**62
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What to build.
+
+    Attributes:
+        compute: float32, float16 or bfloat16: dtype of activations; norms, router and scan are float32 in any case.
+        last_token_only: logits of the last position only.
+        layers: first layer and the one behind the last; None is all.
+        with_hidden: also put out what the head and MTP are given.
+    """
+
+    compute: str = "float32"
+    last_token_only: bool = False
+    layers: tuple[int, int] | None = None
+    with_hidden: bool = False
+
+
+class Builder:
+    """Records one graph over an opened checkpoint."""
+
+    def __init__(self, opened: PackedCheckpoint, dialect: Dialect, options: GraphOptions) -> None:
+        """Raises UsageError for a compute dtype that the dialect lacks, or layers that the model lacks."""
+        self.opened, self.config, self.dialect, self.options = opened, opened.config, dialect, options
+        self.compute = dialect.compute(options.compute)
+        count = len(self.config.layers)
+        self.first, self.end = options.layers or (0, count)
+        if not 0 <= self.first < self.end <= count:
+            raise UsageError(f"--layers {self.first}:{self.end}: expected 0 <= first < end <= {count}, the model's layers")
+        self.tape = Tape()
+        self.weights = GraphWeights(opened, dialect)
+        self.functions: dict[str, ir.Function] = {}
+        self.inputs: list[ir.Value] = []
+        self.states: list[ir.Value] = []
+
+    def main(self) -> ir.Model:
+        """The main model, or the layers that were asked for."""
+        whole_start, whole_end = self.first == 0, self.end == len(self.config.layers)
+        x = self.embedded() if whole_start else self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
+        for i in range(self.first, self.end):
+            x = self.layer(self.config.layers[i], f"backbone.layers.{i}.", x, i)
+        outputs = []
+        if whole_end:
+            x = self.norm(x, "backbone.norm_f.weight")
+            outputs.append(self.logits(x))
+        if self.options.with_hidden or not whole_end:
+            outputs.append(self.output(x, "hidden_out", self.compute, "batch", "length", self.config.hidden_size))
+        return self.model("nemotron_h", outputs)
+
+    def mtp(self) -> ir.Model:
+        """The first multi-token-prediction module; states are numbered by its own layers."""
+        if not self.opened.has_mtp:
+            raise UsageError(f"{self.opened.path} has no multi-token-prediction module")
+        prefixes = mtp.layer_prefixes(self.config, 0)
+        embedded = self.embedded()
+        hidden = self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
+        parts = [self.norm(embedded, f"{prefixes[0]}enorm.weight"), self.norm(hidden, f"{prefixes[0]}hnorm.weight")]
+        joined = self.tape.reshape(self.tape.op("Concat", *parts, axis=-1), -1, 2 * self.config.hidden_size)
+        x = self.tape.op("Reshape", self.gemm(f"{prefixes[0]}eh_proj", joined), self.tape.op("Shape", hidden))
+        for j, (kind, prefix) in enumerate(zip(self.config.mtp_layers, prefixes, strict=True)):
+            x = self.layer(kind, prefix, x, j)
+        x = self.norm(x, f"{prefixes[-1]}final_layernorm.weight")
+        outputs = [
+            self.logits(x),
+            self.output(x, "hidden_out", self.compute, "batch", "length", self.config.hidden_size),
+        ]
+        return self.model("nemotron_h_mtp", outputs)
+
+    # Pieces.
+
+    def input(self, name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        value = self.tape.op("Identity", value)
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        return value
+
+    def embedded(self) -> ir.Value:
+        ids = self.input("input_ids", INT64, "batch", "length")
+        return self.tape.cast(self.tape.op("Gather", self.weights.plain("backbone.embeddings.weight"), ids, axis=0), self.compute)
+
+    def norm(self, x: ir.Value, weight: str) -> ir.Value:
+        t = self.tape
+        wide = rms_norm(t, t.cast(x, FLOAT), t.cast(self.weights.plain(weight), FLOAT), self.config.norm_eps)
+        return t.cast(wide, self.compute)
+
+    def gemm(self, module: str, x: ir.Value) -> ir.Value:
+        name = format_name(*self.opened.formats(module))
+        parts = {part: self.weights.part(module, part) for part in parts_of(name)}
+        self.need(name)
+        return self.dialect.linear(self.tape, x, parts, name, self.compute)
+
+    def logits(self, hidden: ir.Value) -> ir.Value:
+        t, last = self.tape, self.options.last_token_only
+        if last:
+            hidden = t.slice(hidden, -1, ALL, 1)
+        head = "backbone.embeddings" if self.config.tie_word_embeddings else "lm_head"
+        y = self.gemm(head, t.reshape(hidden, -1, self.config.hidden_size))
+        y = t.op("Reshape", y, t.op("Concat", t.op("Shape", hidden, start=0, end=2), t.ints(-1), axis=0))
+        return self.output(y, "logits", self.compute, "batch", 1 if last else "length", self.config.vocab_size)
+
+    def layer(self, kind: LayerKind, prefix: str, x: ir.Value, number: int) -> ir.Value:
+        """A call of its layer function, with its state among the graph's inputs and outputs."""
+        variant = self.variant(kind, f"{prefix}mixer.")
+        self.function(variant.name, lambda: layer_function(self.config, self.dialect, variant, self.compute))
+        before = [self.input(f"{name}.{number}", *self.state_type(name, variant)) for name in state_names(kind)]
+        weights = [self.layer_weight(variant, prefix, name) for name in weight_names(self.config, variant)]
+        x, *after = self.tape.ops(variant.name, 1 + len(before), x, *before, *weights, domain=LAYERS)
+        for name, state, value in zip(state_names(kind), before, after, strict=True):
+            value.name = f"present_{name.removeprefix('past_')}.{number}"
+            value.type = state.type
+            dims = ["total" if dim == "past" else dim for dim in self.state_type(name, variant)[1:]]
+            value.shape = ir.Shape(dims)
+            self.states.append(value)
+        return x
+
+    def state_type(
+        self, name: str, variant: Variant
+    ) -> tuple[ir.DataType, str, int, int | str, int] | tuple[ir.DataType, str, int, int]:
+        c = self.config
+        if name == "conv_state":
+            return self.compute, "batch", c.conv_channels, c.conv_kernel - 1
+        if name == "ssm_state":
+            return FLOAT, "batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size
+        cached = ops.F8 if variant.fp8_cache and self.dialect.fp8_caches else self.compute
+        return cached, "batch", c.num_key_value_heads, "past", c.head_dim
+
+    def variant(self, kind: LayerKind, mixer: str) -> Variant:
+        """What the layer's function must be; the operators that it calls become functions too."""
+        projections = self.projections(kind)
+        gemms = []
+        for projection in projections:
+            module = projection.replace("experts.", "experts.0.", 1) if projection.startswith("experts.") else projection
+            name = format_name(*self.opened.formats(mixer + module))
+            gemms.append((projection, name))
+            self.need(name)
+            if projection == "experts.up_proj":
+                self.function(f"experts {name}", lambda name=name: self.dialect.routed_experts(name, self.compute))  # type: ignore[misc]
+        if kind == "mamba":
+            c = self.config
+            self.function("conv", lambda: ops.causal_conv1d(c.conv_kernel))
+            self.function("scan", lambda: ops.mamba2_scan(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size))
+        fp8_cache = kind == "attention" and f"{mixer}k_proj.output" in self.opened.inputs
+        return Variant(kind, tuple(gemms), fp8_cache)
+
+    def projections(self, kind: LayerKind) -> Sequence[str]:
+        c = self.config
+        if kind != "moe":
+            return {"mamba": ("in_proj", "out_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}.get(
+                kind, ("up_proj", "down_proj")
+            )
+        latent = ("fc1_latent_proj", "fc2_latent_proj") if c.moe_latent_size else ()
+        shared = ("shared_experts.up_proj", "shared_experts.down_proj") if c.n_shared_experts else ()
+        return ("experts.up_proj", "experts.down_proj", *shared, *latent)
+
+    def layer_weight(self, variant: Variant, prefix: str, name: str) -> ir.Value:
+        mixer = f"{prefix}mixer."
+        if name == "layer_norm":
+            return self.weights.plain(f"{prefix}norm.weight")
+        if name in ("k_scale", "v_scale"):
+            return self.weights.cache_scale(f"{mixer}{name[0]}_proj")
+        module, _, part = name.rpartition(".")
+        if module.startswith("experts."):
+            return self.weights.experts(mixer, module.removeprefix("experts."), part)
+        if any(module == projection for projection, _ in variant.gemms):
+            return self.weights.part(mixer + module, part)
+        return self.weights.plain(mixer + name)
+
+    def need(self, name: str) -> None:
+        if name == "nvfp4" and self.dialect.name == "onnxruntime":
+            self.function("nvfp4", ops.nvfp4_dynamic_quant_dequant)
+
+    def function(self, key: str, make: Callable[[], ir.Function | None]) -> None:
+        if key not in self.functions:
+            made = make()
+            if made is not None:
+                self.functions[key] = made
+
+    def model(self, name: str, outputs: list[ir.Value]) -> ir.Model:
+        domains = {domain for domain in self.tape.domains if domain} | {f.domain for f in self.functions.values()}
+        graph = ir.Graph(
+            self.inputs, [*outputs, *self.states], nodes=self.tape.nodes, initializers=list(self.weights.values.values()),
+            opset_imports={"": OPSET, **dict.fromkeys(sorted(domains), 1)}, name=name,
+        )  # fmt: skip
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            functions=list(self.functions.values()),
+            producer_name="nemoquant",
+            producer_version=__version__,
+        )

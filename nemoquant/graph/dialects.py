@@ -1,0 +1,260 @@
+"""What differs between the runtimes that a graph is for: how packed weights are unpacked, inputs rounded, and experts run.
+
+onnxruntime   FLOAT8E4M3FN weights by DequantizeLinear, E2M1 codes as UINT8 unpacked by standard operators, caches in the compute dtype;
+              a Loop over the experts that were chosen, each with its own tokens
+tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; chosen experts gathered at decode,
+              all experts over all tokens otherwise: it has no NonZero
+tensorrt      the same GEMMs; Mamba2Scan, CausalConv1d and RoutedExperts are plugin nodes without a body, packed codes INT8
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nemoquant.errors import UsageError
+from nemoquant.formats import e2m1, e4m3
+from nemoquant.graph.ops import BLOCK, F8
+from nemoquant.graph.spec import spec
+from nemoquant.graph.tape import BF16, DOMAIN, FLOAT, HALF, Tape, function
+
+Parts = Mapping[str, ir.Value]
+
+FORMAT_NAMES = {
+    ("source", None): "bf16", ("fp8", "fp8"): "fp8", ("fp8", None): "w8a16", ("nvfp4", "nvfp4"): "nvfp4", ("nvfp4", None): "w4a16",
+}  # fmt: skip
+COMPUTE = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
+DTYPES = {
+    "BF16": BF16, "F32": FLOAT, "F16": HALF, "F8_E4M3": F8, "U8": ir.DataType.UINT8,
+}  # fmt: skip
+# both values of a byte of E2M1 codes, doubled so that they are integers [256, 2]; and the values of E4M3 codes, exact in float16
+E2M1_PAIRS = np.stack([2 * e2m1.VALUES[np.arange(256) % 16], 2 * e2m1.VALUES[np.arange(256) // 16]], 1).astype(np.int8)
+E4M3_VALUES = e4m3.VALUES.astype(np.float16)
+
+
+def format_name(format: str, activation: str | None) -> str:
+    """(weight, input) -> the name that variants and RoutedExperts go by."""
+    return FORMAT_NAMES[format, activation]
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts of a GEMM's weight in a format, in the order of ``plugins/routed_experts/spec.yaml``."""
+    return spec("routed_experts").formats[name]
+
+
+class Dialect:
+    """The onnxruntime dialect; the others change what differs."""
+
+    name = "onnxruntime"
+    computes: tuple[str, ...] = ("float32", "float16")
+    fp8_caches = False
+    one_input_scale = False  # of all experts of a layer and projection
+
+    def compute(self, name: str) -> ir.DataType:
+        """The dtype of a ``--compute`` option.
+
+        Raises:
+            UsageError: this dialect does not compute in it.
+        """
+        if name not in self.computes:
+            raise UsageError(
+                f"--compute {name}: the {self.name} dialect computes in {' or '.join(self.computes)}"
+                + (", its CPU kernels multiply no bfloat16" if self.name == "onnxruntime" else "")
+            )
+        return COMPUTE[name]
+
+    def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
+        """How a tensor of the file is typed in the graph; ``stacked`` are all experts of a layer and projection."""
+        if stacked and dtype == "F8_E4M3" and part in ("codes", "block_scales"):
+            return ir.DataType.UINT8  # experts are gathered, and Gather takes no FP8
+        return DTYPES[dtype]
+
+    def shape(self, part: str, dtype: str, shape: Sequence[int]) -> list[int]:  # noqa: ARG002
+        """The shape that goes with ``stored``."""
+        return list(shape)
+
+    def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
+        """A weight [out, in] in the compute dtype. ``stacked``: it is one of a stack, gathered."""
+        if name == "bf16":
+            return t.cast(w["weight"], compute)
+        if name in ("fp8", "w8a16"):
+            if stacked:
+                return t.cast(t.op("Mul", _e4m3(t, w["codes"]), w["global_scale"]), compute)
+            return t.op("DequantizeLinear", w["codes"], w["global_scale"], output_dtype=int(compute))
+        block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
+        half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
+        pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)  # [out, in/2, 2]
+        blocks = t.op("Reshape", t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0))
+        values = t.op("Mul", blocks, t.unsqueeze(half, 2))  # exact: twice the code times half the scale
+        return t.cast(t.reshape(values, t.size(w["codes"], 0), -1), compute)
+
+    def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
+        """A GEMM's input as the format has it."""
+        if name == "fp8":
+            return fp8_round_trip(t, x, w["input_scale"], compute)
+        if name == "nvfp4":
+            return t.op("NVFP4DynamicQuantDequant", x, w["input_scale"], domain=DOMAIN)
+        return x
+
+    def linear(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType, stacked: bool = False) -> ir.Value:
+        """x [tokens, in] in the compute dtype -> [tokens, out]."""
+        return t.op("Gemm", self.rounded(t, x, w, name, compute), self.decoded(t, w, name, compute, stacked), transB=1)
+
+    def cached(
+        self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """New keys or values behind the past ones [B, heads, positions, size]: what attention reads, and what is kept."""
+        if scale is not None:
+            x = fp8_round_trip(t, x, scale, compute)
+        both = t.op("Concat", past, x, axis=2)
+        return both, both
+
+    def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
+        """The operator's body for one format; None where the runtime has a kernel. Sums in float32, in ascending order of experts."""
+
+        def one(
+            t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, expert: ir.Value, weights: Parts, total: ir.Value
+        ) -> ir.Value:
+            hit = t.op("Equal", ids, expert)
+            factor = t.op("ReduceSum", t.op("Where", hit, factors, t.constant(np.float32(0))), t.ints(1), keepdims=1)  # [T, 1]
+            rows = t.op("ReduceMax", t.cast(hit, ir.DataType.INT32), t.ints(1), keepdims=0)
+            rows = t.reshape(t.op("NonZero", rows), -1)
+            y = self.expert(t, t.op("Gather", x, rows, axis=0), weights, name, compute)
+            y = t.op("Mul", t.cast(y, FLOAT), t.op("Gather", factor, rows, axis=0))
+            return t.op("ScatterND", total, t.unsqueeze(rows, 1), y, reduction="add")
+
+        def record(t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value) -> list[ir.Value]:
+            names = stack_names(name)
+            chosen = t.op("Unique", t.reshape(ids, -1), sorted=1)
+            start = t.op("ConstantOfShape", t.op("Shape", x), value=ir.tensor(np.zeros(1, np.float32)))
+
+            def body(t: Tape, i: ir.Value, total: ir.Value) -> ir.Value:
+                expert = t.op("Gather", chosen, i, axis=0)
+                mine = {key: t.op("Gather", stack, expert, axis=0) for key, stack in zip(names, stacks, strict=True)}
+                return one(t, x, ids, factors, expert, mine, total)
+
+            return [t.cast(t.loop(t.op("Size", chosen), start, body), compute)]
+
+        return function(spec("routed_experts"), record, name=experts_op(name), inputs=stack_names(name))
+
+    def expert(self, t: Tape, x: ir.Value, weights: Parts, name: str, compute: ir.DataType) -> ir.Value:
+        """``down(relu(up(x))^2)`` with one expert's parts, ``up_...`` and ``down_...``."""
+        up, down = ({part: weights[f"{p}_{part}"] for part in parts_of(name)} for p in ("up", "down"))
+        return self.linear(t, squared_relu(t, self.linear(t, x, up, name, compute, True)), down, name, compute, True)
+
+
+def stack_names(name: str) -> list[str]:
+    """Inputs of RoutedExperts behind ``expert_weights``."""
+    return [f"{projection}_{part}" for projection in ("up", "down") for part in parts_of(name)]
+
+
+def experts_op(name: str) -> str:
+    """The function of a format: ONNX functions can't tell formats apart by an attribute."""
+    return f"{spec('routed_experts').name}_{name}"
+
+
+def squared_relu(t: Tape, x: ir.Value) -> ir.Value:
+    x = t.op("Relu", x)
+    return t.op("Mul", x, x)
+
+
+def fp8_round_trip(t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
+    """Through E4M3 and back, in the dtype of ``x``; the scale stays float32, whatever that is."""
+    return t.op("DequantizeLinear", t.op("QuantizeLinear", x, scale, output_dtype=int(F8)), scale, output_dtype=int(compute))
+
+
+def _e4m3(t: Tape, codes: ir.Value) -> ir.Value:
+    """Bytes of E4M3 codes as float32."""
+    return t.cast(t.op("Gather", t.constant(E4M3_VALUES), t.cast(codes, ir.DataType.INT32), axis=0), FLOAT)
+
+
+class TensorRTRTX(Dialect):
+    """Strongly typed: FP4 and FP8 tensors as such."""
+
+    name = "tensorrt_rtx"
+    computes = ("bfloat16", "float16", "float32")
+    fp8_caches = True
+    one_input_scale = True  # TRT_FP4DynamicQuantize takes only a scalar that is an initializer
+
+    def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:  # noqa: ARG002
+        return ir.DataType.FLOAT4E2M1 if part == "codes" and dtype == "U8" else DTYPES[dtype]
+
+    def shape(self, part: str, dtype: str, shape: Sequence[int]) -> list[int]:
+        return [*shape[:-1], 2 * shape[-1]] if part == "codes" and dtype == "U8" else list(shape)
+
+    def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
+        per_expert: dict[str, Any] = {"axis": 0} if stacked else {}
+        if name == "bf16":
+            return t.cast(w["weight"], compute)
+        if name in ("fp8", "w8a16"):
+            return t.op("DequantizeLinear", w["codes"], w["global_scale"], output_dtype=int(compute), **per_expert)
+        scales = t.op("DequantizeLinear", w["block_scales"], w["global_scale"], **per_expert)
+        return t.cast(t.op("DequantizeLinear", w["codes"], scales, axis=-1, block_size=BLOCK), compute)
+
+    def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
+        if name == "fp8":
+            return fp8_round_trip(t, x, w["input_scale"], compute)
+        if name != "nvfp4":
+            return x
+        codes, scales = t.ops(
+            "TRT_FP4DynamicQuantize", 2, x, w["input_scale"], domain="trt", axis=-1, block_size=BLOCK, scale_type=int(F8)
+        )
+        scales = t.op("DequantizeLinear", scales, w["input_scale"])
+        return t.cast(t.op("DequantizeLinear", codes, scales, axis=-1, block_size=BLOCK), compute)
+
+    def cached(
+        self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        if scale is None:
+            return super().cached(t, x, past, scale, compute)
+        both = t.op("Concat", past, t.op("QuantizeLinear", x, scale, output_dtype=int(F8)), axis=2)
+        return t.op("DequantizeLinear", both, scale, output_dtype=int(compute)), both
+
+    def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
+        """Stacks are decoded whole. Few tokens: the chosen experts' matrices are gathered; many: all experts see all tokens."""
+
+        def record(t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value) -> list[ir.Value]:
+            parts = dict(zip(stack_names(name), stacks, strict=True))
+            up, down = ({part: parts[f"{p}_{part}"] for part in parts_of(name)} for p in ("up", "down"))
+            up_all, down_all = (self.decoded(t, w, name, compute, True) for w in (up, down))
+
+            def round_for(t: Tape, x: ir.Value, projection: str) -> ir.Value:
+                return self.rounded(t, x, {"input_scale": parts.get(f"{projection}_input_scale", x)}, name, compute)
+
+            def mlp(t: Tape, x: ir.Value, up: ir.Value, down: ir.Value) -> ir.Value:
+                """x [n or 1, tokens, in] by matrices [n, width, in] and [n, in, width]."""
+                hidden = squared_relu(t, t.op("MatMul", x, t.op("Transpose", up, perm=[0, 2, 1])))
+                return t.cast(t.op("MatMul", round_for(t, hidden, "down"), t.op("Transpose", down, perm=[0, 2, 1])), FLOAT)
+
+            x = round_for(t, x, "up")  # once, and not in the If: its builder fails on a 16-bit cast there
+
+            def few(t: Tape) -> list[ir.Value]:
+                chosen = t.reshape(ids, -1)
+                matrices = (t.op("Gather", stack, chosen, axis=0) for stack in (up_all, down_all))
+                each = t.op("Expand", t.unsqueeze(x, 1), t.op("Concat", t.size(ids, 0), t.size(ids, 1), t.size(x, 1), axis=0))
+                y = mlp(t, t.op("Reshape", each, t.op("Concat", t.ints(-1, 1), t.size(x, 1), axis=0)), *matrices)
+                y = t.op("Reshape", y, t.op("Concat", t.op("Shape", ids), t.ints(-1), axis=0))  # [T, k, I]
+                return [t.cast(t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(factors, 2)), t.ints(1), keepdims=0), compute)]
+
+            def many(t: Tape) -> list[ir.Value]:
+                count = t.size(up_all, 0)
+                none = t.op(
+                    "ConstantOfShape", t.op("Concat", t.size(ids, 0), count, axis=0), value=ir.tensor(np.zeros(1, np.float32))
+                )
+                share = t.op("Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0])  # [E, T]
+                y = mlp(t, t.unsqueeze(x, 0), up_all, down_all)  # [E, T, I]
+                return [t.cast(t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(share, 2)), t.ints(0), keepdims=0), compute)]
+
+            small = t.op(
+                "LessOrEqual", t.op("Squeeze", t.op("Mul", t.size(ids, 0), t.size(ids, 1))), t.op("Squeeze", t.size(up_all, 0))
+            )
+            total = t.op(
+                "If", small, then_branch=t.subgraph("then_branch", [], few), else_branch=t.subgraph("else_branch", [], many)
+            )
+            return [total]
+
+        return function(spec("routed_experts"), record, name=experts_op(name), inputs=stack_names(name))
+
+
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (Dialect(), TensorRTRTX())}

@@ -1,0 +1,217 @@
+"""Write graphs beside the shards that they point into; where that can't be, write a folder anew in which it can.
+
+ONNX lets external data lie only at or below the .onnx file, and refuses links. So ``DIR/model.onnx`` stands beside DIR's shards, and no
+byte of a weight is written. With another folder, shards that are links, or experts that do not lie back to back (a published
+checkpoint), the tensors are copied into OUT in the order that ``pack`` writes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.writer import ShardWriter
+from nemoquant.errors import OutputError, UsageError
+from nemoquant.graph.build import Builder, GraphOptions
+from nemoquant.graph.dialects import DIALECTS
+from nemoquant.graph.weights import stacked
+from nemoquant.pack import output
+from nemoquant.pack.shards import SHARD_BYTES
+from nemoquant.quantized.checkpoint import PackedCheckpoint
+
+MODEL, MTP = "model.onnx", "mtp.onnx"
+COPY_BYTES = 16 << 20
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What ``export_onnx`` wrote: graphs, and how many bytes of tensors it had to copy."""
+
+    folder: Path
+    graphs: list[Path]
+    copied_bytes: int
+    functions: list[str]
+    nodes: int
+
+
+def export_onnx(
+    path: Path, out: Path | None, dialect: str, options: GraphOptions, *, mtp: bool = False, copy: bool = True,
+    progress: Progress = lambda done, total: None,
+) -> Exported:  # fmt: skip
+    """Write ``model.onnx`` (and ``mtp.onnx``) for the checkpoint in ``path``.
+
+    Args:
+        out: a new folder for a copy; None is ``path`` itself.
+        copy: False refuses where tensors would have to be copied.
+    Raises:
+        CheckpointError, UsageError, OutputError
+    """
+    opened = PackedCheckpoint(path)
+    with opened.checkpoint:
+        reason = _why_copy(opened, out)
+        if reason is None:
+            return _write_graphs(opened, dialect, options, mtp)
+        if not copy:
+            raise UsageError(f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it")
+        if out is None:
+            raise UsageError(f"{path}: a graph can't stand beside its tensors, because {reason}; give an OUT folder for a copy")
+        Builder(opened, DIALECTS[dialect], options)  # what can be refused is refused before a byte is written
+        size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
+        output.check_output(out, path, len(opened.checkpoint.tensors), size)
+        with output.making(out) as folder:
+            _copy(opened, folder, progress)
+            copied = PackedCheckpoint(folder)
+            with copied.checkpoint:
+                made = _write_graphs(copied, dialect, options, mtp)
+    return Exported(out, [out / graph.name for graph in made.graphs], size, made.functions, made.nodes)
+
+
+def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
+    if out is not None and out.resolve() != opened.path.resolve():
+        return f"the graph is to stand in {out}"
+    files = {info.file for info in opened.checkpoint.tensors.values()}
+    links = sorted(file.name for file in files if file.is_symlink() or file.stat().st_nlink > 1)
+    if links:
+        return f"{links[0]} is a link, and ONNX refuses external data behind links"
+    if not _views(opened):
+        return "its experts do not lie back to back, so that no 3-D view of them exists"
+    return None
+
+
+def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
+    """Names of the tensors that the graph reads as one: a part of all experts of a layer and projection, in ascending order."""
+    groups: dict[tuple[int | None, str, str], list[str]] = {}
+    for spec in opened.table:
+        if spec.expert is not None and spec.name in opened.stored:
+            for part, name in opened.stored[spec.name].parts.items():
+                groups.setdefault((spec.layer, spec.role, part), []).append(name)
+    return iter(groups.values())
+
+
+def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
+    """The checkpoint into an empty folder: as it is where experts lie back to back, else with its tensors in the order of ``pack``."""
+    if _views(opened):
+        _copy_files(opened, folder, progress)
+    else:
+        _write_anew(opened, folder, progress)
+
+
+def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
+    """No manifest: these are not the files that ``quantize`` wrote."""
+    tensors, total, done = opened.checkpoint.tensors, sum(i.nbytes for i in opened.checkpoint.tensors.values()), 0
+    weight_map: dict[str, str] = {}
+    shards = list(_shards(opened))
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with ShardWriter(folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]) as writer:
+            for name in names:
+                raw = opened.checkpoint.raw(name)
+                for start in range(0, raw.size, COPY_BYTES):
+                    writer.write(raw[start : start + COPY_BYTES])
+                opened.checkpoint.release([name])
+                done += raw.size
+                progress(done, total)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in ("config.json", "hf_quant_config.json"):
+        if (opened.path / name).exists():
+            shutil.copyfile(opened.path / name, folder / name)
+    output.copy_side_files(opened.path, output.side_files(opened.path, opened.raw_config)[0], folder)
+
+
+def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
+    """Names of tensors by file: a part of all experts of a layer and projection together, ``SHARD_BYTES`` or one such group."""
+    tensors = opened.checkpoint.tensors
+    groups = {group[0]: group for group in _expert_groups(opened)}
+    grouped = {name for group in groups.values() for name in group}
+    shard: list[str] = []
+    used = 0
+    for first in tensors:
+        if first in grouped and first not in groups:
+            continue
+        unit = groups.get(first, [first])
+        size = sum(tensors[name].nbytes for name in unit)
+        if shard and used + size > SHARD_BYTES:
+            yield shard
+            shard, used = [], 0
+        shard += unit
+        used += size
+    yield shard
+
+
+def _views(opened: PackedCheckpoint) -> bool:
+    return all(stacked([opened.checkpoint.tensors[name] for name in group]) for group in _expert_groups(opened))
+
+
+def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
+    """Files as they are; links are followed. Graphs and engines stay behind: they are made anew."""
+    files = [
+        f
+        for f in sorted(opened.path.iterdir())
+        if f.is_file() and f.suffix in (".json", ".jinja", ".md", ".safetensors", ".py", "")
+    ]
+    total, done = sum(f.stat().st_size for f in files), 0
+    for file in files:
+        if file.name != manifest.FILE:
+            shutil.copyfile(file, folder / file.name)
+        done += file.stat().st_size
+        progress(done, total)
+    if opened.manifest is not None:
+        kept = {name: digest for name, digest in opened.manifest["files"].items() if (folder / name).exists()}
+        manifest.write_manifest(folder, {k: v for k, v in opened.manifest.items() if k != "sha256"} | {"files": kept})
+
+
+def _write_graphs(opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool) -> Exported:
+    names = [(MODEL, Builder(opened, DIALECTS[dialect], options).main)]
+    if mtp:
+        names.append((MTP, Builder(opened, DIALECTS[dialect], options).mtp))
+    graphs, functions, nodes = [], [], 0
+    for name, build in names:
+        model = build()
+        _describe(opened, model, dialect, options)
+        _save(model, opened.path / name)
+        if opened.manifest is not None:
+            manifest.enter_file(opened.path, name)
+        graphs.append(opened.path / name)
+        functions += [f.name for f in model.functions.values() if f.name not in functions]
+        nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
+    return Exported(opened.path, graphs, 0, functions, nodes)
+
+
+def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:
+    """What an engine must know of the graph, in the file itself."""
+    used: dict[str, TensorInfo] = {}
+    for info in opened.checkpoint.tensors.values():
+        used.setdefault(info.file.name, info)
+    facts: dict[str, Any] = {
+        "dialect": dialect,
+        "compute": options.compute,
+        "plan": opened.manifest["plan"]["sha256"] if opened.manifest else None,
+        "files": {name: shard_identity(opened, name) for name in sorted(used)},
+    }
+    model.metadata_props["nemoquant"] = json.dumps(facts, sort_keys=True)
+
+
+def shard_identity(opened: PackedCheckpoint, name: str) -> dict[str, Any]:
+    """Size and sha256 of a shard; the hash as its manifest has it, None where there is none."""
+    files = opened.manifest["files"] if opened.manifest else {}
+    return {"size": (opened.path / name).stat().st_size, "sha256": files.get(name)}
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(ir.to_proto(model).SerializeToString())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: {error.strerror or error}; the graph can't be written there") from None

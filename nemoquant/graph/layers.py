@@ -1,0 +1,218 @@
+"""A layer as an ONNX function, ``x + mixer(norm(x))`` with its state in and out: one for each kind and combination of formats."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from nemoquant.graph.dialects import Dialect, experts_op, parts_of, squared_relu
+from nemoquant.graph.tape import DOMAIN, FLOAT, Tape, make_function
+from nemoquant.model.config import LayerKind, NemotronHConfig
+
+CHUNK = 64  # positions of a chunk of the scan: its products grow with it, its number of steps shrinks
+LAYERS = "nemoquant.layers"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What makes two layers of a kind need two functions: the format of each GEMM, by projection, and whether the cache is FP8."""
+
+    kind: LayerKind
+    gemms: tuple[tuple[str, str], ...]
+    fp8_cache: bool = False
+
+    def format(self, projection: str) -> str:
+        return next(name for p, name in self.gemms if p == projection)
+
+    @property
+    def name(self) -> str:
+        """``MoeLayer_nvfp4``; where formats are mixed, each is named: ``MoeLayer_experts_nvfp4_shared_experts_fp8``."""
+        groups: dict[str, dict[str, None]] = {}
+        for projection, name in self.gemms:
+            groups.setdefault(name, {})[projection.split(".")[0].removesuffix("_proj")] = None
+        text = "_".join("_".join([*members, name]) for name, members in groups.items()) if len(groups) > 1 else next(iter(groups))
+        return f"{self.kind.capitalize()}Layer_{text}" + ("_fp8_cache" if self.fp8_cache else "")
+
+
+class Layer:
+    """Recording one layer function."""
+
+    def __init__(
+        self,
+        t: Tape,
+        config: NemotronHConfig,
+        dialect: Dialect,
+        variant: Variant,
+        compute: ir.DataType,
+        weights: Mapping[str, ir.Value],
+    ) -> None:
+        self.t, self.c, self.dialect, self.variant, self.compute, self.w = t, config, dialect, variant, compute, weights
+
+    def gemm(self, projection: str, x: ir.Value) -> ir.Value:
+        """x [tokens, in] -> [tokens, out], both in the compute dtype."""
+        name = self.variant.format(projection)
+        parts = {part: self.w[f"{projection}.{part}"] for part in parts_of(name)}
+        return self.dialect.linear(self.t, x, parts, name, self.compute)
+
+    def f32(self, name: str) -> ir.Value:
+        return self.t.cast(self.w[name], FLOAT)
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Over the last axis; float32 in and out."""
+        return rms_norm(self.t, x, weight, self.c.norm_eps)
+
+    def flat(self, x: ir.Value) -> ir.Value:
+        return self.t.reshape(x, -1, self.c.hidden_size)
+
+
+def rms_norm(t: Tape, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last axis, float32."""
+    mean = t.op("ReduceMean", t.op("Mul", x, x), t.ints(-1), keepdims=1)
+    root = t.op("Sqrt", t.op("Add", mean, t.constant(np.float32(eps))))
+    return t.op("Mul", t.op("Div", x, root), weight)
+
+
+def state_names(kind: LayerKind) -> list[str]:
+    return {"mamba": ["conv_state", "ssm_state"], "attention": ["past_key", "past_value"]}.get(kind, [])
+
+
+def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
+    """Inputs of the function after x and state, by names relative to the layer's mixer (``norm`` is the layer's)."""
+    names = ["layer_norm"]
+    for projection, name in variant.gemms:
+        names += [f"{projection}.{part}" for part in parts_of(name)]
+    if variant.kind == "mamba":
+        names += ["conv1d.weight", *(["conv1d.bias"] if config.use_conv_bias else []), "A_log", "D", "dt_bias", "norm.weight"]
+    if variant.kind == "attention" and variant.fp8_cache:
+        names += ["k_scale", "v_scale"]
+    if variant.kind == "moe":
+        names += ["gate.weight", "gate.e_score_correction_bias"]
+    return names
+
+
+def layer_function(config: NemotronHConfig, dialect: Dialect, variant: Variant, compute: ir.DataType) -> ir.Function:
+    """(x, states, weights) -> (x + mixer(norm(x)), states)."""
+    states, weights = state_names(variant.kind), weight_names(config, variant)
+
+    def record(t: Tape, x: ir.Value, *rest: ir.Value) -> list[ir.Value]:
+        named = dict(zip(weights, rest[len(states) :], strict=True))
+        layer = Layer(t, config, dialect, variant, compute, named)
+        wide = t.cast(x, FLOAT)
+        normed = t.cast(layer.rms_norm(wide, layer.f32("layer_norm")), compute)
+        y, *after = MIXERS[variant.kind](layer, normed, *rest[: len(states)])
+        y = t.op("Reshape", y, t.op("Shape", x))
+        return [t.op("Add", x, y), *after]
+
+    return make_function(LAYERS, variant.name, ["x", *states, *weights], record)
+
+
+def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) -> list[ir.Value]:
+    t, c = layer.t, layer.c
+    shape = t.op("Shape", x, start=0, end=2)
+    bc = c.n_groups * c.ssm_state_size
+
+    def positions(value: ir.Value, *rest: int) -> ir.Value:
+        return t.op("Reshape", value, t.op("Concat", shape, t.ints(*rest), axis=0))
+
+    projected = positions(layer.gemm("in_proj", layer.flat(x)), -1)
+    z, xbc, dt = t.ops("Split", 3, projected, t.ints(c.mamba_inner, c.conv_channels, c.mamba_num_heads), axis=-1)
+    weight = t.op("Squeeze", layer.f32("conv1d.weight"), t.ints(1))
+    bias = (
+        layer.f32("conv1d.bias")
+        if c.use_conv_bias
+        else t.op("Expand", t.constant(np.zeros(1, np.float32)), t.ints(c.conv_channels))
+    )
+    xbc, conv_out = t.ops("CausalConv1d", 2, xbc, weight, bias, conv_state, domain=DOMAIN, activation="silu")
+    xs, b, cc = t.ops("Split", 3, xbc, t.ints(c.mamba_inner, bc, bc), axis=-1)
+    a = t.op("Neg", t.op("Exp", layer.f32("A_log")))
+    low, high = c.time_step_limit
+    y, ssm_out = t.ops(
+        "Mamba2Scan", 2, positions(xs, c.mamba_num_heads, c.mamba_head_dim), t.cast(dt, FLOAT), a,
+        positions(b, c.n_groups, c.ssm_state_size), positions(cc, c.n_groups, c.ssm_state_size), layer.f32("D"), layer.f32("dt_bias"),
+        ssm_state, domain=DOMAIN, chunk_size=CHUNK, dt_min=float(low), dt_max=float(high),
+    )  # fmt: skip
+    gate = t.cast(z, FLOAT)
+    gated = t.op("Mul", t.op("Mul", gate, t.op("Sigmoid", gate)), positions(y, -1))
+    grouped = positions(gated, c.n_groups, c.mamba_inner // c.n_groups)
+    weight = t.reshape(layer.f32("norm.weight"), c.n_groups, -1)
+    y = t.cast(t.reshape(layer.rms_norm(grouped, weight), -1, c.mamba_inner), layer.compute)
+    return [layer.gemm("out_proj", y), conv_out, ssm_out]
+
+
+def attention(layer: Layer, x: ir.Value, past_key: ir.Value, past_value: ir.Value) -> list[ir.Value]:
+    t, c = layer.t, layer.c
+    kv, group, size = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
+    shape = t.op("Shape", x, start=0, end=2)
+    flat = layer.flat(x)
+
+    def heads(name: str, count: int) -> ir.Value:
+        split = t.op("Reshape", layer.gemm(name, flat), t.op("Concat", shape, t.ints(count, size), axis=0))
+        return t.op("Transpose", split, perm=[0, 2, 1, 3])  # [B, heads, L, size]
+
+    query, key, value = heads("q_proj", kv * group), heads("k_proj", kv), heads("v_proj", kv)
+    k_scale, v_scale = (layer.w.get(name) for name in ("k_scale", "v_scale"))
+    key, key_out = layer.dialect.cached(t, key, past_key, k_scale, layer.compute)
+    value, value_out = layer.dialect.cached(t, value, past_value, v_scale, layer.compute)
+    length, total = t.size(query, 2), t.size(key, 2)
+    scores = t.op(
+        "MatMul", t.reshape(query, 0, kv, group, length, size), t.op("Transpose", t.unsqueeze(key, 2), perm=[0, 1, 2, 4, 3])
+    )
+    scores = t.op("Mul", t.cast(scores, FLOAT), t.constant(np.float32(size**-0.5)))
+    zero, one = t.constant(np.int64(0)), t.constant(np.int64(1))
+    place = t.unsqueeze(t.op("Range", t.op("Squeeze", t.op("Sub", total, length)), t.op("Squeeze", total), one), 1)
+    future = t.op("Greater", t.unsqueeze(t.op("Range", zero, t.op("Squeeze", total), one), 0), place)  # [L, total]
+    scores = t.op("Where", future, t.constant(np.float32(-np.inf)), scores)
+    weights = t.cast(t.op("Softmax", scores, axis=-1), layer.compute)
+    y = t.op("MatMul", weights, t.unsqueeze(value, 2))  # [B, kv, group, L, size]
+    y = t.op("Transpose", t.reshape(y, 0, kv * group, length, size), perm=[0, 2, 1, 3])
+    return [layer.gemm("o_proj", t.reshape(y, -1, kv * group * size)), key_out, value_out]
+
+
+def mlp(layer: Layer, x: ir.Value) -> list[ir.Value]:
+    return [layer.gemm("down_proj", squared_relu(layer.t, layer.gemm("up_proj", layer.flat(x))))]
+
+
+def moe(layer: Layer, x: ir.Value) -> list[ir.Value]:
+    t, c = layer.t, layer.c
+    flat = layer.flat(x)
+    ids, factors = route(layer, t.cast(flat, FLOAT))
+    inputs = layer.gemm("fc1_latent_proj", flat) if c.moe_latent_size else flat
+    name = layer.variant.format("experts.up_proj")
+    experts = [layer.w[f"experts.{p}.{part}"] for p in ("up_proj", "down_proj") for part in parts_of(name)]
+    y = t.op(experts_op(name), inputs, ids, factors, *experts, domain=DOMAIN, activation="relu2")
+    if c.moe_latent_size:
+        y = layer.gemm("fc2_latent_proj", y)
+    if c.n_shared_experts:
+        shared = layer.gemm("shared_experts.down_proj", squared_relu(t, layer.gemm("shared_experts.up_proj", flat)))
+        y = t.op("Add", y, shared)
+    return [y]
+
+
+def route(layer: Layer, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x [tokens, hidden] float32 -> expert ids [tokens, k] int64 and their factors [tokens, k] float32."""
+    t, c = layer.t, layer.c
+    scores = t.op("Sigmoid", t.op("Gemm", x, layer.f32("gate.weight"), transB=1))
+    choice = t.op("Add", scores, layer.f32("gate.e_score_correction_bias"))
+    if c.n_group > 1:
+        choice = close_groups(t, choice, c)
+    _, ids = t.ops("TopK", 2, choice, t.ints(c.num_experts_per_tok), axis=-1, sorted=0)
+    chosen = t.op("GatherElements", scores, ids, axis=1)
+    if c.norm_topk_prob:
+        total = t.op("Add", t.op("ReduceSum", chosen, t.ints(1), keepdims=1), t.constant(np.float32(1e-20)))
+        chosen = t.op("Div", chosen, total)
+    return ids, t.op("Mul", chosen, t.constant(np.float32(c.routed_scaling_factor)))
+
+
+def close_groups(t: Tape, choice: ir.Value, c: NemotronHConfig) -> ir.Value:
+    """-inf for experts outside each token's best groups, by the sum of a group's two best."""
+    size = c.n_routed_experts // c.n_group
+    grouped = t.reshape(choice, -1, c.n_group, size)
+    best, _ = t.ops("TopK", 2, grouped, t.ints(min(2, size)), axis=-1)
+    _, open_groups = t.ops("TopK", 2, t.op("ReduceSum", best, t.ints(2), keepdims=0), t.ints(c.topk_group), axis=-1)
+    hot = t.op("OneHot", open_groups, t.constant(np.int64(c.n_group)), t.constant(np.array([0, 1], np.float32)), axis=-1)
+    is_open = t.op("Greater", t.op("ReduceSum", hot, t.ints(1), keepdims=0), t.constant(np.float32(0)))
+    return t.reshape(t.op("Where", t.unsqueeze(is_open, 2), grouped, t.constant(np.float32(-np.inf))), -1, c.n_routed_experts)
+
+
+MIXERS: dict[str, Callable[..., list[ir.Value]]] = {"mamba": mamba, "attention": attention, "moe": moe, "mlp": mlp}

@@ -1,0 +1,42 @@
+"""The operators' specifications, ``plugins/<op>/spec.yaml``: names and order of inputs, outputs and attributes."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One operator. ``formats`` of RoutedExperts lists the parts of a projection by format; empty for the others."""
+
+    name: str
+    domain: str
+    version: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+    formats: dict[str, tuple[str, ...]]
+
+
+def plugin_folder() -> Path:
+    """Where the specifications lie: in the installed package, or in the source tree."""
+    package = Path(__file__).resolve().parents[1]
+    return next(p for p in (package / "plugins", package.parent / "plugins") if p.is_dir())
+
+
+@cache
+def spec(op: str) -> Spec:
+    """By the folder's name: ``mamba2_scan``."""
+    data = yaml.safe_load((plugin_folder() / op / "spec.yaml").read_text(encoding="utf-8"))
+    return Spec(
+        data["name"],
+        data["domain"],
+        data["version"],
+        tuple(value["name"] for value in data["inputs"]),
+        tuple(value["name"] for value in data["outputs"]),
+        {name: attribute["default"] for name, attribute in data["attributes"].items()},
+        {name: tuple(parts) for name, parts in data.get("formats", {}).items()},
+    )

@@ -1,0 +1,86 @@
+"""A checkpoint's tensors as external data of a graph: offsets into its shards, no byte copied."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.errors import CheckpointError
+from nemoquant.graph.dialects import Dialect
+from nemoquant.pack.layouts import kv_scale_name
+from nemoquant.quantized.checkpoint import PackedCheckpoint
+
+SCALARS = ("global_scale", "input_scale")
+
+
+def stacked(infos: Sequence[TensorInfo]) -> bool:
+    """Whether tensors lie back to back in one file, so that they can be read as one."""
+    return all(a.file == b.file and a.end == b.start for a, b in itertools.pairwise(infos))
+
+
+class GraphWeights:
+    """Initializers of one graph, made when they are first asked for; ``values`` has them all."""
+
+    def __init__(self, opened: PackedCheckpoint, dialect: Dialect) -> None:
+        self.opened, self.dialect = opened, dialect
+        self.values: dict[str, ir.Value] = {}
+
+    def plain(self, name: str) -> ir.Value:
+        """A tensor as the source has it, by its published name."""
+        return self._value(name, "weight", [self.opened.checkpoint.tensors[name]], None)
+
+    def part(self, module: str, part: str) -> ir.Value:
+        """One part of a GEMM's weight."""
+        name = self._part_name(module, part)
+        return self._value(name, part, [self.opened.checkpoint.tensors[name]], None)
+
+    def experts(self, mixer: str, projection: str, part: str) -> ir.Value:
+        """One part of all experts of a layer and projection, [E, ...]."""
+        count = self.opened.config.n_routed_experts
+        infos = [self.opened.checkpoint.tensors[self._part_name(f"{mixer}experts.{e}.{projection}", part)] for e in range(count)]
+        name = f"{mixer}experts.{projection}.{part}"
+        if not stacked(infos):
+            raise CheckpointError(
+                f"{self.opened.path}: the experts of {name} do not lie back to back, so that no view of them exists; "
+                "export to another folder, where they are written anew"
+            )
+        if part == "input_scale" and self.dialect.one_input_scale:
+            values = {float(self.opened.scalar(info.name)) for info in infos}
+            if len(values) > 1:
+                raise CheckpointError(
+                    f"{self.opened.path}: the experts of {name} have {len(values)} input scales; the {self.dialect.name} dialect takes one "
+                    "for all, quantize without --no-scale-groups"
+                )
+            return self._value(name, part, infos[:1], None)
+        return self._value(name, part, infos, count)
+
+    def cache_scale(self, module: str) -> ir.Value:
+        """The scale of a ``k_proj``'s or ``v_proj``'s FP8 cache."""
+        name = kv_scale_name(module)
+        return self._value(name, SCALARS[0], [self.opened.checkpoint.tensors[name]], None)
+
+    def _part_name(self, module: str, part: str) -> str:
+        return self.opened.stored[f"{module}.weight"].parts["source" if part == "weight" else part]
+
+    def _value(self, name: str, part: str, infos: list[TensorInfo], count: int | None) -> ir.Value:
+        found = self.values.get(name)
+        if found is not None:
+            return found
+        first = infos[0]
+        shape = [] if part in SCALARS else list(first.shape)
+        shape = self.dialect.shape(part, first.dtype, shape)
+        dtype = self.dialect.stored(part, first.dtype, count is not None)
+        dims = ir.Shape(shape if count is None else [count, *shape])
+        tensor = ir.ExternalTensor(
+            Path(first.file).name,
+            first.start,
+            infos[-1].end - first.start,
+            dtype,
+            shape=dims,
+            name=name,
+            base_dir=self.opened.path,
+        )
+        value = self.values[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=dims, const_value=tensor)
+        return value

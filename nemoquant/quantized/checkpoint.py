@@ -1,0 +1,192 @@
+"""A checkpoint opened for computing: quantized by nemoquant or another tool in the ModelOpt layout, or not quantized at all.
+
+How each tensor is stored is told by the file itself, not by a plan, so that any tool's output can be opened. Its weights are decoded
+as they are used; its taps round GEMM inputs and the KV cache as an engine would.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.source import FLOAT_DTYPES
+from nemoquant.checkpoint.summary import declared_quantization, declares_fp8_cache
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.errors import CheckpointError, TensorTableError, listing
+from nemoquant.evaluate.packed import PackedWeight, fake_quantize
+from nemoquant.formats.noise import Noise
+from nemoquant.model.config import load_config
+from nemoquant.model.roles import LINEAR_ROLES, tensor_table
+from nemoquant.model.taps import Tap
+from nemoquant.pack.layouts import Stored, find_stored, kv_scale_name
+
+
+class PackedCheckpoint:
+    """An opened checkpoint. Close ``checkpoint`` after use.
+
+    Attributes:
+        config, raw_config, table: what its config.json calls for.
+        stored: tensor of the model -> how it lies in the file; MTP tensors that the file lacks are absent.
+        inputs: tap -> (format, decode scale): what is rounded at run time, GEMM inputs and ``...k_proj.output``, ``...v_proj.output``.
+        fp8_cache: whether the KV cache is FP8.
+        manifest: nemoquant.json, None where another tool wrote the checkpoint.
+        warnings: what a user should know of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read headers and scalars.
+
+        Raises:
+            CheckpointError: or one of its kinds: unreadable, or not in a layout that can be decoded.
+        """
+        self.path = path
+        self.warnings: list[str] = []
+        self.config, self.raw_config = load_config(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is a config.json; expected the folder with the weights")
+        self.table = tensor_table(self.config)
+        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
+        self.checkpoint = Checkpoint(path)
+        self.stored = self._find_stored()
+        self.inputs: dict[str, tuple[str, np.float32]] = {}
+        declared = declared_quantization(path, self.raw_config)
+        self._read_input_scales(declared)
+        self.fp8_cache = declares_fp8_cache(declared)
+        self._read_cache_scales()
+        self._check_extra()
+
+    def _find_stored(self) -> dict[str, Stored]:
+        stored, problems, no_mtp = {}, [], 0
+        for spec in self.table:
+            try:
+                found = stored[spec.name] = find_stored(self.checkpoint.tensors, spec)
+                dtype = self.checkpoint.tensors[spec.name].dtype
+                if found.format == "source" and dtype not in FLOAT_DTYPES:
+                    problems.append(f"{spec.name} is {dtype}")
+                elif found.format != "source" and spec.role.removeprefix("mtp.") not in (*LINEAR_ROLES, "eh_proj"):
+                    problems.append(f"{spec.name} ({spec.role}) is {dtype}, expected a floating dtype: it is no GEMM")
+            except CheckpointError as error:
+                if spec.role.startswith("mtp.") and spec.name not in self.checkpoint.tensors:
+                    no_mtp += 1
+                else:
+                    problems.append(str(error))
+        if problems:
+            raise TensorTableError(
+                f"{self.path}: {len(problems)} tensors are not as expected: {listing(problems)}; expected the ModelOpt layout "
+                "with FP8 per tensor or NVFP4, or unquantized tensors"
+            )
+        if no_mtp:
+            self.warnings.append(f"it lacks {no_mtp} multi-token-prediction tensors: no acceptance is measured")
+        return stored
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the file has the first multi-token-prediction module."""
+        return self.config.mtp_modules > 0 and all(
+            spec.name in self.stored for spec in self.table if spec.role.startswith("mtp.")
+        )
+
+    def scalar(self, name: str) -> np.float32:
+        """A scale per tensor; raises CheckpointError where it is no positive finite number."""
+        value = np.float32(self.checkpoint.array(name).reshape(())[()])
+        if not (np.isfinite(value) and value > 0):
+            raise CheckpointError(f"{self.path}: {name} is {value}; expected a positive finite scale, engines would compute NaN")
+        return value
+
+    def _read_input_scales(self, declared: Mapping[str, Any]) -> None:
+        algorithms = declared.get("quantized_layers") or {}
+        unscaled = []
+        for spec in self.table:
+            stored = self.stored.get(spec.name)
+            if stored is None or stored.format == "source":
+                continue
+            scale = stored.parts.get("input_scale")
+            if scale is not None:
+                self.inputs[spec.module] = stored.format, self.scalar(scale)
+            else:
+                entry = algorithms.get(spec.module)
+                algorithm = entry.get("quant_algo") if isinstance(entry, dict) else declared.get("quant_algo")
+                if algorithm in ("FP8", "NVFP4"):
+                    unscaled.append(spec.module)
+        if unscaled:
+            raise CheckpointError(
+                f"{self.path}: {len(unscaled)} modules are declared to have quantized inputs and lack `input_scale`: {listing(unscaled)}; "
+                "engines read it as zero, calibrate again"
+            )
+
+    def _read_cache_scales(self) -> None:
+        found, missing = 0, 0
+        for spec in self.table:
+            if spec.role not in ("attention.k_proj", "attention.v_proj"):
+                continue
+            name = kv_scale_name(spec.module)
+            stored = name in self.checkpoint.tensors
+            found, missing = found + stored, missing + (not stored)
+            if self.fp8_cache:
+                self.inputs[f"{spec.module}.output"] = "fp8", self.scalar(name) if stored else np.float32(1)
+        if self.fp8_cache and missing:
+            self.warnings.append(
+                f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines take 1.0, as here"
+            )
+        if found and not self.fp8_cache:
+            self.warnings.append(f"it has {found} KV cache scales but declares no FP8 cache: engines ignore them, as here")
+
+    def _check_extra(self) -> None:
+        known = {name for stored in self.stored.values() for name in stored.parts.values()}
+        known |= {kv_scale_name(s.module) for s in self.table if s.role in ("attention.k_proj", "attention.v_proj")}
+        extra = [name for name in self.checkpoint.tensors if name not in known]
+        if extra:
+            raise TensorTableError(
+                f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change what an engine computes, "
+                "expected the ModelOpt layout with FP8 per tensor or NVFP4"
+            )
+
+    def formats(self, module: str) -> tuple[str, str | None]:
+        """The format of a module's weight, and that of its input at run time."""
+        return self.stored[f"{module}.weight"].format, self.inputs[module][0] if module in self.inputs else None
+
+    def weights(self, prefix: str) -> "PackedWeights":
+        """The tensors under a prefix, as ``ReferenceModel`` and ``layer_forward`` take them."""
+        return PackedWeights(self, prefix)
+
+    def tap(self, only: Collection[str] | None = None, record: Callable[[str, Noise], None] | None = None) -> Tap:
+        """A tap, by full names, that rounds what an engine rounds.
+
+        Args:
+            only: names to round, others pass; None is all.
+            record: told what was done at each.
+        """
+
+        def round_trip(name: str, x: Tensor) -> Tensor:
+            rule = self.inputs.get(name)
+            if rule is None or (only is not None and name not in only):
+                return x
+            y, found = fake_quantize(x, *rule)
+            if record is not None:
+                record(name, found)
+            return y
+
+        return round_trip
+
+
+class PackedWeights(LayerWeights):
+    """Its tensors under a prefix: floating ones as tensors, quantized ones as :class:`PackedWeight`."""
+
+    def __init__(self, opened: PackedCheckpoint, prefix: str) -> None:
+        super().__init__(opened.checkpoint, prefix)
+        self.opened = opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.opened.stored[self.prefix + name]
+        return super().__getitem__(name) if stored.format == "source" else cast(Tensor, self.packed(stored))
+
+    def packed(self, stored: Stored) -> PackedWeight:
+        """A quantized weight, mapped."""
+        parts = stored.parts
+        codes = self.hold(parts["codes"])
+        blocks = self.hold(parts["block_scales"]) if "block_scales" in parts else None
+        return PackedWeight(stored.format, codes, blocks, self.opened.scalar(parts["global_scale"]))
