@@ -10,6 +10,7 @@
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
+        EngineError                 exit 2   a runtime refused a graph, or can't run here
         MissingExtraError           exit 3   a feature whose optional packages are not installed
         VerificationError           exit 1   a written checkpoint that is not what its plan says
     KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
@@ -59,6 +60,10 @@ class CalibrationError(NemoquantError):
 
 
 class OutputError(NemoquantError):
+    pass
+
+
+class EngineError(NemoquantError):
     pass
 
 

@@ -15,6 +15,7 @@ from nemoquant.model.roles import TensorSpec
 FILE = "nemoquant.json"
 SCHEMA = 1
 READ_BYTES = 8 << 20
+SAMPLE_BYTES = 1024
 REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
 
 
@@ -40,6 +41,17 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
         digest.update(checkpoint.raw(name).data)
+        checkpoint.release([name])
+    return digest.hexdigest()
+
+
+def content_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over a few bytes from the middle of every tensor: tells weights apart without reading them whole."""
+    digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
+    for name in sorted(checkpoint.tensors):
+        raw = checkpoint.raw(name)
+        middle = raw.size // 2
+        digest.update(raw[middle : middle + SAMPLE_BYTES].tobytes())
         checkpoint.release([name])
     return digest.hexdigest()
 
@@ -89,12 +101,17 @@ def change_file(folder: Path, name: str, text: str) -> None:
     Raises:
         CheckpointError: the manifest can't be used, or the file is no longer what it lists.
     """
-    data = read_manifest(folder)
-    if data["files"].get(name) != file_sha256(folder / name):
-        raise CheckpointError(f"{folder / name} was changed after it was written; it is left as it is")
+    data, path = read_manifest(folder), folder / name
+    if data["files"].get(name) != file_sha256(path):
+        raise CheckpointError(f"{path} was changed after it was written; it is left as it is")
     data["files"][name] = hashlib.sha256(text.encode()).hexdigest()
-    replace_text(folder / name, text)
-    write_manifest(folder, data)
+    before = path.read_text(encoding="utf-8")
+    replace_text(path, text)
+    try:
+        write_manifest(folder, data)
+    except BaseException:
+        replace_text(path, before)
+        raise
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

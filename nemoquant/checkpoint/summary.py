@@ -75,7 +75,7 @@ def _legacy_quantization(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
         bits = {"kv_cache_scheme": {"num_bits": 8}} if found.get("kv_cache_quant_algo") == "FP8" else {}
-        return {"quant_algo": found.get("quant_algo"), **bits}
+        return {"quant_algo": found.get("quant_algo"), "quantized_layers": found.get("quantized_layers"), **bits}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -14,9 +14,10 @@ VERBS = {
     "quantize": "Quantize a bf16 checkpoint to FP8 or NVFP4.",
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
     "diff": "Measure how far quantized checkpoints are from their source.",
-    "export": "Export ONNX graphs over the packed bytes.",
+    "export": "Export ONNX graphs over the packed bytes, and engines.",
     "generate": "Generate text with a checkpoint, through any engine.",
     "demo": "Quantize, verify and compare a small trained model, as a show.",
+    "doctor": "Show which engines can run here, and why the others can't.",
     "recipes": "List and show the shipped recipes.",
 }
 

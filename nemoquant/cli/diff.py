@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from nemoquant.cli.shared import progress_bars
 
@@ -70,7 +71,11 @@ def command(
     conditions = [Condition.parse(text) for text in fail_if]
     to_stdout = str(json_file) == "-"
     files = {"html": html, "json": None if to_stdout else json_file, "markdown": markdown}
-    check_files(files)
+    check_files(files | {"reference cache": reference_cache}, [source, *outs])
+    given = click.get_current_context().get_parameter_source
+    unused = [flag for name, flag in (("rows", "--rows"), ("seq_len", "--seq-len")) if given(name) is ParameterSource.COMMANDLINE]
+    if data is not None and data.suffix == ".npy" and unused:
+        click.echo(f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True)
     with progress_bars(to_stdout) as progress:
         report = api.diff(
             source, outs, data=data, rows=rows, seq_len=seq_len, reference_cache=reference_cache, threads=threads, card=not no_card,

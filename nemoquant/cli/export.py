@@ -16,7 +16,7 @@ def command() -> None:
     \b
     Examples:
       nemoquant export onnx OUT                                   OUT/model.onnx, for ONNX Runtime
-      nemoquant export onnx OUT --mtp --dialect tensorrt_rtx
+      nemoquant export trt OUT model.engine --sm 120              a TensorRT-RTX engine, built without a GPU
     """
 
 
@@ -85,3 +85,54 @@ def export_onnx(
     click.echo(
         f"{size(made.copied_bytes)} of tensors copied" if made.copied_bytes else "no tensor copied: weights stay in the shards"
     )
+
+
+@command.command("trt")
+@click.argument("source", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--target",
+    type=click.Choice(["rtx"]),
+    default="rtx",
+    show_default=True,
+    help="rtx: TensorRT-RTX, which builds without a GPU.",
+)
+@click.option("--sm", type=int, required=True, help="GPU to build for: 75 80 86 89 120 121.")
+@click.option(
+    "--compute",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of activations.",
+)
+@click.option("--max-seq-len", type=click.IntRange(min=2), default=4096, show_default=True, help="Most positions of a sequence.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most sequences at once.")
+@click.option("--workspace", type=click.FloatRange(min=0.001), help="Scratch memory in GB; default: the builder's own choice.")
+@click.option("--strip-weights", is_flag=True, help="Leave the weights out of the file, to be refitted from the shards.")
+@json_option
+def export_trt(
+    source: Path, out: Path, target: str, sm: int, compute: str, max_seq_len: int, max_batch: int, workspace: float | None,  # noqa: ARG001
+    strip_weights: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Build a TensorRT-RTX engine of the checkpoint in DIR into the file OUT, with OUT.json beside it.
+
+    Needs no GPU. The network is strongly typed: what can't have its precision fails, nothing falls back.
+
+    \b
+    Examples:
+      nemoquant export trt OUT model.engine --sm 120
+      nemoquant export trt OUT model.engine --sm 89 --compute float16 --max-seq-len 8192
+    """
+    from nemoquant.engine.export import export_rtx
+    from nemoquant.engine.tensorrt_rtx import RtxOptions
+
+    options = RtxOptions(sm, compute, max_seq_len, max_batch, int(workspace * 1e9) if workspace else None, strip_weights)
+    facts = export_rtx(source, out, options, lambda text: None if as_json else click.echo(text, err=True))
+    if as_json:
+        print_json(facts)
+        return
+    types = ", ".join(f"{count:,} {name}" for name, count in facts["layers_by_output_type"].items())
+    click.echo(f"{out}: {size(facts['bytes'])}, SM {sm}, {facts['layers']:,} layers, built in {facts['build_seconds']} s")
+    click.echo(f"layers by the type that they put out: {types}")
+    if facts["warnings"]:
+        click.echo(f"{len(facts['warnings'])} warnings of the builder are in {out.name}.json", err=True)

@@ -46,6 +46,9 @@ class Candidate(PackedCheckpoint):
         self.source, self.name = source, name
         self._check_origin()
         _check_tokenizer(path, source.path)
+        if source.config.mtp_modules and not self.config.mtp_modules:
+            lost = sum(spec.role.startswith("mtp.") for spec in source.table)
+            self.warnings.append(f"it lacks {lost} multi-token-prediction tensors: no acceptance is measured")
 
     def _check_origin(self) -> None:
         assert self.source.checkpoint is not None

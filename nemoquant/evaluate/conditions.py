@@ -48,7 +48,7 @@ class Condition:
             limit = math.nan
         if match is None or not math.isfinite(limit):
             raise UsageError(
-                f"--fail-if {text!r}: expected NAME OP NUMBER with OP one of {' '.join(OPERATORS)}, such as 'kl > 0.02'"
+                f"--fail-if {text!r}: expected NAME OP NUMBER, OP one of {' '.join(OPERATORS)}, a finite number, such as 'kl > 0.02'"
             )
         if match[1] not in METRICS:
             raise UsageError(f"--fail-if {text!r}: there is no figure {match[1]!r}; figures are {', '.join(METRICS)}")

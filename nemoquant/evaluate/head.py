@@ -1,5 +1,6 @@
 """Final norm, head and multi-token prediction of all models, position by position together."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 from nemoquant.calibrate.data import Rows
 from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.errors import CheckpointError, WeightError
 from nemoquant.evaluate.candidate import Candidate
 from nemoquant.evaluate.layers import Energy, into, run_layer
 from nemoquant.evaluate.metrics import Positions, compare, top1
@@ -39,7 +41,7 @@ class Head:
         return self.model.logits(x[None], self.tap)[0]
 
     def acceptance(self, ids: Tensor) -> float:
-        """Share of positions where the first MTP module's first choice is what the main model chooses next.
+        """Share of positions where the first MTP module's first choice is what the main model chooses next; NaN where it computes that.
 
         At position t the module is given the hidden state of t and the token at t + 1, and its choice is compared with the main
         model's at t + 1, as in speculative decoding with greedy verification. ids [rows, length]; ``choice`` must be filled.
@@ -58,6 +60,8 @@ class Head:
             run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y))
             x = y
         drafted = mtp.mtp_output(c, self.weights(prefixes[-1]), x).flatten(0, 1)
+        if not torch.isfinite(drafted).all():
+            return math.nan
         expected = self.choice.reshape(rows, length)[:, 1:].reshape(-1)
         accepted = sum(int((top1(self.logits(part, drafted)) == expected[part]).sum()) for part in _slices(c, len(drafted)))
         return accepted / len(drafted)
@@ -89,11 +93,23 @@ def compare_heads(
     for part in _slices(config, ids.numel()):
         progress(len(candidates) * part.start // ids.numel(), "head")
         logits = [head.logits(part) for head in heads]
+        if not torch.isfinite(logits[0]).all():
+            raise WeightError(
+                f"{source.path}: its final norm or head computes NaN or Inf; expected finite logits, is it damaged?"
+            )
+        for candidate, own in zip(candidates, logits[1:], strict=True):
+            if not torch.isfinite(own).all():
+                raise CheckpointError(
+                    f"{candidate.path}: the head computes NaN or Inf on the given rows; an engine would too, no figure can be given"
+                )
         for head, own in zip(heads, logits, strict=True):
             head.choice[part] = top1(own)
         for energy, own in zip(energies, logits[1:], strict=True):
             energy.add(own, logits[0])
         compare(logits, targets[part], found, part.start)
-    has_mtp = [config.mtp_modules > 0, *(c.has_mtp for c in candidates)]
+    has_mtp = [config.mtp_modules > 0, *(config.mtp_modules > 0 and c.has_mtp for c in candidates)]
     acceptance = [head.acceptance(ids) if has else None for head, has in zip(heads, has_mtp, strict=True)]
+    for path, share in zip([source.path, *(c.path for c in candidates)], acceptance, strict=True):
+        if share is not None and math.isnan(share):
+            raise CheckpointError(f"{path}: its multi-token-prediction module (mtp) computes NaN or Inf; expected finite weights")
     return found[0], found[1:], energies, acceptance

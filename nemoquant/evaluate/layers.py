@@ -37,6 +37,10 @@ class Energy:
         self.error += _square(value - reference)
         self.signal += _square(reference if base is None else reference - base)
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.error) and math.isfinite(self.signal)
+
     def result(self) -> Error:
         relative = math.sqrt(self.error / self.signal) if self.signal else float(self.error > 0)
         return Error(relative=relative, sqnr_db=decibels(self.signal, self.error))

@@ -5,23 +5,25 @@ source has it, on the reference's input, and the residual stream after the layer
 apart, and an error counts by what reaches the rest of the model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from nemoquant.checkpoint.reader import NUMPY, Checkpoint
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.errors import CheckpointError, WeightError
 from nemoquant.evaluate.candidate import Candidate, Module
 from nemoquant.evaluate.layers import SEGMENT, Energy
 from nemoquant.evaluate.schema import Experts, Quantized
 from nemoquant.evaluate.schema import Module as Measured
-from nemoquant.formats import noise
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
+from nemoquant.pack.layouts import kv_scale_name
 from nemoquant.quantized.checkpoint import PackedWeights
+from nemoquant.quantized.packed import plain_noise
 
 EFFECT_ROWS = 4
 
@@ -54,19 +56,18 @@ def weight_noise(candidate: Candidate, spec: TensorSpec) -> Noise:
     source = candidate.source.checkpoint
     assert source is not None
     stored = candidate.stored[spec.name]
-    weights = candidate.weights("")
-    if stored.format != "source":
-        found = weights.packed(stored).noise(_matrix(source, spec))
-    elif _same_bytes(source, candidate.checkpoint, spec.name):
-        found = Noise(count=max(1, int(np.prod(spec.shape))))
+    if stored.format == "source":
+        found = plain_noise(_matrix(source, spec), _matrix(candidate.checkpoint, spec))
     else:
-        other = _matrix(candidate.checkpoint, spec)
-        values = np.ascontiguousarray(
-            other if other.dtype == np.float32 else torch.from_numpy(other).view(torch.bfloat16).float()
-        )
-        found = noise.measure(_matrix(source, spec), values, np.inf)
+        found = candidate.weights("").packed(stored).noise(_matrix(source, spec))
     source.release([spec.name])
-    weights.release()
+    candidate.checkpoint.release(stored.parts.values())
+    if not math.isfinite(found.signal):
+        raise WeightError(f"{source.path}: {spec.name} has NaN or Inf; expected finite weights, is the source damaged?")
+    if not math.isfinite(found.error):
+        raise CheckpointError(
+            f"{candidate.path}: {spec.name} decodes to NaN or Inf; an engine would compute with that, quantize again"
+        )
     return found
 
 
@@ -75,11 +76,6 @@ def _matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Weight:
     array = checkpoint.array(spec.name)
     array = array.astype(np.float32) if array.dtype == np.float16 else array
     return array.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else array.reshape(1, -1)
-
-
-def _same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    one, other = a.tensors[name], b.tensors[name]
-    return NUMPY[one.dtype] == NUMPY[other.dtype] and np.array_equal(a.raw(name), b.raw(name))
 
 
 class ModuleNoise:
@@ -111,12 +107,18 @@ class ModuleNoise:
             format="changed" if changed else module.format,
             input_format=module.activation_format,
             elements=sum(int(np.prod(spec.shape)) for spec in module.specs),
-            bytes=sum(candidate.checkpoint.tensors[name].nbytes for s in stored for name in s.parts.values()),
+            bytes=sum(candidate.checkpoint.tensors[name].nbytes for s in stored for name in s.parts.values())
+            + self._cache_bytes(candidate),
             weight=_quantized(self.weights),
             input=_quantized(list(self.inputs.values())),
             effect=effect,
             experts=self._experts() if module.specs and module.specs[0].expert is not None else None,
         )
+
+    def _cache_bytes(self, candidate: Candidate) -> int:
+        """Of the scales of a KV cache."""
+        names = [kv_scale_name(tap.removesuffix(".output")) for tap in self.module.taps if tap.endswith(".output")]
+        return sum(candidate.checkpoint.tensors[name].nbytes for name in names if name in candidate.checkpoint.tensors)
 
     def _experts(self) -> Experts:
         by_expert = [self.inputs.get(spec.module) for spec in self.module.specs]

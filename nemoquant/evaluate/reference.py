@@ -94,7 +94,7 @@ def _made_from(source: Source, rows: Rows) -> dict[str, str]:
         "schema": SCHEMA,
         "config": json.dumps(source.raw_config, sort_keys=True),
         "tensor_table": manifest.tensor_table_sha256(source.checkpoint.tensors),
-        "weights": manifest.weights_fingerprint(source.checkpoint),
+        "weights": manifest.content_fingerprint(source.checkpoint),
         "tokens": rows.sha256,
     }
 
@@ -141,10 +141,10 @@ def check_cache(cache: Path, source: Source, rows: Rows) -> None:
     expected = _made_from(source, rows)
     for key, value in expected.items():
         if metadata.get(key) != value:
-            what = {"schema": "version of nemoquant", "tokens": "rows (--data, --rows, --seq-len)"}.get(key, "source")
+            what = {"schema": "is not one of this version", "tokens": "was made from other rows (--data, --rows, --seq-len)"}
             raise CheckpointError(
-                f"{cache} was made from another {what}: its {key.replace('_', ' ')} differ; expected a reference cache of this run's, "
-                "give another file or remove this one"
+                f"{cache} {what.get(key, f'was made from another source than {source.path}')}: its {key.replace('_', ' ')} differ; "
+                "expected a reference cache of this source and these rows, give another file or remove this one"
             )
     if {t.name: (t.dtype, t.shape) for t in tensors.values()} != {n: (d, s) for n, d, s in _layout(source, rows)}:
         raise CheckpointError(f"{cache} lacks tensors that a reference cache has; remove it")

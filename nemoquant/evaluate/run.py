@@ -64,8 +64,9 @@ class Side:
                 counts[noise.module.format] = counts.get(noise.module.format, 0) + size
         return counts
 
-    def check_finite(self, where: str) -> None:
-        if not torch.isfinite(self.hidden).all():
+    def check_finite(self, where: str, *energies: Energy) -> None:
+        """Raises CheckpointError where NaN or Inf came up, before a report would have to hold them."""
+        if not all(energy.finite for energy in energies):
             raise CheckpointError(
                 f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would too, no figure can be given: "
                 "look at its scales there, or calibrate again"
@@ -93,8 +94,7 @@ def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | 
                 if stage.layer is None:
                     _embedding(side, rows, stage)
                 else:
-                    _layer(side, source, before, stage)
-                side.check_finite(what)
+                    _layer(side, source, before, stage, what)
             before = stage.hidden
     own, found, energies, acceptance = compare_heads(
         source, candidates, [before, *(side.hidden for side in sides)], rows,
@@ -132,6 +132,7 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
     weights.release()
     found, energy = side.noise(None, "embedding"), Energy()
     energy.add(side.hidden, stage.hidden)
+    side.check_finite("the embedding", energy)
     effect = Energy()
     effect.add(sample(side.hidden), sample(stage.hidden))
     side.modules += [noise.measured(side.candidate, effect.result().relative) for noise in found if noise.differs]
@@ -141,8 +142,8 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
     ))  # fmt: skip
 
 
-def _layer(side: Side, source: Source, before: Tensor, stage: Stage) -> None:
-    """One layer of one candidate. ``before`` and ``stage.hidden`` are the reference's stream around it."""
+def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) -> None:
+    """One layer of one candidate, ``what`` in words. ``before`` and ``stage.hidden`` are the reference's stream around it."""
     assert stage.layer is not None and source.checkpoint is not None
     config, candidate, prefix = source.config, side.candidate, f"backbone.layers.{stage.layer}."
     kind = config.layers[stage.layer]
@@ -156,6 +157,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage) -> None:
 
     recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
     run_layer(config, kind, weights, before, prefixed(recording, prefix), measure)
+    side.check_finite(what, alone)
     flips = None
     if kind == "moe":
         flips = routing(config, choices(config, original, before), choices(config, weights, side.hidden))
@@ -165,6 +167,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage) -> None:
     error.add(after, stage.hidden)
     if state is not None and stage.ssm_state is not None:
         state_error.add(state, stage.ssm_state)
+    side.check_finite(what, error, state_error)
     side.modules += effects(
         candidate, found, original, weights,
         lambda mixed, tap: layer_forward(config, kind, mixed, sample(before), None, prefixed(tap, prefix))[0],
@@ -193,6 +196,7 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
     if tied or any(noise.differs for noise in found):
         recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
         alone.add(run(weights, recording), run(original, identity))
+    side.check_finite("the head", alone, logits)
     side.modules += effects(candidate, found, original, weights, run)
     side.layers.append(schema.Layer(
         name="head", kind="head", elements_by_format=side.elements(found), stream=logits.result(), alone=alone.result(),
@@ -223,6 +227,8 @@ def _candidate(side: Side, reference: schema.Reference, logits: schema.Logits, a
     elements = sum(module.elements for module in quantized)
     plan = candidate.manifest["plan"] if candidate.manifest else {}
     changed = [module.name for module in side.modules if module.format == "changed"]
+    mtp = [s for s in candidate.source.table if s.role.startswith("mtp.") and candidate.has_mtp and s.name in candidate.stored]
+    changed += [s.name for s in mtp if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error]
     warnings = list(candidate.warnings)
     if changed:
         warnings.append(f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}")

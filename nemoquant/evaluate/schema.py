@@ -49,7 +49,7 @@ class Reference(_Part):
 
 
 class Error(_Part):
-    """Of a tensor against the reference's: over all rows and positions, in float64."""
+    """Of a tensor against the reference's, over all rows and positions: float32 differences, float64 sums."""
 
     relative: NotNegative
     """norm of the difference / norm of the reference."""
@@ -164,7 +164,8 @@ class Module(_Part):
     weight: Quantized | None
     """Null for a KV cache."""
     input: Quantized | None
-    """On the reference's input to the layer. Null where it is not rounded, or no token reached it."""
+    """On the reference's input to the layer (of the head: on ``effect_rows`` rows). Null where it is not rounded, or no token reached it.
+    Inf counts as saturated: an engine clips it."""
     effect: NotNegative
     """Measured effect: relative error of the residual stream after the layer (of the logits for the final norm and head) when only this
     module is the candidate's, fed the reference's input; on the first ``effect_rows`` rows."""

@@ -81,7 +81,7 @@ def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise
     """Compare ``values`` [rows, in] (uint16 bf16 patterns or float32, C-contiguous) with what they were decoded to.
 
     Args:
-        decoded: float32 of that shape, C-contiguous.
+        decoded: float32 of that shape.
         limit: the largest magnitude that values of this tensor can be decoded to; what is larger counts as saturated.
     Raises:
         ValueError: wrong dtypes or layouts, or shapes that do not belong together.
@@ -90,7 +90,8 @@ def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise
     if decoded.shape != values.shape:
         raise ValueError(f"decoded: got shape {decoded.shape}, expected {values.shape}")
     sums = np.zeros((4, _LANES), np.float64)
-    _measure(bits, shift, flat(decoded, np.float32, "decoded"), np.float32(limit), sums)
+    largest = np.float32(min(float(limit), float(np.finfo(np.float32).max)))
+    _measure(bits, shift, flat(decoded, np.float32, "decoded"), largest, sums)
     signal, error, saturated, flushed = (float(s) for s in sums.sum(1))
     return Noise(signal, error, int(saturated), int(flushed), bits.size)
 

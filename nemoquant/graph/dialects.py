@@ -212,47 +212,29 @@ class TensorRTRTX(Dialect):
         return t.op("DequantizeLinear", both, scale, output_dtype=int(compute)), both
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
-        """Stacks are decoded whole. Few tokens: the chosen experts' matrices are gathered; many: all experts see all tokens."""
+        """All experts over all tokens as two batched products; a token's factor of an expert that it did not choose is zero.
+
+        The builder refuses NonZero, and takes a gather of packed codes for no data type that it can gather. A branch of its own for
+        few tokens would hold every weight a second time in the engine (measured). So a token costs all experts here.
+        """
 
         def record(t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value) -> list[ir.Value]:
-            parts = dict(zip(stack_names(name), stacks, strict=True))
-            up, down = ({part: parts[f"{p}_{part}"] for part in parts_of(name)} for p in ("up", "down"))
-            up_all, down_all = (self.decoded(t, w, name, compute, True) for w in (up, down))
-
-            def round_for(t: Tape, x: ir.Value, projection: str) -> ir.Value:
-                return self.rounded(t, x, {"input_scale": parts.get(f"{projection}_input_scale", x)}, name, compute)
-
-            def mlp(t: Tape, x: ir.Value, up: ir.Value, down: ir.Value) -> ir.Value:
-                """x [n or 1, tokens, in] by matrices [n, width, in] and [n, in, width]."""
-                hidden = squared_relu(t, t.op("MatMul", x, t.op("Transpose", up, perm=[0, 2, 1])))
-                return t.cast(t.op("MatMul", round_for(t, hidden, "down"), t.op("Transpose", down, perm=[0, 2, 1])), FLOAT)
-
-            x = round_for(t, x, "up")  # once, and not in the If: its builder fails on a 16-bit cast there
-
-            def few(t: Tape) -> list[ir.Value]:
-                chosen = t.reshape(ids, -1)
-                matrices = (t.op("Gather", stack, chosen, axis=0) for stack in (up_all, down_all))
-                each = t.op("Expand", t.unsqueeze(x, 1), t.op("Concat", t.size(ids, 0), t.size(ids, 1), t.size(x, 1), axis=0))
-                y = mlp(t, t.op("Reshape", each, t.op("Concat", t.ints(-1, 1), t.size(x, 1), axis=0)), *matrices)
-                y = t.op("Reshape", y, t.op("Concat", t.op("Shape", ids), t.ints(-1), axis=0))  # [T, k, I]
-                return [t.cast(t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(factors, 2)), t.ints(1), keepdims=0), compute)]
-
-            def many(t: Tape) -> list[ir.Value]:
-                count = t.size(up_all, 0)
-                none = t.op(
-                    "ConstantOfShape", t.op("Concat", t.size(ids, 0), count, axis=0), value=ir.tensor(np.zeros(1, np.float32))
-                )
-                share = t.op("Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0])  # [E, T]
-                y = mlp(t, t.unsqueeze(x, 0), up_all, down_all)  # [E, T, I]
-                return [t.cast(t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(share, 2)), t.ints(0), keepdims=0), compute)]
-
-            small = t.op(
-                "LessOrEqual", t.op("Squeeze", t.op("Mul", t.size(ids, 0), t.size(ids, 1))), t.op("Squeeze", t.size(up_all, 0))
+            named = dict(zip(stack_names(name), stacks, strict=True))
+            count = t.size(stacks[0], 0)
+            none = t.op(
+                "ConstantOfShape", t.op("Concat", t.size(ids, 0), count, axis=0), value=ir.tensor(np.zeros(1, np.float32))
             )
-            total = t.op(
-                "If", small, then_branch=t.subgraph("then_branch", [], few), else_branch=t.subgraph("else_branch", [], many)
-            )
-            return [total]
+            share = t.op("Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0])  # [E, T]
+
+            def product(x: ir.Value, projection: str) -> ir.Value:
+                """x [1 or E, T, in] by [E, out, in]."""
+                w = {part: named[f"{projection}_{part}"] for part in parts_of(name)}
+                matrices = t.op("Transpose", self.decoded(t, w, name, compute, True), perm=[0, 2, 1])
+                return t.op("MatMul", self.rounded(t, x, w, name, compute), matrices)
+
+            y = t.cast(product(squared_relu(t, product(t.unsqueeze(x, 0), "up")), "down"), FLOAT)  # [E, T, in]
+            total = t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(share, 2)), t.ints(0), keepdims=0)
+            return [t.cast(total, compute)]
 
         return function(spec("routed_experts"), record, name=experts_op(name), inputs=stack_names(name))
 

@@ -17,12 +17,12 @@ from nemoquant.checkpoint.source import FLOAT_DTYPES
 from nemoquant.checkpoint.summary import declared_quantization, declares_fp8_cache
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, listing
-from nemoquant.evaluate.packed import PackedWeight, fake_quantize
 from nemoquant.formats.noise import Noise
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
 from nemoquant.model.taps import Tap
 from nemoquant.pack.layouts import Stored, find_stored, kv_scale_name
+from nemoquant.quantized.packed import PackedWeight, fake_quantize
 
 
 class PackedCheckpoint:
@@ -104,6 +104,7 @@ class PackedCheckpoint:
             stored = self.stored.get(spec.name)
             if stored is None or stored.format == "source":
                 continue
+            self.scalar(stored.parts["global_scale"])
             scale = stored.parts.get("input_scale")
             if scale is not None:
                 self.inputs[spec.module] = stored.format, self.scalar(scale)

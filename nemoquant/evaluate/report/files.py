@@ -1,7 +1,7 @@
 """The report's files: checked before the work begins, written whole or not at all after it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemoquant.checkpoint.manifest import replace_text
@@ -10,17 +10,21 @@ from nemoquant.evaluate.report.markdown import markdown
 from nemoquant.evaluate.schema import Report
 
 
-def check_files(files: Mapping[str, Path | None]) -> None:
+def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = ()) -> None:
     """Make sure that the files (kind -> path, None is not wanted) can be written.
 
+    Args:
+        checkpoints: folders that no report may be written into.
     Raises:
-        OutputError: a folder is missing or not writable, or the place is taken by a folder; UsageError for one name twice.
+        OutputError: a folder is missing, not writable or a checkpoint, or the place is taken by a folder; UsageError for one name twice.
     """
     wanted = [path for path in files.values() if path is not None]
     for i, path in enumerate(wanted):
         folder = path.absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{path}: {folder} is not a folder that can be written; make it, or choose another place")
+        if folder.resolve() in [checkpoint.resolve() for checkpoint in checkpoints]:
+            raise OutputError(f"{path}: {folder} is a checkpoint, whose files are listed in its manifest; choose another place")
         if path.is_dir():
             raise OutputError(f"{path} is a folder; expected a file name")
         if path.absolute() in [other.absolute() for other in wanted[:i]]:

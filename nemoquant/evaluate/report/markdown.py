@@ -96,10 +96,14 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def code(text: str) -> str:
     """Text of a stranger as Markdown code, in one line and inside a table's cell."""
-    plain = " ".join(text.replace("`", "'").replace("|", "\\|").split())
-    return f"`{plain}`"
+    return f"`{_printable(text).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def _text(text: str) -> str:
     """Text of a stranger as plain text: nothing in it is markup."""
-    return "".join("\\" + ch if ch in "\\`*[]<>|" else ch for ch in " ".join(text.split()))
+    return "".join("\\" + ch if ch in "\\`*[]<>|" else ch for ch in _printable(text))
+
+
+def _printable(text: str) -> str:
+    """In one line, without control characters."""
+    return "".join(ch if ch.isprintable() else "?" for ch in " ".join(text.split()))

@@ -100,6 +100,17 @@ class PackedWeight:
         return _total(_in_pieces(piece, *self.shape))
 
 
+def plain_noise(weight: Weight, other: Weight) -> Noise:
+    """Two unquantized weights [out, in], bf16 bit patterns or float32: the second one against the first."""
+
+    def piece(rows: slice) -> Noise:
+        part = other[rows]
+        values = part if part.dtype == np.float32 else torch.from_numpy(part).view(torch.bfloat16).float().numpy()
+        return noise.measure(weight[rows], np.ascontiguousarray(values), np.inf)
+
+    return _total(_in_pieces(piece, *weight.shape))
+
+
 def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, Noise]:
     """``x`` [..., in] float32 through codes and back, as a new tensor, and what that did to it.
 

@@ -1,0 +1,88 @@
+"""Bounded memory: 0.8 GB of source, beside it the source itself and a quantized output, in a fraction of that.
+
+Peak is VmHWM of a process of its own, above that of a process that imports the same modules, compiles the kernels and runs a small
+diff. Above it come the pages of weights that both sides hold at a time (``HELD_BYTES``: 67 MB each), and some 50 MB of arrays: weights
+decoded or widened to float32 (17 MB for Mamba-2's in_proj), the streams and logits of the rows.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemoquant.checkpoint.header import encode_header
+from nemoquant.model.config import parse_config
+from nemoquant.model.roles import tensor_table
+
+LIMIT = 220e6
+CONFIG = {
+    "model_type": "nemotron_h", "hybrid_override_pattern": "ME*EE", "num_hidden_layers": 5, "vocab_size": 4096, "hidden_size": 1024,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 4096,
+    "mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2, "conv_kernel": 4, "chunk_size": 64,
+    "n_routed_experts": 128, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_latent_size": 512, "moe_intermediate_size": 1024,
+    "moe_shared_expert_intermediate_size": 2048, "routed_scaling_factor": 1.0, "eos_token_id": 2,
+}  # fmt: skip
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from nemoquant import api
+
+def measure(folder, rows, *candidates):
+    report = api.diff(folder, candidates, data=rows, threads=1, card=False)
+    assert report.data.rows
+
+folder, rows, small = (Path(a) for a in sys.argv[1:4])
+measure(small / "source", small / "rows.npy", small / "nvfp4")
+torch.nn.functional.linear(torch.ones(128, 1024), torch.ones(1024, 1024))
+if sys.argv[4:]:
+    measure(folder, rows, *(Path(a) for a in sys.argv[4:]))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """0.8 GB of finite bf16, written from one buffer a tensor at a time."""
+    folder = tmp_path_factory.mktemp("large") / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(CONFIG))]
+    noise = (torch.randn(8 << 20, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
+    with (folder / "model.safetensors").open("wb") as f:
+        f.write(encode_header(table, {}))
+        for number, (_, dtype, shape) in enumerate(table):
+            count = int(np.prod(shape))
+            start = number * 4099 % (len(noise) - count)
+            f.write(np.zeros(count, np.float32) if dtype == "F32" else noise[start : start + count])
+    np.save(folder.parent / "rows.npy", np.random.default_rng(0).integers(3, 4096, (2, 64)))
+    return folder
+
+
+def test_peak_memory_stays_under_the_limit(large, quantized, tmp_path):
+    size = (large / "model.safetensors").stat().st_size
+    assert size > 3.5 * LIMIT
+    quantized("nvfp4")  # the small one, for kernels and libraries to be loaded by
+    out = quantized("nvfp4-w4a16", name="large", of=large)
+
+    def peak(*candidates):
+        arguments = [large, large.parent / "rows.npy", tmp_path, *candidates]
+        done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return 1024 * int(done.stdout)
+
+    baseline = peak()
+    found = {"NVFP4": peak(out), "the source itself": peak(large), "both": peak(large, out)}
+    above = {run: round((value - baseline) / 1e6) for run, value in found.items()}
+    print(f"MB above {baseline / 1e6:.0f}: {above}")
+    assert max(above.values()) < LIMIT / 1e6, above
