@@ -17,7 +17,8 @@ The error of a block is the float64 sum, in index order, of (w - code * d)^2.
 
 Activations are encoded at run time (``encode_activations``): the global scale is the calibrated ``input_scale``, the block's scale is
 e4m3(block_amax / (6 * global)) without the lower bound: it may round to zero, and the whole block with it, as in the kernels of
-vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``). (Model Optimizer's fake quantizer also drops blocks whose scale is below 1e-5.) What exceeds 448 * 6 global scales is clipped.
+vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``). What exceeds 448 * 6 global scales is clipped.
+(Model Optimizer's fake quantizer also drops blocks whose scale is below 1e-5.)
 """
 
 from typing import Literal, TypeAlias

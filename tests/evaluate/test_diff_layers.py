@@ -412,6 +412,9 @@ def test_sizes_of_modules(run: Run) -> None:
     for module in run.report.candidates[0].modules:
         names = parts(run, module)
         kinds = [f"{name}.{kind}" for name in names for kind in ("weight", "weight_scale", "weight_scale_2", "input_scale")]
+        if module.role == "kv_cache":
+            mixer = module.name.removesuffix(".kv_cache")
+            kinds = [f"{mixer}.k_proj.k_scale", f"{mixer}.v_proj.v_scale"]
         stored = [run.candidate.tensors[kind] for kind in kinds if kind in run.candidate.tensors]
         assert module.bytes == sum(t.numel() * t.element_size() for t in stored), module.name
         assert module.elements == sum(run.source.tensors[name + ".weight"].numel() for name in names), module.name

@@ -247,7 +247,7 @@ def test_what_a_preset_rounds_is_what_is_measured(preset, source, quantized, com
     assert (cache in rows) == (found.kv_cache == "fp8") == (preset != "nvfp4-w4a16")
     if cache in rows:
         kv = module(found, cache)
-        assert (kv.role, kv.layer, kv.weight, kv.elements, kv.bytes) == ("kv_cache", 1, None, 0, 0)
+        assert (kv.role, kv.layer, kv.weight, kv.elements, kv.bytes) == ("kv_cache", 1, None, 0, 8)
         assert 20 < kv.input.sqnr_db < 45, "E4M3 has three bits of mantissa: about 32 dB"
     assert found.recipe == preset
 
