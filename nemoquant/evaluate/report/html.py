@@ -6,7 +6,7 @@ hovered, from data that stands in the page as JSON.
 1. Everything in a report is untrusted text (names of folders, tensors, recipes). Jinja escapes; the JSON cannot end its element;
    the script writes text nodes only; and a Content-Security-Policy runs the two scripts whose hashes it names and nothing else.
 2. The data is reduced to what the page shows, so that a model of 88 layers and 512 experts stays below 6 MB, plotly.js included:
-   floats have five digits, experts become their worst and their median, expert load is the difference from the reference's.
+   floats have six digits, experts become their worst and their median, expert load is the difference from the reference's.
 3. The same report gives the same bytes: no time, no random ids.
 """
 
@@ -26,7 +26,7 @@ from nemoquant.evaluate.schema import Candidate, Experts, Layer, Module, Quantiz
 from nemoquant.units import size
 
 HERE = Path(__file__).parent
-DIGITS = 5  # of a float in the page; nothing is shown with more
+DIGITS = 6  # of a float in the page; nothing is shown with more
 PARTS = {
     "up_proj": "up projection",
     "down_proj": "down projection",
