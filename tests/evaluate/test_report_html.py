@@ -106,7 +106,7 @@ def test_data_is_reduced_but_right() -> None:
     assert data["loads"][2] == [1000, 1037, 1074, 1111]
     assert layers[2]["load_change"] == [-10, 10, -10, 10]  # 100 x its relative error of 0.1
     assert (layers[2]["alone"], layers[2]["stream"], layers[2]["state"]) == (0.1, 0.05, None)
-    assert layers[1]["state"] == 0.016667  # 0.05 / 3 in five digits
+    assert layers[1]["state"] == 0.0166667  # 0.05 / 3 in six digits
     up = next(m for m in modules if m["role"] == "experts.up_proj")
     assert (up["expert"], up["expert_db"], up["expert_median_db"]) == (0, 20.0, 20.185)
     cache = next(m for m in modules if m["role"] == "kv_cache")
