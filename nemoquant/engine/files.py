@@ -31,20 +31,38 @@ def read_graph(path: Path) -> Any:
 
 
 def onnx_package() -> Any:
+    """The onnx module, with onnx_ir beside it.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
     try:
         import onnx
+        import onnx_ir  # noqa: F401
     except ImportError:
         raise MissingExtraError("graphs need the extra `onnx`: pip install 'nemoquant[onnx]'") from None
     return onnx
 
 
 def graph_facts(model: Any, path: Path) -> dict[str, Any]:
-    """What the export wrote of the graph: dialect, compute dtype, plan, files."""
+    """What the export wrote of the graph: dialect, compute dtype, plan, files with size and sha256.
+
+    Raises:
+        CheckpointError: it says nothing of itself, or not in that form.
+    """
     for entry in model.metadata_props:
         if entry.key == "nemoquant":
-            facts: dict[str, Any] = json.loads(entry.value)
-            return facts
-    raise CheckpointError(f"{path} was not exported by nemoquant; expected its metadata, export it again")
+            try:
+                facts: dict[str, Any] = json.loads(entry.value)
+                texts = (facts["dialect"], facts["compute"], *facts["files"])
+                sizes = [(int(file["size"]), file["sha256"]) for file in facts["files"].values()]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                break
+            if sizes and all(isinstance(text, str) for text in texts) and all(Path(name).name == name for name in facts["files"]):
+                return facts
+    raise CheckpointError(
+        f"{path} was not exported by nemoquant, or was changed: its metadata are not as expected; export it again"
+    )
 
 
 def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:

@@ -76,8 +76,7 @@ class Builder:
 
     def mtp(self) -> ir.Model:
         """The first multi-token-prediction module; states are numbered by its own layers."""
-        if not self.opened.has_mtp:
-            raise UsageError(f"{self.opened.path} has no multi-token-prediction module")
+        assert self.opened.has_mtp
         prefixes = mtp.layer_prefixes(self.config, 0)
         embedded = self.embedded()
         hidden = self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)

@@ -81,7 +81,7 @@ class Dialect:
         if name in ("fp8", "w8a16"):
             if stacked:
                 return t.cast(t.op("Mul", _e4m3(t, w["codes"]), w["global_scale"]), compute)
-            return t.op("DequantizeLinear", w["codes"], w["global_scale"], output_dtype=int(compute))
+            return t.cast(t.op("DequantizeLinear", w["codes"], w["global_scale"]), compute)
         block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
         half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
         pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)  # [out, in/2, 2]
@@ -92,10 +92,15 @@ class Dialect:
     def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
         """A GEMM's input as the format has it."""
         if name == "fp8":
-            return fp8_round_trip(t, x, w["input_scale"], compute)
+            return self.fp8_round_trip(t, x, w["input_scale"], compute)
         if name == "nvfp4":
             return t.op("NVFP4DynamicQuantDequant", x, w["input_scale"], domain=DOMAIN)
         return x
+
+    def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
+        """Through E4M3 and back; the scale stays float32, whatever ``x`` is."""
+        codes = t.op("QuantizeLinear", t.cast(x, FLOAT), scale, output_dtype=int(F8))
+        return t.cast(t.op("DequantizeLinear", codes, scale), compute)
 
     def linear(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType, stacked: bool = False) -> ir.Value:
         """x [tokens, in] in the compute dtype -> [tokens, out]."""
@@ -106,7 +111,7 @@ class Dialect:
     ) -> tuple[ir.Value, ir.Value]:
         """New keys or values behind the past ones [B, heads, positions, size]: what attention reads, and what is kept."""
         if scale is not None:
-            x = fp8_round_trip(t, x, scale, compute)
+            x = self.fp8_round_trip(t, x, scale, compute)
         both = t.op("Concat", past, x, axis=2)
         return both, both
 
@@ -159,11 +164,6 @@ def squared_relu(t: Tape, x: ir.Value) -> ir.Value:
     return t.op("Mul", x, x)
 
 
-def fp8_round_trip(t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
-    """Through E4M3 and back, in the dtype of ``x``; the scale stays float32, whatever that is."""
-    return t.op("DequantizeLinear", t.op("QuantizeLinear", x, scale, output_dtype=int(F8)), scale, output_dtype=int(compute))
-
-
 def _e4m3(t: Tape, codes: ir.Value) -> ir.Value:
     """Bytes of E4M3 codes as float32."""
     return t.cast(t.op("Gather", t.constant(E4M3_VALUES), t.cast(codes, ir.DataType.INT32), axis=0), FLOAT)
@@ -194,7 +194,7 @@ class TensorRTRTX(Dialect):
 
     def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
         if name == "fp8":
-            return fp8_round_trip(t, x, w["input_scale"], compute)
+            return self.fp8_round_trip(t, x, w["input_scale"], compute)
         if name != "nvfp4":
             return x
         codes, scales = t.ops(
@@ -202,6 +202,10 @@ class TensorRTRTX(Dialect):
         )
         scales = t.op("DequantizeLinear", scales, w["input_scale"])
         return t.cast(t.op("DequantizeLinear", codes, scales, axis=-1, block_size=BLOCK), compute)
+
+    def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
+        codes = t.op("QuantizeLinear", x, scale, output_dtype=int(F8))  # no casts between: the pair is to melt into its GEMM
+        return t.op("DequantizeLinear", codes, scale, output_dtype=int(compute))
 
     def cached(
         self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType

@@ -56,6 +56,9 @@ def export_onnx(
     """
     opened = PackedCheckpoint(path)
     with opened.checkpoint:
+        Builder(opened, DIALECTS[dialect], options)  # what can be refused is refused before a byte is written
+        if mtp and not opened.has_mtp:
+            raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
         if reason is None:
             return _write_graphs(opened, dialect, options, mtp)
@@ -63,7 +66,6 @@ def export_onnx(
             raise UsageError(f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it")
         if out is None:
             raise UsageError(f"{path}: a graph can't stand beside its tensors, because {reason}; give an OUT folder for a copy")
-        Builder(opened, DIALECTS[dialect], options)  # what can be refused is refused before a byte is written
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         output.check_output(out, path, len(opened.checkpoint.tensors), size)
         with output.making(out) as folder:
@@ -153,17 +155,15 @@ def _views(opened: PackedCheckpoint) -> bool:
 
 
 def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """Files as they are; links are followed. Graphs and engines stay behind: they are made anew."""
-    files = [
-        f
-        for f in sorted(opened.path.iterdir())
-        if f.is_file() and f.suffix in (".json", ".jinja", ".md", ".safetensors", ".py", "")
-    ]
-    total, done = sum(f.stat().st_size for f in files), 0
-    for file in files:
-        if file.name != manifest.FILE:
-            shutil.copyfile(file, folder / file.name)
-        done += file.stat().st_size
+    """Shards and what belongs to them, as they are; links are followed. Graphs stay behind: they are made anew."""
+    path = opened.path
+    names = sorted({info.file.name for info in opened.checkpoint.tensors.values()})
+    names += [name for name in (INDEX, *output.WRITTEN) if (path / name).is_file() and name != manifest.FILE]
+    names += output.side_files(path, opened.raw_config)[0]
+    total, done = sum((path / name).stat().st_size for name in names), 0
+    for name in names:
+        shutil.copyfile(path / name, folder / name)
+        done += (path / name).stat().st_size
         progress(done, total)
     if opened.manifest is not None:
         kept = {name: digest for name, digest in opened.manifest["files"].items() if (folder / name).exists()}
