@@ -247,6 +247,7 @@ def diff(
     rows: int = 32,
     seq_len: int = 512,
     reference_cache: PathLike | None = None,
+    engine: str = "torch",
     threads: int | None = None,
     card: bool = True,
     progress: Progress = no_progress,
@@ -257,6 +258,7 @@ def diff(
         candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not quantized.
         data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated on.
         rows, seq_len: how much of it; ignored for .npy, which says so itself.
+        engine: take logits through this engine too, ``onnxruntime``; ``torch`` is the diff's own arithmetic.
         reference_cache: file for the source's side, written by the first run and read by later ones.
         card: put the figures into the model cards of candidates that nemoquant wrote.
     Raises:
@@ -282,6 +284,7 @@ def diff(
         raise UsageError(f"{text} has rows of one token; expected at least 2, the first one predicts the second")
     import torch
 
+    from nemoquant.engine.load import load_engine
     from nemoquant.evaluate.candidate import Candidate
     from nemoquant.evaluate.card import update_card
     from nemoquant.evaluate.reference import check_cache
@@ -297,7 +300,8 @@ def diff(
             stack.enter_context(side.checkpoint)
         if cache is not None:
             check_cache(cache, opened, tokens)
-        report = compare(opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what))
+        engines = [] if engine == "torch" else [load_engine(engine, path) for path in paths]
+        report = compare(opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what), engines)
     if card:
         told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
     return report.model_copy(update={"warnings": told})

@@ -1,5 +1,6 @@
 """The whole toolchain on the trained demo model: every preset that fits it, verified, and compared in one report."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from nemoquant.planning.recipe import recipe_folder
 if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
 
+ENGINE_SM = 120  # of the engine that is built for the look of it
 PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 REPORTS = {"html": "report.html", "json": "report.json", "markdown": "report.md"}
 
@@ -24,7 +26,9 @@ def demo_model() -> Path:
 def demo(
     out: Path, *, rows: int = 32, say: Callable[[str], None] = lambda text: None, progress: api.Progress = api.no_progress
 ) -> "Report":
-    """Quantize, verify and compare into the new folder ``out``; it appears when everything is in it.
+    """Quantize, verify, export and compare into the new folder ``out``; it appears when everything is in it.
+
+    Graphs need the extra `ort`, an engine the extra `rtx`; what is not installed is left out, and said.
 
     Args:
         rows: of 512 tokens each, to calibrate and to compare on.
@@ -47,6 +51,30 @@ def demo(
             if not report["ok"]:
                 raise VerificationError(f"{preset}: {listing(report['problems'])}")
             say(f"{preset}: {result.plan.recipe.summary} {plan.bits_per_weight:.2f} bits a weight; verified against the source.")
-        found = api.diff(source, [folder / preset for preset in PRESETS], rows=rows, progress=progress)
+        engine = _graphs(folder, say)
+        found = api.diff(source, [folder / preset for preset in PRESETS], rows=rows, engine=engine, progress=progress)
         write_files(found, {kind: folder / name for kind, name in REPORTS.items()})
     return found
+
+
+def _graphs(folder: Path, say: Callable[[str], None]) -> str:
+    """Export every preset, and build one engine; returns the engine that the diff can run them through."""
+    if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx_ir")):
+        say("graphs: left out, they need the extra `ort`: pip install 'nemoquant[ort]'")
+        return "torch"
+    for preset in PRESETS:
+        made = api.export_onnx(folder / preset, mtp=True)
+    say(
+        f"graphs: model.onnx and mtp.onnx beside the shards of each, {made.nodes} nodes in {len(made.functions)} functions, no weight copied."
+    )
+    if importlib.util.find_spec("tensorrt_rtx"):
+        from nemoquant.engine.export import export_rtx
+        from nemoquant.engine.tensorrt_rtx import RtxOptions
+
+        facts = export_rtx(folder / "nvfp4", folder / "nvfp4-sm120.engine", RtxOptions(ENGINE_SM))
+        say(
+            f"engine: nvfp4-sm120.engine, TensorRT-RTX {facts['version']}, {facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
+        )
+    else:
+        say("engine: left out, it needs the extra `rtx`: pip install 'nemoquant[rtx]'")
+    return "onnxruntime"

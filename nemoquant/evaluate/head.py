@@ -72,21 +72,26 @@ def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
 
 
+def heads_of(source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor]) -> list[Head]:
+    """Of all models over their streams after the last layer, the reference's first."""
+    assert source.checkpoint is not None
+    checkpoint = source.checkpoint
+    heads = [Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0])]
+    return heads + [Head(source.config, c.weights, c.tap(), stream) for c, stream in zip(candidates, streams[1:], strict=True)]
+
+
 def compare_heads(
-    source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], rows: Rows, progress: Progress
+    source: Source, candidates: Sequence[Candidate], heads: Sequence[Head], rows: Rows, progress: Progress
 ) -> tuple[Positions, list[Positions], list[Energy], list[float | None]]:
     """Logits of all models, and what follows from them.
 
     Args:
-        streams: after the last layer, the reference's first.
+        heads: the reference's first.
     Returns:
         positions of the reference and of each candidate, the error of each candidate's logits, and the MTP acceptance of the
         reference and of each candidate, None where one has no module.
     """
-    assert source.checkpoint is not None
-    checkpoint, config, ids = source.checkpoint, source.config, torch.from_numpy(rows.ids)
-    heads = [Head(config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0])]
-    heads += [Head(config, c.weights, c.tap(), stream) for c, stream in zip(candidates, streams[1:], strict=True)]
+    config, ids = source.config, torch.from_numpy(rows.ids)
     found = [Positions(*ids.shape) for _ in heads]
     energies = [Energy() for _ in candidates]
     targets = ids.roll(-1, 1).flatten()

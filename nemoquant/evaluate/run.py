@@ -8,7 +8,7 @@ scan states of one layer, and the working set of a layer over a batch of rows (`
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from nemoquant._version import __version__
 from nemoquant.calibrate.data import Rows
 from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.engine.base import Engine
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.evaluate import schema
 from nemoquant.evaluate.candidate import Candidate
-from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads
+from nemoquant.evaluate.engines import run_engines
+from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
 from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample, weight_noise
@@ -73,11 +75,19 @@ class Side:
             )
 
 
-def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | None, progress: Progress) -> schema.Report:
+def diff(
+    source: Source,
+    candidates: list[Candidate],
+    rows: Rows,
+    cache: Path | None,
+    progress: Progress,
+    engines: Sequence[Engine] = (),
+) -> schema.Report:
     """Compare.
 
     Args:
         candidates: opened for this source.
+        engines: one for each candidate that its logits are also taken from, or none.
         cache: file of the reference's stream, read if it exists, else written.
     Raises:
         NemoquantError: see ``reference.stream``; or a candidate that computes NaN.
@@ -96,10 +106,13 @@ def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | 
                 else:
                     _layer(side, source, before, stage, what)
             before = stage.hidden
-    own, found, energies, acceptance = compare_heads(
-        source, candidates, [before, *(side.hidden for side in sides)], rows,
-        lambda number, what: progress((steps - 1) * len(sides) + number, steps * len(sides), what),
-    )  # fmt: skip
+    heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)])
+
+    def tell(number: int, what: str) -> None:
+        progress((steps - 1) * len(sides) + number, steps * len(sides), what)
+
+    own, found, energies, acceptance = compare_heads(source, candidates, heads, rows, tell)
+    runs = run_engines(engines, rows, heads[0], heads[1:], tell) if engines else [None] * len(sides)
     for side, energy in zip(sides, energies, strict=True):
         _head_modules(side, source, before, energy)
     progress(steps * len(sides), steps * len(sides), "done")
@@ -119,8 +132,8 @@ def diff(source: Source, candidates: list[Candidate], rows: Rows, cache: Path | 
         effect_rows=min(EFFECT_ROWS, rows.ids.shape[0]),
         reference=reference,
         candidates=[
-            _candidate(side, reference, summarize(positions, own), accepted)
-            for side, positions, accepted in zip(sides, found, acceptance[1:], strict=True)
+            _candidate(side, reference, summarize(positions, own), accepted, run)
+            for side, positions, accepted, run in zip(sides, found, acceptance[1:], runs, strict=True)
         ],
         warnings=[],
     )
@@ -219,7 +232,9 @@ def _reference(source: Source, perplexity: float | None, acceptance: float | Non
     )
 
 
-def _candidate(side: Side, reference: schema.Reference, logits: schema.Logits, acceptance: float | None) -> schema.Candidate:
+def _candidate(
+    side: Side, reference: schema.Reference, logits: schema.Logits, acceptance: float | None, run: schema.EngineRun | None
+) -> schema.Candidate:
     candidate = side.candidate
     size = sum(info.nbytes for info in candidate.checkpoint.tensors.values())
     formats = Counter(module.format for module in candidate.modules if module.specs)
@@ -243,6 +258,7 @@ def _candidate(side: Side, reference: schema.Reference, logits: schema.Logits, a
         bits_per_quantized_weight=8 * sum(module.bytes for module in quantized) / elements if elements else None,
         logits=logits,
         mtp_acceptance=acceptance,
+        engine=run,
         layers=side.layers,
         modules=side.modules,
         worst_modules=[m.name for m in sorted(side.modules, key=lambda m: -m.effect)[:WORST] if m.effect > 0],

@@ -172,6 +172,21 @@ class Module(_Part):
     experts: Experts | None
 
 
+class EngineRun(_Part):
+    """The same rows through another runtime than the diff's own torch arithmetic."""
+
+    engine: str
+    version: str
+    device: str
+    compute: str
+    """Dtype of activations."""
+    logits: Logits
+    """Of the engine's logits, against the reference's."""
+    kl_from_torch: NotNegative
+    """Mean KL(torch || engine) of the same checkpoint: what another order of sums does. About 1e-12 where inputs are not rounded. Where
+    they are, codes flip by it and the flips travel on: up to a tenth of the checkpoint's own KL on the demo model's rows of 512 tokens."""
+
+
 class Candidate(_Part):
     """One checkpoint that was compared."""
 
@@ -191,6 +206,8 @@ class Candidate(_Part):
     """The same over quantized modules alone, scales included; null without any."""
     logits: Logits
     mtp_acceptance: Share | None
+    engine: EngineRun | None
+    """Null where no engine was asked for."""
     layers: list[Layer]
     modules: list[Module]
     """In file order. Modules that are as the source has them are left out: they have no error."""

@@ -46,7 +46,7 @@ def candidate(name: str, pattern: str, scale: float, experts: int) -> Candidate:
     return Candidate(
         name=name, recipe="nvfp4" if scale else None, formats={"nvfp4": len(modules), "source": 9}, kv_cache="source",
         bytes=10**6 if scale else 2 * 10**6, compression=2.0 if scale else 1.0, bits_per_weight=8.0 + scale if scale else 16.0,
-        bits_per_quantized_weight=4.5 if scale else None, logits=logits(scale), mtp_acceptance=0.7 - scale,
+        bits_per_quantized_weight=4.5 if scale else None, logits=logits(scale), mtp_acceptance=0.7 - scale, engine=None,
         layers=layers(pattern, scale, experts), modules=modules, worst_modules=[m.name for m in worst], warnings=[],
     )  # fmt: skip
 

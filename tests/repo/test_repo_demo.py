@@ -1,5 +1,6 @@
 """``nemoquant demo``: the whole toolchain on the trained model, in one go, whole or not at all."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from nemoquant.evaluate.report.markdown import markdown
 from nemoquant.evaluate.schema import Report
 
 ROWS = 4
+WITH_GRAPHS = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx_ir"))
+WITH_ENGINE = WITH_GRAPHS and importlib.util.find_spec("tensorrt_rtx") is not None
 
 pytestmark = pytest.mark.slow
 
@@ -39,14 +42,27 @@ def report(shown):
 def test_it_runs(shown):
     out, result = shown
     assert result.exit_code == 0, (result.output, result.exception)
-    assert sorted(p.name for p in out.iterdir()) == sorted([*PRESETS, *REPORTS.values()])
+    engine = ["nvfp4-sm120.engine", "nvfp4-sm120.engine.json"] if WITH_ENGINE else []
+    assert sorted(p.name for p in out.iterdir()) == sorted([*PRESETS, *REPORTS.values(), *engine])
     assert [p.name for p in out.parent.iterdir()] == ["shown"]
     told = [line for line in result.stderr.splitlines() if not line.startswith(("calibrate: ", "pack: ", "verify: ", "diff: "))]
     assert told[0] == f"source: {demo_model()}"
-    assert [line.split(": ")[0] for line in told[1:]] == list(PRESETS)
-    assert all(line.endswith(" bits a weight; verified against the source.") for line in told[1:])
+    assert [line.split(": ")[0] for line in told[1:]] == [*PRESETS, "graphs", *(["engine"] if WITH_GRAPHS else [])]
+    assert all(line.endswith(" bits a weight; verified against the source.") for line in told[1 : 1 + len(PRESETS)])
     last = result.stdout.splitlines()[-1]
     assert last.startswith(f"{out / 'report.html'}: open it in a browser. All of it took ")
+
+
+@pytest.mark.skipif(not WITH_GRAPHS, reason="needs onnx and onnxruntime (extra: ort)")
+def test_each_was_run_through_its_graph(shown, report):
+    """Weights only: nothing to flip, the runtimes agree to rounding. Rounded inputs: flips, well below the cost of the format."""
+    for candidate in report.candidates:
+        run = candidate.engine
+        assert run is not None
+        assert (run.engine, run.compute, run.device) == ("onnxruntime", "float32", "cpu")
+        limit = 1e-9 if candidate.name == "nvfp4-w4a16" else 0.25 * candidate.logits.kl.mean  # a tenth was measured on 32 rows
+        assert 0 <= run.kl_from_torch < limit, candidate.name
+        assert all((shown[0] / candidate.name / name).exists() for name in ("model.onnx", "mtp.onnx"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

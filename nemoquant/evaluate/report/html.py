@@ -76,6 +76,8 @@ def summary(candidate: Candidate, reference: Reference) -> tuple[str, str]:
     if identical(candidate):
         return "Identical to the reference", "Every weight is the same, and so is every prediction."
     logits = candidate.logits
+    run = candidate.engine
+    through = f" Through {run.engine} {run.version} KL is {run.logits.kl.mean:.5f}." if run else ""
     parts = [
         f"Agrees on the next token {percent(logits.top1_agreement)} of the time",
         _perplexity(candidate, reference),
@@ -85,7 +87,7 @@ def summary(candidate: Candidate, reference: Reference) -> tuple[str, str]:
         parts.append(f"MTP acceptance {percent(candidate.mtp_acceptance)} instead of {percent(reference.mtp_acceptance)}")
     worst = next((m for m in candidate.modules if m.name in candidate.worst_modules[:1]), None)
     rest = "; ".join(parts) + "." + (f" The largest error comes from {place(worst)}." if worst else "")
-    return f"{figure(logits.kl.mean)} nats from bf16 on average", rest
+    return f"{figure(logits.kl.mean)} nats from bf16 on average", rest + through
 
 
 def identical(candidate: Candidate) -> bool:

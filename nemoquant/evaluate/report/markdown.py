@@ -47,6 +47,12 @@ def _table(report: Report) -> Iterable[str]:
 def _candidate(c: Candidate) -> Iterable[str]:
     yield f"## {_text(c.name)}: what hurts"
     yield ""
+    if c.engine is not None:
+        yield (
+            f"Through {c.engine.engine} {c.engine.version} ({c.engine.compute}, {c.engine.device}): KL {c.engine.logits.kl.mean:.5f}, "
+            f"{c.engine.kl_from_torch:.2g} from the torch arithmetic; top-1 {c.engine.logits.top1_agreement:.2%}."
+        )
+        yield ""
     if not c.worst_modules:
         yield "Nothing: it computes what the source computes."
         return
