@@ -35,7 +35,7 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--dialect",
-    type=click.Choice(["onnxruntime", "tensorrt_rtx"]),
+    type=click.Choice(["onnxruntime", "tensorrt_rtx", "tensorrt"]),
     default="onnxruntime",
     show_default=True,
     help="Runtime that it is for.",
@@ -92,7 +92,7 @@ def export_onnx(
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--target",
-    type=click.Choice(["rtx"]),
+    type=click.Choice(["rtx", "trt"]),
     default="rtx",
     show_default=True,
     help="rtx: TensorRT-RTX, which builds without a GPU.",
@@ -111,7 +111,7 @@ def export_onnx(
 @click.option("--strip-weights", is_flag=True, help="Leave the weights out of the file, to be refitted from the shards.")
 @json_option
 def export_trt(
-    source: Path, out: Path, target: str, sm: int, compute: str, max_seq_len: int, max_batch: int, workspace: float | None,  # noqa: ARG001
+    source: Path, out: Path, target: str, sm: int, compute: str, max_seq_len: int, max_batch: int, workspace: float | None,
     strip_weights: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a TensorRT-RTX engine of the checkpoint in DIR into the file OUT, with OUT.json beside it.
@@ -126,6 +126,11 @@ def export_trt(
     from nemoquant.engine.export import export_rtx
     from nemoquant.engine.tensorrt_rtx import RtxOptions
 
+    if target == "trt":
+        raise UsageError(
+            "--target trt: TensorRT builds on the GPU that the engine is for, with nemoquant's plugins, which this version does not have yet; "
+            f"`nemoquant export onnx {source} --dialect tensorrt` writes the graph for it, --target rtx builds for SM 75 to 89, 120 and 121"
+        )
     options = RtxOptions(sm, compute, max_seq_len, max_batch, int(workspace * 1e9) if workspace else None, strip_weights)
     facts = export_rtx(source, out, options, lambda text: None if as_json else click.echo(text, err=True))
     if as_json:

@@ -54,6 +54,6 @@ def doctor() -> list[Finding]:
             no_onnx or (f"tensorrt-rtx {rtx} builds; {'nemoquant has no runner yet' if device else no_gpu + ', so nothing runs'}" if rtx else
                         "not installed: pip install 'nemoquant[rtx]'"),
         ),
-        Finding("trt", False, False, f"tensorrt {trt}: the exporter is not written yet" if trt else f"the exporter is not written yet; {no_gpu}"
-                if device is None else "the exporter is not written yet"),
+        Finding("trt", False, False, "needs nemoquant's plugins, which this version does not have yet; `export onnx --dialect tensorrt` "
+                f"writes the graph{f'; tensorrt {trt} is installed' if trt else ''}"),
     ]  # fmt: skip

@@ -70,7 +70,7 @@ def check_target(opened: PackedCheckpoint, options: RtxOptions) -> None:
     """Raises UsageError for an SM that TensorRT-RTX does not build for, one that lacks a format, or shapes that make no sense."""
     sm = options.sm
     if sm in (90, 100, 103):
-        raise UsageError(f"--sm {sm}: TensorRT-RTX does not build for data-centre GPUs; use --target trt on a machine with one")
+        raise UsageError(f"--sm {sm}: TensorRT-RTX does not build for data-centre GPUs; they need TensorRT, --target trt")
     if sm not in SMS:
         raise UsageError(f"--sm {sm}: TensorRT-RTX builds for SM {', '.join(map(str, SMS))}")
     formats = {stored.format for stored in opened.stored.values()} | {name for name, _ in opened.inputs.values()}

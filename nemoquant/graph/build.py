@@ -163,9 +163,9 @@ class Builder:
             name = format_name(*self.opened.formats(mixer + module))
             gemms.append((projection, name))
             self.need(name)
-            if projection == "experts.up_proj":
+            if projection == "experts.up_proj" and not self.dialect.has_plugins:
                 self.function(f"experts {name}", lambda name=name: self.dialect.routed_experts(name, self.compute))  # type: ignore[misc]
-        if kind == "mamba":
+        if kind == "mamba" and not self.dialect.has_plugins:
             c = self.config
             self.function("conv", lambda: ops.causal_conv1d(c.conv_kernel))
             self.function("scan", lambda: ops.mamba2_scan(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size))

@@ -2,9 +2,8 @@
 
 onnxruntime   FLOAT8E4M3FN weights by DequantizeLinear, E2M1 codes as UINT8 unpacked by standard operators, caches in the compute dtype;
               a Loop over the experts that were chosen, each with its own tokens
-tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; chosen experts gathered at decode,
-              all experts over all tokens otherwise: it has no NonZero
-tensorrt      the same GEMMs; Mamba2Scan, CausalConv1d and RoutedExperts are plugin nodes without a body, packed codes INT8
+tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; all experts over all tokens
+tensorrt      the same GEMMs; CausalConv1d, Mamba2Scan and RoutedExperts are plugin nodes without a body, packed codes enter them as INT8
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,6 +49,7 @@ class Dialect:
     computes: tuple[str, ...] = ("float32", "float16")
     fp8_caches = False
     one_input_scale = False  # of all experts of a layer and projection
+    has_plugins = False  # kernels of ours: the operators need no body
 
     def compute(self, name: str) -> ir.DataType:
         """The dtype of a ``--compute`` option.
@@ -70,9 +70,17 @@ class Dialect:
             return ir.DataType.UINT8  # experts are gathered, and Gather takes no FP8
         return DTYPES[dtype]
 
-    def shape(self, part: str, dtype: str, shape: Sequence[int]) -> list[int]:  # noqa: ARG002
+    def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:  # noqa: ARG002
         """The shape that goes with ``stored``."""
         return list(shape)
+
+    def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:  # noqa: ARG002
+        """The attributes of a node of ours; a plugin's are more than a function's."""
+        return attributes
+
+    def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Name and attributes of the node for the routed experts of a format."""
+        return experts_op(name), {"activation": "relu2"}
 
     def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
         """A weight [out, in] in the compute dtype. ``stacked``: it is one of a stack, gathered."""
@@ -180,7 +188,7 @@ class TensorRTRTX(Dialect):
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:  # noqa: ARG002
         return ir.DataType.FLOAT4E2M1 if part == "codes" and dtype == "U8" else DTYPES[dtype]
 
-    def shape(self, part: str, dtype: str, shape: Sequence[int]) -> list[int]:
+    def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:  # noqa: ARG002
         return [*shape[:-1], 2 * shape[-1]] if part == "codes" and dtype == "U8" else list(shape)
 
     def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
@@ -243,4 +251,26 @@ class TensorRTRTX(Dialect):
         return function(spec("routed_experts"), record, name=experts_op(name), inputs=stack_names(name))
 
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (Dialect(), TensorRTRTX())}
+class TensorRT(TensorRTRTX):
+    """With plugins: what TensorRT lacks is a node that it looks up by name, version and namespace."""
+
+    name = "tensorrt"
+    one_input_scale = False
+    has_plugins = True
+
+    def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
+        if stacked and part in ("codes", "block_scales"):
+            return ir.DataType.INT8  # the same bytes: TensorRT has no UINT8 inside a network, and no FP4 into a plugin
+        return super().stored(part, dtype, stacked)
+
+    def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:
+        return list(shape) if stacked else super().shape(part, dtype, shape, stacked)
+
+    def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
+        return attributes | {"plugin_version": str(spec(op).version), "plugin_namespace": spec(op).domain}
+
+    def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
+        return spec("routed_experts").name, self.plugin("routed_experts", format=name, activation="relu2")
+
+
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (Dialect(), TensorRTRTX(), TensorRT())}

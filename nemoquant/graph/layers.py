@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from nemoquant.graph.dialects import Dialect, experts_op, parts_of, squared_relu
+from nemoquant.graph.dialects import Dialect, parts_of, squared_relu
 from nemoquant.graph.tape import DOMAIN, FLOAT, Tape, make_function
 from nemoquant.model.config import LayerKind, NemotronHConfig
 
@@ -123,14 +123,24 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
         if c.use_conv_bias
         else t.op("Expand", t.constant(np.zeros(1, np.float32)), t.ints(c.conv_channels))
     )
-    xbc, conv_out = t.ops("CausalConv1d", 2, xbc, weight, bias, conv_state, domain=DOMAIN, activation="silu")
+    xbc, conv_out = t.ops(
+        "CausalConv1d",
+        2,
+        xbc,
+        weight,
+        bias,
+        conv_state,
+        domain=DOMAIN,
+        **layer.dialect.plugin("causal_conv1d", activation="silu"),
+    )
     xs, b, cc = t.ops("Split", 3, xbc, t.ints(c.mamba_inner, bc, bc), axis=-1)
     a = t.op("Neg", t.op("Exp", layer.f32("A_log")))
     low, high = c.time_step_limit
     y, ssm_out = t.ops(
         "Mamba2Scan", 2, positions(xs, c.mamba_num_heads, c.mamba_head_dim), t.cast(dt, FLOAT), a,
         positions(b, c.n_groups, c.ssm_state_size), positions(cc, c.n_groups, c.ssm_state_size), layer.f32("D"), layer.f32("dt_bias"),
-        ssm_state, domain=DOMAIN, chunk_size=CHUNK, dt_min=float(low), dt_max=float(high),
+        ssm_state, domain=DOMAIN,
+        **layer.dialect.plugin("mamba2_scan", chunk_size=CHUNK, dt_min=float(low), dt_max=float(high)),
     )  # fmt: skip
     gate = t.cast(z, FLOAT)
     gated = t.op("Mul", t.op("Mul", gate, t.op("Sigmoid", gate)), positions(y, -1))
@@ -180,7 +190,8 @@ def moe(layer: Layer, x: ir.Value) -> list[ir.Value]:
     inputs = layer.gemm("fc1_latent_proj", flat) if c.moe_latent_size else flat
     name = layer.variant.format("experts.up_proj")
     experts = [layer.w[f"experts.{p}.{part}"] for p in ("up_proj", "down_proj") for part in parts_of(name)]
-    y = t.op(experts_op(name), inputs, ids, factors, *experts, domain=DOMAIN, activation="relu2")
+    op, attributes = layer.dialect.experts_node(name)
+    y = t.op(op, inputs, ids, factors, *experts, domain=DOMAIN, **attributes)
     if c.moe_latent_size:
         y = layer.gemm("fc2_latent_proj", y)
     if c.n_shared_experts:

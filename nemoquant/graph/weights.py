@@ -70,7 +70,7 @@ class GraphWeights:
             return found
         first = infos[0]
         shape = [] if part in SCALARS else list(first.shape)
-        shape = self.dialect.shape(part, first.dtype, shape)
+        shape = self.dialect.shape(part, first.dtype, shape, count is not None)
         dtype = self.dialect.stored(part, first.dtype, count is not None)
         dims = ir.Shape(shape if count is None else [count, *shape])
         tensor = ir.ExternalTensor(

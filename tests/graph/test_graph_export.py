@@ -252,7 +252,7 @@ def test_a_write_that_fails_leaves_no_graph(quantized: Callable[..., Path], monk
     folder = quantized()
     before = tree(folder)
 
-    def full(self: Path, target: Path) -> Path:
+    def full(*_: Path) -> Path:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -402,9 +402,7 @@ def test_bfloat16_is_not_for_onnxruntime(quantized: Callable[..., Path], tmp_pat
         refused(folder, *out, "--compute", "bfloat16", parts=["--compute bfloat16", "onnxruntime", "float32 or float16"])
 
 
-def test_mtp_needs_the_module(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, refused: Callable[..., str], quantized: Callable[..., Path]
-) -> None:
+def test_mtp_needs_the_module(make_checkpoint: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
     """The config has none; or the file lacks its tensors, in which case the rest can be exported."""
     refused(
         make_checkpoint("none", num_nextn_predict_layers=0), tmp_path / "out", "--mtp",

@@ -1,0 +1,75 @@
+"""The tensorrt dialect: plugin nodes where TensorRT has no operator, as the specifications have them. Nothing here can run it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import nemoquant
+from nemoquant.cli import main
+
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+NODES = {"CausalConv1d": "causal_conv1d", "Mamba2Scan": "mamba2_scan", "RoutedExperts": "routed_experts"}
+
+
+@pytest.fixture
+def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(preset: str = "fp8") -> Path:
+        calibration = nemoquant.CalibrationOptions(data=token_rows, dtype="float32")
+        return nemoquant.quantize(source, tmp_path / preset, preset, calibration=calibration, threads=1).out
+
+    return make
+
+
+@pytest.fixture
+def graph(quantized: Callable[..., Path]) -> Callable[..., onnx.ModelProto]:
+    def make(preset: str) -> onnx.ModelProto:
+        made = nemoquant.export_onnx(quantized(preset), dialect="tensorrt")
+        onnx.checker.check_model(str(made.graphs[0]))
+        return onnx.load(str(made.graphs[0]), load_external_data=False)
+
+    return make
+
+
+@pytest.mark.parametrize("preset", ["fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
+def test_plugins_are_nodes_as_their_specifications_have_them(preset: str, graph: Callable[..., onnx.ModelProto]) -> None:
+    """No function of that name; inputs by count, attributes by name, version and namespace for TensorRT's look-up."""
+    model = graph(preset)
+    assert not {f.name for f in model.functions} & set(NODES)
+    found = {node.op_type: node for f in model.functions for node in f.node if node.domain == "nemoquant"}
+    assert set(found) == set(NODES)
+    for op, folder in NODES.items():
+        spec, node = yaml.safe_load((PLUGINS / folder / "spec.yaml").read_text()), found[op]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert set(attributes) == {*spec["attributes"], "plugin_version", "plugin_namespace"}
+        assert attributes["plugin_version"] == str(spec["version"]).encode()
+        assert attributes["plugin_namespace"] == spec["domain"].encode()
+        parts = 2 * len(spec["formats"][attributes["format"].decode()]) if op == "RoutedExperts" else 0
+        assert len(node.input) == len(spec["inputs"]) + parts
+        assert len(node.output) == len(spec["outputs"])
+
+
+def test_packed_codes_enter_plugins_as_int8(graph: Callable[..., onnx.ModelProto]) -> None:
+    """All experts as they lie in the file, [E, out, in / 2] bytes; scales in float32; what GEMMs read stays FP8."""
+    initializers = {tensor.name: tensor for tensor in graph("nvfp4").graph.initializer}
+    stacks = {name: t for name, t in initializers.items() if ".mixer.experts." in name and name.startswith("backbone.")}
+    assert stacks
+    for name, tensor in stacks.items():
+        part = name.rsplit(".", 1)[1]
+        assert tensor.data_type == (onnx.TensorProto.INT8 if part in ("codes", "block_scales") else onnx.TensorProto.FLOAT), name
+        length = next(int(e.value) for e in tensor.external_data if e.key == "length")
+        size = 1 if part in ("codes", "block_scales") else 4
+        assert length == size * math.prod(tensor.dims), name
+    assert initializers["backbone.layers.0.mixer.in_proj.weight"].data_type == onnx.TensorProto.FLOAT8E4M3FN
+
+
+def test_the_engine_is_refused_with_what_it_needs(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["export", "trt", str(quantized()), str(tmp_path / "e"), "--target", "trt", "--sm", "100"])
+    assert result.exit_code == 2
+    assert "plugins, which this version does not have yet" in result.stderr
+    assert "--dialect tensorrt" in result.stderr
+    assert not (tmp_path / "e").exists()
