@@ -344,6 +344,40 @@ def export_onnx(
     )  # fmt: skip
 
 
+def export_rtx(
+    source: PathLike,
+    out: PathLike,
+    *,
+    sm: int,
+    compute: str = "bfloat16",
+    max_seq_len: int = 4096,
+    max_batch: int = 1,
+    workspace: int | None = None,
+    strip_weights: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Build a TensorRT-RTX engine of a checkpoint into the new file ``out``, on any machine, with ``out.json`` beside it.
+
+    Args:
+        sm: the GPU to build for: 75, 80, 86, 89, 120 or 121.
+        max_seq_len, max_batch: most positions of a sequence, past ones included, and most sequences at once.
+        workspace: bytes of scratch memory; None is the builder's own choice.
+        say: told in a line what is going on.
+    Returns:
+        what is in ``out.json``.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    from nemoquant.engine.files import onnx_package
+
+    onnx_package()
+    from nemoquant.engine.export import export_rtx as export
+    from nemoquant.engine.tensorrt_rtx import RtxOptions
+
+    options = RtxOptions(sm, compute, max_seq_len, max_batch, workspace, strip_weights)
+    return export(Path(source), Path(out), options, say)
+
+
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
     """What a checkpoint folder, quantized or not, or a bare ``config.json`` is: layers, parameters, formats, cache sizes.
 

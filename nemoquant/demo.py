@@ -68,12 +68,9 @@ def _graphs(folder: Path, say: Callable[[str], None]) -> str:
         f"graphs: model.onnx and mtp.onnx beside the shards of each, {made.nodes} nodes in {len(made.functions)} functions, no weight copied."
     )
     if importlib.util.find_spec("tensorrt_rtx"):
-        from nemoquant.engine.export import export_rtx
-        from nemoquant.engine.tensorrt_rtx import RtxOptions
-
-        facts = export_rtx(folder / "nvfp4", folder / "nvfp4-sm120.engine", RtxOptions(ENGINE_SM))
+        facts = api.export_rtx(folder / "nvfp4", folder / f"nvfp4-sm{ENGINE_SM}.engine", sm=ENGINE_SM)
         say(
-            f"engine: nvfp4-sm120.engine, TensorRT-RTX {facts['version']}, {facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
+            f"engine: nvfp4-sm{ENGINE_SM}.engine, TensorRT-RTX {facts['version']}, {facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
         )
     else:
         say("engine: left out, it needs the extra `rtx`: pip install 'nemoquant[rtx]'")

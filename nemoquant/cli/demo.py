@@ -30,11 +30,11 @@ def command(out: Path, rows: int) -> None:
       nemoquant demo --out /tmp/demo --rows 8
     """
     from nemoquant.demo import REPORTS, demo, demo_model
-    from nemoquant.evaluate.report.markdown import markdown
+    from nemoquant.evaluate.report.markdown import table
 
     began = time.monotonic()
     click.echo(f"source: {demo_model()}", err=True)
     with progress_bars(False) as progress:
         report = demo(out, rows=rows, say=lambda text: click.echo(text, err=True), progress=progress)
-    click.echo(markdown(report))
-    click.echo(f"{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s.")
+    click.echo("\n".join(table(report)))
+    click.echo(f"\n{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s.")

@@ -123,16 +123,18 @@ def export_trt(
       nemoquant export trt OUT model.engine --sm 120
       nemoquant export trt OUT model.engine --sm 89 --compute float16 --max-seq-len 8192
     """
-    from nemoquant.engine.export import export_rtx
-    from nemoquant.engine.tensorrt_rtx import RtxOptions
+    from nemoquant import api
 
     if target == "trt":
         raise UsageError(
             "--target trt: TensorRT builds on the GPU that the engine is for, with nemoquant's plugins, which this version does not have yet; "
             f"`nemoquant export onnx {source} --dialect tensorrt` writes the graph for it, --target rtx builds for SM 75 to 89, 120 and 121"
         )
-    options = RtxOptions(sm, compute, max_seq_len, max_batch, int(workspace * 1e9) if workspace else None, strip_weights)
-    facts = export_rtx(source, out, options, lambda text: None if as_json else click.echo(text, err=True))
+    facts = api.export_rtx(
+        source, out, sm=sm, compute=compute, max_seq_len=max_seq_len, max_batch=max_batch,
+        workspace=int(workspace * 1e9) if workspace else None, strip_weights=strip_weights,
+        say=lambda text: None if as_json else click.echo(text, err=True),
+    )  # fmt: skip
     if as_json:
         print_json(facts)
         return

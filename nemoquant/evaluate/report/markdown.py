@@ -17,7 +17,7 @@ def markdown(report: Report) -> str:
         f"{d.rows} rows of {d.seq_len:,} tokens of {code(d.source)}, {d.predicted_positions:,} predicted positions; "
         f"bf16 source {size(r.bytes)}, perplexity {_number(r.perplexity, '.3f')}; nemoquant {report.nemoquant}.",
         "",
-        *_table(report),
+        *table(report),
     ]
     for candidate in report.candidates:
         lines += ["", *_candidate(candidate)]
@@ -27,7 +27,8 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(report: Report) -> Iterable[str]:
+def table(report: Report) -> Iterable[str]:
+    """Main figures, a line for each checkpoint."""
     header = ["", "KL mean", "median", "99%", "perplexity", "change", "top-1", "top-5", "MTP accepts", "bits", "size", "smaller"]
     yield "| " + " | ".join(header) + " |"
     yield "|---" + "|---:" * (len(header) - 1) + "|"
