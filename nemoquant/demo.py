@@ -69,9 +69,8 @@ def _graphs(folder: Path, say: Callable[[str], None]) -> str:
     )
     if importlib.util.find_spec("tensorrt_rtx"):
         facts = api.export_rtx(folder / "nvfp4", folder / f"nvfp4-sm{ENGINE_SM}.engine", sm=ENGINE_SM)
-        say(
-            f"engine: nvfp4-sm{ENGINE_SM}.engine, TensorRT-RTX {facts['version']}, {facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
-        )
+        figures = f"{facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
+        say(f"engine: nvfp4-sm{ENGINE_SM}.engine, TensorRT-RTX {facts['version']}, {figures}")
     else:
         say("engine: left out, it needs the extra `rtx`: pip install 'nemoquant[rtx]'")
     return "onnxruntime"
