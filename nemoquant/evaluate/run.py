@@ -177,7 +177,8 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
     after = torch.empty_like(side.hidden)
     state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after))
     side.hidden = after
-    error.add(after, stage.hidden)
+    for ours, theirs in zip(after, stage.hidden, strict=True):  # a row at a time: a difference of whole streams would be one more
+        error.add(ours, theirs)
     if state is not None and stage.ssm_state is not None:
         state_error.add(state, stage.ssm_state)
     side.check_finite(what, error, state_error)

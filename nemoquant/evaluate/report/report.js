@@ -574,11 +574,22 @@ function positions() {
   return ofCandidates((c) => c.positions.some(([, , kl]) => kl > 0), trace, layout, "KL is 0 at every position.");
 }
 
+/** Where a point's label goes, so that labels of neighbours keep apart: left of the first, right of the last, below or above between. */
+function labelPlace(i) {
+  const near = candidates.map((c, at) => ({ ...c, at }))
+    .filter((c) => c.kl > 0 && Math.abs(c.bits - candidates[i].bits) < 0.6 && Math.abs(Math.log(c.kl / candidates[i].kl)) < 0.5)
+    .sort((a, b) => a.bits - b.bits || a.at - b.at);
+  const rank = near.findIndex((c) => c.at === i);
+  if (near.length === 1) return "top center";
+  if (rank === 0) return "middle left";
+  return rank === near.length - 1 ? "middle right" : ["bottom center", "top center"][rank % 2 ? 0 : 1];
+}
+
 function bits() {
   const trace = (i) => {
     const { name, bits: x, kl } = candidates[i];
     const text = hover(name, `${x.toFixed(2)} bits a weight`, `KL ${figure(kl)} nats`);
-    const label = { text: [plain(shortened(name))], textposition: "top center", textfont: { color: colour("ink") }, cliponaxis: false };
+    const label = { text: [plain(shortened(name))], textposition: labelPlace(i), textfont: { color: colour("ink") }, cliponaxis: false };
     return line(i, [x], [kl], [text], { mode: "markers+text", size: 12, ...label });
   };
   const shown = candidates.filter((c) => c.kl > 0).map((c) => c.bits);
