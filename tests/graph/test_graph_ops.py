@@ -11,7 +11,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats import e4m3, fp8, nvfp4
 from nemoquant.graph import ops
 from nemoquant.graph.dialects import FORMAT_NAMES, Dialect, experts_op, parts_of
 from nemoquant.graph.spec import plugin_folder
@@ -219,6 +219,19 @@ def midpoints() -> NDArray[np.float32]:
     return np.array([[*row, 6.0, *-row, -0.0] for row in rows], np.float32)
 
 
+def block_scales_at_ties(scale: float) -> NDArray[np.float32]:
+    """Blocks whose largest value puts their E4M3 scale half way between two codes, as near as float32 comes, and next to that."""
+    codes = e4m3.VALUES[:127].astype(np.float64)
+    six = np.float32(6) * np.float32(scale)
+    middle = ((codes[1:] + codes[:-1]) / 2 * six).astype(np.float32)
+    x = values(3 * len(middle), 16) * np.float32(0.1)
+    x /= np.abs(x).max()
+    largest = np.concatenate([np.nextafter(middle, np.float32(0)), middle, np.nextafter(middle, np.float32(9))])
+    x *= largest[:, None] / 2
+    x[:, 5] = -largest
+    return x
+
+
 def zeros() -> NDArray[np.float32]:
     """Blocks of zeros, a block of -0, zeros of both signs among values."""
     x = values(8, 64)
@@ -240,6 +253,7 @@ def zeros() -> NDArray[np.float32]:
         pytest.param(-np.abs(values(16, 64)) * 1e-3, 0.001, id="negatives that round to zero"),
         pytest.param(midpoints(), 1 / 448, id="ties, block scale 448"),
         pytest.param(midpoints(), 1.0, id="ties, block scale 1"),
+        *[pytest.param(block_scales_at_ties(s), s, id=f"block scales at ties, {s}") for s in (0.00177, 0.013, 0.7)],
         pytest.param(values(16, 64), 1.3e-38, id="the smallest scale"),
     ],
 )
