@@ -21,8 +21,17 @@ import click
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice with a temperature.")
 @click.option("--mtp", type=click.IntRange(min=1), help="Draft so many tokens at a time with the multi-token-prediction module.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
 def command(
-    model: Path, prompt: str, chat: bool, engine: str, max_tokens: int, temperature: float, seed: int, mtp: int | None
+    model: Path,
+    prompt: str,
+    chat: bool,
+    engine: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    mtp: int | None,
+    threads: int | None,
 ) -> None:
     """Generate text with the checkpoint in DIR, quantized or not. Stops at the model's end-of-sequence tokens.
 
@@ -40,7 +49,7 @@ def command(
     config, _ = load_config(model)
     sampler, codec = Sampler(temperature, seed), TextCodec(model)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
-    running = load_engine(engine, model)
+    running = load_engine(engine, model, threads)
     drafts = Drafts()
     began, count, shown = time.monotonic(), 0, ""
     tokens: list[int] = []

@@ -1,6 +1,7 @@
 """An exported graph on disk, checked before a runtime is given it: what it says of itself, and the shards that it points into."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,27 @@ def read_graph(path: Path) -> Any:
         raise CheckpointError(f"{path} does not exist; make it with `nemoquant export onnx {path.parent}`") from None
     except Exception as error:  # protobuf raises what it likes
         raise CheckpointError(f"{path} cannot be read as ONNX ({error}); export it again") from None
-    for tensor in model.graph.initializer:
+    for tensor in (
+        *model.graph.initializer,
+        *_node_tensors(model.graph.node),
+        *_node_tensors(n for f in model.functions for n in f.node),
+    ):
         for entry in tensor.external_data:
             if entry.key == "location" and (Path(entry.value).name != entry.value or entry.value in ("", ".", "..")):
                 raise CheckpointError(
                     f"{path}: {tensor.name} has its data in {entry.value!r}; expected a plain file name beside the graph, export it again"
                 )
     return model
+
+
+def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Tensors that stand in nodes' attributes, in subgraphs too."""
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+                yield from _node_tensors(graph.node)
 
 
 def onnx_package() -> Any:

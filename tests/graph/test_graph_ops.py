@@ -45,7 +45,7 @@ BASE: dict[str, Any] = {
     "a": 8.0, "chunk": CHUNK, "low": 0.0, "high": math.inf, "decays": "random",
 }  # fmt: skip
 # Torch's scan keeps running sums in float64, the body in float32: after one strong decay a chunk of weak ones loses a little more.
-# Measured: y at most 1.7 times, the state at most 2.0 times torch's error, and at most 2.3e-7 where the sums are small.
+# Measured: y at most 1.4 times, the state at most 2.4 times torch's error (1.3e-7 there, below this floor).
 FLOOR = 3e-7
 
 
@@ -367,7 +367,7 @@ def experts_of(
 @pytest.mark.parametrize("ids", ROUTINGS)
 @pytest.mark.parametrize("name", ["bf16", "w8a16", "w4a16"])
 def test_experts_with_whole_inputs(name: str, ids: NDArray[np.int64], single_op: Callable[..., Any]) -> None:
-    """Random weights. float32 sums of 32 and 48 products round by about 1e-7; measured at most 1.9e-7, torch's own are no better."""
+    """Random weights. float32 sums of 32 and 48 products round by about 1e-7; measured at most 2.8e-7."""
     g = np.random.default_rng(2)
     weights = {"up": values(EXPERTS, WIDTH, INPUT) / 6, "down": values(EXPERTS, INPUT, WIDTH) / 7}
     scales = {p: (w.__abs__().max((1, 2)) / (448 if "8" in name else 2688)).astype(np.float32) for p, w in weights.items()}
@@ -376,7 +376,7 @@ def test_experts_with_whole_inputs(name: str, ids: NDArray[np.int64], single_op:
     found = experts_of(single_op, name, x, ids, factors, parts)
     truth = mixture(x, ids, factors, decoded["up"], decoded["down"], lambda projection, v: v)
     assert found.dtype == np.float32
-    assert error(found, truth) < 4e-7
+    assert error(found, truth) < 5e-7
 
 
 def round_trip(name: str, v: NDArray[np.float64], scale: np.float32) -> NDArray[np.float32]:

@@ -4,6 +4,8 @@ TensorRT's own operator for inputs in NVFP4 is a small custom operator here, wri
 """
 
 import importlib.util
+import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,12 @@ from onnx.reference.op_run import OpRun
 from onnx_ir.passes.common import InlinePass
 
 import nemoquant
+from nemoquant.graph.build import Builder, GraphOptions
+from nemoquant.graph.dialects import DIALECTS
+from nemoquant.graph.spec import spec
+from nemoquant.model.attention import KVState
+from nemoquant.model.mamba2 import MambaState
+from nemoquant.model.moe import route
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import prefixed
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -146,3 +154,324 @@ def test_weights_are_the_files_bytes(checkpoints: Callable[[str], Path]) -> None
         assert raw == stored.tobytes()
         assert list(codes.dims) == [stored.shape[0], 2 * stored.shape[1]]
     assert codes.data_type == onnx.TensorProto.FLOAT4E2M1
+
+
+# Code by code, from a state of earlier positions.
+
+PAST = 5
+E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+class Graph:
+    """A layer's graph in memory, from the builder, with every rounded tensor put out beside its results: what it makes of an input."""
+
+    def __init__(self, opened: PackedCheckpoint, layer: int) -> None:
+        options = GraphOptions(compute="float32", layers=(layer, layer + 1))
+        model = Builder(opened, DIALECTS["tensorrt_rtx"], options).main()
+        InlinePass()(model)
+        self.inputs = {str(value.name): value.dtype for value in model.graph.inputs}
+        self.names = [str(value.name) for value in model.graph.outputs]
+        self.rounding: list[tuple[str, int]] = []  # the scale's name, and how many outputs: codes, and for NVFP4 block scales
+        for node in model.graph:
+            if node.op_type in ("QuantizeLinear", "TRT_FP4DynamicQuantize"):
+                scale = node.inputs[1]
+                assert scale is not None
+                self.rounding.append((str(scale.name), len(node.outputs)))
+                model.graph.outputs.extend(node.outputs)
+        self.proto = ir.to_proto(ir.external_data.load_to_model(model))
+
+    def run(self, feeds: dict[str, Any], scale: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its results, and by the scale's name what each rounded tensor stands for, decoded here from codes and scales."""
+        values = ReferenceEvaluator(self.proto, new_ops=[TRT_FP4DynamicQuantize]).run(None, feeds)
+        results = dict(zip(self.names, values, strict=False))
+        rest = iter(values[len(self.names) :])
+        rounded: dict[str, Any] = {}
+        for name, count in self.rounding:
+            parts = [next(rest) for _ in range(count)]
+            assert name not in rounded, "two tensors rounded with one scale"
+            rounded[name] = decode(parts, scale(name))
+        return results, rounded
+
+
+def decode(parts: list[Any], scale: Any) -> Any:
+    """FP8 codes, or E2M1 codes with a block scale for each 16 of them, in float32: code * (block scale * scale)."""
+    codes = parts[0].astype(np.float32)
+    if len(parts) == 1:
+        return codes * scale
+    return codes * np.repeat(parts[1].astype(np.float32) * scale, 16, axis=-1)
+
+
+def round_fp8(x: Any, scale: Any) -> Any:
+    return (x / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+
+def rounded_apart(x: Any, format: str, scale: Any) -> Any:
+    """x as its own codes have it."""
+    if format == "fp8":
+        return round_fp8(x, scale)
+    return decode(list(TRT_FP4DynamicQuantize._run(None, x, scale)), scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
+def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
+    preset: str, kind: str, checkpoints: Callable[[str], Path]
+) -> None:
+    """With the graph's rounded inputs in torch's place no flip can spread: all positions agree within 1e-5 (measured: 5e-7).
+
+    What torch would have rounded to is compared value by value: a different code is a flip. At most one value in 1,000 may differ (measured:
+    none; half the values of a tensor differ, or more, where a scale is that of another tensor).
+    """
+    opened = PackedCheckpoint(checkpoints(preset))
+    c, layer = opened.config, KINDS[kind]
+    prefix = f"backbone.layers.{layer}."
+    feeds, hidden = inputs(opened, kind, layer)
+    state = with_past(opened, kind, layer, feeds)
+    graph = Graph(opened, layer)
+    results, rounded = graph.run(feeds, lambda name: np.float32(opened.checkpoint.array(scale_of(opened, name)).reshape(())))
+    chosen: dict[int, Any] = {}
+    used: set[str] = set()
+    flips = values = 0
+
+    def tap(name: str, x: torch.Tensor) -> torch.Tensor:
+        nonlocal flips, values
+        if name.endswith(".gate"):
+            ids = route(c, opened.weights(f"{prefix}mixer."), x)[0].numpy()
+            chosen.update({e: np.flatnonzero((ids == e).any(1)) for e in range(c.n_routed_experts)})
+        if name not in opened.inputs:
+            return x
+        format, scale = opened.inputs[name]
+        key, expert = place(name)
+        used.add(key)
+        given = rounded[key]
+        if expert is not None:
+            given = given[expert if len(given) > 1 else 0][chosen[expert]]  # `up` rounds its one input for all experts
+        own = rounded_apart(x.numpy(), format, scale)
+        flips, values = flips + int((own != given).sum()), values + own.size
+        return torch.from_numpy(np.ascontiguousarray(given.reshape(x.shape)))
+
+    weights = opened.weights(prefix)
+    expected, after = layer_forward(c, kind, weights, hidden, state, prefixed(tap, prefix))  # type: ignore[arg-type]
+    assert used == set(rounded)
+    assert flips <= values / 1000, f"{flips} of {values} values were rounded to another code"
+    got = torch.from_numpy(results["hidden_out"])
+    assert error(got - hidden, expected - hidden) < 1e-5
+    if kind == "mamba":
+        assert error(torch.from_numpy(results[f"present_ssm_state.{layer}"]), after.ssm) < 1e-5
+        assert error(torch.from_numpy(results[f"present_conv_state.{layer}"]), after.conv) < 1e-5
+    if kind == "attention":
+        for which, expected_cache in (("key", after.key), ("value", after.value)):
+            cache = results[f"present_{which}.{layer}"]
+            assert cache.shape == expected_cache.shape == (ROWS, c.num_key_value_heads, PAST + LENGTH, c.head_dim)
+            if opened.fp8_cache:  # the codes themselves, exact
+                assert graph.inputs[f"past_{which}.{layer}"] == ir.DataType.FLOAT8E4M3FN
+                assert cache.dtype == ml_dtypes.float8_e4m3fn
+                decoded = cache.astype(np.float32) * opened.inputs[f"{prefix}mixer.{which[0]}_proj.output"][1]
+                assert np.array_equal(decoded, expected_cache.numpy())
+            else:
+                assert error(torch.from_numpy(cache), expected_cache) < 1e-5
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
+
+
+def place(tap: str) -> tuple[str, int | None]:
+    """A tap's name -> the name of its scale in the graph, and which expert's it is."""
+    if tap.endswith(".output"):
+        module = tap.removesuffix(".output")
+        return f"{module}.{module.rsplit('.', 1)[1][0]}_scale", None
+    expert = re.search(r"\.experts\.(\d+)\.", tap)
+    return re.sub(r"\.experts\.\d+\.", ".experts.", tap) + ".input_scale", int(expert[1]) if expert else None
+
+
+def scale_of(opened: PackedCheckpoint, name: str) -> str:
+    """A scale's name in the graph -> its name in the file: the first expert's stands for all."""
+    return name if name in opened.checkpoint.tensors else name.replace(".experts.", ".experts.0.")
+
+
+def with_past(opened: PackedCheckpoint, kind: str, layer: int, feeds: dict[str, Any]) -> Any:
+    """A random state, written into the graph's inputs and returned for torch."""
+    c, g = opened.config, np.random.default_rng(100 + layer)
+    if kind == "mamba":
+        for name in (f"conv_state.{layer}", f"ssm_state.{layer}"):
+            feeds[name] = g.standard_normal(feeds[name].shape).astype(np.float32)
+        return MambaState(torch.from_numpy(feeds[f"conv_state.{layer}"]), torch.from_numpy(feeds[f"ssm_state.{layer}"]))
+    if kind != "attention":
+        return None
+    decoded = []
+    for which in ("key", "value"):
+        past = g.standard_normal((ROWS, c.num_key_value_heads, PAST, c.head_dim)).astype(np.float32)
+        scale = np.float32(1)
+        if opened.fp8_cache:
+            scale = opened.inputs[f"backbone.layers.{layer}.mixer.{which[0]}_proj.output"][1]
+            past = (past / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+        feeds[f"past_{which}.{layer}"] = past
+        decoded.append(torch.from_numpy(past.astype(np.float32) * scale))
+    return KVState(*decoded)
+
+
+# The experts alone.
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("name", ["bf16", "fp8", "w8a16", "nvfp4", "w4a16"])
+def test_experts_are_their_formula(name: str, tokens: int) -> None:
+    """Against float64 by the definition, within 1e-6 (measured: 1e-7): sums of few short numbers are exact, so no code can flip.
+
+    Scales are powers of two, each expert's another; token 0 is zero, so that it has blocks without a scale; no token chose expert 3.
+    """
+    g = np.random.default_rng(tokens)
+    experts, width_in, width = 4, 32, 48
+    given: dict[str, Any] = {}
+    dense: dict[str, Any] = {}
+    formats = spec("routed_experts").formats[name]
+    for projection, (rows, columns) in {"up": (width, width_in), "down": (width_in, width)}.items():
+        parts, dense[projection] = expert_parts(g, name, experts, rows, columns)
+        assert set(formats) == set(parts)
+        given |= {f"{projection}_{part}": parts[part] for part in formats}
+    x = (g.integers(-32, 33, (tokens, width_in)) / 8).astype(np.float32)
+    x[0] = 0
+    ids = np.array([[2, 0], [1, 2], [0, 1], [4, 2], [2, 1], [0, 4]])[:tokens] % 4
+    if tokens == 6:
+        ids[3], ids[5] = (0, 2), (1, 0)
+    factors = g.random(ids.shape, np.float32)
+    expected = np.zeros(x.shape, np.float64)
+    for token, expert in np.ndindex(ids.shape):
+        e = ids[token, expert]
+        up = rounding(name, x[token], given.get("up_input_scale")) @ dense["up"][e].T
+        squared = np.square(np.maximum(up, 0).astype(np.float32))
+        y = rounding(name, squared, given.get("down_input_scale")) @ dense["down"][e].T
+        expected[token] += y * float(factors[token, expert])
+    found = run_experts(name, {"x": x, "expert_ids": ids, "expert_weights": factors}, given)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert not found[0].any()
+
+
+def rounding(name: str, x: Any, scale: Any) -> Any:
+    """One row as the format has an input, in float64; scales are powers of two, so that nothing is lost."""
+    if name not in ("fp8", "nvfp4"):
+        return x.astype(np.float64)
+    if name == "fp8":
+        return nearest(E4M3[:127], x / scale) * np.float64(scale)
+    out = np.zeros(x.shape)
+    for start in range(0, len(x), 16):
+        block = x[start : start + 16]
+        block_scale = nearest(E4M3[:127], np.abs(block).max(keepdims=True) / (np.float32(6) * scale))
+        if block_scale[0] > 0:
+            d = block_scale[0] * np.float64(scale)
+            out[start : start + 16] = nearest(E2M1[:8], block / d) * d
+    return out
+
+
+def nearest(magnitudes: Any, x: Any) -> Any:
+    """By search: the nearest of the ascending magnitudes, the even code where two are as near, the largest beyond it."""
+    distance = np.abs(np.abs(x.astype(np.float64))[:, None] - magnitudes.astype(np.float64))
+    near = distance == distance.min(1, keepdims=True)
+    even = near & (np.arange(len(magnitudes)) % 2 == 0)
+    code = np.where(even.any(1) & (near.sum(1) > 1), even.argmax(1), near.argmax(1))
+    return np.copysign(magnitudes[code].astype(np.float64), x)
+
+
+def expert_parts(g: np.random.Generator, name: str, experts: int, rows: int, columns: int) -> tuple[dict[str, Any], Any]:
+    """Stacks as the file has them, and the float64 weights [E, out, in] that they stand for, unpacked by the even column's low nibble."""
+    parts: dict[str, Any] = {}
+    scales = np.float32(2.0) ** g.permutation(np.arange(-experts, 0)).astype(np.float32)
+    if name in ("fp8", "nvfp4"):
+        parts["input_scale"] = np.float32(2.0 ** -g.integers(3, 6))
+    if name == "bf16":
+        weight = (g.integers(-16, 17, (experts, rows, columns)) / 16).astype(np.float32)
+        return {"weight": weight.astype(ml_dtypes.bfloat16)}, weight.astype(np.float64)
+    parts["global_scale"] = scales
+    if name in ("fp8", "w8a16"):
+        codes = g.integers(0x28, 0x42, (experts, rows, columns)).astype(np.uint8) | g.choice(
+            np.array([0, 0x80], np.uint8), (experts, rows, columns)
+        )  # from 2^-2 to 2.25, and below zero
+        parts["codes"] = codes
+        return parts, E4M3[codes].astype(np.float64) * scales[:, None, None]
+    packed = g.integers(0, 256, (experts, rows, columns // 2)).astype(np.uint8)
+    blocks = g.integers(0x30, 0x40, (experts, rows, columns // 16)).astype(np.uint8)  # 0.5 to 1.875
+    parts |= {"codes": packed, "block_scales": blocks}
+    values = np.empty((experts, rows, columns))
+    values[..., 0::2], values[..., 1::2] = E2M1[packed & 15], E2M1[packed >> 4]
+    return parts, values * np.repeat(E4M3[blocks].astype(np.float64), 16, -1) * scales[:, None, None]
+
+
+def run_experts(name: str, feeds: dict[str, Any], given: dict[str, Any], compute: ir.DataType = ir.DataType.FLOAT) -> Any:
+    """A graph that calls the operator once, with its weights as initializers typed as the dialect types them."""
+    dialect = DIALECTS["tensorrt_rtx"]
+    function = dialect.routed_experts(name, compute)
+    assert function is not None
+    kept = {}
+    for key, array in given.items():
+        part = key.split("_", 1)[1]
+        in_file = {"weight": "BF16", "codes": "F8_E4M3" if name in ("fp8", "w8a16") else "U8", "block_scales": "F8_E4M3"}.get(
+            part, "F32"
+        )
+        dtype, shape = dialect.stored(part, in_file, True), dialect.shape(part, in_file, array.shape, True)
+        tensor = onnx.TensorProto(name=key, data_type=int(dtype), dims=shape, raw_data=array.tobytes())
+        kept[key] = ir.Value(name=key, const_value=ir.from_proto(tensor), type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    ins = {
+        key: ir.Value(name=key, type=ir.TensorType(ir.DataType.from_numpy(value.dtype)), shape=ir.Shape(value.shape))
+        for key, value in feeds.items()
+    }
+    y = ir.Value(name="y", type=ir.TensorType(compute), shape=ir.Shape(feeds["x"].shape))
+    known = ins | kept
+    node = ir.Node(function.domain, function.name, [known[str(v.name)] for v in function.inputs], outputs=[y])
+    graph = ir.Graph(
+        ins.values(), [y], nodes=[node], initializers=kept.values(), opset_imports={"": 23, "nemoquant": 1, "trt": 1}, name="one"
+    )
+    model = ir.Model(graph, ir_version=11, functions=[function])
+    onnx.checker.check_model(ir.to_proto(model))
+    InlinePass()(model)
+    return ReferenceEvaluator(ir.to_proto(model), new_ops=[TRT_FP4DynamicQuantize]).run(None, feeds)[0]
+
+
+# Whole graphs and their bytes.
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
+def test_whole_graphs_refer_to_each_byte_once(preset: str, compute: str, checkpoints: Callable[[str], Path]) -> None:
+    """The checker passes them; every tensor of the file is referred to once, but for input scales that one stands for.
+
+    Codes and block scales are the file's bytes under another type, twice as many columns for E2M1.
+    """
+    opened = PackedCheckpoint(checkpoints(preset))
+    tensors = opened.checkpoint.tensors
+    builders = [Builder(opened, DIALECTS["tensorrt_rtx"], GraphOptions(compute=compute)) for _ in range(2)]
+    shared = {"backbone.embeddings.weight", "lm_head.weight"}
+    referred: list[set[tuple[str, int, int]]] = []
+    for builder, record in zip(builders, (Builder.main, Builder.mtp), strict=True):
+        model = record(builder)
+        onnx.checker.check_model(ir.to_proto(ir.external_data.load_to_model(model.clone())))
+        ranges = set()
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            assert isinstance(tensor, ir.ExternalTensor)
+            assert tensor.offset is not None
+            assert tensor.length is not None
+            place = (Path(tensor.location).name, tensor.offset, tensor.offset + tensor.length)
+            assert place not in ranges, f"{value.name} has the bytes of another tensor"
+            ranges.add(place)
+            assert tensor.nbytes == tensor.length, f"{value.name}: {tensor.dtype} {tensor.shape} are not its bytes"
+        assert not overlaps(ranges)
+        referred.append(ranges)
+    main, mtp = (sum(end - start for _, start, end in ranges) for ranges in referred)
+    left_out = {
+        name
+        for name in tensors
+        if name.endswith(".input_scale") and re.search(r"\.experts\.(?!0\.)\d+\.", name) and "mtp." not in name
+    }
+    expected = sum(info.nbytes for name, info in tensors.items() if not name.startswith("mtp.") and name not in left_out)
+    assert main == expected
+    assert mtp == sum(info.nbytes for name, info in tensors.items() if name.startswith("mtp.") or name in shared)
+
+
+def overlaps(ranges: set[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    ordered = sorted(ranges)
+    return [b for a, b in itertools.pairwise(ordered) if a[0] == b[0] and b[1] < a[2]]
