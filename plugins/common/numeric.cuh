@@ -82,7 +82,7 @@ __device__ __forceinline__ uint32_t float_to_e2m1(float x) {
     return static_cast<uint32_t>(code) | (x < 0.0F ? 8U : 0U);
 }
 
-// exp(x), the same bits on every device; error below one unit in the last place. Cody and Waite's reduction, then a polynomial.
+// exp(x), the same bits on every device; error below two units in the last place. Cody and Waite's reduction, then a polynomial.
 __device__ __forceinline__ float steady_exp(float x) {
     if (!(x > -104.0F)) return x != x ? x : 0.0F;  // below the least subnormal
     if (x > 89.0F) return __uint_as_float(0x7f800000U);

@@ -144,7 +144,7 @@ def test_rounding_by_chance_leaves_what_is_exact(numbers: Callable[..., Array]) 
 @pytest.mark.parametrize(
     ("mode", "low", "high", "function", "most"),
     [
-        pytest.param(EXP, -87.0, 88.7, np.exp, 1, id="exp"),
+        pytest.param(EXP, -87.0, 88.7, np.exp, 2, id="exp"),
         pytest.param(LOG1P, 0.0, 1.0, np.log1p, 2, id="log1p"),
         pytest.param(SOFTPLUS, -87.0, 100.0, lambda x: np.logaddexp(0, x), 3, id="softplus"),
     ],
@@ -152,7 +152,7 @@ def test_rounding_by_chance_leaves_what_is_exact(numbers: Callable[..., Array]) 
 def test_function_is_accurate(
     mode: int, low: float, high: float, function: Callable[[Array], Array], most: int, numbers: Callable[..., Array]
 ) -> None:
-    """Each rounds a few times: exp less than one unit in all, log1p two, the softplus of both three."""
+    """Each rounds a few times: exp and log1p less than two units in all, the softplus of both three."""
     x = np.concatenate([np.linspace(low, high, 400_001), np.random.default_rng(2).uniform(-1, 1, 100_000) * min(1, high)])
     x = np.clip(x, low, high).astype(np.float32)
     found, truth = numbers(mode, x).astype(np.float64), function(x.astype(np.float64))
