@@ -9,7 +9,7 @@ extern "C" {
 
 /* y[b, l, c] = silu(bias[c] + sum over j of weight[c, j] * full[b, l + j, c]), full = state_in (as [B, K - 1, C]) before x;
  * state_out = the last K - 1 positions of full. All arrays are contiguous but x, whose rows may lie further apart.
- * state_out may be state_in; nothing else may overlap. */
+ * Nothing may overlap. */
 typedef struct nemoquant_causal_conv1d_args {
     const void* x;         /* [B, L, C] of dtype; row (b, l) begins at (b * L + l) * x_stride */
     const float* weight;   /* [C, K]; the last tap meets the current position */
@@ -22,7 +22,6 @@ typedef struct nemoquant_causal_conv1d_args {
     int32_t dtype;         /* enum nemoquant_dtype: float32, float16 or bfloat16 */
     int32_t y_dtype;       /* float32, or dtype */
     int32_t activation;    /* 0: silu */
-    int32_t reserved;      /* 0 */
 } nemoquant_causal_conv1d_args;
 
 /* 0, or an error of enum nemoquant_error. */
