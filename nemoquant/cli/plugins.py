@@ -20,8 +20,16 @@ def command() -> None:
 
 
 @command.command("build")
-@click.option("--arch", "archs", multiple=True, metavar="SM", help="Architecture, such as sm_90a; may be repeated, or a list with commas.")
-@click.option("--gemm-arch", "gemm_archs", multiple=True, metavar="SM", help="Build the CUTLASS kernels, which take longest, for these alone.")
+@click.option(
+    "--arch", "archs", multiple=True, metavar="SM", help="Architecture, such as sm_90a; may be repeated, or a list with commas."
+)
+@click.option(
+    "--gemm-arch",
+    "gemm_archs",
+    multiple=True,
+    metavar="SM",
+    help="Build the CUTLASS kernels, which take longest, for these alone.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the libraries; default: where nemoquant looks for them.")
 @click.option("--host", is_flag=True, help="For the CPU, by an emulator: slow, for tests.")
@@ -57,7 +65,14 @@ def build_command(
     folder = out or build.default_folder()
     with progress_bars(as_json) as progress:
         built = build.build(
-            out, architectures, gemm_architectures=gemm, jobs=jobs, host=host, faces=not kernels_only, strict=strict, progress=progress
+            out,
+            architectures,
+            gemm_architectures=gemm,
+            jobs=jobs,
+            host=host,
+            faces=not kernels_only,
+            strict=strict,
+            progress=progress,
         )
     if as_json:
         print_json({"folder": str(folder), **asdict(built)})

@@ -31,7 +31,7 @@ def structure(op: str) -> type[ctypes.Structure]:
     if body is None:
         raise BuildError(f"{path} has no struct nemoquant_{op}_args; the plugin folder is not as this version needs it")
     fields: list[tuple[str, Any]] = []
-    for declaration in filter(None, (" ".join(part.split()) for part in body[1].split(";"))):
+    for declaration in filter(None, (" ".join(part.split()) for part in body[1].replace("*", " *").split(";"))):
         match = re.fullmatch(r"(?:const )?(\w+) (.*)", declaration)
         for declarator in match[2].split(",") if match else [""]:
             part = re.fullmatch(r"\s*(\*?)\s*(?:const )?(\w+)\s*(?:\[(\d+)\])?\s*", declarator)

@@ -91,7 +91,9 @@ def _headers(name: str, variable: str, package: str, inside: str) -> Path | None
     if root:
         found = next((at for at in (Path(root), Path(root) / "include") if (at / name).is_file()), None)
         if found is None:
-            raise BuildError(f"{variable}={root}: no {name} there, nor in its include; expected a folder that has it, or no {variable}")
+            raise BuildError(
+                f"{variable}={root}: no {name} there, nor in its include; expected a folder that has it, or no {variable}"
+            )
         return found
     spec = importlib.util.find_spec(package)
     places = [Path(at) / inside for at in (spec.submodule_search_locations or [])] if spec else []
@@ -101,7 +103,9 @@ def _headers(name: str, variable: str, package: str, inside: str) -> Path | None
 def tensorrt_version(headers: Path) -> str:
     """``10.14.1``."""
     text = (headers / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
-    numbers = [re.search(rf"#define (?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part}) (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+    numbers = [
+        re.search(rf"#define (?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part}) (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")
+    ]
     return ".".join(match[1] if match else "?" for match in numbers)
 
 
@@ -114,7 +118,9 @@ def parse_architectures(names: Sequence[str]) -> tuple[str, ...]:
     found = [part.strip().removeprefix("sm_") for name in names for part in name.split(",")]
     for part in found:
         if not re.fullmatch(r"\d{2,3}[af]?", part):
-            raise UsageError(f"--arch {part}: expected names as nvcc has them, such as sm_90a; the default is {', '.join(ARCHITECTURES)}")
+            raise UsageError(
+                f"--arch {part}: expected names as nvcc has them, such as sm_90a; the default is {', '.join(ARCHITECTURES)}"
+            )
     return tuple(dict.fromkeys(found))
 
 
@@ -170,7 +176,10 @@ def build(
         raise OutputError(f"{out}: {error.strerror or error}; choose another folder with --out") from None
     sources = sources_hash()
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [f"-D{key}={ {True: 'ON', False: 'OFF'}.get(value, value) if isinstance(value, bool) else value}" for key, value in values.items()]
+    options = [
+        f"-D{key}={ {True: 'ON', False: 'OFF'}.get(value, value) if isinstance(value, bool) else value }"
+        for key, value in values.items()
+    ]
     progress("configure", 0, 1, "")
     _run([cmake, "-S", str(folder), "-B", str(work), *generator, *options], log)
     progress("configure", 1, 1, "")
@@ -186,10 +195,14 @@ def _tools(host: bool) -> str:
     """CMake's path, when all that it needs is there."""
     cmake, nvcc = shutil.which("cmake"), shutil.which("nvcc")
     if cmake is None:
-        raise BuildError("cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja, or the system's package")
+        raise BuildError(
+            "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja, or the system's package"
+        )
     if nvcc is None:
         why = "its headers of bfloat16 and half are needed on the host too" if host else "it compiles the kernels"
-        raise BuildError(f"nvcc was not found on the PATH; {why}: install the CUDA toolkit, 12.8 or later, and add its bin to PATH")
+        raise BuildError(
+            f"nvcc was not found on the PATH; {why}: install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+        )
     if host and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         raise BuildError("no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX")
     return cmake
@@ -197,26 +210,30 @@ def _tools(host: bool) -> str:
 
 def _run(command: list[str], log: Path, progress: Progress | None = None) -> None:
     """Run it, everything it says into the log; ``[3/7]`` at the start of a line is progress."""
-    with log.open("a", encoding="utf-8") as file:
-        with subprocess.Popen(
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
-        ) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    file.write(line)
-                    step = re.match(r"\[(\d+)/(\d+)\] (?:.*?/)?([\w.]+/[\w.]+)\.o$", line.rstrip())
-                    if step and progress:
-                        progress("compile", int(step[1]), int(step[2]), step[3])
-            except BaseException:
-                process.terminate()
-                raise
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                step = re.match(r"\[(\d+)/(\d+)\] (?:.*?/)?([\w.]+/[\w.]+)\.o$", line.rstrip())
+                if step and progress:
+                    progress("compile", int(step[1]), int(step[2]), step[3])
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode == 0:
         if progress:
             progress("compile", 1, 1, "")
         return
     lines = log.read_text(encoding="utf-8").splitlines()
-    at = next((i for i, line in enumerate(lines) if re.search(r"\berror\b|\bfatal\b|CMake Error", line, re.IGNORECASE)), len(lines) - 1)
+    at = next(
+        (i for i, line in enumerate(lines) if re.search(r"\berror\b|\bfatal\b|CMake Error", line, re.IGNORECASE)), len(lines) - 1
+    )
     reason = " ".join(line.strip() for line in lines[at : at + 4])
     raise BuildError(f"the build failed: {reason[:600]}; the whole log is {log}")
 

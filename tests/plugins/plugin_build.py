@@ -16,7 +16,8 @@ PLUGINS = HERE.parents[1] / "plugins"
 OPERATORS = sorted(path.parent.name for path in PLUGINS.glob("*/plugin.cpp") if path.parent.name != "common")
 
 needs_compiler = pytest.mark.skipif(
-    not all(map(shutil.which, ("cmake", "nvcc", "g++"))), reason="needs g++, cmake, and the CUDA toolkit for its bfloat16 and half types"
+    not all(map(shutil.which, ("cmake", "nvcc", "g++"))),
+    reason="needs g++, cmake, and the CUDA toolkit for its bfloat16 and half types",
 )
 needs_tensorrt_headers = pytest.mark.skipif(
     tensorrt_headers() is None, reason="needs TensorRT's headers: pip install --no-deps kernel-lens, or TENSORRT_ROOT"

@@ -47,7 +47,9 @@ def fields_of(op: str, **changes: Any) -> list[Field]:
 def size_of(word: str, sizes: dict[str, int]) -> int:
     """``K-1`` with K = 4 is 3."""
     value = sizes[word[0]]
-    return {"": value, "-": value - int(word[2:] or 0), "/": value // int(word[2:] or 1), "*": value * int(word[2:] or 1)}[word[1:2]]
+    return {"": value, "-": value - int(word[2:] or 0), "/": value // int(word[2:] or 1), "*": value * int(word[2:] or 1)}[
+        word[1:2]
+    ]
 
 
 class Operator:
@@ -129,7 +131,11 @@ def test_the_library_has_tensorrts_entry_points_and_needs_no_tensorrt(caller: Ca
     assert sorted(caller.creators) == sorted(spec["name"] for spec in specs)
     for spec in specs:
         creator = caller.creators[spec["name"]]
-        assert (creator.kind, creator.version, creator.namespace) == ("PLUGIN CREATOR_V3ONE", str(spec["version"]), spec["domain"])
+        assert (creator.kind, creator.version, creator.namespace) == (
+            "PLUGIN CREATOR_V3ONE",
+            str(spec["version"]),
+            spec["domain"],
+        )
 
 
 def test_plugins_name_themselves_as_their_creators(operator: Operator) -> None:
@@ -169,7 +175,7 @@ def test_fields_equal_the_specification(operator: Operator) -> None:
     assert operator.creator.field_names() == given
 
 
-def expected_ports(spec: dict[str, Any], ports: list[dict[str, Any]], before: dict[str, str]) -> list[dict[str, Any]]:
+def expected_ports(ports: list[dict[str, Any]], before: dict[str, str]) -> list[dict[str, Any]]:
     """From the specification; ``before`` collects the first input of each dtype that can vary."""
     made = []
     for port in ports:
@@ -189,8 +195,8 @@ def expected_ports(spec: dict[str, Any], ports: list[dict[str, Any]], before: di
 def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
     """Names, order, shapes, dtypes. Inputs that depend on a format are in ``formats``: for each projection its parts."""
     before: dict[str, str] = {}
-    inputs = expected_ports(operator.spec, operator.spec["inputs"], before)
-    assert operator.table["outputs"] == expected_ports(operator.spec, operator.spec["outputs"], before)
+    inputs = expected_ports(operator.spec["inputs"], before)
+    assert operator.table["outputs"] == expected_ports(operator.spec["outputs"], before)
     formats = operator.spec.get("formats")
     if formats is None:
         assert operator.table["inputs"] == inputs
@@ -208,12 +214,17 @@ def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
 def test_creation_with_every_value_that_is_allowed(phase: int, operator: Operator) -> None:
     """Both ends of each range, each text; int64 and float64 serve as well, and texts without the terminating zero."""
     for name, attribute in operator.spec["attributes"].items():
-        values = attribute.get("values") or [attribute["default"], *(attribute[k] for k in ("minimum", "maximum") if k in attribute)]
+        values = attribute.get("values") or [
+            attribute["default"],
+            *(attribute[k] for k in ("minimum", "maximum") if k in attribute),
+        ]
         for value in values:
             assert operator.creator.create(fields_of(operator.op, **{name: value}), phase), operator.caller.log()
     wide = {"int32": "int64", "float32": "float64"}
     others = [
-        field(name, value, wide[field(name, value).type]) if not isinstance(value, str) else Field(name, "string", value.encode(), len(value))
+        field(name, value, wide[field(name, value).type])
+        if not isinstance(value, str)
+        else Field(name, "string", value.encode(), len(value))
         for name, value in defaults(operator.op).items()
     ]
     assert operator.creator.create(others, phase), operator.caller.log()
@@ -267,7 +278,8 @@ def bad_fields(op: str) -> list[tuple[str, list[Field] | None, str]]:
 
 
 @pytest.mark.parametrize(
-    ("op", "fields", "says"), [pytest.param(op, f, says, id=f"{op}-{what}") for op in OPERATORS for what, f, says in bad_fields(op)]
+    ("op", "fields", "says"),
+    [pytest.param(op, f, says, id=f"{op}-{what}") for op in OPERATORS for what, f, says in bad_fields(op)],
 )
 @pytest.mark.parametrize("phase", [BUILD, RUNTIME])
 def test_bad_fields_give_no_plugin_and_a_logged_reason(
@@ -300,7 +312,9 @@ def test_serialized_fields_make_the_same_plugin(operator: Operator) -> None:
     """Build, serialize, deserialize: the fields are the creator's, in values that differ from the defaults where they can."""
     other = {}
     for name, attribute in operator.spec["attributes"].items():
-        choices = attribute.get("values") or [attribute[k] for k in ("minimum", "maximum") if math.isfinite(attribute.get(k, math.inf))]
+        choices = attribute.get("values") or [
+            attribute[k] for k in ("minimum", "maximum") if math.isfinite(attribute.get(k, math.inf))
+        ]
         other[name] = next((v for v in choices if v != attribute["default"]), attribute["default"])
     given = fields_of(operator.op, **other)
     plugin = operator.creator.create(given, BUILD)

@@ -84,7 +84,9 @@ def _collection(fields: Sequence[Field]) -> tuple[CFields, list[Any]]:
     buffers = [ctypes.create_string_buffer(f.data, len(f.data)) if f.data is not None else None for f in fields]
     array = (CField * max(1, len(fields)))(
         *(
-            CField(f.name.encode() if f.name is not None else None, ctypes.addressof(b) if b else None, FIELD_TYPES[f.type], f.length)
+            CField(
+                f.name.encode() if f.name is not None else None, ctypes.addressof(b) if b else None, FIELD_TYPES[f.type], f.length
+            )
             for f, b in zip(fields, buffers, strict=True)
         )
     )
@@ -192,7 +194,11 @@ class Plugin:
         names = [word.encode() for shape in inputs for word in shape]
         count = self.caller.c.trt_output_count(self.pointer)
         made = self.caller.c.trt_output_shapes(
-            self.pointer, (ctypes.c_char_p * len(names))(*names), (ctypes.c_int32 * len(inputs))(*map(len, inputs)), len(inputs), count
+            self.pointer,
+            (ctypes.c_char_p * len(names))(*names),
+            (ctypes.c_int32 * len(inputs))(*map(len, inputs)),
+            len(inputs),
+            count,
         )
         return None if made is None else [shape.split(" ") for shape in made.decode().split(";")]
 
