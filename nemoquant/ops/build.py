@@ -21,10 +21,9 @@ from pathlib import Path
 
 from nemoquant._version import __version__
 from nemoquant.errors import BuildError, OutputError, UsageError
-from nemoquant.graph.spec import plugin_folder
+from nemoquant.ops.sources import plugin_folder, sources_hash
 
 ARCHITECTURES = ("80", "90a", "100a", "120a")
-SOURCES = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".map", ".txt")
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -45,15 +44,6 @@ class Built:
 def default_folder() -> Path:
     """Where ``nemoquant plugins build`` puts the libraries, and where they are looked for."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoquant/plugins"
-
-
-def sources_hash() -> str:
-    """Of every source in the plugin folder, names included."""
-    folder, total = plugin_folder(), hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in SOURCES):
-        data = path.read_bytes()
-        total.update(f"{path.relative_to(folder).as_posix()}\0{len(data)}\0".encode() + data)
-    return total.hexdigest()
 
 
 def read_built(folder: Path, host: bool = False) -> Built | None:

@@ -1,20 +1,25 @@
-"""Finding and loading the kernel libraries, and calling them."""
+"""Finding and loading the kernel libraries, calling them, and deciding where torch's operators give way to them."""
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.ops.abi import structure
-from nemoquant.ops.build import default_folder, read_built, sources_hash
+from nemoquant.ops.build import default_folder, read_built
+from nemoquant.ops.sources import sources_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "NEMOQUANT_KERNELS"
 
 
 class Kernels:
-    """A loaded library. ``path`` says which, ``architectures`` what it was built for (empty where nothing says it)."""
+    """A loaded library. ``path`` says which, ``architectures`` what it was built for (empty: nothing says it, or the host)."""
 
     def __init__(self, path: Path) -> None:
         """Load it.
@@ -41,6 +46,15 @@ class Kernels:
     def has(self, op: str) -> bool:
         return hasattr(self._library, f"nemoquant_{op}")
 
+    def runs_on(self, major: int, minor: int) -> bool:
+        """Whether it was built for a device of that compute capability; True where nothing says for what it was built."""
+        for name in self.architectures:
+            number, exact = name.rstrip("af"), name[-1] in "af"
+            built = int(number[:-1]), int(number[-1])
+            if built == (major, minor) or (not exact and built[0] == major and built[1] < minor):
+                return True
+        return not self.architectures
+
     def workspace(self, op: str, **arguments: Any) -> int:
         """Bytes that a call wants."""
         function = getattr(self._library, f"nemoquant_{op}_workspace")
@@ -58,16 +72,74 @@ class Kernels:
             raise EngineError(f"{self.path.name}: {self._last_error().decode(errors='replace')} (error {code})")
 
 
+_used: dict[str, Kernels | None] = {}  # by device type; "cpu" only where it was asked for
+
+
+def use(path: Path | None, device: str = "cuda") -> None:
+    """Take the kernels for tensors on ``device`` (``cuda``, or ``cpu`` with a host library) from this library; None: none at all.
+
+    Raises:
+        BuildError: see :class:`Kernels`.
+    """
+    _used[device] = load(path) if path else None
+
+
 @cache
 def load(path: Path) -> Kernels:
     """As :class:`Kernels`, once a process."""
     return Kernels(path)
 
 
-def find() -> Path | None:
-    """The library for GPUs: that of NEMOQUANT_KERNELS (which must be there), else what was built into the default folder, else None."""
-    named = os.environ.get(VARIABLE)
+def kernels(device: str) -> Kernels | None:
+    """The library for tensors on ``device``; None where there is none, and torch's own operators compute.
+
+    For CUDA: that of :func:`use`, else of NEMOQUANT_KERNELS, else what `nemoquant plugins build` put into its default folder. Which it
+    was is said once, on standard error. For the CPU: that of :func:`use` alone.
+
+    Raises:
+        BuildError: NEMOQUANT_KERNELS names a library that can't serve.
+    """
+    if device not in _used:
+        _used[device] = _find() if device == "cuda" else None
+    return _used[device]
+
+
+def _find() -> Kernels | None:
+    named, built = os.environ.get(VARIABLE), default_folder() / "libnemoquant_kernels.so"
+    found: Kernels | None = None
     if named:
-        return Path(named)
-    path = default_folder() / "libnemoquant_kernels.so"
-    return path if path.is_file() else None
+        found = load(Path(named))
+    elif not built.is_file():
+        _say("none are built, torch computes; `nemoquant plugins build` makes them")
+    else:
+        try:
+            found = load(built)
+        except BuildError as error:  # left over from another version: nobody asked for it here
+            _say(f"torch computes: {error}")
+    if found is None:
+        return None
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    if not found.runs_on(*capability):
+        names = ", ".join(f"sm_{a}" for a in found.architectures)
+        message = f"{found.path} was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
+        if named:
+            raise BuildError(f"{message}; build it again: nemoquant plugins build")
+        _say(f"torch computes: {message}")
+        return None
+    _say(f"{found.path}")
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"CUDA kernels: {text}", file=sys.stderr)
+
+
+def serves(op: str, *tensors: "Tensor") -> bool:
+    """Whether ``op`` of these tensors goes through a kernel: a library is there for their device, has it, and no gradient is wanted."""
+    device = tensors[0].device.type
+    if device not in ("cuda", *_used) or any(t.requires_grad for t in tensors):
+        return False
+    found = kernels(device)
+    return found is not None and found.has(op)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nemoquant.ops.build import build, read_built, sources_hash, tensorrt_headers
+from nemoquant.ops.build import build, read_built, tensorrt_headers
+from nemoquant.ops.sources import sources_hash
 
 HERE = Path(__file__).resolve().parent
 PLUGINS = HERE.parents[1] / "plugins"
