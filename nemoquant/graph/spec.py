@@ -11,7 +11,11 @@ from nemoquant.ops.sources import plugin_folder
 
 @dataclass(frozen=True)
 class Spec:
-    """One operator. ``formats`` of RoutedExperts lists the parts of a projection by format; empty for the others."""
+    """One operator.
+
+    ``inputs`` are those that must be given; optional ones, which only a plugin reads, follow them and are not listed. ``formats`` of
+    RoutedExperts lists the parts of a projection by format; empty for the others.
+    """
 
     name: str
     domain: str
@@ -30,7 +34,7 @@ def spec(op: str) -> Spec:
         data["name"],
         data["domain"],
         data["version"],
-        tuple(value["name"] for value in data["inputs"]),
+        tuple(value["name"] for value in data["inputs"] if not value.get("optional")),
         tuple(value["name"] for value in data["outputs"]),
         {name: attribute["default"] for name, attribute in data["attributes"].items()},
         {name: tuple(parts) for name, parts in data.get("formats", {}).items()},

@@ -123,6 +123,17 @@ __device__ __forceinline__ float steady_softplus(float x) {
     return x > 0.0F ? __fadd_rn(x, tail) : tail;
 }
 
+// 2^x by the device's own instruction: two units in the last place, zero below 2^-126. Not the same bits everywhere.
+__device__ __forceinline__ float quick_exp2(float x) {
+#if defined(NQ_HOST)
+    return x < -126.0F ? 0.0F : exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // To float16 by chance: up with the probability of the distance, from 32 random bits, so that the mean is x. Bits of the result.
 //
 // The kept part is floor(|x| / ulp + random / 2^32) in 64-bit integers; ulp is 2^-24 for subnormals. What the sum carries over

@@ -110,3 +110,28 @@ using host::copy_async_wait;
 #else
 #error "platform.cuh: compile with nvcc, or with a C++ compiler and -DNQ_HOST"
 #endif
+
+namespace nq {
+
+// Bits at an address that is a multiple of their size, whatever is declared to lie there.
+template <class T>
+__device__ __forceinline__ T load_as(const void* at) {
+#if defined(NQ_HOST)
+    T bits;
+    std::memcpy(&bits, at, sizeof bits);
+    return bits;
+#else
+    return *static_cast<const T*>(at);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void store_as(void* at, T bits) {
+#if defined(NQ_HOST)
+    std::memcpy(at, &bits, sizeof bits);
+#else
+    *static_cast<T*>(at) = bits;
+#endif
+}
+
+}  // namespace nq

@@ -90,7 +90,10 @@ class Attributes {
 // The sizes by their letters; -1 is unknown.
 class Sizes {
   public:
-    Sizes() { of_.fill(-1); }
+    Sizes() {
+        of_.fill(-1);
+        of_['1'] = 1;  // so that the word "1" is a size of one
+    }
     int64_t operator[](char letter) const { return of_[static_cast<unsigned char>(letter) % of_.size()]; }
     int64_t& operator[](char letter) { return of_[static_cast<unsigned char>(letter) % of_.size()]; }
 
