@@ -15,7 +15,7 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 from plugin_build import OPERATORS, PLUGINS, harness, host_folder, needs_compiler, needs_tensorrt_headers
-from trt_caller import BUILD, DATA_TYPES, HWC8, LINEAR, RUNTIME, Caller, Creator, Field, Plugin, Tensor, field
+from trt_caller import BUILD, DATA_TYPES, HWC8, RUNTIME, Caller, Creator, Field, Plugin, Tensor, field
 
 pytestmark = [needs_compiler, needs_tensorrt_headers]
 
@@ -45,26 +45,34 @@ def fields_of(op: str, **changes: Any) -> list[Field]:
 
 
 def size_of(word: str, sizes: dict[str, int]) -> int:
-    """``K-1`` with K = 4 is 3."""
-    value = sizes[word[0]]
-    return {"": value, "-": value - int(word[2:] or 0), "/": value // int(word[2:] or 1), "*": value * int(word[2:] or 1)}[
-        word[1:2]
-    ]
+    """``K-1`` with K = 4 is 3; ``1`` is 1."""
+    if word.isdigit():
+        return int(word)
+    value, by = sizes[word[0]], int(word[2:] or 0)
+    return {"": value, "-": value - by, "*": value * by, "/": value // (by or 1)}[word[1:2]]
 
 
 class Operator:
     """A creator, its specification, and ports as the library describes them (which a test holds to the specification)."""
 
-    def __init__(self, caller: Caller, op: str) -> None:
+    def __init__(self, caller: Caller, op: str, **attributes: str) -> None:
+        """With ``attributes`` (one text, the others at their defaults) the inputs are those that go with it, optional ones too."""
         self.op, self.spec = op, read_spec(op)
-        self.caller = caller
+        self.caller, self.attributes = caller, attributes
         self.creator: Creator = caller.creators[self.spec["name"]]
         self.table = caller.describe()[self.spec["name"]]
         self.inputs = [port for port in self.table["inputs"] if not port["optional"]]
+        for name, value in attributes.items():
+            self.inputs = self.table["inputs_by"][f"{name}={value}"]
         self.outputs = self.table["outputs"]
 
+    def texts(self) -> list["Operator"]:
+        """One for each value of each text attribute."""
+        fields = [f for f in self.table["fields"] if f["type"] == "string"]
+        return [Operator(self.caller, self.op, **{f["name"]: value}) for f in fields for value in f["values"]]
+
     def plugin(self) -> Plugin:
-        made = self.creator.create(fields_of(self.op))
+        made = self.creator.create(fields_of(self.op, **self.attributes))
         assert made is not None, self.caller.log()
         return made
 
@@ -176,19 +184,17 @@ def test_fields_equal_the_specification(operator: Operator) -> None:
 
 
 def expected_ports(ports: list[dict[str, Any]], before: dict[str, str]) -> list[dict[str, Any]]:
-    """From the specification; ``before`` collects the first input of each dtype that can vary."""
+    """From the specification; ``before`` collects the first input of the dtype "compute", which the others share."""
     made = []
     for port in ports:
-        types = port.get("plugin_dtypes")
-        if types is None and port["dtype"] == "compute":
-            types = [f"={before['compute']}"] if "compute" in before else COMPUTE
+        types = port.get("plugin_dtypes", port["dtype"])
+        if types == "compute":
+            types = before.get("compute", COMPUTE)
             before.setdefault("compute", port["name"])
-        made.append(
-            {
-                "name": port["name"], "shape": " ".join(str(d).replace(" ", "") for d in port["shape"]),
-                "types": types or [port["dtype"]], "optional": bool(port.get("optional")),
-            }
-        )  # fmt: skip
+        if isinstance(types, str):
+            types = [types if types in NUMPY else f"={types}"]
+        shape = " ".join(str(d).replace(" ", "") for d in port["shape"])
+        made.append({"name": port["name"], "shape": shape, "types": types, "optional": bool(port.get("optional"))})
     return made
 
 
@@ -470,11 +476,22 @@ def test_enqueue_follows_shape_changes(operator: Operator) -> None:
     assert operator.caller.log() == operator.caller.recorded() == ""
 
 
+def test_every_text_attribute_runs_with_every_input_that_goes_with_it(operator: Operator) -> None:
+    """Formats and roundings have their own inputs and dtypes; optional ones are given here."""
+    for one in operator.texts():
+        for first in range(max(len(port["types"]) for port in one.inputs)):
+            plugin, (inputs, outputs) = one.plugin(), one.tensors(one.sizes(), first)
+            tensors = [*inputs, *outputs]
+            assert all(plugin.supports(i, tensors, len(inputs)) for i in range(len(tensors))), operator.caller.log()
+            assert plugin.configure(inputs, outputs) == 0, operator.caller.log()
+            for array in run(plugin, inputs, outputs):
+                assert not (array.astype(np.float64) == 99).any(), one.attributes
+
+
 def test_a_context_keeps_its_shapes_apart_from_the_plugin_it_came_from(operator: Operator) -> None:
     plugin = operator.plugin()
     large, small = (operator.tensors(operator.sizes(which)) for which in (0, 1))
     one, two = plugin.attach(), plugin.attach()
     assert one.shape_change(*large) == two.shape_change(*small) == 0
-    assert [a.shape for a in enqueue(one, *large)] == [t.dims for t in large[1]]
+    assert [a.tobytes() for a in enqueue(one, *large)] == [a.tobytes() for a in run(plugin, *large)]
     assert [a.tobytes() for a in enqueue(two, *small)] == [a.tobytes() for a in run(plugin, *small)]
-    assert LINEAR == 0
