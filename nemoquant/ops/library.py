@@ -5,15 +5,12 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.ops.abi import structure
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 VARIABLE = "NEMOQUANT_KERNELS"
 
@@ -69,7 +66,8 @@ class Kernels:
         """
         code = getattr(self._library, f"nemoquant_{op}")(ctypes.byref(structure(op)(**arguments)), ctypes.c_void_p(stream))
         if code:
-            raise EngineError(f"{self.path.name}: {self._last_error().decode(errors='replace')} (error {code})")
+            reason = self._last_error().decode(errors="replace")
+            raise EngineError(f"{self.path.name}: {reason} (error {code}); {VARIABLE}=none lets torch compute")
 
 
 _used: dict[str, Kernels | None] = {}  # by device type; "cpu" only where it was asked for
@@ -93,8 +91,8 @@ def load(path: Path) -> Kernels:
 def kernels(device: str) -> Kernels | None:
     """The library for tensors on ``device``; None where there is none, and torch's own operators compute.
 
-    For CUDA: that of :func:`use`, else of NEMOQUANT_KERNELS, else what `nemoquant plugins build` put into its default folder. Which it
-    was is said once, on standard error. For the CPU: that of :func:`use` alone.
+    For CUDA: that of :func:`use`, else of NEMOQUANT_KERNELS (a file, or "none"), else what `nemoquant plugins build` put into its
+    default folder. Which it was is said once, on standard error. For the CPU: that of :func:`use` alone.
 
     Raises:
         BuildError: NEMOQUANT_KERNELS names a library that can't serve.
@@ -107,7 +105,9 @@ def kernels(device: str) -> Kernels | None:
 def _find() -> Kernels | None:
     named, built = os.environ.get(VARIABLE), default_folder() / "libnemoquant_kernels.so"
     found: Kernels | None = None
-    if named:
+    if named == "none":
+        _say(f"{VARIABLE}=none, torch computes")
+    elif named:
         found = load(Path(named))
     elif not built.is_file():
         _say("none are built, torch computes; `nemoquant plugins build` makes them")
@@ -136,10 +136,9 @@ def _say(text: str) -> None:
     print(f"CUDA kernels: {text}", file=sys.stderr)
 
 
-def serves(op: str, *tensors: "Tensor") -> bool:
-    """Whether ``op`` of these tensors goes through a kernel: a library is there for their device, has it, and no gradient is wanted."""
-    device = tensors[0].device.type
-    if device not in ("cuda", *_used) or any(t.requires_grad for t in tensors):
+def serves(op: str, device: str) -> bool:
+    """Whether ``op`` of tensors on ``device`` (``cuda``, ``cpu``) goes through a kernel: a library is there for it, and has it."""
+    if device not in ("cuda", *_used):
         return False
     found = kernels(device)
     return found is not None and found.has(op)
