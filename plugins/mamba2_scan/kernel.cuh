@@ -241,17 +241,48 @@ struct Chunk {
     T x[CHUNK][TILE + PAD];
 };
 
-// Running sums of log2 decays from the chunk's start, each as a float and what it leaves; dt. Positions behind the end have dt 0.
+// Half has a narrow range: dt and states far below 1, as slow heads have them, would become subnormal. So for half what is rounded to
+// it is first brought near 1 by a power of two, which is taken back after the product; for bfloat16 there is no need.
+template <class T>
+constexpr bool IS_NARROW = std::is_same_v<T, __half>;
+
+// A power of two, and its inverse.
+struct Scale {
+    float up, down;
+};
+
+// The scale that brings ``most`` (positive or 0) to between 1 and 2.
+__device__ __forceinline__ Scale scale_of(float most) {
+    int exponent = static_cast<int>(__float_as_uint(most) >> 23);
+    exponent = most == 0.0F ? 127 : exponent < 67 ? 67 : exponent > 187 ? 187 : exponent;
+    return {__uint_as_float(static_cast<uint32_t>(254 - exponent) << 23), __uint_as_float(static_cast<uint32_t>(exponent) << 23)};
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int bits = 16; bits; bits /= 2) value = fmaxf(value, __shfl_xor_sync(ALL, value, bits));
+    return value;
+}
+
+// Running sums of log2 decays from the chunk's start, each as a float and what it leaves; dt, scaled. Positions behind the end have dt 0.
 struct Decays {
     float high[CHUNK], low[CHUNK], dt[CHUNK];
+    Scale scale;  // of dt
     // log2 of the decay from s (not counted) to t
     __device__ __forceinline__ float between(int s, int t) const { return (high[t] - high[s]) + (low[t] - low[s]); }
     __device__ __forceinline__ float until(int t) const { return high[t] + low[t]; }
 };
 
+// The state rounded to T. For half each warp's 16 rows are scaled, and ``down`` takes that back.
+template <class T, int size>
+struct Rounded {
+    T rows[TILE][size + PAD];
+    float down[4];
+};
+
 template <class T, int size>
 constexpr size_t shared_bytes(int stages) {
-    return static_cast<size_t>(stages) * sizeof(Chunk<T, size>) + TILE * (size + PAD) * sizeof(T);
+    return static_cast<size_t>(stages) * sizeof(Chunk<T, size>) + sizeof(Rounded<T, size>);
 }
 
 // What a block works on.
@@ -307,14 +338,18 @@ template <class T>
 __device__ __forceinline__ void find_decays(const Params& p, const Place<T>& at, Decays& to, int64_t start) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     double log2_decay[2];
+    float dts[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const int64_t t = start + 2 * lane + j;
         const float dt = t < p.length ? bounded_step(p, load_one(p.dt, at.row * p.dt_batch_stride + t * p.dt_position_stride + at.head,
                                                                  p.dt_dtype), at.bias) : 0.0F;
-        to.dt[2 * lane + j] = dt;
+        dts[j] = dt;
         log2_decay[j] = fmax(static_cast<double>(dt) * at.a * 1.4426950408889634, -1024.0);
     }
+    Scale scale{1.0F, 1.0F};
+    if constexpr (IS_NARROW<T>) scale = scale_of(warp_max(fmaxf(dts[0], dts[1])));
+    if (lane == 0) to.scale = scale;
     const double both = log2_decay[0] + log2_decay[1];
     double sum = both;
 #pragma unroll
@@ -325,6 +360,7 @@ __device__ __forceinline__ void find_decays(const Params& p, const Place<T>& at,
     const double sums[2] = {sum - both + log2_decay[0], sum};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
+        to.dt[2 * lane + j] = dts[j] * scale.up;
         to.high[2 * lane + j] = static_cast<float>(sums[j]);
         to.low[2 * lane + j] = static_cast<float>(sums[j] - static_cast<double>(to.high[2 * lane + j]));
     }
@@ -337,7 +373,7 @@ using StateFragments = float[size / 8][4];
 // Steps 1 and 4, and the skip, for the warp's 16 positions.
 template <class T, int size>
 __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& at, const Chunk<T, size>& in, const Decays& decays,
-                                              const T (*state)[size + PAD], int64_t start) {
+                                              const Rounded<T, size>& state, int64_t start) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
     float scores[4][2][4] = {};  // C B^T: [blocks of 16 earlier positions][halves of 8], up to the warp's own block
     float y[TILE / 8][4] = {};
@@ -354,7 +390,7 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
         }
 #pragma unroll
         for (int j = 0; j < TILE / 16; ++j) {
-            load_matrices(r, &state[16 * j + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
+            load_matrices(r, &state.rows[16 * j + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
             mma_m16n8k16<T>(y[2 * j], c, r[0], r[1]);
             mma_m16n8k16<T>(y[2 * j + 1], c, r[2], r[3]);
         }
@@ -362,9 +398,11 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
     const int here[2] = {16 * warp + g, 16 * warp + g + 8};
     const float from_start[2] = {quick_exp2(decays.until(here[0])), quick_exp2(decays.until(here[1]))};
 #pragma unroll
-    for (int j = 0; j < TILE / 8; ++j)
+    for (int j = 0; j < TILE / 8; ++j) {
+        const float back = IS_NARROW<T> ? state.down[j / 2] * decays.scale.up : 1.0F;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y[j][i] *= from_start[i / 2];
+        for (int i = 0; i < 4; ++i) y[j][i] *= from_start[i / 2] * back;
+    }
 
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
@@ -397,7 +435,8 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
 #pragma unroll
         for (int j = 0; j < TILE / 8; ++j) {
             const float2 x = unpack_pair<T>(load_as<uint32_t>(&in.x[here[i]][8 * j + 2 * t]));
-            store_two(p.y, out + 8 * j, y[j][2 * i] + at.skip * x.x, y[j][2 * i + 1] + at.skip * x.y, p.y_dtype);
+            const float back = IS_NARROW<T> ? decays.scale.down : 1.0F;
+            store_two(p.y, out + 8 * j, y[j][2 * i] * back + at.skip * x.x, y[j][2 * i + 1] * back + at.skip * x.y, p.y_dtype);
         }
     }
 }
@@ -406,7 +445,7 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
 template <class T, int size>
 __device__ __forceinline__ void update_state(const Chunk<T, size>& in, const Decays& decays, StateFragments<size>& state) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
-    const float kept = quick_exp2(decays.until(CHUNK - 1));
+    const float kept = quick_exp2(decays.until(CHUNK - 1)) * (IS_NARROW<T> ? decays.scale.up : 1.0F);
 #pragma unroll
     for (int j = 0; j < size / 8; ++j)
 #pragma unroll
@@ -433,17 +472,33 @@ __device__ __forceinline__ void update_state(const Chunk<T, size>& in, const Dec
             mma_m16n8k16<T>(state[2 * j + 1], x, r[2], r[3]);
         }
     }
+    if constexpr (IS_NARROW<T>)
+#pragma unroll
+        for (int j = 0; j < size / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state[j][i] *= decays.scale.down;
 }
 
-// The state rounded to T, for step 4.
+// Puts the warp's rows into shared memory for step 4.
 template <class T, int size>
-__device__ __forceinline__ void share_state(const StateFragments<size>& state, T (*to)[size + PAD]) {
+__device__ __forceinline__ void share_state(const StateFragments<size>& state, Rounded<T, size>& to) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    float up = 1.0F;
+    if constexpr (IS_NARROW<T>) {
+        float most = 0.0F;
+#pragma unroll
+        for (int j = 0; j < size / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(state[j][i]));
+        const Scale scale = scale_of(warp_max(most));
+        up = scale.up;
+        if (lane == 0) to.down[warp] = scale.down;
+    }
 #pragma unroll
     for (int j = 0; j < size / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            store_as(&to[16 * warp + g + 8 * i][8 * j + 2 * t], pack_pair<T>(state[j][2 * i], state[j][2 * i + 1]));
+            store_as(&to.rows[16 * warp + g + 8 * i][8 * j + 2 * t], pack_pair<T>(state[j][2 * i] * up, state[j][2 * i + 1] * up));
 }
 
 // Where the thread's pair (rows g + 8 i, columns 8 j + 2 t) lies in the flat state.
@@ -522,7 +577,7 @@ __global__ void __launch_bounds__(THREADS) scan_chunks(const __grid_constant__ P
     NQ_DYNAMIC_SHARED(unsigned char, shared);
     __shared__ Decays decays[2];
     auto* const stages = reinterpret_cast<Chunk<T, size>*>(shared);
-    auto* const rounded = reinterpret_cast<T(*)[size + PAD]>(stages + p.stages);
+    auto& rounded = *reinterpret_cast<Rounded<T, size>*>(stages + p.stages);
     const int segment = static_cast<int>(blockIdx.z);
     const bool one_warp = threadIdx.x < 32;
     const Place<T> at = place_of_block<T>(p);
