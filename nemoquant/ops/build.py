@@ -140,19 +140,11 @@ def build(
         OutputError: ``out`` can't be written.
     """
     out = (out or default_folder()).absolute()
-    cmake, headers = _tools(host), tensorrt_headers() if faces else None
-    if faces and headers is None:
-        raise BuildError(
-            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]' (its wheel "
-            "kernel-lens has them), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds what torch uses, which needs none"
-        )
-    cutlass = cutlass_headers()
-    folder = plugin_folder()
-    if not host and cutlass is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
-        raise BuildError(
-            "CUTLASS's headers were not found; the expert kernels need them: pip install 'nemoquant[plugins]' (its wheel nvidia-cutlass "
-            "has them), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
-        )
+    lacking = missing(host, faces)
+    if lacking:
+        raise BuildError(lacking)
+    cmake, folder = shutil.which("cmake") or "cmake", plugin_folder()
+    headers, cutlass = tensorrt_headers() if faces else None, cutlass_headers()
     gemm = architectures if gemm_architectures is None else gemm_architectures
     values = {
         "NQ_HOST": host, "NQ_FACES": faces, "NQ_WERROR": strict, "NQ_ARCHS": ";".join(architectures), "NQ_GEMM_ARCHS": ";".join(gemm),
@@ -181,21 +173,31 @@ def _stem(host: bool) -> str:
     return "build_host" if host else "build"
 
 
-def _tools(host: bool) -> str:
-    """CMake's path, when all that it needs is there."""
-    cmake, nvcc = shutil.which("cmake"), shutil.which("nvcc")
-    if cmake is None:
-        raise BuildError(
-            "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja, or the system's package"
-        )
-    if nvcc is None:
+def missing(host: bool = False, faces: bool = True) -> str | None:
+    """What a build lacks here, as a sentence that says what to do; None where nothing is missing.
+
+    Raises:
+        BuildError: TENSORRT_ROOT or CUTLASS_ROOT is set and has no headers.
+    """
+    if shutil.which("cmake") is None:
+        return "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja, or the system's package"
+    if shutil.which("nvcc") is None:
         why = "its headers of bfloat16 and half are needed on the host too" if host else "it compiles the kernels"
-        raise BuildError(
-            f"nvcc was not found on the PATH; {why}: install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+        return f"nvcc was not found on the PATH; {why}: install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
+        return "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"
+    if faces and tensorrt_headers() is None:
+        return (
+            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install --no-deps kernel-lens (a wheel "
+            "that has them), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds what torch uses, which needs none"
         )
-    if host and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
-        raise BuildError("no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX")
-    return cmake
+    folder = plugin_folder()
+    if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
+        return (
+            "CUTLASS's headers were not found; the kernels of the experts need them: pip install --no-deps nvidia-cutlass (a wheel that "
+            "has them), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
+        )
+    return None
 
 
 def _run(command: list[str], log: Path, progress: Progress | None = None) -> None:

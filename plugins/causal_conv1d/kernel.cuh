@@ -11,7 +11,8 @@
 namespace nq::conv {
 
 constexpr int THREADS = 128;
-constexpr int STEP = 4;  // positions whose loads are under way at once
+constexpr int BLOCKS = 5;  // at least so many on a multiprocessor: 102 registers, enough for all variants without a spill
+constexpr int STEP = 4;    // positions whose loads are under way at once
 
 struct Params {
     const void* x;
@@ -54,7 +55,7 @@ __device__ __forceinline__ float silu(float x) {
 
 // X: dtype of x and of the state; Y: of y. V: 4, or 1 where channels, rows or addresses are no multiple of that.
 template <class X, class Y, int K, int V>
-__global__ void __launch_bounds__(THREADS) causal_conv1d(Params p) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) causal_conv1d(Params p) {
     const uint32_t thread = blockIdx.x * THREADS + threadIdx.x;
     if (thread >= p.threads) return;
     const uint32_t place = thread / p.groups;
