@@ -2,6 +2,7 @@
 
     python plugins/registers.py build/plugins/build.log            print the tables
     python plugins/registers.py build/plugins/build.log --write    write compile.log beside this file, and the tables into the READMEs
+    python plugins/registers.py build/plugins/build.log --check    fail where compile.log says otherwise: it was not written anew
 
 The log is that of `nemoquant plugins build` (nvcc with -Xptxas=-v). compile.log has a line for each kernel and architecture: architecture,
 folder, kernel, registers, bytes of stack, bytes of spill stores and loads, bytes of static shared memory. A README's table stands between
@@ -119,6 +120,15 @@ def write(kernels: list[Kernel]) -> None:
         path.write_text(f"{before}{begin}{table([k for k in kernels if k.folder == folder])}\n{end}{after}", encoding="utf-8")
 
 
+def check(kernels: list[Kernel], kept: list[Kernel]) -> list[str]:
+    """What ``kept`` says otherwise or does not know, of those that were built; and what it knows that a folder built here no longer has."""
+    known, built = {k.line() for k in kept}, {k.line() for k in kernels}
+    same = {(k.folder, k.arch) for k in kernels}
+    return [f"built: {k.line()}" for k in kernels if k.line() not in known] + [
+        f"kept:  {k.line()}" for k in kept if k.line() not in built and (k.folder, k.arch) in same
+    ]
+
+
 def main(log: str, *options: str) -> None:
     kernels = read(Path(log).read_text(encoding="utf-8").splitlines())
     if not kernels:
@@ -127,6 +137,11 @@ def main(log: str, *options: str) -> None:
         )
     if options == ("--write",):
         write(kernels)
+        return
+    if options == ("--check",):
+        differences = check(kernels, parse((HERE / "compile.log").read_text(encoding="utf-8")))
+        if differences:
+            sys.exit("\n".join([*differences, "compile.log is not of these sources; expected `registers.py LOG --write` after a whole build"]))
         return
     for folder in sorted({k.folder for k in kernels}):
         print(f"{folder}\n\n{table([k for k in kernels if k.folder == folder])}\n")

@@ -41,12 +41,11 @@ def plugins(device: str | None) -> Finding:
     from nemoquant.ops.build import default_folder, missing, read_built
     from nemoquant.ops.sources import sources_hash
 
-    lacking = missing()
-    how = f"`nemoquant plugins build` can't: {lacking}" if lacking else "`nemoquant plugins build` makes them"
     try:
-        built = read_built(default_folder())
+        lacking, built = missing(), read_built(default_folder())
     except BuildError as error:
-        return Finding("plugins", not lacking, False, str(error))
+        return Finding("plugins", False, False, str(error))
+    how = f"`nemoquant plugins build` can't: {lacking}" if lacking else "`nemoquant plugins build` makes them"
     if built is None:
         return Finding("plugins", not lacking, False, f"none are built; {how}")
     what = f"{', '.join(sorted(built.libraries))} in {default_folder()}, for {', '.join(f'sm_{a}' for a in built.architectures)}"
