@@ -30,7 +30,7 @@ struct Params {
     int64_t length, chunks_in_segment;
     int64_t x_batch_stride, x_position_stride, b_batch_stride, b_position_stride;
     int64_t c_batch_stride, c_position_stride, dt_batch_stride, dt_position_stride;
-    int32_t heads, head_dim, groups, state, segments, stages;
+    int32_t heads, head_dim, heads_in_group, state, segments, stages;
     int32_t dtype, dt_dtype, y_dtype, state_dtype, philox_rounds;
     float dt_min, dt_max;
 };
@@ -39,12 +39,53 @@ constexpr int THREADS = 128;
 constexpr unsigned ALL = 0xffffffffU;
 
 // ---- values of a type that is known at run time ----
+//
+// Bits are loaded first and become floats when they are used: a conversion beside each load would wait for memory each time.
 
-__device__ __forceinline__ float load_one(const void* at, int64_t i, int32_t dtype) {
-    if (dtype == NEMOQUANT_FLOAT32) return static_cast<const float*>(at)[i];
-    if (dtype == NEMOQUANT_FLOAT16) return to_float(static_cast<const __half*>(at)[i]);
-    return to_float(static_cast<const __nv_bfloat16*>(at)[i]);
+// One value's bits: of a float, or of a 16-bit type in the low half.
+__device__ __forceinline__ uint32_t load_bits(const void* at, int64_t i, bool wide) {
+    return wide ? static_cast<const uint32_t*>(at)[i] : static_cast<const uint16_t*>(at)[i];
 }
+
+__device__ __forceinline__ float value_of(uint32_t bits, int32_t dtype) {
+    const float half = unpack_pair<__half>(bits).x, brain = unpack_pair<__nv_bfloat16>(bits).x;
+    return dtype == NEMOQUANT_FLOAT32 ? __uint_as_float(bits) : dtype == NEMOQUANT_FLOAT16 ? half : brain;
+}
+
+// ``count`` neighbours, the first at a multiple of count, by loads of 16 bytes (8 for four 16-bit values).
+template <bool wide, int count>
+struct Values {
+    static_assert(count == 4 || count == 8);
+    static constexpr int words = wide ? count : count / 2;
+    uint32_t bits[words];
+
+    __device__ __forceinline__ void load(const void* at, int64_t i) {
+        const char* from = static_cast<const char*>(at) + i * (wide ? 4 : 2);
+        if constexpr (words == 2) {
+            const auto two = load_as<uint2>(from);
+            bits[0] = two.x, bits[1] = two.y;
+        } else {
+#pragma unroll
+            for (int j = 0; j < words; j += 4) {
+                const auto four = load_as<uint4>(from + 4 * j);
+                bits[j] = four.x, bits[j + 1] = four.y, bits[j + 2] = four.z, bits[j + 3] = four.w;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void unpack(int32_t dtype, float* out) const {
+#pragma unroll
+        for (int j = 0; j < words; ++j) {
+            if constexpr (wide) {
+                out[j] = __uint_as_float(bits[j]);
+            } else {
+                const float2 half = unpack_pair<__half>(bits[j]), brain = unpack_pair<__nv_bfloat16>(bits[j]);
+                out[2 * j] = dtype == NEMOQUANT_FLOAT16 ? half.x : brain.x;
+                out[2 * j + 1] = dtype == NEMOQUANT_FLOAT16 ? half.y : brain.y;
+            }
+        }
+    }
+};
 
 __device__ __forceinline__ void store_one(void* at, int64_t i, float value, int32_t dtype) {
     if (dtype == NEMOQUANT_FLOAT32)
@@ -70,32 +111,7 @@ __device__ __forceinline__ float2 load_two(const void* at, int64_t i, int32_t dt
     return dtype == NEMOQUANT_FLOAT16 ? unpack_pair<__half>(bits) : unpack_pair<__nv_bfloat16>(bits);
 }
 
-// ``count`` neighbours by loads of 16 bytes (8 for four 16-bit values); i is a multiple of count.
-template <int count>
-__device__ __forceinline__ void load_vector(const void* at, int64_t i, int32_t dtype, float (&out)[count]) {
-    static_assert(count == 4 || count == 8);
-    if (dtype == NEMOQUANT_FLOAT32) {
-#pragma unroll
-        for (int j = 0; j < count; j += 4) {
-            const auto four = load_as<float4>(static_cast<const float*>(at) + i + j);
-            out[j] = four.x, out[j + 1] = four.y, out[j + 2] = four.z, out[j + 3] = four.w;
-        }
-        return;
-    }
-    uint32_t bits[count / 2];
-    if constexpr (count == 8) {
-        const auto four = load_as<uint4>(static_cast<const uint16_t*>(at) + i);
-        bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
-    } else {
-        const auto two = load_as<uint2>(static_cast<const uint16_t*>(at) + i);
-        bits[0] = two.x, bits[1] = two.y;
-    }
-#pragma unroll
-    for (int j = 0; j < count / 2; ++j) {
-        const float2 pair = dtype == NEMOQUANT_FLOAT16 ? unpack_pair<__half>(bits[j]) : unpack_pair<__nv_bfloat16>(bits[j]);
-        out[2 * j] = pair.x, out[2 * j + 1] = pair.y;
-    }
-}
+__device__ __forceinline__ bool is_wide(int32_t dtype) { return dtype == NEMOQUANT_FLOAT32; }
 
 // The random words of state elements 4 i to 4 i + 3.
 __device__ __forceinline__ PhiloxWords words_of(const Params& p, int64_t i) {
@@ -107,6 +123,10 @@ __device__ __forceinline__ PhiloxWords words_of(const Params& p, int64_t i) {
 
 __device__ __forceinline__ float bounded_step(const Params& p, float dt, float bias) {
     return fminf(fmaxf(steady_softplus(__fadd_rn(dt, bias)), p.dt_min), p.dt_max);
+}
+
+__device__ __forceinline__ float dt_value(const Params& p, int64_t row, int64_t t, int head) {
+    return value_of(load_bits(p.dt, row * p.dt_batch_stride + t * p.dt_position_stride + head, is_wide(p.dt_dtype)), p.dt_dtype);
 }
 
 // ---- scan_steps ----
@@ -121,6 +141,7 @@ struct Rows {
     static constexpr int held = vectors * width;                                 // of one row, by a thread
     static constexpr int rows = held >= 16 ? 1 : 16 / held;                      // of a thread
     static constexpr int at_once = THREADS / lanes, of_block = at_once * rows;   // rows
+    static constexpr int resident = held > 16 ? 3 : 5;                           // blocks of a multiprocessor, as registers allow
     static_assert(lanes * vectors * width == size && 32 % lanes == 0);
 };
 
@@ -149,60 +170,88 @@ __device__ __forceinline__ void store_row_part(const Params& p, int64_t i, const
     }
 }
 
-// Grid: x heads times blocks of rows, y batch. Each thread keeps 16 state elements or so, all loaded before the first is used.
-template <class State, int size>
-__global__ void __launch_bounds__(THREADS) scan_steps(const __grid_constant__ Params p) {
+// What a thread needs of one position, as bits.
+template <class State, bool wide, int size>
+struct Position {
+    using R = Rows<State, size>;
+    Values<wide, R::width> b[R::vectors], c[R::vectors];
+    uint32_t x[R::rows];
+
+    // ``first`` is the thread's first row of the head's; rows behind the last one read as 0.
+    __device__ __forceinline__ void load(const Params& p, int64_t batch, int64_t t, int head, int first) {
+        const int part = static_cast<int>(threadIdx.x) % R::lanes;
+        const int64_t group = head / p.heads_in_group * static_cast<int64_t>(size);
+        const int64_t b_row = batch * p.b_batch_stride + t * p.b_position_stride + group;
+        const int64_t c_row = batch * p.c_batch_stride + t * p.c_position_stride + group;
+        const int64_t x_row = batch * p.x_batch_stride + t * p.x_position_stride + static_cast<int64_t>(head) * p.head_dim;
+#pragma unroll
+        for (int v = 0; v < R::vectors; ++v) {
+            b[v].load(p.b, b_row + (v * R::lanes + part) * R::width);
+            c[v].load(p.c, c_row + (v * R::lanes + part) * R::width);
+        }
+#pragma unroll
+        for (int r = 0; r < R::rows; ++r) {
+            const int row = first + r * R::at_once;
+            x[r] = row < p.head_dim ? load_bits(p.x, x_row + row, wide) : 0U;
+        }
+    }
+};
+
+// Grid: x blocks of rows, y heads, z batch. A thread keeps 16 state elements or so. What a position needs is fetched before the one
+// before it is computed, and for the first position before anything: a decode step waits for memory once.
+template <class State, bool wide, int size>
+__global__ void __launch_bounds__(THREADS, Rows<State, size>::resident) scan_steps(const __grid_constant__ Params p) {
     using R = Rows<State, size>;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int part = static_cast<int>(threadIdx.x) % R::lanes;
-    const int blocks = (p.head_dim + R::of_block - 1) / R::of_block;
-    const int head = static_cast<int>(blockIdx.x) / blocks;
-    const int first = static_cast<int>(blockIdx.x) % blocks * R::of_block + static_cast<int>(threadIdx.x) / R::lanes;
-    const int64_t row = blockIdx.y, state_row = (row * p.heads + head) * p.head_dim;
+    const int first = static_cast<int>(blockIdx.x) * R::of_block + static_cast<int>(threadIdx.x) / R::lanes;
+    const int head = static_cast<int>(blockIdx.y);
+    const int64_t batch = blockIdx.z, state_row = (batch * p.heads + head) * p.head_dim;
+    const int64_t dt_row = batch * p.dt_batch_stride + head;
+
+    Values<sizeof(State) == 4, R::width> kept[R::rows][R::vectors] = {};
+#pragma unroll
+    for (int r = 0; r < R::rows; ++r) {
+        const int row = first + r * R::at_once;
+#pragma unroll
+        for (int v = 0; v < R::vectors; ++v)
+            if (p.state_in && row < p.head_dim)
+                kept[r][v].load(p.state_in, (state_row + row) * size + (v * R::lanes + part) * R::width);
+    }
+    Position<State, wide, size> next;
+    next.load(p, batch, 0, head, first);
+    const auto dt_at = [&](int64_t t) {
+        return t < p.length ? load_bits(p.dt, dt_row + t * p.dt_position_stride, is_wide(p.dt_dtype)) : 0U;
+    };
+    uint32_t dt_bits = dt_at(lane);  // of the lane's position
+    const float a = p.a[head], skip = p.d ? p.d[head] : 0.0F, bias = p.dt_bias ? p.dt_bias[head] : 0.0F;
 
     float state[R::rows][R::held];
 #pragma unroll
-    for (int r = 0; r < R::rows; ++r) {
-        const int place = first + r * R::at_once;
+    for (int r = 0; r < R::rows; ++r)
 #pragma unroll
-        for (int v = 0; v < R::vectors; ++v) {
-            float part_of_row[R::width] = {};
-            if (p.state_in && place < p.head_dim)
-                load_vector(p.state_in, (state_row + place) * size + (v * R::lanes + part) * R::width, p.state_dtype, part_of_row);
-#pragma unroll
-            for (int e = 0; e < R::width; ++e) state[r][v * R::width + e] = part_of_row[e];
-        }
-    }
+        for (int v = 0; v < R::vectors; ++v)
+            kept[r][v].unpack(std::is_same_v<State, __half> ? NEMOQUANT_FLOAT16 : NEMOQUANT_BFLOAT16, &state[r][v * R::width]);
 
-    const float a = p.a[head], skip = p.d ? p.d[head] : 0.0F, bias = p.dt_bias ? p.dt_bias[head] : 0.0F;
-    const int group = head / (p.heads / p.groups);
     for (int64_t start = 0; start < p.length; start += 32) {
+        const float my_dt = bounded_step(p, value_of(dt_bits, p.dt_dtype), bias), my_decay = steady_exp(__fmul_rn(my_dt, a));
+        dt_bits = dt_at(start + 32 + lane);
         const int count = static_cast<int>(p.length - start < 32 ? p.length - start : 32);
-        float my_dt = 0.0F, my_decay = 0.0F;  // of position start + lane
-        if (lane < count) {
-            my_dt = bounded_step(p, load_one(p.dt, row * p.dt_batch_stride + (start + lane) * p.dt_position_stride + head, p.dt_dtype), bias);
-            my_decay = steady_exp(__fmul_rn(my_dt, a));
-        }
         for (int i = 0; i < count; ++i) {
-            const float dt = __shfl_sync(ALL, my_dt, i), decay = __shfl_sync(ALL, my_decay, i);
-            const int64_t t = start + i;
-            float b[R::held], c[R::held];
+            const int64_t t = start + i, out = ((batch * p.length + t) * p.heads + head) * p.head_dim;
+            float b[R::held], c[R::held], x[R::rows];
 #pragma unroll
             for (int v = 0; v < R::vectors; ++v) {
-                const int64_t place = static_cast<int64_t>(group) * size + (v * R::lanes + part) * R::width;
-                float b_part[R::width], c_part[R::width];
-                load_vector(p.b, row * p.b_batch_stride + t * p.b_position_stride + place, p.dtype, b_part);
-                load_vector(p.c, row * p.c_batch_stride + t * p.c_position_stride + place, p.dtype, c_part);
-#pragma unroll
-                for (int e = 0; e < R::width; ++e) b[v * R::width + e] = b_part[e], c[v * R::width + e] = c_part[e];
+                next.b[v].unpack(p.dtype, &b[v * R::width]);
+                next.c[v].unpack(p.dtype, &c[v * R::width]);
             }
 #pragma unroll
+            for (int r = 0; r < R::rows; ++r) x[r] = value_of(next.x[r], wide ? NEMOQUANT_FLOAT32 : p.dtype);
+            if (t + 1 < p.length) next.load(p, batch, t + 1, head, first);
+            const float dt = __shfl_sync(ALL, my_dt, i), decay = __shfl_sync(ALL, my_decay, i);
+#pragma unroll
             for (int r = 0; r < R::rows; ++r) {
-                const int place = first + r * R::at_once;
-                const bool inside = place < p.head_dim;
-                const int64_t at = static_cast<int64_t>(head) * p.head_dim + place;
-                const float x = inside ? load_one(p.x, row * p.x_batch_stride + t * p.x_position_stride + at, p.dtype) : 0.0F;
-                const float written = __fmul_rn(dt, x);
+                const float written = __fmul_rn(dt, x[r]);
                 float y = 0.0F;
 #pragma unroll
                 for (int e = 0; e < R::held; ++e) {
@@ -211,19 +260,19 @@ __global__ void __launch_bounds__(THREADS) scan_steps(const __grid_constant__ Pa
                 }
 #pragma unroll
                 for (int bits = R::lanes / 2; bits; bits /= 2) y = __fadd_rn(y, __shfl_xor_sync(ALL, y, bits));
-                if (inside && part == 0)
-                    store_one(p.y, (row * p.length + t) * p.heads * p.head_dim + at, __fmaf_rn(skip, x, y), p.y_dtype);
+                const int row = first + r * R::at_once;
+                if (row < p.head_dim && part == 0) store_one(p.y, out + row, __fmaf_rn(skip, x[r], y), p.y_dtype);
             }
         }
     }
 
 #pragma unroll
     for (int r = 0; r < R::rows; ++r) {
-        const int place = first + r * R::at_once;
-        if (place >= p.head_dim) continue;
+        const int row = first + r * R::at_once;
+        if (row >= p.head_dim) continue;
 #pragma unroll
         for (int v = 0; v < R::vectors; ++v)
-            store_row_part<State>(p, (state_row + place) * size + (v * R::lanes + part) * R::width, &state[r][v * R::width]);
+            store_row_part<State>(p, (state_row + row) * size + (v * R::lanes + part) * R::width, &state[r][v * R::width]);
     }
 }
 
@@ -300,7 +349,7 @@ __device__ __forceinline__ Place<T> place_of_block(const Params& p) {
     Place<T> at;
     at.head = static_cast<int>(blockIdx.x) / tiles;
     at.tile = static_cast<int>(blockIdx.x) % tiles;
-    at.group = at.head / (p.heads / p.groups);
+    at.group = at.head / p.heads_in_group;
     at.row = blockIdx.y;
     at.x = static_cast<const T*>(p.x) + at.row * p.x_batch_stride + static_cast<int64_t>(at.head) * p.head_dim + at.tile * TILE;
     at.b = static_cast<const T*>(p.b) + at.row * p.b_batch_stride + static_cast<int64_t>(at.group) * p.state;
@@ -342,8 +391,7 @@ __device__ __forceinline__ void find_decays(const Params& p, const Place<T>& at,
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const int64_t t = start + 2 * lane + j;
-        const float dt = t < p.length ? bounded_step(p, load_one(p.dt, at.row * p.dt_batch_stride + t * p.dt_position_stride + at.head,
-                                                                 p.dt_dtype), at.bias) : 0.0F;
+        const float dt = t < p.length ? bounded_step(p, dt_value(p, at.row, t, at.head), at.bias) : 0.0F;
         dts[j] = dt;
         log2_decay[j] = fmax(static_cast<double>(dt) * at.a * 1.4426950408889634, -1024.0);
     }

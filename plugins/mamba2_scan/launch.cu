@@ -108,24 +108,29 @@ size_t segment_bytes(int64_t blocks, int64_t state) {
     return static_cast<size_t>(blocks) * (static_cast<size_t>(TILE * state) * sizeof(float) + 16);
 }
 
-template <class State, int size>
+template <class State, bool wide, int size>
 int launch_steps(const Params& p, int64_t batch, void* stream) {
     using R = Rows<State, size>;
     const auto blocks = static_cast<unsigned>((p.head_dim + R::of_block - 1) / R::of_block);
-    const dim3 grid(static_cast<unsigned>(p.heads) * blocks, static_cast<unsigned>(batch));
-    return NQ_LAUNCH((scan_steps<State, size>), grid, dim3(THREADS), 0, stream, p);
+    const dim3 grid(blocks, static_cast<unsigned>(p.heads), static_cast<unsigned>(batch));
+    return NQ_LAUNCH((scan_steps<State, wide, size>), grid, dim3(THREADS), 0, stream, p);
+}
+
+template <class State, bool wide>
+int choose_steps(const Params& p, int64_t batch, void* stream) {
+    switch (p.state) {
+        case 16: return launch_steps<State, wide, 16>(p, batch, stream);
+        case 32: return launch_steps<State, wide, 32>(p, batch, stream);
+        case 64: return launch_steps<State, wide, 64>(p, batch, stream);
+        case 96: return launch_steps<State, wide, 96>(p, batch, stream);
+        case 128: return launch_steps<State, wide, 128>(p, batch, stream);
+        default: return launch_steps<State, wide, 256>(p, batch, stream);
+    }
 }
 
 template <class State>
 int choose_steps(const Params& p, int64_t batch, void* stream) {
-    switch (p.state) {
-        case 16: return launch_steps<State, 16>(p, batch, stream);
-        case 32: return launch_steps<State, 32>(p, batch, stream);
-        case 64: return launch_steps<State, 64>(p, batch, stream);
-        case 96: return launch_steps<State, 96>(p, batch, stream);
-        case 128: return launch_steps<State, 128>(p, batch, stream);
-        default: return launch_steps<State, 256>(p, batch, stream);
-    }
+    return p.dtype == NEMOQUANT_FLOAT32 ? choose_steps<State, true>(p, batch, stream) : choose_steps<State, false>(p, batch, stream);
 }
 
 int run_steps(const Params& p, int64_t batch, void* stream) {
@@ -171,7 +176,7 @@ Params params_of(const Args& r) {
     p.c_batch_stride = r.c_batch_stride, p.c_position_stride = r.c_position_stride;
     p.dt_batch_stride = r.dt_batch_stride, p.dt_position_stride = r.dt_position_stride;
     p.heads = static_cast<int32_t>(r.heads), p.head_dim = static_cast<int32_t>(r.head_dim);
-    p.groups = static_cast<int32_t>(r.groups), p.state = static_cast<int32_t>(r.state);
+    p.heads_in_group = static_cast<int32_t>(r.heads / r.groups), p.state = static_cast<int32_t>(r.state);
     p.dtype = r.dtype, p.dt_dtype = r.dt_dtype, p.y_dtype = r.y_dtype, p.state_dtype = r.state_dtype;
     p.philox_rounds = r.philox_rounds;
     p.dt_min = r.dt_min, p.dt_max = r.dt_max;
