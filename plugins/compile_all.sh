@@ -3,7 +3,7 @@
 #
 #   plugins/compile_all.sh OUT [options of nemoquant plugins build]     OUT: a new folder; OUT/build.log is what the compilers said
 #   plugins/compile_all.sh OUT --gemm-arch sm_90a                       the CUTLASS kernels, which take longest, for one alone
-#   python plugins/registers.py OUT/build.log --write                   keeps it: compile.log, and the tables of the READMEs
+#   python plugins/registers.py OUT/build.log --write                   keeps it: registers.tsv, and the tables of the READMEs
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=$1

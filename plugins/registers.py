@@ -1,10 +1,10 @@
-"""Turns a build log into registers and spills: `compile.log`, and the table in each operator's README.
+"""Turns a build log into registers and spills: `registers.tsv`, and the table in each operator's README.
 
     python plugins/registers.py build/plugins/build.log            print the tables
-    python plugins/registers.py build/plugins/build.log --write    write compile.log beside this file, and the tables into the READMEs
-    python plugins/registers.py build/plugins/build.log --check    fail where compile.log says otherwise: it was not written anew
+    python plugins/registers.py build/plugins/build.log --write    write registers.tsv beside this file, and the tables into the READMEs
+    python plugins/registers.py build/plugins/build.log --check    fail where registers.tsv says otherwise: it was not written anew
 
-The log is that of `nemoquant plugins build` (nvcc with -Xptxas=-v). compile.log has a line for each kernel and architecture: architecture,
+The log is that of `nemoquant plugins build` (nvcc with -Xptxas=-v). registers.tsv has a line for each kernel and architecture: architecture,
 folder, kernel, registers, bytes of stack, bytes of spill stores and loads, bytes of static shared memory. A README's table stands between
 the lines `<!-- registers -->` and `<!-- /registers -->`, and sums up the variants of a kernel: fewest and most registers, most spills.
 """
@@ -77,7 +77,7 @@ def read(lines: Iterable[str]) -> list[Kernel]:
 
 
 def parse(text: str) -> list[Kernel]:
-    """``compile.log`` back."""
+    """``registers.tsv`` back."""
     rows = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))
     return [Kernel(arch, folder, name, *map(int, rest)) for arch, folder, name, *rest in rows]
 
@@ -105,10 +105,10 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def write(kernels: list[Kernel]) -> None:
-    """compile.log, and the tables of the READMEs that have the two lines."""
+    """registers.tsv, and the tables of the READMEs that have the two lines."""
     head = "# " + "\t".join(("architecture", "folder", "kernel", "registers", "stack", "spill stores", "spill loads", "shared"))
     ordered = sorted(kernels, key=lambda k: (k.folder, k.name, len(k.arch), k.arch))
-    (HERE / "compile.log").write_text("\n".join([head, *(k.line() for k in ordered)]) + "\n", encoding="utf-8")
+    (HERE / "registers.tsv").write_text("\n".join([head, *(k.line() for k in ordered)]) + "\n", encoding="utf-8")
     for folder in sorted({k.folder for k in kernels}):
         path = HERE / folder / "README.md"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -139,9 +139,9 @@ def main(log: str, *options: str) -> None:
         write(kernels)
         return
     if options == ("--check",):
-        differences = check(kernels, parse((HERE / "compile.log").read_text(encoding="utf-8")))
+        differences = check(kernels, parse((HERE / "registers.tsv").read_text(encoding="utf-8")))
         if differences:
-            sys.exit("\n".join([*differences, "compile.log is not of these sources; expected `registers.py LOG --write` after a whole build"]))
+            sys.exit("\n".join([*differences, "registers.tsv is not of these sources; expected `registers.py LOG --write` after a whole build"]))
         return
     for folder in sorted({k.folder for k in kernels}):
         print(f"{folder}\n\n{table([k for k in kernels if k.folder == folder])}\n")

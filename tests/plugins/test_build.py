@@ -218,7 +218,7 @@ def test_a_log_that_was_not_written_anew_is_noticed() -> None:
 
 def test_the_tables_of_the_readmes_are_those_of_the_log_that_is_kept() -> None:
     """And the log knows every operator that has a launcher."""
-    kernels = registers.parse((PLUGINS / "compile.log").read_text(encoding="utf-8"))
+    kernels = registers.parse((PLUGINS / "registers.tsv").read_text(encoding="utf-8"))
     folders = {path.parent.name for path in PLUGINS.glob("*/launch.cu")}
     assert {k.folder for k in kernels} == folders
     for folder in sorted(folders):
@@ -230,7 +230,7 @@ def test_the_tables_of_the_readmes_are_those_of_the_log_that_is_kept() -> None:
 
 
 def test_no_kernel_of_the_convolution_spills() -> None:
-    kernels = registers.parse((PLUGINS / "compile.log").read_text(encoding="utf-8"))
+    kernels = registers.parse((PLUGINS / "registers.tsv").read_text(encoding="utf-8"))
     assert {k.arch for k in kernels} == {f"sm_{a}" for a in build.ARCHITECTURES}
     assert [k for k in kernels if k.folder == "causal_conv1d" and (k.stores or k.loads)] == []
 
