@@ -40,6 +40,27 @@ def _rtx_why(found: Device | None) -> str:
     return f"runs on {found.name}" if _rtx_runs(found) else f"it does not build for {found.name}, SM {found.sm}: --target trt"
 
 
+def plugins(found: Device | None) -> Finding:
+    """The plugin library: what is missing to build it, and what was built."""
+    from nemoquant.errors import BuildError
+    from nemoquant.ops.build import default_folder, missing, read_built
+    from nemoquant.ops.sources import sources_hash
+
+    try:
+        lacking, built = missing(), read_built(default_folder())
+    except BuildError as error:
+        return Finding("plugins", False, False, str(error))
+    how = f"`nemoquant plugins build` can't: {lacking}" if lacking else "`nemoquant plugins build` makes them"
+    if built is None:
+        return Finding("plugins", not lacking, False, f"none are built; {how}")
+    what = f"{', '.join(sorted(built.libraries))} in {default_folder()}, for {', '.join(f'sm_{a}' for a in built.architectures)}"
+    if built.tensorrt:
+        what += f", TensorRT {built.tensorrt}'s headers"
+    if built.sources != sources_hash():
+        return Finding("plugins", not lacking, False, f"{what}: built from other sources than this version's; {how}")
+    return Finding("plugins", not lacking, found is not None, what + ("" if found else f"; {NO_GPU}"))
+
+
 def doctor() -> list[Finding]:
     """All engines, and the machine they are on."""
     found = device()
@@ -68,4 +89,5 @@ def doctor() -> list[Finding]:
             no_onnx or (f"tensorrt-rtx {rtx} builds; {_rtx_why(found)}" if rtx else "not installed: pip install 'nemoquant[rtx]'"),
         ),
         Finding("trt", not missing, not missing, "; ".join(missing) or f"tensorrt {trt} with {library}"),
+        plugins(found),
     ]  # fmt: skip

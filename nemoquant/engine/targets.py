@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import MissingExtraError, UsageError
+from nemoquant.ops.build import default_folder
 
 LEAST_SM = {"fp8": (89, "FP8"), "nvfp4": (100, "NVFP4")}  # the first GPUs that multiply in a format
 DATA_CENTRE = (90, 100, 103)
@@ -115,16 +116,13 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
 
 
 def plugin_library(given: Path | None) -> Path:
-    """nemoquant's plugins for TensorRT: ``given``, else the file that NEMOQUANT_PLUGINS names.
+    """nemoquant's plugins for TensorRT: ``given``, else what NEMOQUANT_PLUGINS names, else what ``nemoquant plugins build`` made.
 
     Raises:
         UsageError: there is no such file.
     """
-    path = given or (Path(os.environ[PLUGINS]) if os.environ.get(PLUGINS) else None)
-    if path is None:
-        raise UsageError(
-            f"TensorRT needs nemoquant's plugin library, and neither --plugins nor {PLUGINS} names it; build it with `nemoquant plugins build`"
-        )
+    named = os.environ.get(PLUGINS)
+    path = given or (Path(named) if named else default_folder() / "libnemoquant_plugins.so")
     if not path.is_file():
         raise UsageError(f"{path}, the plugin library, does not exist; build it with `nemoquant plugins build`")
     return path

@@ -267,7 +267,8 @@ class TensorRT(TensorRTRTX):
         return list(shape) if stacked else super().shape(part, dtype, shape, stacked)
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
-        return attributes | {"plugin_version": str(spec(op).version), "plugin_namespace": spec(op).domain}
+        known = spec(op)  # a plugin wants all of its attributes
+        return {**known.attributes, **attributes, "plugin_version": str(known.version), "plugin_namespace": known.domain}
 
     def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
         return spec("routed_experts").name, self.plugin("routed_experts", format=name, activation="relu2")

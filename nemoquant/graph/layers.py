@@ -142,6 +142,8 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
         ssm_state, domain=DOMAIN,
         **layer.dialect.plugin("mamba2_scan", chunk_size=CHUNK, dt_min=float(low), dt_max=float(high)),
     )  # fmt: skip
+    if layer.dialect.has_plugins:
+        y = t.cast(y, FLOAT)  # the function's is float32, the plugin's has the dtype of x
     gate = t.cast(z, FLOAT)
     gated = t.op("Mul", t.op("Mul", gate, t.op("Sigmoid", gate)), positions(y, -1))
     grouped = positions(gated, c.n_groups, c.mamba_inner // c.n_groups)

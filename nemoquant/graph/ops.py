@@ -33,7 +33,10 @@ def causal_conv1d(kernel: int) -> ir.Function:
 
 
 def mamba2_scan(heads: int, head_dim: int, groups: int, state_size: int) -> ir.Function:
-    """The selective scan by chunks (Dao and Gu 2024, arXiv:2405.21060, section 6); a single position is a chunk of one."""
+    """The selective scan by chunks (Dao and Gu 2024, arXiv:2405.21060, section 6); a single position is a chunk of one.
+
+    ``rounding`` and ``philox_rounds`` are the plugin's: a float32 state is rounded by nothing but the sums.
+    """
     scan = _Scan(heads, head_dim, groups, state_size)
 
     def record(t: Tape, x: ir.Value, dt: ir.Value, a: ir.Value, b: ir.Value, c: ir.Value, d: ir.Value, dt_bias: ir.Value,
