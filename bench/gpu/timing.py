@@ -1,10 +1,12 @@
 """What the benchmarks share: time by CUDA events, the device's limits, a row of the table."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 
-FLUSH = 256 << 20  # bytes that are written between calls, so that nothing is left in the L2 cache
+# Bytes that are written between calls, so that nothing is left in the L2 cache; meanwhile the host is ahead with the launch.
+FLUSH = 1 << 30
 
 
 def seconds(call: Callable[[], object], repeats: int = 50, warm: int = 10) -> float:
@@ -24,9 +26,20 @@ def seconds(call: Callable[[], object], repeats: int = 50, warm: int = 10) -> fl
 
 
 def bandwidth() -> float:
-    """Bytes a second, from the memory's clock and width: two transfers a clock."""
-    properties = torch.cuda.get_device_properties(0)
-    return 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
+    """Bytes a second, from the memory's clock and width as the driver has them: two transfers a clock."""
+    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+
+    def attribute(number: int) -> int:
+        code = driver.cuDeviceGetAttribute(ctypes.byref(value), number, torch.cuda.current_device())
+        if code:
+            raise RuntimeError(f"cuDeviceGetAttribute({number}) gave error {code}")
+        return value.value
+
+    clock, width = (
+        attribute(36),
+        attribute(37),
+    )  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE in kHz, ..._GLOBAL_MEMORY_BUS_WIDTH in bits
+    return 2 * clock * 1e3 * width / 8
 
 
 def title(what: str) -> None:
