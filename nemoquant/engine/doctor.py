@@ -35,6 +35,27 @@ def gpu() -> str | None:
     return f"{torch.cuda.get_device_name(0)} (SM {major}{minor})"
 
 
+def plugins(device: str | None) -> Finding:
+    """The plugin library: what is missing to build it, and what was built."""
+    from nemoquant.errors import BuildError
+    from nemoquant.ops.build import default_folder, missing, read_built
+    from nemoquant.ops.sources import sources_hash
+
+    try:
+        lacking, built = missing(), read_built(default_folder())
+    except BuildError as error:
+        return Finding("plugins", False, False, str(error))
+    how = f"`nemoquant plugins build` can't: {lacking}" if lacking else "`nemoquant plugins build` makes them"
+    if built is None:
+        return Finding("plugins", not lacking, False, f"none are built; {how}")
+    what = f"{', '.join(sorted(built.libraries))} in {default_folder()}, for {', '.join(f'sm_{a}' for a in built.architectures)}"
+    if built.tensorrt:
+        what += f", TensorRT {built.tensorrt}'s headers"
+    if built.sources != sources_hash():
+        return Finding("plugins", not lacking, False, f"{what}: built from other sources than this version's; {how}")
+    return Finding("plugins", not lacking, device is not None, what + ("" if device else "; no CUDA device is usable here"))
+
+
 def doctor() -> list[Finding]:
     """All engines, and the machine they are on."""
     device = gpu()
@@ -56,4 +77,5 @@ def doctor() -> list[Finding]:
         ),
         Finding("trt", False, False, "needs nemoquant's plugins, which this version does not have yet; `export onnx --dialect tensorrt` "
                 f"writes the graph{f'; tensorrt {trt} is installed' if trt else ''}"),
+        plugins(device),
     ]  # fmt: skip

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nemoquant.ops.sources import plugin_folder
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,6 @@ class Spec:
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
     formats: dict[str, tuple[str, ...]]
-
-
-def plugin_folder() -> Path:
-    """Where the specifications lie: in the installed package, or in the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    return next(p for p in (package / "plugins", package.parent / "plugins") if p.is_dir())
 
 
 @cache

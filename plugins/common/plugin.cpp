@@ -234,8 +234,11 @@ std::vector<std::string> words(const char* shape) {
     return all;
 }
 
+bool is_number(const std::string& word) { return word.find_first_not_of("0123456789") == std::string::npos; }
+
 // "K-1" with K = 4 is 3; -1 where the size is unknown.
 int64_t dimension(const std::string& word, const Sizes& sizes) {
+    if (is_number(word)) return std::stoll(word);
     const int64_t size = sizes[word[0]];
     if (size < 0 || word.size() == 1) return size;
     const int64_t by = std::stoll(word.substr(2));
@@ -451,7 +454,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
             check_rank("input", inputs_[i], dims.nbDims);
             for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
                 const std::string& word = inputs_[i].dims[axis];
-                if (word.size() == 1 && sizes[word[0]] < 0) sizes[word[0]] = dims.d[axis];
+                if (word.size() == 1 && !is_number(word) && sizes[word[0]] < 0) sizes[word[0]] = dims.d[axis];
             }
         }
         for (int32_t i = 0; i < nbInputs; ++i) {
@@ -459,7 +462,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
             for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
                 const std::string& word = inputs_[i].dims[axis];
                 const int64_t want = dimension(word, sizes);
-                if (dims.d[axis] >= 0 && sizes[word[0]] >= 0 && dims.d[axis] != want)
+                if (dims.d[axis] >= 0 && (is_number(word) || sizes[word[0]] >= 0) && dims.d[axis] != want)
                     refuse(std::string("input ") + inputs_[i].name + " is " + show(dims) + "; expected [" + inputs_[i].shape + "]" +
                            (want >= 0 ? " with " + word + " = " + str(want)
                                       : ", but " + word + " is no whole number for " + word[0] + " = " + str(sizes[word[0]])));

@@ -9,7 +9,7 @@
 // wrong is logged with its reason, and the call returns nullptr, false or a number other than 0.
 //
 // The shapes are those of spec.yaml, a word a dimension: a letter is a size and is equal wherever it stands; "K-1", "I/2" and "I*2"
-// follow from one. Written for TensorRT 10 and 11; nothing of it is linked.
+// follow from one; a number is that number. Written for TensorRT 10 and 11; nothing of it is linked.
 #pragma once
 
 #include <NvInferRuntime.h>

@@ -109,7 +109,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
         return {entry["name"]: entry for entry in json.loads(result.stdout)}
 
     whole = found()
-    assert list(whole) == ["machine", "torch", "onnxruntime", "rtx", "trt"]
+    assert list(whole) == ["machine", "torch", "onnxruntime", "rtx", "trt", "plugins"]
     assert all(entry["why"] for entry in whole.values())
     assert (whole["onnxruntime"]["runs"], whole["rtx"]["builds"]) == (True, True)
     assert whole["trt"]["builds"] is False
