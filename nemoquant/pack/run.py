@@ -18,6 +18,7 @@ from nemoquant.pack.card import card
 from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.shards import shards
 from nemoquant.pack.verify import verify
+from nemoquant.pack.workers import Threads
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 
@@ -44,8 +45,9 @@ def write_checkpoint(
         done += size
         progress("pack", done, plan.bytes_in, "")
 
-    packer = Packer(plan, source.checkpoint, scales, threads=threads, warn=warnings.append, progress=packed)
-    digests = packer.write(folder, layout)
+    with Threads(source.checkpoint, threads) as workers:
+        packer = Packer(plan, source.checkpoint, scales, workers, warn=warnings.append, progress=packed)
+        digests = {shard.file: packer.write(folder / shard.file, shard) for shard in layout}
     if packer.zero_weights:
         warnings.append(
             f"{len(packer.zero_weights)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: "
