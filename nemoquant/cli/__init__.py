@@ -61,8 +61,8 @@ class Verbs(click.Group):
         except OSError as error:  # a disk or a permission that nobody foresaw: still one line, and not "a check failed"
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("error: interrupted; nothing was kept", err=True)
+        except KeyboardInterrupt as error:
+            click.echo(f"error: interrupted; {error or 'nothing was kept'}", err=True)
             sys.exit(130)
 
 
@@ -80,5 +80,5 @@ def main() -> None:
       nemoquant diff MODEL OUT --html report.html
 
     \b
-    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted.
+    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize --resume` goes on).
     """

@@ -53,11 +53,13 @@ if TYPE_CHECKING:
     "--shard-size", type=click.FloatRange(min=0.000001), default=5.0, show_default=True, help="Largest output file, in GB."
 )
 @click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
+@click.option("--resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
 def command(
     source: Path, out: Path, fmt: str | None, recipe: str | None, calib: Path | None, rows: int, seq_len: int, scales: Path | None,
-    device: str, compute: str, row_batch: int, threads: int | None, shard_size: float, no_scale_groups: bool, dry_run: bool, as_json: bool,
+    device: str, compute: str, row_batch: int, threads: int | None, shard_size: float, no_scale_groups: bool, resume: bool, dry_run: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
 
@@ -69,6 +71,7 @@ def command(
       nemoquant quantize MODEL OUT --fmt nvfp4 --calib chats.jsonl --rows 128 --seq-len 2048
       nemoquant quantize MODEL OUT --recipe nvfp4-w4a16             weights only, no calibration
       nemoquant quantize MODEL OUT --fmt fp8 --scales EARLIER/nemoquant_scales.json
+      nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
     """
     from nemoquant import api
     from nemoquant.errors import UsageError
@@ -91,7 +94,8 @@ def command(
     with progress_bars(as_json) as progress:
         result = api.quantize(
             source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
-            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, planned=planned, progress=progress,
+            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, resume=resume, planned=planned, progress=progress,
+            say=lambda text: click.echo(text, err=True),
         )  # fmt: skip
     took = time.monotonic() - began
     unused = _unused_options(result.plan.needs_calibration, scales is not None, calib is not None and calib.suffix == ".npy")
