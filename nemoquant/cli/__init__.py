@@ -1,6 +1,7 @@
 """The command line: a thin face on the Python API. Verbs are loaded when they are called, so that ``--help`` is quick."""
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -52,6 +53,9 @@ class Verbs(click.Group):
 
         from nemoquant.errors import NemoquantError
 
+        # torch's threads would spin while they wait; beside other work on the machine that costs many times what it saves.
+        # OpenMP reads it once, when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: clean up as after Ctrl-C
         try:
             return super().invoke(ctx)

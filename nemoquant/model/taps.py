@@ -19,6 +19,7 @@ from torch import Tensor
 Tap = Callable[[str, Tensor], Tensor]
 Weights = Mapping[str, Tensor]
 
+PAD_ROWS = 16
 CAST_ELEMENTS = 1 << 24  # of a weight that is in another dtype than the compute: at most this much is converted at a time
 
 
@@ -64,7 +65,18 @@ def linear(name: str, x: Tensor, weights: Weights, tap: Tap) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``."""
+    """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``.
+
+    In bfloat16 on a CPU zeros fill the tokens up to a multiple of ``PAD_ROWS``: a kernel is compiled for each number of rows that is
+    new, which takes longer than the product itself where each expert gets another number of tokens.
+    """
+    count = x.shape[0]
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2 and count > PAD_ROWS and count % PAD_ROWS:
+        return _product(F.pad(x, (0, 0, 0, -count % PAD_ROWS)), weight)[:count]
+    return _product(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == x.dtype or weight.numel() <= CAST_ELEMENTS:
         return F.linear(x, weight.to(x))
     y = x.new_empty(*x.shape[:-1], weight.shape[0])

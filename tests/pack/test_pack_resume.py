@@ -366,6 +366,6 @@ def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_ro
     from nemoquant.pack.output import making
 
     monkeypatch.setattr(run, "verify", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(Interrupted, match="^nothing was kept$"), making(tmp_path / "demo") as folder:
+    with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:
         make(source, token_rows, folder / "out")
     assert not (tmp_path / "demo.partial").exists()
