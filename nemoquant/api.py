@@ -17,6 +17,7 @@ from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
 
 if TYPE_CHECKING:
+    from nemoquant.estimate import Estimate
     from nemoquant.evaluate.schema import Report
     from nemoquant.graph.export import Exported
 
@@ -48,6 +49,38 @@ def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
     return _plan(open_source(Path(source)), recipe, scale_groups)
 
 
+def estimate(
+    source: PathLike,
+    recipe: str,
+    *,
+    out: PathLike = ".",
+    calibration: CalibrationOptions | None = None,
+    scale_groups: bool = True,
+    threads: int | None = None,
+) -> "Estimate":
+    """What ``quantize`` would need on this machine: memory, disk and time, from headers and a short measurement.
+
+    Args:
+        out: a path on the disk that would be written to; a file without a name is written beside it.
+        calibration: ``rows``, ``seq_len`` and ``memory`` count; data is not read.
+    Raises:
+        CheckpointError, RecipeError, UsageError
+    """
+    from nemoquant import estimate as estimating
+    from nemoquant.pack.workers import usable_threads
+
+    opened, options = open_source(Path(source)), calibration or CalibrationOptions()
+    if opened.checkpoint is None:
+        raise CheckpointError(f"{source} is a config.json; an estimate needs the folder with the weights, which it measures on")
+    with opened.checkpoint:
+        made = _plan(opened, recipe, scale_groups)
+        shape = (options.rows, options.seq_len) if made.needs_calibration and options.scales is None else None
+        dtype, count = estimating.compute_dtype_name(options), threads or usable_threads()
+        chosen = estimating.budget(made, options.memory, options.row_batch, shape, 4 if dtype == "float32" else 2, count)
+        folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.is_dir())
+        return estimating.estimate(opened.checkpoint, made, folder, shape, dtype, chosen, count)
+
+
 def _plan(source: Source, recipe: str, scale_groups: bool) -> Plan:
     return resolve(load_recipe(recipe), source.config, source.table, assumed=source.checkpoint is None, scale_groups=scale_groups)
 
@@ -72,6 +105,7 @@ def quantize(
     dry_run: bool = False,
     resume: bool = False,
     planned: Callable[[Plan], None] = lambda plan: None,
+    expected: Callable[["Estimate"], None] | None = None,
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda text: None,
 ) -> Result:
@@ -86,6 +120,7 @@ def quantize(
         dry_run: check everything, write nothing.
         resume: go on with what an earlier run with the same options left in OUT.partial; begin anew where there is nothing.
         planned: called with the plan before anything long begins.
+        expected: called with what the run will need, from a short measurement, before the first byte is written; None measures nothing.
         say: told in a line what of an earlier run is used.
     Raises:
         NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to go on.
@@ -110,11 +145,11 @@ def quantize(
             warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
         from nemoquant.job import Job
 
-        job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say)
+        job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say, expected)
         job.check()
         planned(made)
         if dry_run:
-            job.check_calibration()
+            job.expect(job.check_calibration())
             return Result(out, made, warnings, {})
         verified, skipped, found = job.run()
         return Result(out, made, warnings, verified, skipped, found)

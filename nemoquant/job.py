@@ -13,6 +13,7 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.source import Source
 from nemoquant.errors import UsageError, listing
+from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack import output
 from nemoquant.pack.shards import shards
@@ -29,12 +30,13 @@ class Job:
 
     def __init__(
         self, source: Source, plan: Plan, out: Path, options: CalibrationOptions, threads: int | None, shard_bytes: int,
-        resume: bool, warnings: list[str], progress: Progress, say: Callable[[str], None],
+        resume: bool, warnings: list[str], progress: Progress, say: Callable[[str], None], expected: Callable[[Estimate], None] | None,
     ) -> None:  # fmt: skip
         """Raises OutputError where the state of an earlier run can't be read."""
         assert source.checkpoint is not None
         self.source, self.checkpoint, self.plan, self.out, self.options = source, source.checkpoint, plan, out, options
         self.shard_bytes, self.resume, self.warnings, self.progress, self.say = shard_bytes, resume, warnings, progress, say
+        self.expected = expected
         self.earlier = earlier(out) if resume else None
         began = self.earlier.options if self.earlier and not self.earlier.calibrated else {}
         self.threads: int = threads or began.get("--threads") or usable_threads()
@@ -70,6 +72,23 @@ class Job:
         data = Path(options.data) if options.data is not None else default_data()
         return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len, self.warnings.append)
 
+    def expect(self, found: Scales | Rows | None) -> None:
+        """Choose how to keep below the memory, and, where somebody listens, measure this machine and tell what the run will need.
+
+        Raises:
+            UsageError: the memory is too little.
+        """
+        options, shape, row_batch = self.options, None, self.options.row_batch
+        if isinstance(found, Rows):
+            shape = (found.ids.shape[0], found.ids.shape[1])
+            if row_batch is None and self.earlier is not None:
+                row_batch = self.earlier.options.get("--row-batch")
+        dtype = compute_dtype_name(options)
+        self._budget = budget(self.plan, options.memory, row_batch, shape, 4 if dtype == "float32" else 2, self.threads)
+        if self.expected is not None:
+            folder = next(p for p in self.out.absolute().parents if p.exists())
+            self.expected(estimate(self.checkpoint, self.plan, folder, shape, dtype, self._budget, self.threads))
+
     def run(self) -> tuple[Verified, list[str], dict[str, Any] | None]:
         """Calibrate, pack and verify.
 
@@ -80,6 +99,7 @@ class Job:
         found = self.check_calibration()
         told_of_rows = self.warnings[told:]
         del self.warnings[told:]
+        self.expect(found)
         weights = manifest.weights_fingerprint(self.checkpoint)
         identity = self._identity(found, weights)
         if self.earlier is not None and self.earlier.folder == self.out:
@@ -93,7 +113,15 @@ class Job:
             from nemoquant.pack.run import write_checkpoint
 
             verified, skipped = write_checkpoint(
-                self.source, self.plan, scales, run, self.threads, self.shard_bytes, self.warnings, self.progress
+                self.source,
+                self.plan,
+                scales,
+                run,
+                self._budget.ahead,
+                self.threads,
+                self.shard_bytes,
+                self.warnings,
+                self.progress,
             )
         return verified, skipped, None if scales is None else scales.summary()
 
@@ -129,14 +157,12 @@ class Job:
         if isinstance(found, Scales):
             options["--scales"] = hashlib.sha256(found.dump().encode()).hexdigest()[:12]
         elif found is not None:
-            from nemoquant.calibrate.run import compute_dtype
-
             count, length = found.ids.shape
             options |= {
                 "--calib": f"{count} rows of {length} tokens of {found.source} ({found.sha256[:12]})",
                 "--device": self.options.device,
-                "--compute": self.options.dtype or str(compute_dtype(self.options.device)).removeprefix("torch."),
-                "--row-batch": self.options.row_batch,
+                "--compute": compute_dtype_name(self.options),
+                "--row-batch": self._budget.row_batch,
                 "--threads": self.threads,
             }
         return options
@@ -171,10 +197,11 @@ class Job:
         import torch
 
         from nemoquant.calibrate.hidden import InFiles
-        from nemoquant.calibrate.run import Between, calibrate, compute_dtype
+        from nemoquant.calibrate.run import Between, calibrate
 
         torch.set_num_threads(self.threads)
-        dtype = getattr(torch, self.options.dtype) if self.options.dtype else compute_dtype(self.options.device)
+        dtype = getattr(torch, compute_dtype_name(self.options))
+        assert self._budget.row_batch is not None
         shape = (*rows.ids.shape, self.source.config.hidden_size)
         begin, at = None, run.calibration
         hidden = InFiles(run.state, shape, dtype, at["hidden"] if at else 0)
@@ -197,7 +224,7 @@ class Job:
         try:
             return calibrate(
                 self.checkpoint, self.source.config, rows, device=self.options.device, dtype=dtype,
-                row_batch=self.options.row_batch, hidden=hidden, begin=begin, keep=keep,
+                row_batch=self._budget.row_batch, hidden=hidden, begin=begin, keep=keep,
                 progress=lambda done, total, what: self.progress("calibrate", done, total, what),
             )  # fmt: skip
         finally:

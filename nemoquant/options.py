@@ -18,7 +18,8 @@ class CalibrationOptions:
         scales: the scales file of an earlier run, instead of calibrating.
         device: ``cpu`` or ``cuda``; packing is on the CPU in any case.
         dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
-        row_batch: rows that go through a layer at once.
+        row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, kind by kind of layer.
+        memory: bytes that the run may take at its peak, packing included; None is no promise, and rows for 4 GB at once.
     """
 
     data: PathLike | None = None
@@ -27,12 +28,14 @@ class CalibrationOptions:
     scales: PathLike | None = None
     device: str = "cpu"
     dtype: str | None = None
-    row_batch: int = 4
+    row_batch: int | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rows", "seq_len", "row_batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("rows", "seq_len", "row_batch", "memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected at least 1")
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"device is {self.device!r}; expected cpu or cuda")
         if self.dtype not in (None, "float32", "bfloat16"):

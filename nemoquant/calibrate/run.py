@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemoquant.calibrate.data import Rows
 from nemoquant.calibrate.hidden import HiddenStates, InMemory
+from nemoquant.calibrate.memory import RowBatch, rows_of
 from nemoquant.calibrate.observers import AmaxObserver
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.reader import Checkpoint
@@ -60,7 +61,7 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    row_batch: int = DEFAULT_ROW_BATCH,
+    row_batch: RowBatch = DEFAULT_ROW_BATCH,
     hidden: HiddenStates | None = None,
     begin: Between | None = None,
     keep: Callable[[Between], None] = lambda between: None,
@@ -70,7 +71,7 @@ def calibrate(
 
     Args:
         dtype: compute dtype; None picks :func:`compute_dtype`.
-        row_batch: rows that go through a layer at once.
+        row_batch: rows that go through a layer at once, of all layers or by kind of layer.
         hidden: where hidden states wait; None is in memory.
         begin: what ``keep`` was called with in an earlier run, with ``hidden`` as it was then: goes on from there.
         keep: called after each layer.
@@ -80,24 +81,25 @@ def calibrate(
     dtype = dtype or compute_dtype(device)
     hidden = hidden or InMemory((*rows.ids.shape, config.hidden_size), dtype)
     alive = np.ones(len(rows.ids), bool)
+    batches = row_batch if isinstance(row_batch, int) else dict(row_batch)
     settings: dict[str, Any] = {
         "rows": len(rows.ids), "seq_len": rows.ids.shape[1], "tokens_sha256": rows.sha256, "data": rows.source, "device": device,
-        "dtype": str(dtype).removeprefix("torch."), "row_batch": row_batch, "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."), "row_batch": batches, "threads": torch.get_num_threads(),
     }  # fmt: skip
     if begin is None:
-        _embed(checkpoint, rows, dtype, hidden, row_batch)
+        _embed(checkpoint, rows, dtype, hidden)
         begin = Between(0, Scales(settings), [])
     scales = begin.scales
     alive[begin.dead] = False
     total = len(config.layers) + 1
     for i in range(begin.layers, len(config.layers)):
         progress(i, total, f"layer {i}, {config.layers[i]}")
-        _layer(checkpoint, config, i, hidden, alive, scales, device, row_batch)
+        _layer(checkpoint, config, i, hidden, alive, scales, device, rows_of(row_batch, config.layers[i]))
         keep(Between(i + 1, scales, np.flatnonzero(~alive).tolist()))
     progress(len(config.layers), total, "head")
     norm = LayerWeights(checkpoint, "backbone.norm_f.")["weight"]
     head = AmaxObserver()
-    for batch in _batches(alive, row_batch):
+    for batch in _batches(alive, 1):
         head.tap()("lm_head", rms_norm(hidden.read(batch).to(device), norm, config.norm_eps))
     scales.input_amax |= head.collect()
     scales.non_finite_rows = int((~alive).sum())
@@ -105,10 +107,10 @@ def calibrate(
     return scales
 
 
-def _embed(checkpoint: Checkpoint, rows: Rows, dtype: torch.dtype, hidden: HiddenStates, row_batch: int) -> None:
+def _embed(checkpoint: Checkpoint, rows: Rows, dtype: torch.dtype, hidden: HiddenStates) -> None:
     """Hidden states before the first layer."""
     weights = LayerWeights(checkpoint, "backbone.embeddings.")
-    for batch in _batches(np.ones(len(rows.ids), bool), row_batch):
+    for batch in _batches(np.ones(len(rows.ids), bool), 1):
         hidden.write(batch, F.embedding(torch.from_numpy(rows.ids[batch]), weights["weight"]).to(dtype))
         weights.release()
     hidden.turn()

@@ -27,18 +27,20 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
 
 def write_checkpoint(
-    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, threads: int, shard_bytes: int, warnings: list[str],
-    progress: Progress,
+    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    warnings: list[str], progress: Progress,
 ) -> tuple[dict[str, int], list[str]]:  # fmt: skip
     """Write everything that ``run`` does not have yet into its folder, and verify it. Finds of its own are added to ``warnings``.
 
+    Args:
+        ahead: pieces that may be in work and waiting.
     Returns:
         what verify checked, and the source's files that were left behind.
     Raises:
         CalibrationError, WeightError, VerificationError
     """
     folder = run.folder
-    zero = _pack(source, plan, scales, run, threads, shard_bytes, warnings, progress)
+    zero = _pack(source, plan, scales, run, ahead, threads, shard_bytes, warnings, progress)
     if zero:
         warnings.append(
             f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}"
@@ -67,8 +69,8 @@ def write_checkpoint(
 
 
 def _pack(
-    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, threads: int, shard_bytes: int, warnings: list[str],
-    progress: Progress,
+    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    warnings: list[str], progress: Progress,
 ) -> list[str]:  # fmt: skip
     """Write the shards that are missing; returns the modules whose weights are zero, in all of them."""
     assert source.checkpoint is not None
@@ -80,7 +82,7 @@ def _pack(
         progress("pack", done, plan.bytes_in, "")
 
     there = run.finished_shards()
-    with Threads(source.checkpoint, threads) as workers:
+    with Threads(source.checkpoint, threads, ahead) as workers:
         packer = Packer(plan, source.checkpoint, scales, workers, warn=warnings.append, progress=packed)
         for shard in shards(plan, shard_bytes):
             if shard.file in there:

@@ -127,6 +127,8 @@ def check_options(found: Unfinished, options: Options) -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{number} ({kind})" for kind, number in value.items())
     return "not given" if value is None else str(value)
 
 

@@ -245,9 +245,7 @@ def _compare(
     def problem(entries: dict[str, dict[str, Entry]], row: Row) -> str | None:
         if row.format == "source":
             return (
-                None
-                if _equal_bytes(original.raw(row.name), written.raw(row.name))
-                else f"{row.name} differs from the source; expected the same bytes"
+                None if _equal_bytes(original, written, row) else f"{row.name} differs from the source; expected the same bytes"
             )
         if again and not _encodes_to(row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written):
             return f"{row.module}: encoding the source's weight again gives other bytes"
@@ -268,10 +266,16 @@ def _compare(
             written.release(e.name for e in unit.entries)
 
 
-def _equal_bytes(a: Any, b: Any) -> bool:
-    return a.size == b.size and all(
-        np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in range(0, a.size, COMPARE_BYTES)
-    )
+def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
+    """Part by part, so that a large tensor does not stay in memory twice."""
+    a, b = source.raw(row.name), written.raw(row.name)
+    for begin in range(0, a.size, COMPARE_BYTES):
+        end = min(begin + COMPARE_BYTES, a.size)
+        if not np.array_equal(a[begin:end], b[begin:end]):
+            return False
+        source.release_bytes(row.name, begin, end)
+        written.release_bytes(row.name, begin, end)
+    return a.size == b.size
 
 
 def _encodes_to(row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint) -> bool:

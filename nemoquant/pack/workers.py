@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.pack.encode import CHUNK_BYTES
 
+AHEAD = 3  # results for each thread, where memory does not forbid it
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -35,8 +36,8 @@ class Threads:
 
     group_bytes = CHUNK_BYTES
 
-    def __init__(self, checkpoint: Checkpoint, threads: int) -> None:
-        self.checkpoint, self.ahead = checkpoint, 3 * threads
+    def __init__(self, checkpoint: Checkpoint, threads: int, ahead: int | None = None) -> None:
+        self.checkpoint, self.ahead = checkpoint, ahead or AHEAD * threads
         self._pool = ThreadPoolExecutor(threads, "encode")
 
     def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:

@@ -211,7 +211,7 @@ def test_zero_weights_are_remembered(make_checkpoint, token_rows, tmp_path, monk
         ({"scale_groups": False}, "--no-scale-groups was False and is True"),
         ({"shard_bytes": 60_000}, "--shard-size was 3e-05 and is 6e-05"),
         ({"threads": 2}, "--threads was 1 and is 2"),
-        ({"calibration": {"row_batch": 3}}, "--row-batch was 4 and is 3"),
+        ({"calibration": {"row_batch": 3}}, r"--row-batch was 8 \(attention\), 8 \(mamba\), 8 \(mlp\), 8 \(moe\) and is 3"),
         ({"calibration": {"dtype": "bfloat16"}}, "--compute was float32 and is bfloat16"),
     ],
 )
