@@ -67,7 +67,7 @@ class Verbs(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
-            click.echo(f"error: interrupted; {error or 'nothing was kept'}", err=True)
+            click.echo(f"error: interrupted; {str(error) or 'nothing was kept'}", err=True)
             sys.exit(130)
 
 
