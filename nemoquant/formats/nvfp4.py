@@ -49,10 +49,11 @@ Method: TypeAlias = Literal["max", "mse", "four_over_six"]
 _LARGEST = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
 
 _PAIR = {np.dtype(np.uint16): np.uint32, np.dtype(np.uint32): np.uint64}  # the word of two elements' patterns
-_E4M3 = e4m3.VALUES
+_value_e4m3 = e4m3.value_of
 _value_bits = e2m1.value_bits
 _largest_magnitudes = nvfp4_blocks.largest
 _scale_codes = nvfp4_blocks.scale_codes
+_spread = nvfp4_blocks.spread
 _thresholds = nvfp4_blocks.thresholds
 _write_codes = nvfp4_blocks.write_codes
 
@@ -140,15 +141,14 @@ def _multiply(values: Floats, scales: Floats) -> None:
 @kernel
 def _decode(packed: Codes, block_scales: Codes, global_scale: np.float32, pairs: NDArray[np.uint64], values: Floats) -> None:
     """``pairs`` [8 n] and ``values`` [16 n] are the same memory."""
-    scales = np.empty(TILE * BLOCK, np.float32)
+    scales, scratch, spread = np.empty(TILE, np.float32), np.empty(4 * TILE, np.uint64), np.empty(8 * TILE, np.uint64)
     for start in range(0, block_scales.shape[0], TILE):
         end = min(start + TILE, block_scales.shape[0])
         _decode_pairs(packed[8 * start : 8 * end], pairs[8 * start : 8 * end])
         for b in range(end - start):
-            scale = np.float32(_E4M3[block_scales[start + b]] * global_scale)
-            for i in range(BLOCK):
-                scales[b * BLOCK + i] = scale
-        _multiply(values[BLOCK * start : BLOCK * end], scales)
+            scales[b] = np.float32(_value_e4m3(block_scales[start + b]) * global_scale)
+        _spread(scales.view(np.uint32), scratch, spread)
+        _multiply(values[BLOCK * start : BLOCK * end], spread.view(np.float32))
 
 
 def encode(

@@ -17,6 +17,8 @@ BLOCK = 16
 TILE = 64  # blocks
 
 Bits = NDArray[np.unsignedinteger]
+Halves = NDArray[np.uint32]
+Words = NDArray[np.uint64]
 
 _E4M3 = e4m3.VALUES
 _MIDPOINTS: Floats = np.array([0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)  # [code]: between it and the code below
@@ -104,6 +106,24 @@ def largest(pairs: Bits, words: Bits, scratch: Bits, magnitudes: Bits) -> None:
 
 
 @kernel
+def twice(numbers: Halves, pairs: Words) -> None:
+    """Each number two times."""
+    for i in range(pairs.shape[0]):
+        number = np.uint64(numbers[i])
+        pairs[i] = np.uint64(number | np.uint64(number << np.uint64(32)))
+
+
+@kernel
+def spread(numbers: Halves, scratch: Words, pairs: Words) -> None:
+    """Each of [n] numbers 16 times, by doubling, which is vectors all the way. ``scratch`` [>= 4 n], ``pairs`` [>= 8 n]."""
+    n = numbers.shape[0]
+    twice(numbers, scratch[:n])
+    twice(scratch.view(np.uint32)[: 2 * n], pairs[: 2 * n])
+    twice(pairs.view(np.uint32)[: 4 * n], scratch[: 4 * n])
+    twice(scratch.view(np.uint32)[: 8 * n], pairs[: 8 * n])
+
+
+@kernel
 def scale_codes(
     magnitudes: Bits, shift: np.uint32, factor: np.float32, onto: np.float32, least: np.float32, zeros: np.uint8, codes: Codes
 ) -> None:
@@ -133,6 +153,7 @@ def write_codes(bits: Bits, scale_codes: Codes, reached: Bits, words: Bits, scra
     part, word = scratch.dtype.type, words.dtype.type
     mask = part((word(1) << word(8 * scratch.itemsize - 1)) - word(1))
     none, one, eight = part(0), part(1), part(8)
+    codes = scratch.reshape(-1, BLOCK)
     for b in range(scale_codes.shape[0]):
         s = scale_codes[b]
         r0, r1, r2, r3 = reached[s, 0], reached[s, 1], reached[s, 2], reached[s, 3]
@@ -147,7 +168,7 @@ def write_codes(bits: Bits, scale_codes: Codes, reached: Bits, words: Bits, scra
             code = part(code + (one if magnitude >= r5 else none))
             code = part(code + (one if magnitude >= r6 else none))
             code = part(code + (one if magnitude >= r7 else none))
-            scratch[BLOCK * b + i] = part(code + (eight if pattern >= r0 else none))
+            codes[b, i] = part(code + (eight if pattern >= r0 else none))
     shift = word(8 * scratch.itemsize - 4)
     for i in range(packed.shape[0]):
         packed[i] = np.uint8(word(words[i] | word(words[i] >> shift)) & word(255))

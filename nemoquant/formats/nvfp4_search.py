@@ -21,12 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemoquant.formats import e2m1, e4m3
-from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits, scale_codes
+from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits, Halves, Words, scale_codes, spread, twice
 from nemoquant.formats.rounding import SMALLEST_NORMAL, Codes, Floats, bits_of, estimate, float_of, kernel, widen
 
 Doubles = NDArray[np.float64]
-Words = NDArray[np.uint64]
-Halves = NDArray[np.uint32]
 
 _E4M3 = e4m3.VALUES
 _ONE = e4m3.ONE
@@ -122,14 +120,13 @@ def _least(pairs: Words, words: Words, least: Halves) -> None:
 
 
 @kernel
-def _winners(lower: Floats, ceilings: Floats, scratch: Floats, wins: Codes) -> None:
+def _winners(lower: Floats, ceilings: Halves, doubled: Words, scratch: Words, limits: Words, wins: Codes) -> None:
     """``wins[32 b + k]`` = 1 where a lower bound does not exceed the block's least upper bound; also where either is NaN."""
-    for b in range(ceilings.shape[0]):
-        ceiling = ceilings[b]
-        for k in range(_WINDOW):
-            scratch[b * _WINDOW + k] = ceiling
+    twice(ceilings, doubled)
+    spread(doubled.view(np.uint32), scratch, limits)
+    limit = limits.view(np.float32)
     for k in range(wins.shape[0]):
-        wins[k] = np.uint8(0) if lower[k] > scratch[k] else np.uint8(1)
+        wins[k] = np.uint8(0) if lower[k] > limit[k] else np.uint8(1)
 
 
 # The definition, in float64.
@@ -251,7 +248,7 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
 
     values, firsts, ceilings = np.empty(TILE * BLOCK, np.float32), np.empty(TILE, np.uint8), np.empty(TILE, np.float32)
     lower, upper = np.empty((2 * TILE, _LANES), np.float32), np.empty((2 * TILE, _LANES), np.float32)
-    scratch, wins = np.empty(TILE * _LANES, np.uint64), np.empty(TILE * _WINDOW, np.uint8)
+    scratch, doubled, wins = np.empty(TILE * _LANES, np.uint64), np.empty(TILE, np.uint64), np.empty(TILE * _WINDOW, np.uint8)
     pairs, least, words = upper.view(np.uint64).reshape(-1), ceilings.view(np.uint32), wins.view(np.uint64).reshape(-1, 4)
     magnitudes, errors = np.empty(BLOCK, np.float32), np.empty(_STEP, np.float64)
 
@@ -262,7 +259,7 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
             firsts[b] = min(max(int(codes[start + b]) - _BELOW, 1), _LAST + 1 - _WINDOW)
         _bounds(values.reshape(-1, BLOCK), firsts[:n], table, lower, upper)
         _least(pairs[: n * _LANES], scratch, least[:n])
-        _winners(lower.reshape(-1), ceilings[:n], scratch.view(np.float32), wins[: n * _WINDOW])
+        _winners(lower.reshape(-1), least[:n], doubled[:n], scratch, pairs, wins[: n * _WINDOW])  # upper is not needed any more
 
         for b in range(n):
             if largest[start + b] == 0:
@@ -286,12 +283,9 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
 
 
 @kernel
-def _spread(row: Floats, codes: Codes, spread: Floats) -> None:
-    """``spread[16 b + i] = row[codes[b]]``."""
+def _look_up(row: Floats, codes: Codes, numbers: Floats) -> None:
     for b in range(codes.shape[0]):
-        value = row[codes[b]]
-        for i in range(BLOCK):
-            spread[b * BLOCK + i] = value
+        numbers[b] = row[codes[b]]
 
 
 @estimate
@@ -342,8 +336,9 @@ def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_sca
         _values(bits[start : start + n].reshape(-1), shift, unit, values[: n * BLOCK])
         scale_codes(largest[start : start + n], shift, np.float32(1.5), onto, least, np.uint8(_ONE), fours)
         for choice, sums in ((sixes, error_six), (fours[:n], error_four)):
-            _spread(table[0], choice, lanes)
-            _spread(table[1], choice, reciprocals)
+            for row, spread_row in ((table[0], lanes), (table[1], reciprocals)):
+                _look_up(row, choice, sums)
+                spread(sums[:n].view(np.uint32), scratch, spread_row.view(np.uint64))
             _squares(values, reciprocals, lanes, squares[: n * BLOCK])
             _sums(pairs[: n * BLOCK // 2], scratch, sums[:n])
         for b in range(n):
