@@ -59,6 +59,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("three rows", {"batch": 3}),
     ("one group", {"groups": 1}),
     ("a group for each head", {"groups": 4}),
+    ("three heads a group", {"heads": 6, "batch": 1}),
     ("one head", {"heads": 1, "groups": 1}),
     ("head_dim 128", {"width": 128}),
     *[(f"state {n}", {"size": n}) for n in (16, 32, 64, 96, 256)],
