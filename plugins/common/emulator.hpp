@@ -108,7 +108,8 @@ inline void* dynamic_shared() { return machine.shared; }
 
 // Switching stacks. On x86-64 by hand: swapcontext would make a system call for the signal mask each time.
 #if defined(NQ_OWN_SWITCH)
-__attribute__((naked, noinline)) static void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
+// noipa: the compiler must take it for a call that keeps nothing but what a call keeps; it can't see that other fibers run meanwhile.
+__attribute__((naked, noipa)) static void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
     asm volatile(
         "pushq %rbp\n\t"
         "pushq %rbx\n\t"
@@ -502,6 +503,11 @@ void __stcs(T* at, nq::host::Same<T> value) {
     *at = value;
 }
 
+inline float __double2float_rn(double x) {
+    float y = static_cast<float>(x);
+    asm("" : "+m"(y));  // g++ 12 at -O2 takes double(float(x)) for x where it makes vectors of two such: what rounding leaves became 0
+    return y;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

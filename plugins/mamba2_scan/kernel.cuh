@@ -410,8 +410,9 @@ __device__ __forceinline__ void find_decays(const Params& p, const Place<T>& at,
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         to.dt[2 * lane + j] = dts[j] * scale.up;
-        to.high[2 * lane + j] = static_cast<float>(sums[j]);
-        to.low[2 * lane + j] = static_cast<float>(sums[j] - static_cast<double>(to.high[2 * lane + j]));
+        const float high = __double2float_rn(sums[j]);
+        to.high[2 * lane + j] = high;
+        to.low[2 * lane + j] = __double2float_rn(sums[j] - static_cast<double>(high));
     }
 }
 

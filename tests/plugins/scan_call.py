@@ -117,7 +117,7 @@ class Scan:
 def inputs(
     batch: int = 2, length: int = 73, heads: int = 4, width: int = 64, groups: int = 2, size: int = 128, *, state: float = 1.0,
     bias: float = -3.0, spread: float = 1.0, a: float = 8.0, decays: str = "random", dtype: str = "float32", dt_dtype: str = "float32",
-    state_dtype: str = "float32", scale: float = 1.0, seed: int = 0,
+    state_dtype: str = "float32", scale: float = 1.0, skip: float = 1.0, seed: int = 0,
 ) -> Arrays:  # fmt: skip
     """Random inputs, already rounded to their dtypes."""
     g = np.random.default_rng(seed)
@@ -131,7 +131,7 @@ def inputs(
         "a": -g.random(heads, np.float32) * np.float32(a) - np.float32(0.01),
         "b": normal(batch, length, groups, size),
         "c": normal(batch, length, groups, size),
-        "d": normal(heads),
+        "d": normal(heads) * np.float32(skip),
         "dt_bias": normal(heads) + np.float32(bias),
         "state_in": normal(batch, heads, width, size) * np.float32(state),
     }
@@ -139,6 +139,10 @@ def inputs(
         made["a"][:], made["dt_bias"][:] = -8.0, 0.0
         made["dt"] = np.log(np.expm1(0.00125 * (0.5 + g.random(made["dt"].shape)))).astype(np.float32)
         made["dt"][:, 3::7] = 12.5
+    if decays == "very strong among weak":  # -10000 at every second position, -0.01 at the others
+        made["a"][:], made["dt_bias"][:] = -800.0, 0.0
+        made["dt"] = np.log(np.expm1(0.0000125 * (0.5 + g.random(made["dt"].shape)))).astype(np.float32)
+        made["dt"][:, ::2] = 12.5
     for name in ("x", "b", "c"):
         made[name] = made[name].astype(DTYPES[dtype])
     made["dt"], made["state_in"] = made["dt"].astype(DTYPES[dt_dtype]), made["state_in"].astype(DTYPES[state_dtype])

@@ -72,11 +72,16 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("large x", {"scale": 100.0}),
     ("small x", {"scale": 1e-3}),
     ("slow heads: dt about 1e-6", {"bias": -14.0, "state": 0.0}),
+    ("the same over several chunks, no skip beside it", {"bias": -14.0, "state": 0.0, "skip": 0.0, "length": 3 * CHUNK + 5}),
     ("fast heads: dt about 30", {"bias": 30.0}),
     ("each step forgets everything: exp underflows", {"bias": 30.0, "a": 100.0}),
     ("decays of all strengths", {"spread": 40.0, "a": 16.0}),
     ("weak decays after a strong one", {"decays": "strong, then weak"}),
     ("the same over several chunks", {"decays": "strong, then weak", "length": 3 * CHUNK + 5}),
+    (
+        "weak decays among very strong ones, no skip beside them",
+        {"decays": "very strong among weak", "skip": 0.0, "length": CHUNK},
+    ),
     ("dt in bfloat16", {"dt_dtype": "bfloat16"}),
     ("dt in float16", {"dt_dtype": "float16"}),
 ]
