@@ -90,7 +90,8 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: P
     before = (out / "libnemoquant_host.so").read_bytes()
     assert not (out / "libnemoquant_plugins_host.so").exists()
     launcher = sources / "causal_conv1d/launch.cu"
-    launcher.write_text(launcher.read_text() + "\nint broken( {\n")
+    text = launcher.read_text()
+    launcher.write_text(text + "\nint broken( {\n")
     result = run("--host", "--kernels-only", "--out", out, code=2)
     lines = [line for line in result.stderr.splitlines() if not line.startswith("configure: done")]
     assert len(lines) == 1
@@ -98,6 +99,10 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: P
     assert "causal_conv1d/launch.cu" in lines[0]
     assert lines[0].endswith(f"the whole log is {out}/build_host.log")
     assert (out / "libnemoquant_host.so").read_bytes() == before
+    moved = sources.rename(tmp_path / "elsewhere")  # of another installation: nothing of the old one is in the way
+    (moved / "causal_conv1d/launch.cu").write_text(text)
+    monkeypatch.setattr(build, "plugin_folder", lambda: moved)
+    run("--host", "--kernels-only", "--out", out)
 
 
 # What it refuses.

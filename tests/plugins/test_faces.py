@@ -425,14 +425,19 @@ def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> Non
     """Each size that two inputs share, changed in one of them: in configuration and at run time, with the input that was got."""
     inputs, outputs = operator.tensors(operator.sizes())
     plugin = operator.plugin().attach()
+    run(plugin, inputs, outputs)  # shapes that were good before do not serve those that are not
     assert dependent(operator)
     for i, axis in dependent(operator):
         t = inputs[i]
         wrong = t.but(dims=tuple(n + 1 if a == axis else n for a, n in enumerate(t.dims)))
         changed = [*inputs[:i], wrong, *inputs[i + 1 :]]
         assert plugin.configure(changed, outputs) != 0
+        assert (
+            plugin.configure([*inputs[:i], t.but(maximum=wrong.dims), *inputs[i + 1 :]], outputs) != 0
+        )  # at the profile's end alone
+        assert plugin.configure([*inputs[:i], t.but(minimum=wrong.dims), *inputs[i + 1 :]], outputs) != 0
         log = operator.caller.log()
-        assert "; expected [" in log
+        assert log.count("; expected [") == 3
         assert " with " in log or "no whole number" in log
         operator.caller.recorded()
         assert plugin.shape_change(changed, outputs) != 0
