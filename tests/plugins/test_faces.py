@@ -25,7 +25,7 @@ NUMPY = {
 COMPUTE = ["bfloat16", "float16", "float32"]
 # Sizes of two calls, which the kernels admit; what is not a size of the second call is that of the first.
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "causal_conv1d": ({"B": 2, "L": 5, "C": 12, "K": 4}, {"B": 1, "L": 1}),
+    "causal_conv1d": ({"B": 2, "L": 5, "C": 12, "K": 4}, {"B": 1, "L": 1, "K": 3}),
     "mamba2_scan": ({"B": 2, "L": 5, "H": 4, "P": 64, "G": 2, "N": 64}, {"B": 1, "L": 1}),
     "routed_experts": ({"T": 5, "k": 2, "E": 4, "I": 32, "M": 64}, {"T": 1}),
 }
