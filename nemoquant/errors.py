@@ -15,6 +15,7 @@
         MissingExtraError           exit 3   a feature whose optional packages are not installed
         VerificationError           exit 1   a written checkpoint that is not what its plan says
     KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
+        Interrupted                 exit 130 the same, with what is left of the run and how to go on
 
 A message names the thing, what was got, what was expected, and what to do, in that order.
 """
@@ -23,9 +24,13 @@ from collections.abc import Sequence
 
 
 class NemoquantError(Exception):
-    """Base of all errors that carry a message for the user."""
+    """Base of all errors that carry a message for the user. ``kept``: what is left of the run that it ended, part of the message."""
 
     exit_code = 2
+    kept = ""
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (super().__str__(), self.kept)))
 
 
 class UsageError(NemoquantError):
@@ -78,6 +83,13 @@ class MissingExtraError(NemoquantError):
 
 class VerificationError(NemoquantError):
     exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    kept = "nothing was kept"
+
+    def __str__(self) -> str:
+        return self.kept
 
 
 def listing(names: Sequence[object], limit: int = 5) -> str:

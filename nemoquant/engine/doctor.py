@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 
 from nemoquant.engine.targets import TARGETS, Device, device, plugin_library
-from nemoquant.errors import UsageError
+from nemoquant.errors import BuildError, UsageError
+from nemoquant.ops.build import default_folder, missing, read_built
+from nemoquant.ops.sources import sources_hash
 
 NO_GPU = "no CUDA device is usable here"
 
@@ -42,10 +44,6 @@ def _rtx_why(found: Device | None) -> str:
 
 def plugins(found: Device | None) -> Finding:
     """The plugin library: what is missing to build it, and what was built."""
-    from nemoquant.errors import BuildError
-    from nemoquant.ops.build import default_folder, missing, read_built
-    from nemoquant.ops.sources import sources_hash
-
     try:
         lacking, built = missing(), read_built(default_folder())
     except BuildError as error:
@@ -68,15 +66,15 @@ def doctor() -> list[Finding]:
     ort = _version("onnxruntime", "onnxruntime-gpu")
     rtx, trt = _version("tensorrt-rtx-cu13"), _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     no_onnx = None if importlib.util.find_spec("onnx_ir") else "graphs need the extra `onnx`: pip install 'nemoquant[onnx]'"
-    library, missing = None, [no_onnx] if no_onnx else []
+    library, lacking = None, [no_onnx] if no_onnx else []
     if found is None:
-        missing.append(NO_GPU)
+        lacking.append(NO_GPU)
     if trt is None:
-        missing.append("not installed: pip install 'nemoquant[trt]'")
+        lacking.append("not installed: pip install 'nemoquant[trt]'")
     try:
         library = plugin_library(None)
     except UsageError as error:
-        missing.append(str(error))
+        lacking.append(str(error))
     return [
         Finding("machine", True, True, f"{len(os.sched_getaffinity(0))} CPU threads, {gpu or 'no CUDA device'}"),
         Finding("torch", True, True, f"torch {_version('torch')}; needs no graph"),
@@ -88,6 +86,6 @@ def doctor() -> list[Finding]:
             "rtx", rtx is not None and no_onnx is None, rtx is not None and no_onnx is None and _rtx_runs(found),
             no_onnx or (f"tensorrt-rtx {rtx} builds; {_rtx_why(found)}" if rtx else "not installed: pip install 'nemoquant[rtx]'"),
         ),
-        Finding("trt", not missing, not missing, "; ".join(missing) or f"tensorrt {trt} with {library}"),
+        Finding("trt", not lacking, not lacking, "; ".join(lacking) or f"tensorrt {trt} with {library}"),
         plugins(found),
     ]  # fmt: skip

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import MissingExtraError, UsageError
-from nemoquant.ops.build import default_folder
+from nemoquant.ops.build import default_folder, read_built
+from nemoquant.ops.sources import sources_hash
 
 LEAST_SM = {"fp8": (89, "FP8"), "nvfp4": (100, "NVFP4")}  # the first GPUs that multiply in a format
 DATA_CENTRE = (90, 100, 103)
@@ -116,15 +117,26 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
 
 
 def plugin_library(given: Path | None) -> Path:
-    """nemoquant's plugins for TensorRT: ``given``, else what NEMOQUANT_PLUGINS names, else what ``nemoquant plugins build`` made.
+    """nemoquant's plugins for TensorRT: ``given``, else the file that NEMOQUANT_PLUGINS names, else what `nemoquant plugins build` made.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or it was built from other sources than this version's.
     """
-    named = os.environ.get(PLUGINS)
-    path = given or (Path(named) if named else default_folder() / "libnemoquant_plugins.so")
+    path = given or (Path(os.environ[PLUGINS]) if os.environ.get(PLUGINS) else None)
+    if path is None:
+        path = default_folder() / "libnemoquant_plugins.so"
+        if not path.is_file():
+            raise UsageError(
+                f"TensorRT needs nemoquant's plugin library; neither --plugins nor {PLUGINS} names it, and {path} is not there; "
+                "build it with `nemoquant plugins build`"
+            )
     if not path.is_file():
         raise UsageError(f"{path}, the plugin library, does not exist; build it with `nemoquant plugins build`")
+    built = read_built(path.parent)
+    if built and path.name in built.libraries and built.sources != sources_hash():
+        raise UsageError(
+            f"{path} was built from other sources than this version's; build it again with `nemoquant plugins build`"
+        )
     return path
 
 

@@ -188,14 +188,15 @@ def missing(host: bool = False, faces: bool = True) -> str | None:
         return "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"
     if faces and tensorrt_headers() is None:
         return (
-            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install --no-deps kernel-lens (a wheel "
-            "that has them), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds what torch uses, which needs none"
+            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]' (its wheel "
+            "kernel-lens has them; --no-deps kernel-lens installs no more), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds "
+            "what torch uses, which needs none"
         )
     folder = plugin_folder()
     if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
         return (
-            "CUTLASS's headers were not found; the kernels of the experts need them: pip install --no-deps nvidia-cutlass (a wheel that "
-            "has them), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
+            "CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]' (its wheel "
+            "nvidia-cutlass has them; --no-deps nvidia-cutlass installs no more), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
         )
     return None
 

@@ -122,7 +122,8 @@ __device__ __forceinline__ PhiloxWords words_of(const Params& p, int64_t i) {
 }
 
 __device__ __forceinline__ float bounded_step(const Params& p, float dt, float bias) {
-    return fminf(fmaxf(steady_softplus(__fadd_rn(dt, bias)), p.dt_min), p.dt_max);
+    const float step = steady_softplus(__fadd_rn(dt, bias));
+    return step != step ? step : fminf(fmaxf(step, p.dt_min), p.dt_max);  // fminf and fmaxf would hide a NaN
 }
 
 __device__ __forceinline__ float dt_value(const Params& p, int64_t row, int64_t t, int head) {

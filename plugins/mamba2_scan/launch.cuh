@@ -9,10 +9,10 @@ int run_steps(const Params& p, int64_t batch, void* stream);
 
 template <class T, int size>
 int launch_chunks(Params p, int64_t batch, void* stream) {
-    const size_t most = nq::shared_limit();
-    p.stages = shared_bytes<T, size>(2) <= most ? 2 : 1;
+    const size_t most = nq::shared_limit(), fixed = sizeof(Decays[2]);  // of a block; the part that the kernel declares itself
+    p.stages = shared_bytes<T, size>(2) + fixed <= most ? 2 : 1;
     const size_t shared = shared_bytes<T, size>(p.stages);
-    if (shared + sizeof(Decays[2]) > most) return run_steps(p, batch, stream);
+    if (shared + fixed > most) return run_steps(p, batch, stream);
     const auto blocks = static_cast<unsigned>(p.heads * (p.head_dim / TILE)), rows = static_cast<unsigned>(batch);
     const auto segments = static_cast<unsigned>(p.segments);
     int error = NEMOQUANT_OK;

@@ -14,6 +14,7 @@ from plugin_build import PLUGINS, host_folder, needs_compiler, needs_tensorrt_he
 
 from nemoquant.cli import main
 from nemoquant.engine.doctor import plugins as finding
+from nemoquant.engine.targets import Device, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.ops import build
 from nemoquant.ops.sources import plugin_folder, sources_hash
@@ -129,7 +130,7 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     message = run("--out", tmp_path / "out", code=2).stderr
     assert message.startswith(
-        "error: TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install --no-deps"
+        "error: TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]'"
     )
     assert "TENSORRT_ROOT" in message
     assert "--kernels-only builds what torch uses" in message
@@ -145,7 +146,7 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "plugin_folder", lambda: tmp_path / "sources")
     message = run("--kernels-only", code=2).stderr
     assert message.startswith(
-        "error: CUTLASS's headers were not found; the kernels of the experts need them: pip install --no-deps nvidia-cutlass"
+        "error: CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]'"
     )
 
 
@@ -250,14 +251,22 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
         "tensorrt": "10.14.1", "libraries": {"libnemoquant_plugins.so": "0"},
     }  # fmt: skip
     (folder / "build.json").write_text(json.dumps(facts))
-    found = finding("a GPU")
+    found = finding(Device("a GPU", 90))
     assert (found.builds, found.runs) == (True, True)
     assert found.why == f"libnemoquant_plugins.so in {folder}, for sm_90a, TensorRT 10.14.1's headers"
     assert finding(None).why.endswith("; no CUDA device is usable here")
+    with pytest.raises(UsageError, match=rf"and {folder}/libnemoquant_plugins.so is not there; build it with"):
+        plugin_library(None)
+    (folder / "libnemoquant_plugins.so").touch()
+    assert plugin_library(None) == folder / "libnemoquant_plugins.so"
     (folder / "build.json").write_text(json.dumps(facts | {"sources": "0"}))
-    assert "built from other sources than this version's; `nemoquant plugins build` makes them" in finding("a GPU").why
+    with pytest.raises(UsageError, match="was built from other sources than this version's; build it again"):
+        plugin_library(None)
+    assert (
+        "built from other sources than this version's; `nemoquant plugins build` makes them" in finding(Device("a GPU", 90)).why
+    )
     (folder / "build.json").write_text("[]")
-    assert "is not what `nemoquant plugins build` writes" in finding("a GPU").why
+    assert "is not what `nemoquant plugins build` writes" in finding(Device("a GPU", 90)).why
     monkeypatch.setenv("PATH", "")
     shutil.rmtree(folder)
     assert "none are built; `nemoquant plugins build` can't: cmake was not found" in finding(None).why
