@@ -16,7 +16,9 @@ constexpr int LARGE_ROWS = 128;
 constexpr int SLAB = 128;          // values of k in a stage of its shared memory
 constexpr int STAGES = 3;
 constexpr int STRIDE = 2 * SLAB + 64;  // bytes of a token there: neighbours half a row of banks apart
+constexpr int PAD = 4;                 // floats behind the rows of a table of sums: so that a warp meets each bank once
 constexpr size_t LARGE_SHARED = static_cast<size_t>(STAGES) * LARGE_TOKENS * STRIDE;
+static_assert(LARGE_SHARED >= sizeof(float) * LARGE_TOKENS * (LARGE_ROWS + PAD));
 
 // n = tokens * k ids become ``rows`` positions (those in range), and positions become tiles of one expert each.
 struct Routes {
@@ -79,6 +81,31 @@ __device__ __forceinline__ __nv_bfloat16 part_of(float x, float& rest) {
     return part;
 }
 
+// The next bfloat16 part of 8 values; ``v`` becomes what is left over.
+template <bool interleaved>
+__device__ __forceinline__ uint4 parts_of(float (&v)[8]) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int first = interleaved ? i : 2 * i, second = interleaved ? i + 4 : 2 * i + 1;
+        const float low = __bfloat162float(part_of(v[first], v[first])), high = __bfloat162float(part_of(v[second], v[second]));
+        pairs[i] = pack_pair<__nv_bfloat16>(low, high);
+    }
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+// The largest magnitude, as bits: so NaN is the largest.
+template <int n>
+__device__ __forceinline__ uint32_t largest(const float (&v)[n]) {
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        const uint32_t magnitude = __float_as_uint(v[i]) & 0x7fffffffU;
+        amax = amax > magnitude ? amax : magnitude;
+    }
+    return amax;
+}
+
 __device__ __forceinline__ float through_e4m3(float x, float scale) { return e4m3_to_float(float_to_e4m3(__fdiv_rn(x, scale))); }
 
 // The value of the block's scale for its largest magnitude, given as bits so that NaN is the largest.
@@ -91,44 +118,58 @@ __device__ __forceinline__ float through_e2m1(float x, float block, float scale)
     return block == 0.0F ? 0.0F : e2m1_to_float(float_to_e2m1(__fdiv_rn(x, __fmul_rn(block, scale)))) * block;
 }
 
-// A warp's sums of 16 rows (from row0) and 8 N tokens, to where they belong.
-template <class W, int N>
-__device__ __forceinline__ void finish(const Product& p, const Tile& tile, int row0, const float (&d)[N][4]) {
+// A warp's sums of 16 rows and 8 N tokens into a table of the block's, [token][row] in rows of ``stride``.
+template <int N>
+__device__ __forceinline__ void put(float* table, int stride, const float (&d)[N][4]) {
     const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) table[(8 * n + 2 * t + i % 2) * stride + g + i / 2 * 8] = d[n][i];
+}
+
+// The block's sums to where they belong: ``rows`` rows from row0 on of the tile's tokens, 8 rows a thread at a time. Each is the sum
+// of ``shares`` tables that lie ``apart``. Two neighbouring threads have a block of 16 rows.
+template <class W>
+__device__ __forceinline__ void finish(const Product& p, const Tile& tile, int row0, int rows, const float* table, int stride, int shares,
+                                       int apart) {
+    const int thread = static_cast<int>(threadIdx.x), eights = rows / 8, items = tile.count * eights;
     const float scale = W::SCALE * (p.global_scale ? p.global_scale[tile.expert] : 1.0F) * (p.input_scale ? p.input_scale[tile.expert] : 1.0F);
     const float next = p.into == Into::e4m3 || p.into == Into::e2m1 ? p.next_scale[tile.expert] : 1.0F;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = 8 * n + 2 * t + i;
-            const bool wanted = column < tile.count;
-            const int64_t at = static_cast<int64_t>(tile.first + column) * p.out + row0 + g;
-            float v[2] = {d[n][i] * scale, d[n][2 + i] * scale};  // of rows g and g + 8
-            const bool store[2] = {wanted && row0 + g < p.out, wanted && row0 + g + 8 < p.out};
-            if (p.into == Into::sums) {
-                for (int half = 0; half < 2; ++half)
-                    if (store[half]) p.sums[at + 8 * half] = v[half];
-                continue;
+#pragma unroll 1
+    for (int first = 0; first < items; first += 32 * WARPS) {
+        const int item = first + thread < items ? first + thread : items - 1, token = item / eights, row = item % eights * 8;
+        const bool wanted = first + thread < items && row0 + row < p.out;
+        const int64_t at = static_cast<int64_t>(tile.first + token) * p.out + row0 + row;
+        float v[8] = {};
+        for (int share = 0; share < shares; ++share)
+            for (int i = 0; i < 2; ++i) {
+                const float4 four = load_as<float4>(table + share * apart + token * stride + row + 4 * i);
+                v[4 * i] += four.x, v[4 * i + 1] += four.y, v[4 * i + 2] += four.z, v[4 * i + 3] += four.w;
             }
-            for (int half = 0; half < 2; ++half) v[half] = v[half] < 0.0F ? 0.0F : v[half] * v[half];
-            if (p.into == Into::e2m1) {
-                const uint32_t low = __float_as_uint(v[0]) & 0x7fffffffU, high = __float_as_uint(v[1]) & 0x7fffffffU;
-                uint32_t amax = low > high ? low : high;  // of the 16 rows: one block
-                for (int step = 4; step < 32; step *= 2) {
-                    const uint32_t other = __shfl_xor_sync(0xffffffffU, amax, step);
-                    amax = amax > other ? amax : other;
-                }
-                const float block = block_scale(amax, next);
-                for (int half = 0; half < 2; ++half) v[half] = through_e2m1(v[half], block, next);
-            } else if (p.into == Into::e4m3) {
-                for (int half = 0; half < 2; ++half) v[half] = through_e4m3(v[half], next);
-            }
-            for (int half = 0; half < 2; ++half)
-                for (int plane = 0; plane < p.planes_out; ++plane) {
-                    const __nv_bfloat16 part = part_of(v[half], v[half]);
-                    if (store[half]) p.parts[plane * p.parts_plane + at + 8 * half] = part;
-                }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] *= scale;
+        if (p.into == Into::sums) {
+            if (wanted)
+                for (int i = 0; i < 2; ++i) store_as(p.sums + at + 4 * i, make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]));
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0F ? 0.0F : v[i] * v[i];
+        if (p.into == Into::e2m1) {
+            uint32_t amax = largest(v);
+            const uint32_t other = __shfl_xor_sync(0xffffffffU, amax, 1);
+            amax = amax > other ? amax : other;
+            const float block = block_scale(amax, next);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] = through_e2m1(v[i], block, next);
+        } else if (p.into == Into::e4m3) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] = through_e4m3(v[i], next);
+        }
+        for (int plane = 0; plane < p.planes_out; ++plane) {
+            const uint4 parts = parts_of<W::INTERLEAVED>(v);
+            if (wanted) store_as(p.parts + plane * p.parts_plane + at, parts);
         }
     }
 }
@@ -140,11 +181,12 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&low)[4]
 }
 
 // Few tokens an expert: bound by reading the weights. A warp has 16 rows, or one of ``split`` shares of their k, and 8 N tokens, which
-// it reads from global memory (they are in the caches). No shared memory but for adding up the shares, in a fixed order.
-template <class W, int N>
+// it reads from global memory (they are in the caches). No shared memory but for adding up the shares, in a fixed order. ``single``: x
+// is one array.
+template <class W, int N, bool single>
 __global__ void __launch_bounds__(32 * WARPS) product_small(Product p) {
     constexpr int GROUP = 4 * W::VALUES, UNROLL = N == 1 ? 4 : 2;
-    __shared__ float shares[WARPS][4 * N][32];
+    __shared__ __align__(16) float sums[WARPS * 8 * N * (ROWS + PAD)];  // of fewer rows with more shares: never more than this
     Tile tile;
     if (!find(p, tile)) return;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
@@ -177,7 +219,8 @@ __global__ void __launch_bounds__(32 * WARPS) product_small(Product p) {
                     uint32_t low[4], high[4];
                     W::decode(raw[u][0], chunk, low);
                     W::decode(raw[u][1], chunk, high);
-                    for (int plane = 0; plane < p.planes; ++plane)
+#pragma unroll 1
+                    for (int plane = 0; plane < (single ? 1 : p.planes); ++plane)
 #pragma unroll
                         for (int n = 0; n < N; ++n) {
                             uint4 values = make_uint4(0, 0, 0, 0);
@@ -187,15 +230,10 @@ __global__ void __launch_bounds__(32 * WARPS) product_small(Product p) {
                 }
             }
         }
-    if (p.split > 1) {
-        if (share)
-            for (int i = 0; i < 4 * N; ++i) shares[warp][i][lane] = d[i / 4][i % 4];
-        __syncthreads();
-        if (share) return;
-        for (int other = 1; other < p.split; ++other)
-            for (int i = 0; i < 4 * N; ++i) d[i / 4][i % 4] += shares[warp + other][i][lane];
-    }
-    if (row0 < p.out) finish<W, N>(p, tile, row0, d);
+    const int rows = ROWS * WARPS / p.split, stride = rows + PAD, apart = 8 * N * stride;
+    put<N>(sums + share * apart + warp / p.split * ROWS, stride, d);
+    __syncthreads();
+    finish<W>(p, tile, block * rows, rows, sums, stride, p.split, apart);
 }
 
 // Many tokens an expert: 128 rows by 64 tokens a block, 32 rows by 64 tokens a warp. Tokens come through shared memory, three stages
@@ -271,23 +309,30 @@ __global__ void __launch_bounds__(32 * WARPS, 3) product_large(Product p) {
         }
     }
     copy_async_wait<0>();
+    __syncthreads();
+    float* const table = reinterpret_cast<float*>(shared);
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
-        if (row0 + ROWS * m < p.out) finish<W, N>(p, tile, row0 + ROWS * m, d[m]);
+    for (int m = 0; m < 2; ++m) put<N>(table + (2 * warp + m) * ROWS, LARGE_ROWS + PAD, d[m]);
+    __syncthreads();
+    finish<W>(p, tile, block * LARGE_ROWS, LARGE_ROWS, table, LARGE_ROWS + PAD, 1, 0);
 }
 
-// x [T, I] of type X into ``planes`` bfloat16 arrays that add up to it. A block a token; 8 values a thread.
+// x [T, I] of type X into ``planes`` bfloat16 arrays that add up to it. A block a token; 8 values a thread at a time.
 template <class X>
-__global__ void __launch_bounds__(128) split_rows(const X* __restrict__ x, __nv_bfloat16* parts, int64_t plane, int planes, int in) {
+__global__ void __launch_bounds__(128)
+    split_rows(const X* __restrict__ x, __nv_bfloat16* parts, int64_t plane, int planes, int in, bool interleaved) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * in;
-    for (int i = static_cast<int>(threadIdx.x); i < in; i += static_cast<int>(blockDim.x)) {
-        float rest = to_float(x[row + i]);
-        for (int p = 0; p < planes; ++p) parts[p * plane + row + i] = part_of(rest, rest);
+    for (int at = 8 * static_cast<int>(threadIdx.x); at < in; at += 8 * static_cast<int>(blockDim.x)) {
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = to_float(x[row + at + i]);
+        for (int p = 0; p < planes; ++p)
+            store_as(parts + p * plane + row + at, interleaved ? parts_of<true>(v) : parts_of<false>(v));
     }
 }
 
-// Each position's input as its expert wants it: through E4M3, or E2M1 in blocks of 16, by the expert's scale; without that scale.
-// A block an id; 16 values a thread.
+// Each position's input as its expert wants it: through E4M3, or E2M1 in blocks of 16 (and interleaved), by the expert's scale;
+// without that scale. A block an id; 16 values a thread at a time.
 template <class X>
 __global__ void __launch_bounds__(128)
     quantize_rows(const X* __restrict__ x, const int64_t* __restrict__ ids, const int32_t* __restrict__ place, const float* __restrict__ scales,
@@ -298,20 +343,16 @@ __global__ void __launch_bounds__(128)
     const X* const from = x + static_cast<int64_t>(id / top_k) * in;
     __nv_bfloat16* const to = rounded + static_cast<int64_t>(position) * in;
     for (int at = 16 * static_cast<int>(threadIdx.x); at < in; at += 16 * static_cast<int>(blockDim.x)) {
-        float v[16];
-        uint32_t amax = 0, pairs[8];
+        float v[2][8];
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            v[i] = to_float(from[at + i]);
-            const uint32_t magnitude = __float_as_uint(v[i]) & 0x7fffffffU;
-            amax = amax > magnitude ? amax : magnitude;
-        }
-        const float block = blocks ? block_scale(amax, scale) : 1.0F;
+        for (int i = 0; i < 16; ++i) v[i / 8][i % 8] = to_float(from[at + i]);
+        const uint32_t low = largest(v[0]), high = largest(v[1]);
+        const float block = blocks ? block_scale(low > high ? low : high, scale) : 1.0F;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) v[i] = blocks ? through_e2m1(v[i], block, scale) : through_e4m3(v[i], scale);
+        for (int i = 0; i < 16; ++i)
+            v[i / 8][i % 8] = blocks ? through_e2m1(v[i / 8][i % 8], block, scale) : through_e4m3(v[i / 8][i % 8], scale);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) pairs[i] = pack_pair<__nv_bfloat16>(v[2 * i], v[2 * i + 1]);
-        for (int i = 0; i < 2; ++i) store_as(to + at + 8 * i, make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]));
+        for (int half = 0; half < 2; ++half) store_as(to + at + 8 * half, blocks ? parts_of<true>(v[half]) : parts_of<false>(v[half]));
     }
 }
 

@@ -2,7 +2,7 @@
 //
 //   route           ids sorted by expert: positions, and tiles of them
 //   quantize_rows   (fp8, nvfp4) each position's input through its expert's format
-//   split_rows      (float16, float32, else) each token's input as bfloat16 parts
+//   split_rows      (w4a16; float16 and float32 in bf16 and w8a16) each token's input as bfloat16 parts
 //   product up      relu squared, and rounded to what down reads
 //   product down    float32
 //   combine         the weighted sum, in the order of j
@@ -32,6 +32,9 @@ int planes_of(const Args& a) {
     if (is_quantized(a) || a.dtype == NEMOQUANT_BFLOAT16) return 1;
     return a.dtype == NEMOQUANT_FLOAT16 ? 2 : 3;
 }
+
+// Whether split_rows makes the inputs: where one bfloat16 array does not hold them, or E2M1 weights want them interleaved.
+bool is_copied(const Args& a) { return !is_quantized(a) && (planes_of(a) > 1 || has_blocks(a)); }
 
 int64_t divisor(const Args& a) { return is_plain(a) ? Bfloat16::VALUES : has_blocks(a) ? E2m1::VALUES : E4m3::VALUES; }
 
@@ -106,7 +109,7 @@ Workspace lay_out(const Args& a, void* base) {
     take(w.parts, planes_of(a) * rows * a.width);
     if (is_quantized(a))
         take(w.inputs, rows * a.input);
-    else if (planes_of(a) > 1)
+    else if (is_copied(a))
         take(w.inputs, planes_of(a) * tokens * a.input);
     take(w.routes.place, rows);
     take(w.routes.token, rows);
@@ -176,11 +179,12 @@ int run_pass(const Args& a, const Workspace& w, int64_t start, int64_t tokens, v
         error = NQ_LAUNCH((quantize_rows<X>), dim3(static_cast<unsigned>(rows)), dim3(threads), 0, stream, x, ids, w.routes.place, a.up_input_scale,
                           w.inputs, has_blocks(a), top_k, in);
         p.x = w.inputs;
-    } else if (p.planes > 1) {
+    } else if (is_copied(a)) {
         p.x = w.inputs;
         p.x_plane = tokens * a.input;
         p.row_of = w.routes.token;
-        error = NQ_LAUNCH((split_rows<X>), dim3(static_cast<unsigned>(tokens)), dim3(128), 0, stream, x, w.inputs, p.x_plane, p.planes, in);
+        error = NQ_LAUNCH((split_rows<X>), dim3(static_cast<unsigned>(tokens)), dim3(128), 0, stream, x, w.inputs, p.x_plane, p.planes, in,
+                          has_blocks(a));
     } else {
         p.x = reinterpret_cast<const __nv_bfloat16*>(x);
         p.row_of = w.routes.token;

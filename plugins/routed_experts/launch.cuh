@@ -25,8 +25,10 @@ int run_product(Product p, Size size, int64_t tiles, void* stream) {
     while (p.split < WARPS && tiles * blocks(p.split) < wanted && p.in > 2 * p.split * 4 * W::VALUES) p.split *= 2;
     p.row_blocks = blocks(p.split);
     const dim3 grid(static_cast<unsigned>(tiles * p.row_blocks)), block(32 * WARPS);
-    if (size == Size::few) return NQ_LAUNCH((product_small<W, 1>), grid, block, 0, stream, p);
-    return NQ_LAUNCH((product_small<W, SOME>), grid, block, 0, stream, p);
+    const bool single = p.planes == 1;
+    if (size == Size::few)
+        return single ? NQ_LAUNCH((product_small<W, 1, true>), grid, block, 0, stream, p) : NQ_LAUNCH((product_small<W, 1, false>), grid, block, 0, stream, p);
+    return single ? NQ_LAUNCH((product_small<W, SOME, true>), grid, block, 0, stream, p) : NQ_LAUNCH((product_small<W, SOME, false>), grid, block, 0, stream, p);
 }
 
 extern template int run_product<Bfloat16>(Product, Size, int64_t, void*);

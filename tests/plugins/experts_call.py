@@ -119,6 +119,8 @@ class Experts:
         rows, start = case.tokens * case.top_k, -(-case.tokens * case.top_k * case.input * 4 // 256) * 256  # behind the sums
         parts = 1 if case.format in ROUNDED else {"bfloat16": 1, "float16": 2, "float32": 3}[case.dtype]
         hidden = workspace[start : start + parts * rows * case.width * 2].view(ml_dtypes.bfloat16)
+        if case.format in BLOCKS:  # as E2M1 weights want them: 0 4 1 5 2 6 3 7
+            hidden = hidden.reshape(-1, 4, 2).swapaxes(1, 2)
         return y, hidden.reshape(parts, rows, case.width)
 
     def order(self) -> tuple[Array, Array]:
