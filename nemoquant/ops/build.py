@@ -205,8 +205,8 @@ def missing(host: bool = False, faces: bool = True) -> str | None:
     folder = plugin_folder()
     if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
         return (
-            "CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]' (its wheel "
-            "nvidia-cutlass has them; --no-deps nvidia-cutlass installs no more), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
+            "CUTLASS's headers were not found; some kernels need them: pip install --no-deps nvidia-cutlass (a wheel that has them), "
+            "or set CUTLASS_ROOT to a checkout of CUTLASS 4"
         )
     return None
 

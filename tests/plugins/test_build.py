@@ -151,7 +151,7 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "plugin_folder", lambda: tmp_path / "sources")
     message = run("--kernels-only", code=2).stderr
     assert message.startswith(
-        "error: CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]'"
+        "error: CUTLASS's headers were not found; some kernels need them: pip install --no-deps nvidia-cutlass"
     )
 
 
