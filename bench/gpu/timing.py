@@ -35,10 +35,8 @@ def bandwidth() -> float:
             raise RuntimeError(f"cuDeviceGetAttribute({number}) gave error {code}")
         return value.value
 
-    clock, width = (
-        attribute(36),
-        attribute(37),
-    )  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE in kHz, ..._GLOBAL_MEMORY_BUS_WIDTH in bits
+    clock = attribute(36)  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, kHz
+    width = attribute(37)  # CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, bits
     return 2 * clock * 1e3 * width / 8
 
 

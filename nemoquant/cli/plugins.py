@@ -28,7 +28,7 @@ def command() -> None:
     "gemm_archs",
     multiple=True,
     metavar="SM",
-    help="Build the CUTLASS kernels, which take longest, for these alone.",
+    help="Build what is in gemm_*.cu (CUTLASS) for these alone; no operator has such a file yet.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the libraries; default: where nemoquant looks for them.")
@@ -42,8 +42,8 @@ def build_command(
 ) -> None:  # fmt: skip
     """Compile the plugin library for TensorRT and the kernel library for torch. No GPU is needed.
 
-    Needs nvcc, CMake and the headers of TensorRT 10 or 11 and of CUTLASS; the extra `plugins` has wheels with both. The log
-    beside the libraries has everything that the compilers said.
+    Needs nvcc, CMake and the headers of TensorRT 10 or 11; the extra `plugins` has a wheel with them. The log beside the libraries
+    has everything that the compilers said.
 
     \b
     Examples:

@@ -12,7 +12,7 @@ from plugin_build import host_folder, needs_compiler
 
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.model import mamba2
-from nemoquant.ops import library
+from nemoquant.ops import experts, library  # noqa: F401: experts registers its operator
 from nemoquant.ops.abi import structure
 from nemoquant.ops.functional import causal_conv1d, mamba2_scan
 from nemoquant.ops.library import Kernels
@@ -87,6 +87,17 @@ def test_opcheck_of_the_convolution(dtype: torch.dtype, length: int, bias: bool,
 @pytest.mark.usefixtures("host")
 def test_opcheck_of_the_scan(dtype: torch.dtype, length: int, state: torch.dtype, more: dict[str, Any]) -> None:
     torch.library.opcheck(torch.ops.nemoquant.mamba2_scan.default, tuple(scan_arguments(dtype, length, state)), more)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_experts(dtype: torch.dtype) -> None:
+    """5 tokens, 4 experts of which 2 answer, 32 inputs, 64 wide."""
+    g = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(5, 32, generator=g).to(dtype), torch.randint(0, 4, (5, 2), generator=g)
+    up, down = ([torch.randn(shape, generator=g).bfloat16()] for shape in ((4, 64, 32), (4, 32, 64)))
+    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, (x, ids, torch.rand(5, 2, generator=g), up, down))
 
 
 # The reference forward.
