@@ -7,62 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.source import Source, open_source
 from nemoquant.errors import CheckpointError, UsageError, listing
-from nemoquant.pack import output
+from nemoquant.options import CalibrationOptions as CalibrationOptions  # part of this API
+from nemoquant.options import PathLike
 from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
 
 if TYPE_CHECKING:
-    from nemoquant.calibrate.data import Rows
-    from nemoquant.calibrate.scales import Scales
+    from nemoquant.estimate import Estimate
     from nemoquant.evaluate.schema import Report
     from nemoquant.graph.export import Exported
 
-PathLike = str | os.PathLike[str]
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
 
 def no_progress(stage: str, done: int, total: int, what: str) -> None:
     """Progress that nobody looks at."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to calibrate on, and how.
-
-    Attributes:
-        data: .txt, .jsonl, .parquet or .npy; None is the shipped text.
-        rows, seq_len: how much of it; ignored for .npy, which says so itself.
-        scales: the scales file of an earlier run, instead of calibrating.
-        device: ``cpu`` or ``cuda``; packing is on the CPU in any case.
-        dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
-        row_batch: rows that go through a layer at once.
-    """
-
-    data: PathLike | None = None
-    rows: int = 32
-    seq_len: int = 512
-    scales: PathLike | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    row_batch: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "seq_len", "row_batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"device is {self.device!r}; expected cpu or cuda")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise UsageError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
-
-    def given(self) -> list[str]:
-        """Options that say where scales come from, as far as they were given."""
-        return [name for name, value in (("--calib", self.data), ("--scales", self.scales)) if value is not None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +47,38 @@ def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
         CheckpointError, RecipeError
     """
     return _plan(open_source(Path(source)), recipe, scale_groups)
+
+
+def estimate(
+    source: PathLike,
+    recipe: str,
+    *,
+    out: PathLike = ".",
+    calibration: CalibrationOptions | None = None,
+    scale_groups: bool = True,
+    threads: int | None = None,
+) -> "Estimate":
+    """What ``quantize`` would need on this machine: memory, disk and time, from headers and a short measurement.
+
+    Args:
+        out: a path on the disk that would be written to; a file without a name is written beside it.
+        calibration: ``rows``, ``seq_len`` and ``memory`` count; data is not read.
+    Raises:
+        CheckpointError, RecipeError, UsageError
+    """
+    from nemoquant import estimate as estimating
+    from nemoquant.pack.workers import usable_threads
+
+    opened, options = open_source(Path(source)), calibration or CalibrationOptions()
+    if opened.checkpoint is None:
+        raise CheckpointError(f"{source} is a config.json; an estimate needs the folder with the weights, which it measures on")
+    with opened.checkpoint:
+        made = _plan(opened, recipe, scale_groups)
+        shape = (options.rows, options.seq_len) if made.needs_calibration and options.scales is None else None
+        dtype, count = estimating.compute_dtype_name(options), threads or usable_threads()
+        chosen = estimating.budget(made, options.memory, options.row_batch, shape, 4 if dtype == "float32" else 2, count)
+        folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.is_dir())
+        return estimating.estimate(opened.checkpoint, made, folder, shape, dtype, chosen, count)
 
 
 def _plan(source: Source, recipe: str, scale_groups: bool) -> Plan:
@@ -108,8 +103,11 @@ def quantize(
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
+    resume: bool = False,
     planned: Callable[[Plan], None] = lambda plan: None,
+    expected: Callable[["Estimate"], None] | None = None,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Quantize the checkpoint in ``source`` into the new folder ``out``.
 
@@ -120,14 +118,16 @@ def quantize(
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False for comparisons.
         threads: for calibration and packing; None is all that this process may use.
         dry_run: check everything, write nothing.
+        resume: go on with what an earlier run with the same options left in OUT.partial; begin anew where there is nothing.
         planned: called with the plan before anything long begins.
+        expected: called with what the run will need, from a short measurement, before the first byte is written; None measures nothing.
+        say: told in a line what of an earlier run is used.
     Raises:
-        NemoquantError: any of its kinds; see errors.py.
+        NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to go on.
     """
     source, out = Path(source), Path(out)
     options = calibration or CalibrationOptions()
-    threads = threads or len(os.sched_getaffinity(0))
-    if threads < 1 or shard_bytes < 1:
+    if (threads is not None and threads < 1) or shard_bytes < 1:
         raise UsageError(f"threads is {threads}, shard_bytes {shard_bytes}; expected at least 1 of each")
     opened = open_source(source)
     if opened.checkpoint is None:
@@ -136,9 +136,6 @@ def quantize(
         )
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
-        output.check_output(out, source, made.tensors_out, made.bytes_out)
-        output.side_files(source, opened.raw_config)
-        planned(made)
         warnings = _recipe_warnings(recipe, made)
         warnings += [
             f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
@@ -146,81 +143,16 @@ def quantize(
         ]
         if not made.needs_calibration:
             warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
+        from nemoquant.job import Job
+
+        job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say, expected)
+        job.check()
+        planned(made)
         if dry_run:
-            _check_calibration(opened, made, options, warnings)
+            job.expect(job.check_calibration())
             return Result(out, made, warnings, {})
-        from nemoquant.pack.run import write_checkpoint
-
-        with output.making(out) as folder:
-            scales = _scales(opened, made, options, threads, warnings, progress) if made.needs_calibration else None
-            verified, skipped = write_checkpoint(opened, made, scales, folder, threads, shard_bytes, warnings, progress)
-        return Result(out, made, warnings, verified, skipped, None if scales is None else scales.summary())
-
-
-def _check_calibration(source: Source, plan: Plan, options: CalibrationOptions, warnings: list[str]) -> "Scales | Rows | None":
-    """Read what the scales will come from, an earlier run's file or rows to calibrate on; None where nothing is needed."""
-    from nemoquant.calibrate.data import default_data, load_rows
-    from nemoquant.calibrate.scales import Scales
-
-    if not plan.needs_calibration:
-        return None
-    if options.scales is not None:
-        scales = Scales.load(Path(options.scales))
-        scales.check(plan, Path(options.scales))
-        return scales
-    if options.device != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
-    data = Path(options.data) if options.data is not None else default_data()
-    return load_rows(data, source.path, source.config, options.rows, options.seq_len, warnings.append)
-
-
-def _scales(
-    source: Source, plan: Plan, options: CalibrationOptions, threads: int, warnings: list[str], progress: Progress
-) -> "Scales":
-    """Calibrate, or take the results of an earlier run. What was told of a run is told again with its file."""
-    from nemoquant.calibrate.scales import Scales
-
-    assert source.checkpoint is not None
-    weights = manifest.weights_fingerprint(source.checkpoint)
-    told: list[str] = []
-    found = _check_calibration(source, plan, options, told)
-    if isinstance(found, Scales):
-        if found.settings.get("weights") != weights:
-            warnings.append(
-                f"{options.scales} was made from other weights than {source.path}: their norms and SSM parameters differ"
-            )
-        warnings += found.warnings
-        return found
-    import torch
-
-    from nemoquant.calibrate.run import calibrate
-
-    assert found is not None
-    torch.set_num_threads(threads)
-    scales = calibrate(
-        source.checkpoint,
-        source.config,
-        found,
-        device=options.device,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        row_batch=options.row_batch,
-        progress=lambda done, total, what: progress("calibrate", done, total, what),
-    )
-    if scales.non_finite_rows:
-        told.append(f"{scales.non_finite_rows} calibration rows came to NaN or Inf and were left out")
-    unreached, experts = scales.unreached(), sum(map(len, scales.tokens_per_expert.values()))
-    if unreached and any(row.expert is not None and row.activation_format for row in plan.rows):
-        told.append(
-            f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
-            "each has the largest input scale of its layer and projection, give more rows to see them"
-        )
-    scales.settings["weights"] = weights
-    scales.warnings = told
-    warnings += told
-    return scales
+        verified, skipped, found = job.run()
+        return Result(out, made, warnings, verified, skipped, found)
 
 
 def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress = no_progress) -> dict[str, Any]:
@@ -248,6 +180,8 @@ def diff(
     seq_len: int = 512,
     reference_cache: PathLike | None = None,
     engine: str = "torch",
+    engine_files: Sequence[PathLike] = (),
+    plugins: PathLike | None = None,
     threads: int | None = None,
     card: bool = True,
     progress: Progress = no_progress,
@@ -258,7 +192,9 @@ def diff(
         candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not quantized.
         data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated on.
         rows, seq_len: how much of it; ignored for .npy, which says so itself.
-        engine: take logits through this engine too, ``onnxruntime``; ``torch`` is the diff's own arithmetic.
+        engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the diff's own arithmetic.
+        engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
+        plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
         reference_cache: file for the source's side, written by the first run and read by later ones.
         card: put the figures into the model cards of candidates that nemoquant wrote.
     Raises:
@@ -284,6 +220,7 @@ def diff(
         raise UsageError(f"{text} has rows of one token; expected at least 2, the first one predicts the second")
     import torch
 
+    from nemoquant.engine.base import Engine
     from nemoquant.engine.load import load_engine
     from nemoquant.evaluate.candidate import Candidate
     from nemoquant.evaluate.card import update_card
@@ -300,7 +237,13 @@ def diff(
             stack.enter_context(side.checkpoint)
         if cache is not None:
             check_cache(cache, opened, tokens)
-        engines = [] if engine == "torch" else [load_engine(engine, path) for path in paths]
+        engines: list[Engine] = []
+        if engine != "torch" or engine_files:
+            files: list[Path | None] = [Path(file) for file in engine_files] or [None] * len(paths)
+            if len(files) != len(paths):
+                raise UsageError(f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in their order")
+            library = None if plugins is None else Path(plugins)
+            engines = [load_engine(engine, path, threads, file, library) for path, file in zip(paths, files, strict=True)]
         report = compare(opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what), engines)
     if card:
         told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
@@ -344,24 +287,36 @@ def export_onnx(
     )  # fmt: skip
 
 
-def export_rtx(
+def export_engine(
     source: PathLike,
     out: PathLike,
     *,
-    sm: int,
+    target: str | None = None,
+    sm: int | None = None,
     compute: str = "bfloat16",
     max_seq_len: int = 4096,
     max_batch: int = 1,
     workspace: int | None = None,
+    last_token_only: bool = False,
+    mtp: bool = False,
     strip_weights: bool = False,
+    weight_streaming: bool = False,
+    timing_cache: PathLike | None = None,
+    plugins: PathLike | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Build a TensorRT-RTX engine of a checkpoint into the new file ``out``, on any machine, with ``out.json`` beside it.
+    """Build a TensorRT engine of a checkpoint into the new file ``out``, with ``out.json`` beside it.
 
     Args:
-        sm: the GPU to build for: 75, 80, 86, 89, 120 or 121.
+        target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is for. None is ``rtx`` where
+            no GPU is found, else ``trt``.
+        sm: the GPU to build for; None is the one in this machine.
         max_seq_len, max_batch: most positions of a sequence, past ones included, and most sequences at once.
         workspace: bytes of scratch memory; None is the builder's own choice.
+        last_token_only: logits of the last position only.
+        mtp: also build the multi-token-prediction module, into a second file beside ``out``.
+        strip_weights: leave the weights out of the file; they are put in from the shards when it is loaded.
+        weight_streaming, timing_cache, plugins: see ``nemoquant.engine.build.EngineOptions``; ``trt`` only.
         say: told in a line what is going on.
     Returns:
         what is in ``out.json``.
@@ -371,11 +326,16 @@ def export_rtx(
     from nemoquant.engine.files import onnx_package
 
     onnx_package()
-    from nemoquant.engine.export import export_rtx as export
-    from nemoquant.engine.tensorrt_rtx import RtxOptions
+    from nemoquant.engine.build import EngineOptions
+    from nemoquant.engine.export import export_engine as export
+    from nemoquant.engine.targets import default_target, device
 
-    options = RtxOptions(sm, compute, max_seq_len, max_batch, workspace, strip_weights)
-    return export(Path(source), Path(out), options, say)
+    found = device()
+    options = EngineOptions(
+        target or default_target(found), sm, compute, max_seq_len, max_batch, workspace, last_token_only, False, strip_weights,
+        weight_streaming, None if timing_cache is None else Path(timing_cache), None if plugins is None else Path(plugins),
+    )  # fmt: skip
+    return export(Path(source), Path(out), options, found, say, mtp=mtp)
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

@@ -11,9 +11,11 @@
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
         EngineError                 exit 2   a runtime refused a graph, or can't run here
+        BuildError                  exit 2   the plugins can't be built or loaded: a tool, headers, or a compiler's refusal
         MissingExtraError           exit 3   a feature whose optional packages are not installed
         VerificationError           exit 1   a written checkpoint that is not what its plan says
     KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
+        Interrupted                 exit 130 the same, with what is left of the run and how to go on
 
 A message names the thing, what was got, what was expected, and what to do, in that order.
 """
@@ -22,9 +24,13 @@ from collections.abc import Sequence
 
 
 class NemoquantError(Exception):
-    """Base of all errors that carry a message for the user."""
+    """Base of all errors that carry a message for the user. ``kept``: what is left of the run that it ended, part of the message."""
 
     exit_code = 2
+    kept = ""
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (super().__str__(), self.kept)))
 
 
 class UsageError(NemoquantError):
@@ -67,12 +73,23 @@ class EngineError(NemoquantError):
     pass
 
 
+class BuildError(NemoquantError):
+    pass
+
+
 class MissingExtraError(NemoquantError):
     exit_code = 3
 
 
 class VerificationError(NemoquantError):
     exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    kept = "nothing was kept"
+
+    def __str__(self) -> str:
+        return self.kept
 
 
 def listing(names: Sequence[object], limit: int = 5) -> str:

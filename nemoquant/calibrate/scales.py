@@ -32,9 +32,9 @@ class Scales:
     non_finite_rows: int = 0
     warnings: list[str] = field(default_factory=list)
 
-    def dump(self) -> str:
-        """The file's text; the same results give the same bytes."""
-        data = {
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON data."""
+        return {
             "schema": SCHEMA,
             "settings": self.settings,
             "non_finite_rows": self.non_finite_rows,
@@ -43,7 +43,22 @@ class Scales:
             "kv_amax": self.kv_amax,
             "input_amax": self.input_amax,
         }
-        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+    def dump(self) -> str:
+        """The file's text; the same results give the same bytes."""
+        return json.dumps(self.to_json(), indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Scales":
+        """The reverse of ``to_json``; raises ValueError, KeyError, TypeError or AttributeError for other data."""
+        return Scales(
+            dict(data["settings"]),
+            {str(k): float(v) for k, v in data["input_amax"].items()},
+            {str(k): float(v) for k, v in data["kv_amax"].items()},
+            {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
+            int(data["non_finite_rows"]),
+            [str(w) for w in data["warnings"]],
+        )
 
     @staticmethod
     def load(path: Path) -> "Scales":
@@ -56,14 +71,7 @@ class Scales:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
                 raise CalibrationError(f"{path}: schema {data['schema']}, expected {SCHEMA}; calibrate again with this version")
-            scales = Scales(
-                dict(data["settings"]),
-                {str(k): float(v) for k, v in data["input_amax"].items()},
-                {str(k): float(v) for k, v in data["kv_amax"].items()},
-                {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
-                int(data["non_finite_rows"]),
-                [str(w) for w in data["warnings"]],
-            )
+            scales = Scales.from_json(data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run") from None
         bad = [k for k, v in (scales.input_amax | scales.kv_amax).items() if not 0 <= v < float("inf")]

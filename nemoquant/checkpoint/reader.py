@@ -93,10 +93,14 @@ class Checkpoint:
     def release(self, names: Iterable[str]) -> None:
         """Let the system drop the pages of these tensors: they count as resident memory until then."""
         for name in names:
-            info = self.tensors[name]
-            if info.file in self._maps and info.nbytes:
-                begin = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-                self._maps[info.file].madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+            self.release_bytes(name, 0, self.tensors[name].nbytes)
+
+    def release_bytes(self, name: str, begin: int, end: int) -> None:
+        """The same for some bytes of a tensor. Pages at its edges belong to its neighbours too, and are read again by these."""
+        info = self.tensors[name]
+        if info.file in self._maps and end > begin:
+            page = (info.start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[info.file].madvise(mmap.MADV_DONTNEED, page, info.start + end - page)
 
 
 def _all_tensors(path: Path) -> list[TensorInfo]:

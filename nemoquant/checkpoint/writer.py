@@ -2,26 +2,38 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from nemoquant.checkpoint.behind import Behind
 from nemoquant.checkpoint.header import ITEM_SIZE, encode_header
 
 METADATA = {"format": "pt"}
+
+
+def nothing() -> None:
+    """What there is to do after a write that nobody waits for."""
 
 
 class ShardWriter:
     """Writes the tensors given (name, dtype, shape) in their order; every byte must come, and no more.
 
     Use as a context manager; leaving it without an error checks the count. ``sha256`` is the file's, once it is closed.
+    With ``behind`` hashing and writing are two threads, each with a short queue: arrays must then stay as they are until their
+    ``then`` was called.
     """
 
     def __init__(
-        self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = METADATA
+        self,
+        path: Path,
+        tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str] = METADATA,
+        *,
+        behind: bool = False,
     ) -> None:
         header = encode_header(list(tensors), metadata)
         self.path = path
@@ -30,20 +42,40 @@ class ShardWriter:
         self._digest = hashlib.sha256(header)
         self._file = path.open("xb")
         self._file.write(header)
+        self._stages = (Behind("hash"), Behind("write")) if behind else ()
 
-    def write(self, data: npt.NDArray[np.generic]) -> None:
-        """Append the bytes of a C-contiguous array."""
+    def write(self, data: npt.NDArray[np.generic], then: Callable[[], None] = nothing) -> None:
+        """Append the bytes of a C-contiguous array; ``then`` is called when they are no longer needed, perhaps in a thread."""
         view = data.reshape(-1).view(np.uint8)
         self._left -= view.size
         assert self._left >= 0, f"{self.path.name}: more bytes than its header announces"
-        self._digest.update(view.data)
+        if not self._stages:
+            self._digest.update(view.data)
+            self._append(view, then)
+            return
+        hashing, writing = self._stages
+
+        def hashed() -> None:
+            self._digest.update(view.data)
+            writing.put(lambda: self._append(view, then))
+
+        hashing.put(hashed)
+
+    def _append(self, view: npt.NDArray[np.uint8], then: Callable[[], None]) -> None:
         self._file.write(view.data)
+        then()
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            for stage in self._stages:
+                stage.end(cancel=kind is not None)
+        finally:
+            self._file.close()
         if kind is None:
+            for stage in self._stages:
+                stage.check()
             assert self._left == 0, f"{self.path.name}: {self._left} bytes are missing"
             self.sha256 = self._digest.hexdigest()

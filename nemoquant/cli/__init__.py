@@ -1,6 +1,7 @@
 """The command line: a thin face on the Python API. Verbs are loaded when they are called, so that ``--help`` is quick."""
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ VERBS = {
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
     "diff": "Measure how far quantized checkpoints are from their source.",
     "export": "Export ONNX graphs over the packed bytes, and engines.",
+    "plugins": "Build the TensorRT plugins and their kernels.",
     "generate": "Generate text with a checkpoint, through any engine.",
     "demo": "Quantize, verify and compare a small trained model, as a show.",
     "doctor": "Show which engines can run here, and why the others can't.",
@@ -52,6 +54,9 @@ class Verbs(click.Group):
 
         from nemoquant.errors import NemoquantError
 
+        # torch's threads would spin while they wait; beside other work on the machine that costs many times what it saves.
+        # OpenMP reads it once, when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: clean up as after Ctrl-C
         try:
             return super().invoke(ctx)
@@ -61,8 +66,8 @@ class Verbs(click.Group):
         except OSError as error:  # a disk or a permission that nobody foresaw: still one line, and not "a check failed"
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("error: interrupted; nothing was kept", err=True)
+        except KeyboardInterrupt as error:
+            click.echo(f"error: interrupted; {str(error) or 'nothing was kept'}", err=True)
             sys.exit(130)
 
 
@@ -80,5 +85,5 @@ def main() -> None:
       nemoquant diff MODEL OUT --html report.html
 
     \b
-    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted.
+    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize --resume` goes on).
     """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, recipe_name, recipe_options, table
+from nemoquant.cli.shared import json_option, memory_option, print_json, recipe_name, recipe_options, table
 from nemoquant.units import size
 
 
@@ -12,21 +12,40 @@ from nemoquant.units import size
 @click.argument("model", type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
+@click.option(
+    "--estimate", is_flag=True, help="Also measure this machine shortly, and say what quantize would need: memory, disk, time."
+)
+@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Calibration rows, for --estimate.")
+@click.option("--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in a row, for --estimate.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads, for --estimate; default: all that this process may use.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=".", help="Folder on the disk that would be written, for --estimate."
+)
+@memory_option
 @json_option
-def command(model: Path, fmt: str | None, recipe: str | None, no_scale_groups: bool, as_json: bool) -> None:
+def command(
+    model: Path, fmt: str | None, recipe: str | None, no_scale_groups: bool, estimate: bool, rows: int, seq_len: int,
+    threads: int | None, out: Path, memory: int | None, as_json: bool,
+) -> None:  # fmt: skip
     """Show what a recipe does with MODEL, a checkpoint folder or a bare config.json, from headers alone.
 
     \b
     Examples:
       nemoquant plan MODEL --fmt nvfp4
       nemoquant plan config.json --recipe fp8-published --json
+      nemoquant plan MODEL --fmt nvfp4 --estimate --memory 4G       and what it would take here
     """
     from nemoquant import api
     from nemoquant.pack.card import role_table
 
-    made = api.plan(model, recipe_name(fmt, recipe), scale_groups=not no_scale_groups)
+    name = recipe_name(fmt, recipe)
+    made = api.plan(model, name, scale_groups=not no_scale_groups)
+    found = None
+    if estimate:
+        options = api.CalibrationOptions(rows=rows, seq_len=seq_len, memory=memory)
+        found = api.estimate(model, name, out=out, calibration=options, scale_groups=not no_scale_groups, threads=threads)
     if as_json:
-        print_json(made.to_json())
+        print_json(made.to_json() | ({"estimate": found.to_json()} if found else {}))
         return
     click.echo(f"{made.recipe.name}: {made.recipe.summary}")
     table(role_table(made), ("role", "weights", "GEMM inputs", "tensors", "bytes"), right="34")
@@ -47,6 +66,10 @@ def command(model: Path, fmt: str | None, recipe: str | None, no_scale_groups: b
     ]
     for name, text in lines:
         click.echo(f"{name:<24}{text}")
+    if found:
+        from nemoquant.estimate import expectation
+
+        click.echo(f"{'on this machine':<24}{expectation(found)}")
     for name in made.unused_formats:
         click.echo(f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe names", err=True)
     if made.assumed:

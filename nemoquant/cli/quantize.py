@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from nemoquant.cli.shared import json_option, print_json, progress_bars, recipe_name, recipe_options
+from nemoquant.cli.shared import json_option, memory_option, print_json, progress_bars, recipe_name, recipe_options
 from nemoquant.units import size
 
 if TYPE_CHECKING:
+    from nemoquant.estimate import Estimate
     from nemoquant.planning.plan import Plan
 
 
@@ -44,20 +45,21 @@ if TYPE_CHECKING:
 @click.option(
     "--row-batch",
     type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
-    help="Calibration rows that go through a layer at once.",
+    help="Calibration rows that go through a layer at once; default: as many as --memory, or 4 GB, admits.",
 )
+@memory_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
 @click.option(
     "--shard-size", type=click.FloatRange(min=0.000001), default=5.0, show_default=True, help="Largest output file, in GB."
 )
 @click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
+@click.option("--resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
 def command(
     source: Path, out: Path, fmt: str | None, recipe: str | None, calib: Path | None, rows: int, seq_len: int, scales: Path | None,
-    device: str, compute: str, row_batch: int, threads: int | None, shard_size: float, no_scale_groups: bool, dry_run: bool, as_json: bool,
+    device: str, compute: str, row_batch: int | None, memory: int | None, threads: int | None, shard_size: float,
+    no_scale_groups: bool, resume: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
 
@@ -69,14 +71,18 @@ def command(
       nemoquant quantize MODEL OUT --fmt nvfp4 --calib chats.jsonl --rows 128 --seq-len 2048
       nemoquant quantize MODEL OUT --recipe nvfp4-w4a16             weights only, no calibration
       nemoquant quantize MODEL OUT --fmt fp8 --scales EARLIER/nemoquant_scales.json
+      nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
     """
     from nemoquant import api
     from nemoquant.errors import UsageError
+    from nemoquant.estimate import duration, expectation, resident
 
     name = recipe_name(fmt, recipe)
     if scales and calib:
         raise UsageError("got both --scales and --calib; expected one: --scales takes the place of calibration")
-    options = api.CalibrationOptions(calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch)
+    options = api.CalibrationOptions(
+        calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch, memory
+    )
     began = time.monotonic()
 
     def planned(made: "Plan") -> None:
@@ -88,10 +94,18 @@ def command(
                 err=True,
             )
 
+    promised: list[Estimate] = []
+
+    def expected(estimate: "Estimate") -> None:
+        promised.append(estimate)
+        if not as_json:
+            click.echo(f"expected: {expectation(estimate)}", err=True)
+
     with progress_bars(as_json) as progress:
         result = api.quantize(
             source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
-            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, planned=planned, progress=progress,
+            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, resume=resume, planned=planned, expected=expected, progress=progress,
+            say=lambda text: click.echo(text, err=True),
         )  # fmt: skip
     took = time.monotonic() - began
     unused = _unused_options(result.plan.needs_calibration, scales is not None, calib is not None and calib.suffix == ".npy")
@@ -99,6 +113,8 @@ def command(
     if as_json:
         figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
         figures["calibration"] = result.calibration
+        figures["expected"] = promised[0].to_json()
+        figures["peak_memory"] = resident("VmHWM")
         print_json(figures | {"warnings": warnings, "verified": result.verified, "skipped_side_files": result.skipped_files})
         return
     for warning in warnings:
@@ -112,7 +128,11 @@ def command(
     else:
         if result.calibration is not None:
             click.echo(_calibrated(result.calibration))
-        click.echo(f"{out}: {made.recipe.name}, {what}, verified, {took:.1f} s")
+        peak, expect = resident("VmHWM"), promised[0]
+        click.echo(
+            f"{out}: {made.recipe.name}, {what}, verified, {duration(took)} (expected {duration(expect.seconds)}), "
+            f"{size(peak)} of memory at most (expected {size(expect.memory)})"
+        )
 
 
 def _unused_options(calibrates: bool, has_scales: bool, has_rows: bool) -> list[str]:

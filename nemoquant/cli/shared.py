@@ -1,6 +1,7 @@
 """What several verbs share: options, output, progress."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,28 @@ def recipe_name(fmt: str | None, recipe: str | None) -> str:
         raise UsageError(f"got {got} of --fmt and --recipe; expected one, such as --fmt fp8")
     return fmt or recipe or ""
 
+
+class Bytes(click.ParamType["int"]):
+    """``4G``, ``500M``, ``1.5GB``, ``2GiB``: a number of bytes."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)B?", value.strip())
+        count = float(found[1]) * (1024 if found[3] else 1000) ** "_KMGT".index(found[2].upper() or "_") if found else 0
+        if count < 1:
+            self.fail(f"{value!r} is no size; expected one such as 4G, 500M or 2GiB", param, ctx)
+        return int(count)
+
+
+memory_option = click.option(
+    "--memory",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Most memory that the run may take, such as 4G: rows at once and read-ahead follow it.",
+)
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for machines, and nothing else, on standard output."

@@ -10,6 +10,7 @@ A tap must return the shape, dtype and device that it was given. It may keep wha
 q, k and v (and the router, the shared expert and fc1) are given the same tensor one after the other.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 Tap = Callable[[str, Tensor], Tensor]
 Weights = Mapping[str, Tensor]
 
+PAD_ROWS = 16
 CAST_ELEMENTS = 1 << 24  # of a weight that is in another dtype than the compute: at most this much is converted at a time
 
 
@@ -64,14 +66,43 @@ def linear(name: str, x: Tensor, weights: Weights, tap: Tap) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``."""
-    if weight.dtype == x.dtype or weight.numel() <= CAST_ELEMENTS:
-        return F.linear(x, weight.to(x))
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``.
+
+    In bfloat16 on a CPU zeros fill the tokens up to a multiple of ``PAD_ROWS``: a kernel is compiled for each number of rows that is
+    new, which takes longer than the product itself where each expert gets another number of tokens.
+    """
+    count = x.shape[0]
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2 and count > PAD_ROWS and count % PAD_ROWS:
+        return _product(F.pad(x, (0, 0, 0, -count % PAD_ROWS)), weight)[:count]
+    return _product(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dtype == x.dtype and weight.device == x.device:
+        return F.linear(x, weight)
     rows = max(1, CAST_ELEMENTS // weight.shape[1])
+    if weight.shape[0] <= rows:
+        return F.linear(x, _converted(weight, x))
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     for start in range(0, weight.shape[0], rows):
-        y[..., start : start + rows] = F.linear(x, weight[start : start + rows].to(x))
+        y[..., start : start + rows] = F.linear(x, _converted(weight[start : start + rows], x))
     return y
+
+
+_scratch = threading.local()
+
+
+def _converted(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight`` in the dtype and on the device of ``x``; on a CPU in this thread's scratch, which the next call overwrites.
+
+    (One expert after the other in fresh memory breaks the heap into pieces: up to half a gigabyte stayed, measured.)
+    """
+    if x.device.type != "cpu" or not isinstance(weight, Tensor):  # a packed one decodes itself
+        return weight.to(x)
+    buffer: Tensor | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.dtype != x.dtype or buffer.numel() < weight.numel():
+        buffer = _scratch.buffer = torch.empty(weight.numel(), dtype=x.dtype)
+    return buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def squared_relu(x: Tensor) -> Tensor:

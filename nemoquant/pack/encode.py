@@ -1,32 +1,54 @@
-"""From a source tensor's bytes to codes: chunks of rows, so that scratch memory does not follow the tensor's size."""
+"""From a source tensor's bytes to codes: chunks of rows, so that scratch memory does not follow the tensor's size.
 
-from typing import Any
+Pure functions of a checkpoint and of rows of a plan: they run in any thread or process that can open the checkpoint. Pages that
+they touched are dropped before they return.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.errors import WeightError
 from nemoquant.formats import fp8, nvfp4
 from nemoquant.formats.amax import amax as bits_amax
+from nemoquant.pack.scales import weight_scale
 from nemoquant.planning.plan import Row
 
 CHUNK_BYTES = 8 << 20  # of source, read and encoded at a time
 
 Array = npt.NDArray[Any]
 Encoded = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
+Part = tuple[Row, slice]
+
+
+class PackedWeight(NamedTuple):
+    """A whole weight: its decode scale, whether it is degenerate and so all zeros, and its codes and block scales in chunks."""
+
+    scale: np.float32
+    degenerate: bool
+    chunks: list[Encoded]
 
 
 def slices(row: Row) -> list[slice]:
     """Rows of a weight [out, in], ``CHUNK_BYTES`` at a time."""
-    step = max(1, CHUNK_BYTES // max(1, row.bytes_in // row.shape[0]))
+    step = max(1, CHUNK_BYTES // _row_bytes(row))
     return [slice(start, min(start + step, row.shape[0])) for start in range(0, row.shape[0], step)]
 
 
-def read(checkpoint: Checkpoint, row: Row, part: slice) -> Array:
+def _row_bytes(row: Row) -> int:
+    return max(1, row.bytes_in // row.shape[0])
+
+
+@contextmanager
+def _reading(checkpoint: Checkpoint, row: Row, part: slice) -> Iterator[Array]:
     """Some rows of a weight as the kernels take them: bf16 bit patterns or float32, mapped where the source has these."""
     array = checkpoint.array(row.name)[part]
-    return array.astype(np.float32) if array.dtype == np.float16 else array
+    yield array.astype(np.float32) if array.dtype == np.float16 else array
+    checkpoint.release_bytes(row.name, part.start * _row_bytes(row), part.stop * _row_bytes(row))
 
 
 def amax(checkpoint: Checkpoint, row: Row, part: slice) -> np.float32:
@@ -35,7 +57,8 @@ def amax(checkpoint: Checkpoint, row: Row, part: slice) -> np.float32:
     Raises:
         WeightError: NaN or Inf among them.
     """
-    return check_finite(row.name, bits_amax(read(checkpoint, row, part)))
+    with _reading(checkpoint, row, part) as weight:
+        return check_finite(row.name, bits_amax(weight))
 
 
 def check_finite(name: str, value: np.float32) -> np.float32:
@@ -48,9 +71,50 @@ def check_finite(name: str, value: np.float32) -> np.float32:
 
 def encode(checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool) -> Encoded:
     """Codes of some rows, and their block scales for NVFP4; a degenerate weight becomes zeros."""
-    weight = read(checkpoint, row, part)
+    with _reading(checkpoint, row, part) as weight:
+        return _codes(row, weight, scale, degenerate)
+
+
+def _codes(row: Row, weight: Array, scale: np.float32, degenerate: bool) -> Encoded:
     shape = (weight.shape[0], weight.shape[1])
     if row.format == "fp8":
         return (fp8.zeros(shape) if degenerate else fp8.encode(weight, scale)), None
     assert row.scale_method is not None
     return nvfp4.zeros(shape) if degenerate else nvfp4.encode(weight, scale, row.scale_method)
+
+
+def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row]) -> list[PackedWeight]:
+    """Whole weights that share no scale, such as experts: each one's maximum and codes while it is in the cache."""
+    return [_pack_weight(checkpoint, row) for row in rows]
+
+
+def _pack_weight(checkpoint: Checkpoint, row: Row) -> PackedWeight:
+    parts = slices(row)
+    if len(parts) > 1:
+        scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part) for part in parts))
+        return PackedWeight(scale, degenerate, [encode(checkpoint, row, part, scale, degenerate) for part in parts])
+    with _reading(checkpoint, row, parts[0]) as weight:
+        scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
+        return PackedWeight(scale, degenerate, [_codes(row, weight, scale, degenerate)])
+
+
+def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Array:
+    """Bytes of an unquantized tensor, mapped, and known to be finite. The caller drops their pages."""
+    raw = checkpoint.raw(row.name)[begin:end]
+    values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
+    check_finite(row.name, bits_amax((values.astype(np.float32) if row.source_dtype == "F16" else values)[None]))
+    return raw
+
+
+def groups(rows: Iterable[Row], nbytes: int) -> Iterator[tuple[Row, ...]]:
+    """Rows one after the other, in groups of at least ``nbytes`` of source (the last may be smaller)."""
+    group: list[Row] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += row.bytes_in
+        if size >= nbytes:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)

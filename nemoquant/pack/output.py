@@ -8,10 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import OutputError
+from nemoquant.checkpoint.reader import INDEX
+from nemoquant.errors import Interrupted, NemoquantError, OutputError
 
 SIDE_FILES = ("generation_config.json", "tokenizer*", "chat_template*", "special_tokens*", "LICENSE*", "NOTICE*")
-WRITTEN = ("config.json", "hf_quant_config.json", "README.md", "nemoquant.json", "nemoquant_scales.json")
+WRITTEN = (INDEX, "config.json", "hf_quant_config.json", "README.md", "nemoquant.json", "nemoquant_scales.json")
 MARGIN = 64 << 20  # of free disk beyond the tensors: side files and the rest
 BYTES_PER_TENSOR = 600  # of headers, index, config files and scales file
 
@@ -20,8 +21,8 @@ def partial_of(out: Path) -> Path:
     return out.parent / (out.name + ".partial")
 
 
-def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int) -> None:
-    """Make sure that ``out`` can be written.
+def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, resume: bool = False) -> None:
+    """Make sure that ``out`` can be written; with ``resume`` the partial folder of an earlier run is welcome, and counts as room.
 
     Raises:
         OutputError: it exists, overlaps the source, an earlier run left its partial folder, its folder is not writable, or the
@@ -33,14 +34,19 @@ def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int) -> No
             raise OutputError(f"{out} overlaps the source {source}; expected a folder outside it")
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name")
-    if partial_of(out).exists():
-        raise OutputError(f"{partial_of(out)} exists, left by a run that was killed; remove it, or choose another output")
+    partial, there_already = partial_of(out), 0
+    if partial.exists():
+        if not resume:
+            raise OutputError(
+                f"{partial} exists, left by a run that did not end; --resume goes on with it, or remove it, or choose another output"
+            )
+        there_already = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
     parent = next(p for p in here.parents if p.exists())
     if not parent.is_dir():
         raise OutputError(f"{out}: {parent} is not a folder; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: {parent} is not writable; choose another output")
-    needed = tensor_bytes + BYTES_PER_TENSOR * tensors + MARGIN
+    needed = tensor_bytes + BYTES_PER_TENSOR * tensors + MARGIN - there_already
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
@@ -72,6 +78,8 @@ def making(out: Path) -> Iterator[Path]:
             raise OutputError(
                 f"{out}: {error.strerror or error}; nothing was kept, make room or choose another output"
             ) from error
+        if isinstance(error, NemoquantError | Interrupted) and error.kept:  # a run within this one, removed with the rest
+            error.kept = "nothing was kept"
         raise
     try:
         partial.rename(out)

@@ -17,7 +17,9 @@ from nemoquant.pack import output
 from nemoquant.pack.card import card
 from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.shards import shards
+from nemoquant.pack.unfinished import Unfinished
 from nemoquant.pack.verify import verify
+from nemoquant.pack.workers import Threads
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 
@@ -25,35 +27,28 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
 
 def write_checkpoint(
-    source: Source, plan: Plan, scales: Scales | None, folder: Path, threads: int, shard_bytes: int, warnings: list[str],
-    progress: Progress,
+    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    warnings: list[str], progress: Progress,
 ) -> tuple[dict[str, int], list[str]]:  # fmt: skip
-    """Write everything into the empty ``folder``, and verify it. Finds of its own are added to ``warnings``.
+    """Write everything that ``run`` does not have yet into its folder, and verify it. Finds of its own are added to ``warnings``.
 
+    Args:
+        ahead: pieces that may be in work and waiting.
     Returns:
         what verify checked, and the source's files that were left behind.
     Raises:
         CalibrationError, WeightError, VerificationError
     """
-    assert source.checkpoint is not None
-    layout = shards(plan, shard_bytes)
-    done = 0
-
-    def packed(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("pack", done, plan.bytes_in, "")
-
-    packer = Packer(plan, source.checkpoint, scales, threads=threads, warn=warnings.append, progress=packed)
-    digests = packer.write(folder, layout)
-    if packer.zero_weights:
+    folder = run.folder
+    zero = _pack(source, plan, scales, run, ahead, threads, shard_bytes, warnings, progress)
+    if zero:
         warnings.append(
-            f"{len(packer.zero_weights)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: "
-            f"{listing(packer.zero_weights)}"
+            f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}"
         )
     section, legacy = quantization_sections(plan)
     _json(folder / "config.json", source.raw_config | ({"quantization_config": section} if section else {}))
     _json(folder / "hf_quant_config.json", legacy)
+    layout = shards(plan, shard_bytes)
     weight_map = {entry.name: shard.file for shard in layout for entry in shard.entries}
     _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
     if scales is not None:
@@ -61,12 +56,44 @@ def write_checkpoint(
     copied, skipped = output.side_files(source.path, source.raw_config)
     output.copy_side_files(source.path, copied, folder)
     (folder / "README.md").write_text(card(plan, _calibration_sentence(scales), warnings, copied), encoding="utf-8")
-    files = {path.name: digests.get(path.name) or manifest.file_sha256(path) for path in sorted(folder.iterdir())}
+    digests = {file: entry["sha256"] for file, entry in run.shards.items()}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE)
+    files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
     manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
     report = verify(folder, source, encode_again=False, progress=lambda done, total: progress("verify", done, total, ""))
     if not report.ok:
-        raise VerificationError(f"what was written is not what was planned, nothing is kept: {'; '.join(report.problems[:3])}")
+        raise VerificationError(f"what was written is not what was planned: {'; '.join(report.problems[:3])}")
+    run.verified = report.checked
+    run.save()
     return report.checked, skipped
+
+
+def _pack(
+    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    warnings: list[str], progress: Progress,
+) -> list[str]:  # fmt: skip
+    """Write the shards that are missing; returns the modules whose weights are zero, in all of them."""
+    assert source.checkpoint is not None
+    done = 0
+
+    def packed(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("pack", done, plan.bytes_in, "")
+
+    there = run.finished_shards()
+    with Threads(source.checkpoint, threads, ahead) as workers:
+        packer = Packer(plan, source.checkpoint, scales, workers, warn=warnings.append, progress=packed)
+        for shard in shards(plan, shard_bytes):
+            if shard.file in there:
+                packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))
+                continue
+            (run.folder / shard.file).unlink(missing_ok=True)
+            before = len(packer.zero_weights)
+            digest = packer.write(run.folder / shard.file, shard)
+            run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
+            run.save()
+    return [name for shard in shards(plan, shard_bytes) for name in run.shards[shard.file]["zero_weights"]]
 
 
 def _json(path: Path, data: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -53,6 +54,12 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
+    def add(self, other: "Report") -> None:
+        """Take over what another one found."""
+        self.problems += other.problems
+        self.warnings += other.warnings
+        self.checked = {key: count + other.checked[key] for key, count in self.checked.items()}
+
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
 
@@ -72,42 +79,54 @@ def verify(
     total = sum((out / name).stat().st_size for name in manifest["files"] if (out / name).is_file())
     if source is not None:
         total += sum(info.nbytes for info in source.checkpoint.tensors.values()) if source.checkpoint else 0
-    done = 0
+    done, counting = 0, threading.Lock()
 
     def count(size: int) -> None:
         nonlocal done
-        done += size
-        progress(min(done, total), total)
+        with counting:
+            done += size
+            progress(min(done, total), total)
 
-    _check_files(out, manifest, report, count)
-    try:
-        plan = _plan_again(out, manifest, report)
-        layout = shards(plan, manifest["shard_bytes"])
-        _check_configs(out, plan, source, report)
-        with Checkpoint(out) as checkpoint:
-            if _check_tensors(out, layout, checkpoint, report):
-                _check_scales(layout, checkpoint, _activation_scales(out, plan), report)
-                if source is not None:
-                    _compare(manifest, layout, checkpoint, source, report, encode_again, count)
-    except NemoquantError as error:
-        report.problems.append(str(error))
+    rest = Report()
+    with ThreadPoolExecutor(_threads()) as pool:  # files are hashed while their content is looked at
+        found = [pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()]
+        try:
+            plan = _plan_again(out, manifest, rest)
+            layout = shards(plan, manifest["shard_bytes"])
+            _check_configs(out, plan, source, rest)
+            with Checkpoint(out) as checkpoint:
+                if _check_tensors(out, layout, checkpoint, rest):
+                    _check_scales(layout, checkpoint, _activation_scales(out, plan), rest)
+                    if source is not None:
+                        _compare(manifest, layout, checkpoint, source, rest, encode_again, count)
+        except NemoquantError as error:
+            rest.problems.append(str(error))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        report.problems += [problem for file in found if (problem := file.result()) is not None]
+    report.checked["files"] += len(found)
+    for path in sorted(out.iterdir()):
+        if path.name not in manifest["files"] and path.name != FILE:
+            report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
+    report.add(rest)
     return report
 
 
-def _check_files(out: Path, manifest: dict[str, Any], report: Report, progress: Callable[[int], None]) -> None:
-    files: dict[str, str] = manifest["files"]
-    for name, digest in files.items():
-        try:
-            if file_sha256(out / name, progress) != digest:
-                report.problems.append(f"{name} was changed: its sha256 is not the manifest's")
-        except FileNotFoundError:
-            report.problems.append(f"{name} is missing; the manifest lists it")
-        except OSError as error:
-            report.problems.append(f"{name} cannot be read ({error.strerror})")
-        report.checked["files"] += 1
-    for path in sorted(out.iterdir()):
-        if path.name not in files and path.name != FILE:
-            report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _check_file(path: Path, digest: str, progress: Callable[[int], None]) -> str | None:
+    """What is wrong with one file of the manifest, if anything is."""
+    try:
+        if file_sha256(path, progress) != digest:
+            return f"{path.name} was changed: its sha256 is not the manifest's"
+    except FileNotFoundError:
+        return f"{path.name} is missing; the manifest lists it"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None
 
 
 def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
@@ -226,15 +245,13 @@ def _compare(
     def problem(entries: dict[str, dict[str, Entry]], row: Row) -> str | None:
         if row.format == "source":
             return (
-                None
-                if _equal_bytes(original.raw(row.name), written.raw(row.name))
-                else f"{row.name} differs from the source; expected the same bytes"
+                None if _equal_bytes(original, written, row) else f"{row.name} differs from the source; expected the same bytes"
             )
         if again and not _encodes_to(row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written):
             return f"{row.module}: encoding the source's weight again gives other bytes"
         return None
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         for unit in units:
             entries: dict[str, dict[str, Entry]] = {}
             for e in unit.entries:
@@ -249,10 +266,16 @@ def _compare(
             written.release(e.name for e in unit.entries)
 
 
-def _equal_bytes(a: Any, b: Any) -> bool:
-    return a.size == b.size and all(
-        np.array_equal(a[i : i + COMPARE_BYTES], b[i : i + COMPARE_BYTES]) for i in range(0, a.size, COMPARE_BYTES)
-    )
+def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
+    """Part by part, so that a large tensor does not stay in memory twice."""
+    a, b = source.raw(row.name), written.raw(row.name)
+    for begin in range(0, a.size, COMPARE_BYTES):
+        end = min(begin + COMPARE_BYTES, a.size)
+        if not np.array_equal(a[begin:end], b[begin:end]):
+            return False
+        source.release_bytes(row.name, begin, end)
+        written.release_bytes(row.name, begin, end)
+    return a.size == b.size
 
 
 def _encodes_to(row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint) -> bool:

@@ -1,30 +1,32 @@
-"""Plan and scales in, shards out. Weights are read, encoded and written a few megabytes at a time.
+"""Plan and scales in, shards out, as a pipeline: weights are read and encoded ahead, hashed and written behind.
 
-Encoding runs ahead in threads (the kernels hold no lock), a bounded number of tasks; the calling thread writes the results in file
-order and hashes them. What waits in memory: the tasks in flight, and the block scales of one unit.
+    encode (threads; the kernels hold no lock)  ->  this thread, which puts results in file order  ->  hash  ->  write
+
+Each step has a bounded number of pieces waiting, a few megabytes each, so that one waits for the slowest step only. What is in
+memory: these pieces, and the block scales of one unit.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from nemoquant.calibrate.scales import Scales
-from nemoquant.checkpoint.reader import NUMPY, Checkpoint
+from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.formats.amax import amax as bits_amax
-from nemoquant.pack.encode import Array, Encoded, amax, check_finite, encode, slices
+from nemoquant.pack.encode import Array, Encoded, PackedWeight, Part, amax, copy, encode, groups, pack_weights, slices
 from nemoquant.pack.scales import Warn, input_scales, kv_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
+from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
 
 Progress = Callable[[int], None]  # bytes of source that were dealt with since the last call
-T = TypeVar("T")
-Item = TypeVar("Item")
-COPY_BYTES = 16 << 20
+Step = tuple[Future[Any] | None, Callable[[Any], None]]  # work in a thread, and what this one does with its result
+COPY_BYTES = 4 << 20
 
 
 class Packer:
@@ -35,10 +37,10 @@ class Packer:
     """
 
     def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, *, threads: int, warn: Warn, progress: Progress
+        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, *, warn: Warn, progress: Progress
     ) -> None:
         """Raises CalibrationError where ``scales`` do not say enough."""
-        self.checkpoint, self.threads, self.progress = checkpoint, threads, progress
+        self.checkpoint, self.workers, self.progress = checkpoint, workers, progress
         self.input_scales = input_scales(plan, scales, warn)
         self.kv_scales = kv_scales(plan, scales, warn)
         self.zero_weights: list[str] = []
@@ -47,101 +49,115 @@ class Packer:
             if row.weight_group:
                 self._groups.setdefault(row.weight_group, []).append(row)
 
-    def write(self, folder: Path, shards: Iterable[Shard]) -> dict[str, str]:
-        """Write the shards into ``folder``: file name -> sha256.
+    def write(self, path: Path, shard: Shard) -> str:
+        """Write one shard into the new file ``path``; returns its sha256.
 
         Raises:
             WeightError: NaN or Inf in a tensor, quantized or not.
         """
-        digests = {}
-        with ThreadPoolExecutor(self.threads) as pool:
-            for shard in shards:
-                with ShardWriter(folder / shard.file, [(e.name, e.dtype, e.shape) for e in shard.entries]) as writer:
-                    for unit in shard.units:
-                        self._unit(unit, writer, pool)
-                digests[shard.file] = writer.sha256
-        return digests
+        with ShardWriter(path, [(e.name, e.dtype, e.shape) for e in shard.entries], behind=True) as writer:
+            waiting: deque[Step] = deque()
+            try:
+                for step in self._steps(shard, writer):
+                    waiting.append(step)
+                    while len(waiting) > self.workers.ahead:
+                        _finish(waiting.popleft())
+                while waiting:
+                    _finish(waiting.popleft())
+            finally:
+                for future, _ in waiting:
+                    if future is not None:
+                        future.cancel()
+        return writer.sha256
 
-    def _unit(self, unit: Unit, writer: ShardWriter, pool: ThreadPoolExecutor) -> None:
-        if unit.rows[0].format == "source":
-            for row in unit.rows:
-                self._copy(row, writer)
-        else:
-            self._quantize(unit, writer, pool)
-        for entry in unit.entries:
-            if entry.kind == "kv_scale":
-                writer.write(np.array(self.kv_scales[entry.row.module]))
+    def _steps(self, shard: Shard, writer: ShardWriter) -> Iterator[Step]:
+        """All work of a shard in file order. Work is begun when it is asked for."""
+        for unit in shard.units:
+            if unit.rows[0].format == "source":
+                for row in unit.rows:
+                    yield from self._copy(row, writer)
+            else:
+                yield from self._quantize(unit, writer)
+            caches = [self.kv_scales[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"]
+            if caches:
+                yield None, partial(_write_scalars, writer, caches)
 
-    def _copy(self, row: Row, writer: ShardWriter) -> None:
+    def _copy(self, row: Row, writer: ShardWriter) -> Iterator[Step]:
         """An unquantized tensor, bit for bit."""
-        raw = self.checkpoint.raw(row.name)
-        for start in range(0, raw.size, COPY_BYTES):
-            part = raw[start : start + COPY_BYTES]
-            check_finite(row.name, bits_amax(_as_floats(part, row.source_dtype)[None]))
-            writer.write(part)
-            self.checkpoint.release([row.name])
-        self.progress(row.bytes_in)
+        for begin in range(0, row.bytes_in, COPY_BYTES):
+            end = min(begin + COPY_BYTES, row.bytes_in)
 
-    def _quantize(self, unit: Unit, writer: ShardWriter, pool: ThreadPoolExecutor) -> None:
+            yield self.workers.here(copy, row, begin, end), partial(self._put_copy, writer, row, begin, end)
+
+    def _put_copy(self, writer: ShardWriter, row: Row, begin: int, end: int, raw: Array) -> None:
+        writer.write(raw, partial(self.checkpoint.release_bytes, row.name, begin, end))
+        self.progress(end - begin)
+
+    def _quantize(self, unit: Unit, writer: ShardWriter) -> Iterator[Step]:
+        """Codes are written as they come; block scales, then scalars, when the unit is at its end."""
         scales: list[np.float32] = []
         block_scales: list[Array] = []
-        work = self._tensor(unit.rows[0], pool) if len(unit.rows) == 1 else self._experts(unit.rows, pool)
-        for row, scale, degenerate, chunks in work:
-            for codes, blocks in chunks:
-                writer.write(codes)
-                if blocks is not None:
-                    block_scales.append(blocks)
+
+        def put(nbytes: int, encoded: Encoded) -> None:
+            codes, blocks = encoded
+            writer.write(codes)
+            if blocks is not None:
+                block_scales.append(blocks)
+            self.progress(nbytes)
+
+        def put_weights(rows: tuple[Row, ...], packed: list[PackedWeight]) -> None:
+            for row, (scale, degenerate, chunks) in zip(rows, packed, strict=True):
+                for part, encoded in zip(slices(row), chunks, strict=True):
+                    put(row.bytes_in * (part.stop - part.start) // row.shape[0], encoded)
+                scales.append(scale)
+                if degenerate:
+                    self.zero_weights.append(row.module)
+
+        def end(_: None) -> None:
+            for blocks in block_scales:
+                writer.write(blocks)
+            _write_scalars(writer, scales)
+            _write_scalars(writer, [self.input_scales[row.module] for row in unit.rows if row.activation_format])
+
+        if len(unit.rows) > 1:
+            for rows in groups(unit.rows, self.workers.group_bytes):
+                yield self.workers.submit(pack_weights, rows), partial(put_weights, rows)
+        else:
+            (row,) = unit.rows
+            scale, degenerate = self._scale(row)
             scales.append(scale)
-            if degenerate:
-                self.zero_weights.append(row.module)
-            self.checkpoint.release([row.name])
-            self.progress(row.bytes_in)
-        for blocks in block_scales:
-            writer.write(blocks)
-        for scale in scales:
-            writer.write(np.array(scale))
-        for row in unit.rows:
-            if row.activation_format:
-                writer.write(np.array(self.input_scales[row.module]))
+            for part in slices(row):
+                nbytes = row.bytes_in * (part.stop - part.start) // row.shape[0]
+                yield self.workers.submit(encode, row, part, scale, degenerate), partial(put, nbytes)
+        yield None, end
 
-    def _tensor(self, row: Row, pool: ThreadPoolExecutor) -> Iterator[tuple[Row, np.float32, bool, Iterable[Encoded]]]:
-        """One weight: its chunks go to the threads, first for the maximum of its group, then for the codes."""
+    def _scale(self, row: Row) -> tuple[np.float32, bool]:
+        """The scale of one weight, from the maximum of its group; its chunks go to the threads first for that, then for the codes."""
         members = self._groups[row.weight_group] if row.weight_group else [row]
-        parts = [(member, part) for member in members for part in slices(member)]
-        found = list(self._ahead(pool, lambda item: amax(self.checkpoint, *item), parts))
+        parts: list[Part] = [(member, part) for member in members for part in slices(member)]
+        found = list(self._map(amax, parts))
         scale, degenerate = weight_scale(row, max(found))
-        if not degenerate and not any(value for (member, _), value in zip(parts, found, strict=True) if member is row):
-            self.zero_weights.append(row.module)  # its group has a scale all the same
-        yield (
-            row,
-            scale,
-            degenerate,
-            self._ahead(pool, lambda part: encode(self.checkpoint, row, part, scale, degenerate), slices(row)),
-        )
+        if degenerate or not any(value for (member, _), value in zip(parts, found, strict=True) if member is row):
+            self.zero_weights.append(row.module)  # perhaps its group has a scale all the same
+        return scale, degenerate
 
-    def _experts(
-        self, rows: Iterable[Row], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[Row, np.float32, bool, Iterable[Encoded]]]:
-        """Experts: one task each, maximum and codes while the weight is in the cache."""
-
-        def task(row: Row) -> tuple[Row, np.float32, bool, Iterable[Encoded]]:
-            scale, degenerate = weight_scale(row, max(amax(self.checkpoint, row, part) for part in slices(row)))
-            return row, scale, degenerate, [encode(self.checkpoint, row, part, scale, degenerate) for part in slices(row)]
-
-        return self._ahead(pool, task, rows)
-
-    def _ahead(self, pool: ThreadPoolExecutor, function: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
-        """``map`` in the threads, in order, with a bounded number of results waiting."""
-        waiting: deque[Future[T]] = deque()
+    def _map(self, function: Callable[..., np.float32], items: Iterable[Part]) -> Iterator[np.float32]:
+        waiting: deque[Future[np.float32]] = deque()
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * self.threads:
+            waiting.append(self.workers.submit(function, *item))
+            if len(waiting) > self.workers.ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _as_floats(raw: Array, dtype: str) -> Array:
-    """Bytes of a floating tensor as the kernels take them: bf16 bit patterns or float32."""
-    values = np.ascontiguousarray(raw).view(NUMPY[dtype])
-    return values.astype(np.float32) if dtype == "F16" else values
+def _finish(step: Step) -> None:
+    future, take = step
+    take(None if future is None else future.result())
+
+
+def _write_scalars(writer: ShardWriter, values: Iterable[np.float32], _: None = None) -> None:
+    """Scalars of successive tensors, as one piece."""
+    array = np.array(list(values), np.float32)
+    if array.size:
+        writer.write(array)

@@ -1,6 +1,7 @@
 """Each bad input of the issue's list: its exit code, its one line on standard error, and nothing left behind.
 
-OUT lies two folders deep that do not exist: they must not be made either.
+OUT lies two folders deep that do not exist: they must not be made either. Where a layer or a shard was finished, OUT.partial stays for
+``--resume`` and the line says so: tests/pack/test_pack_resume.py goes on from there.
 """
 
 import json
@@ -29,7 +30,7 @@ def tree(folder):
 def refused(tmp_path, token_rows):
     """Runs ``nemoquant quantize SRC OUT ...`` and checks how it is refused; the message is asserted by its parts."""
 
-    def check(source, *options, parts, code=2, out=None, fmt="nvfp4", calib=token_rows):
+    def check(source, *options, parts, code=2, out=None, fmt="nvfp4", calib=token_rows, kept=False):
         out = tmp_path / "new/deeper/out" if out is None else out
         options = [*(["--calib", calib] if calib else []), *(["--fmt", fmt] if fmt else []), *options]
         before = tree(tmp_path)
@@ -39,14 +40,20 @@ def refused(tmp_path, token_rows):
         lines = [
             line
             for line in result.stderr.splitlines()
-            if not line.startswith(("calibrate: done", "pack: done", "verify: done")) and " tensors quantized, " not in line
+            if not line.startswith(("calibrate: done", "pack: done", "verify: done", "expected: "))
+            and " tensors quantized, " not in line
         ]
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
         missing = [part for part in parts if part not in lines[0]]
         assert not missing, f"{missing} not in {lines[0]}"
         assert result.stdout == ""
-        assert tree(tmp_path) == before
+        assert ("out.partial is kept (" in lines[0]) is kept, lines[0]
+        after = tree(tmp_path)
+        if kept:
+            assert "new/deeper/out.partial/nemoquant_resume/state.json" in after
+            after = {name: data for name, data in after.items() if not name.startswith("new")}
+        assert after == before
         return lines[0]
 
     return check
@@ -95,9 +102,10 @@ def test_tensors_that_do_not_fit_the_config(edit, parts, make_checkpoint, refuse
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
 def test_nan_and_inf_in_weights(preset, name, value, make_checkpoint, refused):
     source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
-    line = refused(
-        source, "--recipe", preset, fmt=None, parts=[f"{name} has ", "expected finite weights", "download or convert it again"]
-    )
+    in_layer_0 = ".layers.0.mixer.in_proj" in name or (name.endswith("A_log") and value != -torch.inf)  # exp(-inf) is finite
+    kept = preset == "nvfp4" and not in_layer_0  # some layer was calibrated before it came up
+    parts = [f"{name} has ", "expected finite weights", "download or convert it again"]
+    line = refused(source, "--recipe", preset, fmt=None, parts=parts, kept=kept)
     assert "NaN" in line if np.isnan(value) else "Inf" in line
 
 
@@ -252,7 +260,9 @@ def test_a_partial_folder_is_left_untouched(source, tmp_path, refused):
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "mine").write_text("mine")
-    refused(source, out=tmp_path / "out", parts=["out.partial exists, left by a run that was killed; remove it"])
+    refused(
+        source, out=tmp_path / "out", parts=["out.partial exists, left by a run that did not end; --resume goes on with it, or"]
+    )
     assert (partial / "mine").read_text() == "mine"
 
 
@@ -358,55 +368,86 @@ def test_damaged_scales(source, scales, tmp_path, refused):
 
 def test_activations_that_overflow(make_checkpoint, refused):
     source = make_checkpoint("huge", lambda tensors: tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e25))
-    refused(source, parts=["layer 3 (mlp): NaN or Inf in", "of 8 rows", "more than 10%", "expected finite activations"])
+    refused(
+        source, parts=["layer 3 (mlp): NaN or Inf in", "of 8 rows", "more than 10%", "expected finite activations"], kept=True
+    )
 
 
 # In the middle.
 
 
+@pytest.mark.parametrize("fmt", ["nvfp4", "nvfp4-w4a16"])
 @pytest.mark.parametrize("shards", [[], ["--shard-size", "0.00002"]], ids=["one shard", "several"])
-def test_a_write_error_leaves_nothing(shards, source, refused, monkeypatch):
+def test_a_write_error(shards, fmt, source, refused, monkeypatch):
+    """It leaves what was finished: calibration, or a shard; else nothing."""
     written = 0
     write = ShardWriter.write
 
-    def full(self, data):
+    def full(self, data, *then):
         nonlocal written
         written += data.nbytes
         if written > 60_000:
             raise OSError(28, "No space left on device")
-        write(self, data)
+        write(self, data, *then)
 
     monkeypatch.setattr(ShardWriter, "write", full)
-    refused(source, *shards, parts=["new/deeper/out", "No space left on device", "nothing was kept", "make room"])
+    kept = fmt == "nvfp4" or bool(shards)
+    parts = ["new/deeper/out", "No space left on device", "make room", "kept"]
+    line = refused(source, "--recipe", fmt, *shards, fmt=None, parts=parts, kept=kept)
+    assert kept or line.endswith("nothing was kept")
     assert written > 60_000
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "pack", "verify"])
-def test_an_interrupt_leaves_nothing(stage, source, refused, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [("embed", None), ("calibrate", "2 layers calibrated"), ("pack", "calibrated"), ("verify", "calibrated, 1 shards written")],
+)
+def test_an_interrupt(stage, kept, source, refused, monkeypatch):
     from nemoquant.calibrate import run
     from nemoquant.pack import verify
 
-    def interrupt(*_, **__):
+    calls = 0
+    layer = run._layer
+
+    def interrupt(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if stage == "calibrate" and calls < 3:
+            return layer(*arguments, **named)
         raise KeyboardInterrupt
 
-    place = {"calibrate": (run, "_layer"), "pack": (ShardWriter, "write"), "verify": (verify, "_check_tensors")}[stage]
-    monkeypatch.setattr(*place, interrupt)
-    refused(source, code=130, parts=["interrupted; nothing was kept"])
+    place = {
+        "embed": (run, "_embed"),
+        "calibrate": (run, "_layer"),
+        "pack": (ShardWriter, "write"),
+        "verify": (verify, "_check_tensors"),
+    }
+    monkeypatch.setattr(*place[stage], interrupt)
+    says = f"out.partial is kept ({kept}): --resume goes on from there" if kept else "interrupted; nothing was kept"
+    refused(source, code=130, parts=["error: interrupted; ", says], kept=kept is not None)
 
 
-def test_an_unforeseen_error_leaves_nothing_either(source, token_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(ShardWriter, "write", lambda self, data: 1 / 0)
+def test_an_unforeseen_error_leaves_nothing_either(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
     before = tree(tmp_path)
-    result = CliRunner().invoke(
-        main, ["quantize", str(source), str(tmp_path / "a/b"), "--fmt", "fp8", "--calib", str(token_rows)]
-    )
+    result = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "a/b"), "--recipe", "nvfp4-w4a16"])
     assert isinstance(result.exception, ZeroDivisionError)
     assert tree(tmp_path) == before
 
 
-def test_parents_that_existed_stay(source, token_rows, tmp_path, monkeypatch):
+def test_an_unforeseen_error_says_what_is_kept(source, token_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
+    result = CliRunner().invoke(
+        main, ["quantize", str(source), str(tmp_path / "a/b"), "--fmt", "fp8", "--calib", str(token_rows)]
+    )
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert result.exception.__notes__ == [f"{tmp_path}/a/b.partial is kept (calibrated): --resume goes on from there"]
+    assert (tmp_path / "a/b.partial/nemoquant_scales.json").exists()
+
+
+def test_parents_that_existed_stay(source, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr(ShardWriter, "write", lambda self, data: 1 / 0)
-    CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "a/b/c"), "--fmt", "fp8", "--calib", str(token_rows)])
+    monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
+    CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "a/b/c"), "--recipe", "nvfp4-w4a16"])
     assert (tmp_path / "a").is_dir()
     assert list((tmp_path / "a").iterdir()) == []

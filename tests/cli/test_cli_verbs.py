@@ -1,6 +1,7 @@
 """The command line's manners: help, dry runs, JSON, progress, exit codes, and how little it loads."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_output_for_people(quantize, tmp_path):
     assert calibrated.startswith("calibrated on 8 rows of 32 tokens (rows.npy, ")
     assert "; 16 of 16 experts reached, the least used got " in calibrated
     assert made.startswith(f"{tmp_path / 'out'}: nvfp4, ")
-    assert "bits a weight, verified, " in made
+    assert re.search(r"bits a weight, verified, [\d.]+ s \(expected [\d.]+ s\), .*B of memory at most \(expected .*B\)$", made)
 
 
 def test_json_is_alone_on_stdout(quantize, tmp_path, source):
@@ -91,6 +92,9 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert report["out"] == str(tmp_path / "out")
     assert report["dry_run"] is False
     assert report["seconds"] > 0
+    assert report["expected"]["seconds"] > 0
+    assert report["expected"]["speeds"]["encode"].keys() == {"fp8 max", "nvfp4 max"}
+    assert 1e8 < report["peak_memory"] < 1e10
     assert report["warnings"] == []
     assert report["skipped_side_files"] == ["notes.txt"]
     assert (
@@ -152,7 +156,10 @@ def test_options_reach_the_manifest(quantize, tmp_path):
 
 def test_plain_progress_when_not_a_terminal(quantize):
     result = quantize("--fmt", "fp8")
-    plan, *stages = result.stderr.splitlines()
+    plan, expected, *stages = result.stderr.splitlines()
+    assert re.match(
+        r"expected: [\d.]+ s \(calibrate .* s, pack .* s, verify .* s\), .*B of memory, .*B of disk; rows at once: ", expected
+    )
     assert plan.startswith("fp8: ")
     assert plan.endswith(" tensors quantized, activations calibrated")
     assert [line.split(":")[0] for line in stages] == ["calibrate", "pack", "verify"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemoquant.model.moe import route
 from nemoquant.model.reference import ReferenceModel
+from nemoquant.model.taps import product
 
 CONFIG, _ = small_config()
 WEIGHTS = random_weights(CONFIG)
@@ -92,3 +93,16 @@ def test_cached_values_are_what_the_tap_returned(projection: str) -> None:
     tapped = getattr(state.layers[1], attribute)
     plain = getattr(model.forward(IDS[:, :20])[1].layers[1], attribute)
     assert torch.equal(tapped, plain * 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_rows_changes_no_row(count: int, dtype: torch.dtype) -> None:
+    """bfloat16 rows are filled up for the kernel: nobody may see it. Exact sums, so that any order gives the same bits."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (count, 32), generator=g).to(dtype)
+    weight = torch.randint(-2, 3, (8, 32), generator=g).to(dtype)
+    y = product(x, weight)
+    assert y.dtype == dtype
+    assert y.shape == (count, 8)
+    assert y.double().equal(x.double() @ weight.double().mT)

@@ -356,12 +356,12 @@ def test_plain_report(out, source):
 
 
 def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monkeypatch):
-    """A packer that writes wrong scales: caught, and nothing is kept."""
+    """A packer that writes wrong scales: caught, and OUT does not come to be."""
     from nemoquant.errors import VerificationError
     from nemoquant.pack import write
 
     monkeypatch.setattr(write, "input_scales", lambda plan, scales, warn: {r.module: np.float32(np.nan) for r in plan.quantized})
-    with pytest.raises(VerificationError, match="what was written is not what was planned, nothing is kept") as error:
+    with pytest.raises(VerificationError, match=r"what was written is not what was planned: .*out\.partial is kept") as error:
         quantize(source, tmp_path / "out", "fp8", calibration=CalibrationOptions(data=token_rows), threads=1)
     assert error.value.exit_code == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.npy", "source"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "rows.npy", "source"]

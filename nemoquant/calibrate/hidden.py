@@ -1,0 +1,98 @@
+"""Hidden states of the calibration rows, which wait between layers: in memory, or in two files.
+
+A layer reads what the layer before it wrote. In files each has one, so that a layer which was interrupted can be run again; the
+page cache serves them, and memory does not follow the number of rows.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates(Protocol):
+    """[rows, length, hidden] in the compute dtype."""
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """The states of some rows [len(rows), length, hidden], as the last finished layer left them; the caller's to change."""
+
+    def write(self, rows: Sequence[int], states: Tensor) -> None:
+        """What the layer in work makes of them. Rows come in ascending order."""
+
+    def turn(self) -> None:
+        """The layer in work is finished: from now on its states are read."""
+
+
+class InMemory:
+    """One tensor: a row is read before it is written, and no other row needs it."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._states = torch.empty(shape, dtype=dtype)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        return self._states[list(rows)]
+
+    def write(self, rows: Sequence[int], states: Tensor) -> None:
+        self._states[list(rows)] = states.to("cpu")
+
+    def turn(self) -> None:
+        pass
+
+
+class InFiles:
+    """Two files in a folder, ``hidden.0`` and ``hidden.1``, which take turns.
+
+    Attributes:
+        current: number of the file that is read.
+        sha256: of what the last finished layer wrote, row after row.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, current: int = 0) -> None:
+        self.shape, self.dtype, self.current, self.sha256 = shape, dtype, current, ""
+        self._row = shape[1] * shape[2] * dtype.itemsize
+        self._paths = [folder / f"hidden.{i}" for i in (0, 1)]
+        self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in self._paths]
+        self._digest = hashlib.sha256()
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        states = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        for row, state in zip(rows, states, strict=True):
+            view = _bytes(state)
+            got = os.preadv(self._files[self.current], [view], row * self._row)
+            if got != self._row:
+                raise OSError(5, f"{self._paths[self.current].name} ends at row {row}")
+        return states
+
+    def write(self, rows: Sequence[int], states: Tensor) -> None:
+        for row, state in zip(rows, states.to("cpu").contiguous(), strict=True):
+            view = _bytes(state)
+            self._digest.update(view)
+            while view:
+                view = view[os.pwrite(self._files[1 - self.current], view, (row + 1) * self._row - len(view)) :]
+
+    def turn(self) -> None:
+        self.current = 1 - self.current
+        self.sha256, self._digest = self._digest.hexdigest(), hashlib.sha256()
+
+    def holds(self, rows: Sequence[int], sha256: str) -> bool:
+        """Whether these rows are what was written with that hash."""
+        digest = hashlib.sha256()
+        try:
+            for row in rows:
+                digest.update(_bytes(self.read([row])))
+        except OSError:
+            return False
+        return digest.hexdigest() == sha256
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+def _bytes(states: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return states.view(torch.uint8).numpy().data.cast("B")

@@ -1,0 +1,81 @@
+"""How much memory a batch of rows takes in a layer, and so how many rows may go through at once.
+
+The figures follow the tensors that the reference model holds at its worst moment, in bytes a token; tests hold them against
+measured peaks. Weights are mapped and not counted here: see ``weight_bytes``.
+"""
+
+from collections.abc import Mapping
+
+from nemoquant.checkpoint.weights import HELD_BYTES
+from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.mamba2 import CHUNK
+from nemoquant.model.taps import CAST_ELEMENTS
+
+RowBatch = int | Mapping[str, int]  # of all layers, or by kind of layer
+MOST_TOKENS = 1 << 15  # beyond this products are no faster, and memory is better left to the page cache
+
+
+def batch_bytes(config: NemotronHConfig, kind: LayerKind, rows: int, length: int, item: int) -> int:
+    """Peak bytes of ``rows`` rows of ``length`` tokens in a layer of ``kind``, ``item`` bytes an element of the compute dtype."""
+    token, row = {"mamba": _mamba, "attention": _attention, "moe": _moe, "mlp": _mlp}[kind](config, item)
+    stream = config.hidden_size * (4 * item + 1)  # x, its norm, what the block gives, their sum; which of it is finite
+    return rows * (length * (token + stream) + row)
+
+
+def _mamba(c: NemotronHConfig, item: int) -> tuple[int, int]:
+    """Bytes a token and a row: the projection, the convolution, the scan's result and the gated norm; a chunk of the scan."""
+    inner, heads = c.mamba_inner, c.mamba_num_heads
+    projected = inner + c.conv_channels + heads
+    token = projected * item + c.conv_channels * (item + 4) + inner * (4 + item) + heads * 8
+    chunk = heads * CHUNK * CHUNK * 16 + 6 * CHUNK * inner * 4 + 3 * inner * c.ssm_state_size * 4
+    return token, chunk
+
+
+def _attention(c: NemotronHConfig, item: int) -> tuple[int, int]:
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return item * (4 * queries + 4 * keys), 0
+
+
+def _mlp(c: NemotronHConfig, item: int) -> tuple[int, int]:
+    return item * c.intermediate_size, 0
+
+
+def _moe(c: NemotronHConfig, item: int) -> tuple[int, int]:
+    """Router in float32, the choice, the sum over experts in float32, one expert with every token, the shared expert."""
+    latent = c.moe_latent_size or c.hidden_size
+    router = 4 * c.hidden_size + 3 * 4 * c.n_routed_experts + 40 * c.num_experts_per_tok
+    expert = item * (2 * latent + c.moe_intermediate_size) + 4 * latent
+    shared = item * (c.moe_shared_expert_intermediate_size if c.n_shared_experts else 0)
+    return router + latent * (2 * item + 4) + max(expert, shared + item * c.hidden_size), 0
+
+
+def weight_bytes(config: NemotronHConfig, item: int) -> int:
+    """Weights that may be resident at once: mapped ones held between two releases, the largest matrix of a layer, and, where the
+    compute dtype is another one than the file's, what is converted of it at a time."""
+    c = config
+    sizes = [0]
+    if c.count("mamba"):
+        sizes.append((c.mamba_inner + c.conv_channels + c.mamba_num_heads) * c.hidden_size)
+    if c.count("attention"):
+        sizes.append(c.num_attention_heads * c.head_dim * c.hidden_size)
+    if c.count("moe"):
+        sizes.append(max(c.moe_shared_expert_intermediate_size, c.moe_latent_size or 0) * c.hidden_size)
+        sizes.append(c.moe_intermediate_size * (c.moe_latent_size or c.hidden_size))
+    if c.count("mlp"):
+        sizes.append(c.intermediate_size * c.hidden_size)
+    return HELD_BYTES + 2 * max(sizes) + (item * min(CAST_ELEMENTS, max(sizes)) if item != 2 else 0)
+
+
+def pick_row_batch(config: NemotronHConfig, rows: int, length: int, item: int, limit: int) -> dict[str, int]:
+    """Rows that may go through a layer of each kind at once, at least 1, so that each stays below ``limit`` bytes."""
+    most = max(1, min(rows, MOST_TOKENS // length))
+    picked: dict[str, int] = {}
+    for kind in sorted(set(config.layers)):
+        one = batch_bytes(config, kind, 1, length, item)
+        picked[kind] = max(1, min(most, limit // one))
+    return picked
+
+
+def rows_of(row_batch: RowBatch, kind: str) -> int:
+    """The batch of one kind of layer."""
+    return row_batch if isinstance(row_batch, int) else row_batch[kind]

@@ -1,0 +1,44 @@
+"""Work that runs behind the caller: a thread, a short queue, and the first error told to whoever comes next."""
+
+import queue
+import threading
+from collections.abc import Callable
+
+DEPTH = 8  # pieces of a few megabytes that may wait
+
+
+class Behind:
+    """Runs what it is given, one after the other, in a thread of its own; ``put`` waits where ``depth`` pieces of work are waiting.
+
+    After an error nothing more is run, and ``put`` and ``check`` raise it.
+    """
+
+    def __init__(self, name: str, depth: int = DEPTH) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, work: Callable[[], None]) -> None:
+        self.check()
+        self._queue.put(work)
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def end(self, *, cancel: bool = False) -> None:
+        """Wait until all is done, or until the piece in work is, and end the thread. Raises nothing; see ``check``."""
+        self._cancelled = cancel
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if self._error is None and not self._cancelled:
+                try:
+                    work()
+                except BaseException as error:  # the caller's to raise, whatever it is
+                    self._error = error

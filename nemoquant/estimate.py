@@ -1,0 +1,211 @@
+"""What a run will need, told before it starts: memory from the sizes of what it holds, time from a short measurement.
+
+Memory is a promise: with ``--memory`` the rows that go through a layer at once, and how far packing reads ahead, are chosen to stay
+below it. Time is an estimate.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemoquant.calibrate.memory import RowBatch, batch_bytes, pick_row_batch, rows_of, weight_bytes
+from nemoquant.checkpoint.behind import DEPTH
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.errors import UsageError
+from nemoquant.options import CalibrationOptions
+from nemoquant.pack.encode import CHUNK_BYTES
+from nemoquant.pack.output import BYTES_PER_TENSOR, MARGIN
+from nemoquant.pack.shards import units
+from nemoquant.pack.workers import AHEAD
+from nemoquant.planning.plan import Plan
+from nemoquant.speeds import Speeds, measure
+from nemoquant.units import size
+
+DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
+BASE_STEP = 256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
+BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
+
+VERIFY_TENSOR = 50e-6  # seconds for the checks of one tensor, measured
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a run keeps below its memory.
+
+    Attributes:
+        memory: the most it should take, bytes, by what it holds at its worst moment.
+        row_batch: rows at once in calibration, of all layers or by kind; None where nothing is calibrated.
+        ahead: pieces that packing may have in work and waiting.
+    """
+
+    memory: int
+    row_batch: RowBatch | None
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of each stage, bytes of memory at the peak, bytes on disk at the most."""
+
+    calibrate: float
+    pack: float
+    verify: float
+    memory: int
+    disk: int
+    row_batch: RowBatch | None
+    speeds: Speeds
+
+    @property
+    def seconds(self) -> float:
+        return self.calibrate + self.pack + self.verify
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, as JSON data."""
+        data = asdict(self) | {"seconds": self.seconds}
+        data["speeds"]["encode"] = {" ".join(filter(None, key)): rate for key, rate in self.speeds.encode.items()}
+        return data
+
+
+def compute_dtype_name(options: CalibrationOptions) -> str:
+    """``float32`` or ``bfloat16``, what calibration computes in."""
+    from nemoquant.calibrate.run import compute_dtype
+
+    return options.dtype or str(compute_dtype(options.device)).removeprefix("torch.")
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of memory that this process has (``VmRSS``), or had at its peak (``VmHWM``)."""
+    with Path("/proc/self/status").open(encoding="ascii") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def budget(
+    plan: Plan, memory: int | None, row_batch: RowBatch | None, shape: tuple[int, int] | None, item: int, threads: int
+) -> Budget:
+    """Choose the row batch and how far to read ahead.
+
+    Args:
+        memory: bytes that must do, or None.
+        row_batch: one that was chosen already, or None.
+        shape: rows and length of the calibration, None where nothing is calibrated.
+        item: bytes an element of its compute dtype.
+    Raises:
+        UsageError: ``memory`` is too little; says what is needed, and for what.
+    """
+    import torch  # noqa: F401  it belongs to what the process holds before it begins
+
+    held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
+    limit = memory or DEFAULT_MEMORY
+    waiting = pack_bytes(plan, 0)
+    ahead = max(1, min(AHEAD * threads, (limit - held - waiting) // _piece()))
+    needed = {"packing": held + pack_bytes(plan, ahead)}
+    given = row_batch is not None
+    if shape is not None:
+        rows, length = shape
+        room = limit - held - weight_bytes(plan.config, item)
+        row_batch = row_batch or pick_row_batch(plan.config, rows, length, item, room)
+        for kind in sorted(set(plan.config.layers)):
+            batch = min(rows, rows_of(row_batch, kind))
+            what = f"{batch} calibration row{'s' * (batch > 1)} of {length} tokens in a layer of kind {kind}"
+            needed[what] = held + weight_bytes(plan.config, item) + batch_bytes(plan.config, kind, batch, length, item)
+    most = max(needed, key=lambda what: needed[what])
+    if memory is not None and needed[most] > memory:
+        hint = ", or shorter rows" * (shape is not None) + ", or a smaller --row-batch" * (given and shape is not None)
+        raise UsageError(f"--memory is {size(memory)}, but {most} needs {size(needed[most])}; give more{hint}")
+    return Budget(needed[most], row_batch if shape else None, ahead)
+
+
+def _piece() -> int:
+    """Bytes of one piece in the pipeline: its source, mapped, and what became of it."""
+    return 2 * CHUNK_BYTES
+
+
+def pack_bytes(plan: Plan, ahead: int) -> int:
+    """What packing holds beside the plan: pieces in work, pieces that wait to be hashed and written, one unit's block scales."""
+    blocks = (sum(e.nbytes for e in unit.entries if e.kind == "block_scales") for unit in units(plan))
+    return ahead * _piece() + 2 * DEPTH * CHUNK_BYTES // 2 + max(blocks, default=0)
+
+
+def estimate(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int
+) -> Estimate:
+    """Measure, and say what a run will take.
+
+    Args:
+        folder: an existing one on OUT's disk.
+        shape: rows and length of the calibration, None where nothing is calibrated.
+        dtype_name: its compute dtype.
+    """
+    import torch
+
+    dtype = getattr(torch, dtype_name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        speeds = measure(checkpoint, plan, folder, shape[1] if shape else 0, chosen.row_batch or 1, dtype)
+    finally:
+        torch.set_num_threads(before)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write = speeds.sync if plan.bytes_out > memory // 10 else speeds.write
+    disk = plan.bytes_out + BYTES_PER_TENSOR * plan.tensors_out + MARGIN
+    if shape:
+        disk += 2 * shape[0] * shape[1] * plan.config.hidden_size * dtype.itemsize
+    return Estimate(
+        _calibrate_seconds(plan, shape, chosen.row_batch, speeds) if shape else 0.0,
+        _pack_seconds(plan, speeds, write, threads),
+        plan.bytes_out / speeds.hash + VERIFY_TENSOR * plan.tensors_out,
+        chosen.memory,
+        disk,
+        chosen.row_batch,
+        speeds,
+    )
+
+
+def _calibrate_seconds(plan: Plan, shape: tuple[int, int], row_batch: RowBatch | None, speeds: Speeds) -> float:
+    """Products at their measured rates, the mixers' other work, and the weights read once for each batch."""
+    assert row_batch is not None
+    c, (rows, length) = plan.config, shape
+    tokens = rows * length
+    seconds = c.count("mamba") * tokens * speeds.mixer
+    for row in plan.rows:
+        if row.layer is None or row.role.startswith("mtp.") or len(row.shape) != 2:
+            continue
+        batches = math.ceil(rows / rows_of(row_batch, c.layers[row.layer]))
+        share = tokens * c.num_experts_per_tok / c.n_routed_experts if row.expert is not None else tokens
+        rate = speeds.expert if row.expert is not None else speeds.product
+        seconds += 2 * share * row.elements / rate + batches * row.bytes_in / speeds.read
+    return seconds
+
+
+def _pack_seconds(plan: Plan, speeds: Speeds, write: float, threads: int) -> float:
+    """The slowest of reading, encoding, hashing and writing; or the processors' time for all of them, shared out."""
+    encode = sum(row.bytes_in / speeds.encode[row.format, row.scale_method] for row in plan.quantized)
+    copied = sum(row.bytes_in for row in plan.rows if row.format == "source") / speeds.read
+    hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / write
+    busy = encode + copied + hashed + plan.bytes_out / max(write, speeds.write)
+    return max(plan.bytes_in / speeds.read / threads, encode / threads, hashed, written, busy / threads)
+
+
+def duration(seconds: float) -> str:
+    """Time for people: 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def expectation(found: Estimate) -> str:
+    """An estimate in a line."""
+    stages = [(n, t) for n, t in (("calibrate", found.calibrate), ("pack", found.pack), ("verify", found.verify)) if t]
+    text = (
+        f"{duration(found.seconds)} ({', '.join(f'{name} {duration(t)}' for name, t in stages)}), {size(found.memory)} of memory, "
+        f"{size(found.disk)} of disk"
+    )
+    return text + (f"; rows at once: {row_batches(found.row_batch)}" if found.row_batch else "")
+
+
+def row_batches(row_batch: RowBatch) -> str:
+    """A row batch for people."""
+    return str(row_batch) if isinstance(row_batch, int) else ", ".join(f"{n} ({kind})" for kind, n in row_batch.items())

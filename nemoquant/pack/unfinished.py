@@ -1,0 +1,236 @@
+"""A run that can be gone on with: what ``OUT.partial`` holds beside the output's own files, and what becomes of it in the end.
+
+    OUT.partial/nemoquant_resume/state.json    options; calibrated layers and what they gave; shards with their sha256
+    OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the calibration rows, before and after the layer in work
+
+``state.json`` is written beside its place and renamed, after each layer and each shard, so that a kill at any moment leaves the
+last one whole. Nothing else is trusted: hidden states and shards are held against the hashes in it before a run goes on with them.
+
+    fails before a layer or shard is finished   all that was made is removed
+    fails, is interrupted or killed later       OUT.partial stays, --resume goes on
+    ends well                                   OUT.partial becomes OUT, and the folder in it is removed
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nemoquant.checkpoint.manifest import file_sha256, replace_text
+from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, listing
+from nemoquant.pack.output import partial_of
+
+FOLDER = "nemoquant_resume"
+STATE = "state.json"
+SCHEMA = 1
+
+Options = Mapping[str, Any]
+
+
+class Unfinished:
+    """The state of one run in its ``OUT.partial``; see the top of this file.
+
+    Attributes:
+        folder: where the output's files are written.
+        options: what the run was begun with, by the names that a user knows.
+        calibration: JSON data of the layers that were calibrated, None before the first.
+        calibrated: whether the scales file is written and final.
+        shards: file name -> {"sha256", "zero_weights"}.
+        verified: what verify checked, once it passed.
+    """
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        self.folder, self.options = folder, dict(options)
+        self.calibration: dict[str, Any] | None = None
+        self.calibrated = False
+        self.shards: dict[str, dict[str, Any]] = {}
+        self.verified: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> Path:
+        """The folder of what is not output."""
+        return self.folder / FOLDER
+
+    @property
+    def worth_keeping(self) -> bool:
+        return bool(self.shards) or self.calibration is not None
+
+    def save(self) -> None:
+        """Write the state: whole, or the one before stays."""
+        data = {k: v for k, v in vars(self).items() if k != "folder"}
+        replace_text(self.state / STATE, json.dumps({"schema": SCHEMA} | data))
+
+    def describe(self) -> str:
+        """How far it came, in a few words."""
+        layers = (
+            "calibrated" if self.calibrated else f"{self.calibration['layers']} layers calibrated" if self.calibration else ""
+        )
+        shards = f"{len(self.shards)} shards written" if self.shards else ""
+        return ", ".join(filter(None, (layers, shards))) or "nothing finished yet"
+
+    def finished_shards(self) -> dict[str, dict[str, Any]]:
+        """Shards of an earlier run that still are what they were; the others are forgotten, and packed again."""
+        self.shards = {
+            file: entry
+            for file, entry in self.shards.items()
+            if (self.folder / file).is_file() and file_sha256(self.folder / file) == entry["sha256"]
+        }
+        return self.shards
+
+
+def load(folder: Path) -> Unfinished | None:
+    """The state in ``folder``, a run's OUT.partial; None where there is none, or no whole one.
+
+    Raises:
+        OutputError: it is there and can't be read.
+    """
+    file = folder / FOLDER / STATE
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("schema") != SCHEMA:
+            raise ValueError("of another version of nemoquant")
+        found = Unfinished(folder, data["options"])
+        vars(found).update({key: data[key] for key in vars(found) if key != "folder"})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{file} can't be read ({error}); remove {folder} and begin again") from None
+    return found
+
+
+def earlier(out: Path) -> Unfinished | None:
+    """What an earlier run left for ``--resume``: in OUT.partial, or in OUT when it was killed as good as done."""
+    return load(partial_of(out)) or load(out)
+
+
+def check_options(found: Unfinished, options: Options) -> None:
+    """Make sure that a run goes on with what it was begun with.
+
+    Raises:
+        UsageError: names each option that is another one, with both values.
+    """
+    names = list(dict.fromkeys([*found.options, *options]))
+    free = {"--threads"} if found.calibrated else set()
+    changed = [
+        f"{name} was {_shown(found.options.get(name))} and is {_shown(options.get(name))}"
+        for name in names
+        if name not in free and found.options.get(name) != options.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{found.folder} was begun with other options: {'; '.join(changed)}; give the same ones to --resume, or remove the folder"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{number} ({kind})" for kind, number in value.items())
+    return "not given" if value is None else str(value)
+
+
+def check_files(folder: Path, known: set[str]) -> None:
+    """Make sure that an OUT.partial holds nothing but what a run writes.
+
+    Raises:
+        OutputError: names what is strange.
+    """
+    strange = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".partial") not in known | {FOLDER})
+    if strange:
+        raise OutputError(f"{folder} holds {listing(strange)}, which no run writes there; move it away, or choose another output")
+
+
+@contextmanager
+def unfinished(out: Path, options: Options, known: set[str], *, resume: bool) -> Iterator[Unfinished]:
+    """Yields the run's state in OUT.partial; when the body ends well that becomes OUT. See the top of this file.
+
+    Args:
+        known: names of the files that the run may write.
+        resume: go on with what is there, if it was begun with the same options; else OUT.partial must not exist.
+    Raises:
+        OutputError: it can't be made or written, holds other files, another run is at it, or OUT came to be meanwhile.
+        UsageError: other options than before.
+        Interrupted: for a KeyboardInterrupt of the body, with how to go on.
+    """
+    partial = partial_of(out)
+    parents = [p for p in out.absolute().parents if not p.exists()]
+    run: Unfinished | None = None
+    begun = False
+    try:
+        if resume and partial.exists():
+            check_files(partial, known)
+        else:
+            partial.mkdir(parents=True)
+            begun = True
+        (partial / FOLDER).mkdir(exist_ok=True)
+        with _locked(partial / FOLDER):
+            found = load(partial)
+            if found is None:
+                if not begun and len(list(partial.iterdir())) > 1:
+                    raise OutputError(f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it")
+                begun = True  # an earlier run was killed before it had written anything
+                found = Unfinished(partial, options)
+                found.save()
+            check_options(found, options)
+            for half in (*partial.glob("*.partial"), *partial.glob(f"{FOLDER}/*.partial")):
+                half.unlink()
+            run = found
+            yield run
+    except BaseException as error:
+        keep = run.worth_keeping if run is not None else not begun
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents:  # innermost first; one that is in use by now stays
+            with suppress(OSError):
+                parent.rmdir()
+        _tell(
+            error, out, f"{partial} is kept ({run.describe()}): --resume goes on from there" if keep and run is not None else ""
+        )
+        raise
+    try:
+        partial.rename(out)
+    except OSError as error:
+        raise OutputError(
+            f"{partial} is finished and verified, but can't be renamed to {out} ({error.strerror}); make room there, then --resume"
+        ) from None
+    finish(out)
+
+
+def finish(out: Path) -> None:
+    """Remove what only an unfinished run needs from an OUT that has its name."""
+    shutil.rmtree(out / FOLDER)
+
+
+def _tell(error: BaseException, out: Path, kept: str) -> None:
+    """Add to an error what is left of the run, where there is something; interrupts and errors of the system become ours."""
+    if isinstance(error, NemoquantError):
+        error.kept = kept
+    elif isinstance(error, KeyboardInterrupt | OSError):
+        told: Interrupted | OutputError = Interrupted()
+        if isinstance(error, OSError):
+            told = OutputError(f"{out}: {error.strerror or error}; make room or choose another output")
+        told.kept = kept or "nothing was kept"
+        raise told from error
+    elif kept:
+        error.add_note(kept)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out; the system lets go of it however this one ends.
+
+    Raises:
+        OutputError: another run has it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{folder.parent} is being written by another run; wait for it, or choose another output") from None
+    else:
+        yield
+    finally:
+        os.close(handle)

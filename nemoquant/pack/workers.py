@@ -1,0 +1,57 @@
+"""Where packing computes: what the packer asks of its workers, and the threads of this process."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.pack.encode import CHUNK_BYTES
+
+AHEAD = 3  # results for each thread, where memory does not forbid it
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Workers(Protocol):
+    """Run the pure functions of ``encode.py``; each is called with the checkpoint, wherever it runs.
+
+    Attributes:
+        ahead: results that may wait in order, the bound of what is in memory.
+        group_bytes: of source that one task should take at least, where tasks are whole weights.
+    """
+
+    ahead: int
+    group_bytes: int
+
+    def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Begin ``function(checkpoint, *args)`` wherever there is room."""
+
+    def here(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Begin it in a thread of this process: its result is a map of the source, or not worth the way."""
+
+
+class Threads:
+    """Threads of this process. Use as a context manager."""
+
+    group_bytes = CHUNK_BYTES
+
+    def __init__(self, checkpoint: Checkpoint, threads: int, ahead: int | None = None) -> None:
+        self.checkpoint, self.ahead = checkpoint, ahead or AHEAD * threads
+        self._pool = ThreadPoolExecutor(threads, "encode")
+
+    def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return self._pool.submit(function, self.checkpoint, *args, **kwargs)
+
+    here = submit
+
+    def __enter__(self) -> "Threads":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def usable_threads() -> int:
+    """Threads that this process may use."""
+    return len(os.sched_getaffinity(0))

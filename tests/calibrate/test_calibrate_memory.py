@@ -1,0 +1,154 @@
+"""Memory that is promised: what a batch of rows takes against measured peaks, and whole runs under ``--memory``.
+
+Peaks are read from /proc in processes of their own, where torch and the kernels were warmed up first.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
+from nemoquant.checkpoint.header import encode_header
+from nemoquant.errors import UsageError
+from nemoquant.model.config import parse_config
+from nemoquant.model.roles import tensor_table
+
+CONFIG = {
+    "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "num_hidden_layers": 4, "vocab_size": 4096, "hidden_size": 1024,
+    "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096,
+    "mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4, "chunk_size": 64,
+    "n_routed_experts": 64, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_latent_size": 512, "moe_intermediate_size": 1024,
+    "moe_shared_expert_intermediate_size": 2048, "routed_scaling_factor": 1.0, "eos_token_id": 2,
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc"),
+]
+
+LAYERS = """
+import ctypes, json, sys, threading, time
+from pathlib import Path
+import torch
+from nemoquant.api import open_source
+from nemoquant.calibrate.run import _observe
+from nemoquant.checkpoint.weights import LayerWeights
+
+def anonymous():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+torch.set_num_threads(1)
+source, found = open_source(Path(sys.argv[1])), []
+for dtype in (torch.bfloat16, torch.float32):
+    for layer, kind in enumerate(source.config.layers):
+        for rows, length in json.loads(sys.argv[2]):
+            for measured in (False, True):  # once to warm up
+                states = torch.randn(rows, length, source.config.hidden_size).to(dtype)
+                ctypes.CDLL(None).malloc_trim(0)
+                before, peak, over = anonymous() - states.nbytes, 0, False
+                def watch():
+                    global peak
+                    while not over:
+                        peak = max(peak, anonymous())
+                        time.sleep(0.001)
+                thread = threading.Thread(target=watch)
+                thread.start()
+                weights = LayerWeights(source.checkpoint, f"backbone.layers.{layer}.")
+                output = _observe(source.config, kind, weights, states, "x.")
+                over = True
+                thread.join()
+                weights.release()
+                del output
+            found.append((kind, rows, length, dtype.itemsize, peak - before))
+print(json.dumps(found))
+"""
+
+RUN = """
+import json, sys
+from pathlib import Path
+from nemoquant.api import CalibrationOptions, quantize
+source, out, rows, preset, memory = sys.argv[1:]
+promised = []
+quantize(Path(source), Path(out), preset, calibration=CalibrationOptions(data=Path(rows), memory=int(memory)), threads=2,
+         expected=promised.append)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps({"peak": 1024 * int(status["VmHWM"].split()[0]), "promised": promised[0].memory, "row_batch": promised[0].row_batch}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A third of a gigabyte of finite bf16, written from one buffer a tensor at a time."""
+    folder = tmp_path_factory.mktemp("large") / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(CONFIG))]
+    noise = (
+        (torch.randn(16 << 20, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
+    )
+    with (folder / "model.safetensors").open("wb") as f:
+        f.write(encode_header(table, {}))
+        for number, (_, dtype, shape) in enumerate(table):
+            count = int(np.prod(shape))
+            start = number * 4099 % (len(noise) - count)
+            f.write(np.zeros(count, np.float32) if dtype == "F32" else noise[start : start + count])
+    np.save(folder.parent / "rows.npy", np.random.default_rng(0).integers(3, 4096, (16, 512)))
+    return folder
+
+
+def child(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_a_batch_takes_is_what_was_promised(large):
+    """Never more than promised (what the heap keeps in pieces is allowed 16 MB), and not so much less that the promise is worthless."""
+    config = parse_config(CONFIG)
+    table = []
+    for kind, rows, length, item, peak in child(LAYERS, large, json.dumps([(4, 512), (1, 2048)])):
+        converted = weight_bytes(config, item) - weight_bytes(config, 2)
+        table.append((kind, rows, length, item, peak / 1e6, (batch_bytes(config, kind, rows, length, item) + converted) / 1e6))
+    print(*table, sep="\n")
+    assert [row for row in table if row[4] > row[5] + 16] == []
+    assert [row for row in table if row[4] < 0.3 * row[5] and row[5] > 100] == []
+
+
+@pytest.mark.parametrize("preset", ["nvfp4", "fp8"])
+def test_a_whole_run_keeps_below_its_memory(preset, large, tmp_path):
+    rows = large.parent / "rows.npy"
+    batches = []
+    for memory in (700_000_000, 900_000_000):
+        found = child(RUN, large, tmp_path / f"{preset}-{memory}", rows, preset, memory)
+        print(memory, found)
+        assert found["peak"] <= memory, "ru_maxrss, mapped pages included"
+        assert found["promised"] <= memory
+        batches.append(found["row_batch"])
+    assert batches[0] != batches[1], "more memory, more rows at once"
+    assert all(batches[0][kind] <= batches[1][kind] for kind in batches[0])
+
+
+def test_too_little_memory_is_refused(large, tmp_path):
+    options = CalibrationOptions(data=large.parent / "rows.npy", memory=300_000_000)
+    with pytest.raises(UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d MB; give more, or shorter rows$"):
+        quantize(large, tmp_path / "out", "fp8", calibration=options)
+    options = CalibrationOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=16)
+    says = r"but 16 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
+    with pytest.raises(UsageError, match=says):
+        quantize(large, tmp_path / "out", "fp8", calibration=options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_follow_the_memory():
+    config = parse_config(CONFIG)
+    assert set(pick_row_batch(config, 32, 512, 2, 0).values()) == {1}
+    small, large = (pick_row_batch(config, 32, 512, 2, memory) for memory in (100_000_000, 400_000_000))
+    assert small["mamba"] < large["mamba"] < 32
+    assert set(pick_row_batch(config, 32, 512, 2, 10**12).values()) == {32}
+    assert set(pick_row_batch(config, 1000, 512, 2, 10**12).values()) == {64}, "no more tokens than make products faster"

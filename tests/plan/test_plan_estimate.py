@@ -1,0 +1,126 @@
+"""What is told before a run: seconds from given speeds against arithmetic by hand, sizes, and how people write and read them."""
+
+import json
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from nemoquant import api
+from nemoquant.cli import main
+from nemoquant.cli.shared import Bytes
+from nemoquant.estimate import Budget, budget, duration, estimate
+from nemoquant.speeds import Speeds
+
+SPEEDS = Speeds(
+    read=1e9,
+    write=1e9,
+    sync=5e8,
+    hash=2e8,
+    encode={("nvfp4", "max"): 1e8, ("fp8", "max"): 4e8},
+    product=1e12,
+    expert=1e11,
+    mixer=1e-5,
+)
+
+
+@pytest.fixture
+def estimated(source, monkeypatch):
+    """An estimate from ``SPEEDS`` (or changed ones) for 8 rows of 32 tokens, 4 of them at once, and its plan."""
+
+    def make(preset, threads=2, **changes):
+        from dataclasses import replace
+
+        from nemoquant import estimate as module
+
+        monkeypatch.setattr(module, "measure", lambda *arguments: replace(SPEEDS, **changes))
+        opened = api.open_source(source)
+        with opened.checkpoint:
+            plan = api.plan(source, preset)
+            shape = (8, 32) if plan.needs_calibration else None
+            chosen = Budget(10**9, {"mamba": 4, "moe": 8, "attention": 4, "mlp": 4} if shape else None, 6)
+            return estimate(opened.checkpoint, plan, source.parent, shape, "float32", chosen, threads), plan
+
+    return make
+
+
+def test_packing_waits_for_the_slowest(estimated):
+    found, plan = estimated("nvfp4-w4a16", hash=1e5)
+    assert found.calibrate == 0
+    assert found.pack == pytest.approx(plan.bytes_out / 1e5)
+    found, plan = estimated("nvfp4-w4a16", hash=1e15, write=1e15, read=1e15)
+    quantized = sum(2 * row.elements for row in plan.quantized)
+    assert found.pack == pytest.approx(quantized / 1e8 / 2, rel=1e-3)  # two threads encode
+    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, read=1e15)[0].pack == pytest.approx(
+        2 * found.pack, rel=1e-3
+    )
+
+
+def test_calibration_is_products_mixers_and_weights_read_once_a_batch(estimated):
+    """8 x 32 tokens; of 8 experts 2 answer; M*E-ME; MoE layers in one batch, the others in two."""
+    found, _ = estimated("nvfp4")
+    h, inner, bc, heads, latent = 64, 64, 2 * 16, 4, 32
+    mamba = h * (2 * inner + 2 * bc + heads) + inner * h
+    attention = h * (4 + 2 + 2) * 16 + 64 * h
+    mlp = 2 * 96 * h
+    dense_moe = 8 * h + 2 * latent * h + 2 * 80 * h
+    experts = 8 * 2 * 48 * latent
+    tokens = 8 * 32
+    products = 2 * tokens * (2 * mamba + attention + mlp + 2 * dense_moe) / 1e12
+    products += 2 * tokens * 2 / 8 * 2 * experts / 1e11
+    reading = 2 * (2 * (2 * mamba + attention + mlp) + (2 * dense_moe + 2 * experts)) / 1e9
+    assert found.calibrate == pytest.approx(products + reading + 2 * tokens * 1e-5, rel=0.01)
+
+
+def test_disk_and_verify(estimated):
+    found, plan = estimated("fp8")
+    assert found.disk >= plan.bytes_out + 2 * 8 * 32 * 64 * 4, "both files of hidden states"
+    assert found.disk < plan.bytes_out + (200 << 20)
+    assert found.verify == pytest.approx(plan.bytes_out / 2e8 + 50e-6 * plan.tensors_out)
+
+
+def test_a_chosen_row_batch_is_kept(source):
+    plan = api.plan(source, "fp8")
+    assert budget(plan, None, 3, (8, 32), 2, 1).row_batch == 3
+    assert budget(plan, None, {"mamba": 1, "moe": 2, "attention": 3, "mlp": 4}, (8, 32), 2, 1).row_batch["moe"] == 2
+    assert budget(plan, None, None, None, 2, 1).row_batch is None
+
+
+def test_plan_measures_this_machine(source):
+    result = CliRunner().invoke(main, ["plan", str(source), "--fmt", "nvfp4", "--estimate", "--memory", "4G", "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.stdout.splitlines() if line.startswith("on this machine"))
+    assert "calibrate" in line
+    assert "of memory, " in line
+    assert "rows at once: 32 (attention), 32 (mamba), 32 (mlp), 32 (moe)" in line
+    assert len(list(source.parent.iterdir())) == 1, "nothing is left of the measurement"
+    data = json.loads(CliRunner().invoke(main, ["plan", str(source), "--fmt", "fp8", "--estimate", "--json"]).stdout)["estimate"]
+    assert all(data["speeds"][name] > 0 for name in ("read", "write", "sync", "hash", "product", "expert"))
+    assert data["seconds"] == pytest.approx(data["calibrate"] + data["pack"] + data["verify"])
+
+
+def test_an_estimate_needs_weights(source):
+    result = CliRunner().invoke(main, ["plan", str(source / "config.json"), "--fmt", "fp8", "--estimate"])
+    assert result.exit_code == 2
+    assert "an estimate needs the folder with the weights" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4G", 4e9), ("4GB", 4e9), ("500M", 5e8), ("1.5g", 1.5e9), ("2GiB", 2**31), ("1000", 1000), ("2 TB", 2e12), ("64k", 64e3)],
+)
+def test_sizes(text, count):
+    assert Bytes().convert(text, None, None) == count
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4X", "4Gb", "1e9", "4 G B"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(click.BadParameter, match="is no size; expected one such as 4G, 500M or 2GiB"):
+        Bytes().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (200.4, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
