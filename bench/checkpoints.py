@@ -1,7 +1,7 @@
 """Makes the checkpoints that the other benchmarks quantize: random bf16 weights, published names, one tensor in memory at a time.
 
-    python -m bench.checkpoints OUT                          `mid`: 0.73 B parameters, 1.6 GB, one layer kind after the other
-    python -m bench.checkpoints OUT --size super --layers 4  four MoE layers as large as Super's, 5.6 GB each, with a small vocabulary
+python -m bench.checkpoints OUT                          `mid`: 0.73 B parameters, 1.6 GB, one layer kind after the other
+python -m bench.checkpoints OUT --size super --layers 4  four MoE layers as large as Super's, 5.6 GB each, with a small vocabulary
 """
 
 import argparse

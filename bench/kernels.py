@@ -118,7 +118,9 @@ def main() -> None:
     if args.peers:
         results["peers"] = peers()
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "device": args.device} | results, indent=1))
+        args.json.write_text(
+            json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "device": args.device} | results, indent=1)
+        )
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}, device {args.device}, one thread\n\n{table(results)}")
 
 

@@ -42,7 +42,7 @@ def ours(work: Path, recipe: str, calibrated: bool, out: Path) -> list[str]:
 
 def theirs(work: Path, python: str, peer: str, argument: str, out: Path) -> list[str]:
     rows = [str(work / "rows.npy")] if peer == "modelopt" else []
-    return [python, str(PEERS / f"{peer}.py"), str(work / "mid"), argument, *rows, str(out)]
+    return [python, str(PEERS / f"run_{peer}.py"), str(work / "mid"), argument, *rows, str(out)]
 
 
 def prepare(work: Path) -> None:

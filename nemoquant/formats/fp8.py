@@ -49,9 +49,7 @@ def _decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
         values[i] = np.float32(_value_of(codes[i]) * decode_scale)
 
 
-def encode(
-    weight: Weight, decode_scale: float | np.float32, out: Codes | None = None, device: gpu.Device = "cpu"
-) -> Codes:
+def encode(weight: Weight, decode_scale: float | np.float32, out: Codes | None = None, device: gpu.Device = "cpu") -> Codes:
     """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> uint8 E4M3 codes [out, in].
 
     ``out`` is a uint8 buffer [out, in] to write into and return. What exceeds 448 scales saturates: a scale that a group shares

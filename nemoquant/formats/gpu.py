@@ -4,6 +4,7 @@ With the variable TRITON_INTERPRET=1 in the environment the kernels run on the C
 (They were run in that interpreter only; no GPU was at hand so far.)
 """
 
+import importlib.util
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -33,10 +34,8 @@ def chosen(device: str) -> bool:
     if device != "cuda":
         raise ValueError(f"device: got {device!r}, expected cpu or cuda")
     _torch_device()
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("device cuda needs Triton, which torch for CUDA brings along: pip install triton") from None
+    if importlib.util.find_spec("triton") is None:
+        raise MissingExtraError("device cuda needs Triton, which torch for CUDA brings along: pip install triton")
     return True
 
 
@@ -46,7 +45,9 @@ def _torch_device() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "cpu"
     if not torch.cuda.is_available():
-        raise UsageError("device: got cuda, but torch finds no CUDA GPU here; expected one; take device cpu, it writes the same bytes")
+        raise UsageError(
+            "device: got cuda, but torch finds no CUDA GPU here; expected one; take device cpu, it writes the same bytes"
+        )
     return "cuda"
 
 

@@ -33,10 +33,8 @@ from nemoquant.formats.rounding import (
     Codes,
     Floats,
     Weight,
-    bits_of,
     checked_scale,
     flat,
-    float_of,
     float_output,
     kernel,
     output,
@@ -98,7 +96,9 @@ def _block_scales(
 
 
 @kernel
-def _write(bits: Bits, shift: np.uint32, global_scale: np.float32, words: Bits, scratch: Bits, scales: Codes, packed: Codes) -> None:
+def _write(
+    bits: Bits, shift: np.uint32, global_scale: np.float32, words: Bits, scratch: Bits, scales: Codes, packed: Codes
+) -> None:
     """The codes under these block scales, a tile at a time; ``words`` and ``scratch`` as for ``write_codes``."""
     reached = np.empty((128, 8), bits.dtype)
     _thresholds(shift, global_scale, reached)

@@ -56,7 +56,11 @@ def _scales(global_scale: np.float32, unit: np.float32, scales: Floats, table: F
     for code in range(_LAST + 1):
         scales[code] = np.float32(_E4M3[code] * global_scale)
         scale = np.float32(np.float64(scales[code]) * np.float64(unit))
-        table[0, code], table[1, code], table[2, code] = scale, np.float32(1) / scale, np.float32(np.float32(scale * scale) * _SLACK)
+        table[0, code], table[1, code], table[2, code] = (
+            scale,
+            np.float32(1) / scale,
+            np.float32(np.float32(scale * scale) * _SLACK),
+        )
 
 
 @kernel
