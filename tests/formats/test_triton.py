@@ -58,7 +58,9 @@ assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is se
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(("methods", "weights"), [(("max", "four_over_six"), 2), (("mse",), 1)], ids=["max, four_over_six", "mse"])
+@pytest.mark.parametrize(
+    ("methods", "weights"), [(("max", "four_over_six"), 2), (("mse",), 1)], ids=["max, four_over_six", "mse"]
+)
 def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> None:
     """bf16, then float32 with scales far too small; the search through all scales takes its time and gets bf16 alone."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
