@@ -26,17 +26,15 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import e2m1, e4m3, nvfp4_blocks
+from nemoquant.formats import e2m1, e4m3, gpu, nvfp4_blocks
 from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits
 from nemoquant.formats.nvfp4_search import choose_four_over_six, choose_least_error
 from nemoquant.formats.rounding import (
     Codes,
     Floats,
     Weight,
-    bits_of,
     checked_scale,
     flat,
-    float_of,
     float_output,
     kernel,
     output,
@@ -98,7 +96,9 @@ def _block_scales(
 
 
 @kernel
-def _write(bits: Bits, shift: np.uint32, global_scale: np.float32, words: Bits, scratch: Bits, scales: Codes, packed: Codes) -> None:
+def _write(
+    bits: Bits, shift: np.uint32, global_scale: np.float32, words: Bits, scratch: Bits, scales: Codes, packed: Codes
+) -> None:
     """The codes under these block scales, a tile at a time; ``words`` and ``scratch`` as for ``write_codes``."""
     reached = np.empty((128, 8), bits.dtype)
     _thresholds(shift, global_scale, reached)
@@ -156,6 +156,7 @@ def encode(
     global_decode_scale: float | np.float32,
     method: Method = "max",
     out: tuple[Codes, Codes] | None = None,
+    device: gpu.Device = "cpu",
 ) -> tuple[Codes, Codes]:
     """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> codes [out, in/2], E4M3 scales [out, in/16].
 
@@ -167,7 +168,10 @@ def encode(
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     _largest(method)
     packed, block_scales = _outputs(weight.shape, out)
-    _encode(weight, scale, method, packed.reshape(-1), block_scales.reshape(-1))
+    if gpu.chosen(device):
+        gpu.nvfp4_encode(weight, scale, method, packed, block_scales)
+    else:
+        _encode(weight, scale, method, packed.reshape(-1), block_scales.reshape(-1))
     return packed, block_scales
 
 
@@ -206,7 +210,13 @@ def _outputs(shape: tuple[int, ...], out: tuple[Codes, Codes] | None) -> tuple[C
     )
 
 
-def decode(packed: Codes, block_scales: Codes, global_decode_scale: float | np.float32, out: Floats | None = None) -> Floats:
+def decode(
+    packed: Codes,
+    block_scales: Codes,
+    global_decode_scale: float | np.float32,
+    out: Floats | None = None,
+    device: gpu.Device = "cpu",
+) -> Floats:
     """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code * fp32(block * global)``.
 
     ``out`` is a float32 buffer [out, in] to write into and return.
@@ -219,6 +229,9 @@ def decode(packed: Codes, block_scales: Codes, global_decode_scale: float | np.f
             f"packed: got shape {packed.shape}, expected {(rows, blocks * BLOCK // 2)} for scales {block_scales.shape}"
         )
     values = float_output(out, (rows, blocks * BLOCK))
-    row = values.reshape(-1)
-    _decode(flat(packed, np.uint8, "packed"), flat(block_scales, np.uint8, "block_scales"), scale, row.view(np.uint64), row)
+    codes, scales, row = flat(packed, np.uint8, "packed"), flat(block_scales, np.uint8, "block_scales"), values.reshape(-1)
+    if gpu.chosen(device):
+        gpu.nvfp4_decode(codes, scales, scale, values)
+    else:
+        _decode(codes, scales, scale, row.view(np.uint64), row)
     return values

@@ -56,7 +56,9 @@ def _scales(global_scale: np.float32, unit: np.float32, scales: Floats, table: F
     for code in range(_LAST + 1):
         scales[code] = np.float32(_E4M3[code] * global_scale)
         scale = np.float32(np.float64(scales[code]) * np.float64(unit))
-        table[0, code], table[1, code], table[2, code] = scale, np.float32(1) / scale, np.float32(np.float32(scale * scale) * _SLACK)
+        table[0, code] = scale
+        table[1, code] = np.float32(1) / scale
+        table[2, code] = np.float32(np.float32(scale * scale) * _SLACK)
 
 
 @kernel
@@ -207,7 +209,9 @@ def _search(magnitudes: Floats, amax: np.float32, center: int, scales: Floats, e
 
 @kernel
 def _proven(first: int, upper: np.uint64, amax: np.float32, ceiling: np.float32, scales: Floats, unit: np.float32) -> bool:
-    """Whether nothing outside a window of scales can win. ``upper``: its upper eight ``_winners``, a byte each; ``ceiling`` in units.
+    """Whether nothing outside a window of scales can win.
+
+    ``upper``: the ``_winners`` among the window's upper eight, a byte each; ``ceiling``: its least upper bound, in units.
 
     Below it, amax is clipped and costs (amax - 6 d)^2 alone, more with every smaller d.
 
@@ -284,6 +288,7 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
 
 @kernel
 def _look_up(row: Floats, codes: Codes, numbers: Floats) -> None:
+    """``numbers[b] = row[codes[b]]``."""
     for b in range(codes.shape[0]):
         numbers[b] = row[codes[b]]
 
@@ -322,7 +327,7 @@ def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_sca
     scales, table = np.empty(_LAST + 1, np.float32), np.empty((3, _LAST + 1), np.float32)
     unit = _unit(global_scale)
     _scales(global_scale, unit, scales, table)
-    onto, least = np.float32(np.float32(6) * global_scale), _SMALLEST
+    onto = np.float32(np.float32(6) * global_scale)
 
     values, squares = np.empty(TILE * BLOCK, np.float32), np.empty(TILE * BLOCK, np.float32)
     lanes, reciprocals = np.empty(TILE * BLOCK, np.float32), np.empty(TILE * BLOCK, np.float32)
@@ -334,7 +339,7 @@ def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_sca
         n = min(TILE, codes.shape[0] - start)
         sixes = codes[start : start + n]
         _values(bits[start : start + n].reshape(-1), shift, unit, values[: n * BLOCK])
-        scale_codes(largest[start : start + n], shift, np.float32(1.5), onto, least, np.uint8(_ONE), fours)
+        scale_codes(largest[start : start + n], shift, np.float32(1.5), onto, _SMALLEST, np.uint8(_ONE), fours)
         for choice, sums in ((sixes, error_six), (fours[:n], error_four)):
             for row, spread_row in ((table[0], lanes), (table[1], reciprocals)):
                 _look_up(row, choice, sums)

@@ -1,0 +1,81 @@
+"""Runs a command and measures it: wall, CPU and peak memory. Imports nothing large, because a child's peak begins at its parent's."""
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and gigabytes (1e9).
+
+    Attributes:
+        peak: ru_maxrss of the largest process of the tree; mapped pages of files count.
+        peak_tree: the largest sum over the tree of resident memory, sampled.
+        peak_anonymous: the same of RssAnon, memory that no file backs.
+    """
+
+    wall: float
+    cpu: float
+    peak: float
+    peak_tree: float
+    peak_anonymous: float
+
+    def json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _tree(root: int) -> list[int]:
+    found, todo = [], [root]
+    while todo:
+        pid = todo.pop()
+        found.append(pid)
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                todo += [int(child) for child in children.read_text().split()]
+            except OSError:
+                continue
+    return found
+
+
+def _resident(pid: int) -> tuple[int, int]:
+    """VmRSS and RssAnon in bytes; zeros for a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS:", "RssAnon:"))}
+    return int(fields.get("VmRSS", 0)) * 1024, int(fields.get("RssAnon", 0)) * 1024
+
+
+def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
+    """Run to the end, output into ``log``. Raises RuntimeError, with the log's last lines, if it fails."""
+    with log.open("w") as output:
+        start = time.monotonic()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        tree = anonymous = 0
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            residents = [_resident(member) for member in _tree(process.pid)]
+            tree = max(tree, sum(r for r, _ in residents))
+            anonymous = max(anonymous, sum(a for _, a in residents))
+            time.sleep(every)
+        wall = time.monotonic() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{tail}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, tree / 1e9, anonymous / 1e9)
+
+
+def machine() -> str:
+    """CPU, cores, memory: a line for the results."""
+    info = Path("/proc/cpuinfo").read_text()
+    name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GB of memory, Python {platform.python_version()}"

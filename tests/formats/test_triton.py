@@ -1,0 +1,91 @@
+"""The GPU's kernels, in Triton's interpreter on the CPU: every byte that of the CPU's kernels, whose oracles are in the other tests here.
+
+The interpreter must be chosen before Triton is imported, so that each case runs in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nemoquant.errors import UsageError
+from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats.amax import amax
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra: dev)")
+
+PROGRAM = """
+import numpy as np
+from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats.amax import amax
+
+rng = np.random.default_rng(0)
+normal = rng.standard_normal((1, 256))
+spreads = [
+    normal * 0.02,
+    np.sign(normal) * 2.0 ** rng.uniform(-40, 10, normal.shape),  # all magnitudes
+    rng.integers(-24, 25, normal.shape) * 0.25,  # a lattice, rich in ties
+    normal * 2.0**-105,  # near the smallest normal bf16
+    np.where(np.arange(256) // 16 % 2 == 0, -0.0, normal),  # blocks of zeros, negative ones
+    np.eye(*normal.shape) * 3,
+]
+floats = np.concatenate(spreads).astype(np.float32)  # 96 blocks, so that one program takes them all: the interpreter is slow
+for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (floats, 0.01))[:WEIGHTS]:
+    case = f"{weight.dtype}, scale times {group}"
+    largest = amax(weight)
+    assert amax(weight, device="cuda").tobytes() == largest.tobytes(), case
+    scale = fp8.decode_scale(largest * np.float32(group))
+    codes = fp8.encode(weight, scale)
+    np.testing.assert_array_equal(fp8.encode(weight, scale, device="cuda"), codes, err_msg=case)
+    np.testing.assert_array_equal(fp8.decode(codes, scale, device="cuda"), fp8.decode(codes, scale), err_msg=case)
+    for method in METHODS:
+        scale = nvfp4.global_decode_scale(largest * np.float32(group), method)
+        expected = nvfp4.encode(weight, scale, method)
+        found = nvfp4.encode(weight, scale, method, device="cuda")
+        for part, theirs, ours in zip(("codes", "scales"), expected, found):
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{case}, {method}, {part}")
+        values = nvfp4.decode(*expected, scale, device="cuda")
+        assert values.tobytes() == nvfp4.decode(*expected, scale).tobytes(), case
+every = np.arange(256, dtype=np.uint8)
+np.testing.assert_array_equal(fp8.decode(every, 0.3, device="cuda"), fp8.decode(every, 0.3))
+assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is seen"
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("methods", "weights"), [(("max", "four_over_six"), 2), (("mse",), 1)], ids=["max, four_over_six", "mse"]
+)
+def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> None:
+    """bf16, then float32 with scales far too small; the search through all scales takes its time and gets bf16 alone."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    program = PROGRAM.replace("METHODS", repr(methods)).replace("WEIGHTS", str(weights))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal of a machine without a GPU")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w: amax(w, device="cuda"),
+        lambda w: fp8.encode(w, 1.0, device="cuda"),
+        lambda w: fp8.decode(w.astype(np.uint8), 1.0, device="cuda"),
+        lambda w: nvfp4.encode(w, 1.0, device="cuda"),
+        lambda w: nvfp4.decode(w.astype(np.uint8)[:, :8], w.astype(np.uint8)[:, :1], 1.0, device="cuda"),
+    ],
+)
+def test_without_a_gpu_the_device_is_refused(call, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UsageError, match=r"device: got cuda, but torch finds no CUDA GPU here; .*take device cpu"):
+        call(np.ones((1, 16), np.float32))
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="device: got 'tpu', expected cpu or cuda"):
+        amax(np.ones((1, 16), np.float32), device="tpu")
