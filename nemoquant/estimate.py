@@ -129,14 +129,17 @@ def pack_bytes(plan: Plan, ahead: int) -> int:
 
 
 def estimate(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int
-) -> Estimate:
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int,
+    processors: int | None = None,
+) -> Estimate:  # fmt: skip
     """Measure, and say what a run will take.
 
     Args:
         folder: an existing one on OUT's disk.
         shape: rows and length of the calibration, None where nothing is calibrated.
         dtype_name: its compute dtype.
+        threads: of one batch of the calibration.
+        processors: for packing, and for batches beside each other where there are more than ``threads``; None is ``threads``.
     """
     import torch
 
@@ -152,9 +155,10 @@ def estimate(
     disk = plan.bytes_out + BYTES_PER_TENSOR * plan.tensors_out + MARGIN
     if shape:
         disk += 2 * shape[0] * shape[1] * plan.config.hidden_size * dtype.itemsize
+    processors = processors or threads
     return Estimate(
-        _calibrate_seconds(plan, shape, chosen.row_batch, speeds) if shape else 0.0,
-        _pack_seconds(plan, speeds, write, threads),
+        _calibrate_seconds(plan, shape, chosen.row_batch, speeds) * threads / processors if shape else 0.0,
+        _pack_seconds(plan, speeds, write, processors),
         plan.bytes_out / speeds.hash + VERIFY_TENSOR * plan.tensors_out,
         chosen.memory,
         disk,

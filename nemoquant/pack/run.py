@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.shards import shards
 from nemoquant.pack.unfinished import Unfinished
 from nemoquant.pack.verify import verify
-from nemoquant.pack.workers import Threads
+from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 
@@ -27,20 +28,20 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
 
 def write_checkpoint(
-    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, workers: AbstractContextManager[Workers], shard_bytes: int,
     warnings: list[str], progress: Progress,
 ) -> tuple[dict[str, int], list[str]]:  # fmt: skip
     """Write everything that ``run`` does not have yet into its folder, and verify it. Finds of its own are added to ``warnings``.
 
     Args:
-        ahead: pieces that may be in work and waiting.
+        workers: who encodes; entered when there is something to do.
     Returns:
         what verify checked, and the source's files that were left behind.
     Raises:
         CalibrationError, WeightError, VerificationError
     """
     folder = run.folder
-    zero = _pack(source, plan, scales, run, ahead, threads, shard_bytes, warnings, progress)
+    zero = _pack(source, plan, scales, run, workers, shard_bytes, warnings, progress)
     if zero:
         warnings.append(
             f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}"
@@ -69,7 +70,7 @@ def write_checkpoint(
 
 
 def _pack(
-    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, workers: AbstractContextManager[Workers], shard_bytes: int,
     warnings: list[str], progress: Progress,
 ) -> list[str]:  # fmt: skip
     """Write the shards that are missing; returns the modules whose weights are zero, in all of them."""
@@ -82,8 +83,8 @@ def _pack(
         progress("pack", done, plan.bytes_in, "")
 
     there = run.finished_shards()
-    with Threads(source.checkpoint, threads, ahead) as workers:
-        packer = Packer(plan, source.checkpoint, scales, workers, warn=warnings.append, progress=packed)
+    with workers as entered:
+        packer = Packer(plan, source.checkpoint, scales, entered, warn=warnings.append, progress=packed)
         for shard in shards(plan, shard_bytes):
             if shard.file in there:
                 packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))
