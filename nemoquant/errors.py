@@ -11,6 +11,7 @@
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
         EngineError                 exit 2   a runtime refused a graph, or can't run here
+        BuildError                  exit 2   the plugins can't be built or loaded: a tool, headers, or a compiler's refusal
         MissingExtraError           exit 3   a feature whose optional packages are not installed
         VerificationError           exit 1   a written checkpoint that is not what its plan says
     KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
@@ -69,6 +70,10 @@ class OutputError(NemoquantError):
 
 
 class EngineError(NemoquantError):
+    pass
+
+
+class BuildError(NemoquantError):
     pass
 
 

@@ -16,6 +16,7 @@ VERBS = {
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
     "diff": "Measure how far quantized checkpoints are from their source.",
     "export": "Export ONNX graphs over the packed bytes, and engines.",
+    "plugins": "Build the TensorRT plugins and their kernels.",
     "generate": "Generate text with a checkpoint, through any engine.",
     "demo": "Quantize, verify and compare a small trained model, as a show.",
     "doctor": "Show which engines can run here, and why the others can't.",
@@ -66,7 +67,7 @@ class Verbs(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
-            click.echo(f"error: interrupted; {error or 'nothing was kept'}", err=True)
+            click.echo(f"error: interrupted; {str(error) or 'nothing was kept'}", err=True)
             sys.exit(130)
 
 

@@ -53,6 +53,16 @@ def nearest(magnitude: np.float32) -> np.float32:
 
 
 @kernel
+def value_bits(code: np.uint32) -> np.uint32:
+    """The float32 bits of ``VALUES[code]``: for vectors, which a table would break up, and without subnormal numbers, slow on some CPUs."""
+    magnitude = np.uint32(code & np.uint32(7))
+    bits = np.uint32(np.uint32(magnitude << np.uint32(22)) + np.uint32(126 << 23))
+    if magnitude < np.uint32(2):
+        bits = np.uint32(0x3F000000) if magnitude == np.uint32(1) else np.uint32(0)
+    return np.uint32(bits | np.uint32(np.uint32(code & np.uint32(8)) << np.uint32(28)))
+
+
+@kernel
 def _encode(values: Floats, codes: Codes) -> None:
     for i in range(values.shape[0]):
         codes[i] = encode_one(values[i])

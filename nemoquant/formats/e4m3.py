@@ -55,6 +55,18 @@ def encode_one(value: np.float32) -> np.uint8:
 
 
 @kernel
+def value_of(code: np.uint8) -> np.float32:
+    """``VALUES[code]`` for vectors, which a table would break up, and without subnormal numbers, slow on some CPUs."""
+    magnitude = np.uint32(np.uint32(code) & np.uint32(0x7F))
+    value = float_of(np.uint32(np.uint32(magnitude << np.uint32(20)) + np.uint32((127 - 7) << 23)))
+    if magnitude < np.uint32(8):
+        value = np.float32(np.float32(np.int32(magnitude)) * np.float32(0.001953125))
+    if magnitude == np.uint32(0x7F):
+        value = np.float32(np.nan)
+    return float_of(np.uint32(bits_of(value) | np.uint32(np.uint32(np.uint32(code) & np.uint32(0x80)) << np.uint32(24))))
+
+
+@kernel
 def _encode(values: Floats, codes: Codes) -> None:
     for i in range(values.shape[0]):
         codes[i] = encode_one(values[i])

@@ -23,7 +23,7 @@ from nemoquant.formats.rounding import (
     widen,
 )
 
-_VALUES = e4m3.VALUES
+_value_of = e4m3.value_of
 _encode_one = e4m3.encode_one
 
 
@@ -46,7 +46,7 @@ def _encode(bits: NDArray[np.unsignedinteger], shift: np.uint32, decode_scale: n
 @kernel
 def _decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
     for i in range(codes.shape[0]):
-        values[i] = np.float32(_VALUES[codes[i]] * decode_scale)
+        values[i] = np.float32(_value_of(codes[i]) * decode_scale)
 
 
 def encode(weight: Weight, decode_scale: float | np.float32, out: Codes | None = None) -> Codes:

@@ -26,11 +26,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import e2m1, e4m3
+from nemoquant.formats import e2m1, e4m3, nvfp4_blocks
+from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits
+from nemoquant.formats.nvfp4_search import choose_four_over_six, choose_least_error
 from nemoquant.formats.rounding import (
     Codes,
     Floats,
     Weight,
+    bits_of,
     checked_scale,
     flat,
     float_of,
@@ -39,25 +42,20 @@ from nemoquant.formats.rounding import (
     output,
     tensor_scale,
     weight_bits,
-    widen,
 )
 
 Method: TypeAlias = Literal["max", "mse", "four_over_six"]
-Bits: TypeAlias = NDArray[np.unsignedinteger]
-Doubles: TypeAlias = NDArray[np.float64]
-
-BLOCK = 16
 
 _LARGEST = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
 
-_E2M1 = e2m1.VALUES
-_E4M3 = e4m3.VALUES
-_ONE = e4m3.ONE
-_LAST = e4m3.LARGEST_CODE  # 126: the codes 1 to 126 are the positive finite values, in ascending order
-_STEP = 8  # block scales tried at once: a vector of float64
-_encode_e2m1 = e2m1.encode_one
-_nearest_e2m1 = e2m1.nearest
-_encode_e4m3 = e4m3.encode_one
+_PAIR = {np.dtype(np.uint16): np.uint32, np.dtype(np.uint32): np.uint64}  # the word of two elements' patterns
+_value_e4m3 = e4m3.value_of
+_value_bits = e2m1.value_bits
+_largest_magnitudes = nvfp4_blocks.largest
+_scale_codes = nvfp4_blocks.scale_codes
+_spread = nvfp4_blocks.spread
+_thresholds = nvfp4_blocks.thresholds
+_write_codes = nvfp4_blocks.write_codes
 
 
 def global_decode_scale(amax: float | np.float32, method: Method = "max") -> np.float32:
@@ -80,173 +78,77 @@ def _largest(method: Method) -> float:
 
 
 @kernel
-def _scale_code(amax: np.float32, global_scale: np.float32) -> np.uint8:
-    """The E4M3 code of a block scale that puts amax on 6."""
-    scale = np.float32(amax / np.float32(np.float32(6) * global_scale))
-    if not scale > np.float32(0.001953125):
-        scale = np.float32(0.001953125)
-    return np.uint8(_encode_e4m3(scale))
+def _block_scales(
+    pairs: Bits,
+    shift: np.uint32,
+    global_scale: np.float32,
+    least: np.float32,
+    zeros: np.uint8,
+    words: Bits,
+    scratch: Bits,
+    magnitudes: Bits,
+    codes: Codes,
+) -> None:
+    """Each block's largest magnitude and the scale that follows from it, a tile at a time; ``words``, ``scratch`` as for ``largest``."""
+    onto = np.float32(np.float32(6) * global_scale)
+    for start in range(0, codes.shape[0], TILE):
+        end = min(start + TILE, codes.shape[0])
+        _largest_magnitudes(pairs[8 * start : 8 * end], words, scratch, magnitudes[start:end])
+        _scale_codes(magnitudes[start:end], shift, np.float32(1), onto, least, zeros, codes[start:end])
 
 
 @kernel
-def _errors(magnitudes: Floats, scales: Floats, errors: Doubles) -> None:
-    """``errors[k]`` = the error of a block with ``scales[k]``. Signs do not matter to it: rounding is symmetric.
-
-    The scales are the vector's lanes (the loop over the block unrolls), so that each lane keeps the order of its sum.
-    """
-    for k in range(scales.shape[0]):
-        scale = scales[k]
-        error = np.float64(0)
-        for i in range(BLOCK):
-            code = _nearest_e2m1(np.float32(magnitudes[i] / scale))
-            difference = np.float64(magnitudes[i]) - np.float64(code) * np.float64(scale)
-            error += difference * difference
-        errors[k] = error
+def _write(bits: Bits, shift: np.uint32, global_scale: np.float32, words: Bits, scratch: Bits, scales: Codes, packed: Codes) -> None:
+    """The codes under these block scales, a tile at a time; ``words`` and ``scratch`` as for ``write_codes``."""
+    reached = np.empty((128, 8), bits.dtype)
+    _thresholds(shift, global_scale, reached)
+    for start in range(0, scales.shape[0], TILE):
+        end = min(start + TILE, scales.shape[0])
+        _write_codes(bits[start:end], scales[start:end], reached, words, scratch, packed[8 * start : 8 * end])
 
 
-@kernel
-def _error_below(magnitudes: Floats, scale: np.float32) -> np.float64:
-    """A lower bound of the error of this scale *and of every larger one*.
-
-    What is at most a quarter of d rounds to zero and costs its square. These terms stand in the error's sum too, in the same
-    order, and rounded addition is monotone: leaving out the other terms cannot make the sum larger, not by a bit.
-    """
-    quarter = np.float64(0.25) * np.float64(scale)
-    error = np.float64(0)
-    for i in range(BLOCK):
-        magnitude = np.float64(magnitudes[i])
-        error += magnitude * magnitude if magnitude <= quarter else np.float64(0)
-    return error
+def _encode(values: Weight, global_scale: np.float32, method: Method | None, packed: Codes, block_scales: Codes) -> None:
+    """Weights by a method, or activations where it is None; what is written to are flat rows."""
+    flat_bits, shift = weight_bits(values)
+    bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(_PAIR[flat_bits.dtype])
+    least, zeros = (np.float32(e4m3.SMALLEST), np.uint8(e4m3.ONE)) if method else (np.float32(0), np.uint8(0))
+    words = np.empty(TILE * BLOCK // 2, pairs.dtype)
+    scratch = words.view(bits.dtype)
+    magnitudes = np.empty(block_scales.size, bits.dtype)
+    _block_scales(pairs, shift, global_scale, least, zeros, words, scratch, magnitudes, block_scales)
+    if method == "mse":
+        choose_least_error(bits, shift, magnitudes, global_scale, block_scales)
+    if method == "four_over_six":
+        choose_four_over_six(bits, shift, magnitudes, global_scale, block_scales)
+    _write(bits, shift, global_scale, words, scratch, block_scales, packed)
 
 
 @kernel
-def _search(magnitudes: Floats, amax: np.float32, center: int, scales: Floats, errors: Doubles) -> np.uint8:
-    """The E4M3 code, of all 126, with the least error; ties to the smaller. ``scales[code]`` is d, ``center`` method max's code.
-
-    Works outwards from the center, a vector of codes at a time, and stops in each direction where a bound proves that nothing
-    further can win: downwards the largest value is clipped and costs (amax - 6 d)^2 alone, more with every smaller d; upwards
-    ``_error_below``. A smaller scale wins ties, hence ``>`` downwards and ``>=`` upwards.
-    """
-    first = max(center - 3, 1)
-    last = min(first + _STEP - 1, _LAST)
-    best, least = first, np.float64(np.inf)
-    _errors(magnitudes, scales[first : last + 1], errors)
-    for k in range(last + 1 - first):
-        better = errors[k] < least
-        best, least = (first + k if better else best), (errors[k] if better else least)
-
-    while first > 1:
-        high = first - 1
-        clipped = np.float64(amax) - np.float64(6) * np.float64(scales[high])
-        if clipped > np.float64(0) and clipped * clipped > least:
-            break
-        first = max(high - _STEP + 1, 1)
-        _errors(magnitudes, scales[first : high + 1], errors)
-        for k in range(high - first, -1, -1):
-            better = errors[k] <= least
-            best, least = (first + k if better else best), (errors[k] if better else least)
-
-    while last < _LAST:
-        low = last + 1
-        if _error_below(magnitudes, scales[low]) >= least:
-            break
-        last = min(low + _STEP - 1, _LAST)
-        _errors(magnitudes, scales[low : last + 1], errors)
-        for k in range(last + 1 - low):
-            better = errors[k] < least
-            best, least = (low + k if better else best), (errors[k] if better else least)
-    return np.uint8(best)
+def _decode_pairs(packed: Codes, values: NDArray[np.uint64]) -> None:
+    """Pairs of float32, as bits, so that each is stored in one piece."""
+    for i in range(packed.shape[0]):
+        pair = np.uint32(packed[i])
+        low, high = _value_bits(np.uint32(pair & np.uint32(15))), _value_bits(np.uint32(pair >> np.uint32(4)))
+        values[i] = np.uint64(np.uint64(low) | np.uint64(np.uint64(high) << np.uint64(32)))
 
 
 @kernel
-def _block_amax(bits: Bits, shift: np.uint32, block: int) -> np.float32:
-    """max |w| of a block, found among integers: with floats, NaN makes the order matter, and the loop no vector."""
-    largest = np.uint32(0)
-    for i in range(BLOCK):
-        largest = max(largest, np.uint32(np.uint32(np.uint32(bits[block, i]) << shift) & np.uint32(0x7FFFFFFF)))
-    return float_of(largest)
+def _multiply(values: Floats, scales: Floats) -> None:
+    for i in range(values.shape[0]):
+        values[i] = np.float32(values[i] * scales[i])
 
 
 @kernel
-def _magnitudes(bits: Bits, shift: np.uint32, block: int, magnitudes: Floats) -> None:
-    for i in range(BLOCK):
-        magnitudes[i] = abs(widen(bits[block, i], shift))
-
-
-@kernel
-def _write_codes(bits: Bits, shift: np.uint32, block: int, scale: np.float32, codes: Codes, packed: Codes) -> None:
-    for i in range(BLOCK):
-        codes[i] = _encode_e2m1(np.float32(widen(bits[block, i], shift) / scale))
-    for i in range(BLOCK // 2):
-        packed[block, i] = np.uint8(codes[2 * i] | np.uint8(codes[2 * i + 1] << np.uint8(4)))
-
-
-@kernel
-def _encode_max(bits: Bits, shift: np.uint32, global_scale: np.float32, packed: Codes, block_scales: Codes) -> None:
-    codes = np.empty(BLOCK, np.uint8)
-    for block in range(bits.shape[0]):
-        amax = _block_amax(bits, shift, block)
-        code = _scale_code(amax, global_scale) if amax > np.float32(0) else np.uint8(_ONE)
-        block_scales[block] = code
-        _write_codes(bits, shift, block, np.float32(_E4M3[code] * global_scale), codes, packed)
-
-
-@kernel
-def _encode_mse(bits: Bits, shift: np.uint32, global_scale: np.float32, packed: Codes, block_scales: Codes) -> None:
-    codes, magnitudes, errors = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.float32), np.empty(_STEP, np.float64)
-    scales = _E4M3[: _LAST + 1] * global_scale
-    for block in range(bits.shape[0]):
-        amax = _block_amax(bits, shift, block)
-        code = np.uint8(_ONE)
-        if amax > np.float32(0):
-            _magnitudes(bits, shift, block, magnitudes)
-            code = _search(magnitudes, amax, int(_scale_code(amax, global_scale)), scales, errors)
-        block_scales[block] = code
-        _write_codes(bits, shift, block, scales[code], codes, packed)
-
-
-@kernel
-def _encode_four_over_six(bits: Bits, shift: np.uint32, global_scale: np.float32, packed: Codes, block_scales: Codes) -> None:
-    codes, magnitudes = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.float32)
-    scales, errors = np.empty(2, np.float32), np.empty(2, np.float64)
-    for block in range(bits.shape[0]):
-        amax = _block_amax(bits, shift, block)
-        code, scale = np.uint8(_ONE), global_scale
-        if amax > np.float32(0):
-            _magnitudes(bits, shift, block, magnitudes)
-            onto_six = _scale_code(amax, global_scale)
-            onto_four = _scale_code(np.float32(amax * np.float32(1.5)), global_scale)
-            scales[0] = np.float32(_E4M3[onto_six] * global_scale)
-            scales[1] = np.float32(_E4M3[onto_four] * global_scale)
-            _errors(magnitudes, scales, errors)
-            code, scale = (onto_four, scales[1]) if errors[1] < errors[0] else (onto_six, scales[0])
-        block_scales[block] = code
-        _write_codes(bits, shift, block, scale, codes, packed)
-
-
-@kernel
-def _encode_activations(bits: Bits, shift: np.uint32, global_scale: np.float32, packed: Codes, block_scales: Codes) -> None:
-    codes = np.empty(BLOCK, np.uint8)
-    for block in range(bits.shape[0]):
-        amax = _block_amax(bits, shift, block)
-        code = _encode_e4m3(np.float32(amax / np.float32(np.float32(6) * global_scale)))
-        block_scales[block] = code
-        if code == np.uint8(0):
-            packed[block] = np.uint8(0)
-        else:
-            _write_codes(bits, shift, block, np.float32(_E4M3[code] * global_scale), codes, packed)
-
-
-_KERNELS = {"max": _encode_max, "mse": _encode_mse, "four_over_six": _encode_four_over_six}
-
-
-@kernel
-def _decode(packed: Codes, block_scales: Codes, global_scale: np.float32, values: Floats) -> None:
-    for block in range(block_scales.shape[0]):
-        scale = np.float32(_E4M3[block_scales[block]] * global_scale)
-        for i in range(block * BLOCK // 2, (block + 1) * BLOCK // 2):
-            values[2 * i] = np.float32(_E2M1[packed[i] & np.uint8(15)] * scale)
-            values[2 * i + 1] = np.float32(_E2M1[packed[i] >> np.uint8(4)] * scale)
+def _decode(packed: Codes, block_scales: Codes, global_scale: np.float32, pairs: NDArray[np.uint64], values: Floats) -> None:
+    """``pairs`` [8 n] and ``values`` [16 n] are the same memory."""
+    scales, scratch, spread = np.empty(TILE, np.float32), np.empty(4 * TILE, np.uint64), np.empty(8 * TILE, np.uint64)
+    for start in range(0, block_scales.shape[0], TILE):
+        end = min(start + TILE, block_scales.shape[0])
+        _decode_pairs(packed[8 * start : 8 * end], pairs[8 * start : 8 * end])
+        for b in range(end - start):
+            scales[b] = np.float32(_value_e4m3(block_scales[start + b]) * global_scale)
+        _spread(scales.view(np.uint32), scratch, spread)
+        _multiply(values[BLOCK * start : BLOCK * end], spread.view(np.float32))
 
 
 def encode(
@@ -261,11 +163,11 @@ def encode(
     must be the one of the same method. Raises ValueError for a wrong dtype, layout or buffer, an input dimension that 16 does not
     divide, an unknown method, or a scale that is not positive.
     """
-    bits, shift = weight_bits(weight)
+    weight_bits(weight)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     _largest(method)
     packed, block_scales = _outputs(weight.shape, out)
-    _KERNELS[method](bits.reshape(-1, BLOCK), shift, scale, packed.reshape(-1, BLOCK // 2), block_scales.reshape(-1))
+    _encode(weight, scale, method, packed.reshape(-1), block_scales.reshape(-1))
     return packed, block_scales
 
 
@@ -275,10 +177,10 @@ def encode_activations(values: Floats, global_decode_scale: float | np.float32) 
     NaN makes its block's scale, and so all of its block, NaN. Raises ValueError for a wrong dtype or layout, an input dimension that
     16 does not divide, or a scale that is not positive.
     """
-    bits, shift = weight_bits(values)
+    weight_bits(values)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     packed, block_scales = _outputs(values.shape, None)
-    _encode_activations(bits.reshape(-1, BLOCK), shift, scale, packed.reshape(-1, BLOCK // 2), block_scales.reshape(-1))
+    _encode(values, scale, None, packed.reshape(-1), block_scales.reshape(-1))
     return packed, block_scales
 
 
@@ -289,7 +191,7 @@ def zeros(shape: tuple[int, int], out: tuple[Codes, Codes] | None = None) -> tup
     """
     packed, block_scales = _outputs(shape, out)
     packed.fill(0)
-    block_scales.fill(_ONE)
+    block_scales.fill(e4m3.ONE)
     return packed, block_scales
 
 
@@ -317,5 +219,6 @@ def decode(packed: Codes, block_scales: Codes, global_decode_scale: float | np.f
             f"packed: got shape {packed.shape}, expected {(rows, blocks * BLOCK // 2)} for scales {block_scales.shape}"
         )
     values = float_output(out, (rows, blocks * BLOCK))
-    _decode(flat(packed, np.uint8, "packed"), flat(block_scales, np.uint8, "block_scales"), scale, values.reshape(-1))
+    row = values.reshape(-1)
+    _decode(flat(packed, np.uint8, "packed"), flat(block_scales, np.uint8, "block_scales"), scale, row.view(np.uint64), row)
     return values

@@ -32,6 +32,11 @@ def kernel(function: F) -> F:
     return cast(F, numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")(function))
 
 
+def estimate(function: F) -> F:
+    """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to keep within a bound."""
+    return cast(F, numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(function))
+
+
 @kernel
 def float_of(bits: np.uint32) -> np.float32:
     return np.uint32(bits).view(np.float32)

@@ -93,7 +93,7 @@ class Dialect:
         block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
         half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
         pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)  # [out, in/2, 2]
-        blocks = t.op("Reshape", t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0))
+        blocks = t.reshape_to(t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0))
         values = t.op("Mul", blocks, t.unsqueeze(half, 2))  # exact: twice the code times half the scale
         return t.cast(t.reshape(values, t.size(w["codes"], 0), -1), compute)
 
@@ -267,7 +267,8 @@ class TensorRT(TensorRTRTX):
         return list(shape) if stacked else super().shape(part, dtype, shape, stacked)
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
-        return attributes | {"plugin_version": str(spec(op).version), "plugin_namespace": spec(op).domain}
+        known = spec(op)  # a plugin wants all of its attributes
+        return {**known.attributes, **attributes, "plugin_version": str(known.version), "plugin_namespace": known.domain}
 
     def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
         return spec("routed_experts").name, self.plugin("routed_experts", format=name, activation="relu2")

@@ -33,7 +33,10 @@ def causal_conv1d(kernel: int) -> ir.Function:
 
 
 def mamba2_scan(heads: int, head_dim: int, groups: int, state_size: int) -> ir.Function:
-    """The selective scan by chunks (Dao and Gu 2024, arXiv:2405.21060, section 6); a single position is a chunk of one."""
+    """The selective scan by chunks (Dao and Gu 2024, arXiv:2405.21060, section 6); a single position is a chunk of one.
+
+    ``rounding`` and ``philox_rounds`` are the plugin's: a float32 state is rounded by nothing but the sums.
+    """
     scan = _Scan(heads, head_dim, groups, state_size)
 
     def record(t: Tape, x: ir.Value, dt: ir.Value, a: ir.Value, b: ir.Value, c: ir.Value, d: ir.Value, dt_bias: ir.Value,
@@ -132,7 +135,7 @@ def nvfp4_dynamic_quant_dequant() -> ir.Function:
         d = t.op("Mul", block_scale, scale)
         divisor = t.op("Where", t.op("Equal", d, zero), one, d)
         rounded = t.op("Mul", t.op("Mul", e2m1_round(t, t.op("Div", magnitude, divisor)), d), t.op("Sign", blocks))
-        return [t.op("CastLike", t.op("Reshape", rounded, t.op("Shape", x)), x)]
+        return [t.op("CastLike", t.reshape_to(rounded, t.op("Shape", x)), x)]
 
     return function(spec("nvfp4_dynamic_quant_dequant"), record)
 

@@ -2,15 +2,20 @@
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemoquant.ops.sources import plugin_folder
+
 
 @dataclass(frozen=True)
 class Spec:
-    """One operator. ``formats`` of RoutedExperts lists the parts of a projection by format; empty for the others."""
+    """One operator.
+
+    ``inputs`` are those that must be given; optional ones, which only a plugin reads, follow them and are not listed. ``formats`` of
+    RoutedExperts lists the parts of a projection by format; empty for the others.
+    """
 
     name: str
     domain: str
@@ -21,12 +26,6 @@ class Spec:
     formats: dict[str, tuple[str, ...]]
 
 
-def plugin_folder() -> Path:
-    """Where the specifications lie: in the installed package, or in the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    return next(p for p in (package / "plugins", package.parent / "plugins") if p.is_dir())
-
-
 @cache
 def spec(op: str) -> Spec:
     """By the folder's name: ``mamba2_scan``."""
@@ -35,7 +34,7 @@ def spec(op: str) -> Spec:
         data["name"],
         data["domain"],
         data["version"],
-        tuple(value["name"] for value in data["inputs"]),
+        tuple(value["name"] for value in data["inputs"] if not value.get("optional")),
         tuple(value["name"] for value in data["outputs"]),
         {name: attribute["default"] for name, attribute in data["attributes"].items()},
         {name: tuple(parts) for name, parts in data.get("formats", {}).items()},

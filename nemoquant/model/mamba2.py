@@ -12,6 +12,8 @@ with the group's B or C serves them all, and B and C are never repeated. Memory 
 
 Between the two projections all is float32; the running sums of dt * A are float64, because the products need differences of
 them, and after one strong decay a float32 sum would have lost the weak ones that follow.
+
+On CUDA, kernels built by `nemoquant plugins build` take over the convolution and the scan (``ops/library.py`` says so once).
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from torch import Tensor
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import gated_group_norm
 from nemoquant.model.taps import Tap, Weights, linear
+from nemoquant.ops.library import serves
 
 CHUNK = 64  # positions; on two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
 
@@ -59,6 +62,12 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -
     Returns:
         y [batch, length, channels] float32, and the last ``kernel - 1`` inputs, in the dtype of ``x``.
     """
+    if serves("causal_conv1d", x.device.type):
+        from nemoquant.ops.functional import causal_conv1d
+
+        floats = (None if t is None else t.to(x.device, torch.float32) for t in (weight[:, 0], bias))
+        convolved: tuple[Tensor, Tensor] = causal_conv1d(x, *floats, state.to(x))
+        return convolved
     length, kernel = x.shape[1], weight.shape[-1]
     taps = weight.to(x.device).float()[:, 0].mT.contiguous()  # [kernel, channels]
     full = torch.cat([state.to(x).mT, x], 1)
@@ -90,6 +99,11 @@ def scan(
     Returns:
         y [batch, length, heads, head_dim] and the state after the last position, both float32.
     """
+    if serves("mamba2_scan", x.device.type):
+        from nemoquant.ops.functional import mamba2_scan
+
+        scanned: tuple[Tensor, Tensor] = mamba2_scan(x, dt, a, b, c, d, dt_bias, state, dt_min=limit[0], dt_max=limit[1])
+        return scanned
     dt = F.softplus(dt.float() + dt_bias).clamp(*limit)
     if x.shape[1] == 1:
         return step(x, dt, a, b, c, d, state)

@@ -97,7 +97,7 @@ def _converted(weight: Tensor, x: Tensor) -> Tensor:
 
     (One expert after the other in fresh memory breaks the heap into pieces: up to half a gigabyte stayed, measured.)
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not isinstance(weight, Tensor):  # a packed one decodes itself
         return weight.to(x)
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.dtype != x.dtype or buffer.numel() < weight.numel():

@@ -1,0 +1,86 @@
+"""``nemoquant plugins``: the TensorRT plugins and the kernels behind them."""
+
+from pathlib import Path
+
+import click
+
+from nemoquant.cli.shared import json_option, print_json, progress_bars
+from nemoquant.units import size
+
+
+@click.group("plugins")
+def command() -> None:
+    """Build the operators that TensorRT lacks: the Mamba-2 scan, its convolution, the routed experts.
+
+    \b
+    Examples:
+      nemoquant plugins build                         for sm_80, sm_90a, sm_100a and sm_120a
+      nemoquant plugins build --arch sm_90a           for one GPU: quicker
+    """
+
+
+@command.command("build")
+@click.option(
+    "--arch", "archs", multiple=True, metavar="SM", help="Architecture, such as sm_90a; may be repeated, or a list with commas."
+)
+@click.option(
+    "--gemm-arch",
+    "gemm_archs",
+    multiple=True,
+    metavar="SM",
+    help="Build the CUTLASS kernels, which take longest, for these alone.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the libraries; default: where nemoquant looks for them.")
+@click.option("--host", is_flag=True, help="For the CPU, by an emulator: slow, for tests.")
+@click.option("--kernels-only", is_flag=True, help="Without the TensorRT plugins: needs no TensorRT headers.")
+@click.option("--strict", is_flag=True, help="Warnings of the compilers are errors.")
+@json_option
+def build_command(
+    archs: tuple[str, ...], gemm_archs: tuple[str, ...], jobs: int | None, out: Path | None, host: bool, kernels_only: bool, strict: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compile the plugin library for TensorRT and the kernel library for torch. No GPU is needed.
+
+    Needs nvcc, CMake and the headers of TensorRT 10 or 11 and of CUTLASS; the extra `plugins` has wheels with both. The log
+    beside the libraries has everything that the compilers said.
+
+    \b
+    Examples:
+      nemoquant plugins build --jobs 4
+      nemoquant plugins build --arch sm_100a,sm_120a --out build/plugins
+      nemoquant plugins build --kernels-only
+    """
+    from dataclasses import asdict
+
+    from nemoquant.errors import UsageError
+    from nemoquant.ops import build
+
+    if host and (archs or gemm_archs):
+        raise UsageError("got --host with --arch or --gemm-arch; expected one or the other: the host build has no architectures")
+    architectures = build.parse_architectures(archs) if archs else build.ARCHITECTURES
+    gemm = build.parse_architectures(gemm_archs) if gemm_archs else None
+    if gemm and not set(gemm) <= set(architectures):
+        raise UsageError(f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, {', '.join(architectures)}")
+    folder = out or build.default_folder()
+    with progress_bars(as_json) as progress:
+        built = build.build(
+            out,
+            architectures,
+            gemm_architectures=gemm,
+            jobs=jobs,
+            host=host,
+            faces=not kernels_only,
+            strict=strict,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"folder": str(folder), **asdict(built)})
+        return
+    target = "the CPU (emulated, for tests)" if host else ", ".join(f"sm_{a}" for a in built.architectures)
+    for name in built.libraries:
+        what = f"TensorRT {built.tensorrt} plugins" if "plugins" in name else "kernels"
+        click.echo(f"{folder / name}: {size((folder / name).stat().st_size)}, {what} for {target}")
+    if "libnemoquant_plugins.so" in built.libraries:
+        click.echo(f"load it by trtexec --dynamicPlugins={folder / 'libnemoquant_plugins.so'}, or the registry's load_library")
+    click.echo(f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}")

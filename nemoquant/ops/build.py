@@ -1,0 +1,249 @@
+"""Building the plugins and their kernels: CMake does it, here its tools and headers are found and its result is kept.
+
+OUT/libnemoquant_kernels.so   kernels behind a C interface, for torch and others
+OUT/libnemoquant_plugins.so   TensorRT plugins: trtexec --dynamicPlugins=..., or the registry's load_library
+OUT/libnemoquant_host.so, OUT/libnemoquant_plugins_host.so    the same sources run by an emulator on the CPU, for tests
+OUT/build.json (build_host.json)    what they were built from, and for what
+OUT/build.log (build_host.log)      everything the compilers said, with the registers and spills of every kernel
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemoquant._version import __version__
+from nemoquant.errors import BuildError, OutputError, UsageError
+from nemoquant.ops.sources import plugin_folder, sources_hash
+
+ARCHITECTURES = ("80", "90a", "100a", "120a")
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What ``build.json`` holds. ``sources`` is the sha256 of all sources; ``tensorrt`` the version of its headers, None without faces."""
+
+    nemoquant: str
+    sources: str
+    host: bool
+    architectures: tuple[str, ...]
+    gemm_architectures: tuple[str, ...]
+    tensorrt: str | None
+    libraries: dict[str, str]
+    """File name to sha256."""
+
+
+def default_folder() -> Path:
+    """Where ``nemoquant plugins build`` puts the libraries, and where they are looked for."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoquant/plugins"
+
+
+def read_built(folder: Path, host: bool = False) -> Built | None:
+    """What was built into ``folder``; None where nothing was."""
+    path = folder / f"{_stem(host)}.json"
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Built(**data | {key: tuple(data[key]) for key in ("architectures", "gemm_architectures")})
+    except (ValueError, TypeError, KeyError):
+        raise BuildError(f"{path} is not what `nemoquant plugins build` writes; remove it and build again") from None
+
+
+def tensorrt_headers() -> Path | None:
+    """The folder of NvInferRuntime.h: in TENSORRT_ROOT, else in an installed kernel-lens.
+
+    Raises:
+        BuildError: TENSORRT_ROOT is set and has none.
+    """
+    return _headers("NvInferRuntime.h", "TENSORRT_ROOT", "kernel_lens", "include/tensorrt")
+
+
+def cutlass_headers() -> Path | None:
+    """The folder of cutlass/cutlass.h: in CUTLASS_ROOT, else in an installed nvidia-cutlass.
+
+    Raises:
+        BuildError: CUTLASS_ROOT is set and has none.
+    """
+    return _headers("cutlass/cutlass.h", "CUTLASS_ROOT", "cutlass_library", "source/include")
+
+
+def _headers(name: str, variable: str, package: str, inside: str) -> Path | None:
+    root = os.environ.get(variable)
+    if root:
+        found = next((at for at in (Path(root), Path(root) / "include") if (at / name).is_file()), None)
+        if found is None:
+            raise BuildError(
+                f"{variable}={root}: no {name} there, nor in its include; expected a folder that has it, or no {variable}"
+            )
+        return found
+    spec = importlib.util.find_spec(package)
+    places = [Path(at) / inside for at in (spec.submodule_search_locations or [])] if spec else []
+    return next((at for at in places if (at / name).is_file()), None)
+
+
+def tensorrt_version(headers: Path) -> str:
+    """``10.14.1``."""
+    text = (headers / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
+    numbers = [
+        re.search(rf"#define (?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part}) (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")
+    ]
+    return ".".join(match[1] if match else "?" for match in numbers)
+
+
+def parse_architectures(names: Sequence[str]) -> tuple[str, ...]:
+    """``sm_90a`` or ``90a`` -> ``90a``; several may stand in one string, with commas between.
+
+    Raises:
+        UsageError: a name that is none.
+    """
+    found = [part.strip().removeprefix("sm_") for name in names for part in name.split(",")]
+    for part in found:
+        if not re.fullmatch(r"\d{2,3}[af]?", part):
+            raise UsageError(
+                f"--arch {part}: expected names as nvcc has them, such as sm_90a; the default is {', '.join(ARCHITECTURES)}"
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def build(
+    out: Path | None = None,
+    architectures: Sequence[str] = ARCHITECTURES,
+    *,
+    gemm_architectures: Sequence[str] | None = None,
+    jobs: int | None = None,
+    host: bool = False,
+    faces: bool = True,
+    strict: bool = False,
+    progress: Progress = lambda stage, done, total, what: None,
+) -> Built:
+    """Compile, and put the libraries into ``out``.
+
+    Args:
+        out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second build is quick.
+        architectures: of :func:`parse_architectures`; nothing for the host.
+        gemm_architectures: those of them that the CUTLASS kernels are built for; default all.
+        jobs: compilers at once; default: the CPUs of this process.
+        host: for the CPU by the emulator, instead of for GPUs.
+        faces: the TensorRT plugins too, which need TensorRT's headers.
+        strict: warnings are errors.
+    Raises:
+        BuildError: a tool or headers are missing, or a compiler refused.
+        OutputError: ``out`` can't be written.
+    """
+    out = (out or default_folder()).absolute()
+    lacking = missing(host, faces)
+    if lacking:
+        raise BuildError(lacking)
+    cmake, folder = shutil.which("cmake") or "cmake", plugin_folder()
+    headers, cutlass = tensorrt_headers() if faces else None, cutlass_headers()
+    gemm = architectures if gemm_architectures is None else gemm_architectures
+    values = {
+        "NQ_HOST": host, "NQ_FACES": faces, "NQ_WERROR": strict, "NQ_ARCHS": ";".join(architectures), "NQ_GEMM_ARCHS": ";".join(gemm),
+        "TENSORRT_ROOT": headers or "", "CUTLASS_ROOT": cutlass or "", "Python3_EXECUTABLE": sys.executable,
+    }  # fmt: skip
+    work, log = out / "work" / _stem(host), out / f"{_stem(host)}.log"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        log.write_text("", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{out}: {error.strerror or error}; choose another folder with --out") from None
+    sources = sources_hash()
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = [
+        f"-D{key}={ {True: 'ON', False: 'OFF'}.get(value, value) if isinstance(value, bool) else value }"
+        for key, value in values.items()
+    ]
+    progress("configure", 0, 1, "")
+    _run([cmake, "-S", str(folder), "-B", str(work), *generator, *options], log)
+    progress("configure", 1, 1, "")
+    _run([cmake, "--build", str(work), "--parallel", str(jobs or len(os.sched_getaffinity(0)))], log, progress)
+    return _keep(work, out, sources, host, () if host else tuple(architectures), () if host else tuple(gemm), headers)
+
+
+def _stem(host: bool) -> str:
+    return "build_host" if host else "build"
+
+
+def missing(host: bool = False, faces: bool = True) -> str | None:
+    """What a build lacks here, as a sentence that says what to do; None where nothing is missing.
+
+    Raises:
+        BuildError: TENSORRT_ROOT or CUTLASS_ROOT is set and has no headers.
+    """
+    if shutil.which("cmake") is None:
+        return "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja, or the system's package"
+    if shutil.which("nvcc") is None:
+        why = "its headers of bfloat16 and half are needed on the host too" if host else "it compiles the kernels"
+        return f"nvcc was not found on the PATH; {why}: install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+    if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
+        return "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"
+    if faces and tensorrt_headers() is None:
+        return (
+            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]' (its wheel "
+            "kernel-lens has them; --no-deps kernel-lens installs no more), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds "
+            "what torch uses, which needs none"
+        )
+    folder = plugin_folder()
+    if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
+        return (
+            "CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]' (its wheel "
+            "nvidia-cutlass has them; --no-deps nvidia-cutlass installs no more), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
+        )
+    return None
+
+
+def _run(command: list[str], log: Path, progress: Progress | None = None) -> None:
+    """Run it, everything it says into the log; ``[3/7]`` at the start of a line is progress."""
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                step = re.match(r"\[(\d+)/(\d+)\] (?:.*?/)?([\w.]+/[\w.]+)\.o$", line.rstrip())
+                if step and progress:
+                    progress("compile", int(step[1]), int(step[2]), step[3])
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode == 0:
+        if progress:
+            progress("compile", 1, 1, "")
+        return
+    lines = log.read_text(encoding="utf-8").splitlines()
+    at = next(
+        (i for i, line in enumerate(lines) if re.search(r"\berror\b|\bfatal\b|CMake Error", line, re.IGNORECASE)), len(lines) - 1
+    )
+    reason = " ".join(line.strip() for line in lines[at : at + 4])
+    raise BuildError(f"the build failed: {reason[:600]}; the whole log is {log}")
+
+
+def _keep(
+    work: Path, out: Path, sources: str, host: bool, architectures: tuple[str, ...], gemm: tuple[str, ...], headers: Path | None
+) -> Built:
+    """Copy the libraries beside each other, each under its name only when it is whole."""
+    libraries = {}
+    for made in sorted(work.glob("libnemoquant_*.so")):
+        if headers is None and "plugins" in made.name:
+            continue  # of an earlier build
+        partial = out / f"{made.name}.partial"
+        shutil.copy2(made, partial)
+        partial.replace(out / made.name)
+        libraries[made.name] = hashlib.sha256((out / made.name).read_bytes()).hexdigest()
+    version = tensorrt_version(headers) if headers else None
+    built = Built(__version__, sources, host, architectures, gemm, version, libraries)
+    (out / f"{_stem(host)}.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
+    return built

@@ -1,0 +1,224 @@
+"""The operators for torch, ``torch.ops.nemoquant.*``: kernels on CUDA, on the CPU by the emulated host library where one was asked for.
+
+Names and order of arguments are those of ``plugins/<op>/spec.yaml``. Each has a fake kernel (shapes and dtypes without data), so that
+``torch.compile`` and ``torch.export`` trace it. None has a gradient.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemoquant.errors import BuildError
+from nemoquant.ops.abi import DTYPES
+from nemoquant.ops.library import Kernels, kernels
+
+DEVICES = ("cpu", "cuda")
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """As ``enum nemoquant_dtype`` has it.
+
+    Raises:
+        ValueError: it has none.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"no kernel knows {dtype}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def expect_shapes(op: str, sizes: dict[str, int], **given: tuple[Tensor | None, str]) -> None:
+    """``given`` are tensors with the letters of their dimensions, "B L C"; a digit behind a letter is subtracted ("K1" is K - 1).
+
+    Raises:
+        ValueError: a rank or a dimension differs; names the tensor, its shape and what was expected.
+    """
+    for name, (tensor, letters) in given.items():
+        if tensor is None:
+            continue
+        expected = tuple(sizes[word[0]] - int(word[1:] or 0) for word in letters.split())
+        if tensor.shape != expected:
+            raise ValueError(f"{op}: {name} is {list(tensor.shape)}; expected {list(expected)} ({letters})")
+
+
+def library_for(device: torch.device) -> Kernels:
+    """The library for tensors there.
+
+    Raises:
+        BuildError: there is none.
+    """
+    found = kernels(device.type)
+    if found is None:
+        how = (
+            "nemoquant plugins build"
+            if device.type == "cuda"
+            else "nemoquant plugins build --host, then nemoquant.ops.library.use"
+        )
+        raise BuildError(f"no kernels for tensors on {device.type}; build them: {how}")
+    return found
+
+
+def call(op: str, device: torch.device, **arguments: Any) -> None:
+    """Start a kernel on the current stream of ``device``; tensors stand for their addresses."""
+    library, on_cuda = library_for(device), device.type == "cuda"
+    plain = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    size = library.workspace(op, **plain)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)  # the allocator keeps it until the stream is past the kernel
+    if size:
+        plain["workspace"] = workspace.data_ptr()
+    with torch.cuda.device(device) if on_cuda else nullcontext():
+        library.call(op, stream=torch.cuda.current_stream(device).cuda_stream if on_cuda else None, **plain)
+
+
+@torch.library.custom_op("nemoquant::causal_conv1d", mutates_args=(), device_types=DEVICES)
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state_in: Tensor, y_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time from a state on, then silu.
+
+    Args:
+        x: [batch, length, channels] float32, float16 or bfloat16; rows may lie apart (a slice of a wider tensor is not copied).
+        weight: [channels, kernel] float32, kernel 2 to 4; the last tap meets the current position.
+        bias: [channels] float32, or None.
+        state_in: [batch, channels, kernel - 1] like ``x``: the inputs before it, oldest first.
+        y_dtype: float32 (default) or that of ``x``.
+    Returns:
+        y [batch, length, channels] and the last ``kernel - 1`` inputs like ``state_in``.
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        BuildError: no library for the device.
+        EngineError: the kernel refused.
+    """
+    batch, length, channels = x.shape
+    kernel = weight.shape[-1]
+    sizes = {"B": batch, "L": length, "C": channels, "K": kernel}
+    expect_shapes("causal_conv1d", sizes, weight=(weight, "C K"), bias=(bias, "C"), state_in=(state_in, "B C K1"))
+    if weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32) or state_in.dtype != x.dtype:
+        raise ValueError(
+            f"causal_conv1d: weight is {weight.dtype}, bias {bias.dtype if bias is not None else None}, state_in {state_in.dtype}; "
+            f"expected float32 weight and bias, and a state like x, {x.dtype}"
+        )
+    stride = x.stride(1) if length > 1 else max(x.stride(0), channels)
+    rows_apart = x.stride(2) == 1 and stride >= channels and (batch == 1 or x.stride(0) == length * stride)
+    if not rows_apart:
+        x, stride = x.contiguous(), channels
+    y = torch.empty(batch, length, channels, dtype=y_dtype or torch.float32, device=x.device)
+    state_out = torch.empty(state_in.shape, dtype=x.dtype, device=x.device)
+    call(
+        "causal_conv1d", x.device, x=x, weight=weight.contiguous(), bias=None if bias is None else bias.contiguous(),
+        state_in=state_in.contiguous(), y=y, state_out=state_out, batch=batch, length=length, channels=channels, kernel=kernel,
+        x_stride=stride, dtype=dtype_number(x.dtype), y_dtype=dtype_number(y.dtype),
+    )  # fmt: skip
+    return y, state_out
+
+
+@causal_conv1d.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    state_in: Tensor,
+    y_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=y_dtype or torch.float32), x.new_empty(state_in.shape)
+
+
+ROUNDINGS = {"nearest": 0, "stochastic": 1}  # enum nemoquant_rounding
+
+
+@torch.library.custom_op("nemoquant::mamba2_scan", mutates_args=(), device_types=DEVICES)
+def mamba2_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state_in: Tensor,
+    seed: Tensor | None = None,
+    dt_min: float = 0.0,
+    dt_max: float | None = None,
+    rounding: str = "nearest",
+    philox_rounds: int = 5,
+    step: int = 0,
+    y_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The selective state-space scan of Mamba-2 over any number of positions, from a state on.
+
+    Args:
+        x: [batch, length, heads, head_dim] float32, float16 or bfloat16; B and C alike. Positions may lie apart.
+        dt: [batch, length, heads], before bias and softplus; float32, float16 or bfloat16.
+        A, D, dt_bias: [heads] float32; A is negative. Without D no skip, without dt_bias 0.
+        B, C: [batch, length, groups, state].
+        state_in: [batch, heads, head_dim, state] float32, float16 or bfloat16.
+        seed: int64 [1]; with ``rounding`` "stochastic" alone, which rounds a float16 state by Philox(counter = (index, step), key = seed).
+        dt_min, dt_max: bounds of dt after softplus; None: no upper one.
+        y_dtype: float32 (default), float16 or bfloat16.
+    Returns:
+        y [batch, length, heads, head_dim], and the state after the last position like ``state_in``.
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        BuildError: no library for the device.
+        EngineError: the kernel refused.
+    """
+    batch, length, heads, width = x.shape
+    groups, size = B.shape[2:]
+    sizes = {"B": batch, "L": length, "H": heads, "P": width, "G": groups, "N": size}
+    expect_shapes(
+        "mamba2_scan", sizes, dt=(dt, "B L H"), A=(A, "H"), B=(B, "B L G N"), C=(C, "B L G N"), D=(D, "H"), dt_bias=(dt_bias, "H"),
+        state_in=(state_in, "B H P N"),
+    )  # fmt: skip
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"mamba2_scan: rounding is {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
+    floats = [t.dtype for t in (A, D, dt_bias) if t is not None]
+    if {B.dtype, C.dtype} != {x.dtype} or set(floats) != {torch.float32}:
+        raise ValueError(
+            f"mamba2_scan: x is {x.dtype}, B {B.dtype}, C {C.dtype}, A, D and dt_bias {floats}; expected B and C like x, the rest float32"
+        )
+    x, B, C = (with_contiguous_positions(t) for t in (x, B, C))
+    dt = dt if dt.stride(2) == 1 or heads == 1 else dt.contiguous()
+    y = torch.empty(x.shape, dtype=y_dtype or torch.float32, device=x.device)
+    state_out = torch.empty(state_in.shape, dtype=state_in.dtype, device=x.device)
+    arguments: dict[str, Any] = {
+        "x": x, "b": B, "c": C, "dt": dt, "a": A.contiguous(), "d": None if D is None else D.contiguous(),
+        "dt_bias": None if dt_bias is None else dt_bias.contiguous(), "state_in": state_in.contiguous(), "y": y, "state_out": state_out,
+        "seed": seed, "step": step, "batch": batch, "length": length, "heads": heads, "head_dim": width, "groups": groups, "state": size,
+        "dtype": dtype_number(x.dtype), "dt_dtype": dtype_number(dt.dtype), "y_dtype": dtype_number(y.dtype),
+        "state_dtype": dtype_number(state_in.dtype), "rounding": ROUNDINGS[rounding], "philox_rounds": philox_rounds,
+        "dt_min": dt_min, "dt_max": math.inf if dt_max is None else dt_max,
+    }  # fmt: skip
+    for name, tensor in (("x", x), ("b", B), ("c", C), ("dt", dt)):
+        arguments |= {f"{name}_batch_stride": tensor.stride(0), f"{name}_position_stride": tensor.stride(1)}
+    call("mamba2_scan", x.device, **arguments)
+    return y, state_out
+
+
+def with_contiguous_positions(t: Tensor) -> Tensor:
+    """[batch, length, rows, size] as the scan wants it: each position contiguous, at multiples of 8 elements and 16 bytes."""
+    apart = t.stride(3) == 1 and t.stride(2) == t.shape[3] and t.stride(0) % 8 == t.stride(1) % 8 == 0 and t.data_ptr() % 16 == 0
+    return t if apart else t.contiguous()
+
+
+@mamba2_scan.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,  # noqa: ARG001
+    A: Tensor,  # noqa: ARG001
+    B: Tensor,  # noqa: ARG001
+    C: Tensor,  # noqa: ARG001
+    D: Tensor | None,  # noqa: ARG001
+    dt_bias: Tensor | None,  # noqa: ARG001
+    state_in: Tensor,
+    seed: Tensor | None = None,  # noqa: ARG001
+    dt_min: float = 0.0,  # noqa: ARG001
+    dt_max: float | None = None,  # noqa: ARG001
+    rounding: str = "nearest",  # noqa: ARG001
+    philox_rounds: int = 5,  # noqa: ARG001
+    step: int = 0,  # noqa: ARG001
+    y_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=y_dtype or torch.float32), state_in.new_empty(state_in.shape)

@@ -1,0 +1,7 @@
+// What tests may set in the host build.
+#include "platform.cuh"
+
+// The most shared memory that a block can have from now on, bytes; 0 is the default. Other devices than SM90 and SM100 have less.
+extern "C" NEMOQUANT_API void nemoquant_host_shared_limit(size_t bytes) {
+    nq::host::machine.shared_limit = bytes ? bytes : nq::host::SHARED_LIMIT;
+}

@@ -1,0 +1,137 @@
+// One source for the device and for the host: kernels are plain CUDA, and a C++ compiler runs them with the emulator.
+//
+//   nvcc   kernels are kernels; NQ_LAUNCH is <<<>>>.
+//   C++    with -DNQ_HOST (and -I of the toolkit's headers, for bfloat16 and half): emulator.hpp gives threadIdx, barriers,
+//          warp exchanges, atomics and intrinsics their meaning; pointers are host pointers.
+//
+// NQ_LAUNCH((kernel<1, 2>), grid, block, dynamic_shared_bytes, stream, arguments...) gives 0 or an error code with its reason kept.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include "abi.h"
+#include "last_error.hpp"
+
+#if defined(__CUDACC__) && !defined(NQ_HOST)
+
+#include <cuda_runtime.h>
+
+// Dynamic shared memory as ``T* name``, aligned to 128 bytes.
+#define NQ_DYNAMIC_SHARED(T, name)                                \
+    extern __shared__ __align__(128) unsigned char nq_dynamic_shared[]; \
+    T* name = reinterpret_cast<T*>(nq_dynamic_shared)
+
+#define NQ_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
+    ::nq::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, stream, __VA_ARGS__)
+
+namespace nq {
+
+template <class... Parameters, class... Arguments>
+int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
+           Arguments&&... arguments) {
+    cudaError_t error = cudaSuccess;
+    if (shared > 48 * 1024)
+        error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared));
+    if (error == cudaSuccess) {
+        kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Arguments&&>(arguments)...);
+        error = cudaGetLastError();
+    }
+    if (error == cudaSuccess) return NEMOQUANT_OK;
+    return fail(NEMOQUANT_LAUNCH_FAILED, "%s, grid %u x %u x %u, %zu bytes of shared memory: %s", name, grid.x, grid.y, grid.z,
+                shared, cudaGetErrorString(error));
+}
+
+inline int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 0;
+    return value;
+}
+
+// The most dynamic shared memory that a block of the current device can have, bytes; 0 where there is no device.
+inline size_t shared_limit() { return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
+
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+inline int fill_zero(void* at, size_t bytes, void* stream) {
+    const cudaError_t error = cudaMemsetAsync(at, 0, bytes, static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? NEMOQUANT_OK : fail(NEMOQUANT_LAUNCH_FAILED, "clearing %zu bytes: %s", bytes, cudaGetErrorString(error));
+}
+
+// 16 bytes from global to shared memory without a register between; both 16-byte aligned. ``wanted`` false writes zeros.
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, bool wanted = true) {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    const int bytes = wanted ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(global), "r"(bytes) : "memory");
+}
+
+// Closes a group of this thread's copies.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most ``open`` of this thread's groups are under way; a barrier must follow before other threads read.
+template <int open>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
+}
+
+}  // namespace nq
+
+#elif defined(NQ_HOST)
+
+#include "emulator.hpp"
+
+#define NQ_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::nq::host::dynamic_shared())
+
+#define NQ_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
+    ::nq::host::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, stream, __VA_ARGS__)
+
+namespace nq {
+
+inline size_t shared_limit() { return host::machine.shared_limit; }
+inline int multiprocessors() { return 4; }
+
+inline int fill_zero(void* at, size_t bytes, void*) {
+    std::memset(at, 0, bytes);
+    return NEMOQUANT_OK;
+}
+
+using host::copy_async16;
+using host::copy_async_commit;
+using host::copy_async_wait;
+
+}  // namespace nq
+
+#else
+#error "platform.cuh: compile with nvcc, or with a C++ compiler and -DNQ_HOST"
+#endif
+
+namespace nq {
+
+// Bits at an address that is a multiple of their size, whatever is declared to lie there.
+template <class T>
+__device__ __forceinline__ T load_as(const void* at) {
+#if defined(NQ_HOST)
+    T bits;
+    std::memcpy(&bits, at, sizeof bits);
+    return bits;
+#else
+    return *static_cast<const T*>(at);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void store_as(void* at, T bits) {
+#if defined(NQ_HOST)
+    std::memcpy(at, &bits, sizeof bits);
+#else
+    *static_cast<T*>(at) = bits;
+#endif
+}
+
+}  // namespace nq

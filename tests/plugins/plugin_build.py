@@ -1,0 +1,60 @@
+"""What the tests of the plugins share: the host libraries, built once and kept while the sources are the same."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from nemoquant.ops.build import build, read_built, tensorrt_headers
+from nemoquant.ops.sources import sources_hash
+
+HERE = Path(__file__).resolve().parent
+PLUGINS = HERE.parents[1] / "plugins"
+OPERATORS = sorted(path.parent.name for path in PLUGINS.glob("*/plugin.cpp") if path.parent.name != "common")
+
+needs_compiler = pytest.mark.skipif(
+    not all(map(shutil.which, ("cmake", "nvcc", "g++"))),
+    reason="needs g++, cmake, and the CUDA toolkit for its bfloat16 and half types",
+)
+needs_tensorrt_headers = pytest.mark.skipif(
+    tensorrt_headers() is None, reason="needs TensorRT's headers: pip install --no-deps kernel-lens, or TENSORRT_ROOT"
+)
+
+
+@cache
+def cuda_headers() -> Path:
+    """Beside nvcc."""
+    tried = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True).stderr
+    return Path(next(line.split("=", 1)[1] for line in tried.splitlines() if line.startswith("#$ TOP="))) / "include"
+
+
+def cache_folder() -> Path:
+    """Of this user and these sources; a change of either makes a new one."""
+    headers = tensorrt_headers()
+    faces = "faces" if headers else "kernels"
+    return Path(tempfile.gettempdir()) / f"nemoquant-host-{os.getuid()}" / f"{sources_hash()[:16]}-{faces}"
+
+
+def host_folder() -> Path:
+    """With libnemoquant_host.so and, where TensorRT's headers are, libnemoquant_plugins_host.so."""
+    folder = cache_folder()
+    built = read_built(folder, host=True) if folder.is_dir() else None
+    if built is None or built.sources != sources_hash():
+        build(folder, host=True, faces=tensorrt_headers() is not None, strict=True)
+    return folder
+
+
+def harness() -> Path:
+    """``trt_caller.cpp``, compiled beside them."""
+    source = HERE / "trt_caller.cpp"
+    library = host_folder() / "trt_caller.so"
+    if not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
+        command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+        subprocess.run(
+            [*command, f"-isystem{tensorrt_headers()}", f"-isystem{cuda_headers()}", source, "-o", library], check=True
+        )
+    return library
