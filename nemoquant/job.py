@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from nemoquant.errors import UsageError, listing
 from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack import output
-from nemoquant.pack.shards import shards
+from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.unfinished import Unfinished, check_options, earlier, finish, unfinished
 from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
@@ -135,7 +136,7 @@ class Job:
 
                 workers = cluster.workers(self.threads) if cluster else Threads(self.checkpoint, self.threads, self._budget.ahead)
                 verified, skipped = write_checkpoint(
-                    self.source, self.plan, scales, run, workers, self.shard_bytes, self.warnings, self.progress
+                    self.source, self.plan, self.layout, scales, run, workers, self.shard_bytes, self.warnings, self.progress
                 )
         return verified, skipped, None if scales is None else scales.summary()
 
@@ -161,10 +162,15 @@ class Job:
         skipped = output.side_files(self.source.path, self.source.raw_config)[1]
         return found.verified, skipped, None if scales is None else scales.summary()
 
+    @cached_property
+    def layout(self) -> list[Shard]:
+        """The output's shards; of a large model they take seconds to lay out."""
+        return shards(self.plan, self.shard_bytes)
+
     def _known_files(self) -> set[str]:
         """Names that this run may write into OUT."""
         copied, _ = output.side_files(self.source.path, self.source.raw_config)
-        return {shard.file for shard in shards(self.plan, self.shard_bytes)} | {*copied, *output.WRITTEN}
+        return {shard.file for shard in self.layout} | {*copied, *output.WRITTEN}
 
     def _identity(self, found: Scales | Rows | None, weights: str) -> dict[str, Any]:
         """The options that decide the output's bytes, by the names that a user knows them by."""
