@@ -148,9 +148,11 @@ def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     ours = not ray.is_initialized()
     if ours:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            options["include_dashboard"] = False
         try:
-            ray.init(address=address or "local", **quiet, **({} if address else {"include_dashboard": False}))
+            ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = address or "this machine"
             raise UsageError(
