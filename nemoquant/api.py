@@ -137,6 +137,8 @@ def quantize(
         raise UsageError(f"engine is {engine!r}; expected local or ray")
     if address is not None and engine != "ray":
         raise UsageError(f"an address ({address}) goes with --engine ray only; give both, or neither")
+    if engine == "ray" and options.device != "cpu":
+        raise UsageError(f"engine ray calibrates on processors only, device is {options.device!r}; expected cpu")
     opened = open_source(source)
     if opened.checkpoint is None:
         raise CheckpointError(

@@ -90,7 +90,7 @@ class Cluster:
         try:
             return self._ray.get(reference)
         except exceptions.RayTaskError as error:
-            raise error.cause from None
+            raise error.cause from error
         except exceptions.RayError as error:
             raise UsageError(f"the Ray cluster failed ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 

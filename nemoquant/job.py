@@ -57,8 +57,18 @@ class Job:
             OutputError
         """
         if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
-            output.check_output(self.out, self.source.path, self.plan.tensors_out, self.plan.bytes_out, resume=self.resume)
+            needed = self.plan.bytes_out + self._hidden_bytes()
+            output.check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.resume)
         output.side_files(self.source.path, self.source.raw_config)
+
+    def _hidden_bytes(self) -> int:
+        """Disk for both files of hidden states, as far as it is known before the rows are read."""
+        options = self.options
+        calibrates = self.plan.needs_calibration and options.scales is None and not (self.earlier and self.earlier.calibrated)
+        if not calibrates or (options.data is not None and Path(options.data).suffix == ".npy"):
+            return 0
+        item = 4 if compute_dtype_name(options) == "float32" else 2
+        return 2 * options.rows * options.seq_len * self.source.config.hidden_size * item
 
     def check_calibration(self) -> Scales | Rows | None:
         """Read what the scales will come from, an earlier run's file or rows to calibrate on; None where nothing is needed.
@@ -224,6 +234,8 @@ class Job:
             if run.calibration is not None:
                 run.calibration = {"layers": run.calibration["layers"]}
             run.save()
+        for hidden in run.state.glob("hidden.*"):
+            hidden.unlink()
         return scales
 
     def _calibrate(self, run: Unfinished, rows: Rows, cluster: "Cluster | None") -> Scales:
