@@ -104,6 +104,8 @@ def quantize(
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
     resume: bool = False,
+    engine: str = "local",
+    address: str | None = None,
     planned: Callable[[Plan], None] = lambda plan: None,
     expected: Callable[["Estimate"], None] | None = None,
     progress: Progress = no_progress,
@@ -119,6 +121,8 @@ def quantize(
         threads: for calibration and packing; None is all that this process may use.
         dry_run: check everything, write nothing.
         resume: go on with what an earlier run with the same options left in OUT.partial; begin anew where there is nothing.
+        engine: ``local``, this process; ``ray``, a cluster (extra ``ray``).
+        address: of the Ray cluster, ``auto`` for one that runs here; None starts one on this machine.
         planned: called with the plan before anything long begins.
         expected: called with what the run will need, from a short measurement, before the first byte is written; None measures nothing.
         say: told in a line what of an earlier run is used.
@@ -129,6 +133,12 @@ def quantize(
     options = calibration or CalibrationOptions()
     if (threads is not None and threads < 1) or shard_bytes < 1:
         raise UsageError(f"threads is {threads}, shard_bytes {shard_bytes}; expected at least 1 of each")
+    if engine not in ("local", "ray"):
+        raise UsageError(f"engine is {engine!r}; expected local or ray")
+    if address is not None and engine != "ray":
+        raise UsageError(f"an address ({address}) goes with --engine ray only; give both, or neither")
+    if engine == "ray" and options.device != "cpu":
+        raise UsageError(f"engine ray calibrates on processors only, device is {options.device!r}; expected cpu")
     opened = open_source(source)
     if opened.checkpoint is None:
         raise CheckpointError(
@@ -145,7 +155,7 @@ def quantize(
             warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
         from nemoquant.job import Job
 
-        job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say, expected)
+        job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say, expected, engine, address)
         job.check()
         planned(made)
         if dry_run:

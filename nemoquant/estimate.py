@@ -17,7 +17,6 @@ from nemoquant.errors import UsageError
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack.encode import CHUNK_BYTES
 from nemoquant.pack.output import BYTES_PER_TENSOR, MARGIN
-from nemoquant.pack.shards import units
 from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
 from nemoquant.speeds import Speeds, measure
@@ -25,6 +24,7 @@ from nemoquant.units import size
 
 DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
 BASE_STEP = 256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
+PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and what became of it
 BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
 
 VERIFY_TENSOR = 50e-6  # seconds for the checks of one tensor, measured
@@ -98,9 +98,9 @@ def budget(
 
     held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
     limit = memory or DEFAULT_MEMORY
-    waiting = pack_bytes(plan, 0)
-    ahead = max(1, min(AHEAD * threads, (limit - held - waiting) // _piece()))
-    needed = {"packing": held + pack_bytes(plan, ahead)}
+    waiting = pack_bytes(plan)
+    ahead = max(1, min(AHEAD * threads, (limit - held - waiting) // PIECE))
+    needed = {"packing": held + waiting + ahead * PIECE}
     given = row_batch is not None
     if shape is not None:
         rows, length = shape
@@ -117,26 +117,28 @@ def budget(
     return Budget(needed[most], row_batch if shape else None, ahead)
 
 
-def _piece() -> int:
-    """Bytes of one piece in the pipeline: its source, mapped, and what became of it."""
-    return 2 * CHUNK_BYTES
-
-
-def pack_bytes(plan: Plan, ahead: int) -> int:
-    """What packing holds beside the plan: pieces in work, pieces that wait to be hashed and written, one unit's block scales."""
-    blocks = (sum(e.nbytes for e in unit.entries if e.kind == "block_scales") for unit in units(plan))
-    return ahead * _piece() + 2 * DEPTH * CHUNK_BYTES // 2 + max(blocks, default=0)
+def pack_bytes(plan: Plan) -> int:
+    """What packing holds beside the plan and the pieces in work: pieces that wait to be hashed and written, one unit's block scales."""
+    blocks: dict[object, int] = {}  # of experts of a layer and projection together, else of a tensor
+    for row in plan.quantized:
+        scales = [math.prod(shape) for kind, _, shape in row.parts() if kind == "block_scales"]
+        unit = row.name if row.expert is None else (row.role, row.layer)
+        blocks[unit] = blocks.get(unit, 0) + sum(scales)
+    return 2 * DEPTH * CHUNK_BYTES // 2 + max(blocks.values(), default=0)
 
 
 def estimate(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int
-) -> Estimate:
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int,
+    processors: int | None = None,
+) -> Estimate:  # fmt: skip
     """Measure, and say what a run will take.
 
     Args:
         folder: an existing one on OUT's disk.
         shape: rows and length of the calibration, None where nothing is calibrated.
         dtype_name: its compute dtype.
+        threads: of one batch of the calibration.
+        processors: for packing, and for batches beside each other where there are more than ``threads``; None is ``threads``.
     """
     import torch
 
@@ -152,9 +154,10 @@ def estimate(
     disk = plan.bytes_out + BYTES_PER_TENSOR * plan.tensors_out + MARGIN
     if shape:
         disk += 2 * shape[0] * shape[1] * plan.config.hidden_size * dtype.itemsize
+    processors = processors or threads
     return Estimate(
-        _calibrate_seconds(plan, shape, chosen.row_batch, speeds) if shape else 0.0,
-        _pack_seconds(plan, speeds, write, threads),
+        _calibrate_seconds(plan, shape, chosen.row_batch, speeds) * threads / processors if shape else 0.0,
+        _pack_seconds(plan, speeds, write, processors),
         plan.bytes_out / speeds.hash + VERIFY_TENSOR * plan.tensors_out,
         chosen.memory,
         disk,

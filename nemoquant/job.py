@@ -2,12 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemoquant._version import __version__
 from nemoquant.calibrate.data import Rows, default_data, load_rows
+from nemoquant.calibrate.memory import RowBatch
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
@@ -16,10 +20,13 @@ from nemoquant.errors import UsageError, listing
 from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack import output
-from nemoquant.pack.shards import shards
+from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.unfinished import Unfinished, check_options, earlier, finish, unfinished
-from nemoquant.pack.workers import usable_threads
+from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from nemoquant.cluster import Cluster
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 Verified = dict[str, int]
@@ -31,15 +38,17 @@ class Job:
     def __init__(
         self, source: Source, plan: Plan, out: Path, options: CalibrationOptions, threads: int | None, shard_bytes: int,
         resume: bool, warnings: list[str], progress: Progress, say: Callable[[str], None], expected: Callable[[Estimate], None] | None,
+        engine: str, address: str | None,
     ) -> None:  # fmt: skip
         """Raises OutputError where the state of an earlier run can't be read."""
         assert source.checkpoint is not None
         self.source, self.checkpoint, self.plan, self.out, self.options = source, source.checkpoint, plan, out, options
         self.shard_bytes, self.resume, self.warnings, self.progress, self.say = shard_bytes, resume, warnings, progress, say
-        self.expected = expected
+        self.expected, self.engine, self.address = expected, engine, address
         self.earlier = earlier(out) if resume else None
         began = self.earlier.options if self.earlier and not self.earlier.calibrated else {}
-        self.threads: int = threads or began.get("--threads") or usable_threads()
+        self.threads: int = threads or (engine != "ray" and began.get("--threads")) or usable_threads()
+        self._calibration_threads = 1 if engine == "ray" else self.threads
 
     def check(self) -> None:
         """Everything that can be refused without reading weights or text.
@@ -48,8 +57,18 @@ class Job:
             OutputError
         """
         if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
-            output.check_output(self.out, self.source.path, self.plan.tensors_out, self.plan.bytes_out, resume=self.resume)
+            needed = self.plan.bytes_out + self._hidden_bytes()
+            output.check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.resume)
         output.side_files(self.source.path, self.source.raw_config)
+
+    def _hidden_bytes(self) -> int:
+        """Disk for both files of hidden states, as far as it is known before the rows are read."""
+        options = self.options
+        calibrates = self.plan.needs_calibration and options.scales is None and not (self.earlier and self.earlier.calibrated)
+        if not calibrates or (options.data is not None and Path(options.data).suffix == ".npy"):
+            return 0
+        item = 4 if compute_dtype_name(options) == "float32" else 2
+        return 2 * options.rows * options.seq_len * self.source.config.hidden_size * item
 
     def check_calibration(self) -> Scales | Rows | None:
         """Read what the scales will come from, an earlier run's file or rows to calibrate on; None where nothing is needed.
@@ -72,58 +91,75 @@ class Job:
         data = Path(options.data) if options.data is not None else default_data()
         return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len, self.warnings.append)
 
-    def expect(self, found: Scales | Rows | None) -> None:
+    def expect(self, found: Scales | Rows | None, cluster: "Cluster | None" = None) -> None:
         """Choose how to keep below the memory, and, where somebody listens, measure this machine and tell what the run will need.
 
         Raises:
             UsageError: the memory is too little.
         """
-        options, shape, row_batch = self.options, None, self.options.row_batch
+        options, shape = self.options, None
+        row_batch: RowBatch | None = options.row_batch
+        dtype = compute_dtype_name(options)
+        item = 4 if dtype == "float32" else 2
         if isinstance(found, Rows):
             shape = (found.ids.shape[0], found.ids.shape[1])
             if row_batch is None and self.earlier is not None:
                 row_batch = self.earlier.options.get("--row-batch")
-        dtype = compute_dtype_name(options)
-        self._budget = budget(self.plan, options.memory, row_batch, shape, 4 if dtype == "float32" else 2, self.threads)
+        if row_batch is None and shape is not None and cluster is not None:
+            most = math.ceil(shape[0] / cluster.processors)  # a batch for each processor at least
+            picked = budget(self.plan, options.memory, None, shape, item, self.threads).row_batch
+            assert isinstance(picked, Mapping)
+            row_batch = {kind: min(most, picked[kind]) for kind in sorted(picked)}
+        self._budget = budget(self.plan, options.memory, row_batch, shape, item, self.threads)
         if self.expected is not None:
             folder = next(p for p in self.out.absolute().parents if p.exists())
-            self.expected(estimate(self.checkpoint, self.plan, folder, shape, dtype, self._budget, self.threads))
+            processors = self.threads if cluster is None else cluster.processors
+            self.expected(
+                estimate(self.checkpoint, self.plan, folder, shape, dtype, self._budget, self._calibration_threads, processors)
+            )
 
     def run(self) -> tuple[Verified, list[str], dict[str, Any] | None]:
         """Calibrate, pack and verify.
 
         Returns:
             what verify checked, the source's files that were left behind, and the calibration's summary.
+        Raises:
+            MissingExtraError, UsageError: the cluster can't be used.
         """
         told = len(self.warnings)
         found = self.check_calibration()
         told_of_rows = self.warnings[told:]
         del self.warnings[told:]
-        self.expect(found)
-        weights = manifest.weights_fingerprint(self.checkpoint)
-        identity = self._identity(found, weights)
-        if self.earlier is not None and self.earlier.folder == self.out:
-            return self._done(self.earlier, identity)
-        with unfinished(self.out, identity, self._known_files(), resume=self.resume) as run:
-            if run.worth_keeping:
-                self.say(f"going on with {run.folder}: {run.describe()}")
-            elif self.resume:
-                self.say("nothing to go on with, beginning anew")
-            scales = self._scales(run, found, weights, told_of_rows)
-            from nemoquant.pack.run import write_checkpoint
+        with self._cluster() as cluster:
+            self.expect(found, cluster)
+            weights = manifest.weights_fingerprint(self.checkpoint)
+            identity = self._identity(found, weights)
+            if self.earlier is not None and self.earlier.folder == self.out:
+                return self._done(self.earlier, identity)
+            with unfinished(self.out, identity, self._known_files(), resume=self.resume) as run:
+                if run.worth_keeping:
+                    self.say(f"going on with {run.folder}: {run.describe()}")
+                elif self.resume:
+                    self.say("nothing to go on with, beginning anew")
+                scales = self._scales(run, found, weights, told_of_rows, cluster)
+                from nemoquant.pack.run import write_checkpoint
 
-            verified, skipped = write_checkpoint(
-                self.source,
-                self.plan,
-                scales,
-                run,
-                self._budget.ahead,
-                self.threads,
-                self.shard_bytes,
-                self.warnings,
-                self.progress,
-            )
+                workers = cluster.workers(self.threads) if cluster else Threads(self.checkpoint, self.threads, self._budget.ahead)
+                verified, skipped = write_checkpoint(
+                    self.source, self.plan, self.layout, scales, run, workers, self.shard_bytes, self.warnings, self.progress
+                )
         return verified, skipped, None if scales is None else scales.summary()
+
+    @contextmanager
+    def _cluster(self) -> Iterator["Cluster | None"]:
+        if self.engine != "ray":
+            yield None
+            return
+        from nemoquant.cluster import connected
+
+        with connected(self.address, self.checkpoint) as cluster:
+            self.say(f"Ray: {cluster.processors} processors")
+            yield cluster
 
     def _done(self, found: Unfinished, identity: dict[str, Any]) -> tuple[Verified, list[str], dict[str, Any] | None]:
         """The earlier run was killed after it had given the folder its name: only its state is left to remove."""
@@ -136,10 +172,15 @@ class Job:
         skipped = output.side_files(self.source.path, self.source.raw_config)[1]
         return found.verified, skipped, None if scales is None else scales.summary()
 
+    @cached_property
+    def layout(self) -> list[Shard]:
+        """The output's shards; of a large model they take seconds to lay out."""
+        return shards(self.plan, self.shard_bytes)
+
     def _known_files(self) -> set[str]:
         """Names that this run may write into OUT."""
         copied, _ = output.side_files(self.source.path, self.source.raw_config)
-        return {shard.file for shard in shards(self.plan, self.shard_bytes)} | {*copied, *output.WRITTEN}
+        return {shard.file for shard in self.layout} | {*copied, *output.WRITTEN}
 
     def _identity(self, found: Scales | Rows | None, weights: str) -> dict[str, Any]:
         """The options that decide the output's bytes, by the names that a user knows them by."""
@@ -163,11 +204,13 @@ class Job:
                 "--device": self.options.device,
                 "--compute": compute_dtype_name(self.options),
                 "--row-batch": self._budget.row_batch,
-                "--threads": self.threads,
+                "--threads": self._calibration_threads,
             }
         return options
 
-    def _scales(self, run: Unfinished, found: Scales | Rows | None, weights: str, told: list[str]) -> Scales | None:
+    def _scales(
+        self, run: Unfinished, found: Scales | Rows | None, weights: str, told: list[str], cluster: "Cluster | None"
+    ) -> Scales | None:
         """Calibrate, or take the results of an earlier run. What was told of a run is told again with its file."""
         if found is None:
             return None
@@ -177,7 +220,7 @@ class Job:
         elif isinstance(found, Scales):
             scales = found
         else:
-            scales = self._calibrate(run, found)
+            scales = self._calibrate(run, found, cluster)
             scales.settings["weights"] = weights
             scales.warnings = told + self._told_of(scales)
         if isinstance(found, Scales) and found.settings.get("weights") != weights:
@@ -191,15 +234,17 @@ class Job:
             if run.calibration is not None:
                 run.calibration = {"layers": run.calibration["layers"]}
             run.save()
+        for hidden in run.state.glob("hidden.*"):
+            hidden.unlink()
         return scales
 
-    def _calibrate(self, run: Unfinished, rows: Rows) -> Scales:
+    def _calibrate(self, run: Unfinished, rows: Rows, cluster: "Cluster | None") -> Scales:
         import torch
 
         from nemoquant.calibrate.hidden import InFiles
         from nemoquant.calibrate.run import Between, calibrate
 
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self._calibration_threads)
         dtype = getattr(torch, compute_dtype_name(self.options))
         assert self._budget.row_batch is not None
         shape = (*rows.ids.shape, self.source.config.hidden_size)
@@ -225,6 +270,7 @@ class Job:
             return calibrate(
                 self.checkpoint, self.source.config, rows, device=self.options.device, dtype=dtype,
                 row_batch=self._budget.row_batch, hidden=hidden, begin=begin, keep=keep,
+                spread=None if cluster is None else cluster.spread,
                 progress=lambda done, total, what: self.progress("calibrate", done, total, what),
             )  # fmt: skip
         finally:

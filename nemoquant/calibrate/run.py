@@ -4,9 +4,9 @@ Every GEMM input of the main model is observed, whatever the plan quantizes, so 
 The bf16 output is propagated: a maximum describes what the source model computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CalibrationError, WeightError, listing
-from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import prefixed
@@ -30,6 +30,25 @@ MAX_NON_FINITE = 0.1  # share of rows that may be left out
 DEFAULT_ROW_BATCH = 4
 KV_OUTPUT = ".output"
 Progress = Callable[[int, int, str], None]  # done, total, what
+
+
+class Observed(NamedTuple):
+    """What a layer made of a batch.
+
+    Attributes:
+        output: of the rows that are finite [rows, length, hidden], on the CPU.
+        finite: for each row of the batch, whether it is.
+        maxima: module -> amax of its input, over the finite rows.
+        tokens: expert -> tokens of these rows that it got.
+    """
+
+    output: Tensor
+    finite: list[bool]
+    maxima: dict[str, float]
+    tokens: dict[int, int]
+
+
+Spread = Callable[[Checkpoint, NemotronHConfig, int, Iterable[Tensor], str], Iterator[Observed]]  # runs ``observe``, in order
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -65,6 +84,7 @@ def calibrate(
     hidden: HiddenStates | None = None,
     begin: Between | None = None,
     keep: Callable[[Between], None] = lambda between: None,
+    spread: Spread | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Scales:
     """Run ``rows`` through the model and observe.
@@ -75,6 +95,7 @@ def calibrate(
         hidden: where hidden states wait; None is in memory.
         begin: what ``keep`` was called with in an earlier run, with ``hidden`` as it was then: goes on from there.
         keep: called after each layer.
+        spread: runs a layer's batches; None is one after the other, here.
     Raises:
         CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf; WeightError where weights hold them.
     """
@@ -94,7 +115,7 @@ def calibrate(
     total = len(config.layers) + 1
     for i in range(begin.layers, len(config.layers)):
         progress(i, total, f"layer {i}, {config.layers[i]}")
-        _layer(checkpoint, config, i, hidden, alive, scales, device, rows_of(row_batch, config.layers[i]))
+        _layer(checkpoint, config, i, hidden, alive, scales, device, rows_of(row_batch, config.layers[i]), spread or one_by_one)
         keep(Between(i + 1, scales, np.flatnonzero(~alive).tolist()))
     progress(len(config.layers), total, "head")
     norm = LayerWeights(checkpoint, "backbone.norm_f.")["weight"]
@@ -131,29 +152,24 @@ def _layer(
     scales: Scales,
     device: str,
     row_batch: int,
+    spread: Spread,
 ) -> None:
     """One layer over all rows: ``hidden`` becomes its output, ``alive`` loses the rows that are no longer finite."""
-    prefix = f"backbone.layers.{i}."
-    weights = LayerWeights(checkpoint, prefix)
     kind = config.layers[i]
     found: dict[str, float] = {}
     tokens: dict[int, int] = {}
-    for batch in _batches(alive, row_batch):
-        states = hidden.read(batch).to(device)
-        output, finite, observer = _observe(config, kind, weights, states, prefix)
-        if not finite.all():  # their maxima mean nothing: observe the others of this batch again, without them
-            alive[np.array(batch)[~finite.numpy()]] = False
+    batches = _batches(alive, row_batch)
+    observed = spread(checkpoint, config, i, (hidden.read(batch) for batch in batches), device)
+    for batch, (output, finite, maxima, counts) in zip(batches, observed, strict=True):
+        lost = [row for row, good in zip(batch, finite, strict=True) if not good]
+        if lost:
+            alive[lost] = False
             _check_finite(checkpoint, alive, i, kind)
-            batch, output = list(np.array(batch)[finite.numpy()]), output[finite.to(output.device)]
-            observer = AmaxObserver()
-            if len(batch):
-                observer = _observe(config, kind, weights, states[finite.to(device)], prefix)[2]
-        hidden.write(batch, output)
-        for name, amax in observer.collect().items():
+        hidden.write([row for row, good in zip(batch, finite, strict=True) if good], output)
+        for name, amax in maxima.items():
             found[name] = max(amax, found.get(name, 0.0))
-        for expert, count in observer.tokens.items():
+        for expert, count in counts.items():
             tokens[expert] = tokens.get(expert, 0) + count
-    weights.release()
     hidden.turn()
     scales.kv_amax |= {n.removesuffix(KV_OUTPUT): v for n, v in found.items() if n.endswith(KV_OUTPUT)}
     scales.input_amax |= {n: v for n, v in found.items() if not n.endswith((KV_OUTPUT, ".gate"))}
@@ -161,13 +177,33 @@ def _layer(
         scales.tokens_per_expert[i] = [tokens.get(e, 0) for e in range(config.n_routed_experts)]
 
 
-def _observe(
-    config: NemotronHConfig, kind: LayerKind, weights: LayerWeights, states: Tensor, prefix: str
-) -> tuple[Tensor, Tensor, AmaxObserver]:
-    """One batch through a layer: its output, which of its rows are finite (on the CPU), and what was observed."""
-    observer = AmaxObserver()
-    output, _ = layer_forward(config, kind, weights, states, None, prefixed(observer.tap(), prefix))
-    return output, torch.isfinite(output).flatten(1).all(1).cpu(), observer
+def observe(checkpoint: Checkpoint, config: NemotronHConfig, layer: int, states: Tensor, device: str) -> Observed:
+    """A batch of rows [rows, length, hidden] through one layer. A pure function: it may run anywhere.
+
+    Rows that come to NaN or Inf say nothing about the others' maxima: these are then observed again, without them.
+    """
+    prefix = f"backbone.layers.{layer}."
+    weights = LayerWeights(checkpoint, prefix)
+
+    def through(states: Tensor) -> tuple[Tensor, AmaxObserver]:
+        observer = AmaxObserver()
+        return layer_forward(config, config.layers[layer], weights, states, None, prefixed(observer.tap(), prefix))[0], observer
+
+    states = states.to(device)
+    output, observer = through(states)
+    finite = torch.isfinite(output).flatten(1).all(1)
+    if not finite.all():
+        output = output[finite]
+        observer = through(states[finite])[1] if len(output) else AmaxObserver()
+    weights.release()
+    return Observed(output.cpu(), finite.tolist(), observer.collect(), observer.tokens)
+
+
+def one_by_one(
+    checkpoint: Checkpoint, config: NemotronHConfig, layer: int, batches: Iterable[Tensor], device: str
+) -> Iterator[Observed]:
+    """``observe`` on each batch, here."""
+    return (observe(checkpoint, config, layer, states, device) for states in batches)
 
 
 def _check_finite(checkpoint: Checkpoint, alive: np.ndarray[Any, Any], layer: int, kind: str) -> None:

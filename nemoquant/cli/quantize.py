@@ -53,13 +53,21 @@ if TYPE_CHECKING:
     "--shard-size", type=click.FloatRange(min=0.000001), default=5.0, show_default=True, help="Largest output file, in GB."
 )
 @click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where to compute: this process, or a Ray cluster (extra `ray`), whose nodes see SRC under the same path.",
+)
+@click.option("--address", metavar="HOST:PORT", help="The Ray cluster; `auto`: one that runs here; default: one is started here.")
 @click.option("--resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
 def command(
     source: Path, out: Path, fmt: str | None, recipe: str | None, calib: Path | None, rows: int, seq_len: int, scales: Path | None,
     device: str, compute: str, row_batch: int | None, memory: int | None, threads: int | None, shard_size: float,
-    no_scale_groups: bool, resume: bool, dry_run: bool, as_json: bool,
+    no_scale_groups: bool, engine: str, address: str | None, resume: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
 
@@ -104,7 +112,8 @@ def command(
     with progress_bars(as_json) as progress:
         result = api.quantize(
             source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
-            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, resume=resume, planned=planned, expected=expected, progress=progress,
+            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, resume=resume, engine=engine, address=address,
+            planned=planned, expected=expected, progress=progress,
             say=lambda text: click.echo(text, err=True),
         )  # fmt: skip
     took = time.monotonic() - began

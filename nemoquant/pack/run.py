@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from nemoquant.errors import VerificationError, listing
 from nemoquant.pack import output
 from nemoquant.pack.card import card
 from nemoquant.pack.layouts import quantization_sections
-from nemoquant.pack.shards import shards
+from nemoquant.pack.shards import Shard
 from nemoquant.pack.unfinished import Unfinished
 from nemoquant.pack.verify import verify
-from nemoquant.pack.workers import Threads
+from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 
@@ -27,20 +28,21 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 
 
 def write_checkpoint(
-    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
-    warnings: list[str], progress: Progress,
+    source: Source, plan: Plan, layout: list[Shard], scales: Scales | None, run: Unfinished, workers: AbstractContextManager[Workers],
+    shard_bytes: int, warnings: list[str], progress: Progress,
 ) -> tuple[dict[str, int], list[str]]:  # fmt: skip
     """Write everything that ``run`` does not have yet into its folder, and verify it. Finds of its own are added to ``warnings``.
 
     Args:
-        ahead: pieces that may be in work and waiting.
+        layout: the plan's shards of ``shard_bytes``.
+        workers: who encodes; entered when there is something to do.
     Returns:
         what verify checked, and the source's files that were left behind.
     Raises:
         CalibrationError, WeightError, VerificationError
     """
     folder = run.folder
-    zero = _pack(source, plan, scales, run, ahead, threads, shard_bytes, warnings, progress)
+    zero = _pack(source, plan, layout, scales, run, workers, warnings, progress)
     if zero:
         warnings.append(
             f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}"
@@ -48,7 +50,6 @@ def write_checkpoint(
     section, legacy = quantization_sections(plan)
     _json(folder / "config.json", source.raw_config | ({"quantization_config": section} if section else {}))
     _json(folder / "hf_quant_config.json", legacy)
-    layout = shards(plan, shard_bytes)
     weight_map = {entry.name: shard.file for shard in layout for entry in shard.entries}
     _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
     if scales is not None:
@@ -69,7 +70,7 @@ def write_checkpoint(
 
 
 def _pack(
-    source: Source, plan: Plan, scales: Scales | None, run: Unfinished, ahead: int, threads: int, shard_bytes: int,
+    source: Source, plan: Plan, layout: list[Shard], scales: Scales | None, run: Unfinished, workers: AbstractContextManager[Workers],
     warnings: list[str], progress: Progress,
 ) -> list[str]:  # fmt: skip
     """Write the shards that are missing; returns the modules whose weights are zero, in all of them."""
@@ -82,9 +83,9 @@ def _pack(
         progress("pack", done, plan.bytes_in, "")
 
     there = run.finished_shards()
-    with Threads(source.checkpoint, threads, ahead) as workers:
-        packer = Packer(plan, source.checkpoint, scales, workers, warn=warnings.append, progress=packed)
-        for shard in shards(plan, shard_bytes):
+    with workers as entered:
+        packer = Packer(plan, source.checkpoint, scales, entered, warn=warnings.append, progress=packed)
+        for shard in layout:
             if shard.file in there:
                 packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))
                 continue
@@ -93,7 +94,7 @@ def _pack(
             digest = packer.write(run.folder / shard.file, shard)
             run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
             run.save()
-    return [name for shard in shards(plan, shard_bytes) for name in run.shards[shard.file]["zero_weights"]]
+    return [name for shard in layout for name in run.shards[shard.file]["zero_weights"]]
 
 
 def _json(path: Path, data: dict[str, Any]) -> None:

@@ -158,20 +158,21 @@ def unfinished(out: Path, options: Options, known: set[str], *, resume: bool) ->
     partial = partial_of(out)
     parents = [p for p in out.absolute().parents if not p.exists()]
     run: Unfinished | None = None
-    begun = False
+    ours = False  # whether all that is in the folder is this run's
     try:
         if resume and partial.exists():
             check_files(partial, known)
+            if any(partial.iterdir()) and not (partial / FOLDER).is_dir():
+                raise OutputError(f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it")
         else:
             partial.mkdir(parents=True)
-            begun = True
         (partial / FOLDER).mkdir(exist_ok=True)
         with _locked(partial / FOLDER):
             found = load(partial)
             if found is None:
-                if not begun and len(list(partial.iterdir())) > 1:
+                if len(list(partial.iterdir())) > 1:
                     raise OutputError(f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it")
-                begun = True  # an earlier run was killed before it had written anything
+                ours = True  # made above, or by a run that was killed before it had written anything
                 found = Unfinished(partial, options)
                 found.save()
             check_options(found, options)
@@ -180,12 +181,12 @@ def unfinished(out: Path, options: Options, known: set[str], *, resume: bool) ->
             run = found
             yield run
     except BaseException as error:
-        keep = run.worth_keeping if run is not None else not begun
+        keep = run.worth_keeping if run is not None else not ours
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
-        for parent in parents:  # innermost first; one that is in use by now stays
-            with suppress(OSError):
-                parent.rmdir()
+        for folder in (partial / FOLDER, partial, *parents) if run is None else parents:
+            with suppress(OSError):  # only what is empty; innermost first
+                folder.rmdir()
         _tell(
             error, out, f"{partial} is kept ({run.describe()}): --resume goes on from there" if keep and run is not None else ""
         )
@@ -200,8 +201,10 @@ def unfinished(out: Path, options: Options, known: set[str], *, resume: bool) ->
 
 
 def finish(out: Path) -> None:
-    """Remove what only an unfinished run needs from an OUT that has its name."""
-    shutil.rmtree(out / FOLDER)
+    """Remove what only an unfinished run needs from an OUT that has its name; the state last, so that a kill leaves that or nothing."""
+    for path in sorted((out / FOLDER).iterdir(), key=lambda path: path.name == STATE):
+        path.unlink()
+    (out / FOLDER).rmdir()
 
 
 def _tell(error: BaseException, out: Path, kept: str) -> None:

@@ -37,8 +37,7 @@ import ctypes, json, sys, threading, time
 from pathlib import Path
 import torch
 from nemoquant.api import open_source
-from nemoquant.calibrate.run import _observe
-from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.calibrate.run import observe
 
 def anonymous():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -59,11 +58,9 @@ for dtype in (torch.bfloat16, torch.float32):
                         time.sleep(0.001)
                 thread = threading.Thread(target=watch)
                 thread.start()
-                weights = LayerWeights(source.checkpoint, f"backbone.layers.{layer}.")
-                output = _observe(source.config, kind, weights, states, "x.")
+                output = observe(source.checkpoint, source.config, layer, states, "cpu")
                 over = True
                 thread.join()
-                weights.release()
                 del output
             found.append((kind, rows, length, dtype.itemsize, peak - before))
 print(json.dumps(found))

@@ -251,6 +251,11 @@ def test_threads_not_given_are_those_of_before(begun, source, token_rows, tmp_pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_hidden_states_go_when_calibration_is_over(begun, tmp_path):
+    begun(shards=1)
+    assert [p.name for p in (tmp_path / "out.partial" / FOLDER).iterdir()] == [STATE]
+
+
 def test_damaged_hidden_states_are_computed_again(begun, source, token_rows, tmp_path):
     make(source, token_rows, tmp_path / "whole")
     begun(layers=3)
@@ -294,7 +299,7 @@ def test_a_folder_of_somebody_else(source, token_rows, tmp_path):
     (partial / "mine").rename(partial / "config.json")
     with pytest.raises(OutputError, match=rf"out\.partial has files but no {FOLDER}/{STATE}"):
         make(source, token_rows, tmp_path / "out", resume=True)
-    assert (partial / "config.json").read_text() == "mine"
+    assert contents(partial) == {"config.json": b"mine"}
 
 
 def test_strange_files_in_a_folder_of_ours(begun, source, token_rows, tmp_path):

@@ -1,0 +1,203 @@
+"""A run spread over a Ray cluster (extra ``ray``): the same pure functions, called on other machines.
+
+Packing sends groups of whole weights, experts of one layer and projection, and chunks of larger ones; calibration sends a layer's
+batches of rows. Arguments and results travel through Ray's object store; this process puts them in order, writes the output and
+keeps the state for ``--resume``. A task whose worker or node is lost runs again, and gives the same bytes: every task computes with one
+thread, whatever the cluster's size.
+
+Each node needs nemoquant of this version and the source under the same path; both are checked by each worker before its first task.
+"""
+
+import importlib.util
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemoquant._version import __version__
+from nemoquant.calibrate.run import Observed, observe
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.pack.workers import Threads
+
+P = ParamSpec("P")
+T = TypeVar("T")
+GROUP_BYTES = 64 << 20  # of source in one packing task
+AHEAD = 2  # tasks for each processor of the cluster that may be in work or wait
+Wire = tuple[np.ndarray[Any, Any], tuple[int, ...], torch.dtype]
+
+
+class Cluster:
+    """A connection, and what a run asks of it: workers for packing, ``spread`` for calibration.
+
+    Attributes:
+        processors: that tasks can have, of all nodes together.
+    """
+
+    def __init__(self, ray: Any, checkpoint: Checkpoint) -> None:
+        self._ray, self.checkpoint = ray, checkpoint
+        self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._source = (str(checkpoint.path.resolve()), manifest.weights_fingerprint(checkpoint), __version__)
+        # lost with its node: run again, for as long as there are nodes; spread, because each node has its own disk and memory
+        options = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
+        self._call = ray.remote(**options)(_call)
+        self._observe = ray.remote(**options)(_observe)
+
+    def workers(self, threads: int) -> "RayWorkers":
+        """For packing; ``threads`` of this process copy what is not quantized."""
+        return RayWorkers(self, threads)
+
+    def spread(
+        self, checkpoint: Checkpoint, config: NemotronHConfig, layer: int, batches: Iterable[Tensor], device: str
+    ) -> Iterator[Observed]:
+        """A layer's batches, in order; see ``calibrate.run.Spread``."""
+        assert checkpoint is self.checkpoint
+        shared = self._ray.put(config)
+        waiting: deque[Any] = deque()
+        for states in batches:
+            waiting.append(self._observe.remote(self._source, shared, layer, to_wire(states), device))
+            if len(waiting) > AHEAD * self.processors:
+                yield self._observed(waiting.popleft())
+        while waiting:
+            yield self._observed(waiting.popleft())
+
+    def _observed(self, reference: Any) -> Observed:
+        output, *rest = self.result(reference)
+        return Observed(from_wire(output), *rest)
+
+    def begin(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> Any:
+        """A task's reference."""
+        return self._call.remote(self._source, function, arguments)
+
+    def result(self, reference: Any) -> Any:
+        """What a task gave; an error of ours as it was raised there.
+
+        Raises:
+            UsageError: the cluster can't run it any more.
+        """
+        exceptions = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except exceptions.RayTaskError as error:
+            raise error.cause from error
+        except exceptions.RayError as error:
+            raise UsageError(f"the Ray cluster failed ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+class RayFuture(Future[T]):
+    """A task's result, fetched when it is asked for."""
+
+    def __init__(self, cluster: Cluster, reference: Any) -> None:
+        super().__init__()
+        self._cluster, self._reference = cluster, reference
+
+    def result(self, timeout: float | None = None) -> T:  # noqa: ARG002  there is none
+        result: T = self._cluster.result(self._reference)
+        return result
+
+    def cancel(self) -> bool:
+        self._cluster._ray.cancel(self._reference, force=False)
+        return True
+
+
+class RayWorkers:
+    """``pack.workers.Workers`` on a cluster. Use as a context manager."""
+
+    group_bytes = GROUP_BYTES
+
+    def __init__(self, cluster: Cluster, threads: int) -> None:
+        self.cluster, self.ahead = cluster, AHEAD * cluster.processors
+        self._threads = Threads(cluster.checkpoint, threads)
+        self.here = self._threads.submit
+
+    def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        assert not kwargs
+        return RayFuture(self.cluster, self.cluster.begin(function, args))
+
+    def __enter__(self) -> "RayWorkers":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._threads.__exit__(*error)
+
+
+@contextmanager
+def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
+    """Connect to the cluster at ``address`` (``auto`` is one that runs here), or start one on this machine for the run.
+
+    A connection that the caller has already is used, and left as it is.
+
+    Raises:
+        MissingExtraError: Ray is not installed. UsageError: nothing answers there.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("--engine ray needs the extra `ray`: pip install 'nemoquant[ray]'")
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    ours = not ray.is_initialized()
+    if ours:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            options["include_dashboard"] = False
+        try:
+            ray.init(address=address or "local", **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = address or "this machine"
+            raise UsageError(
+                f"no Ray cluster at {where} ({str(error).splitlines()[0]}); start one by `ray start --head`"
+            ) from None
+    try:
+        yield Cluster(ray, checkpoint)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+# What runs on the nodes.
+
+
+def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    return function(_opened(source), *arguments)
+
+
+def _observe(source: tuple[str, str, str], config: NemotronHConfig, layer: int, states: Wire, device: str) -> tuple[Any, ...]:
+    output, *rest = observe(_opened(source), config, layer, from_wire(states), device)
+    return (to_wire(output), *rest)
+
+
+@lru_cache(maxsize=1)
+def _opened(source: tuple[str, str, str]) -> Checkpoint:
+    """The source, opened once a worker; raises CheckpointError where it is another one there, or nemoquant is."""
+    path, fingerprint, version = source
+    torch.set_num_threads(1)
+    if version != __version__:
+        raise CheckpointError(f"a node of the cluster has nemoquant {__version__}; expected {version}, as here")
+    checkpoint = Checkpoint(Path(path))
+    if manifest.weights_fingerprint(checkpoint) != fingerprint:
+        raise CheckpointError(
+            f"{path} is another checkpoint on a node of the cluster; expected the same one under this path everywhere"
+        )
+    return checkpoint
+
+
+def to_wire(states: Tensor) -> Wire:
+    """A tensor as Ray moves it without a copy: its bytes, its shape and its dtype."""
+    return states.contiguous().view(torch.uint8).numpy(), tuple(states.shape), states.dtype
+
+
+def from_wire(wire: Wire) -> Tensor:
+    """The reverse; a copy, because what comes from the object store can't be written."""
+    data, shape, dtype = wire
+    return torch.from_numpy(data.copy()).view(dtype).view(shape)

@@ -1,0 +1,94 @@
+"""Quantizes on a Ray cluster of two nodes on this machine, and again while one of them is lost. A process of its own.
+
+Arguments: source, tokens, folder, preset. Tasks are slowed down and write down where they begin and end, so that the test can see
+that a lost node had work. Prints JSON: the fate of each task, and what was said.
+"""
+
+import json
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from nemoquant import cluster
+from nemoquant.api import CalibrationOptions, quantize
+
+source, rows, folder, preset = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+call, observe = cluster._call, cluster._observe
+log = folder / "tasks.log"
+
+
+def write_down(what, name):
+    with log.open("a") as f:
+        f.write(json.dumps([what, name, ray.get_runtime_context().get_node_id()]) + "\n")
+
+
+def slow_call(source, function, arguments):
+    first = arguments[0]
+    name = str([r.name for r in first] if isinstance(first, tuple) else [first.name, str(arguments[1:2]), function.__name__])
+    write_down("begin", name)
+    time.sleep(0.4)
+    result = call(source, function, arguments)
+    write_down("end", name)
+    return result
+
+
+def slow_observe(source, config, layer, states, device):
+    name = f"layer {layer} {zlib.crc32(states[0])}"
+    write_down("begin", name)
+    time.sleep(0.4)
+    result = observe(source, config, layer, states, device)
+    write_down("end", name)
+    return result
+
+
+def options(**changes):
+    return CalibrationOptions(data=rows, dtype="float32", row_batch=1, **changes)
+
+
+def lose_in(stage, calibration):
+    """A run during which the second node is lost, a third into ``stage``: when that was, and the fate of each task."""
+    second = two.add_node(num_cpus=1, object_store_memory=100 << 20)
+    two.wait_for_nodes()
+    lost, threads = [], []
+
+    def in_work():
+        tasks = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("]")] if log.exists() else []
+        ended = {name for what, name, where in tasks if what == "end" and where == second.node_id}
+        return [name for what, name, where in tasks if what == "begin" and where == second.node_id and name not in ended]
+
+    def lose():
+        while not in_work():
+            time.sleep(0.01)
+        lost.append(second.node_id)
+        two.remove_node(second, allow_graceful=False)
+
+    def progress(now, done, total, _):
+        if now == stage and done * 3 > total and not threads:
+            threads.append(threading.Thread(target=lose))
+            threads[0].start()
+
+    quantize(source, folder / stage, preset, calibration=calibration, engine="ray", progress=progress, shard_bytes=60_000)
+    threads[0].join()
+    tasks = [json.loads(line) for line in log.read_text().splitlines()]
+    log.unlink()
+    return {"lost": lost[0], "tasks": tasks}
+
+
+two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False})
+first = two.add_node(num_cpus=1, object_store_memory=100 << 20)
+ray.init(address=two.address, log_to_driver=False)
+two.wait_for_nodes()
+said: list[str] = []
+quantize(source, folder / "two", preset, calibration=options(), engine="ray", say=said.append, shard_bytes=60_000)
+two.remove_node(first)
+cluster._call, cluster._observe = slow_call, slow_observe
+report = {"said": said, "calibrate": lose_in("calibrate", options())}
+report["pack"] = lose_in("pack", CalibrationOptions(scales=folder / "two/nemoquant_scales.json"))
+ray.shutdown()
+two.shutdown()
+print(json.dumps(report))
