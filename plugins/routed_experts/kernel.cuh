@@ -1,0 +1,303 @@
+// The products of RoutedExperts, and the sum of each token's experts. See README.md for the math, weights.cuh for the layout.
+//
+//     narrow    few tokens an expert: memory-bound. A warp takes 16 rows of a weight and 8 tokens; warps of a block may share the
+//               inputs of the same rows, their sums added in the warps' order. No shared memory but for that.
+//     wide      many: a block takes 256 rows and 32 or 64 tokens, the tokens by asynchronous copies through shared memory.
+//     combine   y = the weighted sum over j, ascending
+//
+// The epilogue of up squares, rounds as the format has it, and writes what down reads, in its order; that of down writes float32.
+#pragma once
+
+#include "routing.cuh"
+
+namespace nq::experts {
+
+// One projection of all experts.
+struct Projection {
+    const void* weight;        // [experts, rows, inputs]
+    const void* block_scales;  // NVFP4
+    const float* global_scale;
+    const float* input_scale;  // null: inputs are not rounded
+    const uint16_t* inputs;    // as ``Inputs`` writes them
+    const int32_t* order;
+    const Tile* tiles;
+    const int32_t* tile_count;
+    int32_t rows, size, planes;  // size: inputs; planes: of the inputs, and of what down takes
+    int32_t chosen;              // up: an input row is order[slot] / chosen
+    bool is_up;
+    int32_t split;  // warps that share the inputs of the same rows, ``narrow`` alone
+
+    // Of up: what down takes. Of down: float32 [pairs, rows].
+    uint16_t* hidden;
+    float* results;
+    const float* next_scale;
+    Rounding next_rounding;
+};
+
+__device__ __forceinline__ int chunks_of(int size) { return (size + CHUNK - 1) / CHUNK; }
+
+// The slot's row of inputs.
+__device__ __forceinline__ const uint16_t* input_row(const Projection& p, int slot) {
+    const int64_t row = p.is_up ? p.order[slot] / p.chosen : slot;
+    return p.inputs + row * p.planes * chunks_of(p.size) * CHUNK;
+}
+
+// The sums d of 16 rows from ``row`` by the tokens 2 t and 2 t + 1 from ``slot``, of which ``count`` are there.
+template <Weights F>
+__device__ __forceinline__ void finish(const Projection& p, const float (&d)[4], int expert, int row, int slot, int count) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float scale = LEFT_OUT<F>;
+    if constexpr (F != Weights::bf16) scale *= p.global_scale[expert];
+    if (p.input_scale) scale = __fmul_rn(scale, p.input_scale[expert]);
+    float values[4];  // rows g (0, 1) and g + 8 (2, 3)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = __fmul_rn(d[i], scale);
+    if (!p.is_up) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (2 * t + i % 2 < count) p.results[static_cast<int64_t>(p.order[slot + 2 * t + i % 2]) * p.rows + row + g + i / 2 * 8] = values[i];
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float positive = values[i] < 0.0F ? 0.0F : values[i];  // NaN stays
+        values[i] = __fmul_rn(positive, positive);
+    }
+    if (p.next_rounding == Rounding::e4m3) {
+        const float next = p.next_scale[expert];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = round_e4m3(values[i], next);
+    } else if (p.next_rounding == Rounding::nvfp4) {  // a block is the 16 rows here
+        const float next = p.next_scale[expert];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t one = __float_as_uint(values[i]) & 0x7fffffffU, other = __float_as_uint(values[i + 2]) & 0x7fffffffU;
+            uint32_t amax = one > other ? one : other;
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) {
+                const uint32_t far = __shfl_xor_sync(0xffffffffU, amax, step);
+                amax = far > amax ? far : amax;
+            }
+            const float block = block_scale(amax, next);
+            values[i] = round_e2m1(values[i], block, next);
+            values[i + 2] = round_e2m1(values[i + 2], block, next);
+        }
+    }
+    const int64_t plane = static_cast<int64_t>(chunks_of(p.rows)) * CHUNK;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (2 * t + i % 2 >= count) continue;
+        const int at = row + g + i / 2 * 8;
+        uint16_t* const out = p.hidden + static_cast<int64_t>(slot + 2 * t + i % 2) * p.planes * plane;
+        store_planes(out + at / CHUNK * CHUNK + place<F>(at % CHUNK), values[i], p.planes, plane);
+    }
+}
+
+// Both products of a part: 16 rows (two held ones from ``r``) by the inputs ``b``. Steps 2 ``part`` and 2 ``part`` + 1 of the chunk.
+template <Weights F, int N>
+struct Rows {
+    uint32_t a[2][4];
+
+    __device__ __forceinline__ Rows(const Held<F, N>& held, int part, int r) {
+        constexpr int EACH = PARTS / PIECES<F>;  // parts of a piece
+        const int j = part / EACH;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int s = part % EACH * 2 + h;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                uint32_t scale = 0;
+                if constexpr (F == Weights::e2m1) scale = scale_pair(s < VALUES<F> / 8 ? held.scales[r + i] & 0xffU : held.scales[r + i] >> 8);
+                const uint2 pairs = decode<F>(held.bits[j][r + i], s, scale);
+                a[h][i] = pairs.x;
+                a[h][i + 2] = pairs.y;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void multiply(float (&d)[4], const uint4& b) const {
+        mma_m16n8k16<__nv_bfloat16>(d, a[0], b.x, b.y);
+        mma_m16n8k16<__nv_bfloat16>(d, a[1], b.z, b.w);
+    }
+};
+
+// -------------------------------------------------------------------------------------------------------------- narrow
+
+constexpr int NARROW_WARPS = 4, NARROW_TOKENS = 8;
+template <Weights F>
+constexpr int DEPTH = F == Weights::e2m1 ? 4 : 2;  // chunks of weights that are under way
+
+template <Weights F>
+__global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
+    if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
+    const Tile tile = p.tiles[blockIdx.y];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int share = warp % p.split;
+    const int row = (static_cast<int>(blockIdx.x) * (NARROW_WARPS / p.split) + warp / p.split) * 16;
+    const int chunks = chunks_of(p.size), total = p.planes * chunks;
+    const int first = total * share / p.split, last = row < p.rows ? total * (share + 1) / p.split : first;
+
+    const uint16_t* const tokens = g < tile.count ? input_row(p, tile.first + g) + t * 8 : nullptr;
+    const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (row < p.rows ? row + g : 0), p.size, t);
+    Held<F, 2> held[DEPTH<F>];
+    uint4 inputs[2][PARTS];
+    const auto load_weights = [&](Held<F, 2>& to, int c) {
+#pragma unroll
+        for (int j = 0; j < PIECES<F>; ++j) view.load(to, j, c % chunks, 8);
+    };
+    const auto load_inputs = [&](uint4(&to)[PARTS], int c) {
+        const uint16_t* const at = tokens + static_cast<int64_t>(c) * CHUNK;
+        const int left = p.size - c % chunks * CHUNK;
+#pragma unroll
+        for (int q = 0; q < PARTS; ++q)
+            to[q] = tokens && piece_begin<F>(q * 4 + t) < left ? load_as<uint4>(at + q * 32) : make_uint4(0, 0, 0, 0);
+    };
+#pragma unroll
+    for (int i = 0; i < DEPTH<F>; ++i)
+        if (first + i < last) load_weights(held[i], first + i);
+    if (first < last) load_inputs(inputs[0], first);
+
+    float d[4] = {};
+    for (int c = first; c < last; c += DEPTH<F>) {
+#pragma unroll
+        for (int i = 0; i < DEPTH<F>; ++i) {
+            if (c + i >= last) break;
+            if (c + i + 1 < last) load_inputs(inputs[(i + 1) % 2], c + i + 1);
+#pragma unroll
+            for (int q = 0; q < PARTS; ++q) Rows<F, 2>(held[i], q, 0).multiply(d, inputs[i % 2][q]);
+            if (c + i + DEPTH<F> < last) load_weights(held[i], c + i + DEPTH<F>);
+        }
+    }
+    if (p.split > 1) {
+        __shared__ float4 sums[NARROW_WARPS][32];
+        sums[warp][lane] = make_float4(d[0], d[1], d[2], d[3]);
+        __syncthreads();
+        if (share) return;
+        for (int w = 1; w < p.split; ++w) {
+            const float4 other = sums[warp + w][lane];
+            d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
+        }
+    }
+    if (row < p.rows) finish<F>(p, d, tile.expert, row, tile.first, tile.count);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- wide
+
+constexpr int WIDE_WARPS = 8, WIDE_ROWS = WIDE_WARPS * 32;
+constexpr int STAGES = 3;
+constexpr int TOKEN_BYTES = CHUNK * 2 + 64;  // of a token in a stage: 64 more, so that two tokens use all banks
+
+template <int N>
+constexpr size_t WIDE_SHARED = size_t{STAGES} * N * 8 * TOKEN_BYTES;
+
+// N: eights of tokens.
+template <Weights F, int N>
+__global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
+    if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
+    NQ_DYNAMIC_SHARED(unsigned char, stages);
+    const Tile tile = p.tiles[blockIdx.y];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int row = static_cast<int>(blockIdx.x) * WIDE_ROWS + warp * 32;
+    const bool active = row < p.rows;
+    const int chunks = chunks_of(p.size), total = p.planes * chunks;
+
+    // Copies: 16 threads a token.
+    constexpr int COPIES = N * 8 * 16 / (WIDE_WARPS * 32);
+    const int part = threadIdx.x % 16, token = threadIdx.x / 16, inside = piece_begin<F>(part);
+    const uint16_t* from[COPIES];
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) {
+        const int n = token + i * 16;
+        from[i] = n < tile.count ? input_row(p, tile.first + n) + part * 8 : nullptr;
+    }
+    const auto copy = [&](int c) {
+        if (c < total) {
+            unsigned char* const to = stages + c % STAGES * (N * 8 * TOKEN_BYTES) + token * TOKEN_BYTES + part * 16;
+            const bool there = inside < p.size - c % chunks * CHUNK;
+#pragma unroll
+            for (int i = 0; i < COPIES; ++i) {
+                const bool wanted = there && from[i];
+                copy_async16(to + i * 16 * TOKEN_BYTES, wanted ? from[i] + static_cast<int64_t>(c) * CHUNK : p.inputs, wanted);
+            }
+        }
+        copy_async_commit();
+    };
+    copy(0);
+    copy(1);
+
+    const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (active ? row + g : 0), p.size, t);
+    Held<F, 4> held;  // rows g, g + 8, g + 16, g + 24
+#pragma unroll
+    for (int j = 0; j < PIECES<F>; ++j) view.load(held, j, 0, 8);
+
+    float d[2][N][4] = {};
+    for (int c = 0; c < total; ++c) {
+        copy_async_wait<1>();
+        __syncthreads();  // the stage is whole, and the one before it is free
+        copy(c + 2);
+        if (!active) continue;
+        const unsigned char* const stage = stages + c % STAGES * (N * 8 * TOKEN_BYTES) + g * TOKEN_BYTES + t * 16;
+        const int next = (c + 1) % chunks;
+#pragma unroll
+        for (int j = 0; j < PIECES<F>; ++j) {
+            constexpr int EACH = PARTS / PIECES<F>;
+#pragma unroll
+            for (int q = j * EACH; q < (j + 1) * EACH; ++q) {
+                const Rows<F, 4> upper(held, q, 0), lower(held, q, 2);
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const uint4 b = load_as<uint4>(stage + n * 8 * TOKEN_BYTES + q * 64);
+                    upper.multiply(d[0][n], b);
+                    lower.multiply(d[1][n], b);
+                }
+            }
+            if (c + 1 < total) view.load(held, j, next, 8);
+        }
+    }
+    copy_async_wait<0>();
+    if (!active) return;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        if (n * 8 >= tile.count) break;
+        finish<F>(p, d[0][n], tile.expert, row, tile.first + n * 8, tile.count - n * 8);
+        finish<F>(p, d[1][n], tile.expert, row + 16, tile.first + n * 8, tile.count - n * 8);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------- combine
+
+struct Sum {
+    const float* results;  // [pairs, size]
+    const int64_t* ids;    // [tokens, chosen]
+    const float* weights;
+    void* y;  // [tokens, size]
+    int64_t tokens;
+    int32_t chosen, experts, size;
+};
+
+constexpr int COMBINE_THREADS = 256;
+
+// A thread has four neighbouring values of one token.
+template <class Y>
+__global__ void __launch_bounds__(COMBINE_THREADS) combine(Sum p) {
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * COMBINE_THREADS + threadIdx.x;
+    const int64_t token = thread / (p.size / 4);
+    if (token >= p.tokens) return;
+    const int64_t column = thread % (p.size / 4) * 4;
+    float sum[4] = {};
+    for (int j = 0; j < p.chosen; ++j) {
+        const int64_t pair = token * p.chosen + j;
+        if (!is_expert(p.ids[pair], p.experts)) continue;
+        const float weight = p.weights[pair];
+        const float4 part = load_as<float4>(p.results + pair * p.size + column);
+        sum[0] = __fmaf_rn(weight, part.x, sum[0]);
+        sum[1] = __fmaf_rn(weight, part.y, sum[1]);
+        sum[2] = __fmaf_rn(weight, part.z, sum[2]);
+        sum[3] = __fmaf_rn(weight, part.w, sum[3]);
+    }
+    Y* const y = static_cast<Y*>(p.y) + token * p.size + column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = from_float<Y>(sum[i]);
+}
+
+}  // namespace nq::experts

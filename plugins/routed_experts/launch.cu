@@ -1,0 +1,227 @@
+// Checks the arguments of nemoquant_routed_experts, chooses the kernels, lays out the workspace, and launches.
+#include <algorithm>
+
+#include "abi.h"
+#include "kernel.cuh"
+
+namespace {
+
+using namespace nq;
+using namespace nq::experts;
+using Args = nemoquant_routed_experts_args;
+
+constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, ROUND = 32;
+// Tokens are taken so many pairs at a time (4,468 tokens of 22 experts), which bounds the workspace. At that number the products are
+// bound by arithmetic, so that reading the weights again costs little.
+constexpr int64_t SLAB_PAIRS = 96 * 1024;
+// Mean pairs of an expert up to which 8 and 32 tokens are a tile.
+constexpr int64_t NARROW_MEAN = 4, MIDDLE_MEAN = 32;
+// Warps of a narrow block share a row's inputs until there are so many blocks, none with fewer chunks than this.
+constexpr int64_t BLOCKS_WANTED = 2048, CHUNKS_LEAST = 4;
+
+struct Format {
+    Weights weights;
+    Rounding rounding;
+};
+
+Format format_of(const Args& a) {
+    switch (a.format) {
+        case NEMOQUANT_EXPERTS_BF16: return {Weights::bf16, Rounding::none};
+        case NEMOQUANT_EXPERTS_W8A16: return {Weights::e4m3, Rounding::none};
+        case NEMOQUANT_EXPERTS_FP8: return {Weights::e4m3, Rounding::e4m3};
+        case NEMOQUANT_EXPERTS_W4A16: return {Weights::e2m1, Rounding::none};
+        default: return {Weights::e2m1, Rounding::nvfp4};
+    }
+}
+
+// bfloat16 that add up to any value of the dtype.
+int planes_of(const Args& a) {
+    if (format_of(a).rounding != Rounding::none || a.dtype == NEMOQUANT_BFLOAT16) return 1;
+    return a.dtype == NEMOQUANT_FLOAT16 ? 2 : PLANES_MOST;
+}
+
+int check_sizes(const Args& a) {
+    const struct {
+        const char* name;
+        int64_t got, least, most;
+    } all[] = {{"tokens", a.tokens, 1, INT64_MAX / 2}, {"chosen", a.chosen, 1, CHOSEN_MOST}, {"experts", a.experts, 1, EXPERTS_MOST},
+               {"input", a.input, ROUND, SIZE_MOST}, {"width", a.width, ROUND, SIZE_MOST}};
+    for (const auto& one : all)
+        if (one.got < one.least || one.got > one.most)
+            return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is %lld; expected %lld to %lld", one.name, static_cast<long long>(one.got),
+                        static_cast<long long>(one.least), static_cast<long long>(one.most));
+    for (const auto& [name, got] : {std::pair{"input", a.input}, {"width", a.width}})
+        if (got % ROUND)
+            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: %s is %lld; expected a multiple of 32", name, static_cast<long long>(got));
+    if (a.tokens > INT64_MAX / (a.chosen * std::max(a.input, a.width) * 16))
+        return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %lld tokens; their inputs can't be addressed", static_cast<long long>(a.tokens));
+    return NEMOQUANT_OK;
+}
+
+int check(const Args& a) {
+    if (const int code = check_sizes(a)) return code;
+    const auto bad = [](const char* what, int got, const char* wanted) {
+        return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is %d; expected %s", what, got, wanted);
+    };
+    if (a.dtype != NEMOQUANT_FLOAT32 && a.dtype != NEMOQUANT_FLOAT16 && a.dtype != NEMOQUANT_BFLOAT16)
+        return bad("dtype", a.dtype, "float32, float16 or bfloat16 (0, 1, 2)");
+    if (a.format < NEMOQUANT_EXPERTS_BF16 || a.format > NEMOQUANT_EXPERTS_NVFP4) return bad("format", a.format, "0 to 4");
+    if (a.activation != 0) return bad("activation", a.activation, "0, relu squared");
+    if (a.tile != 0 && a.tile != 8 && a.tile != 32 && a.tile != 64) return bad("tile", a.tile, "0, 8, 32 or 64");
+    const auto [weights, rounding] = format_of(a);
+    const bool blocks = weights == Weights::e2m1, global = weights != Weights::bf16, inputs = rounding != Rounding::none;
+    const struct {
+        const char* name;
+        const void* pointer;
+        bool needed;
+    } all[] = {{"x", a.x, true}, {"expert_ids", a.expert_ids, true}, {"expert_weights", a.expert_weights, true}, {"up", a.up, true},
+               {"down", a.down, true}, {"up_block_scales", a.up_block_scales, blocks}, {"down_block_scales", a.down_block_scales, blocks},
+               {"up_global_scale", a.up_global_scale, global}, {"down_global_scale", a.down_global_scale, global},
+               {"up_input_scale", a.up_input_scale, inputs}, {"down_input_scale", a.down_input_scale, inputs}, {"y", a.y, true},
+               {"workspace", a.workspace, true}};
+    for (const auto& one : all) {
+        if (!one.needed) continue;
+        if (!one.pointer) return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is null; format %d needs it", one.name, a.format);
+        if (reinterpret_cast<uintptr_t>(one.pointer) % 16)
+            return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is at %p; expected a multiple of 16", one.name, one.pointer);
+    }
+    return NEMOQUANT_OK;
+}
+
+// Sizes of one slab.
+struct Slab {
+    int64_t tokens, pairs, blocks, tiles;
+
+    // ``pairs`` bounds those of any slab, and grows with every size.
+    explicit Slab(const Args& a)
+        : tokens(std::min(a.tokens, std::max<int64_t>(1, SLAB_PAIRS / a.chosen))),
+          pairs(std::min(a.tokens * a.chosen, std::max(SLAB_PAIRS, a.chosen))),
+          blocks((pairs + SORT - 1) / SORT),
+          tiles(std::min(pairs, pairs / NARROW_TOKENS + a.experts)) {}
+};
+
+struct Workspace {
+    int32_t *counts, *order, *tile_count;
+    Tile* tiles;
+    uint16_t *inputs, *hidden;
+    float* results;  // where the inputs were: they are read before
+    size_t bytes;
+
+    Workspace(const Args& a, const Slab& slab) {
+        auto* at = static_cast<unsigned char*>(a.workspace);
+        size_t used = 0;
+        const auto take = [&](int64_t bytes) {
+            unsigned char* const here = at + used;
+            used += (static_cast<size_t>(bytes) + 255) / 256 * 256;
+            return here;
+        };
+        const int64_t planes = planes_of(a), rows = format_of(a).rounding == Rounding::none ? slab.tokens : slab.pairs;
+        const auto padded = [](int64_t size) { return (size + CHUNK - 1) / CHUNK * CHUNK; };
+        counts = reinterpret_cast<int32_t*>(take(slab.blocks * a.experts * 4));
+        order = reinterpret_cast<int32_t*>(take(slab.pairs * 4));
+        tile_count = reinterpret_cast<int32_t*>(take(4));
+        tiles = reinterpret_cast<Tile*>(take(slab.tiles * static_cast<int64_t>(sizeof(Tile))));
+        hidden = reinterpret_cast<uint16_t*>(take(slab.pairs * planes * padded(a.width) * 2));
+        unsigned char* const shared = take(std::max(rows * planes * padded(a.input) * 2, slab.pairs * a.input * 4));
+        inputs = reinterpret_cast<uint16_t*>(shared);
+        results = reinterpret_cast<float*>(shared);
+        bytes = used;
+    }
+};
+
+int tile_of(const Args& a, int64_t tokens) {
+    if (a.tile) return a.tile;
+    const int64_t mean = tokens * a.chosen / a.experts;
+    return mean <= NARROW_MEAN ? NARROW_TOKENS : mean <= MIDDLE_MEAN ? 32 : 64;
+}
+
+template <Weights F>
+int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* stream) {
+    const int64_t tiles = std::min(pairs, pairs / tile + experts);
+    if (tile != NARROW_TOKENS) {
+        const dim3 grid(static_cast<unsigned>((p.rows + WIDE_ROWS - 1) / WIDE_ROWS), static_cast<unsigned>(tiles));
+        if (tile == 32) return NQ_LAUNCH((wide<F, 4>), grid, dim3(WIDE_WARPS * 32), WIDE_SHARED<4>, stream, p);
+        return NQ_LAUNCH((wide<F, 8>), grid, dim3(WIDE_WARPS * 32), WIDE_SHARED<8>, stream, p);
+    }
+    const int64_t chunks = static_cast<int64_t>(p.planes) * ((p.size + CHUNK - 1) / CHUNK);
+    const auto blocks = [&](int split) { return (static_cast<int64_t>(p.rows) * split + NARROW_WARPS * 16 - 1) / (NARROW_WARPS * 16); };
+    p.split = 1;
+    while (p.split < NARROW_WARPS && blocks(p.split) * tiles < BLOCKS_WANTED && chunks >= 2 * p.split * CHUNKS_LEAST) p.split *= 2;
+    const dim3 grid(static_cast<unsigned>(blocks(p.split)), static_cast<unsigned>(tiles));
+    return NQ_LAUNCH((narrow<F>), grid, dim3(NARROW_WARPS * 32), 0, stream, p);
+}
+
+template <class Y>
+int sum(const Sum& p, void* stream) {
+    const int64_t threads = p.tokens * (p.size / 4);
+    return NQ_LAUNCH((combine<Y>), dim3(static_cast<unsigned>((threads + COMBINE_THREADS - 1) / COMBINE_THREADS)), dim3(COMBINE_THREADS), 0,
+                     stream, p);
+}
+
+// ``tokens`` tokens from ``first`` on.
+template <Weights F>
+int launch(const Args& a, const Workspace& w, int64_t first, int64_t tokens, void* stream) {
+    const Rounding rounding = format_of(a).rounding;
+    const bool rounded = rounding != Rounding::none;
+    const auto experts = static_cast<int32_t>(a.experts), chosen = static_cast<int32_t>(a.chosen);
+    const auto input = static_cast<int32_t>(a.input), width = static_cast<int32_t>(a.width);
+    const int64_t pairs = tokens * chosen, row_bytes = a.input * (a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2);
+    const int planes = planes_of(a), tile = tile_of(a, tokens);
+
+    const Routing r{a.expert_ids + first * chosen, w.counts, w.order, w.tiles, w.tile_count, static_cast<int32_t>(pairs), experts, tile,
+                    static_cast<int32_t>((pairs + SORT - 1) / SORT)};
+    const Inputs in{static_cast<const unsigned char*>(a.x) + first * row_bytes, a.up_input_scale, w.inputs, a.dtype, input, planes, chosen,
+                    rounded ? pairs : tokens, rounding};
+    const int64_t writers = (in.rows * (input / BLOCK) + SORT - 1) / SORT;
+    if (const int code = NQ_LAUNCH((begin<F>), dim3(static_cast<unsigned>(r.blocks + writers)), dim3(SORT), 0, stream, r, in)) return code;
+    if (r.blocks > 1) {
+        if (const int code = NQ_LAUNCH((arrange), dim3(1), dim3(SORT), 0, stream, r)) return code;
+        if (const int code = NQ_LAUNCH((scatter), dim3(static_cast<unsigned>(r.blocks)), dim3(SORT), 0, stream, r)) return code;
+    }
+
+    Projection p{};
+    p.order = w.order, p.tiles = w.tiles, p.tile_count = w.tile_count, p.planes = planes, p.chosen = chosen;
+    p.weight = a.up, p.block_scales = a.up_block_scales, p.global_scale = a.up_global_scale;
+    p.input_scale = rounded ? a.up_input_scale : nullptr, p.inputs = w.inputs;
+    p.rows = width, p.size = input, p.is_up = true, p.hidden = w.hidden;
+    p.chosen = rounded ? 1 : chosen;  // rows of inputs are pairs, or tokens
+    p.next_scale = a.down_input_scale, p.next_rounding = rounding;
+    if (const int code = multiply<F>(p, tile, pairs, experts, stream)) return code;
+    p.weight = a.down, p.block_scales = a.down_block_scales, p.global_scale = a.down_global_scale;
+    p.input_scale = rounded ? a.down_input_scale : nullptr, p.inputs = w.hidden;
+    p.rows = input, p.size = width, p.is_up = false, p.results = w.results;
+    if (const int code = multiply<F>(p, tile, pairs, experts, stream)) return code;
+
+    const Sum s{w.results, r.ids, a.expert_weights + first * chosen, static_cast<unsigned char*>(a.y) + first * row_bytes, tokens, chosen,
+                experts, input};
+    switch (a.dtype) {
+        case NEMOQUANT_FLOAT32: return sum<float>(s, stream);
+        case NEMOQUANT_FLOAT16: return sum<__half>(s, stream);
+        default: return sum<__nv_bfloat16>(s, stream);
+    }
+}
+
+}  // namespace
+
+extern "C" size_t nemoquant_routed_experts_workspace(const nemoquant_routed_experts_args* args) {
+    if (!args || check_sizes(*args)) return 0;
+    return Workspace(*args, Slab(*args)).bytes;
+}
+
+extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* args, void* stream) {
+    if (!args) return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: args is null");
+    if (const int code = check(*args)) return code;
+    const Slab slab(*args);
+    const Workspace workspace(*args, slab);
+    for (int64_t first = 0; first < args->tokens; first += slab.tokens) {
+        const int64_t tokens = std::min(slab.tokens, args->tokens - first);
+        int code = NEMOQUANT_OK;
+        switch (format_of(*args).weights) {
+            case Weights::bf16: code = launch<Weights::bf16>(*args, workspace, first, tokens, stream); break;
+            case Weights::e4m3: code = launch<Weights::e4m3>(*args, workspace, first, tokens, stream); break;
+            case Weights::e2m1: code = launch<Weights::e2m1>(*args, workspace, first, tokens, stream); break;
+        }
+        if (code) return code;
+    }
+    return NEMOQUANT_OK;
+}
