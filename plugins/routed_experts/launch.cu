@@ -13,7 +13,7 @@ using Args = nemoquant_routed_experts_args;
 constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, ROUND = 32;
 // Tokens are taken so many pairs at a time (4,468 tokens of 22 experts), which bounds the workspace. At that number the products are
 // bound by arithmetic, so that reading the weights again costs little.
-constexpr int64_t SLAB_PAIRS = 96 * 1024;
+constexpr int64_t SLAB_PAIRS = 96 * 1024, SLAB_MOST = 400 * 1024;  // the most: so that the narrowest tiles fit a grid
 // Mean pairs of an expert up to which 8 and 32 tokens are a tile.
 constexpr int64_t NARROW_MEAN = 4, MIDDLE_MEAN = 32;
 // Warps of a narrow block share a row's inputs until there are so many blocks, none with fewer chunks than this.
@@ -45,7 +45,7 @@ int check_sizes(const Args& a) {
         const char* name;
         int64_t got, least, most;
     } all[] = {{"tokens", a.tokens, 1, INT64_MAX / 2}, {"chosen", a.chosen, 1, CHOSEN_MOST}, {"experts", a.experts, 1, EXPERTS_MOST},
-               {"input", a.input, ROUND, SIZE_MOST}, {"width", a.width, ROUND, SIZE_MOST}};
+               {"input", a.input, ROUND, SIZE_MOST}, {"width", a.width, ROUND, SIZE_MOST}, {"slab", a.slab, 0, SLAB_MOST}};
     for (const auto& one : all)
         if (one.got < one.least || one.got > one.most)
             return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is %lld; expected %lld to %lld", one.name, static_cast<long long>(one.got),
@@ -94,10 +94,12 @@ struct Slab {
 
     // ``pairs`` bounds those of any slab, and grows with every size.
     explicit Slab(const Args& a)
-        : tokens(std::min(a.tokens, std::max<int64_t>(1, SLAB_PAIRS / a.chosen))),
-          pairs(std::min(a.tokens * a.chosen, std::max(SLAB_PAIRS, a.chosen))),
+        : tokens(std::min(a.tokens, std::max<int64_t>(1, most(a) / a.chosen))),
+          pairs(std::min(a.tokens * a.chosen, std::max(most(a), a.chosen))),
           blocks((pairs + SORT - 1) / SORT),
           tiles(std::min(pairs, pairs / NARROW_TOKENS + a.experts)) {}
+
+    static int64_t most(const Args& a) { return a.slab ? a.slab : SLAB_PAIRS; }
 };
 
 struct Workspace {

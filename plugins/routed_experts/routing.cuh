@@ -54,9 +54,9 @@ __device__ __forceinline__ float load_float(const void* x, int32_t dtype, int64_
 
 __device__ __forceinline__ uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
-// ``value`` at ``out`` and, what is left each time, at ``stride`` further for every more plane.
+// ``value`` as the sum of ``planes`` bfloat16 that lie ``stride`` apart, the smallest first: sums round less when they begin small.
 __device__ __forceinline__ void store_planes(uint16_t* out, float value, int planes, int64_t stride) {
-    for (int p = 0; p < planes; ++p) {
+    for (int p = planes - 1; p >= 0; --p) {
         const uint16_t bits = bf16_bits(value);
         out[p * stride] = bits;
         value = (bits & 0x7f80U) == 0x7f80U ? 0.0F : value - __uint_as_float(static_cast<uint32_t>(bits) << 16);  // exact

@@ -272,3 +272,218 @@ def test_rounded_inputs(format: str, name: str, kernels: Kernels) -> None:
         rounded = exact.astype(NUMPY[a.case.dtype]).astype(np.float64)
         limit = 1e-6 if a.case.dtype == "float32" else 1.02 * distance(rounded[firm], exact[firm])
         assert distance(y[firm], exact[firm]) <= limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", ROUNDED)
+@pytest.mark.parametrize("tile", [8, 32, 64])
+def test_numbers_that_are_exact_come_out_exact(tile: int, format: str, dtype: str, kernels: Kernels) -> None:
+    """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are the formats' own.
+
+    Inputs saturate, experts have scales of their own, and hidden values must be rounded.
+    """
+    case = Case(tokens=13, chosen=2, experts=5, input=160, width=96, dtype=dtype, tile=tile)
+    a = given(format, case)
+    g = np.random.default_rng(2)
+    whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
+    weights = {"up": g.choice(whole, (5, 96, 160)), "down": g.choice(whole, (5, 160, 96))}
+    powers = np.float32(2) ** np.arange(-2, 3, dtype=np.float32)
+    unit = np.float32(1 if format == "fp8" else 1 / 256)
+    input_scales = {"up": unit * powers[::-1] / 2, "down": unit * powers / 8}
+    pack(a, weights, dict.fromkeys(weights, powers), input_scales)
+    a.x[:] = g.integers(-40, 41, a.x.shape) / 4
+    a.factors[:] = g.choice(np.array([0.5, 1, 2], np.float32), a.factors.shape)
+    exact = mixture(a)
+    assert (exact == exact.astype(np.float32)).all(), "the test's own numbers must be exact"
+    assert (run(kernels, a) == exact.astype(NUMPY[dtype])).all()
+
+
+@pytest.mark.parametrize("format", ["w8a16", "w4a16"])
+def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
+    """Both projections pass one column each through: y is (code * scale)^2, for every finite E4M3 code and block scale.
+
+    Subnormal codes among them, which decoding must not lose.
+    """
+    case = Case(tokens=1, chosen=1, experts=1, input=256, width=256)
+    a = given(format, case)
+    a.x[:], a.factors[:] = 0, 1
+    a.x[0, 0] = 1
+    byte = np.arange(256, dtype=np.uint8)
+    if format == "w8a16":
+        finite = np.where(byte & 0x7F == 0x7F, 0, byte).astype(np.uint8)
+        up, down = np.zeros((1, 256, 256), np.uint8), np.zeros((1, 256, 256), np.uint8)
+        up[0, :, 0] = finite
+        np.fill_diagonal(down[0], 0x38)
+        values = fp8.decode(finite, np.float32(1))
+    else:
+        up, down = np.zeros((1, 256, 128), np.uint8), np.zeros((1, 256, 128), np.uint8)
+        up[0, :, 0] = byte & 7  # the even column is in the low half
+        scales = np.where(byte & 0x7F == 0x7F, 0, byte & 0x7F).astype(np.uint8)
+        for row in range(256):
+            down[0, row, row // 2] = 2 << 4 * (row % 2)  # 1
+        blocks = {"up": np.repeat(scales[None, :, None], 16, 2), "down": np.full((1, 256, 16), 0x38, np.uint8)}
+        for projection, block in blocks.items():
+            a.parts[f"{projection}_block_scales"] = aligned(block)
+        magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        values = magnitudes[byte & 7] * fp8.decode(scales, np.float32(1))
+    for projection, codes in (("up", up), ("down", down)):
+        a.parts[f"{projection}_codes"] = aligned(codes)
+        a.parts[f"{projection}_global_scale"] = aligned(np.ones(1, np.float32))
+    assert (run(kernels, a)[0] == np.maximum(values, 0) ** 2).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)")
+@pytest.mark.parametrize("name", ["the base", "33 tokens an expert, tile 32", "several experts, tile 64"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_onnx_function(format: str, name: str, kernels: Kernels, single_op: Callable[..., Any]) -> None:
+    """The body in ``graph/dialects.py``, run by ONNX Runtime on the same arrays: within 1e-6 of each other where no code flipped.
+
+    At most a token in twenty has one that did (see test_rounded_inputs).
+    """
+    a = given(format, ROWS[name])
+    helpers = [ops.nvfp4_dynamic_quant_dequant()] if format == "nvfp4" else []
+    inputs = {"x": a.x, "expert_ids": a.ids, "expert_weights": a.factors}
+    wanted = single_op(Dialect().routed_experts(format, FLOAT), inputs, a.parts, helpers, activation="relu2")(inputs)[0]
+    y = run(kernels, a)
+    apart = np.linalg.norm(y - wanted, axis=1) > 1e-6 * np.linalg.norm(wanted, axis=1)
+    assert apart.sum() <= (0 if format in WHOLE else max(1, len(apart) // 20))
+
+
+# Routing.
+
+
+def test_ids_that_are_no_experts_add_nothing(kernels: Kernels) -> None:
+    """Negative, E, beyond 32 bits: as if the pair were not there, whatever its weight."""
+    for format in FORMATS:
+        a = given(format, BASE)
+        bad = [(0, 1, -1), (2, 0, BASE.experts), (2, 2, 1 << 40), (5, 0, -(1 << 63)), (5, 1, BASE.experts + 1), (5, 2, (1 << 32) + 1)]
+        for token, j, id in bad:
+            a.ids[token, j], a.factors[token, j] = id, np.nan
+        wanted = given(format, BASE)
+        for token, j, _ in bad:
+            wanted.factors[token, j] = 0
+        y = run(kernels, a)
+        assert (y == run(kernels, wanted)).all()
+        assert (y[5] == 0).all()
+
+
+def test_an_expert_that_is_chosen_twice_counts_twice(kernels: Kernels) -> None:
+    a = given("bf16", BASE)
+    a.ids[:, 1] = a.ids[:, 0]
+    once = given("bf16", BASE)
+    once.factors[:, 0] += once.factors[:, 1]
+    once.factors[:, 1] = 0
+    assert distance(run(kernels, a), run(kernels, once).astype(np.float64)) < 2.0**-22
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_token_alone_gives_the_bits_that_it_gives_among_others(format: str, kernels: Kernels) -> None:
+    """With the same tile: sums are in one order, whatever else is computed. So a call that is repeated repeats its bits."""
+    for tile in (8, 64):
+        whole = given(format, replace(BASE, tile=tile, tokens=21))
+        y = run(kernels, whole)
+        assert run(kernels, whole).tobytes() == y.tobytes()
+        for token in (0, 20):
+            alone = replace_tokens(whole, [token])
+            assert run(kernels, alone).tobytes() == y[token : token + 1].tobytes()
+
+
+def replace_tokens(a: Given, tokens: list[int]) -> Given:
+    """The same experts, with some of the tokens."""
+    case = replace(a.case, tokens=len(tokens))
+    return Given(case, a.format, aligned(a.x[tokens]), aligned(a.ids[tokens]), aligned(a.factors[tokens]), a.parts, a.decoded)
+
+
+@pytest.mark.parametrize("format", ["bf16", "nvfp4"])
+def test_tokens_in_several_passes_give_the_same_bits(format: str, kernels: Kernels) -> None:
+    """The workspace is bounded by ``slab`` pairs; passes of 7 tokens, and of one where the slab has no room for it."""
+    a = given(format, replace(BASE, tokens=20, tile=8))
+    y = run(kernels, a)
+    sizes = [kernels.workspace("routed_experts", **arguments(a, y))]
+    for slab in (23, 1):
+        again = aligned(np.full(a.x.shape, 99, a.x.dtype))
+        plain = arguments(a, again) | {"slab": slab}
+        sizes.append(kernels.workspace("routed_experts", **plain))
+        workspace = aligned(np.full(sizes[-1], 0xFF, np.uint8))
+        kernels.call("routed_experts", **plain | {"workspace": workspace.ctypes.data})
+        assert again.tobytes() == y.tobytes()
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+def test_what_is_not_finite_stays_with_its_token(kernels: Kernels) -> None:
+    for format in FORMATS:
+        for dtype in ("float32", "bfloat16"):
+            clean, dirty = (given(format, replace(BASE, dtype=dtype)) for _ in range(2))
+            dirty.x[4, 7] = np.nan
+            y, spoilt = run(kernels, clean), run(kernels, dirty)
+            assert np.isnan(spoilt[4].astype(np.float32)).all()
+            others = np.arange(9) != 4
+            assert spoilt[others].tobytes() == y[others].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> None:
+    """Hidden values of 1e8, beyond float16: they are no float16, whatever x is."""
+    a = given("bf16", replace(BASE, dtype=dtype))
+    weights = {p: w.copy() for p, w in a.decoded.items()}
+    weights["up"] *= 1e4
+    weights["down"] *= 1e-8
+    pack(a, weights, dict.fromkeys(weights, np.ones(6, np.float32)), {})
+    exact = mixture(a)
+    limit = {"float32": 5e-7, "float16": 1.02 * distance(exact.astype(np.float16), exact), "bfloat16": 2.0**-8}[dtype]
+    assert distance(run(kernels, a).astype(np.float32), exact) <= limit
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "says"),
+    [
+        ("bf16", {"tokens": 0}, "tokens is 0; expected 1 to "),
+        ("bf16", {"tokens": 1 << 61}, "tokens; their inputs can't be addressed"),
+        ("bf16", {"chosen": 0}, "chosen is 0; expected 1 to 4096"),
+        ("bf16", {"chosen": 4097}, "chosen is 4097; expected 1 to 4096"),
+        ("bf16", {"experts": 0}, "experts is 0; expected 1 to 4096"),
+        ("bf16", {"experts": 4097}, "experts is 4097; expected 1 to 4096"),
+        ("bf16", {"input": 0}, "input is 0; expected 32 to 1048576"),
+        ("bf16", {"input": 48}, "input is 48; expected a multiple of 32"),
+        ("bf16", {"width": 16}, "width is 16; expected 32 to 1048576"),
+        ("bf16", {"width": 1000}, "width is 1000; expected a multiple of 32"),
+        ("bf16", {"slab": -1}, "slab is -1; expected 0 to 409600"),
+        ("bf16", {"dtype": 3}, "dtype is 3; expected float32, float16 or bfloat16"),
+        ("bf16", {"format": 5}, "format is 5; expected 0 to 4"),
+        ("bf16", {"activation": 1}, "activation is 1; expected 0, relu squared"),
+        ("bf16", {"tile": 16}, "tile is 16; expected 0, 8, 32 or 64"),
+        ("bf16", {"x": None}, "x is null; format 0 needs it"),
+        ("bf16", {"workspace": None}, "workspace is null"),
+        ("w8a16", {"down_global_scale": None}, "down_global_scale is null; format 1 needs it"),
+        ("fp8", {"up_input_scale": None}, "up_input_scale is null; format 2 needs it"),
+        ("w4a16", {"up_block_scales": None}, "up_block_scales is null; format 3 needs it"),
+        ("nvfp4", {"down_input_scale": None}, "down_input_scale is null; format 4 needs it"),
+        ("bf16", {"x": 8}, "x is at 0x8; expected a multiple of 16"),
+    ],
+    ids=lambda value: ", ".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_refused_before_anything_starts(format: str, change: dict[str, Any], says: str, kernels: Kernels) -> None:
+    a = given(format, BASE)
+    y = aligned(np.full(a.x.shape, 99, a.x.dtype))
+    workspace = aligned(np.zeros(kernels.workspace("routed_experts", **arguments(a, y)), np.uint8))
+    with pytest.raises(EngineError, match=r"libnemoquant_host.so: routed_experts: ") as error:
+        kernels.call("routed_experts", **arguments(a, y, workspace) | change)
+    assert says in str(error.value)
+    assert (y == 99).all()
+
+
+def test_the_workspace_grows_with_every_size(kernels: Kernels) -> None:
+    """As TensorRT needs it: it asks for the largest shapes of a profile."""
+    base = {"tokens": 4096, "chosen": 22, "experts": 512, "input": 1024, "width": 2688, "dtype": 2}
+    for format in FORMATS.values():
+        for name in ("tokens", "chosen", "experts", "input", "width"):
+            sizes = []
+            for value in [32, 64, 96, 1024, 2048, 4064, 4096]:
+                sizes.append(kernels.workspace("routed_experts", **base | {name: value, "format": format}))
+            assert sizes == sorted(sizes)
+            assert sizes[0] > 0
+    assert kernels.workspace("routed_experts", **base | {"input": 33}) == 0
