@@ -141,7 +141,14 @@ def main(log: str, *options: str) -> None:
     if options == ("--check",):
         differences = check(kernels, parse((HERE / "registers.tsv").read_text(encoding="utf-8")))
         if differences:
-            sys.exit("\n".join([*differences, "registers.tsv is not of these sources; expected `registers.py LOG --write` after a whole build"]))
+            sys.exit(
+                "\n".join(
+                    [
+                        *differences,
+                        "registers.tsv is not of these sources; expected `registers.py LOG --write` after a whole build",
+                    ]
+                )
+            )
         return
     for folder in sorted({k.folder for k in kernels}):
         print(f"{folder}\n\n{table([k for k in kernels if k.folder == folder])}\n")

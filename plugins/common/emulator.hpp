@@ -24,7 +24,9 @@
 #include <utility>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(NQ_UCONTEXT)  // the latter for the test of the other way
+#define NQ_OWN_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
@@ -36,6 +38,8 @@
 #define __launch_bounds__(...)
 #undef __restrict__
 #define __restrict__ __restrict
+
+#pragma GCC visibility push(hidden)  // a process may hold several host libraries, each with an emulator of its own
 
 inline uint3 threadIdx;
 inline uint3 blockIdx;
@@ -69,7 +73,7 @@ struct Fiber {
     std::vector<Copy> copies;            // not yet waited for
     std::vector<size_t> groups;          // copies in each closed group
     size_t open = 0;                     // copies in the group that is not closed
-#if defined(__x86_64__)
+#if defined(NQ_OWN_SWITCH)
     void* stack_pointer = nullptr;
 #else
     ucontext_t context{};
@@ -91,7 +95,7 @@ struct Machine {
     void* closure = nullptr;
     unsigned char* shared = nullptr;
     std::vector<unsigned char> shared_storage;
-#if defined(__x86_64__)
+#if defined(NQ_OWN_SWITCH)
     void* scheduler = nullptr;
 #else
     ucontext_t scheduler{};
@@ -103,7 +107,7 @@ inline Machine machine;
 inline void* dynamic_shared() { return machine.shared; }
 
 // Switching stacks. On x86-64 by hand: swapcontext would make a system call for the signal mask each time.
-#if defined(__x86_64__)
+#if defined(NQ_OWN_SWITCH)
 __attribute__((naked, noinline)) static void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* load) {
     asm volatile(
         "pushq %rbp\n\t"
@@ -222,7 +226,7 @@ inline void prepare_fiber(Fiber& fiber, size_t i, dim3 block) {
     fiber.groups.clear();
     fiber.open = 0;
     char* base = machine.stacks + i * STACK;
-#if defined(__x86_64__)
+#if defined(NQ_OWN_SWITCH)
     void** top = reinterpret_cast<void**>(base + STACK) - 2;  // at entry the stack is 8 bytes off a multiple of 16, as after a call
     *top = reinterpret_cast<void*>(&fiber_main);
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
@@ -522,3 +526,5 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+
+#pragma GCC visibility pop

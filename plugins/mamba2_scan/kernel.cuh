@@ -122,7 +122,8 @@ __device__ __forceinline__ PhiloxWords words_of(const Params& p, int64_t i) {
 }
 
 __device__ __forceinline__ float bounded_step(const Params& p, float dt, float bias) {
-    return fminf(fmaxf(steady_softplus(__fadd_rn(dt, bias)), p.dt_min), p.dt_max);
+    const float step = steady_softplus(__fadd_rn(dt, bias));
+    return step != step ? step : fminf(fmaxf(step, p.dt_min), p.dt_max);  // fminf and fmaxf would hide a NaN
 }
 
 __device__ __forceinline__ float dt_value(const Params& p, int64_t row, int64_t t, int head) {
@@ -418,20 +419,20 @@ __device__ __forceinline__ void find_decays(const Params& p, const Place<T>& at,
 template <int size>
 using StateFragments = float[size / 8][4];
 
-// Steps 1 and 4, and the skip, for the warp's 16 positions.
-template <class T, int size>
-__device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& at, const Chunk<T, size>& in, const Decays& decays,
-                                              const Rounded<T, size>& state, int64_t start) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    float scores[4][2][4] = {};  // C B^T: [blocks of 16 earlier positions][halves of 8], up to the warp's own block
+// Steps 1 and 4, and the skip, for 16 positions from ``own`` on. They see the chunk's ``blocks`` first blocks of 16 (a number that is
+// known when compiling, so that no branch stands between loads and products), and of the last two what is not behind them.
+template <class T, int size, int blocks>
+__device__ __forceinline__ void write_block(const Params& p, const Place<T>& at, const Chunk<T, size>& in, const Decays& decays,
+                                            const Rounded<T, size>& state, int64_t start, int own) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    float scores[blocks][2][4] = {};  // C B^T: [blocks of positions][halves of 8]
     float y[TILE / 8][4] = {};
-#pragma unroll
+#pragma unroll (size <= 128 ? 2 : 1)
     for (int k = 0; k < size; k += 16) {
         uint32_t c[4], r[4];
-        load_matrices(c, &in.c[16 * warp + lane % 16][k + lane / 16 * 8]);
+        load_matrices(c, &in.c[own + lane % 16][k + lane / 16 * 8]);
 #pragma unroll
-        for (int block = 0; block < 4; ++block) {
-            if (block > warp) continue;
+        for (int block = 0; block < blocks; ++block) {
             load_matrices(r, &in.b[16 * block + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
             mma_m16n8k16<T>(scores[block][0], c, r[0], r[1]);
             mma_m16n8k16<T>(scores[block][1], c, r[2], r[3]);
@@ -443,7 +444,7 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
             mma_m16n8k16<T>(y[2 * j + 1], c, r[2], r[3]);
         }
     }
-    const int here[2] = {16 * warp + g, 16 * warp + g + 8};
+    const int here[2] = {own + g, own + g + 8};
     const float from_start[2] = {quick_exp2(decays.until(here[0])), quick_exp2(decays.until(here[1]))};
 #pragma unroll
     for (int j = 0; j < TILE / 8; ++j) {
@@ -453,8 +454,7 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
     }
 
 #pragma unroll
-    for (int block = 0; block < 4; ++block) {
-        if (block > warp) continue;
+    for (int block = 0; block < blocks; ++block) {
         uint32_t mixing[4], r[4];  // the scores, decayed and times dt, are the next product's left side
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -464,7 +464,7 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int s = 16 * block + 8 * half + 2 * t + e;
-                    pair[e] = s <= here[i] ? scores[block][half][2 * i + e] * quick_exp2(decays.between(s, here[i])) * decays.dt[s] : 0.0F;
+                    pair[e] = block < blocks - 2 || s <= here[i] ? scores[block][half][2 * i + e] * quick_exp2(decays.between(s, here[i])) * decays.dt[s] : 0.0F;
                 }
                 mixing[2 * half + i] = pack_pair<T>(pair[0], pair[1]);
             }
@@ -487,6 +487,17 @@ __device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& a
             store_two(p.y, out + 8 * j, y[j][2 * i] * back + at.skip * x.x, y[j][2 * i + 1] * back + at.skip * x.y, p.y_dtype);
         }
     }
+}
+
+// Which block of positions is a warp's changes from chunk to chunk: they are of different length, and a warp has its own scheduler.
+template <class T, int size>
+__device__ __forceinline__ void write_outputs(const Params& p, const Place<T>& at, const Chunk<T, size>& in, const Decays& decays,
+                                              const Rounded<T, size>& state, int64_t start, int turn) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, block = turn ? 3 - warp : warp;
+    if (block < 2)
+        write_block<T, size, 2>(p, at, in, decays, state, start, 16 * block);
+    else
+        write_block<T, size, 4>(p, at, in, decays, state, start, 16 * block);
 }
 
 // Steps 2 and 3 for the warp's 16 rows of the state.
@@ -627,13 +638,12 @@ __global__ void __launch_bounds__(THREADS) scan_chunks(const __grid_constant__ P
     auto* const stages = reinterpret_cast<Chunk<T, size>*>(shared);
     auto& rounded = *reinterpret_cast<Rounded<T, size>*>(stages + p.stages);
     const int segment = static_cast<int>(blockIdx.z);
-    const bool one_warp = threadIdx.x < 32;
     const Place<T> at = place_of_block<T>(p);
     const int64_t chunks = (p.length + CHUNK - 1) / CHUNK, first = segment * p.chunks_in_segment;
     const int64_t end = first + p.chunks_in_segment < chunks ? first + p.chunks_in_segment : chunks;
 
     fetch(p, at, stages[0], first * CHUNK, !first_pass);
-    if (one_warp) find_decays(p, at, decays[0], first * CHUNK);
+    if (threadIdx.x < 32) find_decays(p, at, decays[0], first * CHUNK);
     StateFragments<size> state = {};
     float log2_decay = 0.0F;  // of the whole segment
     if (first_pass) {
@@ -661,10 +671,10 @@ __global__ void __launch_bounds__(THREADS) scan_chunks(const __grid_constant__ P
         copy_async_wait<0>();
         __syncthreads();  // the chunk, its decays and the rounded state are there; the other stage is free
         if (more && p.stages == 2) fetch(p, at, next, (chunk + 1) * CHUNK, !first_pass);
-        if (!first_pass) write_outputs<T, size>(p, at, in, decays[turn], rounded, chunk * CHUNK);
+        if (!first_pass) write_outputs<T, size>(p, at, in, decays[turn], rounded, chunk * CHUNK, turn);
         update_state<T, size>(in, decays[turn], state);
         log2_decay += decays[turn].until(CHUNK - 1);
-        if (more && one_warp) find_decays(p, at, decays[1 - turn], (chunk + 1) * CHUNK);  // this warp had the shortest rows
+        if (more && static_cast<int>(threadIdx.x) / 32 == (turn ? 3 : 0)) find_decays(p, at, decays[1 - turn], (chunk + 1) * CHUNK);
         __syncthreads();  // nobody reads the rounded state or the chunk any more
         if (more && p.stages == 1) fetch(p, at, next, (chunk + 1) * CHUNK, !first_pass);
         if (more && !first_pass) share_state<T, size>(state, rounded);

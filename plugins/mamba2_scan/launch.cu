@@ -1,6 +1,7 @@
-// Checks the arguments of nemoquant_mamba2_scan, chooses the kernel, and launches it.
+// Checks the arguments of nemoquant_mamba2_scan, chooses the kernel, and launches it. The kernels of chunks are in files of their own,
+// so that they compile at the same time.
 #include "abi.h"
-#include "kernel.cuh"
+#include "launch.cuh"
 
 namespace {
 
@@ -133,37 +134,6 @@ int choose_steps(const Params& p, int64_t batch, void* stream) {
     return p.dtype == NEMOQUANT_FLOAT32 ? choose_steps<State, true>(p, batch, stream) : choose_steps<State, false>(p, batch, stream);
 }
 
-int run_steps(const Params& p, int64_t batch, void* stream) {
-    if (p.state_dtype == NEMOQUANT_FLOAT32) return choose_steps<float>(p, batch, stream);
-    if (p.state_dtype == NEMOQUANT_FLOAT16) return choose_steps<__half>(p, batch, stream);
-    return choose_steps<__nv_bfloat16>(p, batch, stream);
-}
-
-template <class T, int size>
-int launch_chunks(Params p, int64_t batch, void* stream) {
-    const size_t most = nq::shared_limit();
-    p.stages = shared_bytes<T, size>(2) <= most ? 2 : 1;
-    const size_t shared = shared_bytes<T, size>(p.stages);
-    if (shared + sizeof(Decays[2]) > most) return run_steps(p, batch, stream);
-    const auto blocks = static_cast<unsigned>(p.heads * (p.head_dim / TILE)), rows = static_cast<unsigned>(batch);
-    const auto segments = static_cast<unsigned>(p.segments);
-    int error = NEMOQUANT_OK;
-    if (segments > 1)
-        error = NQ_LAUNCH((scan_chunks<T, size>), dim3(blocks, rows, segments - 1), dim3(THREADS), shared, stream, p, true);
-    if (!error) error = NQ_LAUNCH((scan_chunks<T, size>), dim3(blocks, rows, segments), dim3(THREADS), shared, stream, p, false);
-    return error;
-}
-
-template <class T>
-int choose_chunks(const Params& p, int64_t batch, void* stream) {
-    switch (p.state) {
-        case 64: return launch_chunks<T, 64>(p, batch, stream);
-        case 96: return launch_chunks<T, 96>(p, batch, stream);
-        case 128: return launch_chunks<T, 128>(p, batch, stream);
-        default: return launch_chunks<T, 256>(p, batch, stream);
-    }
-}
-
 Params params_of(const Args& r) {
     Params p{};
     p.x = r.x, p.b = r.b, p.c = r.c, p.dt = r.dt, p.a = r.a, p.d = r.d, p.dt_bias = r.dt_bias;
@@ -184,6 +154,12 @@ Params params_of(const Args& r) {
 }
 
 }  // namespace
+
+int nq::mamba2::run_steps(const Params& p, int64_t batch, void* stream) {
+    if (p.state_dtype == NEMOQUANT_FLOAT32) return choose_steps<float>(p, batch, stream);
+    if (p.state_dtype == NEMOQUANT_FLOAT16) return choose_steps<__half>(p, batch, stream);
+    return choose_steps<__nv_bfloat16>(p, batch, stream);
+}
 
 extern "C" size_t nemoquant_mamba2_scan_workspace(const nemoquant_mamba2_scan_args* args) {
     if (!args || check_sizes(*args) || !has_chunks(*args)) return 0;
@@ -214,6 +190,6 @@ extern "C" int nemoquant_mamba2_scan(const nemoquant_mamba2_scan_args* args, voi
         p.segment_states = static_cast<float*>(args->workspace);
         p.segment_decays = p.segment_states + all * TILE * args->state;
     }
-    return args->dtype == NEMOQUANT_FLOAT16 ? choose_chunks<__half>(p, args->batch, stream)
-                                            : choose_chunks<__nv_bfloat16>(p, args->batch, stream);
+    return args->dtype == NEMOQUANT_FLOAT16 ? run_chunks<__half>(p, args->batch, stream)
+                                            : run_chunks<__nv_bfloat16>(p, args->batch, stream);
 }

@@ -9,26 +9,17 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nemoquant.ops.abi import structure
+
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-POINTERS = ["x", "b", "c", "dt", "a", "d", "dt_bias", "state_in", "y", "state_out", "seed"]
-SIZES = ["batch", "length", "heads", "head_dim", "groups", "state"]
-STRIDES = [f"{name}_{axis}_stride" for name in ("x", "b", "c", "dt") for axis in ("batch", "position")]
-NUMBERS = ["dtype", "dt_dtype", "y_dtype", "state_dtype", "rounding", "philox_rounds", "segments"]
 GUARD = 64  # bytes around each output and the workspace that nobody may write
 
 
-class Args(ctypes.Structure):
-    """``nemoquant_mamba2_scan_args`` of plugins/mamba2_scan/abi.h."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in POINTERS], ("step", ctypes.c_int64), ("workspace", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in SIZES + STRIDES],
-        *[(name, ctypes.c_int32) for name in NUMBERS], ("dt_min", ctypes.c_float), ("dt_max", ctypes.c_float),
-    ]  # fmt: skip
+Args: Any = structure("mamba2_scan")
 
 
 class Guarded:

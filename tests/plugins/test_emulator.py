@@ -22,16 +22,20 @@ pytestmark = pytest.mark.skipif(
 Run = Callable[[str, NDArray[np.float32], int, int], tuple[int, NDArray[np.float32], str]]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a kernel of ``emulator_kernels.cu`` by the first letter of its name -> error code, output, reason."""
+@pytest.fixture(scope="module", params=["own switch", "ucontext"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a kernel of ``emulator_kernels.cu`` by the first letter of its name -> error code, output, reason.
+
+    Stacks are switched by hand on x86-64, and by the C library elsewhere.
+    """
     assert NVCC
     library = tmp_path_factory.mktemp("emulator") / "emulator.so"
     tried = subprocess.run([NVCC, "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True).stderr
     top = next(line.split("=", 1)[1] for line in tried.splitlines() if line.startswith("#$ TOP="))
     headers = Path(top) / "include"
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DNQ_HOST", f"-isystem{headers}", "-x", "c++",
+        ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DNQ_HOST",
+         *(["-DNQ_UCONTEXT"] if request.param == "ucontext" else []), f"-isystem{headers}", "-x", "c++",
          HERE / "emulator_kernels.cu", COMMON / "last_error.cpp", "-o", library],
         check=True,
     )  # fmt: skip

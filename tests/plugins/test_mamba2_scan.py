@@ -59,6 +59,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("three rows", {"batch": 3}),
     ("one group", {"groups": 1}),
     ("a group for each head", {"groups": 4}),
+    ("three heads a group", {"heads": 6, "batch": 1}),
     ("one head", {"heads": 1, "groups": 1}),
     ("head_dim 128", {"width": 128}),
     *[(f"state {n}", {"size": n}) for n in (16, 32, 64, 96, 256)],
@@ -184,6 +185,21 @@ def test_error_is_below_twice_that_of_transformers(dtype: str, length: int, scan
     theirs = in_transformers(given, getattr(torch, dtype))
     for found, expected, true in zip(scan(given), theirs, recurrence(given), strict=True):
         assert error(found, true) < max(2 * error(expected, true), FLOOR)
+
+
+@pytest.mark.parametrize("length", [9, 100])
+def test_nan_in_dt_is_nan_from_there_on(length: int, scan: Scan) -> None:
+    """In its head alone; bounds do not hide it."""
+    given = inputs(length=length, dtype="bfloat16")
+    clean, _ = scan(given, low=0.001, high=1.0)
+    given["dt"][1, 5, 2] = np.nan
+    y, state = scan(given, low=0.001, high=1.0)
+    hit = np.zeros(y.shape, bool)
+    hit[1, 5:, 2] = True
+    assert np.array_equal(np.isnan(y), hit)
+    assert np.array_equal(y[~hit], clean[~hit])
+    assert np.isnan(state[1, 2]).all()
+    assert np.isnan(state).sum() == state[1, 2].size
 
 
 # Cutting, and what must not change a bit.
