@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from nemoquant._version import __version__
 
 if TYPE_CHECKING:
-    from nemoquant.api import CalibrationOptions, Result, diff, export_onnx, export_rtx, inspect, plan, quantize, verify
+    from nemoquant.api import CalibrationOptions, Result, diff, export_engine, export_onnx, inspect, plan, quantize, verify
 
 __all__ = [
     "CalibrationOptions",
     "Result",
     "__version__",
     "diff",
+    "export_engine",
     "export_onnx",
-    "export_rtx",
     "inspect",
     "plan",
     "quantize",

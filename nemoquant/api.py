@@ -248,6 +248,8 @@ def diff(
     seq_len: int = 512,
     reference_cache: PathLike | None = None,
     engine: str = "torch",
+    engine_files: Sequence[PathLike] = (),
+    plugins: PathLike | None = None,
     threads: int | None = None,
     card: bool = True,
     progress: Progress = no_progress,
@@ -258,7 +260,9 @@ def diff(
         candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not quantized.
         data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated on.
         rows, seq_len: how much of it; ignored for .npy, which says so itself.
-        engine: take logits through this engine too, ``onnxruntime``; ``torch`` is the diff's own arithmetic.
+        engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the diff's own arithmetic.
+        engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
+        plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
         reference_cache: file for the source's side, written by the first run and read by later ones.
         card: put the figures into the model cards of candidates that nemoquant wrote.
     Raises:
@@ -284,6 +288,7 @@ def diff(
         raise UsageError(f"{text} has rows of one token; expected at least 2, the first one predicts the second")
     import torch
 
+    from nemoquant.engine.base import Engine
     from nemoquant.engine.load import load_engine
     from nemoquant.evaluate.candidate import Candidate
     from nemoquant.evaluate.card import update_card
@@ -300,7 +305,13 @@ def diff(
             stack.enter_context(side.checkpoint)
         if cache is not None:
             check_cache(cache, opened, tokens)
-        engines = [] if engine == "torch" else [load_engine(engine, path) for path in paths]
+        engines: list[Engine] = []
+        if engine != "torch" or engine_files:
+            files: list[Path | None] = [Path(file) for file in engine_files] or [None] * len(paths)
+            if len(files) != len(paths):
+                raise UsageError(f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in their order")
+            library = None if plugins is None else Path(plugins)
+            engines = [load_engine(engine, path, threads, file, library) for path, file in zip(paths, files, strict=True)]
         report = compare(opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what), engines)
     if card:
         told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
@@ -344,24 +355,36 @@ def export_onnx(
     )  # fmt: skip
 
 
-def export_rtx(
+def export_engine(
     source: PathLike,
     out: PathLike,
     *,
-    sm: int,
+    target: str | None = None,
+    sm: int | None = None,
     compute: str = "bfloat16",
     max_seq_len: int = 4096,
     max_batch: int = 1,
     workspace: int | None = None,
+    last_token_only: bool = False,
+    mtp: bool = False,
     strip_weights: bool = False,
+    weight_streaming: bool = False,
+    timing_cache: PathLike | None = None,
+    plugins: PathLike | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Build a TensorRT-RTX engine of a checkpoint into the new file ``out``, on any machine, with ``out.json`` beside it.
+    """Build a TensorRT engine of a checkpoint into the new file ``out``, with ``out.json`` beside it.
 
     Args:
-        sm: the GPU to build for: 75, 80, 86, 89, 120 or 121.
+        target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is for. None is ``rtx`` where
+            no GPU is found, else ``trt``.
+        sm: the GPU to build for; None is the one in this machine.
         max_seq_len, max_batch: most positions of a sequence, past ones included, and most sequences at once.
         workspace: bytes of scratch memory; None is the builder's own choice.
+        last_token_only: logits of the last position only.
+        mtp: also build the multi-token-prediction module, into a second file beside ``out``.
+        strip_weights: leave the weights out of the file; they are put in from the shards when it is loaded.
+        weight_streaming, timing_cache, plugins: see ``nemoquant.engine.build.EngineOptions``; ``trt`` only.
         say: told in a line what is going on.
     Returns:
         what is in ``out.json``.
@@ -371,11 +394,16 @@ def export_rtx(
     from nemoquant.engine.files import onnx_package
 
     onnx_package()
-    from nemoquant.engine.export import export_rtx as export
-    from nemoquant.engine.tensorrt_rtx import RtxOptions
+    from nemoquant.engine.build import EngineOptions
+    from nemoquant.engine.export import export_engine as export
+    from nemoquant.engine.targets import default_target, device
 
-    options = RtxOptions(sm, compute, max_seq_len, max_batch, workspace, strip_weights)
-    return export(Path(source), Path(out), options, say)
+    found = device()
+    options = EngineOptions(
+        target or default_target(found), sm, compute, max_seq_len, max_batch, workspace, last_token_only, False, strip_weights,
+        weight_streaming, None if timing_cache is None else Path(timing_cache), None if plugins is None else Path(plugins),
+    )  # fmt: skip
+    return export(Path(source), Path(out), options, found, say, mtp=mtp)
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _graphs(folder: Path, say: Callable[[str], None]) -> str:
         f"graphs: model.onnx and mtp.onnx beside the shards of each, {made.nodes} nodes in {len(made.functions)} functions, no weight copied."
     )
     if importlib.util.find_spec("tensorrt_rtx"):
-        facts = api.export_rtx(folder / "nvfp4", folder / f"nvfp4-sm{ENGINE_SM}.engine", sm=ENGINE_SM)
+        facts = api.export_engine(folder / "nvfp4", folder / f"nvfp4-sm{ENGINE_SM}.engine", target="rtx", sm=ENGINE_SM)
         figures = f"{facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
         say(f"engine: nvfp4-sm{ENGINE_SM}.engine, TensorRT-RTX {facts['version']}, {figures}")
     else:

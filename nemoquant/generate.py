@@ -79,6 +79,12 @@ def generate(
         raise UsageError("the prompt holds no tokens; give some text")
     if mtp and not engine.has_mtp:
         raise UsageError(f"the {engine.name} engine has no multi-token prediction here; export with --mtp, or leave out --mtp")
+    longest = len(prompt) + max_tokens + mtp
+    if engine.max_seq_len is not None and longest > engine.max_seq_len:
+        raise UsageError(
+            f"{len(prompt)} tokens of the prompt and {max_tokens + mtp} new ones (drafts included) are {longest}; the {engine.name} engine was "
+            f"built for {engine.max_seq_len}: ask for fewer with --max-tokens, or build it again with a larger --max-seq-len"
+        )
     if mtp and sampler.temperature:
         raise UsageError("--mtp verifies greedily; leave out --temperature")
     tokens = _plain(engine, prompt, sampler) if not mtp else _drafted(engine, prompt, sampler, mtp, drafts or Drafts())

@@ -49,11 +49,21 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="Take logits through this engine too; torch is the diff's own arithmetic.",
 )
+@click.option(
+    "--engine-file",
+    "engine_files",
+    multiple=True,
+    type=FILE,
+    metavar="FILE",
+    help="The engine of an OUT, for --engine rtx or trt; one for each OUT, in their order.",
+)
+@click.option("--plugins", type=FILE, metavar="FILE", help="Plugin library for --engine trt.")
 @click.option("--no-card", is_flag=True, help="Leave OUT's model card without the figures.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
 def command(
     source: Path, outs: tuple[Path, ...], data: Path | None, rows: int, seq_len: int, html: Path | None, json_file: Path | None,
-    markdown: Path | None, fail_if: tuple[str, ...], reference_cache: Path | None, engine: str, no_card: bool, threads: int | None,
+    markdown: Path | None, fail_if: tuple[str, ...], reference_cache: Path | None, engine: str,
+    engine_files: tuple[Path, ...], plugins: Path | None, no_card: bool, threads: int | None,
 ) -> None:  # fmt: skip
     """Compare one or more checkpoints OUT with the bf16 checkpoint SRC that they were made from, over the same text.
 
@@ -85,7 +95,8 @@ def command(
         click.echo(f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True)
     with progress_bars(to_stdout) as progress:
         report = api.diff(
-            source, outs, data=data, rows=rows, seq_len=seq_len, reference_cache=reference_cache, engine=engine, threads=threads, card=not no_card,
+            source, outs, data=data, rows=rows, seq_len=seq_len, reference_cache=reference_cache, engine=engine,
+            engine_files=engine_files, plugins=plugins, threads=threads, card=not no_card,
             progress=progress,
         )  # fmt: skip
     write_files(report, files)

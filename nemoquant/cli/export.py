@@ -8,6 +8,8 @@ from nemoquant.cli.shared import json_option, print_json, progress_bars
 from nemoquant.errors import UsageError
 from nemoquant.units import size
 
+FILE = click.Path(path_type=Path, dir_okay=False)
+
 
 @click.group("export")
 def command() -> None:
@@ -89,15 +91,13 @@ def export_onnx(
 
 @command.command("trt")
 @click.argument("source", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=FILE)
 @click.option(
     "--target",
     type=click.Choice(["rtx", "trt"]),
-    default="rtx",
-    show_default=True,
-    help="rtx: TensorRT-RTX, which builds without a GPU.",
+    help="rtx: TensorRT-RTX, which builds without a GPU; trt: TensorRT, on the GPU itself. Default: rtx where no GPU is found.",
 )
-@click.option("--sm", type=int, required=True, help="GPU to build for: 75 80 86 89 120 121.")
+@click.option("--sm", type=int, help="GPU to build for, as 120 for SM 12.0; default: the one in this machine.")
 @click.option(
     "--compute",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -108,38 +108,50 @@ def export_onnx(
 @click.option("--max-seq-len", type=click.IntRange(min=2), default=4096, show_default=True, help="Most positions of a sequence.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most sequences at once.")
 @click.option("--workspace", type=click.FloatRange(min=0.001), help="Scratch memory in GB; default: the builder's own choice.")
-@click.option("--strip-weights", is_flag=True, help="Leave the weights out of the file, to be refitted from the shards.")
+@click.option("--last-token-only", is_flag=True, help="Logits of the last position only.")
+@click.option(
+    "--mtp", is_flag=True, help="Also an engine of the multi-token-prediction module: model.mtp.engine beside model.engine."
+)
+@click.option(
+    "--strip-weights", is_flag=True, help="Leave the weights out of the file; they come from the shards when it is loaded."
+)
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory, for models larger than the GPU's (trt).")
+@click.option("--timing-cache", type=FILE, metavar="FILE", help="Measured tactics, read if it exists and written after (trt).")
+@click.option(
+    "--plugins", type=FILE, metavar="FILE", help="Plugin library (trt); default: where `nemoquant plugins build` puts it."
+)
 @json_option
 def export_trt(
-    source: Path, out: Path, target: str, sm: int, compute: str, max_seq_len: int, max_batch: int, workspace: float | None,
-    strip_weights: bool, as_json: bool,
+    source: Path, out: Path, target: str | None, sm: int | None, compute: str, max_seq_len: int, max_batch: int, workspace: float | None,
+    last_token_only: bool, mtp: bool, strip_weights: bool, weight_streaming: bool, timing_cache: Path | None, plugins: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Build a TensorRT-RTX engine of the checkpoint in DIR into the file OUT, with OUT.json beside it.
+    """Build a TensorRT engine of the checkpoint in DIR into the file OUT, with OUT.json beside it.
 
-    Needs no GPU. The network is strongly typed: what can't have its precision fails, nothing falls back.
+    TensorRT-RTX needs no GPU to build. The network is strongly typed: what can't have its precision fails, nothing falls back.
 
     \b
     Examples:
       nemoquant export trt OUT model.engine --sm 120
       nemoquant export trt OUT model.engine --sm 89 --compute float16 --max-seq-len 8192
+      nemoquant export trt OUT model.engine --target trt --timing-cache tactics.cache
     """
     from nemoquant import api
 
-    if target == "trt":
-        raise UsageError(
-            "--target trt: TensorRT builds on the GPU that the engine is for, with nemoquant's plugins, which this version does not have yet; "
-            f"`nemoquant export onnx {source} --dialect tensorrt` writes the graph for it, --target rtx builds for SM 75 to 89, 120 and 121"
-        )
-    facts = api.export_rtx(
-        source, out, sm=sm, compute=compute, max_seq_len=max_seq_len, max_batch=max_batch,
-        workspace=int(workspace * 1e9) if workspace else None, strip_weights=strip_weights,
+    facts = api.export_engine(
+        source, out, target=target, sm=sm, compute=compute, max_seq_len=max_seq_len, max_batch=max_batch,
+        workspace=int(workspace * 1e9) if workspace else None, last_token_only=last_token_only, mtp=mtp, strip_weights=strip_weights,
+        weight_streaming=weight_streaming, timing_cache=timing_cache, plugins=plugins,
         say=lambda text: None if as_json else click.echo(text, err=True),
     )  # fmt: skip
     if as_json:
         print_json(facts)
         return
     types = ", ".join(f"{count:,} {name}" for name, count in facts["layers_by_output_type"].items())
-    click.echo(f"{out}: {size(facts['bytes'])}, SM {sm}, {facts['layers']:,} layers, built in {facts['build_seconds']} s")
+    click.echo(
+        f"{out}: {facts['runtime']} {facts['version']}, {size(facts['bytes'])}, SM {facts['sm']}, {facts['layers']:,} layers, built in "
+        f"{facts['build_seconds']} s"
+    )
     click.echo(f"layers by the type that they put out: {types}")
     if facts["warnings"]:
         click.echo(f"{len(facts['warnings'])} warnings of the builder are in {out.name}.json", err=True)

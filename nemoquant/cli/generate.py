@@ -17,6 +17,15 @@ import click
     show_default=True,
     help="What runs it.",
 )
+@click.option(
+    "--engine-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="What `nemoquant export trt` wrote, for --engine rtx or trt.",
+)
+@click.option(
+    "--plugins", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Plugin library for --engine trt."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice with a temperature.")
@@ -27,6 +36,8 @@ def command(
     prompt: str,
     chat: bool,
     engine: str,
+    engine_file: Path | None,
+    plugins: Path | None,
     max_tokens: int,
     temperature: float,
     seed: int,
@@ -40,6 +51,7 @@ def command(
       nemoquant generate OUT --prompt "It is a truth universally acknowledged"
       nemoquant generate OUT --prompt "Once" --engine onnxruntime --temperature 0.8 --seed 1
       nemoquant generate OUT --prompt "In the beginning" --mtp 2
+      nemoquant generate OUT --prompt "Once" --engine rtx --engine-file model.engine
     """
     from nemoquant.engine.load import load_engine
     from nemoquant.generate import Drafts, Sampler, generate, stop_tokens
@@ -49,7 +61,7 @@ def command(
     config, _ = load_config(model)
     sampler, codec = Sampler(temperature, seed), TextCodec(model)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
-    running = load_engine(engine, model, threads)
+    running = load_engine(engine, model, threads, engine_file, plugins)
     drafts = Drafts()
     began, count, shown = time.monotonic(), 0, ""
     tokens: list[int] = []

@@ -2,8 +2,8 @@
 
 torch         the functional model over packed weights, no graph: always there
 onnxruntime   ``model.onnx`` on the CPU; the extra `ort` (or `gpu`)
-rtx           TensorRT-RTX: builds anywhere, runs on a GPU; the extra `rtx`
-trt           TensorRT: builds and runs on a GPU, with the plugins; the extra `trt`
+rtx           an engine file of TensorRT-RTX: built anywhere, run on a GPU; the extra `rtx`
+trt           an engine file of TensorRT: built and run on a GPU, with the plugins; the extra `trt`
 """
 
 from dataclasses import dataclass
@@ -29,10 +29,12 @@ class Step:
 
 
 class Engine(Protocol):
-    """A model that can be run. ``has_mtp`` says whether ``draft`` can be called."""
+    """A model that can be run. ``has_mtp`` says whether ``draft`` can be called; ``max_seq_len`` are the most positions of a sequence,
+    None is no limit."""
 
     name: str
     has_mtp: bool
+    max_seq_len: int | None
 
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
         """tokens [batch, length], from ``state`` on; None is the start of a sequence."""

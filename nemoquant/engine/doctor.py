@@ -5,6 +5,13 @@ import importlib.util
 import os
 from dataclasses import dataclass
 
+from nemoquant.engine.targets import TARGETS, Device, device, plugin_library
+from nemoquant.errors import BuildError, UsageError
+from nemoquant.ops.build import default_folder, missing, read_built
+from nemoquant.ops.sources import sources_hash
+
+NO_GPU = "no CUDA device is usable here"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -25,22 +32,18 @@ def _version(*packages: str) -> str | None:
     return None
 
 
-def gpu() -> str | None:
-    """The first CUDA device that torch can use, with its SM; None without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    return f"{torch.cuda.get_device_name(0)} (SM {major}{minor})"
+def _rtx_runs(found: Device | None) -> bool:
+    return found is not None and found.sm in (TARGETS["rtx"].sms or ())
 
 
-def plugins(device: str | None) -> Finding:
+def _rtx_why(found: Device | None) -> str:
+    if found is None:
+        return f"{NO_GPU}, so nothing runs"
+    return f"runs on {found.name}" if _rtx_runs(found) else f"it does not build for {found.name}, SM {found.sm}: --target trt"
+
+
+def plugins(found: Device | None) -> Finding:
     """The plugin library: what is missing to build it, and what was built."""
-    from nemoquant.errors import BuildError
-    from nemoquant.ops.build import default_folder, missing, read_built
-    from nemoquant.ops.sources import sources_hash
-
     try:
         lacking, built = missing(), read_built(default_folder())
     except BuildError as error:
@@ -53,29 +56,36 @@ def plugins(device: str | None) -> Finding:
         what += f", TensorRT {built.tensorrt}'s headers"
     if built.sources != sources_hash():
         return Finding("plugins", not lacking, False, f"{what}: built from other sources than this version's; {how}")
-    return Finding("plugins", not lacking, device is not None, what + ("" if device else "; no CUDA device is usable here"))
+    return Finding("plugins", not lacking, found is not None, what + ("" if found else f"; {NO_GPU}"))
 
 
 def doctor() -> list[Finding]:
     """All engines, and the machine they are on."""
-    device = gpu()
+    found = device()
+    gpu = f"{found.name} (SM {found.sm})" if found else None
     ort = _version("onnxruntime", "onnxruntime-gpu")
     rtx, trt = _version("tensorrt-rtx-cu13"), _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-    no_gpu = "no CUDA device is usable here"
     no_onnx = None if importlib.util.find_spec("onnx_ir") else "graphs need the extra `onnx`: pip install 'nemoquant[onnx]'"
+    library, lacking = None, [no_onnx] if no_onnx else []
+    if found is None:
+        lacking.append(NO_GPU)
+    if trt is None:
+        lacking.append("not installed: pip install 'nemoquant[trt]'")
+    try:
+        library = plugin_library(None)
+    except UsageError as error:
+        lacking.append(str(error))
     return [
-        Finding("machine", True, True, f"{len(os.sched_getaffinity(0))} CPU threads, {device or 'no CUDA device'}"),
+        Finding("machine", True, True, f"{len(os.sched_getaffinity(0))} CPU threads, {gpu or 'no CUDA device'}"),
         Finding("torch", True, True, f"torch {_version('torch')}; needs no graph"),
         Finding(
             "onnxruntime", no_onnx is None, ort is not None and no_onnx is None,
             no_onnx or (f"onnxruntime {ort}, on the CPU" if ort else "not installed: pip install 'nemoquant[ort]'"),
         ),
         Finding(
-            "rtx", rtx is not None and no_onnx is None, False,
-            no_onnx or (f"tensorrt-rtx {rtx} builds; {'nemoquant has no runner yet' if device else no_gpu + ', so nothing runs'}" if rtx else
-                        "not installed: pip install 'nemoquant[rtx]'"),
+            "rtx", rtx is not None and no_onnx is None, rtx is not None and no_onnx is None and _rtx_runs(found),
+            no_onnx or (f"tensorrt-rtx {rtx} builds; {_rtx_why(found)}" if rtx else "not installed: pip install 'nemoquant[rtx]'"),
         ),
-        Finding("trt", False, False, "needs nemoquant's plugins, which this version does not have yet; `export onnx --dialect tensorrt` "
-                f"writes the graph{f'; tensorrt {trt} is installed' if trt else ''}"),
-        plugins(device),
+        Finding("trt", not lacking, not lacking, "; ".join(lacking) or f"tensorrt {trt} with {library}"),
+        plugins(found),
     ]  # fmt: skip

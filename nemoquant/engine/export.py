@@ -3,40 +3,62 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.manifest import replace_text
-from nemoquant.engine.tensorrt_rtx import RtxOptions, build
+from nemoquant.checkpoint.manifest import replace_bytes, replace_text
+from nemoquant.engine.build import Built, EngineOptions, build
+from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
+from nemoquant.engine.targets import Device
 from nemoquant.errors import OutputError
 
 
-def export_rtx(path: Path, out: Path, options: RtxOptions, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Build a TensorRT-RTX engine of the checkpoint in ``path`` into the new file ``out``, and ``out.json`` with its facts.
+def export_engine(
+    path: Path,
+    out: Path,
+    options: EngineOptions,
+    device: Device | None,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    mtp: bool = False,
+) -> dict[str, Any]:
+    """Build an engine of the checkpoint in ``path`` into the new file ``out``, and ``out.json`` with its facts.
 
+    Args:
+        device: the GPU of this machine.
+        mtp: also build its multi-token-prediction module, into a second file beside ``out``.
     Returns:
-        the facts.
+        the facts of the main engine.
     Raises:
-        NemoquantError: ``out`` exists or can't be written; see ``tensorrt_rtx.build``.
+        NemoquantError: a file exists or can't be written; see ``build``. Nothing is left behind.
     """
-    facts_file = out.with_name(out.name + ".json")
-    for file in (out, facts_file):
+    files = [out, *([mtp_file(out)] if mtp else [])]
+    for file in (name for engine in files for name in (engine, facts_file(engine))):
         if file.exists() or file.is_symlink():
             raise OutputError(f"{file} exists; expected a new file, nothing is overwritten: remove it or choose another name")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
-    built = build(path, options, say)
-    facts = {
-        "schema": 1, **built.facts, "checkpoint": path.resolve().name, "file": out.name, "bytes": len(built.data),
-        "sha256": hashlib.sha256(built.data).hexdigest(),
-    }  # fmt: skip
-    partial = out.with_name(out.name + ".partial")
+    built = [build(path, replace(options, with_hidden=mtp), device, say)]
+    if mtp:
+        built.append(build(path, options, device, say, mtp=True))
     try:
-        partial.write_bytes(built.data)
-        partial.replace(out)
-        replace_text(facts_file, json.dumps(facts, indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        for file in (partial, out):
+        for file, engine in zip(files, built, strict=True):
+            replace_bytes(file, engine.data)
+            replace_text(facts_file(file), json.dumps(_facts(path, file, engine, mtp), indent=1, sort_keys=True) + "\n")
+    except BaseException as error:
+        for file in files:
             file.unlink(missing_ok=True)
-        raise OutputError(f"{out}: {error.strerror or error}; choose another place") from None
-    return facts
+            facts_file(file).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{out}: {error.strerror or error}; choose another place") from None
+        raise
+    return _facts(path, out, built[0], mtp)
+
+
+def _facts(path: Path, file: Path, engine: Built, mtp: bool) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA, **engine.facts, "checkpoint": path.resolve().name, "file": file.name, "bytes": len(engine.data),
+        "sha256": hashlib.sha256(engine.data).hexdigest(),
+        "mtp": mtp_file(file).name if mtp and engine.facts["part"] == "main" else None,
+    }  # fmt: skip

@@ -4,15 +4,28 @@ import os
 from pathlib import Path
 
 from nemoquant.engine.base import Engine
+from nemoquant.engine.targets import TARGETS, device
 from nemoquant.errors import UsageError
 
 
-def load_engine(name: str, path: Path, threads: int | None = None) -> Engine:
-    """An engine over the folder ``path``; ``threads`` None is all that this process may use.
+def load_engine(
+    name: str, path: Path, threads: int | None = None, file: Path | None = None, plugins: Path | None = None
+) -> Engine:
+    """An engine over the folder ``path``.
 
+    Args:
+        threads: None is all that this process may use.
+        file: the engine file of ``rtx`` and ``trt``, which the others do not have.
+        plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
     Raises:
-        NemoquantError: a missing extra, a graph or shards that are not what they should be, no GPU where one is needed.
+        NemoquantError: a missing extra, a graph, shards or an engine file that are not what they should be, no GPU where one is needed.
     """
+    if (file is not None) != (name in TARGETS):
+        raise UsageError(
+            f"--engine {name} needs the engine file that `nemoquant export trt {path} FILE` wrote: --engine-file FILE"
+            if file is None
+            else f"--engine-file {file}: the engine {name} reads none; it goes with --engine rtx or --engine trt"
+        )
     if name == "torch":
         import torch
 
@@ -24,4 +37,7 @@ def load_engine(name: str, path: Path, threads: int | None = None) -> Engine:
         from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads)
-    raise UsageError(f"the engine {name} needs a GPU to run, and none is usable here; expected torch or onnxruntime")
+    assert file is not None
+    from nemoquant.engine.gpu import TensorRTEngine
+
+    return TensorRTEngine(name, file, path, device(), plugins)

@@ -81,6 +81,7 @@ class OnnxRuntimeEngine:
     """Runs an exported folder on the CPU."""
 
     name = "onnxruntime"
+    max_seq_len: int | None = None
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self.main = Graph(path / MODEL, threads)

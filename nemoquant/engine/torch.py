@@ -14,6 +14,7 @@ class TorchEngine:
     """Runs the checkpoint in ``path`` in float32 on the CPU; any checkpoint, quantized or not."""
 
     name = "torch"
+    max_seq_len: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.opened = PackedCheckpoint(path)

@@ -15,6 +15,16 @@ from nemoquant.evaluate.schema import EngineRun
 Progress = Callable[[int, str], None]
 
 
+def check_engines(engines: Sequence[Engine], length: int) -> None:
+    """Raises UsageError where an engine admits no rows of that length; asked before hours of work, not after."""
+    for engine in engines:
+        if engine.max_seq_len is not None and length > engine.max_seq_len:
+            raise UsageError(
+                f"rows of {length:,} tokens: the {engine.name} engine was built for {engine.max_seq_len:,} at most; give --seq-len, or build it "
+                "again with a larger --max-seq-len"
+            )
+
+
 def run_engines(
     engines: Sequence[Engine], rows: Rows, reference: Head, heads: Sequence[Head], progress: Progress
 ) -> list[EngineRun]:

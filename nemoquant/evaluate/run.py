@@ -23,7 +23,7 @@ from nemoquant.engine.base import Engine
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.evaluate import schema
 from nemoquant.evaluate.candidate import Candidate
-from nemoquant.evaluate.engines import run_engines
+from nemoquant.evaluate.engines import check_engines, run_engines
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
@@ -92,6 +92,7 @@ def diff(
     Raises:
         NemoquantError: see ``reference.stream``; or a candidate that computes NaN.
     """
+    check_engines(engines, rows.ids.shape[1])
     config = source.config
     sides = [Side(candidate) for candidate in candidates]
     steps = len(config.layers) + 2

@@ -82,7 +82,7 @@ class Builder:
         hidden = self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
         parts = [self.norm(embedded, f"{prefixes[0]}enorm.weight"), self.norm(hidden, f"{prefixes[0]}hnorm.weight")]
         joined = self.tape.reshape(self.tape.op("Concat", *parts, axis=-1), -1, 2 * self.config.hidden_size)
-        x = self.tape.op("Reshape", self.gemm(f"{prefixes[0]}eh_proj", joined), self.tape.op("Shape", hidden))
+        x = self.tape.reshape_to(self.gemm(f"{prefixes[0]}eh_proj", joined), self.tape.op("Shape", hidden))
         for j, (kind, prefix) in enumerate(zip(self.config.mtp_layers, prefixes, strict=True)):
             x = self.layer(kind, prefix, x, j)
         x = self.norm(x, f"{prefixes[-1]}final_layernorm.weight")
@@ -125,7 +125,7 @@ class Builder:
             hidden = t.slice(hidden, -1, ALL, 1)
         head = "backbone.embeddings" if self.config.tie_word_embeddings else "lm_head"
         y = self.gemm(head, t.reshape(hidden, -1, self.config.hidden_size))
-        y = t.op("Reshape", y, t.op("Concat", t.op("Shape", hidden, start=0, end=2), t.ints(-1), axis=0))
+        y = t.reshape_to(y, t.op("Concat", t.op("Shape", hidden, start=0, end=2), t.ints(-1), axis=0))
         return self.output(y, "logits", self.compute, "batch", 1 if last else "length", self.config.vocab_size)
 
     def layer(self, kind: LayerKind, prefix: str, x: ir.Value, number: int) -> ir.Value:

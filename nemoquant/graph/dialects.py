@@ -93,7 +93,7 @@ class Dialect:
         block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
         half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
         pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)  # [out, in/2, 2]
-        blocks = t.op("Reshape", t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0))
+        blocks = t.reshape_to(t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0))
         values = t.op("Mul", blocks, t.unsqueeze(half, 2))  # exact: twice the code times half the scale
         return t.cast(t.reshape(values, t.size(w["codes"], 0), -1), compute)
 

@@ -101,7 +101,7 @@ def layer_function(config: NemotronHConfig, dialect: Dialect, variant: Variant, 
         wide = t.cast(x, FLOAT)
         normed = t.cast(layer.rms_norm(wide, layer.f32("layer_norm")), compute)
         y, *after = MIXERS[variant.kind](layer, normed, *rest[: len(states)])
-        y = t.op("Reshape", y, t.op("Shape", x))
+        y = t.reshape_to(y, t.op("Shape", x))
         return [t.op("Add", x, y), *after]
 
     return make_function(LAYERS, variant.name, ["x", *states, *weights], record)
@@ -113,7 +113,7 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
     bc = c.n_groups * c.ssm_state_size
 
     def positions(value: ir.Value, *rest: int) -> ir.Value:
-        return t.op("Reshape", value, t.op("Concat", shape, t.ints(*rest), axis=0))
+        return t.reshape_to(value, t.op("Concat", shape, t.ints(*rest), axis=0))
 
     projected = positions(layer.gemm("in_proj", layer.flat(x)), -1)
     z, xbc, dt = t.ops("Split", 3, projected, t.ints(c.mamba_inner, c.conv_channels, c.mamba_num_heads), axis=-1)
@@ -159,7 +159,7 @@ def attention(layer: Layer, x: ir.Value, past_key: ir.Value, past_value: ir.Valu
     flat = layer.flat(x)
 
     def heads(name: str, count: int) -> ir.Value:
-        split = t.op("Reshape", layer.gemm(name, flat), t.op("Concat", shape, t.ints(count, size), axis=0))
+        split = t.reshape_to(layer.gemm(name, flat), t.op("Concat", shape, t.ints(count, size), axis=0))
         return t.op("Transpose", split, perm=[0, 2, 1, 3])  # [B, heads, L, size]
 
     query, key, value = heads("q_proj", kv * group), heads("k_proj", kv), heads("v_proj", kv)

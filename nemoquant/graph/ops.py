@@ -135,7 +135,7 @@ def nvfp4_dynamic_quant_dequant() -> ir.Function:
         d = t.op("Mul", block_scale, scale)
         divisor = t.op("Where", t.op("Equal", d, zero), one, d)
         rounded = t.op("Mul", t.op("Mul", e2m1_round(t, t.op("Div", magnitude, divisor)), d), t.op("Sign", blocks))
-        return [t.op("CastLike", t.op("Reshape", rounded, t.op("Shape", x)), x)]
+        return [t.op("CastLike", t.reshape_to(rounded, t.op("Shape", x)), x)]
 
     return function(spec("nvfp4_dynamic_quant_dequant"), record)
 

@@ -77,8 +77,12 @@ class Tape:
         """To ``dims``: numbers (-1 infers, 0 keeps), or int64 [1] values."""
         if all(isinstance(d, int) for d in dims):
             return self.op("Reshape", x, self.ints(*(d for d in dims if isinstance(d, int))))
-        parts = [self.ints(d) if isinstance(d, int) else d for d in dims]
-        return self.op("Reshape", x, self.op("Concat", *parts, axis=0))
+        parts = [d if not isinstance(d, int) else self.ints(d) if d else self.size(x, i) for i, d in enumerate(dims)]
+        return self.reshape_to(x, self.op("Concat", *parts, axis=0))
+
+    def reshape_to(self, x: ir.Value, shape: ir.Value) -> ir.Value:
+        """To a computed shape. A zero in it is a size: as "keeps" it would have TensorRT prepare for both."""
+        return self.op("Reshape", x, shape, allowzero=1)
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self.op("Cast", x, to=int(dtype))

@@ -146,27 +146,37 @@ def build(
     cmake, folder = shutil.which("cmake") or "cmake", plugin_folder()
     headers, cutlass = tensorrt_headers() if faces else None, cutlass_headers()
     gemm = architectures if gemm_architectures is None else gemm_architectures
-    values = {
-        "NQ_HOST": host, "NQ_FACES": faces, "NQ_WERROR": strict, "NQ_ARCHS": ";".join(architectures), "NQ_GEMM_ARCHS": ";".join(gemm),
-        "TENSORRT_ROOT": headers or "", "CUTLASS_ROOT": cutlass or "", "Python3_EXECUTABLE": sys.executable,
+    ninja = shutil.which("ninja")
+    options = {
+        "NQ_HOST": _on(host), "NQ_FACES": _on(faces), "NQ_WERROR": _on(strict), "NQ_ARCHS": ";".join(architectures),
+        "NQ_GEMM_ARCHS": ";".join(gemm), "TENSORRT_ROOT": headers or "", "CUTLASS_ROOT": cutlass or "", "Python3_EXECUTABLE": sys.executable,
     }  # fmt: skip
     work, log = out / "work" / _stem(host), out / f"{_stem(host)}.log"
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        _prepare(work, "\n".join(map(str, (folder, cmake, ninja, shutil.which("nvcc"), os.environ.get("CXX")))))
         log.write_text("", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{out}: {error.strerror or error}; choose another folder with --out") from None
     sources = sources_hash()
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [
-        f"-D{key}={ {True: 'ON', False: 'OFF'}.get(value, value) if isinstance(value, bool) else value }"
-        for key, value in values.items()
-    ]
     progress("configure", 0, 1, "")
-    _run([cmake, "-S", str(folder), "-B", str(work), *generator, *options], log)
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    _run([cmake, "-S", str(folder), "-B", str(work), *(["-G", "Ninja"] if ninja else []), *defined], log)
     progress("configure", 1, 1, "")
     _run([cmake, "--build", str(work), "--parallel", str(jobs or len(os.sched_getaffinity(0)))], log, progress)
     return _keep(work, out, sources, host, () if host else tuple(architectures), () if host else tuple(gemm), headers)
+
+
+def _on(value: bool) -> str:
+    return "ON" if value else "OFF"
+
+
+def _prepare(work: Path, made_with: str) -> None:
+    """A folder for CMake: the last build's, so that what did not change is not compiled again, if that had the same sources and tools."""
+    note = work / "made_with.txt"
+    if work.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == made_with):
+        shutil.rmtree(work)  # CMake would refuse it, or go on with the old tools
+    work.mkdir(parents=True, exist_ok=True)
+    note.write_text(made_with, encoding="utf-8")
 
 
 def _stem(host: bool) -> str:
@@ -188,14 +198,15 @@ def missing(host: bool = False, faces: bool = True) -> str | None:
         return "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"
     if faces and tensorrt_headers() is None:
         return (
-            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install --no-deps kernel-lens (a wheel "
-            "that has them), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds what torch uses, which needs none"
+            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]' (its wheel "
+            "kernel-lens has them; --no-deps kernel-lens installs no more), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds "
+            "what torch uses, which needs none"
         )
     folder = plugin_folder()
     if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
         return (
-            "CUTLASS's headers were not found; the kernels of the experts need them: pip install --no-deps nvidia-cutlass (a wheel that "
-            "has them), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
+            "CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]' (its wheel "
+            "nvidia-cutlass has them; --no-deps nvidia-cutlass installs no more), or set CUTLASS_ROOT to a checkout of CUTLASS 4"
         )
     return None
 

@@ -34,13 +34,23 @@ struct alignas((wide ? 4 : 1) * sizeof(T)) Pack {
     T of[N];
 };
 
+// On the host an address that a device would refuse is an error too.
+template <class Values>
+__device__ __forceinline__ void expect_aligned([[maybe_unused]] const void* at) {
+#if defined(NQ_HOST)
+    if (reinterpret_cast<uintptr_t>(at) % alignof(Values)) throw std::runtime_error("an address that is not aligned");
+#endif
+}
+
 template <class Values, class T>
 __device__ __forceinline__ Values load(const T* at) {
+    expect_aligned<Values>(at);
     return *reinterpret_cast<const Values*>(at);
 }
 
 template <class Values, class T>
 __device__ __forceinline__ void store(T* at, const Values& values) {
+    expect_aligned<Values>(at);
     *reinterpret_cast<Values*>(at) = values;
 }
 

@@ -87,7 +87,7 @@ class Counting:
     Its state is the list of tokens that it has seen, so that a state that was not cut back shows.
     """
 
-    name, has_mtp = "fake", True
+    name, has_mtp, max_seq_len = "fake", True, None
 
     def __init__(self, wrong: set[int]) -> None:
         self.wrong = wrong
@@ -129,7 +129,7 @@ def test_refusals(folder: Path, copied: Callable[..., Path], tmp_path: Path) -> 
     assert "expected 0 (greedy) or a positive number" in run(folder, "--temperature", -1, code=2).stderr
     assert "expected 0 (greedy) or a positive number" in run(folder, "--temperature", "nan", code=2).stderr
     for engine in ("rtx", "trt"):
-        assert f"the engine {engine} needs a GPU" in run(folder, "--engine", engine, code=2).stderr
+        assert f"--engine {engine} needs the engine file" in run(folder, "--engine", engine, code=2).stderr
     assert "does not exist" in run(tmp_path / "nowhere", code=2).stderr
     bare = copied(folder, graphs=False)
     assert "nemoquant export onnx" in run(bare, "--engine", "onnxruntime", code=2).stderr

@@ -68,9 +68,13 @@ def test_packed_codes_enter_plugins_as_int8(graph: Callable[..., onnx.ModelProto
     assert initializers["backbone.layers.0.mixer.in_proj.weight"].data_type == onnx.TensorProto.FLOAT8E4M3FN
 
 
-def test_the_engine_is_refused_with_what_it_needs(quantized: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_engine_is_refused_with_what_it_needs(
+    quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemoquant.engine.targets.device", lambda: None)
     result = CliRunner().invoke(main, ["export", "trt", str(quantized()), str(tmp_path / "e"), "--target", "trt", "--sm", "100"])
     assert result.exit_code == 2
-    assert "plugins, which this version does not have yet" in result.stderr
+    assert "no CUDA device is usable here" in result.stderr
+    assert "nemoquant plugins build --arch sm_100a && nemoquant export trt" in result.stderr
     assert "--dialect tensorrt" in result.stderr
     assert not (tmp_path / "e").exists()

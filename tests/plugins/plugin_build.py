@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemoquant.ops.build import build, read_built, tensorrt_headers
+from nemoquant.ops.build import build, read_built, tensorrt_headers, tensorrt_version
 from nemoquant.ops.sources import sources_hash
 
 HERE = Path(__file__).resolve().parent
@@ -33,9 +33,9 @@ def cuda_headers() -> Path:
 
 
 def cache_folder() -> Path:
-    """Of this user and these sources; a change of either makes a new one."""
+    """Of this user, these sources and these headers; a change of any makes a new one."""
     headers = tensorrt_headers()
-    faces = "faces" if headers else "kernels"
+    faces = f"tensorrt-{tensorrt_version(headers)}" if headers else "kernels"
     return Path(tempfile.gettempdir()) / f"nemoquant-host-{os.getuid()}" / f"{sources_hash()[:16]}-{faces}"
 
 

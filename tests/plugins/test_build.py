@@ -14,6 +14,7 @@ from plugin_build import PLUGINS, host_folder, needs_compiler, needs_tensorrt_he
 
 from nemoquant.cli import main
 from nemoquant.engine.doctor import plugins as finding
+from nemoquant.engine.targets import Device, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.ops import build
 from nemoquant.ops.sources import plugin_folder, sources_hash
@@ -89,7 +90,8 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: P
     before = (out / "libnemoquant_host.so").read_bytes()
     assert not (out / "libnemoquant_plugins_host.so").exists()
     launcher = sources / "causal_conv1d/launch.cu"
-    launcher.write_text(launcher.read_text() + "\nint broken( {\n")
+    text = launcher.read_text()
+    launcher.write_text(text + "\nint broken( {\n")
     result = run("--host", "--kernels-only", "--out", out, code=2)
     lines = [line for line in result.stderr.splitlines() if not line.startswith("configure: done")]
     assert len(lines) == 1
@@ -97,6 +99,10 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: P
     assert "causal_conv1d/launch.cu" in lines[0]
     assert lines[0].endswith(f"the whole log is {out}/build_host.log")
     assert (out / "libnemoquant_host.so").read_bytes() == before
+    moved = sources.rename(tmp_path / "elsewhere")  # of another installation: nothing of the old one is in the way
+    (moved / "causal_conv1d/launch.cu").write_text(text)
+    monkeypatch.setattr(build, "plugin_folder", lambda: moved)
+    run("--host", "--kernels-only", "--out", out)
 
 
 # What it refuses.
@@ -129,7 +135,7 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     message = run("--out", tmp_path / "out", code=2).stderr
     assert message.startswith(
-        "error: TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install --no-deps"
+        "error: TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]'"
     )
     assert "TENSORRT_ROOT" in message
     assert "--kernels-only builds what torch uses" in message
@@ -145,7 +151,7 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "plugin_folder", lambda: tmp_path / "sources")
     message = run("--kernels-only", code=2).stderr
     assert message.startswith(
-        "error: CUTLASS's headers were not found; the kernels of the experts need them: pip install --no-deps nvidia-cutlass"
+        "error: CUTLASS's headers were not found; the kernels of the experts need them: pip install 'nemoquant[plugins]'"
     )
 
 
@@ -250,14 +256,22 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
         "tensorrt": "10.14.1", "libraries": {"libnemoquant_plugins.so": "0"},
     }  # fmt: skip
     (folder / "build.json").write_text(json.dumps(facts))
-    found = finding("a GPU")
+    found = finding(Device("a GPU", 90))
     assert (found.builds, found.runs) == (True, True)
     assert found.why == f"libnemoquant_plugins.so in {folder}, for sm_90a, TensorRT 10.14.1's headers"
     assert finding(None).why.endswith("; no CUDA device is usable here")
+    with pytest.raises(UsageError, match=rf"and {folder}/libnemoquant_plugins.so is not there; build it with"):
+        plugin_library(None)
+    (folder / "libnemoquant_plugins.so").touch()
+    assert plugin_library(None) == folder / "libnemoquant_plugins.so"
     (folder / "build.json").write_text(json.dumps(facts | {"sources": "0"}))
-    assert "built from other sources than this version's; `nemoquant plugins build` makes them" in finding("a GPU").why
+    with pytest.raises(UsageError, match="was built from other sources than this version's; build it again"):
+        plugin_library(None)
+    assert (
+        "built from other sources than this version's; `nemoquant plugins build` makes them" in finding(Device("a GPU", 90)).why
+    )
     (folder / "build.json").write_text("[]")
-    assert "is not what `nemoquant plugins build` writes" in finding("a GPU").why
+    assert "is not what `nemoquant plugins build` writes" in finding(Device("a GPU", 90)).why
     monkeypatch.setenv("PATH", "")
     shutil.rmtree(folder)
     assert "none are built; `nemoquant plugins build` can't: cmake was not found" in finding(None).why

@@ -1,16 +1,16 @@
 """CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, states cut anywhere, refusals."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from plugin_build import needs_compiler
+from plugin_build import needs_compiler, needs_tensorrt_headers
+from trt_caller import Caller, Tensor, field
 
 from nemoquant.errors import EngineError
 from nemoquant.graph import ops
@@ -209,25 +209,32 @@ def test_the_ends_of_silu(y_dtype: str, kernels: Kernels) -> None:
     assert (np.abs(y[:-2] - exact[:-2]) <= limit * np.maximum(np.abs(exact[:-2]), 1e-30 / limit)).all()
 
 
-def test_the_onnx_function(kernels: Kernels) -> None:
-    """The body in ``graph/ops.py``, run by ONNX Runtime: the same within float32's rounding."""
+def test_the_onnx_function(kernels: Kernels, single_op: Callable[..., Any]) -> None:
+    """The body in ``graph/ops.py``, run by ONNX Runtime: the kernel errs at most twice as much; the states are the same bits."""
     a = given(replace(BASE, dtype="float32", y_dtype="float32"))
-    function = ops.causal_conv1d(a.case.kernel)
-    values = [ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(s.shape))
-              for n, s in (("x", a.x), ("weight", a.weight), ("bias", a.bias), ("state_in", a.state))]  # fmt: skip
-    node = ir.Node("nemoquant", "CausalConv1d", values, num_outputs=2)
-    for out in node.outputs:
-        out.type = ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 23, "nemoquant": 1}, name="graph")
-    model = ir.Model(graph, ir_version=11, functions=[function])
-    for i, out in enumerate(node.outputs):
-        out.name = f"out{i}"
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    wanted = session.run(None, {"x": a.x, "weight": a.weight, "bias": a.bias, "state_in": a.state})
+    feeds = {"x": a.x, "weight": a.weight, "bias": a.bias, "state_in": a.state}
+    wanted = single_op(ops.causal_conv1d(a.case.kernel), feeds, activation="silu")(feeds)
     y, state = run(kernels, a)
     exact = torch_conv(a, torch.float64)
     assert distance(y, exact) <= 2 * distance(wanted[0], exact)
     assert state.tobytes() == wanted[1].tobytes()
+
+
+@needs_tensorrt_headers
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+def test_the_tensorrt_plugin_gives_the_same_bits(kernel: int, dtype: str, kernels: Kernels, caller: Caller) -> None:
+    a = given(replace(BASE, kernel=kernel, dtype=dtype, y_dtype=dtype))
+    plugin = caller.creators["CausalConv1d"].create([field("activation", "silu")])
+    assert plugin is not None
+    context = plugin.attach()
+    arrays = [(dtype, a.x), ("float32", a.weight), ("float32", a.bias), (dtype, a.state)]
+    inputs = [(Tensor(type, array.shape), array) for type, array in arrays if array is not None]
+    outputs = [(Tensor(dtype, array.shape), np.zeros_like(array)) for array in (a.x, a.state)]
+    assert context.shape_change([t for t, _ in inputs], [t for t, _ in outputs]) == 0
+    assert context.enqueue(inputs, outputs, np.zeros(1, np.uint8)) == 0
+    for (_, got), wanted in zip(outputs, run(kernels, a), strict=True):
+        assert got.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize(

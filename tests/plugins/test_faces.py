@@ -25,7 +25,7 @@ NUMPY = {
 COMPUTE = ["bfloat16", "float16", "float32"]
 # Sizes of two calls, which the kernels admit; what is not a size of the second call is that of the first.
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "causal_conv1d": ({"B": 2, "L": 5, "C": 12, "K": 4}, {"B": 1, "L": 1}),
+    "causal_conv1d": ({"B": 2, "L": 5, "C": 12, "K": 4}, {"B": 1, "L": 1, "K": 3}),
     "mamba2_scan": ({"B": 2, "L": 5, "H": 4, "P": 64, "G": 2, "N": 64}, {"B": 1, "L": 1}),
     "routed_experts": ({"T": 5, "k": 2, "E": 4, "I": 32, "M": 64}, {"T": 1}),
 }
@@ -425,14 +425,19 @@ def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> Non
     """Each size that two inputs share, changed in one of them: in configuration and at run time, with the input that was got."""
     inputs, outputs = operator.tensors(operator.sizes())
     plugin = operator.plugin().attach()
+    run(plugin, inputs, outputs)  # shapes that were good before do not serve those that are not
     assert dependent(operator)
     for i, axis in dependent(operator):
         t = inputs[i]
         wrong = t.but(dims=tuple(n + 1 if a == axis else n for a, n in enumerate(t.dims)))
         changed = [*inputs[:i], wrong, *inputs[i + 1 :]]
         assert plugin.configure(changed, outputs) != 0
+        assert (
+            plugin.configure([*inputs[:i], t.but(maximum=wrong.dims), *inputs[i + 1 :]], outputs) != 0
+        )  # at the profile's end alone
+        assert plugin.configure([*inputs[:i], t.but(minimum=wrong.dims), *inputs[i + 1 :]], outputs) != 0
         log = operator.caller.log()
-        assert "; expected [" in log
+        assert log.count("; expected [") == 3
         assert " with " in log or "no whole number" in log
         operator.caller.recorded()
         assert plugin.shape_change(changed, outputs) != 0

@@ -1,0 +1,170 @@
+"""The two TensorRTs, which share one Python interface: what each is called, what it builds for, and what it needs.
+
+rtx   TensorRT-RTX builds on any machine for the GPUs of desktops and laptops; the operators' bodies are in the graph
+trt   TensorRT builds on the GPU that the engine is for, with nemoquant's plugin library in the place of those bodies
+"""
+
+import importlib
+import os
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemoquant.errors import MissingExtraError, UsageError
+from nemoquant.ops.build import default_folder, read_built
+from nemoquant.ops.sources import sources_hash
+
+LEAST_SM = {"fp8": (89, "FP8"), "nvfp4": (100, "NVFP4")}  # the first GPUs that multiply in a format
+DATA_CENTRE = (90, 100, 103)
+PLUGINS = "NEMOQUANT_PLUGINS"  # environment variable: the plugin library
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of them. ``sms`` are the GPUs that it builds for; None is the one in the machine."""
+
+    name: str
+    title: str
+    module: str
+    dialect: str
+    sms: tuple[int, ...] | None
+
+    def package(self) -> Any:
+        """Its Python module.
+
+        Raises:
+            MissingExtraError: it is not installed.
+        """
+        try:
+            return importlib.import_module(self.module)
+        except ImportError:
+            raise MissingExtraError(
+                f"{self.title} engines need the extra `{self.name}`: pip install 'nemoquant[{self.name}]'"
+            ) from None
+
+
+TARGETS = {
+    "rtx": Target("rtx", "TensorRT-RTX", "tensorrt_rtx", "tensorrt_rtx", (75, 80, 86, 89, 120, 121)),
+    "trt": Target("trt", "TensorRT", "tensorrt", "tensorrt", None),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device: its name and SM, 90 for compute capability 9.0."""
+
+    name: str
+    sm: int
+
+
+def device() -> Device | None:
+    """The first CUDA device that torch can use; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(0)
+    return Device(torch.cuda.get_device_name(0), 10 * major + minor)
+
+
+def default_target(found: Device | None) -> str:
+    """``rtx`` where no GPU is found, else what serves that GPU best: the plugins are TensorRT's."""
+    return "rtx" if found is None else "trt"
+
+
+def target_sm(target: Target, sm: int | None, found: Device | None, path: Path) -> int:
+    """The SM to build for.
+
+    Args:
+        sm: what was asked for, None is the GPU of this machine.
+        path: the checkpoint, for the command in a message.
+    Raises:
+        UsageError: ``target`` does not build for it, or not here.
+    """
+    if target.sms is None:
+        if found is None:
+            raise UsageError(_needs_gpu(sm, path))
+        if sm not in (None, found.sm):
+            raise UsageError(
+                f"--sm {sm}: TensorRT builds for the GPU in the machine, {found.name}, SM {found.sm}; leave out --sm, or build on the other GPU"
+            )
+        return found.sm
+    if sm is None and found is None:
+        raise UsageError(f"--sm is needed where no GPU is found; {target.title} builds for SM {', '.join(map(str, target.sms))}")
+    wanted = sm if sm is not None or found is None else found.sm
+    assert wanted is not None
+    if wanted in DATA_CENTRE:
+        raise UsageError(f"--sm {wanted}: {target.title} does not build for data-centre GPUs; they need TensorRT, --target trt")
+    if wanted not in target.sms:
+        raise UsageError(f"--sm {wanted}: {target.title} builds for SM {', '.join(map(str, target.sms))}")
+    return wanted
+
+
+def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> None:
+    """Raises UsageError where a GPU does not multiply in a format that ``target`` leaves to it.
+
+    Args:
+        formats: of the weights and inputs of GEMMs that are the runtime's own.
+    """
+    for name, (least, title) in LEAST_SM.items():
+        if name in formats and sm < least:
+            raise UsageError(
+                f"SM {sm}: {path} holds {title} outside of {target.title}'s plugins, which GPUs have from SM {least} on; choose another GPU or format"
+                if target.sms is None
+                else f"--sm {sm}: {path} holds {title}, which GPUs have from SM {least} on; choose another GPU or format"
+            )
+
+
+def plugin_library(given: Path | None) -> Path:
+    """nemoquant's plugins for TensorRT: ``given``, else the file that NEMOQUANT_PLUGINS names, else what `nemoquant plugins build` made.
+
+    Raises:
+        UsageError: there is no such file, or it was built from other sources than this version's.
+    """
+    path = given or (Path(os.environ[PLUGINS]) if os.environ.get(PLUGINS) else None)
+    if path is None:
+        path = default_folder() / "libnemoquant_plugins.so"
+        if not path.is_file():
+            raise UsageError(
+                f"TensorRT needs nemoquant's plugin library; neither --plugins nor {PLUGINS} names it, and {path} is not there; "
+                "build it with `nemoquant plugins build`"
+            )
+    if not path.is_file():
+        raise UsageError(f"{path}, the plugin library, does not exist; build it with `nemoquant plugins build`")
+    built = read_built(path.parent)
+    if built and path.name in built.libraries and built.sources != sources_hash():
+        raise UsageError(
+            f"{path} was built from other sources than this version's; build it again with `nemoquant plugins build`"
+        )
+    return path
+
+
+def load_plugins(trt: Any, library: Path) -> None:
+    """Make the creators of ``library`` known to TensorRT.
+
+    Raises:
+        UsageError: it can't be loaded, or holds no plugins.
+    """
+    registry = trt.get_plugin_registry()
+    before = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
+    try:
+        registry.load_library(str(library))
+    except Exception as error:  # pybind raises what it likes
+        raise UsageError(
+            f"{library} can't be loaded as a plugin library ({error}); build it with `nemoquant plugins build`"
+        ) from None
+    after = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
+    if not any(namespace == "nemoquant" for _, _, namespace in after):
+        raise UsageError(
+            f"{library} holds no plugin of the namespace nemoquant ({len(after - before)} others); build it with `nemoquant plugins build`"
+        )
+
+
+def _needs_gpu(sm: int | None, path: Path) -> str:
+    arch = f" --arch sm_{sm}a" if sm in (90, 100, 120) else ""
+    return (
+        "--target trt: TensorRT builds on the GPU that the engine is for, and no CUDA device is usable here. There: "
+        f"pip install 'nemoquant[trt,plugins]' && nemoquant plugins build{arch} && nemoquant export trt {path} OUT --target trt. "
+        f"Here, `nemoquant export onnx {path} --dialect tensorrt` writes its graph, and --target rtx builds for SM 75 to 89, 120 and 121"
+    )
