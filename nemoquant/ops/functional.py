@@ -236,7 +236,13 @@ EXPERT_FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 @torch.library.custom_op("nemoquant::routed_experts", mutates_args=(), device_types=DEVICES)
 def routed_experts(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, up: list[Tensor], down: list[Tensor], format: str, activation: str = "relu2"
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
+    format: str,
+    activation: str = "relu2",
 ) -> Tensor:
     """The weighted sum of each token's experts, ``down(relu(up(x))^2)``.
 

@@ -18,7 +18,7 @@ struct Projection {
     const void* block_scales;  // NVFP4
     const float* global_scale;
     const float* input_scale;  // null: inputs are not rounded
-    const uint16_t* inputs;    // as ``Inputs`` writes them
+    const unsigned char* inputs;  // as ``Inputs`` writes them
     const int32_t* order;
     const Tile* tiles;
     const int32_t* tile_count;
@@ -28,7 +28,7 @@ struct Projection {
     int32_t split;  // warps that share the inputs of the same rows, ``narrow`` alone
 
     // Of up: what down takes. Of down: float32 [pairs, rows].
-    uint16_t* hidden;
+    unsigned char* hidden;
     float* results;
     const float* next_scale;
     Rounding next_rounding;
@@ -37,9 +37,10 @@ struct Projection {
 __device__ __forceinline__ int chunks_of(int size) { return (size + CHUNK - 1) / CHUNK; }
 
 // The slot's row of inputs.
-__device__ __forceinline__ const uint16_t* input_row(const Projection& p, int slot) {
+template <Weights F>
+__device__ __forceinline__ const unsigned char* input_row(const Projection& p, int slot) {
     const int64_t row = p.is_up ? p.order[slot] / p.chosen : slot;
-    return p.inputs + row * p.planes * chunks_of(p.size) * CHUNK;
+    return p.inputs + row * p.planes * plane_bytes<F>(p.size);
 }
 
 // The sums d of 16 rows from ``row`` by the tokens 2 t and 2 t + 1 from ``slot``, of which ``count`` are there.
@@ -66,7 +67,7 @@ __device__ __forceinline__ void finish(const Projection& p, const float (&d)[4],
     if (p.next_rounding == Rounding::e4m3) {
         const float next = p.next_scale[expert];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = round_e4m3(values[i], next);
+        for (int i = 0; i < 4; ++i) values[i] = __fdiv_rn(values[i], next);  // stored as a code
     } else if (p.next_rounding == Rounding::nvfp4) {  // a block is the 16 rows here
         const float next = p.next_scale[expert];
 #pragma unroll
@@ -83,23 +84,22 @@ __device__ __forceinline__ void finish(const Projection& p, const float (&d)[4],
             values[i + 2] = round_e2m1(values[i + 2], block, next);
         }
     }
-    const int64_t plane = static_cast<int64_t>(chunks_of(p.rows)) * CHUNK;
+    const int64_t plane = plane_bytes<F>(p.rows);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if (2 * t + i % 2 >= count) continue;
-        const int at = row + g + i / 2 * 8;
-        uint16_t* const out = p.hidden + static_cast<int64_t>(slot + 2 * t + i % 2) * p.planes * plane;
-        store_planes(out + at / CHUNK * CHUNK + place<F>(at % CHUNK), values[i], p.planes, plane);
+        unsigned char* const out = p.hidden + static_cast<int64_t>(slot + 2 * t + i % 2) * p.planes * plane;
+        store_input<F>(out, row + g + i / 2 * 8, values[i], p.planes, plane);
     }
 }
 
-// Both products of a part: 16 rows (two held ones from ``r``) by the inputs ``b``. Steps 2 ``part`` and 2 ``part`` + 1 of the chunk.
+// What one part of a chunk needs of 16 rows, two held ones from ``r``: A of two products, steps 2 ``part`` and 2 ``part`` + 1 of the chunk.
 template <Weights F, int N>
 struct Rows {
     uint32_t a[2][4];
 
     __device__ __forceinline__ Rows(const Held<F, N>& held, int part, int r) {
-        constexpr int EACH = PARTS / PIECES<F>;  // parts of a piece
+        constexpr int EACH = PARTS<F> / PIECES<F>;  // parts of a piece
         const int j = part / EACH;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -115,11 +115,23 @@ struct Rows {
         }
     }
 
+    // d += these rows by the part ``b`` of eight tokens.
     __device__ __forceinline__ void multiply(float (&d)[4], const uint4& b) const {
-        mma_m16n8k16<__nv_bfloat16>(d, a[0], b.x, b.y);
-        mma_m16n8k16<__nv_bfloat16>(d, a[1], b.z, b.w);
+        if constexpr (F == Weights::fp8) {
+            mma_m16n8k32_e4m3(d, a[0], b.x, b.y);
+            mma_m16n8k32_e4m3(d, a[1], b.z, b.w);
+        } else {
+            mma_m16n8k16<__nv_bfloat16>(d, a[0], b.x, b.y);
+            mma_m16n8k16<__nv_bfloat16>(d, a[1], b.z, b.w);
+        }
     }
 };
+
+// Sums of one chunk's E4M3 products are added in float32: tensor cores keep fewer bits of them.
+__device__ __forceinline__ void add(float (&d)[4], const float (&part)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += part[i];
+}
 
 // -------------------------------------------------------------------------------------------------------------- narrow
 
@@ -137,24 +149,20 @@ __global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
     const int chunks = chunks_of(p.size), total = p.planes * chunks;
     const int first = total * share / p.split, last = row < p.rows ? total * (share + 1) / p.split : first;
 
-    const uint16_t* const tokens = g < tile.count ? input_row(p, tile.first + g) + t * 8 : nullptr;
+    const unsigned char* const tokens = g < tile.count ? input_row<F>(p, tile.first + g) + t * 16 : nullptr;
     const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (row < p.rows ? row + g : 0), p.size, t);
     Held<F, 2> held[DEPTH<F>];
-    uint4 inputs[2][PARTS];
-    const auto load_weights = [&](Held<F, 2>& to, int c) {
-#pragma unroll
-        for (int j = 0; j < PIECES<F>; ++j) view.load(to, j, c % chunks, 8);
-    };
-    const auto load_inputs = [&](uint4(&to)[PARTS], int c) {
-        const uint16_t* const at = tokens + static_cast<int64_t>(c) * CHUNK;
+    uint4 inputs[2][PARTS<F>];
+    const auto load_inputs = [&](uint4(&to)[PARTS<F>], int c) {
+        const unsigned char* const at = tokens + static_cast<int64_t>(c) * CHUNK * BYTES<F>;
         const int left = p.size - c % chunks * CHUNK;
 #pragma unroll
-        for (int q = 0; q < PARTS; ++q)
-            to[q] = tokens && piece_begin<F>(q * 4 + t) < left ? load_as<uint4>(at + q * 32) : make_uint4(0, 0, 0, 0);
+        for (int q = 0; q < PARTS<F>; ++q)
+            to[q] = tokens && piece_begin<F>(q * 4 + t) < left ? load_as<uint4>(at + q * 64) : make_uint4(0, 0, 0, 0);
     };
 #pragma unroll
     for (int i = 0; i < DEPTH<F>; ++i)
-        if (first + i < last) load_weights(held[i], first + i);
+        if (first + i < last) view.load(held[i], (first + i) % chunks, 8);
     if (first < last) load_inputs(inputs[0], first);
 
     float d[4] = {};
@@ -163,9 +171,12 @@ __global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
         for (int i = 0; i < DEPTH<F>; ++i) {
             if (c + i >= last) break;
             if (c + i + 1 < last) load_inputs(inputs[(i + 1) % 2], c + i + 1);
+            float part[4] = {};
+            float(&sum)[4] = F == Weights::fp8 ? part : d;
 #pragma unroll
-            for (int q = 0; q < PARTS; ++q) Rows<F, 2>(held[i], q, 0).multiply(d, inputs[i % 2][q]);
-            if (c + i + DEPTH<F> < last) load_weights(held[i], c + i + DEPTH<F>);
+            for (int q = 0; q < PARTS<F>; ++q) Rows<F, 2>(held[i], q, 0).multiply(sum, inputs[i % 2][q]);
+            if (F == Weights::fp8) add(d, part);
+            if (c + i + DEPTH<F> < last) view.load(held[i], (c + i + DEPTH<F>) % chunks, 8);
         }
     }
     if (p.split > 1) {
@@ -185,10 +196,13 @@ __global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
 
 constexpr int WIDE_WARPS = 8, WIDE_ROWS = WIDE_WARPS * 32;
 constexpr int STAGES = 3;
-constexpr int TOKEN_BYTES = CHUNK * 2 + 64;  // of a token in a stage: 64 more, so that two tokens use all banks
-
-template <int N>
-constexpr size_t WIDE_SHARED = size_t{STAGES} * N * 8 * TOKEN_BYTES;
+template <Weights F>
+constexpr int TOKEN_BYTES = CHUNK * BYTES<F> + 64;  // of a token in a stage: 64 more, so that two tokens use all banks
+template <Weights F, int N>
+constexpr int STAGE_BYTES = N * 8 * TOKEN_BYTES<F>;
+// Chunks of weights that are held: the next is loaded while one is used. Of bfloat16, piece by piece into the same registers.
+template <Weights F>
+constexpr int BUFFERS = F == Weights::bf16 ? 1 : 2;
 
 // N: eights of tokens.
 template <Weights F, int N>
@@ -201,23 +215,23 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
     const bool active = row < p.rows;
     const int chunks = chunks_of(p.size), total = p.planes * chunks;
 
-    // Copies: 16 threads a token.
-    constexpr int COPIES = N * 8 * 16 / (WIDE_WARPS * 32);
-    const int part = threadIdx.x % 16, token = threadIdx.x / 16, inside = piece_begin<F>(part);
-    const uint16_t* from[COPIES];
+    // Copies: a thread has one part of some tokens.
+    constexpr int EACH = PARTS<F> * 4, TOGETHER = WIDE_WARPS * 32 / EACH, COPIES = N * 8 / TOGETHER;
+    const int part = threadIdx.x % EACH, token = threadIdx.x / EACH, inside = piece_begin<F>(part);
+    const unsigned char* from[COPIES];
 #pragma unroll
     for (int i = 0; i < COPIES; ++i) {
-        const int n = token + i * 16;
-        from[i] = n < tile.count ? input_row(p, tile.first + n) + part * 8 : nullptr;
+        const int n = token + i * TOGETHER;
+        from[i] = n < tile.count ? input_row<F>(p, tile.first + n) + part * 16 : nullptr;
     }
     const auto copy = [&](int c) {
         if (c < total) {
-            unsigned char* const to = stages + c % STAGES * (N * 8 * TOKEN_BYTES) + token * TOKEN_BYTES + part * 16;
+            unsigned char* const to = stages + c % STAGES * STAGE_BYTES<F, N> + token * TOKEN_BYTES<F> + part * 16;
             const bool there = inside < p.size - c % chunks * CHUNK;
 #pragma unroll
             for (int i = 0; i < COPIES; ++i) {
                 const bool wanted = there && from[i];
-                copy_async16(to + i * 16 * TOKEN_BYTES, wanted ? from[i] + static_cast<int64_t>(c) * CHUNK : p.inputs, wanted);
+                copy_async16(to + i * TOGETHER * TOKEN_BYTES<F>, wanted ? from[i] + static_cast<int64_t>(c) * CHUNK * BYTES<F> : p.inputs, wanted);
             }
         }
         copy_async_commit();
@@ -226,32 +240,59 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
     copy(1);
 
     const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (active ? row + g : 0), p.size, t);
-    Held<F, 4> held;  // rows g, g + 8, g + 16, g + 24
-#pragma unroll
-    for (int j = 0; j < PIECES<F>; ++j) view.load(held, j, 0, 8);
+    Held<F, 4> held[BUFFERS<F>];  // rows g, g + 8, g + 16, g + 24
+    view.load(held[0], 0, 8);
 
     float d[2][N][4] = {};
-    for (int c = 0; c < total; ++c) {
-        copy_async_wait<1>();
-        __syncthreads();  // the stage is whole, and the one before it is free
-        copy(c + 2);
-        if (!active) continue;
-        const unsigned char* const stage = stages + c % STAGES * (N * 8 * TOKEN_BYTES) + g * TOKEN_BYTES + t * 16;
-        const int next = (c + 1) % chunks;
+    const auto multiply = [&](const Held<F, 4>& now, int c, auto used) {
+        const unsigned char* const stage = stages + c % STAGES * STAGE_BYTES<F, N> + g * TOKEN_BYTES<F> + t * 16;
+        const auto inputs = [&](int n, int q) { return load_as<uint4>(stage + n * 8 * TOKEN_BYTES<F> + q * 64); };
+        if constexpr (F == Weights::fp8) {
+            const Rows<F, 4> rows[2][2] = {{{now, 0, 0}, {now, 0, 2}}, {{now, 1, 0}, {now, 1, 2}}};
 #pragma unroll
-        for (int j = 0; j < PIECES<F>; ++j) {
-            constexpr int EACH = PARTS / PIECES<F>;
+            for (int n = 0; n < N; ++n) {
+                float sums[2][4] = {};
 #pragma unroll
-            for (int q = j * EACH; q < (j + 1) * EACH; ++q) {
-                const Rows<F, 4> upper(held, q, 0), lower(held, q, 2);
+                for (int q = 0; q < 2; ++q) {
+                    const uint4 b = inputs(n, q);
+                    rows[q][0].multiply(sums[0], b);
+                    rows[q][1].multiply(sums[1], b);
+                }
+                add(d[0][n], sums[0]);
+                add(d[1][n], sums[1]);
+            }
+        } else {
+#pragma unroll
+            for (int q = 0; q < PARTS<F>; ++q) {
+                const Rows<F, 4> upper(now, q, 0), lower(now, q, 2);
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    const uint4 b = load_as<uint4>(stage + n * 8 * TOKEN_BYTES + q * 64);
+                    const uint4 b = inputs(n, q);
                     upper.multiply(d[0][n], b);
                     lower.multiply(d[1][n], b);
                 }
+                used(q);
             }
-            if (c + 1 < total) view.load(held, j, next, 8);
+        }
+    };
+    for (int c = 0; c < total; c += BUFFERS<F>) {
+#pragma unroll
+        for (int i = 0; i < BUFFERS<F>; ++i) {
+            if (c + i >= total) break;
+            copy_async_wait<1>();
+            __syncthreads();  // the stage is whole, and the one before it is free
+            copy(c + i + 2);
+            if (!active) continue;
+            const bool more = c + i + 1 < total;
+            const int next = (c + i + 1) % chunks;
+            if constexpr (BUFFERS<F> > 1) {
+                if (more) view.load(held[(i + 1) % 2], next, 8);
+                multiply(held[i], c + i, [](int) {});
+            } else {
+                multiply(held[0], c, [&](int q) {
+                    if (more) view.load(held[0], q, next, 8);
+                });
+            }
         }
     }
     copy_async_wait<0>();

@@ -28,7 +28,7 @@ Format format_of(const Args& a) {
     switch (a.format) {
         case NEMOQUANT_EXPERTS_BF16: return {Weights::bf16, Rounding::none};
         case NEMOQUANT_EXPERTS_W8A16: return {Weights::e4m3, Rounding::none};
-        case NEMOQUANT_EXPERTS_FP8: return {Weights::e4m3, Rounding::e4m3};
+        case NEMOQUANT_EXPERTS_FP8: return {Weights::fp8, Rounding::e4m3};
         case NEMOQUANT_EXPERTS_W4A16: return {Weights::e2m1, Rounding::none};
         default: return {Weights::e2m1, Rounding::nvfp4};
     }
@@ -105,7 +105,7 @@ struct Slab {
 struct Workspace {
     int32_t *counts, *order, *tile_count;
     Tile* tiles;
-    uint16_t *inputs, *hidden;
+    unsigned char *inputs, *hidden;
     float* results;  // where the inputs were: they are read before
     size_t bytes;
 
@@ -118,15 +118,15 @@ struct Workspace {
             return here;
         };
         const int64_t planes = planes_of(a), rows = format_of(a).rounding == Rounding::none ? slab.tokens : slab.pairs;
-        const auto padded = [](int64_t size) { return (size + CHUNK - 1) / CHUNK * CHUNK; };
+        const int64_t bytes_each = format_of(a).weights == Weights::fp8 ? BYTES<Weights::fp8> : BYTES<Weights::bf16>;
+        const auto padded = [&](int64_t size) { return (size + CHUNK - 1) / CHUNK * CHUNK * bytes_each; };
         counts = reinterpret_cast<int32_t*>(take(slab.blocks * a.experts * 4));
         order = reinterpret_cast<int32_t*>(take(slab.pairs * 4));
         tile_count = reinterpret_cast<int32_t*>(take(4));
         tiles = reinterpret_cast<Tile*>(take(slab.tiles * static_cast<int64_t>(sizeof(Tile))));
-        hidden = reinterpret_cast<uint16_t*>(take(slab.pairs * planes * padded(a.width) * 2));
-        unsigned char* const shared = take(std::max(rows * planes * padded(a.input) * 2, slab.pairs * a.input * 4));
-        inputs = reinterpret_cast<uint16_t*>(shared);
-        results = reinterpret_cast<float*>(shared);
+        hidden = take(slab.pairs * planes * padded(a.width));
+        inputs = take(std::max(rows * planes * padded(a.input), slab.pairs * a.input * 4));
+        results = reinterpret_cast<float*>(inputs);
         bytes = used;
     }
 };
@@ -142,8 +142,8 @@ int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* strea
     const int64_t tiles = std::min(pairs, pairs / tile + experts);
     if (tile != NARROW_TOKENS) {
         const dim3 grid(static_cast<unsigned>((p.rows + WIDE_ROWS - 1) / WIDE_ROWS), static_cast<unsigned>(tiles));
-        if (tile == 32) return NQ_LAUNCH((wide<F, 4>), grid, dim3(WIDE_WARPS * 32), WIDE_SHARED<4>, stream, p);
-        return NQ_LAUNCH((wide<F, 8>), grid, dim3(WIDE_WARPS * 32), WIDE_SHARED<8>, stream, p);
+        if (tile == 32) return NQ_LAUNCH((wide<F, 4>), grid, dim3(WIDE_WARPS * 32), STAGES * STAGE_BYTES<F, 4>, stream, p);
+        return NQ_LAUNCH((wide<F, 8>), grid, dim3(WIDE_WARPS * 32), STAGES * STAGE_BYTES<F, 8>, stream, p);
     }
     const int64_t chunks = static_cast<int64_t>(p.planes) * ((p.size + CHUNK - 1) / CHUNK);
     const auto blocks = [&](int split) { return (static_cast<int64_t>(p.rows) * split + NARROW_WARPS * 16 - 1) / (NARROW_WARPS * 16); };
@@ -221,6 +221,7 @@ extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* arg
         switch (format_of(*args).weights) {
             case Weights::bf16: code = launch<Weights::bf16>(*args, workspace, first, tokens, stream); break;
             case Weights::e4m3: code = launch<Weights::e4m3>(*args, workspace, first, tokens, stream); break;
+            case Weights::fp8: code = launch<Weights::fp8>(*args, workspace, first, tokens, stream); break;
             case Weights::e2m1: code = launch<Weights::e2m1>(*args, workspace, first, tokens, stream); break;
         }
         if (code) return code;

@@ -22,7 +22,7 @@ struct alignas(16) Tile {
 };
 
 // How inputs are rounded: not at all (then they are a sum of 1, 2 or 3 bfloat16, exact for bfloat16, float16 and float32), to E4M3
-// or to NVFP4.
+// (with Weights::fp8 alone: codes) or to NVFP4 (one bfloat16: code times block scale).
 enum class Rounding : int32_t { none, e4m3, nvfp4 };
 
 struct Routing {
@@ -38,7 +38,7 @@ struct Routing {
 struct Inputs {
     const void* x;       // [tokens, size]
     const float* scale;  // [experts], if they are rounded
-    uint16_t* out;       // bfloat16 [rows, planes, chunks of CHUNK]; a row is a token, or a pair if they are rounded
+    unsigned char* out;  // [rows, planes, chunks of CHUNK], bfloat16 or codes; a row is a token, or a pair if they are rounded
     int32_t dtype, size, planes, chosen;
     int64_t rows;
     Rounding rounding;
@@ -52,19 +52,29 @@ __device__ __forceinline__ float load_float(const void* x, int32_t dtype, int64_
     return static_cast<const float*>(x)[i];
 }
 
-__device__ __forceinline__ uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-
-// ``value`` as the sum of ``planes`` bfloat16 that lie ``stride`` apart, the smallest first: sums round less when they begin small.
-__device__ __forceinline__ void store_planes(uint16_t* out, float value, int planes, int64_t stride) {
-    for (int p = planes - 1; p >= 0; --p) {
-        const uint16_t bits = bf16_bits(value);
-        out[p * stride] = bits;
-        value = (bits & 0x7f80U) == 0x7f80U ? 0.0F : value - __uint_as_float(static_cast<uint32_t>(bits) << 16);  // exact
-    }
+// Bytes of a row's activations, one plane of them.
+template <Weights F>
+__host__ __device__ constexpr int64_t plane_bytes(int size) {
+    return static_cast<int64_t>((size + CHUNK - 1) / CHUNK) * CHUNK * BYTES<F>;
 }
 
-// The value that stands for ``x`` in units of the scale: an E4M3 code.
-__device__ __forceinline__ float round_e4m3(float x, float scale) { return e4m3_to_float(float_to_e4m3(__fdiv_rn(x, scale))); }
+__device__ __forceinline__ uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// ``value``, in units of its scale, as input ``i`` of a row that begins at ``row``: an E4M3 code, or the sum of ``planes`` bfloat16 that lie
+// ``plane`` bytes apart, the smallest first: sums round less when they begin small.
+template <Weights F>
+__device__ __forceinline__ void store_input(unsigned char* row, int i, float value, int planes, int64_t plane) {
+    unsigned char* const at = row + static_cast<int64_t>(i / CHUNK * CHUNK + place<F>(i % CHUNK)) * BYTES<F>;
+    if constexpr (F == Weights::fp8) {
+        *at = float_to_e4m3(value);
+    } else {
+        for (int p = planes - 1; p >= 0; --p) {
+            const uint16_t bits = bf16_bits(value);
+            store_as(at + p * plane, bits);
+            value = (bits & 0x7f80U) == 0x7f80U ? 0.0F : value - __uint_as_float(static_cast<uint32_t>(bits) << 16);  // exact
+        }
+    }
+}
 
 // NVFP4: a block's scale from its largest magnitude (as bits, so that NaN is the largest), and the values in units of ``scale``.
 __device__ __forceinline__ float block_scale(uint32_t amax_bits, float scale) {
@@ -158,7 +168,7 @@ __device__ void write_inputs(const Routing& r, const Inputs& in, int64_t i) {
     for (int k = 0; k < BLOCK; ++k) values[k] = load_float(in.x, in.dtype, token * in.size + begin + k);
     if (in.rounding == Rounding::e4m3) {
 #pragma unroll
-        for (int k = 0; k < BLOCK; ++k) values[k] = round_e4m3(values[k], scale);
+        for (int k = 0; k < BLOCK; ++k) values[k] = __fdiv_rn(values[k], scale);  // stored as a code
     } else if (in.rounding == Rounding::nvfp4) {
         uint32_t amax = 0;
 #pragma unroll
@@ -170,10 +180,10 @@ __device__ void write_inputs(const Routing& r, const Inputs& in, int64_t i) {
 #pragma unroll
         for (int k = 0; k < BLOCK; ++k) values[k] = round_e2m1(values[k], block, scale);
     }
-    const int64_t plane = static_cast<int64_t>((in.size + CHUNK - 1) / CHUNK) * CHUNK;
-    uint16_t* const out = in.out + row * in.planes * plane + begin / CHUNK * CHUNK;
+    const int64_t plane = plane_bytes<F>(in.size);
+    unsigned char* const out = in.out + row * in.planes * plane;
 #pragma unroll
-    for (int k = 0; k < BLOCK; ++k) store_planes(out + place<F>(begin % CHUNK + k), values[k], in.planes, plane);
+    for (int k = 0; k < BLOCK; ++k) store_input<F>(out, begin + k, values[k], in.planes, plane);
 }
 
 // ------------------------------------------------------------------------------------------------------------- kernels

@@ -1,6 +1,7 @@
 // How a matrix product here reads weights and activations: which lane holds which values, and how codes become bfloat16.
 //
-// Products are m16n8k16: sixteen rows of an expert's weight (A) by eight tokens (B), k along the input. A chunk is 128 inputs.
+// Products are m16n8k16 of bfloat16, or m16n8k32 of E4M3 where both operands are codes: sixteen rows of an expert's weight (A) by
+// eight tokens (B), k along the input. A chunk is 128 inputs.
 // Of a chunk, lane t of the four that share a row holds 32 inputs, in both operands the same ones, so that which they are is free:
 // a weight's bytes are read in pieces of 16, lane t taking the pieces t, t + 4, ... of the chunk, and stay in registers until they
 // are decoded there. What the activations must be to fit is ``place``: they are written once in that order, then copied.
@@ -14,35 +15,42 @@
 namespace nq::experts {
 
 constexpr int CHUNK = 128;           // inputs
-constexpr int LANE = CHUNK / 4;      // of them, a lane's
-constexpr int PARTS = LANE / 8;      // 16-byte parts of a lane's activations; each serves two products
-constexpr int BLOCK = 16;            // of NVFP4
+constexpr int LANE = CHUNK / 4;  // of them, a lane's
+constexpr int BLOCK = 16;        // of NVFP4
 
-enum class Weights { bf16, e4m3, e2m1 };
+enum class Weights { bf16, e4m3, e2m1, fp8 };  // fp8: E4M3 by E4M3. The others' activations are bfloat16.
 
 // Values in a piece of 16 bytes, and a lane's pieces of a chunk.
 template <Weights F>
-constexpr int VALUES = F == Weights::bf16 ? 8 : F == Weights::e4m3 ? 16 : 32;
+constexpr int VALUES = F == Weights::bf16 ? 8 : F == Weights::e2m1 ? 32 : 16;
 template <Weights F>
 constexpr int PIECES = LANE / VALUES<F>;
 
-// Where input ``i`` of a chunk stands among a row's activations of that chunk: part * 4 + lane, eight values each. Within a piece the
+// Of the activations: bytes of a value, values in a part of 16 bytes, a lane's parts of a chunk. A part serves two products.
+template <Weights F>
+constexpr int BYTES = F == Weights::fp8 ? 1 : 2;
+template <Weights F>
+constexpr int PART = 16 / BYTES<F>;
+template <Weights F>
+constexpr int PARTS = LANE / PART<F>;
+
+// Where input ``i`` of a chunk stands among a row's activations of that chunk: part * 4 + lane, PART values each. Within a piece the
 // order is the one in which two masks take pairs out of 32 bits: for bytes 0 2 1 3, for nibbles 0 4 1 5 2 6 3 7.
 template <Weights F>
 __host__ __device__ constexpr int place(int i) {
     const int piece = i / VALUES<F>, lane = piece % 4, in = i % VALUES<F>;
-    const int at = F == Weights::bf16   ? in
-                   : F == Weights::e4m3 ? in / 4 * 4 + in % 2 * 2 + in / 2 % 2
-                                        : in / 8 * 8 + in % 4 * 2 + in / 4 % 2;
+    const int at = F == Weights::e4m3   ? in / 4 * 4 + in % 2 * 2 + in / 2 % 2
+                   : F == Weights::e2m1 ? in / 8 * 8 + in % 4 * 2 + in / 4 % 2
+                                        : in;
     const int sequence = piece / 4 * VALUES<F> + at;
-    return (sequence / 8 * 4 + lane) * 8 + sequence % 8;
+    return (sequence / PART<F> * 4 + lane) * PART<F> + sequence % PART<F>;
 }
 
 // The first input of a chunk's part ``i`` = part * 4 + lane, of those in its piece: inputs come in multiples of 32, so that a piece is
 // there or not as a whole.
 template <Weights F>
 __device__ __forceinline__ int piece_begin(int i) {
-    return (i / 4 / (PARTS / PIECES<F>)*4 + i % 4) * VALUES<F>;
+    return (i / 4 / (PARTS<F> / PIECES<F>)*4 + i % 4) * VALUES<F>;
 }
 
 // 16 bytes that are read once: past the first cache.
@@ -55,21 +63,6 @@ __device__ __forceinline__ uint4 load_once(const void* at) {
                  : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                  : "l"(at));
     return bits;
-#endif
-}
-
-// Two products of bfloat16 pairs.
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-#if defined(NQ_HOST)
-    const float2 left = unpack_pair<__nv_bfloat16>(a), right = unpack_pair<__nv_bfloat16>(b);
-    return pack_pair<__nv_bfloat16>(left.x * right.x, left.y * right.y);
-#else
-    __nv_bfloat162 left, right;
-    memcpy(&left, &a, sizeof left);
-    memcpy(&right, &b, sizeof right);
-    left = __hmul2(left, right);
-    memcpy(&a, &left, sizeof a);
-    return a;
 #endif
 }
 
@@ -94,6 +87,13 @@ struct View {
         codes = static_cast<const unsigned char*>(all_codes) + row * row_bytes + t * 16;
         block_scales = F == Weights::e2m1 ? static_cast<const unsigned char*>(all_scales) + row * row_blocks + t * 2 : nullptr;
         inputs = width - t * VALUES<F>;
+    }
+
+    // Chunk ``c`` of rows ``step`` apart.
+    template <int N>
+    __device__ __forceinline__ void load(Held<F, N>& held, int c, int step) const {
+#pragma unroll
+        for (int j = 0; j < PIECES<F>; ++j) load(held, j, c, step);
     }
 
     // Piece ``j`` of chunk ``c`` of rows ``step`` apart; zeros beyond the end of a row.
@@ -124,22 +124,17 @@ __device__ __forceinline__ uint32_t scale_pair(uint32_t code) {
     return pack_pair<__nv_bfloat16>(value, value);
 }
 
-// Pairs 2 s and 2 s + 1 of a piece: the two registers of one row of A that product ``s`` wants. ``scale`` of scale_pair, E2M1 alone.
-//
-// The bits of a code, moved to where bfloat16 has its exponent and mantissa, are the value times a power of two, and subnormal codes
-// subnormal bfloat16, so that one multiplication makes all of them right.
+// The two registers of one row of A that product ``s`` of a piece wants. ``scale`` of scale_pair, E2M1 alone. See e4m3_to_bf16 for how.
 template <Weights F>
 __device__ __forceinline__ uint2 decode(const uint4& bits, int s, uint32_t scale) {
-    if constexpr (F == Weights::bf16) {
-        return make_uint2(word(bits, 2 * s), word(bits, 2 * s + 1));
-    } else if constexpr (F == Weights::e4m3) {
-        constexpr uint32_t SIGN = 0x80008000U, REST = 0x07f007f0U, UP = 0x7b807b80U;  // twice 2^120
-        const uint32_t w = word(bits, s);
-        return make_uint2(multiply_pairs((w << 8 & SIGN) | (w << 4 & REST), UP), multiply_pairs((w & SIGN) | (w >> 4 & REST), UP));
-    } else {
+    if constexpr (F == Weights::e4m3) {
+        return e4m3_to_bf16(word(bits, s));
+    } else if constexpr (F == Weights::e2m1) {
         constexpr uint32_t SIGN = 0x80008000U, REST = 0x01c001c0U;
         const uint32_t w = word(bits, s / 2) >> s % 2 * 8;  // codes 0, 1 and 4, 5 of what is left
         return make_uint2(multiply_pairs((w << 12 & SIGN) | (w << 6 & REST), scale), multiply_pairs((w << 8 & SIGN) | (w << 2 & REST), scale));
+    } else {
+        return make_uint2(word(bits, 2 * s), word(bits, 2 * s + 1));
     }
 }
 

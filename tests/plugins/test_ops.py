@@ -11,10 +11,10 @@ import torch
 from plugin_build import host_folder, needs_compiler
 
 from nemoquant.errors import BuildError, EngineError
+from nemoquant.graph.spec import spec
 from nemoquant.model import mamba2
 from nemoquant.ops import library
 from nemoquant.ops.abi import structure
-from nemoquant.graph.spec import spec
 from nemoquant.ops.functional import EXPERT_FORMATS, causal_conv1d, mamba2_scan, routed_experts
 from nemoquant.ops.library import Kernels
 
@@ -71,7 +71,14 @@ def expert_arguments(format: str = "bf16", dtype: torch.dtype = torch.float32, t
                 made = torch.randint(0, 0x50, (4, out, width), generator=g, dtype=torch.uint8)
             parts[projection].append(made)
     ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(tokens)])
-    return [torch.randn(tokens, 32, generator=g).to(dtype), ids, torch.rand(tokens, 2, generator=g), parts["up"], parts["down"], format]
+    return [
+        torch.randn(tokens, 32, generator=g).to(dtype),
+        ids,
+        torch.rand(tokens, 2, generator=g),
+        parts["up"],
+        parts["down"],
+        format,
+    ]
 
 
 # torch's own check.
@@ -222,14 +229,20 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "fp4"}, r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4"),
+        (
+            {"format": "fp4"},
+            r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4",
+        ),
         ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
         ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
         ({"down": []}, r"routed_experts: up has 1 parts, down 0; bf16 has weight"),
         ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),
         ({"expert_ids": torch.zeros(5, 2, dtype=torch.int32)}, r"expert_ids is torch.int32, .*; expected int64 and float32"),
         ({"expert_weights": torch.zeros(5, 2).half()}, r"expert_weights torch.float16; expected int64 and float32"),
-        ({"down": [torch.zeros(4, 32, 32).bfloat16()]}, r"down's weight is torch.bfloat16 \[4, 32, 32\]; expected bfloat16 \[4, 32, 64\]"),
+        (
+            {"down": [torch.zeros(4, 32, 32).bfloat16()]},
+            r"down's weight is torch.bfloat16 \[4, 32, 32\]; expected bfloat16 \[4, 32, 64\]",
+        ),
         ({"up": [torch.zeros(4, 64, 32)]}, r"up's weight is torch.float32 \[4, 64, 32\]; expected bfloat16 \[4, 64, 32\]"),
         ({"x": torch.zeros(5, 32).double()}, r"no kernel knows torch.float64"),
     ],

@@ -87,11 +87,11 @@ ROWS = {
     "more chunks than are under way, up": replace(BASE, input=1184, width=32),
     "more chunks, wide": replace(BASE, input=32, width=672, tile=32),
 }
-DTYPE_ROWS = {
-    f"{dtype}, {name}": replace(ROWS[name], dtype=dtype)
-    for dtype in ("bfloat16", "float16")
-    for name in ("the base", "one token", "several experts, tile 64", "33 tokens an expert, tile 32", "more chunks than are under way, shared by warps")
-}  # fmt: skip
+DTYPE_NAMES = (
+    "the base", "one token", "several experts, tile 64", "33 tokens an expert, tile 32",
+    "more chunks than are under way, shared by warps",
+)  # fmt: skip
+DTYPE_ROWS = {f"{dtype}, {name}": replace(ROWS[name], dtype=dtype) for dtype in ("bfloat16", "float16") for name in DTYPE_NAMES}
 
 
 def aligned(values: Array) -> Array:
@@ -356,7 +356,14 @@ def test_ids_that_are_no_experts_add_nothing(kernels: Kernels) -> None:
     """Negative, E, beyond 32 bits: as if the pair were not there, whatever its weight."""
     for format in FORMATS:
         a = given(format, BASE)
-        bad = [(0, 1, -1), (2, 0, BASE.experts), (2, 2, 1 << 40), (5, 0, -(1 << 63)), (5, 1, BASE.experts + 1), (5, 2, (1 << 32) + 1)]
+        bad = [
+            (0, 1, -1),
+            (2, 0, BASE.experts),
+            (2, 2, 1 << 40),
+            (5, 0, -(1 << 63)),
+            (5, 1, BASE.experts + 1),
+            (5, 2, (1 << 32) + 1),
+        ]
         for token, j, id in bad:
             a.ids[token, j], a.factors[token, j] = id, np.nan
         wanted = given(format, BASE)
@@ -466,7 +473,9 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
     ],
     ids=lambda value: ", ".join(map(str, value)) if isinstance(value, dict) else "",
 )
-def test_bad_arguments_are_refused_before_anything_starts(format: str, change: dict[str, Any], says: str, kernels: Kernels) -> None:
+def test_bad_arguments_are_refused_before_anything_starts(
+    format: str, change: dict[str, Any], says: str, kernels: Kernels
+) -> None:
     a = given(format, BASE)
     y = aligned(np.full(a.x.shape, 99, a.x.dtype))
     workspace = aligned(np.zeros(kernels.workspace("routed_experts", **arguments(a, y)), np.uint8))
@@ -481,9 +490,8 @@ def test_the_workspace_grows_with_every_size(kernels: Kernels) -> None:
     base = {"tokens": 4096, "chosen": 22, "experts": 512, "input": 1024, "width": 2688, "dtype": 2}
     for format in FORMATS.values():
         for name in ("tokens", "chosen", "experts", "input", "width"):
-            sizes = []
-            for value in [32, 64, 96, 1024, 2048, 4064, 4096]:
-                sizes.append(kernels.workspace("routed_experts", **base | {name: value, "format": format}))
+            values = [32, 64, 96, 1024, 2048, 4064, 4096]
+            sizes = [kernels.workspace("routed_experts", **base | {name: value, "format": format}) for value in values]
             assert sizes == sorted(sizes)
             assert sizes[0] > 0
     assert kernels.workspace("routed_experts", **base | {"input": 33}) == 0
