@@ -43,20 +43,35 @@ __device__ __forceinline__ const unsigned char* input_row(const Projection& p, i
     return p.inputs + row * p.planes * plane_bytes<F>(p.size);
 }
 
-// The sums d of 16 rows from ``row`` by the tokens 2 t and 2 t + 1 from ``slot``, of which ``count`` are there.
+// Where an epilogue of up writes: of the first token of its tile, what belongs to output ``begin``; the others ``stride`` bytes apart.
+struct Target {
+    unsigned char* at;
+    int64_t stride;
+    int begin;
+};
+
 template <Weights F>
-__device__ __forceinline__ void finish(const Projection& p, const float (&d)[4], int expert, int row, int slot, int count) {
+__device__ __forceinline__ Target hidden_of(const Projection& p, int slot) {
+    const int64_t stride = p.planes * plane_bytes<F>(p.rows);
+    return {p.hidden + slot * stride, stride, 0};
+}
+
+// The sums d of 16 rows from ``row`` by the tokens 2 t and 2 t + 1 of the eight from ``first`` of a tile.
+template <Weights F>
+__device__ __forceinline__ void finish(const Projection& p, const float (&d)[4], const Tile& tile, int row, int first, const Target& to) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float scale = LEFT_OUT<F>;
-    if constexpr (F != Weights::bf16) scale *= p.global_scale[expert];
-    if (p.input_scale) scale = __fmul_rn(scale, p.input_scale[expert]);
+    if constexpr (F != Weights::bf16) scale *= p.global_scale[tile.expert];
+    if (p.input_scale) scale = __fmul_rn(scale, p.input_scale[tile.expert]);
     float values[4];  // rows g (0, 1) and g + 8 (2, 3)
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[i] = __fmul_rn(d[i], scale);
+    const int token = first + 2 * t;  // and the next
     if (!p.is_up) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (2 * t + i % 2 < count) p.results[static_cast<int64_t>(p.order[slot + 2 * t + i % 2]) * p.rows + row + g + i / 2 * 8] = values[i];
+            if (token + i % 2 < tile.count)
+                p.results[static_cast<int64_t>(p.order[tile.first + token + i % 2]) * p.rows + row + g + i / 2 * 8] = values[i];
         return;
     }
 #pragma unroll
@@ -65,11 +80,11 @@ __device__ __forceinline__ void finish(const Projection& p, const float (&d)[4],
         values[i] = __fmul_rn(positive, positive);
     }
     if (p.next_rounding == Rounding::e4m3) {
-        const float next = p.next_scale[expert];
+        const float next = p.next_scale[tile.expert];
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[i] = __fdiv_rn(values[i], next);  // stored as a code
     } else if (p.next_rounding == Rounding::nvfp4) {  // a block is the 16 rows here
-        const float next = p.next_scale[expert];
+        const float next = p.next_scale[tile.expert];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t one = __float_as_uint(values[i]) & 0x7fffffffU, other = __float_as_uint(values[i + 2]) & 0x7fffffffU;
@@ -84,13 +99,10 @@ __device__ __forceinline__ void finish(const Projection& p, const float (&d)[4],
             values[i + 2] = round_e2m1(values[i + 2], block, next);
         }
     }
-    const int64_t plane = plane_bytes<F>(p.rows);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (2 * t + i % 2 >= count) continue;
-        unsigned char* const out = p.hidden + static_cast<int64_t>(slot + 2 * t + i % 2) * p.planes * plane;
-        store_input<F>(out, row + g + i / 2 * 8, values[i], p.planes, plane);
-    }
+    for (int i = 0; i < 4; ++i)
+        if (token + i % 2 < tile.count)
+            store_input<F>(to.at + (token + i % 2) * to.stride, row + g + i / 2 * 8 - to.begin, values[i], p.planes, plane_bytes<F>(p.rows));
 }
 
 // What one part of a chunk needs of 16 rows, two held ones from ``r``: A of two products, steps 2 ``part`` and 2 ``part`` + 1 of the chunk.
@@ -189,7 +201,7 @@ __global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
             d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
         }
     }
-    if (row < p.rows) finish<F>(p, d, tile.expert, row, tile.first, tile.count);
+    if (row < p.rows) finish<F>(p, d, tile, row, 0, hidden_of<F>(p, tile.first));
 }
 
 // ---------------------------------------------------------------------------------------------------------------- wide
@@ -200,15 +212,18 @@ template <Weights F>
 constexpr int TOKEN_BYTES = CHUNK * BYTES<F> + 64;  // of a token in a stage: 64 more, so that two tokens use all banks
 template <Weights F, int N>
 constexpr int STAGE_BYTES = N * 8 * TOKEN_BYTES<F>;
+template <Weights F>
+constexpr int OUTPUT_BYTES = WIDE_ROWS * BYTES<F> + 16;  // of a token, on the way out
 // Chunks of weights that are held: the next is loaded while one is used. Of bfloat16, piece by piece into the same registers.
 template <Weights F>
 constexpr int BUFFERS = F == Weights::bf16 ? 1 : 2;
 
-// N: eights of tokens.
+// N: eights of tokens. Two blocks on a multiprocessor where few bytes are under way otherwise.
 template <Weights F, int N>
-__global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
+__global__ void __launch_bounds__(WIDE_WARPS * 32, F == Weights::e2m1 && N == 4 ? 2 : 1) wide(Projection p) {
     if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
     NQ_DYNAMIC_SHARED(unsigned char, stages);
+    static_assert(N * 8 * OUTPUT_BYTES<F> <= STAGES * STAGE_BYTES<F, N>);
     const Tile tile = p.tiles[blockIdx.y];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row = static_cast<int>(blockIdx.x) * WIDE_ROWS + warp * 32;
@@ -296,12 +311,27 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
         }
     }
     copy_async_wait<0>();
-    if (!active) return;
+    // What up hands on goes through shared memory, where the stages were, so that it is written 16 bytes at a time.
+    const bool staged = p.is_up && p.planes == 1;
+    const int block_row = static_cast<int>(blockIdx.x) * WIDE_ROWS;
+    const Target to = staged ? Target{stages, OUTPUT_BYTES<F>, block_row} : hidden_of<F>(p, tile.first);
+    if (staged) __syncthreads();
+    if (active)
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-        if (n * 8 >= tile.count) break;
-        finish<F>(p, d[0][n], tile.expert, row, tile.first + n * 8, tile.count - n * 8);
-        finish<F>(p, d[1][n], tile.expert, row + 16, tile.first + n * 8, tile.count - n * 8);
+        for (int n = 0; n < N; ++n) {
+            if (n * 8 >= tile.count) break;
+            finish<F>(p, d[0][n], tile, row, n * 8, to);
+            finish<F>(p, d[1][n], tile, row + 16, n * 8, to);
+        }
+    if (!staged) return;
+    __syncthreads();
+    constexpr int LINE = WIDE_ROWS * BYTES<F> / 16;  // parts of a token
+    const Target out = hidden_of<F>(p, tile.first);
+    for (int i = threadIdx.x; i < tile.count * LINE; i += WIDE_WARPS * 32) {
+        const int n = i / LINE, at = i % LINE, chunk = at / EACH * CHUNK;
+        if (piece_begin<F>(at % EACH) >= p.rows - block_row - chunk) continue;
+        unsigned char* const there = out.at + n * out.stride + static_cast<int64_t>(block_row) * BYTES<F> + at * 16;
+        store_as(there, load_as<uint4>(stages + n * OUTPUT_BYTES<F> + at * 16));
     }
 }
 
