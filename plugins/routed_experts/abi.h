@@ -33,7 +33,7 @@ typedef struct nemoquant_routed_experts_args {
     const float* down_input_scale;
     void* y;         /* [T, I] of dtype */
     void* workspace; /* of nemoquant_routed_experts_workspace(args) bytes */
-    int64_t tokens, chosen, experts, input, width; /* T >= 1; k and E 1 to 4096; I and M multiples of 32 */
+    int64_t tokens, chosen, experts, input, width; /* T >= 1; k and E 1 to 4096; I and M multiples of 32, I * M at most 2^30 */
     int64_t slab;       /* pairs of a token and an expert that are under way at once, which bounds the workspace; 0: 98304 */
     int32_t dtype;      /* enum nemoquant_dtype: float32, float16 or bfloat16 */
     int32_t format;     /* enum nemoquant_experts_format */

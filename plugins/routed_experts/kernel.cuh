@@ -36,11 +36,15 @@ struct Projection {
 
 __device__ __forceinline__ int chunks_of(int size) { return (size + CHUNK - 1) / CHUNK; }
 
-// The slot's row of inputs.
+// Chunk ``c`` of all planes, counted in its plane; there are three at most.
+__device__ __forceinline__ int in_plane(int c, int chunks) { return c < chunks ? c : c < 2 * chunks ? c - chunks : c - 2 * chunks; }
+
+// Which row of inputs is the slot's, and where a row begins.
+__device__ __forceinline__ int row_of(const Projection& p, int slot) { return p.is_up ? p.order[slot] / p.chosen : slot; }
+
 template <Weights F>
-__device__ __forceinline__ const unsigned char* input_row(const Projection& p, int slot) {
-    const int64_t row = p.is_up ? p.order[slot] / p.chosen : slot;
-    return p.inputs + row * p.planes * plane_bytes<F>(p.size);
+__device__ __forceinline__ const unsigned char* input_row(const Projection& p, int row) {
+    return p.inputs + row * (p.planes * plane_bytes<F>(p.size));
 }
 
 // Where an epilogue of up writes: of the first token of its tile, what belongs to output ``begin``; the others ``stride`` bytes apart.
@@ -161,20 +165,20 @@ __global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
     const int chunks = chunks_of(p.size), total = p.planes * chunks;
     const int first = total * share / p.split, last = row < p.rows ? total * (share + 1) / p.split : first;
 
-    const unsigned char* const tokens = g < tile.count ? input_row<F>(p, tile.first + g) + t * 16 : nullptr;
+    const unsigned char* const tokens = g < tile.count ? input_row<F>(p, row_of(p, tile.first + g)) + t * 16 : nullptr;
     const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (row < p.rows ? row + g : 0), p.size, t);
     Held<F, 2> held[DEPTH<F>];
     uint4 inputs[2][PARTS<F>];
     const auto load_inputs = [&](uint4(&to)[PARTS<F>], int c) {
         const unsigned char* const at = tokens + static_cast<int64_t>(c) * CHUNK * BYTES<F>;
-        const int left = p.size - c % chunks * CHUNK;
+        const int left = p.size - in_plane(c, chunks) * CHUNK;
 #pragma unroll
         for (int q = 0; q < PARTS<F>; ++q)
             to[q] = tokens && piece_begin<F>(q * 4 + t) < left ? load_as<uint4>(at + q * 64) : make_uint4(0, 0, 0, 0);
     };
 #pragma unroll
     for (int i = 0; i < DEPTH<F>; ++i)
-        if (first + i < last) view.load(held[i], (first + i) % chunks, 8);
+        if (first + i < last) view.load(held[i], in_plane(first + i, chunks));
     if (first < last) load_inputs(inputs[0], first);
 
     float d[4] = {};
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
 #pragma unroll
             for (int q = 0; q < PARTS<F>; ++q) Rows<F, 2>(held[i], q, 0).multiply(sum, inputs[i % 2][q]);
             if (F == Weights::fp8) add(d, part);
-            if (c + i + DEPTH<F> < last) view.load(held[i], (c + i + DEPTH<F>) % chunks, 8);
+            if (c + i + DEPTH<F> < last) view.load(held[i], in_plane(c + i + DEPTH<F>, chunks));
         }
     }
     if (p.split > 1) {
@@ -214,13 +218,14 @@ template <Weights F, int N>
 constexpr int STAGE_BYTES = N * 8 * TOKEN_BYTES<F>;
 template <Weights F>
 constexpr int OUTPUT_BYTES = WIDE_ROWS * BYTES<F> + 16;  // of a token, on the way out
-// Chunks of weights that are held: the next is loaded while one is used. Of bfloat16, piece by piece into the same registers.
-template <Weights F>
-constexpr int BUFFERS = F == Weights::bf16 ? 1 : 2;
-
-// N: eights of tokens. Two blocks on a multiprocessor where few bytes are under way otherwise.
+// Chunks of weights that are held: one is used while the next are loaded. Of bfloat16 the next takes the same registers, piece by piece;
+// of E2M1 with few tokens, which is bound by memory, two are under way.
 template <Weights F, int N>
-__global__ void __launch_bounds__(WIDE_WARPS * 32, F == Weights::e2m1 && N == 4 ? 2 : 1) wide(Projection p) {
+constexpr int BUFFERS = F == Weights::bf16 ? 1 : F == Weights::e2m1 && N == 4 ? 3 : 2;
+
+// N: eights of tokens.
+template <Weights F, int N>
+__global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
     if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
     NQ_DYNAMIC_SHARED(unsigned char, stages);
     static_assert(N * 8 * OUTPUT_BYTES<F> <= STAGES * STAGE_BYTES<F, N>);
@@ -233,20 +238,18 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32, F == Weights::e2m1 && N == 4 
     // Copies: a thread has one part of some tokens.
     constexpr int EACH = PARTS<F> * 4, TOGETHER = WIDE_WARPS * 32 / EACH, COPIES = N * 8 / TOGETHER;
     const int part = threadIdx.x % EACH, token = threadIdx.x / EACH, inside = piece_begin<F>(part);
-    const unsigned char* from[COPIES];
+    int from[COPIES];  // rows: pointers would take twice the registers
 #pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-        const int n = token + i * TOGETHER;
-        from[i] = n < tile.count ? input_row<F>(p, tile.first + n) + part * 16 : nullptr;
-    }
+    for (int i = 0; i < COPIES; ++i) from[i] = token + i * TOGETHER < tile.count ? row_of(p, tile.first + token + i * TOGETHER) : -1;
     const auto copy = [&](int c) {
         if (c < total) {
             unsigned char* const to = stages + c % STAGES * STAGE_BYTES<F, N> + token * TOKEN_BYTES<F> + part * 16;
-            const bool there = inside < p.size - c % chunks * CHUNK;
+            const bool there = inside < p.size - in_plane(c, chunks) * CHUNK;
 #pragma unroll
             for (int i = 0; i < COPIES; ++i) {
-                const bool wanted = there && from[i];
-                copy_async16(to + i * TOGETHER * TOKEN_BYTES<F>, wanted ? from[i] + static_cast<int64_t>(c) * CHUNK * BYTES<F> : p.inputs, wanted);
+                const bool wanted = there && from[i] >= 0;
+                const unsigned char* const at = input_row<F>(p, wanted ? from[i] : 0) + (wanted ? static_cast<int64_t>(c) * CHUNK * BYTES<F> + part * 16 : 0);
+                copy_async16(to + i * TOGETHER * TOKEN_BYTES<F>, at, wanted);
             }
         }
         copy_async_commit();
@@ -255,8 +258,11 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32, F == Weights::e2m1 && N == 4 
     copy(1);
 
     const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (active ? row + g : 0), p.size, t);
-    Held<F, 4> held[BUFFERS<F>];  // rows g, g + 8, g + 16, g + 24
-    view.load(held[0], 0, 8);
+    constexpr int HELD = BUFFERS<F, N>, AHEAD = HELD > 1 ? HELD - 1 : 1;
+    Held<F, 4> held[HELD];  // rows g, g + 8, g + 16, g + 24
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+        if (i < total) view.load(held[i], in_plane(i, chunks));
 
     float d[2][N][4] = {};
     const auto multiply = [&](const Held<F, 4>& now, int c, auto used) {
@@ -290,22 +296,22 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32, F == Weights::e2m1 && N == 4 
             }
         }
     };
-    for (int c = 0; c < total; c += BUFFERS<F>) {
+    for (int c = 0; c < total; c += HELD) {
 #pragma unroll
-        for (int i = 0; i < BUFFERS<F>; ++i) {
+        for (int i = 0; i < HELD; ++i) {
             if (c + i >= total) break;
             copy_async_wait<1>();
             __syncthreads();  // the stage is whole, and the one before it is free
             copy(c + i + 2);
             if (!active) continue;
-            const bool more = c + i + 1 < total;
-            const int next = (c + i + 1) % chunks;
-            if constexpr (BUFFERS<F> > 1) {
-                if (more) view.load(held[(i + 1) % 2], next, 8);
+            const bool more = c + i + AHEAD < total;
+            const int next = in_plane(c + i + AHEAD, chunks);
+            if constexpr (HELD > 1) {
+                if (more) view.load(held[(i + AHEAD) % HELD], next);
                 multiply(held[i], c + i, [](int) {});
             } else {
                 multiply(held[0], c, [&](int q) {
-                    if (more) view.load(held[0], q, next, 8);
+                    if (more) view.load(held[0], q, next);
                 });
             }
         }

@@ -10,7 +10,7 @@ using namespace nq;
 using namespace nq::experts;
 using Args = nemoquant_routed_experts_args;
 
-constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, ROUND = 32;
+constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, EXPERT_MOST = 1 << 30, ROUND = 32;
 // Tokens are taken so many pairs at a time (4,468 tokens of 22 experts), which bounds the workspace. At that number the products are
 // bound by arithmetic, so that reading the weights again costs little.
 constexpr int64_t SLAB_PAIRS = 96 * 1024, SLAB_MOST = 400 * 1024;  // the most: so that the narrowest tiles fit a grid
@@ -53,6 +53,9 @@ int check_sizes(const Args& a) {
     for (const auto& [name, got] : {std::pair{"input", a.input}, {"width", a.width}})
         if (got % ROUND)
             return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: %s is %lld; expected a multiple of 32", name, static_cast<long long>(got));
+    if (a.input * a.width > EXPERT_MOST)
+        return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: input %lld x width %lld; expected a product of at most 2^30",
+                    static_cast<long long>(a.input), static_cast<long long>(a.width));
     if (a.tokens > INT64_MAX / (a.chosen * std::max(a.input, a.width) * 16))
         return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %lld tokens; their inputs can't be addressed", static_cast<long long>(a.tokens));
     return NEMOQUANT_OK;

@@ -73,40 +73,41 @@ struct Held {
     uint16_t scales[F == Weights::e2m1 ? N : 1];  // of its two blocks a row
 };
 
-// One expert's weight, seen from a lane: its first row, and how far others are.
+// One expert's weight, seen from a lane: its first row, and those that are 8, 16 and 24 further. An expert has less than 2^32 bytes, so
+// that offsets inside it need one register.
 template <Weights F>
 struct View {
     const unsigned char* codes;         // the row, and the lane's first piece
     const unsigned char* block_scales;  // the row, and the lane's first block
-    int64_t row_bytes, row_blocks;
-    int inputs;  // from the lane's first piece on
+    uint32_t eight_rows, eight_blocks;  // bytes
+    int inputs;                         // from the lane's first piece on
 
     __device__ __forceinline__ View(const void* all_codes, const void* all_scales, int64_t row, int width, int t) {
-        row_bytes = static_cast<int64_t>(width) / VALUES<F> * 16;
-        row_blocks = width / BLOCK;
+        const uint32_t row_bytes = static_cast<uint32_t>(width) / VALUES<F> * 16, row_blocks = static_cast<uint32_t>(width) / BLOCK;
         codes = static_cast<const unsigned char*>(all_codes) + row * row_bytes + t * 16;
         block_scales = F == Weights::e2m1 ? static_cast<const unsigned char*>(all_scales) + row * row_blocks + t * 2 : nullptr;
+        eight_rows = 8 * row_bytes;
+        eight_blocks = 8 * row_blocks;
         inputs = width - t * VALUES<F>;
     }
 
-    // Chunk ``c`` of rows ``step`` apart.
+    // Chunk ``c``.
     template <int N>
-    __device__ __forceinline__ void load(Held<F, N>& held, int c, int step) const {
+    __device__ __forceinline__ void load(Held<F, N>& held, int c) const {
 #pragma unroll
-        for (int j = 0; j < PIECES<F>; ++j) load(held, j, c, step);
+        for (int j = 0; j < PIECES<F>; ++j) load(held, j, c);
     }
 
-    // Piece ``j`` of chunk ``c`` of rows ``step`` apart; zeros beyond the end of a row.
+    // Piece ``j`` of chunk ``c``; zeros beyond the end of a row.
     template <int N>
-    __device__ __forceinline__ void load(Held<F, N>& held, int j, int c, int step) const {
+    __device__ __forceinline__ void load(Held<F, N>& held, int j, int c) const {
         const bool wanted = c * CHUNK + j * 4 * VALUES<F> < inputs;
-        const unsigned char* const at = codes + (static_cast<int64_t>(c) * PIECES<F> + j) * 64;
+        const uint32_t at = static_cast<uint32_t>(c * PIECES<F> + j) * 64;
 #pragma unroll
         for (int r = 0; r < N; ++r) {
-            held.bits[j][r] = wanted ? load_once(at + r * step * row_bytes) : make_uint4(0, 0, 0, 0);
+            held.bits[j][r] = wanted ? load_once(codes + (at + r * eight_rows)) : make_uint4(0, 0, 0, 0);
             if constexpr (F == Weights::e2m1)
-                held.scales[r] = wanted ? load_as<uint16_t>(block_scales + r * step * row_blocks + static_cast<int64_t>(c) * (CHUNK / BLOCK))
-                                        : uint16_t{0};
+                held.scales[r] = wanted ? load_as<uint16_t>(block_scales + (static_cast<uint32_t>(c) * (CHUNK / BLOCK) + r * eight_blocks)) : uint16_t{0};
         }
     }
 };

@@ -458,6 +458,7 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
         ("bf16", {"input": 48}, "input is 48; expected a multiple of 32"),
         ("bf16", {"width": 16}, "width is 16; expected 32 to 1048576"),
         ("bf16", {"width": 1000}, "width is 1000; expected a multiple of 32"),
+        ("bf16", {"input": 1 << 16, "width": 1 << 15}, "input 65536 x width 32768; expected a product of at most 2^30"),
         ("bf16", {"slab": -1}, "slab is -1; expected 0 to 409600"),
         ("bf16", {"dtype": 3}, "dtype is 3; expected float32, float16 or bfloat16"),
         ("bf16", {"format": 5}, "format is 5; expected 0 to 4"),
