@@ -222,3 +222,95 @@ def _(
     y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=y_dtype or torch.float32), state_in.new_empty(state_in.shape)
+
+
+EXPERT_FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "bf16": (0, ("weight",)),
+    "w8a16": (1, ("codes", "global_scale")),
+    "fp8": (2, ("codes", "global_scale", "input_scale")),
+    "w4a16": (3, ("codes", "block_scales", "global_scale")),
+    "nvfp4": (4, ("codes", "block_scales", "global_scale", "input_scale")),
+}
+"""Number (``enum nemoquant_experts_format``) and parts of a projection, by the format's name."""
+
+
+@torch.library.custom_op("nemoquant::routed_experts", mutates_args=(), device_types=DEVICES)
+def routed_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
+    format: str,
+    activation: str = "relu2",
+) -> Tensor:
+    """The weighted sum of each token's experts, ``down(relu(up(x))^2)``.
+
+    Args:
+        x: [tokens, input] float32, float16 or bfloat16; bfloat16 is fastest. ``input`` and ``width`` are multiples of 32.
+        expert_ids: [tokens, k] int64; what is no expert's index adds nothing.
+        expert_weights: [tokens, k] float32.
+        up, down: the parts of all experts' weights [experts, width, input] and [experts, input, width], in the order of
+            ``EXPERT_FORMATS[format]``: bfloat16 ``weight``; or ``codes`` (one byte each, or two E2M1 a byte), ``block_scales`` (E4M3
+            bytes [experts, out, in / 16]), ``global_scale`` and ``input_scale`` (float32 [experts]).
+        format: bf16, w8a16, fp8, w4a16 or nvfp4.
+    Returns:
+        [tokens, input] like ``x``; sums are float32.
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or an unknown name.
+        BuildError: no library for the device.
+        EngineError: the kernel refused.
+    """
+    if format not in EXPERT_FORMATS or activation != "relu2":
+        raise ValueError(
+            f"routed_experts: format is {format!r}, activation {activation!r}; expected one of {', '.join(EXPERT_FORMATS)}, and relu2"
+        )
+    number, names = EXPERT_FORMATS[format]
+    tokens, size = x.shape
+    chosen = expert_ids.shape[-1]
+    given = {"up": dict(zip(names, up, strict=False)), "down": dict(zip(names, down, strict=False))}
+    if {len(up), len(down)} != {len(names)}:
+        raise ValueError(f"routed_experts: up has {len(up)} parts, down {len(down)}; {format} has {', '.join(names)}")
+    experts, width = up[0].shape[:2]
+    packed = 2 if "block_scales" in names else 1
+    sizes = {"T": tokens, "k": chosen, "E": experts, "I": size, "M": width}
+    expect_shapes("routed_experts", sizes, expert_ids=(expert_ids, "T k"), expert_weights=(expert_weights, "T k"))
+    if expert_ids.dtype != torch.int64 or expert_weights.dtype != torch.float32:
+        raise ValueError(
+            f"routed_experts: expert_ids is {expert_ids.dtype}, expert_weights {expert_weights.dtype}; expected int64 and float32"
+        )
+    arguments: dict[str, Tensor] = {}
+    for projection, parts in given.items():
+        out, into = (width, size) if projection == "up" else (size, width)
+        shapes = {
+            "weight": (experts, out, into), "codes": (experts, out, into // packed), "block_scales": (experts, out, into // 16),
+            "global_scale": (experts,), "input_scale": (experts,),
+        }  # fmt: skip
+        for name, tensor in parts.items():
+            label = f"routed_experts: {projection}'s {name} is {tensor.dtype} {list(tensor.shape)}"
+            wanted = {"weight": "bfloat16", "codes": "bytes", "block_scales": "bytes"}.get(name, "float32")
+            right = tensor.dtype.itemsize == 1 if wanted == "bytes" else str(tensor.dtype) == f"torch.{wanted}"
+            if tensor.shape != shapes[name] or not right:
+                raise ValueError(f"{label}; expected {wanted} {list(shapes[name])}")
+            arguments[projection if name in ("weight", "codes") else f"{projection}_{name}"] = tensor.contiguous()
+    y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
+    if tokens:
+        call(
+            "routed_experts", x.device, x=x.contiguous(), expert_ids=expert_ids.contiguous(), expert_weights=expert_weights.contiguous(),
+            y=y, tokens=tokens, chosen=chosen, experts=experts, input=size, width=width, dtype=dtype_number(x.dtype), format=number,
+            activation=0, **arguments,
+        )  # fmt: skip
+    return y
+
+
+@routed_experts.register_fake
+def _(
+    x: Tensor,
+    expert_ids: Tensor,  # noqa: ARG001
+    expert_weights: Tensor,  # noqa: ARG001
+    up: list[Tensor],  # noqa: ARG001
+    down: list[Tensor],  # noqa: ARG001
+    format: str,  # noqa: ARG001
+    activation: str = "relu2",  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty(x.shape)

@@ -5,11 +5,38 @@
 //     A [16, 16]   a0: row g, columns 2t, 2t+1    a1: row g+8, the same    a2, a3: columns 2t+8, 2t+9
 //     B [16, 8]    b0: rows 2t, 2t+1 of column g  b1: rows 2t+8, 2t+9
 //     D [16, 8]    d0, d1: row g, columns 2t, 2t+1    d2, d3: row g+8
+// and for m16n8k32 of E4M3, four values a register:
+//     A [16, 32]   a0: row g, columns 4t to 4t+3    a1: row g+8    a2, a3: columns 16 further
+//     B [32, 8]    b0: rows 4t to 4t+3 of column g  b1: rows 16 further
 #pragma once
 
 #include "numeric.cuh"
 
 namespace nq {
+
+// Two products of bfloat16 pairs.
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+#if defined(NQ_HOST)
+    const float2 left = unpack_pair<__nv_bfloat16>(a), right = unpack_pair<__nv_bfloat16>(b);
+    return pack_pair<__nv_bfloat16>(left.x * right.x, left.y * right.y);
+#else
+    __nv_bfloat162 left, right;
+    memcpy(&left, &a, sizeof left);
+    memcpy(&right, &b, sizeof right);
+    left = __hmul2(left, right);
+    memcpy(&a, &left, sizeof a);
+    return a;
+#endif
+}
+
+// Four E4M3 codes, none of them NaN, as pairs of bfloat16: codes 0 and 2, and codes 1 and 3.
+//
+// A code's bits, moved to where bfloat16 has its exponent and mantissa, are the value times 2^-120, and subnormal codes are subnormal
+// bfloat16, so that one multiplication makes all of them right.
+__device__ __forceinline__ uint2 e4m3_to_bf16(uint32_t codes) {
+    constexpr uint32_t SIGN = 0x80008000U, REST = 0x07f007f0U, UP = 0x7b807b80U;  // twice 2^120
+    return make_uint2(multiply_pairs((codes << 8 & SIGN) | (codes << 4 & REST), UP), multiply_pairs((codes & SIGN) | (codes >> 4 & REST), UP));
+}
 
 #if !defined(NQ_HOST)
 
@@ -25,6 +52,25 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of E4M3 codes. Before SM89 there is no such instruction: codes become bfloat16, which holds them all. Later devices may keep
+// fewer bits of a sum than float32 has, so add up long sums elsewhere.
+__device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 890
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    // Which of the 32 inputs meet in which of the two products is free, as long as A and B agree: each takes one register of a lane.
+    const uint2 low[3] = {e4m3_to_bf16(a[0]), e4m3_to_bf16(a[1]), e4m3_to_bf16(b0)};
+    const uint32_t first[4] = {low[0].x, low[1].x, low[0].y, low[1].y};
+    mma_m16n8k16<__nv_bfloat16>(d, first, low[2].x, low[2].y);
+    const uint2 high[3] = {e4m3_to_bf16(a[2]), e4m3_to_bf16(a[3]), e4m3_to_bf16(b1)};
+    const uint32_t second[4] = {high[0].x, high[1].x, high[0].y, high[1].y};
+    mma_m16n8k16<__nv_bfloat16>(d, second, high[2].x, high[2].y);
+#endif
 }
 
 // Four 8 x 8 matrices of 16-bit values from shared memory. Lanes 8 i to 8 i + 7 give the rows (16 bytes each, aligned) of matrix i;
@@ -83,6 +129,27 @@ void multiply(void* const* lanes) {
             static_cast<Product*>(lanes[lane])->d[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+inline void multiply_e4m3(void* const* lanes) {
+    float a[16][32], b[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        if (!lanes[lane]) throw std::logic_error("a matrix product that a lane of the warp does not take part in");
+        const auto& mine = *static_cast<Product*>(lanes[lane]);
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i)
+            for (int k = 0; k < 4; ++k)
+                a[g + i % 2 * 8][4 * t + k + i / 2 * 16] = e4m3_to_float(static_cast<uint8_t>(mine.a[i] >> 8 * k));
+        for (int i = 0; i < 2; ++i)
+            for (int k = 0; k < 4; ++k) b[4 * t + k + i * 16][g] = e4m3_to_float(static_cast<uint8_t>(mine.b[i] >> 8 * k));
+    }
+    float d[16][8] = {};
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < 32; ++k)
+            for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i)
+            static_cast<Product*>(lanes[lane])->d[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
 struct Matrices {
     uint32_t (&r)[4];
     const void* row;
@@ -113,6 +180,11 @@ template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     host::Product mine{d, a, {b0, b1}};
     host::meet(0xffffffffU, &mine, host::multiply<T>);
+}
+
+inline void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    host::Product mine{d, a, {b0, b1}};
+    host::meet(0xffffffffU, &mine, host::multiply_e4m3);
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {

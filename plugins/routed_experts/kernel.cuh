@@ -1,381 +1,380 @@
-// The kernels of the experts: inputs rounded, both products, the weighted sum. How they fit together is in launch.cu.
+// The products of RoutedExperts, and the sum of each token's experts. See README.md for the math, weights.cuh for the layout.
 //
-// Weights are the 16 x 16 operand of the matrix instruction and tokens the 8 columns, so that a few tokens waste little, and so that
-// weights go from global memory into registers, are decoded there, and are never in shared memory.
+//     narrow    few tokens an expert: memory-bound. A warp takes 16 rows of a weight and 8 tokens; warps of a block may share the
+//               inputs of the same rows, their sums added in the warps' order. No shared memory but for that.
+//     wide      many: a block takes 256 rows and 32 or 64 tokens, the tokens by asynchronous copies through shared memory.
+//     combine   y = the weighted sum over j, ascending
+//
+// The epilogue of up squares, rounds as the format has it, and writes what down reads, in its order; that of down writes float32.
 #pragma once
 
-#include "../common/mma.cuh"
-#include "weights.cuh"
+#include "routing.cuh"
 
 namespace nq::experts {
 
-constexpr int WARPS = 4;           // of a block of a product
-constexpr int ROWS = 16;           // of a fragment of weights
-constexpr int LARGE_TOKENS = 64;   // of a block of product_large
-constexpr int LARGE_ROWS = 128;
-constexpr int SLAB = 128;          // values of k in a stage of its shared memory
-constexpr int STAGES = 3;
-constexpr int STRIDE = 2 * SLAB + 64;  // bytes of a token there: neighbours half a row of banks apart
-constexpr int PAD = 4;                 // floats behind the rows of a table of sums: so that a warp meets each bank once
-constexpr size_t LARGE_SHARED = static_cast<size_t>(STAGES) * LARGE_TOKENS * STRIDE;
-static_assert(LARGE_SHARED >= sizeof(float) * LARGE_TOKENS * (LARGE_ROWS + PAD));
+// One projection of all experts.
+struct Projection {
+    const void* weight;        // [experts, rows, inputs]
+    const void* block_scales;  // NVFP4
+    const float* global_scale;
+    const float* input_scale;  // null: inputs are not rounded
+    const unsigned char* inputs;  // as ``Inputs`` writes them
+    const int32_t* order;
+    const Tile* tiles;
+    const int32_t* tile_count;
+    int32_t rows, size, planes;  // size: inputs; planes: of the inputs, and of what down takes
+    int32_t chosen;              // up: an input row is order[slot] / chosen
+    bool is_up;
+    int32_t split;  // warps that share the inputs of the same rows, ``narrow`` alone
 
-// n = tokens * k ids become ``rows`` positions (those in range), and positions become tiles of one expert each.
-struct Routes {
-    int32_t* place;        // [n]: the position of an id; -1: the id is out of range
-    int32_t* token;        // [rows]: whose input a position wants
-    int32_t* offsets;      // [E + 1]: an expert's positions begin here
-    int32_t* tile_expert;  // [tiles]
-    int32_t* tile_first;   // [tiles]: its first position
-    int32_t* tiles;        // [1]
+    // Of up: what down takes. Of down: float32 [pairs, rows].
+    unsigned char* hidden;
+    float* results;
+    const float* next_scale;
+    Rounding next_rounding;
 };
 
-// What becomes of a product's sums.
-enum class Into : int32_t {
-    sums,    // float32, as they are
-    planes,  // relu squared, as bfloat16 parts that add up to it
-    e4m3,    // relu squared, through E4M3: the code's value
-    e2m1     // relu squared, through E2M1 in blocks of 16: the code's value times the block's scale
-};
+__device__ __forceinline__ int chunks_of(int size) { return (size + CHUNK - 1) / CHUNK; }
 
-// x [rows, in] by the weights [out, in] of each row's expert. Inputs are bfloat16: the sum of ``planes`` arrays.
-struct Product {
-    const void* weights;           // [E, out, in]
-    const uint8_t* block_scales;   // [E, out, in / 16]
-    const float* global_scale;     // [E] or null: 1
-    const float* input_scale;      // [E] or null: 1; what x is to be multiplied with
-    const __nv_bfloat16* x;        // [planes][.., in]
-    const int32_t* row_of;         // [rows]: the row of x of a position; null: the position
-    int64_t x_plane;               // elements from plane to plane
-    int32_t planes, in, out;
-    Into into;
-    float* sums;                   // [rows, out]
-    __nv_bfloat16* parts;          // [planes_out][rows, out]
-    int64_t parts_plane;
-    int32_t planes_out;
-    const float* next_scale;       // [E]: with e4m3 and e2m1
-    Routes routes;
-    int32_t tile;                  // positions of a tile
-    int32_t row_blocks, split;     // blocks that share a tile; warps that share the sums of a row
-};
+// Chunk ``c`` of all planes, counted in its plane; there are three at most.
+__device__ __forceinline__ int in_plane(int c, int chunks) { return c < chunks ? c : c < 2 * chunks ? c - chunks : c - 2 * chunks; }
 
-struct Tile {
-    int expert, first, count;
-};
+// Which row of inputs is the slot's, and where a row begins.
+__device__ __forceinline__ int row_of(const Projection& p, int slot) { return p.is_up ? p.order[slot] / p.chosen : slot; }
 
-__device__ __forceinline__ bool find(const Product& p, Tile& tile) {
-    const int at = static_cast<int>(blockIdx.x / static_cast<unsigned>(p.row_blocks));
-    if (at >= *p.routes.tiles) return false;
-    tile.expert = p.routes.tile_expert[at];
-    tile.first = p.routes.tile_first[at];
-    const int left = p.routes.offsets[tile.expert + 1] - tile.first;
-    tile.count = left < p.tile ? left : p.tile;
-    return true;
+template <Weights F>
+__device__ __forceinline__ const unsigned char* input_row(const Projection& p, int row) {
+    return p.inputs + row * (p.planes * plane_bytes<F>(p.size));
 }
 
-// One of the bfloat16 parts that add up to x; what is left over goes into ``rest``.
-__device__ __forceinline__ __nv_bfloat16 part_of(float x, float& rest) {
-    const __nv_bfloat16 part = __float2bfloat16_rn(x);
-    const float value = __bfloat162float(part);
-    rest = fabsf(value) < __uint_as_float(0x7f800000U) ? x - value : 0.0F;  // infinity and NaN are a part of their own
-    return part;
+// Where an epilogue of up writes: of the first token of its tile, what belongs to output ``begin``; the others ``stride`` bytes apart.
+struct Target {
+    unsigned char* at;
+    int64_t stride;
+    int begin;
+};
+
+template <Weights F>
+__device__ __forceinline__ Target hidden_of(const Projection& p, int slot) {
+    const int64_t stride = p.planes * plane_bytes<F>(p.rows);
+    return {p.hidden + slot * stride, stride, 0};
 }
 
-// The next bfloat16 part of 8 values; ``v`` becomes what is left over.
-template <bool interleaved>
-__device__ __forceinline__ uint4 parts_of(float (&v)[8]) {
-    uint32_t pairs[4];
+// The sums d of 16 rows from ``row`` by the tokens 2 t and 2 t + 1 of the eight from ``first`` of a tile.
+template <Weights F>
+__device__ __forceinline__ void finish(const Projection& p, const float (&d)[4], const Tile& tile, int row, int first, const Target& to) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float scale = LEFT_OUT<F>;
+    if constexpr (F != Weights::bf16) scale *= p.global_scale[tile.expert];
+    if (p.input_scale) scale = __fmul_rn(scale, p.input_scale[tile.expert]);
+    float values[4];  // rows g (0, 1) and g + 8 (2, 3)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = __fmul_rn(d[i], scale);
+    const int token = first + 2 * t;  // and the next
+    if (!p.is_up) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (token + i % 2 < tile.count)
+                p.results[static_cast<int64_t>(p.order[tile.first + token + i % 2]) * p.rows + row + g + i / 2 * 8] = values[i];
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int first = interleaved ? i : 2 * i, second = interleaved ? i + 4 : 2 * i + 1;
-        const float low = __bfloat162float(part_of(v[first], v[first])), high = __bfloat162float(part_of(v[second], v[second]));
-        pairs[i] = pack_pair<__nv_bfloat16>(low, high);
+        const float positive = values[i] < 0.0F ? 0.0F : values[i];  // NaN stays
+        values[i] = __fmul_rn(positive, positive);
     }
-    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-
-// The largest magnitude, as bits: so NaN is the largest.
-template <int n>
-__device__ __forceinline__ uint32_t largest(const float (&v)[n]) {
-    uint32_t amax = 0;
+    if (p.next_rounding == Rounding::e4m3) {
+        const float next = p.next_scale[tile.expert];
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-        const uint32_t magnitude = __float_as_uint(v[i]) & 0x7fffffffU;
-        amax = amax > magnitude ? amax : magnitude;
-    }
-    return amax;
-}
-
-__device__ __forceinline__ float through_e4m3(float x, float scale) { return e4m3_to_float(float_to_e4m3(__fdiv_rn(x, scale))); }
-
-// The value of the block's scale for its largest magnitude, given as bits so that NaN is the largest.
-__device__ __forceinline__ float block_scale(uint32_t amax, float scale) {
-    return e4m3_to_float(float_to_e4m3(__fdiv_rn(__uint_as_float(amax), __fmul_rn(6.0F, scale))));
-}
-
-// The value of x's code times its block's scale; exact in bfloat16. A block whose scale is zero is zero.
-__device__ __forceinline__ float through_e2m1(float x, float block, float scale) {
-    return block == 0.0F ? 0.0F : e2m1_to_float(float_to_e2m1(__fdiv_rn(x, __fmul_rn(block, scale)))) * block;
-}
-
-// A warp's sums of 16 rows and 8 N tokens into a table of the block's, [token][row] in rows of ``stride``.
-template <int N>
-__device__ __forceinline__ void put(float* table, int stride, const float (&d)[N][4]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i) values[i] = __fdiv_rn(values[i], next);  // stored as a code
+    } else if (p.next_rounding == Rounding::nvfp4) {  // a block is the 16 rows here
+        const float next = p.next_scale[tile.expert];
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t one = __float_as_uint(values[i]) & 0x7fffffffU, other = __float_as_uint(values[i + 2]) & 0x7fffffffU;
+            uint32_t amax = one > other ? one : other;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) table[(8 * n + 2 * t + i % 2) * stride + g + i / 2 * 8] = d[n][i];
-}
-
-// The block's sums to where they belong: ``rows`` rows from row0 on of the tile's tokens, 8 rows a thread at a time. Each is the sum
-// of ``shares`` tables that lie ``apart``. Two neighbouring threads have a block of 16 rows.
-template <class W>
-__device__ __forceinline__ void finish(const Product& p, const Tile& tile, int row0, int rows, const float* table, int stride, int shares,
-                                       int apart) {
-    const int thread = static_cast<int>(threadIdx.x), eights = rows / 8, items = tile.count * eights;
-    const float scale = W::SCALE * (p.global_scale ? p.global_scale[tile.expert] : 1.0F) * (p.input_scale ? p.input_scale[tile.expert] : 1.0F);
-    const float next = p.into == Into::e4m3 || p.into == Into::e2m1 ? p.next_scale[tile.expert] : 1.0F;
-#pragma unroll 1
-    for (int first = 0; first < items; first += 32 * WARPS) {
-        const int item = first + thread < items ? first + thread : items - 1, token = item / eights, row = item % eights * 8;
-        const bool wanted = first + thread < items && row0 + row < p.out;
-        const int64_t at = static_cast<int64_t>(tile.first + token) * p.out + row0 + row;
-        float v[8] = {};
-        for (int share = 0; share < shares; ++share)
-            for (int i = 0; i < 2; ++i) {
-                const float4 four = load_as<float4>(table + share * apart + token * stride + row + 4 * i);
-                v[4 * i] += four.x, v[4 * i + 1] += four.y, v[4 * i + 2] += four.z, v[4 * i + 3] += four.w;
+            for (int step = 4; step < 32; step *= 2) {
+                const uint32_t far = __shfl_xor_sync(0xffffffffU, amax, step);
+                amax = far > amax ? far : amax;
             }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] *= scale;
-        if (p.into == Into::sums) {
-            if (wanted)
-                for (int i = 0; i < 2; ++i) store_as(p.sums + at + 4 * i, make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]));
-            continue;
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0F ? 0.0F : v[i] * v[i];
-        if (p.into == Into::e2m1) {
-            uint32_t amax = largest(v);
-            const uint32_t other = __shfl_xor_sync(0xffffffffU, amax, 1);
-            amax = amax > other ? amax : other;
             const float block = block_scale(amax, next);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[i] = through_e2m1(v[i], block, next);
-        } else if (p.into == Into::e4m3) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[i] = through_e4m3(v[i], next);
-        }
-        for (int plane = 0; plane < p.planes_out; ++plane) {
-            const uint4 parts = parts_of<W::INTERLEAVED>(v);
-            if (wanted) store_as(p.parts + plane * p.parts_plane + at, parts);
+            values[i] = round_e2m1(values[i], block, next);
+            values[i + 2] = round_e2m1(values[i + 2], block, next);
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (token + i % 2 < tile.count)
+            store_input<F>(to.at + (token + i % 2) * to.stride, row + g + i / 2 * 8 - to.begin, values[i], p.planes, plane_bytes<F>(p.rows));
 }
 
-// Products of a chunk of 8 values of k a lane: rows g and g + 8 of the weights by one token a lane.
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&low)[4], const uint32_t (&high)[4], const uint4& x) {
-    mma_m16n8k16<__nv_bfloat16>(d, {low[0], high[0], low[1], high[1]}, x.x, x.y);
-    mma_m16n8k16<__nv_bfloat16>(d, {low[2], high[2], low[3], high[3]}, x.z, x.w);
-}
+// What one part of a chunk needs of 16 rows, two held ones from ``r``: A of two products, steps 2 ``part`` and 2 ``part`` + 1 of the chunk.
+template <Weights F, int N>
+struct Rows {
+    uint32_t a[2][4];
 
-// Few tokens an expert: bound by reading the weights. A warp has 16 rows, or one of ``split`` shares of their k, and 8 N tokens, which
-// it reads from global memory (they are in the caches). No shared memory but for adding up the shares, in a fixed order. ``single``: x
-// is one array.
-template <class W, int N, bool single>
-__global__ void __launch_bounds__(32 * WARPS) product_small(Product p) {
-    constexpr int GROUP = 4 * W::VALUES, UNROLL = N == 1 ? 4 : 2;
-    __shared__ __align__(16) float sums[WARPS * 8 * N * (ROWS + PAD)];  // of fewer rows with more shares: never more than this
-    Tile tile;
-    if (!find(p, tile)) return;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    const int share = warp % p.split, block = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.row_blocks));
-    const int row0 = (block * (WARPS / p.split) + warp / p.split) * ROWS;
-    const Matrix matrix = W::matrix(p.weights, p.block_scales, static_cast<int64_t>(tile.expert) * p.out, p.in);
-    const bool have[2] = {row0 + g < p.out, row0 + g + 8 < p.out};
-    const __nv_bfloat16* x[N];
-    for (int n = 0; n < N; ++n) {
-        const int position = tile.first + 8 * n + g;
-        x[n] = 8 * n + g < tile.count ? p.x + static_cast<int64_t>(p.row_of ? p.row_of[position] : position) * p.in : nullptr;
-    }
-    float d[N][4] = {};
-    if (row0 < p.out)
-        for (int k0 = share * GROUP; k0 < p.in; k0 += p.split * GROUP * UNROLL) {
-            typename W::Raw raw[UNROLL][2] = {};
+    __device__ __forceinline__ Rows(const Held<F, N>& held, int part, int r) {
+        constexpr int EACH = PARTS<F> / PIECES<F>;  // parts of a piece
+        const int j = part / EACH;
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                const int k = k0 + u * p.split * GROUP + t * W::VALUES;
-                for (int half = 0; half < 2; ++half)
-                    if (have[half] && k < p.in) raw[u][half] = W::load(matrix, row0 + g + 8 * half, k, p.in);
-            }
+        for (int h = 0; h < 2; ++h) {
+            const int s = part % EACH * 2 + h;
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                const int k = k0 + u * p.split * GROUP + t * W::VALUES;
-                const bool inside = k < p.in;
-                if (k - t * W::VALUES >= p.in) break;
-#pragma unroll
-                for (int chunk = 0; chunk < W::VALUES / 8; ++chunk) {
-                    uint32_t low[4], high[4];
-                    W::decode(raw[u][0], chunk, low);
-                    W::decode(raw[u][1], chunk, high);
-#pragma unroll 1
-                    for (int plane = 0; plane < (single ? 1 : p.planes); ++plane)
-#pragma unroll
-                        for (int n = 0; n < N; ++n) {
-                            uint4 values = make_uint4(0, 0, 0, 0);
-                            if (x[n] && inside) values = load_as<uint4>(x[n] + plane * p.x_plane + k + 8 * chunk);
-                            multiply(d[n], low, high, values);
-                        }
-                }
+            for (int i = 0; i < 2; ++i) {
+                uint32_t scale = 0;
+                if constexpr (F == Weights::e2m1) scale = scale_pair(s < VALUES<F> / 8 ? held.scales[r + i] & 0xffU : held.scales[r + i] >> 8);
+                const uint2 pairs = decode<F>(held.bits[j][r + i], s, scale);
+                a[h][i] = pairs.x;
+                a[h][i + 2] = pairs.y;
             }
         }
-    const int rows = ROWS * WARPS / p.split, stride = rows + PAD, apart = 8 * N * stride;
-    put<N>(sums + share * apart + warp / p.split * ROWS, stride, d);
-    __syncthreads();
-    finish<W>(p, tile, block * rows, rows, sums, stride, p.split, apart);
+    }
+
+    // d += these rows by the part ``b`` of eight tokens.
+    __device__ __forceinline__ void multiply(float (&d)[4], const uint4& b) const {
+        if constexpr (F == Weights::fp8) {
+            mma_m16n8k32_e4m3(d, a[0], b.x, b.y);
+            mma_m16n8k32_e4m3(d, a[1], b.z, b.w);
+        } else {
+            mma_m16n8k16<__nv_bfloat16>(d, a[0], b.x, b.y);
+            mma_m16n8k16<__nv_bfloat16>(d, a[1], b.z, b.w);
+        }
+    }
+};
+
+// Sums of one chunk's E4M3 products are added in float32: tensor cores keep fewer bits of them.
+__device__ __forceinline__ void add(float (&d)[4], const float (&part)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += part[i];
 }
 
-// Many tokens an expert: 128 rows by 64 tokens a block, 32 rows by 64 tokens a warp. Tokens come through shared memory, three stages
-// of 128 values of k; there the chunks that the lanes of a row read together lie side by side. Weights are loaded a group ahead.
-template <class W>
-__global__ void __launch_bounds__(32 * WARPS, 3) product_large(Product p) {
-    constexpr int VALUES = W::VALUES, GROUP = 4 * VALUES, GROUPS = SLAB / GROUP, CHUNKS = VALUES / 8, N = LARGE_TOKENS / 8;
-    NQ_DYNAMIC_SHARED(unsigned char, shared);
-    __shared__ int32_t rows[LARGE_TOKENS];
-    Tile tile;
-    if (!find(p, tile)) return;
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int block = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.row_blocks));
-    const int row0 = block * LARGE_ROWS + warp * 2 * ROWS;
-    const Matrix matrix = W::matrix(p.weights, p.block_scales, static_cast<int64_t>(tile.expert) * p.out, p.in);
-    const int stages = (p.in + SLAB - 1) / SLAB * p.planes;
-    if (thread < LARGE_TOKENS)
-        rows[thread] = thread >= tile.count ? -1 : p.row_of ? p.row_of[tile.first + thread] : tile.first + thread;
-    __syncthreads();
+// -------------------------------------------------------------------------------------------------------------- narrow
 
-    const auto fetch = [&](int stage) {
-        if (stage < stages) {
-            const int chunk = thread % 16, k = stage / p.planes * SLAB + 8 * chunk, within = chunk % (VALUES / 2);
-            const int place = chunk - within + within % CHUNKS * 4 + within / CHUNKS;
-            unsigned char* const to = shared + static_cast<size_t>(stage % STAGES) * LARGE_TOKENS * STRIDE + 16 * place;
+constexpr int NARROW_WARPS = 4, NARROW_TOKENS = 8;
+template <Weights F>
+constexpr int DEPTH = F == Weights::e2m1 ? 4 : 2;  // chunks of weights that are under way
+
+template <Weights F>
+__global__ void __launch_bounds__(NARROW_WARPS * 32) narrow(Projection p) {
+    if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
+    const Tile tile = p.tiles[blockIdx.y];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int share = warp % p.split;
+    const int row = (static_cast<int>(blockIdx.x) * (NARROW_WARPS / p.split) + warp / p.split) * 16;
+    const int chunks = chunks_of(p.size), total = p.planes * chunks;
+    const int first = total * share / p.split, last = row < p.rows ? total * (share + 1) / p.split : first;
+
+    const unsigned char* const tokens = g < tile.count ? input_row<F>(p, row_of(p, tile.first + g)) + t * 16 : nullptr;
+    const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (row < p.rows ? row + g : 0), p.size, t);
+    Held<F, 2> held[DEPTH<F>];
+    uint4 inputs[2][PARTS<F>];
+    const auto load_inputs = [&](uint4(&to)[PARTS<F>], int c) {
+        const unsigned char* const at = tokens + static_cast<int64_t>(c) * CHUNK * BYTES<F>;
+        const int left = p.size - in_plane(c, chunks) * CHUNK;
 #pragma unroll
-            for (int i = 0; i < LARGE_TOKENS / 8; ++i) {
-                const int token = 8 * i + thread / 16, row = rows[token];
-                const bool wanted = row >= 0 && k < p.in;
-                const __nv_bfloat16* const from = p.x + (wanted ? stage % p.planes * p.x_plane + static_cast<int64_t>(row) * p.in + k : 0);
-                copy_async16(to + token * STRIDE, from, wanted);
+        for (int q = 0; q < PARTS<F>; ++q)
+            to[q] = tokens && piece_begin<F>(q * 4 + t) < left ? load_as<uint4>(at + q * 64) : make_uint4(0, 0, 0, 0);
+    };
+#pragma unroll
+    for (int i = 0; i < DEPTH<F>; ++i)
+        if (first + i < last) view.load(held[i], in_plane(first + i, chunks));
+    if (first < last) load_inputs(inputs[0], first);
+
+    float d[4] = {};
+    for (int c = first; c < last; c += DEPTH<F>) {
+#pragma unroll
+        for (int i = 0; i < DEPTH<F>; ++i) {
+            if (c + i >= last) break;
+            if (c + i + 1 < last) load_inputs(inputs[(i + 1) % 2], c + i + 1);
+            float part[4] = {};
+            float(&sum)[4] = F == Weights::fp8 ? part : d;
+#pragma unroll
+            for (int q = 0; q < PARTS<F>; ++q) Rows<F, 2>(held[i], q, 0).multiply(sum, inputs[i % 2][q]);
+            if (F == Weights::fp8) add(d, part);
+            if (c + i + DEPTH<F> < last) view.load(held[i], in_plane(c + i + DEPTH<F>, chunks));
+        }
+    }
+    if (p.split > 1) {
+        __shared__ float4 sums[NARROW_WARPS][32];
+        sums[warp][lane] = make_float4(d[0], d[1], d[2], d[3]);
+        __syncthreads();
+        if (share) return;
+        for (int w = 1; w < p.split; ++w) {
+            const float4 other = sums[warp + w][lane];
+            d[0] += other.x, d[1] += other.y, d[2] += other.z, d[3] += other.w;
+        }
+    }
+    if (row < p.rows) finish<F>(p, d, tile, row, 0, hidden_of<F>(p, tile.first));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- wide
+
+constexpr int WIDE_WARPS = 8, WIDE_ROWS = WIDE_WARPS * 32;
+constexpr int STAGES = 3;
+template <Weights F>
+constexpr int TOKEN_BYTES = CHUNK * BYTES<F> + 64;  // of a token in a stage: 64 more, so that two tokens use all banks
+template <Weights F, int N>
+constexpr int STAGE_BYTES = N * 8 * TOKEN_BYTES<F>;
+template <Weights F>
+constexpr int OUTPUT_BYTES = WIDE_ROWS * BYTES<F> + 16;  // of a token, on the way out
+// Chunks of weights that are held: one is used while the next are loaded. Of bfloat16 the next takes the same registers, piece by piece;
+// of E2M1 with few tokens, which is bound by memory, two are under way.
+template <Weights F, int N>
+constexpr int BUFFERS = F == Weights::bf16 ? 1 : F == Weights::e2m1 && N == 4 ? 3 : 2;
+
+// N: eights of tokens.
+template <Weights F, int N>
+__global__ void __launch_bounds__(WIDE_WARPS * 32) wide(Projection p) {
+    if (static_cast<int32_t>(blockIdx.y) >= *p.tile_count) return;
+    NQ_DYNAMIC_SHARED(unsigned char, stages);
+    static_assert(N * 8 * OUTPUT_BYTES<F> <= STAGES * STAGE_BYTES<F, N>);
+    const Tile tile = p.tiles[blockIdx.y];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int row = static_cast<int>(blockIdx.x) * WIDE_ROWS + warp * 32;
+    const bool active = row < p.rows;
+    const int chunks = chunks_of(p.size), total = p.planes * chunks;
+
+    // Copies: a thread has one part of some tokens.
+    constexpr int EACH = PARTS<F> * 4, TOGETHER = WIDE_WARPS * 32 / EACH, COPIES = N * 8 / TOGETHER;
+    const int part = threadIdx.x % EACH, token = threadIdx.x / EACH, inside = piece_begin<F>(part);
+    int from[COPIES];  // rows: pointers would take twice the registers
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) from[i] = token + i * TOGETHER < tile.count ? row_of(p, tile.first + token + i * TOGETHER) : -1;
+    const auto copy = [&](int c) {
+        if (c < total) {
+            unsigned char* const to = stages + c % STAGES * STAGE_BYTES<F, N> + token * TOKEN_BYTES<F> + part * 16;
+            const bool there = inside < p.size - in_plane(c, chunks) * CHUNK;
+#pragma unroll
+            for (int i = 0; i < COPIES; ++i) {
+                const bool wanted = there && from[i] >= 0;
+                const unsigned char* const at = input_row<F>(p, wanted ? from[i] : 0) + (wanted ? static_cast<int64_t>(c) * CHUNK * BYTES<F> + part * 16 : 0);
+                copy_async16(to + i * TOGETHER * TOKEN_BYTES<F>, at, wanted);
             }
         }
         copy_async_commit();
     };
-    typename W::Raw next[2][2] = {};
-    const auto load = [&](int k) {
-        k += t * VALUES;
+    copy(0);
+    copy(1);
+
+    const View<F> view(p.weight, p.block_scales, static_cast<int64_t>(tile.expert) * p.rows + (active ? row + g : 0), p.size, t);
+    constexpr int HELD = BUFFERS<F, N>, AHEAD = HELD > 1 ? HELD - 1 : 1;
+    Held<F, 4> held[HELD];  // rows g, g + 8, g + 16, g + 24
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = row0 + 8 * i + g;
-            next[i / 2][i % 2] = {};
-            if (row < p.out && k < p.in) next[i / 2][i % 2] = W::load(matrix, row, k, p.in);
-        }
-    };
+    for (int i = 0; i < AHEAD; ++i)
+        if (i < total) view.load(held[i], in_plane(i, chunks));
 
     float d[2][N][4] = {};
-    for (int stage = 0; stage < STAGES - 1; ++stage) fetch(stage);
-    load(0);
-    for (int stage = 0; stage < stages; ++stage) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(stage + STAGES - 1);
-        const unsigned char* const x = shared + static_cast<size_t>(stage % STAGES) * LARGE_TOKENS * STRIDE + g * STRIDE + 16 * t;
+    const auto multiply = [&](const Held<F, 4>& now, int c, auto used) {
+        const unsigned char* const stage = stages + c % STAGES * STAGE_BYTES<F, N> + g * TOKEN_BYTES<F> + t * 16;
+        const auto inputs = [&](int n, int q) { return load_as<uint4>(stage + n * 8 * TOKEN_BYTES<F> + q * 64); };
+        if constexpr (F == Weights::fp8) {
+            const Rows<F, 4> rows[2][2] = {{{now, 0, 0}, {now, 0, 2}}, {{now, 1, 0}, {now, 1, 2}}};
 #pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            typename W::Raw raw[2][2];
+            for (int n = 0; n < N; ++n) {
+                float sums[2][4] = {};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) raw[i / 2][i % 2] = next[i / 2][i % 2];
-            load(group + 1 < GROUPS ? stage / p.planes * SLAB + (group + 1) * GROUP : (stage + 1) / p.planes * SLAB);
+                for (int q = 0; q < 2; ++q) {
+                    const uint4 b = inputs(n, q);
+                    rows[q][0].multiply(sums[0], b);
+                    rows[q][1].multiply(sums[1], b);
+                }
+                add(d[0][n], sums[0]);
+                add(d[1][n], sums[1]);
+            }
+        } else {
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                uint32_t w[2][2][4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) W::decode(raw[i / 2][i % 2], chunk, w[i / 2][i % 2]);
+            for (int q = 0; q < PARTS<F>; ++q) {
+                const Rows<F, 4> upper(now, q, 0), lower(now, q, 2);
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    const uint4 values = load_as<uint4>(x + 8 * n * STRIDE + 16 * (group * VALUES / 2 + 4 * chunk));
-#pragma unroll
-                    for (int m = 0; m < 2; ++m) multiply(d[m][n], w[m][0], w[m][1], values);
+                    const uint4 b = inputs(n, q);
+                    upper.multiply(d[0][n], b);
+                    lower.multiply(d[1][n], b);
                 }
+                used(q);
+            }
+        }
+    };
+    for (int c = 0; c < total; c += HELD) {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            if (c + i >= total) break;
+            copy_async_wait<1>();
+            __syncthreads();  // the stage is whole, and the one before it is free
+            copy(c + i + 2);
+            if (!active) continue;
+            const bool more = c + i + AHEAD < total;
+            const int next = in_plane(c + i + AHEAD, chunks);
+            if constexpr (HELD > 1) {
+                if (more) view.load(held[(i + AHEAD) % HELD], next);
+                multiply(held[i], c + i, [](int) {});
+            } else {
+                multiply(held[0], c, [&](int q) {
+                    if (more) view.load(held[0], q, next);
+                });
             }
         }
     }
     copy_async_wait<0>();
-    __syncthreads();
-    float* const table = reinterpret_cast<float*>(shared);
+    // What up hands on goes through shared memory, where the stages were, so that it is written 16 bytes at a time.
+    const bool staged = p.is_up && p.planes == 1;
+    const int block_row = static_cast<int>(blockIdx.x) * WIDE_ROWS;
+    const Target to = staged ? Target{stages, OUTPUT_BYTES<F>, block_row} : hidden_of<F>(p, tile.first);
+    if (staged) __syncthreads();
+    if (active)
 #pragma unroll
-    for (int m = 0; m < 2; ++m) put<N>(table + (2 * warp + m) * ROWS, LARGE_ROWS + PAD, d[m]);
-    __syncthreads();
-    finish<W>(p, tile, block * LARGE_ROWS, LARGE_ROWS, table, LARGE_ROWS + PAD, 1, 0);
-}
-
-// x [T, I] of type X into ``planes`` bfloat16 arrays that add up to it. A block a token; 8 values a thread at a time.
-template <class X>
-__global__ void __launch_bounds__(128)
-    split_rows(const X* __restrict__ x, __nv_bfloat16* parts, int64_t plane, int planes, int in, bool interleaved) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * in;
-    for (int at = 8 * static_cast<int>(threadIdx.x); at < in; at += 8 * static_cast<int>(blockDim.x)) {
-        float v[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = to_float(x[row + at + i]);
-        for (int p = 0; p < planes; ++p)
-            store_as(parts + p * plane + row + at, interleaved ? parts_of<true>(v) : parts_of<false>(v));
-    }
-}
-
-// Each position's input as its expert wants it: through E4M3, or E2M1 in blocks of 16 (and interleaved), by the expert's scale;
-// without that scale. A block an id; 16 values a thread at a time.
-template <class X>
-__global__ void __launch_bounds__(128)
-    quantize_rows(const X* __restrict__ x, const int64_t* __restrict__ ids, const int32_t* __restrict__ place, const float* __restrict__ scales,
-                  __nv_bfloat16* rounded, bool blocks, int top_k, int in) {
-    const int id = static_cast<int>(blockIdx.x), position = place[id];
-    if (position < 0) return;
-    const float scale = scales[ids[id]];
-    const X* const from = x + static_cast<int64_t>(id / top_k) * in;
-    __nv_bfloat16* const to = rounded + static_cast<int64_t>(position) * in;
-    for (int at = 16 * static_cast<int>(threadIdx.x); at < in; at += 16 * static_cast<int>(blockDim.x)) {
-        float v[2][8];
-#pragma unroll
-        for (int i = 0; i < 16; ++i) v[i / 8][i % 8] = to_float(from[at + i]);
-        const uint32_t low = largest(v[0]), high = largest(v[1]);
-        const float block = blocks ? block_scale(low > high ? low : high, scale) : 1.0F;
-#pragma unroll
-        for (int i = 0; i < 16; ++i)
-            v[i / 8][i % 8] = blocks ? through_e2m1(v[i / 8][i % 8], block, scale) : through_e4m3(v[i / 8][i % 8], scale);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) store_as(to + at + 8 * half, blocks ? parts_of<true>(v[half]) : parts_of<false>(v[half]));
-    }
-}
-
-// y [T, I]: each token's sums times its weights, in the order of j. A block a token; 4 values a thread.
-template <class X>
-__global__ void __launch_bounds__(128) combine(const float* __restrict__ sums, const int32_t* __restrict__ place, const float* __restrict__ weights,
-                                               X* y, int top_k, int in) {
-    const int64_t token = blockIdx.x;
-    for (int at = 4 * static_cast<int>(threadIdx.x); at < in; at += 4 * static_cast<int>(blockDim.x)) {
-        float total[4] = {};
-#pragma unroll 4
-        for (int j = 0; j < top_k; ++j) {
-            const int32_t position = place[token * top_k + j];
-            if (position < 0) continue;
-            const float weight = weights[token * top_k + j];
-            const float4 v = load_as<float4>(sums + static_cast<int64_t>(position) * in + at);
-            total[0] = __fmaf_rn(v.x, weight, total[0]);
-            total[1] = __fmaf_rn(v.y, weight, total[1]);
-            total[2] = __fmaf_rn(v.z, weight, total[2]);
-            total[3] = __fmaf_rn(v.w, weight, total[3]);
+        for (int n = 0; n < N; ++n) {
+            if (n * 8 >= tile.count) break;
+            finish<F>(p, d[0][n], tile, row, n * 8, to);
+            finish<F>(p, d[1][n], tile, row + 16, n * 8, to);
         }
-        for (int i = 0; i < 4; ++i) y[token * in + at + i] = from_float<X>(total[i]);
+    if (!staged) return;
+    __syncthreads();
+    constexpr int LINE = WIDE_ROWS * BYTES<F> / 16;  // parts of a token
+    const Target out = hidden_of<F>(p, tile.first);
+    for (int i = threadIdx.x; i < tile.count * LINE; i += WIDE_WARPS * 32) {
+        const int n = i / LINE, at = i % LINE, chunk = at / EACH * CHUNK;
+        if (piece_begin<F>(at % EACH) >= p.rows - block_row - chunk) continue;
+        unsigned char* const there = out.at + n * out.stride + static_cast<int64_t>(block_row) * BYTES<F> + at * 16;
+        store_as(there, load_as<uint4>(stages + n * OUTPUT_BYTES<F> + at * 16));
     }
+}
+
+// ------------------------------------------------------------------------------------------------------------- combine
+
+struct Sum {
+    const float* results;  // [pairs, size]
+    const int64_t* ids;    // [tokens, chosen]
+    const float* weights;
+    void* y;  // [tokens, size]
+    int64_t tokens;
+    int32_t chosen, experts, size;
+};
+
+constexpr int COMBINE_THREADS = 256;
+
+// A thread has four neighbouring values of one token.
+template <class Y>
+__global__ void __launch_bounds__(COMBINE_THREADS) combine(Sum p) {
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * COMBINE_THREADS + threadIdx.x;
+    const int64_t token = thread / (p.size / 4);
+    if (token >= p.tokens) return;
+    const int64_t column = thread % (p.size / 4) * 4;
+    float sum[4] = {};
+    for (int j = 0; j < p.chosen; ++j) {
+        const int64_t pair = token * p.chosen + j;
+        if (!is_expert(p.ids[pair], p.experts)) continue;
+        const float weight = p.weights[pair];
+        const float4 part = load_as<float4>(p.results + pair * p.size + column);
+        sum[0] = __fmaf_rn(weight, part.x, sum[0]);
+        sum[1] = __fmaf_rn(weight, part.y, sum[1]);
+        sum[2] = __fmaf_rn(weight, part.z, sum[2]);
+        sum[3] = __fmaf_rn(weight, part.w, sum[3]);
+    }
+    Y* const y = static_cast<Y*>(p.y) + token * p.size + column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = from_float<Y>(sum[i]);
 }
 
 }  // namespace nq::experts

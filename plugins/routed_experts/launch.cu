@@ -1,18 +1,8 @@
-// The launcher of RoutedExperts: checks the arguments, lays out the workspace, and starts for at most ROWS_AT_ONCE ids at a time
-//
-//   route           ids sorted by expert: positions, and tiles of them
-//   quantize_rows   (fp8, nvfp4) each position's input through its expert's format
-//   split_rows      (w4a16; float16 and float32 in bf16 and w8a16) each token's input as bfloat16 parts
-//   product up      relu squared, and rounded to what down reads
-//   product down    float32
-//   combine         the weighted sum, in the order of j
-#include <limits>
-#include <type_traits>
-#include <utility>
+// Checks the arguments of nemoquant_routed_experts, chooses the kernels, lays out the workspace, and launches.
+#include <algorithm>
 
 #include "abi.h"
-#include "launch.cuh"
-#include "route.cuh"
+#include "kernel.cuh"
 
 namespace {
 
@@ -20,211 +10,224 @@ using namespace nq;
 using namespace nq::experts;
 using Args = nemoquant_routed_experts_args;
 
-constexpr int64_t ROWS_AT_ONCE = 98304;  // ids of a pass: bounds the workspace; 4,469 tokens of 22
-constexpr double FEW = 2, SOME_ROWS = 24;  // ids an expert, on average: up to here the kernels for few and for some tokens
+constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, EXPERT_MOST = 1 << 30, ROUND = 32;
+// Tokens are taken so many pairs at a time (4,468 tokens of 22 experts), which bounds the workspace. At that number the products are
+// bound by arithmetic, so that reading the weights again costs little.
+constexpr int64_t SLAB_PAIRS = 96 * 1024, SLAB_MOST = 400 * 1024;  // the most: so that the narrowest tiles fit a grid
+// Mean pairs of an expert up to which 8 and 32 tokens are a tile.
+constexpr int64_t NARROW_MEAN = 4, MIDDLE_MEAN = 32;
+// Warps of a narrow block share a row's inputs until there are so many blocks, none with fewer chunks than this.
+constexpr int64_t BLOCKS_WANTED = 2048, CHUNKS_LEAST = 4;
 
-bool is_quantized(const Args& a) { return a.format == NEMOQUANT_EXPERTS_FP8 || a.format == NEMOQUANT_EXPERTS_NVFP4; }
-bool has_blocks(const Args& a) { return a.format == NEMOQUANT_EXPERTS_W4A16 || a.format == NEMOQUANT_EXPERTS_NVFP4; }
-bool is_plain(const Args& a) { return a.format == NEMOQUANT_EXPERTS_BF16; }
+struct Format {
+    Weights weights;
+    Rounding rounding;
+};
 
-// bfloat16 parts that hold a value of the dtype: of all its bits, or of 16 where 11 count.
-int planes_of(const Args& a) {
-    if (is_quantized(a) || a.dtype == NEMOQUANT_BFLOAT16) return 1;
-    return a.dtype == NEMOQUANT_FLOAT16 ? 2 : 3;
+Format format_of(const Args& a) {
+    switch (a.format) {
+        case NEMOQUANT_EXPERTS_BF16: return {Weights::bf16, Rounding::none};
+        case NEMOQUANT_EXPERTS_W8A16: return {Weights::e4m3, Rounding::none};
+        case NEMOQUANT_EXPERTS_FP8: return {Weights::fp8, Rounding::e4m3};
+        case NEMOQUANT_EXPERTS_W4A16: return {Weights::e2m1, Rounding::none};
+        default: return {Weights::e2m1, Rounding::nvfp4};
+    }
 }
 
-// Whether split_rows makes the inputs: where one bfloat16 array does not hold them, or E2M1 weights want them interleaved.
-bool is_copied(const Args& a) { return !is_quantized(a) && (planes_of(a) > 1 || has_blocks(a)); }
-
-int64_t divisor(const Args& a) { return is_plain(a) ? Bfloat16::VALUES : has_blocks(a) ? E2m1::VALUES : E4m3::VALUES; }
+// bfloat16 that add up to any value of the dtype.
+int planes_of(const Args& a) {
+    if (format_of(a).rounding != Rounding::none || a.dtype == NEMOQUANT_BFLOAT16) return 1;
+    return a.dtype == NEMOQUANT_FLOAT16 ? 2 : PLANES_MOST;
+}
 
 int check_sizes(const Args& a) {
-    constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
-    const auto bad = [](const char* what, int64_t got, const char* wanted) {
-        return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is %lld; expected %s", what, static_cast<long long>(got), wanted);
+    const struct {
+        const char* name;
+        int64_t got, least, most;
+    } all[] = {{"tokens", a.tokens, 1, INT64_MAX / 2}, {"chosen", a.chosen, 1, CHOSEN_MOST}, {"experts", a.experts, 1, EXPERTS_MOST},
+               {"input", a.input, ROUND, SIZE_MOST}, {"width", a.width, ROUND, SIZE_MOST}, {"slab", a.slab, 0, SLAB_MOST}};
+    for (const auto& one : all)
+        if (one.got < one.least || one.got > one.most)
+            return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is %lld; expected %lld to %lld", one.name, static_cast<long long>(one.got),
+                        static_cast<long long>(one.least), static_cast<long long>(one.most));
+    for (const auto& [name, got] : {std::pair{"input", a.input}, {"width", a.width}})
+        if (got % ROUND)
+            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: %s is %lld; expected a multiple of 32", name, static_cast<long long>(got));
+    if (a.input * a.width > EXPERT_MOST)
+        return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: input %lld x width %lld; expected a product of at most 2^30",
+                    static_cast<long long>(a.input), static_cast<long long>(a.width));
+    if (a.tokens > INT64_MAX / (a.chosen * std::max(a.input, a.width) * 16))
+        return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %lld tokens; their inputs can't be addressed", static_cast<long long>(a.tokens));
+    return NEMOQUANT_OK;
+}
+
+int check(const Args& a) {
+    if (const int code = check_sizes(a)) return code;
+    const auto bad = [](const char* what, int got, const char* wanted) {
+        return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is %d; expected %s", what, got, wanted);
     };
     if (a.dtype != NEMOQUANT_FLOAT32 && a.dtype != NEMOQUANT_FLOAT16 && a.dtype != NEMOQUANT_BFLOAT16)
         return bad("dtype", a.dtype, "float32, float16 or bfloat16 (0, 1, 2)");
-    if (a.format < NEMOQUANT_EXPERTS_BF16 || a.format > NEMOQUANT_EXPERTS_W4A16)
-        return bad("format", a.format, "bf16, fp8, w8a16, nvfp4 or w4a16 (0 to 4)");
-    if (a.activation != 0) return bad("activation", a.activation, "0, relu2");
-    if (a.tokens < 1) return bad("tokens", a.tokens, "1 or more");
-    if (a.top_k < 1 || a.top_k > ROWS_AT_ONCE) return bad("top_k", a.top_k, "1 to 98304");
-    if (a.experts < 1 || a.experts > 8192) return bad("experts", a.experts, "1 to 8192");
-    for (const auto& [name, size] : {std::pair{"input", a.input}, std::pair{"width", a.width}}) {
-        if (size < 1 || size > MOST / 64) return bad(name, size, "1 to 33554431");
-        if (size % divisor(a))
-            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: %s is %lld; expected a multiple of %lld for this format", name,
-                        static_cast<long long>(size), static_cast<long long>(divisor(a)));
-    }
-    return NEMOQUANT_OK;
-}
-
-int check_pointers(const Args& a) {
-    struct Named {
+    if (a.format < NEMOQUANT_EXPERTS_BF16 || a.format > NEMOQUANT_EXPERTS_NVFP4) return bad("format", a.format, "0 to 4");
+    if (a.activation != 0) return bad("activation", a.activation, "0, relu squared");
+    if (a.tile != 0 && a.tile != 8 && a.tile != 32 && a.tile != 64) return bad("tile", a.tile, "0, 8, 32 or 64");
+    const auto [weights, rounding] = format_of(a);
+    const bool blocks = weights == Weights::e2m1, global = weights != Weights::bf16, inputs = rounding != Rounding::none;
+    const struct {
         const char* name;
-        const void* at;
+        const void* pointer;
         bool needed;
-        uintptr_t alignment;
-    };
-    const bool scaled = !is_plain(a);
-    const Named all[] = {
-        {"x", a.x, true, 16}, {"expert_ids", a.expert_ids, true, 8}, {"expert_weights", a.expert_weights, true, 4},
-        {"up", a.up, true, 16}, {"up_block_scales", a.up_block_scales, has_blocks(a), 16},
-        {"up_global_scale", a.up_global_scale, scaled, 4}, {"up_input_scale", a.up_input_scale, is_quantized(a), 4},
-        {"down", a.down, true, 16}, {"down_block_scales", a.down_block_scales, has_blocks(a), 16},
-        {"down_global_scale", a.down_global_scale, scaled, 4}, {"down_input_scale", a.down_input_scale, is_quantized(a), 4},
-        {"y", a.y, true, 4}, {"workspace", a.workspace, true, 16},
-    };
-    for (const Named& one : all) {
+    } all[] = {{"x", a.x, true}, {"expert_ids", a.expert_ids, true}, {"expert_weights", a.expert_weights, true}, {"up", a.up, true},
+               {"down", a.down, true}, {"up_block_scales", a.up_block_scales, blocks}, {"down_block_scales", a.down_block_scales, blocks},
+               {"up_global_scale", a.up_global_scale, global}, {"down_global_scale", a.down_global_scale, global},
+               {"up_input_scale", a.up_input_scale, inputs}, {"down_input_scale", a.down_input_scale, inputs}, {"y", a.y, true},
+               {"workspace", a.workspace, true}};
+    for (const auto& one : all) {
         if (!one.needed) continue;
-        if (!one.at) return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is null; this format needs it", one.name);
-        if (reinterpret_cast<uintptr_t>(one.at) % one.alignment)
-            return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is at an address that is no multiple of %d", one.name,
-                        static_cast<int>(one.alignment));
+        if (!one.pointer) return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is null; format %d needs it", one.name, a.format);
+        if (reinterpret_cast<uintptr_t>(one.pointer) % 16)
+            return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is at %p; expected a multiple of 16", one.name, one.pointer);
     }
     return NEMOQUANT_OK;
 }
 
-struct Workspace {
-    Routes routes;
-    __nv_bfloat16 *inputs, *parts;
-    float* sums;
-    size_t size;
+// Sizes of one slab.
+struct Slab {
+    int64_t tokens, pairs, blocks, tiles;
+
+    // ``pairs`` bounds those of any slab, and grows with every size.
+    explicit Slab(const Args& a)
+        : tokens(std::min(a.tokens, std::max<int64_t>(1, most(a) / a.chosen))),
+          pairs(std::min(a.tokens * a.chosen, std::max(most(a), a.chosen))),
+          blocks((pairs + SORT - 1) / SORT),
+          tiles(std::min(pairs, pairs / NARROW_TOKENS + a.experts)) {}
+
+    static int64_t most(const Args& a) { return a.slab ? a.slab : SLAB_PAIRS; }
 };
 
-int64_t tokens_of_a_pass(const Args& a) { return a.tokens < ROWS_AT_ONCE / a.top_k ? a.tokens : ROWS_AT_ONCE / a.top_k; }
+struct Workspace {
+    int32_t *counts, *order, *tile_count;
+    Tile* tiles;
+    unsigned char *inputs, *hidden;
+    float* results;  // where the inputs were: they are read before
+    size_t bytes;
 
-// Tiles of ``tile`` positions, at most: every expert may have one that is not full.
-int64_t most_tiles(int64_t rows, int64_t experts, int64_t tile) { return rows < experts + rows / tile ? rows : experts + rows / tile; }
-
-Workspace lay_out(const Args& a, void* base) {
-    const int64_t tokens = tokens_of_a_pass(a), rows = tokens * a.top_k, tiles = most_tiles(rows, a.experts, tile_of(Size::few));
-    Workspace w{};
-    const auto take = [&](auto*& pointer, int64_t count) {
-        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<unsigned char*>(base) + w.size);
-        w.size += (static_cast<size_t>(count) * sizeof *pointer + 255) / 256 * 256;
-    };
-    take(w.sums, rows * a.input);
-    take(w.parts, planes_of(a) * rows * a.width);
-    if (is_quantized(a))
-        take(w.inputs, rows * a.input);
-    else if (is_copied(a))
-        take(w.inputs, planes_of(a) * tokens * a.input);
-    take(w.routes.place, rows);
-    take(w.routes.token, rows);
-    take(w.routes.offsets, a.experts + 1);
-    take(w.routes.tile_expert, tiles);
-    take(w.routes.tile_first, tiles);
-    take(w.routes.tiles, 1);
-    return w;
-}
-
-int run_route(const Args& a, const Workspace& w, const int64_t* ids, int rows, bool first, int tile, void* stream) {
-    const size_t most = shared_limit() > 1024 ? shared_limit() - 1024 : 47 * 1024;  // beside what the kernel has by itself
-    int warps = ROUTE_WARPS;
-    while (warps > 1 && route_shared(a.experts, warps) > most) warps /= 2;
-    return NQ_LAUNCH(route, dim3(1), dim3(static_cast<unsigned>(32 * warps)), route_shared(a.experts, warps), stream, ids, w.routes, a.skipped,
-                     first, rows, static_cast<int>(a.top_k), static_cast<int>(a.experts), tile);
-}
-
-// Both products; ``p`` has all but the matrices.
-template <class W>
-int run_products(const Args& a, const Workspace& w, Product p, Size size, int64_t rows, void* stream) {
-    const int64_t tiles = most_tiles(rows, a.experts, tile_of(size));
-    p.weights = a.up;
-    p.block_scales = has_blocks(a) ? static_cast<const uint8_t*>(a.up_block_scales) : nullptr;
-    p.global_scale = is_plain(a) ? nullptr : a.up_global_scale;
-    p.input_scale = is_quantized(a) ? a.up_input_scale : nullptr;
-    p.in = static_cast<int32_t>(a.input);
-    p.out = static_cast<int32_t>(a.width);
-    p.into = !is_quantized(a) ? Into::planes : has_blocks(a) ? Into::e2m1 : Into::e4m3;
-    p.parts = w.parts;
-    p.parts_plane = rows * a.width;
-    p.planes_out = planes_of(a);
-    p.next_scale = a.down_input_scale;
-    if (const int error = run_product<W>(p, size, tiles, stream)) return error;
-
-    p.weights = a.down;
-    p.block_scales = has_blocks(a) ? static_cast<const uint8_t*>(a.down_block_scales) : nullptr;
-    p.global_scale = is_plain(a) ? nullptr : a.down_global_scale;
-    p.input_scale = is_quantized(a) ? a.down_input_scale : nullptr;
-    p.x = w.parts;
-    p.x_plane = p.parts_plane;
-    p.row_of = nullptr;
-    p.in = static_cast<int32_t>(a.width);
-    p.out = static_cast<int32_t>(a.input);
-    p.into = Into::sums;
-    p.sums = w.sums;
-    return run_product<W>(p, size, tiles, stream);
-}
-
-// ``tokens`` tokens from ``start`` on.
-template <class X>
-int run_pass(const Args& a, const Workspace& w, int64_t start, int64_t tokens, void* stream) {
-    const int64_t rows = tokens * a.top_k;
-    const int in = static_cast<int>(a.input), top_k = static_cast<int>(a.top_k);
-    const X* const x = static_cast<const X*>(a.x) + start * a.input;
-    const int64_t* const ids = a.expert_ids + start * a.top_k;
-    const double average = static_cast<double>(rows) / static_cast<double>(a.experts);
-    const Size size = average <= FEW ? Size::few : average <= SOME_ROWS ? Size::some : Size::many;
-    int error = run_route(a, w, ids, static_cast<int>(rows), start == 0, tile_of(size), stream);
-    if (error) return error;
-
-    Product p{};
-    p.routes = w.routes;
-    p.planes = planes_of(a);
-    if (is_quantized(a)) {
-        const unsigned threads = in >= 16 * 128 ? 128 : static_cast<unsigned>((in / 16 + 31) / 32 * 32);
-        error = NQ_LAUNCH((quantize_rows<X>), dim3(static_cast<unsigned>(rows)), dim3(threads), 0, stream, x, ids, w.routes.place, a.up_input_scale,
-                          w.inputs, has_blocks(a), top_k, in);
-        p.x = w.inputs;
-    } else if (is_copied(a)) {
-        p.x = w.inputs;
-        p.x_plane = tokens * a.input;
-        p.row_of = w.routes.token;
-        error = NQ_LAUNCH((split_rows<X>), dim3(static_cast<unsigned>(tokens)), dim3(128), 0, stream, x, w.inputs, p.x_plane, p.planes, in,
-                          has_blocks(a));
-    } else {
-        p.x = reinterpret_cast<const __nv_bfloat16*>(x);
-        p.row_of = w.routes.token;
+    Workspace(const Args& a, const Slab& slab) {
+        auto* at = static_cast<unsigned char*>(a.workspace);
+        size_t used = 0;
+        const auto take = [&](int64_t bytes) {
+            unsigned char* const here = at + used;
+            used += (static_cast<size_t>(bytes) + 255) / 256 * 256;
+            return here;
+        };
+        const int64_t planes = planes_of(a), rows = format_of(a).rounding == Rounding::none ? slab.tokens : slab.pairs;
+        const int64_t bytes_each = format_of(a).weights == Weights::fp8 ? BYTES<Weights::fp8> : BYTES<Weights::bf16>;
+        const auto padded = [&](int64_t size) { return (size + CHUNK - 1) / CHUNK * CHUNK * bytes_each; };
+        counts = reinterpret_cast<int32_t*>(take(slab.blocks * a.experts * 4));
+        order = reinterpret_cast<int32_t*>(take(slab.pairs * 4));
+        tile_count = reinterpret_cast<int32_t*>(take(4));
+        tiles = reinterpret_cast<Tile*>(take(slab.tiles * static_cast<int64_t>(sizeof(Tile))));
+        hidden = take(slab.pairs * planes * padded(a.width));
+        inputs = take(std::max(rows * planes * padded(a.input), slab.pairs * a.input * 4));
+        results = reinterpret_cast<float*>(inputs);
+        bytes = used;
     }
-    if (error) return error;
-    if (is_plain(a))
-        error = run_products<Bfloat16>(a, w, p, size, rows, stream);
-    else if (has_blocks(a))
-        error = run_products<E2m1>(a, w, p, size, rows, stream);
-    else
-        error = run_products<E4m3>(a, w, p, size, rows, stream);
-    if (error) return error;
-    const unsigned threads = in >= 4 * 128 ? 128 : static_cast<unsigned>((in / 4 + 31) / 32 * 32);
-    return NQ_LAUNCH((combine<X>), dim3(static_cast<unsigned>(tokens)), dim3(threads), 0, stream, w.sums, w.routes.place,
-                     a.expert_weights + start * a.top_k, static_cast<X*>(a.y) + start * a.input, top_k, in);
+};
+
+int tile_of(const Args& a, int64_t tokens) {
+    if (a.tile) return a.tile;
+    const int64_t mean = tokens * a.chosen / a.experts;
+    return mean <= NARROW_MEAN ? NARROW_TOKENS : mean <= MIDDLE_MEAN ? 32 : 64;
 }
 
-template <class X>
-int run(const Args& a, void* stream) {
-    const Workspace w = lay_out(a, a.workspace);
-    const int64_t most = tokens_of_a_pass(a);
-    for (int64_t start = 0; start < a.tokens; start += most)
-        if (const int error = run_pass<X>(a, w, start, a.tokens - start < most ? a.tokens - start : most, stream)) return error;
-    return NEMOQUANT_OK;
+template <Weights F>
+int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* stream) {
+    const int64_t tiles = std::min(pairs, pairs / tile + experts);
+    if (tile != NARROW_TOKENS) {
+        const dim3 grid(static_cast<unsigned>((p.rows + WIDE_ROWS - 1) / WIDE_ROWS), static_cast<unsigned>(tiles));
+        if (tile == 32) return NQ_LAUNCH((wide<F, 4>), grid, dim3(WIDE_WARPS * 32), STAGES * STAGE_BYTES<F, 4>, stream, p);
+        return NQ_LAUNCH((wide<F, 8>), grid, dim3(WIDE_WARPS * 32), STAGES * STAGE_BYTES<F, 8>, stream, p);
+    }
+    const int64_t chunks = static_cast<int64_t>(p.planes) * ((p.size + CHUNK - 1) / CHUNK);
+    const auto blocks = [&](int split) { return (static_cast<int64_t>(p.rows) * split + NARROW_WARPS * 16 - 1) / (NARROW_WARPS * 16); };
+    p.split = 1;
+    while (p.split < NARROW_WARPS && blocks(p.split) * tiles < BLOCKS_WANTED && chunks >= 2 * p.split * CHUNKS_LEAST) p.split *= 2;
+    const dim3 grid(static_cast<unsigned>(blocks(p.split)), static_cast<unsigned>(tiles));
+    return NQ_LAUNCH((narrow<F>), grid, dim3(NARROW_WARPS * 32), 0, stream, p);
+}
+
+template <class Y>
+int sum(const Sum& p, void* stream) {
+    const int64_t threads = p.tokens * (p.size / 4);
+    return NQ_LAUNCH((combine<Y>), dim3(static_cast<unsigned>((threads + COMBINE_THREADS - 1) / COMBINE_THREADS)), dim3(COMBINE_THREADS), 0,
+                     stream, p);
+}
+
+// ``tokens`` tokens from ``first`` on.
+template <Weights F>
+int launch(const Args& a, const Workspace& w, int64_t first, int64_t tokens, void* stream) {
+    const Rounding rounding = format_of(a).rounding;
+    const bool rounded = rounding != Rounding::none;
+    const auto experts = static_cast<int32_t>(a.experts), chosen = static_cast<int32_t>(a.chosen);
+    const auto input = static_cast<int32_t>(a.input), width = static_cast<int32_t>(a.width);
+    const int64_t pairs = tokens * chosen, row_bytes = a.input * (a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2);
+    const int planes = planes_of(a), tile = tile_of(a, tokens);
+
+    const Routing r{a.expert_ids + first * chosen, w.counts, w.order, w.tiles, w.tile_count, static_cast<int32_t>(pairs), experts, tile,
+                    static_cast<int32_t>((pairs + SORT - 1) / SORT)};
+    const Inputs in{static_cast<const unsigned char*>(a.x) + first * row_bytes, a.up_input_scale, w.inputs, a.dtype, input, planes, chosen,
+                    rounded ? pairs : tokens, rounding};
+    const int64_t writers = (in.rows * (input / BLOCK) + SORT - 1) / SORT;
+    if (const int code = NQ_LAUNCH((begin<F>), dim3(static_cast<unsigned>(r.blocks + writers)), dim3(SORT), 0, stream, r, in)) return code;
+    if (r.blocks > 1) {
+        if (const int code = NQ_LAUNCH((arrange), dim3(1), dim3(SORT), 0, stream, r)) return code;
+        if (const int code = NQ_LAUNCH((scatter), dim3(static_cast<unsigned>(r.blocks)), dim3(SORT), 0, stream, r)) return code;
+    }
+
+    Projection p{};
+    p.order = w.order, p.tiles = w.tiles, p.tile_count = w.tile_count, p.planes = planes, p.chosen = chosen;
+    p.weight = a.up, p.block_scales = a.up_block_scales, p.global_scale = a.up_global_scale;
+    p.input_scale = rounded ? a.up_input_scale : nullptr, p.inputs = w.inputs;
+    p.rows = width, p.size = input, p.is_up = true, p.hidden = w.hidden;
+    p.chosen = rounded ? 1 : chosen;  // rows of inputs are pairs, or tokens
+    p.next_scale = a.down_input_scale, p.next_rounding = rounding;
+    if (const int code = multiply<F>(p, tile, pairs, experts, stream)) return code;
+    p.weight = a.down, p.block_scales = a.down_block_scales, p.global_scale = a.down_global_scale;
+    p.input_scale = rounded ? a.down_input_scale : nullptr, p.inputs = w.hidden;
+    p.rows = input, p.size = width, p.is_up = false, p.results = w.results;
+    if (const int code = multiply<F>(p, tile, pairs, experts, stream)) return code;
+
+    const Sum s{w.results, r.ids, a.expert_weights + first * chosen, static_cast<unsigned char*>(a.y) + first * row_bytes, tokens, chosen,
+                experts, input};
+    switch (a.dtype) {
+        case NEMOQUANT_FLOAT32: return sum<float>(s, stream);
+        case NEMOQUANT_FLOAT16: return sum<__half>(s, stream);
+        default: return sum<__nv_bfloat16>(s, stream);
+    }
 }
 
 }  // namespace
 
-extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* args, void* stream) {
-    if (!args) return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: args is null");
-    if (const int code = check_sizes(*args)) return code;
-    if (const int code = check_pointers(*args)) return code;
-    switch (args->dtype) {
-        case NEMOQUANT_FLOAT32: return run<float>(*args, stream);
-        case NEMOQUANT_FLOAT16: return run<__half>(*args, stream);
-        default: return run<__nv_bfloat16>(*args, stream);
-    }
-}
-
 extern "C" size_t nemoquant_routed_experts_workspace(const nemoquant_routed_experts_args* args) {
     if (!args || check_sizes(*args)) return 0;
-    return lay_out(*args, nullptr).size;
+    return Workspace(*args, Slab(*args)).bytes;
+}
+
+extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* args, void* stream) {
+    if (!args) return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: args is null");
+    if (const int code = check(*args)) return code;
+    const Slab slab(*args);
+    const Workspace workspace(*args, slab);
+    for (int64_t first = 0; first < args->tokens; first += slab.tokens) {
+        const int64_t tokens = std::min(slab.tokens, args->tokens - first);
+        int code = NEMOQUANT_OK;
+        switch (format_of(*args).weights) {
+            case Weights::bf16: code = launch<Weights::bf16>(*args, workspace, first, tokens, stream); break;
+            case Weights::e4m3: code = launch<Weights::e4m3>(*args, workspace, first, tokens, stream); break;
+            case Weights::fp8: code = launch<Weights::fp8>(*args, workspace, first, tokens, stream); break;
+            case Weights::e2m1: code = launch<Weights::e2m1>(*args, workspace, first, tokens, stream); break;
+        }
+        if (code) return code;
+    }
+    return NEMOQUANT_OK;
 }

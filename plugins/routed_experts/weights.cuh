@@ -1,134 +1,142 @@
-// Weights as they lie in memory, and how they become pairs of bfloat16 in registers.
+// How a matrix product here reads weights and activations: which lane holds which values, and how codes become bfloat16.
 //
-// Each lane reads 16 bytes of a row at a time, the next lane the 16 bytes behind them: VALUES values a lane, 4 VALUES ("a group") for
-// the four lanes that share a row of a matrix fragment. Which values of k meet in one instruction does not matter as long as both
-// operands agree: a lane's values 8 c to 8 c + 7 are its chunk c, and both operands are cut that way.
+// Products are m16n8k16 of bfloat16, or m16n8k32 of E4M3 where both operands are codes: sixteen rows of an expert's weight (A) by
+// eight tokens (B), k along the input. A chunk is 128 inputs.
+// Of a chunk, lane t of the four that share a row holds 32 inputs, in both operands the same ones, so that which they are is free:
+// a weight's bytes are read in pieces of 16, lane t taking the pieces t, t + 4, ... of the chunk, and stay in registers until they
+// are decoded there. What the activations must be to fit is ``place``: they are written once in that order, then copied.
 //
-// The values of a chunk lie in memory as the instruction wants them but for E2M1, whose codes are cheapest to take four apart: there
-// chunks of the other operand are stored as INTERLEAVED says.
-//
-// What is decoded is exact in bfloat16: an E4M3 value has 4 significant bits, an E2M1 value times an E4M3 block scale at most 6. The
-// float32 scales of a whole matrix, and SCALE, are applied to the sums.
+// Every value is exact in bfloat16: E4M3 codes have 4 significant bits, an E2M1 code times its E4M3 block scale has 6. The scale of
+// the whole expert multiplies the float32 sums.
 #pragma once
 
-#include "../common/numeric.cuh"
+#include "../common/mma.cuh"
 
 namespace nq::experts {
 
-// Weights are read once: through the read-only path.
-template <class T>
-__device__ __forceinline__ T load_constant(const void* at) {
+constexpr int CHUNK = 128;           // inputs
+constexpr int LANE = CHUNK / 4;  // of them, a lane's
+constexpr int BLOCK = 16;        // of NVFP4
+
+enum class Weights { bf16, e4m3, e2m1, fp8 };  // fp8: E4M3 by E4M3. The others' activations are bfloat16.
+
+// Values in a piece of 16 bytes, and a lane's pieces of a chunk.
+template <Weights F>
+constexpr int VALUES = F == Weights::bf16 ? 8 : F == Weights::e2m1 ? 32 : 16;
+template <Weights F>
+constexpr int PIECES = LANE / VALUES<F>;
+
+// Of the activations: bytes of a value, values in a part of 16 bytes, a lane's parts of a chunk. A part serves two products.
+template <Weights F>
+constexpr int BYTES = F == Weights::fp8 ? 1 : 2;
+template <Weights F>
+constexpr int PART = 16 / BYTES<F>;
+template <Weights F>
+constexpr int PARTS = LANE / PART<F>;
+
+// Where input ``i`` of a chunk stands among a row's activations of that chunk: part * 4 + lane, PART values each. Within a piece the
+// order is the one in which two masks take pairs out of 32 bits: for bytes 0 2 1 3, for nibbles 0 4 1 5 2 6 3 7.
+template <Weights F>
+__host__ __device__ constexpr int place(int i) {
+    const int piece = i / VALUES<F>, lane = piece % 4, in = i % VALUES<F>;
+    const int at = F == Weights::e4m3   ? in / 4 * 4 + in % 2 * 2 + in / 2 % 2
+                   : F == Weights::e2m1 ? in / 8 * 8 + in % 4 * 2 + in / 4 % 2
+                                        : in;
+    const int sequence = piece / 4 * VALUES<F> + at;
+    return (sequence / PART<F> * 4 + lane) * PART<F> + sequence % PART<F>;
+}
+
+// The first input of a chunk's part ``i`` = part * 4 + lane, of those in its piece: inputs come in multiples of 32, so that a piece is
+// there or not as a whole.
+template <Weights F>
+__device__ __forceinline__ int piece_begin(int i) {
+    return (i / 4 / (PARTS<F> / PIECES<F>)*4 + i % 4) * VALUES<F>;
+}
+
+// 16 bytes that are read once: past the first cache.
+__device__ __forceinline__ uint4 load_once(const void* at) {
 #if defined(NQ_HOST)
-    return load_as<T>(at);
+    return load_as<uint4>(at);
 #else
-    return __ldg(static_cast<const T*>(at));
+    uint4 bits;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(at));
+    return bits;
 #endif
 }
 
-// Both bfloat16 of a register by those of another; exact here.
-__device__ __forceinline__ uint32_t times(uint32_t pair, uint32_t factors) {
-#if defined(NQ_HOST)
-    const float2 a = unpack_pair<__nv_bfloat16>(pair), b = unpack_pair<__nv_bfloat16>(factors);
-    return pack_pair<__nv_bfloat16>(a.x * b.x, a.y * b.y);
-#else
-    const __nv_bfloat162 product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(pair), reinterpret_cast<const __nv_bfloat162&>(factors));
-    return reinterpret_cast<const uint32_t&>(product);
-#endif
-}
-
-__device__ __forceinline__ uint32_t word(const uint4& bits, int i) { return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w; }
-
-// Bytes 0 and 1, or 2 and 3, to the upper halves of both 16 bits.
-__device__ __forceinline__ uint32_t low_bytes(uint32_t x) {
-#if defined(NQ_HOST)
-    return (x & 0xffU) << 8 | (x & 0xff00U) << 16;
-#else
-    return __byte_perm(x, 0U, 0x1404U);
-#endif
-}
-__device__ __forceinline__ uint32_t high_bytes(uint32_t x) {
-#if defined(NQ_HOST)
-    return low_bytes(x >> 16);
-#else
-    return __byte_perm(x, 0U, 0x3424U);
-#endif
-}
-
-// Where the weights of one expert begin.
-struct Matrix {
-    const uint8_t* codes;
-    const uint8_t* block_scales;  // of E2M1 codes
+// A lane's weights of one chunk: ``N`` rows.
+template <Weights F, int N>
+struct Held {
+    uint4 bits[PIECES<F>][N];
+    uint16_t scales[F == Weights::e2m1 ? N : 1];  // of its two blocks a row
 };
 
-struct Bfloat16 {
-    static constexpr int VALUES = 8;
-    static constexpr bool INTERLEAVED = false;
-    static constexpr float SCALE = 1.0F;
-    struct Raw {
-        uint4 bits;
-    };
-    __device__ static Matrix matrix(const void* codes, const uint8_t*, int64_t rows, int64_t columns) {
-        return {static_cast<const uint8_t*>(codes) + rows * columns * 2, nullptr};
-    }
-    __device__ __forceinline__ static Raw load(const Matrix& m, int64_t row, int k, int columns) {
-        return {load_constant<uint4>(m.codes + (row * columns + k) * 2)};
-    }
-    __device__ __forceinline__ static void decode(const Raw& raw, int, uint32_t (&pairs)[4]) {
-        for (int i = 0; i < 4; ++i) pairs[i] = word(raw.bits, i);
-    }
-};
+// One expert's weight, seen from a lane: its first row, and those that are 8, 16 and 24 further. An expert has less than 2^32 bytes, so
+// that offsets inside it need one register.
+template <Weights F>
+struct View {
+    const unsigned char* codes;         // the row, and the lane's first piece
+    const unsigned char* block_scales;  // the row, and the lane's first block
+    uint32_t eight_rows, eight_blocks;  // bytes
+    int inputs;                         // from the lane's first piece on
 
-struct E4m3 {
-    static constexpr int VALUES = 16;
-    static constexpr bool INTERLEAVED = false;
-    static constexpr float SCALE = 1.0F;
-    struct Raw {
-        uint4 bits;
-    };
-    __device__ static Matrix matrix(const void* codes, const uint8_t*, int64_t rows, int64_t columns) {
-        return {static_cast<const uint8_t*>(codes) + rows * columns, nullptr};
+    __device__ __forceinline__ View(const void* all_codes, const void* all_scales, int64_t row, int width, int t) {
+        const uint32_t row_bytes = static_cast<uint32_t>(width) / VALUES<F> * 16, row_blocks = static_cast<uint32_t>(width) / BLOCK;
+        codes = static_cast<const unsigned char*>(all_codes) + row * row_bytes + t * 16;
+        block_scales = F == Weights::e2m1 ? static_cast<const unsigned char*>(all_scales) + row * row_blocks + t * 2 : nullptr;
+        eight_rows = 8 * row_bytes;
+        eight_blocks = 8 * row_blocks;
+        inputs = width - t * VALUES<F>;
     }
-    __device__ __forceinline__ static Raw load(const Matrix& m, int64_t row, int k, int columns) {
-        return {load_constant<uint4>(m.codes + row * columns + k)};
-    }
-    // Exponent and mantissa moved to where bfloat16 has them are the value times 2^-120, subnormal codes too.
-    __device__ __forceinline__ static void decode(const Raw& raw, int chunk, uint32_t (&pairs)[4]) {
-        constexpr uint32_t BIAS = 0x7b807b80U;  // 2^120 twice
+
+    // Chunk ``c``.
+    template <int N>
+    __device__ __forceinline__ void load(Held<F, N>& held, int c) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t apart = i % 2 ? high_bytes(word(raw.bits, 2 * chunk + i / 2)) : low_bytes(word(raw.bits, 2 * chunk + i / 2));
-            pairs[i] = times((apart & 0x80008000U) | (apart & 0x7f007f00U) >> 4, BIAS);
+        for (int j = 0; j < PIECES<F>; ++j) load(held, j, c);
+    }
+
+    // Piece ``j`` of chunk ``c``; zeros beyond the end of a row.
+    template <int N>
+    __device__ __forceinline__ void load(Held<F, N>& held, int j, int c) const {
+        const bool wanted = c * CHUNK + j * 4 * VALUES<F> < inputs;
+        const uint32_t at = static_cast<uint32_t>(c * PIECES<F> + j) * 64;
+#pragma unroll
+        for (int r = 0; r < N; ++r) {
+            held.bits[j][r] = wanted ? load_once(codes + (at + r * eight_rows)) : make_uint4(0, 0, 0, 0);
+            if constexpr (F == Weights::e2m1)
+                held.scales[r] = wanted ? load_as<uint16_t>(block_scales + (static_cast<uint32_t>(c) * (CHUNK / BLOCK) + r * eight_blocks)) : uint16_t{0};
         }
     }
 };
 
-struct E2m1 {
-    static constexpr int VALUES = 32;
-    static constexpr bool INTERLEAVED = true;  // 0 4 1 5 2 6 3 7
-    static constexpr float SCALE = 128.0F;  // decode leaves out 2^7: the largest block scale times 2^126 is beyond bfloat16
-    struct Raw {
-        uint4 bits;
-        uint32_t scales;  // two E4M3 codes
-    };
-    __device__ static Matrix matrix(const void* codes, const uint8_t* scales, int64_t rows, int64_t columns) {
-        return {static_cast<const uint8_t*>(codes) + rows * columns / 2, scales + rows * columns / 16};
+__device__ __forceinline__ uint32_t word(const uint4& bits, int i) { return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w; }
+
+// What stands in for the powers of two that decoding leaves out: sums are multiplied by it.
+template <Weights F>
+constexpr float LEFT_OUT = F == Weights::e2m1 ? 256.0F : 1.0F;
+
+// A block scale as a pair of bfloat16, times 2^118: 2^126 for the exponents' biases, of which 2^8 are left out to stay below 2^128.
+__device__ __forceinline__ uint32_t scale_pair(uint32_t code) {
+    constexpr float UP = 0x1p127F, REST = 0x1p111F;  // the bits below are the value times 2^-120
+    const float value = __uint_as_float((code & 0x7fU) << 20 | (code & 0x80U) << 24) * UP * REST;
+    return pack_pair<__nv_bfloat16>(value, value);
+}
+
+// The two registers of one row of A that product ``s`` of a piece wants. ``scale`` of scale_pair, E2M1 alone. See e4m3_to_bf16 for how.
+template <Weights F>
+__device__ __forceinline__ uint2 decode(const uint4& bits, int s, uint32_t scale) {
+    if constexpr (F == Weights::e4m3) {
+        return e4m3_to_bf16(word(bits, s));
+    } else if constexpr (F == Weights::e2m1) {
+        constexpr uint32_t SIGN = 0x80008000U, REST = 0x01c001c0U;
+        const uint32_t w = word(bits, s / 2) >> s % 2 * 8;  // codes 0, 1 and 4, 5 of what is left
+        return make_uint2(multiply_pairs((w << 12 & SIGN) | (w << 6 & REST), scale), multiply_pairs((w << 8 & SIGN) | (w << 2 & REST), scale));
+    } else {
+        return make_uint2(word(bits, 2 * s), word(bits, 2 * s + 1));
     }
-    __device__ __forceinline__ static Raw load(const Matrix& m, int64_t row, int k, int columns) {
-        const int64_t at = row * columns + k;
-        return {load_constant<uint4>(m.codes + at / 2), load_constant<uint16_t>(m.block_scales + at / 16)};
-    }
-    // Exponent and mantissa moved to where bfloat16 has them are the value times 2^-126; so are a block scale's times 2^-120, which
-    // 2^239 makes the scale times 2^119, in two steps since no bfloat16 is that large.
-    __device__ __forceinline__ static void decode(const Raw& raw, int chunk, uint32_t (&pairs)[4]) {
-        constexpr uint32_t FIRST = 0x7b807b80U, SECOND = 0x7b007b00U;  // 2^120, 2^119
-        const uint32_t code = raw.scales >> 8 * (chunk / 2) & 0xffU;
-        const uint32_t scale = times(times((code & 0x7fU) << 4 | (code & 0x7fU) << 20, FIRST), SECOND);
-        const uint32_t codes = word(raw.bits, chunk);  // code i in bits 4 i to 4 i + 3, and code i + 4 sixteen above
-        pairs[0] = times((codes << 12 & 0x80008000U) | (codes << 6 & 0x01c001c0U), scale);
-        pairs[1] = times((codes << 8 & 0x80008000U) | (codes << 2 & 0x01c001c0U), scale);
-        pairs[2] = times((codes << 4 & 0x80008000U) | (codes >> 2 & 0x01c001c0U), scale);
-        pairs[3] = times((codes & 0x80008000U) | (codes >> 6 & 0x01c001c0U), scale);
-    }
-};
+}
 
 }  // namespace nq::experts

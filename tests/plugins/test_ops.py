@@ -11,10 +11,11 @@ import torch
 from plugin_build import host_folder, needs_compiler
 
 from nemoquant.errors import BuildError, EngineError
+from nemoquant.graph.spec import spec
 from nemoquant.model import mamba2
-from nemoquant.ops import experts, library  # noqa: F401: experts registers its operator
+from nemoquant.ops import library
 from nemoquant.ops.abi import structure
-from nemoquant.ops.functional import causal_conv1d, mamba2_scan
+from nemoquant.ops.functional import EXPERT_FORMATS, causal_conv1d, mamba2_scan, routed_experts
 from nemoquant.ops.library import Kernels
 
 HOST = "libnemoquant_host.so"
@@ -55,6 +56,31 @@ def scan_arguments(dtype: torch.dtype = torch.float32, length: int = 5, state: t
     ]  # fmt: skip
 
 
+def expert_arguments(format: str = "bf16", dtype: torch.dtype = torch.float32, tokens: int = 5) -> list[Any]:
+    """Four experts of 32 by 64; codes are any bytes but NaN."""
+    g = torch.Generator().manual_seed(0)
+    parts: dict[str, list[torch.Tensor]] = {"up": [], "down": []}
+    for projection, out, into in (("up", 64, 32), ("down", 32, 64)):
+        for name in EXPERT_FORMATS[format][1]:
+            width = {"weight": into, "codes": into // 2 if "4" in format else into, "block_scales": into // 16}.get(name)
+            if width is None:
+                made = torch.rand(4, generator=g) + 0.5
+            elif name == "weight":
+                made = torch.randn(4, out, width, generator=g).bfloat16()
+            else:
+                made = torch.randint(0, 0x50, (4, out, width), generator=g, dtype=torch.uint8)
+            parts[projection].append(made)
+    ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(tokens)])
+    return [
+        torch.randn(tokens, 32, generator=g).to(dtype),
+        ids,
+        torch.rand(tokens, 2, generator=g),
+        parts["up"],
+        parts["down"],
+        format,
+    ]
+
+
 # torch's own check.
 
 
@@ -90,14 +116,23 @@ def test_opcheck_of_the_scan(dtype: torch.dtype, length: int, state: torch.dtype
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("format", "dtype", "tokens"),
+    [
+        ("bf16", torch.float32, 5),
+        ("w8a16", torch.bfloat16, 5),
+        ("fp8", torch.bfloat16, 1),
+        ("w4a16", torch.float16, 5),
+        ("nvfp4", torch.bfloat16, 5),
+    ],
+)
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_the_experts(dtype: torch.dtype) -> None:
-    """5 tokens, 4 experts of which 2 answer, 32 inputs, 64 wide."""
-    g = torch.Generator().manual_seed(0)
-    x, ids = torch.randn(5, 32, generator=g).to(dtype), torch.randint(0, 4, (5, 2), generator=g)
-    up, down = ([torch.randn(shape, generator=g).bfloat16()] for shape in ((4, 64, 32), (4, 32, 64)))
-    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, (x, ids, torch.rand(5, 2, generator=g), up, down))
+def test_opcheck_of_the_experts(format: str, dtype: torch.dtype, tokens: int) -> None:
+    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, tuple(expert_arguments(format, dtype, tokens)))
+
+
+def test_formats_of_the_experts_are_those_of_the_specification() -> None:
+    assert {name: parts for name, (_, parts) in EXPERT_FORMATS.items()} == spec("routed_experts").formats
 
 
 # The reference forward.
@@ -188,6 +223,42 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
     given = dict(zip(("x", "weight", "bias", "state_in"), conv_arguments(), strict=True)) | change
     with pytest.raises(ValueError, match=says):
         causal_conv1d(**given)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"format": "fp4"},
+            r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4",
+        ),
+        ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
+        ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
+        ({"down": []}, r"routed_experts: up has 1 parts, down 0; bf16 has weight"),
+        ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),
+        ({"expert_ids": torch.zeros(5, 2, dtype=torch.int32)}, r"expert_ids is torch.int32, .*; expected int64 and float32"),
+        ({"expert_weights": torch.zeros(5, 2).half()}, r"expert_weights torch.float16; expected int64 and float32"),
+        (
+            {"down": [torch.zeros(4, 32, 32).bfloat16()]},
+            r"down's weight is torch.bfloat16 \[4, 32, 32\]; expected bfloat16 \[4, 32, 64\]",
+        ),
+        ({"up": [torch.zeros(4, 64, 32)]}, r"up's weight is torch.float32 \[4, 64, 32\]; expected bfloat16 \[4, 64, 32\]"),
+        ({"x": torch.zeros(5, 32).double()}, r"no kernel knows torch.float64"),
+    ],
+)
+@pytest.mark.usefixtures("host")
+def test_experts_that_do_not_go_together(change: dict[str, Any], says: str) -> None:
+    names = ("x", "expert_ids", "expert_weights", "up", "down", "format")
+    with pytest.raises(ValueError, match=says):
+        routed_experts(**dict(zip(names, expert_arguments(), strict=True)) | change)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("host")
+def test_experts_of_no_token_are_no_call() -> None:
+    x, ids, weights, *rest = expert_arguments(dtype=torch.bfloat16)
+    assert routed_experts(x[:0], ids[:0], weights[:0], *rest).shape == (0, 32)
 
 
 @needs_compiler
