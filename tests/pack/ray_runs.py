@@ -19,7 +19,7 @@ from nemoquant.api import CalibrationOptions, quantize
 
 source, rows, folder, preset = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 call, observe = cluster._call, cluster._observe
-log = folder / "tasks.log"
+log, doomed = folder / "tasks.log", folder / "doomed"
 
 
 def write_down(what, name):
@@ -27,11 +27,19 @@ def write_down(what, name):
         f.write(json.dumps([what, name, ray.get_runtime_context().get_node_id()]) + "\n")
 
 
+def slowed(name):
+    """Some time for other things to happen; on the node that is to be lost, until it is."""
+    write_down("begin", name)
+    time.sleep(0.4)
+    if doomed.exists() and doomed.read_text() == ray.get_runtime_context().get_node_id():
+        write_down("held", name)
+        time.sleep(600)
+
+
 def slow_call(source, function, arguments):
     first = arguments[0]
     name = str([r.name for r in first] if isinstance(first, tuple) else [first.name, str(arguments[1:2]), function.__name__])
-    write_down("begin", name)
-    time.sleep(0.4)
+    slowed(name)
     result = call(source, function, arguments)
     write_down("end", name)
     return result
@@ -39,8 +47,7 @@ def slow_call(source, function, arguments):
 
 def slow_observe(source, config, layer, states, device):
     name = f"layer {layer} {zlib.crc32(states[0])}"
-    write_down("begin", name)
-    time.sleep(0.4)
+    slowed(name)
     result = observe(source, config, layer, states, device)
     write_down("end", name)
     return result
@@ -56,13 +63,13 @@ def lose_in(stage, calibration):
     two.wait_for_nodes()
     lost, threads = [], []
 
-    def in_work():
-        tasks = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("]")] if log.exists() else []
-        ended = {name for what, name, where in tasks if what == "end" and where == second.node_id}
-        return [name for what, name, where in tasks if what == "begin" and where == second.node_id and name not in ended]
+    def held():
+        return log.exists() and any(line.startswith('["held"') for line in log.read_text().splitlines())
 
     def lose():
-        while not in_work():
+        doomed.with_suffix(".id").write_text(second.node_id)
+        doomed.with_suffix(".id").replace(doomed)
+        while not held():
             time.sleep(0.01)
         lost.append(second.node_id)
         two.remove_node(second, allow_graceful=False)
@@ -76,6 +83,7 @@ def lose_in(stage, calibration):
     threads[0].join()
     tasks = [json.loads(line) for line in log.read_text().splitlines()]
     log.unlink()
+    doomed.unlink()
     return {"lost": lost[0], "tasks": tasks}
 
 
