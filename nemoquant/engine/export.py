@@ -39,13 +39,13 @@ def export_engine(
             raise OutputError(f"{file} exists; expected a new file, nothing is overwritten: remove it or choose another name")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
-    built = [build(path, replace(options, with_hidden=mtp), device, say)]
-    if mtp:
-        built.append(build(path, options, device, say, mtp=True))
+    drafts = [build(path, options, device, say, mtp=True)] if mtp else []  # first: a checkpoint without one is refused at once
+    built = [build(path, replace(options, with_hidden=mtp), device, say), *drafts]
+    facts = [_facts(path, file, engine, mtp) for file, engine in zip(files, built, strict=True)]
     try:
-        for file, engine in zip(files, built, strict=True):
+        for file, engine, known in zip(files, built, facts, strict=True):
             replace_bytes(file, engine.data)
-            replace_text(facts_file(file), json.dumps(_facts(path, file, engine, mtp), indent=1, sort_keys=True) + "\n")
+            replace_text(facts_file(file), json.dumps(known, indent=1, sort_keys=True) + "\n")
     except BaseException as error:
         for file in files:
             file.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def export_engine(
         if isinstance(error, OSError):
             raise OutputError(f"{out}: {error.strerror or error}; choose another place") from None
         raise
-    return _facts(path, out, built[0], mtp)
+    return facts[0]
 
 
 def _facts(path: Path, file: Path, engine: Built, mtp: bool) -> dict[str, Any]:
