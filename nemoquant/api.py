@@ -62,23 +62,27 @@ def estimate(
 
     Args:
         out: a path on the disk that would be written to; a file without a name is written beside it.
-        calibration: ``rows``, ``seq_len`` and ``memory`` count; data is not read.
+        calibration: ``rows``, ``seq_len``, ``device`` and ``memory`` count; data is not read.
     Raises:
         CheckpointError, RecipeError, UsageError
     """
     from nemoquant import estimate as estimating
+    from nemoquant.formats.gpu import check
     from nemoquant.pack.workers import usable_threads
 
-    opened, options = open_source(Path(source)), calibration or CalibrationOptions()
+    options = calibration or CalibrationOptions()
+    check(options.device)
+    opened = open_source(Path(source))
     if opened.checkpoint is None:
         raise CheckpointError(f"{source} is a config.json; an estimate needs the folder with the weights, which it measures on")
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
         shape = (options.rows, options.seq_len) if made.needs_calibration and options.scales is None else None
         dtype, count = estimating.compute_dtype_name(options), threads or usable_threads()
-        chosen = estimating.budget(made, options.memory, options.row_batch, shape, 4 if dtype == "float32" else 2, count)
+        item = 4 if dtype == "float32" else 2
+        chosen = estimating.budget(made, options.memory, options.row_batch, shape, item, count, options.device)
         folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.is_dir())
-        return estimating.estimate(opened.checkpoint, made, folder, shape, dtype, chosen, count)
+        return estimating.estimate(opened.checkpoint, made, folder, shape, dtype, chosen, count, device=options.device)
 
 
 def _plan(source: Source, recipe: str, scale_groups: bool) -> Plan:
@@ -138,7 +142,10 @@ def quantize(
     if address is not None and engine != "ray":
         raise UsageError(f"an address ({address}) goes with --engine ray only; give both, or neither")
     if engine == "ray" and options.device != "cpu":
-        raise UsageError(f"engine ray calibrates on processors only, device is {options.device!r}; expected cpu")
+        raise UsageError(f"engine ray computes on processors only, device is {options.device!r}; expected cpu")
+    from nemoquant.formats.gpu import check
+
+    check(options.device)
     opened = open_source(source)
     if opened.checkpoint is None:
         raise CheckpointError(

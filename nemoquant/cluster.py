@@ -28,6 +28,7 @@ from nemoquant.calibrate.run import Observed, observe
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
+from nemoquant.formats import Device
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.pack.workers import Threads
 
@@ -115,6 +116,7 @@ class RayWorkers:
     """``pack.workers.Workers`` on a cluster. Use as a context manager."""
 
     group_bytes = GROUP_BYTES
+    device: Device = "cpu"
 
     def __init__(self, cluster: Cluster, threads: int) -> None:
         self.cluster, self.ahead = cluster, AHEAD * cluster.processors

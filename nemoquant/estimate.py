@@ -14,6 +14,7 @@ from nemoquant.calibrate.memory import RowBatch, batch_bytes, pick_row_batch, ro
 from nemoquant.checkpoint.behind import DEPTH
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import UsageError
+from nemoquant.formats import Device
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack.encode import CHUNK_BYTES
 from nemoquant.pack.output import BYTES_PER_TENSOR, MARGIN
@@ -24,6 +25,7 @@ from nemoquant.units import size
 
 DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
 BASE_STEP = 256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
+LANE = 3 * CHUNK_BYTES  # pinned for a thread that feeds a GPU: a chunk, as float32 if it is float16, and its codes
 PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and what became of it
 BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
 
@@ -82,8 +84,9 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def budget(
-    plan: Plan, memory: int | None, row_batch: RowBatch | None, shape: tuple[int, int] | None, item: int, threads: int
-) -> Budget:
+    plan: Plan, memory: int | None, row_batch: RowBatch | None, shape: tuple[int, int] | None, item: int, threads: int,
+    device: Device = "cpu",
+) -> Budget:  # fmt: skip
     """Choose the row batch and how far to read ahead.
 
     Args:
@@ -91,6 +94,7 @@ def budget(
         row_batch: one that was chosen already, or None.
         shape: rows and length of the calibration, None where nothing is calibrated.
         item: bytes an element of its compute dtype.
+        device: a GPU is fed through pinned memory of each thread; what is on it is not counted.
     Raises:
         UsageError: ``memory`` is too little; says what is needed, and for what.
     """
@@ -98,7 +102,7 @@ def budget(
 
     held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
     limit = memory or DEFAULT_MEMORY
-    waiting = pack_bytes(plan)
+    waiting = pack_bytes(plan) + (threads * LANE if device == "cuda" else 0)
     ahead = max(1, min(AHEAD * threads, (limit - held - waiting) // PIECE))
     needed = {"packing": held + waiting + ahead * PIECE}
     given = row_batch is not None
@@ -129,7 +133,7 @@ def pack_bytes(plan: Plan) -> int:
 
 def estimate(
     checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int,
-    processors: int | None = None,
+    processors: int | None = None, device: Device = "cpu",
 ) -> Estimate:  # fmt: skip
     """Measure, and say what a run will take.
 
@@ -139,6 +143,7 @@ def estimate(
         dtype_name: its compute dtype.
         threads: of one batch of the calibration.
         processors: for packing, and for batches beside each other where there are more than ``threads``; None is ``threads``.
+        device: of calibration and packing.
     """
     import torch
 
@@ -146,7 +151,7 @@ def estimate(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        speeds = measure(checkpoint, plan, folder, shape[1] if shape else 0, chosen.row_batch or 1, dtype)
+        speeds = measure(checkpoint, plan, folder, shape[1] if shape else 0, chosen.row_batch or 1, dtype, device)
     finally:
         torch.set_num_threads(before)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -16,8 +16,9 @@ from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.source import Source
-from nemoquant.errors import UsageError, listing
+from nemoquant.errors import listing
 from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
+from nemoquant.formats.gpu import torch_device
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack import output
 from nemoquant.pack.shards import Shard, shards
@@ -83,11 +84,6 @@ class Job:
             scales = Scales.load(Path(options.scales))
             scales.check(self.plan, Path(options.scales))
             return scales
-        if options.device != "cpu":
-            import torch
-
-            if not torch.cuda.is_available():
-                raise UsageError(f"--device {options.device}: no CUDA device is usable here; expected cpu")
         data = Path(options.data) if options.data is not None else default_data()
         return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len, self.warnings.append)
 
@@ -110,13 +106,14 @@ class Job:
             picked = budget(self.plan, options.memory, None, shape, item, self.threads).row_batch
             assert isinstance(picked, Mapping)
             row_batch = {kind: min(most, picked[kind]) for kind in sorted(picked)}
-        self._budget = budget(self.plan, options.memory, row_batch, shape, item, self.threads)
+        self._budget = budget(self.plan, options.memory, row_batch, shape, item, self.threads, options.device)
         if self.expected is not None:
             folder = next(p for p in self.out.absolute().parents if p.exists())
             processors = self.threads if cluster is None else cluster.processors
-            self.expected(
-                estimate(self.checkpoint, self.plan, folder, shape, dtype, self._budget, self._calibration_threads, processors)
-            )
+            estimated = estimate(
+                self.checkpoint, self.plan, folder, shape, dtype, self._budget, self._calibration_threads, processors, options.device
+            )  # fmt: skip
+            self.expected(estimated)
 
     def run(self) -> tuple[Verified, list[str], dict[str, Any] | None]:
         """Calibrate, pack and verify.
@@ -144,7 +141,11 @@ class Job:
                 scales = self._scales(run, found, weights, told_of_rows, cluster)
                 from nemoquant.pack.run import write_checkpoint
 
-                workers = cluster.workers(self.threads) if cluster else Threads(self.checkpoint, self.threads, self._budget.ahead)
+                workers = (
+                    cluster.workers(self.threads)
+                    if cluster
+                    else Threads(self.checkpoint, self.threads, self._budget.ahead, self.options.device)
+                )
                 verified, skipped = write_checkpoint(
                     self.source, self.plan, self.layout, scales, run, workers, self.shard_bytes, self.warnings, self.progress
                 )
@@ -268,7 +269,7 @@ class Job:
 
         try:
             return calibrate(
-                self.checkpoint, self.source.config, rows, device=self.options.device, dtype=dtype,
+                self.checkpoint, self.source.config, rows, device=str(torch_device(self.options.device)), dtype=dtype,
                 row_batch=self._budget.row_batch, hidden=hidden, begin=begin, keep=keep,
                 spread=None if cluster is None else cluster.spread,
                 progress=lambda done, total, what: self.progress("calibrate", done, total, what),

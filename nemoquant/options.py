@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from nemoquant.errors import UsageError
+from nemoquant.formats import Device
 
 PathLike = str | os.PathLike[str]
 
@@ -16,7 +17,7 @@ class CalibrationOptions:
         data: .txt, .jsonl, .parquet or .npy; None is the shipped text.
         rows, seq_len: how much of it; ignored for .npy, which says so itself.
         scales: the scales file of an earlier run, instead of calibrating.
-        device: ``cpu`` or ``cuda``; packing is on the CPU in any case.
+        device: ``cpu`` or ``cuda``, of calibration and of packing, whose bytes are the same on either.
         dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
         row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, kind by kind of layer.
         memory: bytes that the run may take at its peak, packing included; None is no promise, and rows for 4 GB at once.
@@ -26,7 +27,7 @@ class CalibrationOptions:
     rows: int = 32
     seq_len: int = 512
     scales: PathLike | None = None
-    device: str = "cpu"
+    device: Device = "cpu"
     dtype: str | None = None
     row_batch: int | None = None
     memory: int | None = None

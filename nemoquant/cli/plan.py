@@ -1,11 +1,15 @@
 """``nemoquant plan``: what a recipe would do."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nemoquant.cli.shared import json_option, memory_option, print_json, recipe_name, recipe_options, table
 from nemoquant.units import size
+
+if TYPE_CHECKING:
+    from nemoquant.formats import Device
 
 
 @click.command("plan")
@@ -19,13 +23,20 @@ from nemoquant.units import size
 @click.option("--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in a row, for --estimate.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads, for --estimate; default: all that this process may use.")
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where it would compute, for --estimate.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), default=".", help="Folder on the disk that would be written, for --estimate."
 )
 @memory_option
 @json_option
 def command(
     model: Path, fmt: str | None, recipe: str | None, no_scale_groups: bool, estimate: bool, rows: int, seq_len: int,
-    threads: int | None, out: Path, memory: int | None, as_json: bool,
+    threads: int | None, device: "Device", out: Path, memory: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a recipe does with MODEL, a checkpoint folder or a bare config.json, from headers alone.
 
@@ -42,7 +53,7 @@ def command(
     made = api.plan(model, name, scale_groups=not no_scale_groups)
     found = None
     if estimate:
-        options = api.CalibrationOptions(rows=rows, seq_len=seq_len, memory=memory)
+        options = api.CalibrationOptions(rows=rows, seq_len=seq_len, device=device, memory=memory)
         found = api.estimate(model, name, out=out, calibration=options, scale_groups=not no_scale_groups, threads=threads)
     if as_json:
         print_json(made.to_json() | ({"estimate": found.to_json()} if found else {}))

@@ -12,6 +12,7 @@ from nemoquant.units import size
 
 if TYPE_CHECKING:
     from nemoquant.estimate import Estimate
+    from nemoquant.formats import Device
     from nemoquant.planning.plan import Plan
 
 
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
     help="nemoquant_scales.json of an earlier run, instead of calibrating.",
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where calibration computes."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where calibration computes and packing encodes, to the same codes; cuda is one NVIDIA GPU, and needs Triton.",
 )
 @click.option(
     "--compute",
@@ -66,7 +71,7 @@ if TYPE_CHECKING:
 @json_option
 def command(
     source: Path, out: Path, fmt: str | None, recipe: str | None, calib: Path | None, rows: int, seq_len: int, scales: Path | None,
-    device: str, compute: str, row_batch: int | None, memory: int | None, threads: int | None, shard_size: float,
+    device: "Device", compute: str, row_batch: int | None, memory: int | None, threads: int | None, shard_size: float,
     no_scale_groups: bool, engine: str, address: str | None, resume: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
@@ -147,7 +152,7 @@ def command(
 def _unused_options(calibrates: bool, has_scales: bool, has_rows: bool) -> list[str]:
     """Options that were given and had no effect, in words."""
     given = click.get_current_context().get_parameter_source
-    names = {"rows": "--rows", "seq_len": "--seq-len", "device": "--device", "compute": "--compute", "row_batch": "--row-batch"}
+    names = {"rows": "--rows", "seq_len": "--seq-len", "compute": "--compute", "row_batch": "--row-batch"}
     options = [flag for name, flag in names.items() if given(name) is ParameterSource.COMMANDLINE]
     if not calibrates:
         why = "this recipe needs no calibration"

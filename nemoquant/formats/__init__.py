@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 Kind = Literal["codes", "block_scales", "global_scale"]
+Device = Literal["cpu", "cuda"]
 
 
 class PackedTensor(NamedTuple):

@@ -2,18 +2,20 @@
 
 import numpy as np
 
-from nemoquant.formats import gpu
+from nemoquant.formats import Device, gpu
 from nemoquant.formats.rounding import Weight, weight_bits
 
 _CHUNK = 1 << 17  # elements that stay in the cache between the two passes
 
 
-def amax(weight: Weight, device: gpu.Device = "cpu") -> np.float32:
+def amax(weight: Weight | gpu.OnGpu, device: Device = "cpu") -> np.float32:
     """max |w| of a weight [out, in] (uint16 bf16 patterns or float32, C-contiguous) as fp32, exact.
 
     NaN if any element is NaN, else inf if any is Inf; 0.0 of an empty weight. Raises ValueError for a wrong dtype or layout.
     """
     if gpu.chosen(device):
+        weight = gpu.put(weight)
+    if isinstance(weight, gpu.OnGpu):
         return gpu.amax(weight)
     bits, shift = weight_bits(weight)
     width = 8 * bits.itemsize

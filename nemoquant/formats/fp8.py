@@ -8,7 +8,7 @@ both divided in fp32, the quotient rounded once. (Model Optimizer 0.47 divides a
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import e4m3, gpu
+from nemoquant.formats import Device, e4m3, gpu
 from nemoquant.formats.rounding import (
     Codes,
     Floats,
@@ -49,19 +49,22 @@ def _decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
         values[i] = np.float32(_value_of(codes[i]) * decode_scale)
 
 
-def encode(weight: Weight, decode_scale: float | np.float32, out: Codes | None = None, device: gpu.Device = "cpu") -> Codes:
+def encode(
+    weight: Weight | gpu.OnGpu, decode_scale: float | np.float32, out: Codes | None = None, device: Device = "cpu"
+) -> Codes:
     """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> uint8 E4M3 codes [out, in].
 
     ``out`` is a uint8 buffer [out, in] to write into and return. What exceeds 448 scales saturates: a scale that a group shares
     comes from the largest amax in it. Raises ValueError for a wrong dtype, layout or buffer, or a scale that is not positive.
     """
-    bits, shift = weight_bits(weight)
+    if gpu.chosen(device):
+        weight = gpu.put(weight)
     scale = checked_scale(decode_scale, "decode_scale")
     codes = output(out, weight.shape, "out")
-    if gpu.chosen(device):
+    if isinstance(weight, gpu.OnGpu):
         gpu.fp8_encode(weight, scale, codes)
     else:
-        _encode(bits, shift, scale, codes.reshape(-1))
+        _encode(*weight_bits(weight), scale, codes.reshape(-1))
     return codes
 
 
@@ -72,7 +75,7 @@ def zeros(shape: tuple[int, int], out: Codes | None = None) -> Codes:
     return codes
 
 
-def decode(codes: Codes, decode_scale: float | np.float32, out: Floats | None = None, device: gpu.Device = "cpu") -> Floats:
+def decode(codes: Codes, decode_scale: float | np.float32, out: Floats | None = None, device: Device = "cpu") -> Floats:
     """uint8 E4M3 codes of any shape -> ``value * decode_scale``, float32 of that shape, one fp32 rounding.
 
     ``out`` is a float32 buffer of that shape to write into and return.

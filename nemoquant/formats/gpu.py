@@ -1,12 +1,20 @@
-"""The formats' kernels on a GPU: arrays of the CPU in and out, the same bytes. Behind ``device="cuda"`` of ``fp8``, ``nvfp4`` and ``amax``.
+"""The formats' kernels on a GPU, the same bytes. Behind ``device="cuda"`` of ``fp8``, ``nvfp4`` and ``amax``.
 
-With the variable TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests alone.
-(They were run in that interpreter only; no GPU was at hand so far.)
+What a weight costs: its bytes go up once (:func:`put`), and its largest magnitude and its codes are made of that one copy; codes and block
+scales come back in one piece. Each thread has a lane for this: a stream, pinned memory here and memory there for one weight at a time, kept
+from weight to weight, because asking for pinned memory halts the device. Two launches and two waits a weight; while one thread waits, others
+copy.
+
+With the variable TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests alone, and a lane's memory is all here.
+(They were run in that interpreter only; no GPU was at hand so far: streams and pinned memory have not been run at all.)
 """
 
 import importlib.util
 import os
-from typing import Any, Literal, TypeAlias
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +23,9 @@ from nemoquant.errors import MissingExtraError, UsageError
 from nemoquant.formats import e4m3, nvfp4_blocks
 from nemoquant.formats.rounding import Codes, Floats, Weight, weight_bits
 
-Device: TypeAlias = Literal["cpu", "cuda"]
-
 _METHODS = {"max": 0, "four_over_six": 1, "mse": 2}
 _LANES, _BLOCK_LANES = 1024, 128
+_SIGNED = {np.dtype(np.uint16): "int16", np.dtype(np.uint32): "int32"}  # with unsigned ones torch can do little
 
 
 def chosen(device: str) -> bool:
@@ -33,102 +40,223 @@ def chosen(device: str) -> bool:
         return False
     if device != "cuda":
         raise ValueError(f"device: got {device!r}, expected cpu or cuda")
-    _torch_device()
+    torch_device(device)
     if importlib.util.find_spec("triton") is None:
         raise MissingExtraError("device cuda needs Triton, which torch for CUDA brings along: pip install triton")
     return True
 
 
-def _torch_device() -> str:
+def check(device: str) -> None:
+    """Make sure that ``device`` can compute, before a run reads anything. A GPU is woken up: what that takes of this process's memory is
+    there from now on, and seen by whoever plans with the rest.
+
+    Raises:
+        ValueError, UsageError, MissingExtraError: as :func:`chosen`; or the GPU can't be used, with the reason.
+    """
+    if not chosen(device):
+        return
     import torch
 
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
+    try:
+        torch.empty(1, device=torch_device(device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device: got cuda, but torch can't use the GPU ({reason}); free it, or take device cpu") from None
+
+
+def torch_device(device: str) -> Any:
+    """The torch.device that ``device`` stands for; the CPU for "cuda" where Triton is interpreted.
+
+    Raises:
+        UsageError: "cuda", and torch finds no GPU.
+    """
+    import torch
+
+    if device == "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError(
-            "device: got cuda, but torch finds no CUDA GPU here; expected one; take device cpu, it writes the same bytes"
+            f"device: got cuda, but torch finds no CUDA GPU here (torch {torch.__version__}); expected one, or take device cpu"
         )
-    return "cuda"
+    return torch.device("cuda")
 
 
-def _to_device(array: NDArray[Any]) -> Any:
-    """A copy on the GPU; unsigned integers as signed ones of the same bits, of which torch can do more."""
-    import torch
+class _Lane:
+    """One thread's stream and memory; see the top of this file."""
 
-    signed = {"u2": "i2", "u4": "i4"}.get(array.dtype.str[1:])
-    array = array.view(signed) if signed else array
-    return torch.from_numpy(array if array.flags.writeable and array.flags.aligned else array.copy()).to(_torch_device())
+    def __init__(self) -> None:
+        import torch
+
+        self.device = torch_device("cuda")
+        self.stream: Any = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._memory: dict[tuple[str, bool], Any] = {}
+
+    def running(self) -> AbstractContextManager[Any]:
+        """What is launched inside runs in this lane's stream."""
+        import torch
+
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def wait(self) -> None:
+        """Until the stream is done, and the pinned memory free to be written again."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def memory(self, name: str, nbytes: int, *, here: bool = False) -> Any:
+        """The first ``nbytes`` of the buffer of that name, on the GPU, or pinned ``here``. It grows to the largest that was asked for."""
+        import torch
+
+        found = self._memory.get((name, here))
+        if found is None or found.numel() < nbytes:
+            with self.running():
+                kind: dict[str, Any] = {"pin_memory": self.stream is not None} if here else {"device": self.device}
+                found = self._memory[name, here] = torch.empty(nbytes, dtype=torch.uint8, **kind)
+        return found[:nbytes]
+
+    def send(self, name: str, array: NDArray[Any]) -> Any:
+        """A flat array's copy on the GPU, in the buffer of that name: uint16 or uint32 as signed integers of the same bits."""
+        import torch
+
+        staged, there = self.memory(name, array.nbytes, here=True), self.memory(name, array.nbytes)
+        self.wait()
+        staged.numpy()[:] = array.view(np.uint8)
+        with self.running():
+            there.copy_(staged, non_blocking=True)
+        return there.view(getattr(torch, _SIGNED[array.dtype]))
+
+    def receive(self, there: Any) -> NDArray[np.uint8]:
+        """Bytes from the GPU, when all that was launched is done; good until the next ones come."""
+        staged = self.memory("received", there.numel(), here=True)
+        with self.running():
+            staged.copy_(there, non_blocking=True)
+        self.wait()
+        found: NDArray[np.uint8] = staged.numpy()
+        return found
 
 
-def _empty(count: int, dtype: str) -> Any:
-    import torch
+_lanes = threading.local()
 
-    return torch.empty(count, dtype=getattr(torch, dtype), device=_torch_device())
+
+def _lane() -> _Lane:
+    """This thread's."""
+    if not hasattr(_lanes, "one"):
+        _lanes.one = _Lane()
+    found: _Lane = _lanes.one
+    return found
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A weight [out, in] on the GPU, in its thread's lane: as good as the array, until that thread puts the next one there.
+
+    ``bits`` are flat patterns, int16 or int32; see ``rounding.weight_bits`` for ``shift``.
+    """
+
+    bits: Any
+    shift: int
+    shape: tuple[int, ...]
+    lane: _Lane
+
+
+def put(weight: "Weight | OnGpu") -> OnGpu:
+    """A weight's copy on the GPU; raises ValueError for a wrong dtype or layout."""
+    if isinstance(weight, OnGpu):
+        return weight
+    bits, shift = weight_bits(weight)
+    lane = _lane()
+    return OnGpu(lane.send("weight", bits), int(shift), weight.shape, lane)
+
+
+_launching = threading.Lock()  # the first launch compiles, and the interpreter changes Triton's own module while it runs
 
 
 def _launch(kernel: Any, count: int, lanes: int, *arguments: Any, **constants: Any) -> None:
     """``lanes`` of ``count`` a program; never with fused multiply-add, which would round once where the definitions round twice."""
     if count:
-        kernel[(-(-count // lanes),)](*arguments, count, LANES=lanes, enable_fp_fusion=False, **constants)
+        with _launching:
+            kernel[(-(-count // lanes),)](*arguments, count, LANES=lanes, enable_fp_fusion=False, **constants)
 
 
-def amax(weight: Weight) -> np.float32:
+def amax(weight: OnGpu) -> np.float32:
+    import torch
+
     from nemoquant.formats import triton_kernels
 
-    bits, shift = weight_bits(weight)
-    largest = _to_device(np.zeros(1, np.int32))
-    _launch(triton_kernels.amax_kernel, bits.size, _LANES, _to_device(bits), int(shift), largest)
-    found: np.float32 = largest.cpu().numpy().view(np.float32)[0]
+    lane, size = weight.lane, weight.bits.numel()
+    largest = lane.memory("largest", 4)
+    with lane.running():
+        largest.zero_()
+        _launch(triton_kernels.amax_kernel, size, _LANES, weight.bits, weight.shift, largest.view(torch.int32))
+    found: np.float32 = lane.receive(largest).view(np.float32)[0]
     return found
 
 
-def fp8_encode(weight: Weight, decode_scale: np.float32, codes: Codes) -> None:
+def fp8_encode(weight: OnGpu, decode_scale: np.float32, codes: Codes) -> None:
     from nemoquant.formats import triton_kernels
 
-    bits, shift = weight_bits(weight)
-    found = _empty(bits.size, "uint8")
-    _launch(triton_kernels.fp8_encode_kernel, bits.size, _LANES, _to_device(bits), int(shift), float(decode_scale), found)
-    codes[...] = found.cpu().numpy().reshape(codes.shape)
+    lane = weight.lane
+    found = lane.memory("codes", codes.size)
+    with lane.running():
+        _launch(triton_kernels.fp8_encode_kernel, codes.size, _LANES, weight.bits, weight.shift, float(decode_scale), found)
+    codes.reshape(-1)[:] = lane.receive(found)
+
+
+def nvfp4_encode(weight: OnGpu, global_scale: np.float32, method: str, packed: Codes, block_scales: Codes) -> None:
+    import torch
+
+    from nemoquant.formats import triton_kernels
+
+    lane, size = weight.lane, packed.size
+    tables = lane.send("tables", _tables(global_scale))
+    found = lane.memory("codes", size + block_scales.size)
+    with lane.running():
+        _launch(
+            triton_kernels.nvfp4_encode_kernel, block_scales.size, _BLOCK_LANES, weight.bits, weight.shift,
+            float(np.float32(6) * global_scale), tables[:1024], tables[1024:].view(torch.float32), found[:size], found[size:],
+            METHOD=_METHODS[method],
+        )  # fmt: skip
+    got = lane.receive(found)
+    packed.reshape(-1)[:], block_scales.reshape(-1)[:] = got[:size], got[size:]
+
+
+def _tables(global_scale: np.float32) -> NDArray[np.uint32]:
+    """What depends on the scale alone: ``nvfp4_blocks.thresholds`` [128, 8] without their signs, at which the kernel looks itself, then d by
+    E4M3 code [128] as bits."""
+    reached = np.empty((128, 8), np.uint32)
+    nvfp4_blocks.thresholds(np.uint32(0), global_scale, reached)
+    scales = (e4m3.VALUES[:128] * global_scale).view(np.uint32)
+    return np.concatenate([(reached & 0x7FFFFFFF).reshape(-1), scales])
+
+
+def _to_device(array: NDArray[Any]) -> Any:
+    """A copy of a flat array on the GPU."""
+    import torch
+
+    signed = {"u2": "i2", "u4": "i4"}.get(array.dtype.str[1:])
+    array = array.view(signed) if signed else array
+    return torch.from_numpy(array if array.flags.writeable and array.flags.aligned else array.copy()).to(torch_device("cuda"))
 
 
 def fp8_decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
+    import torch
+
     from nemoquant.formats import triton_kernels
 
-    found = _empty(codes.size, "float32")
+    found = torch.empty(codes.size, device=torch_device("cuda"))
     row = np.ascontiguousarray(codes).reshape(-1)
     arguments = _to_device(row), _to_device(e4m3.VALUES), float(decode_scale), found
     _launch(triton_kernels.fp8_decode_kernel, row.size, _LANES, *arguments)
     values[...] = found.cpu().numpy().reshape(values.shape)
 
 
-def nvfp4_encode(weight: Weight, global_scale: np.float32, method: str, packed: Codes, block_scales: Codes) -> None:
-    from nemoquant.formats import triton_kernels
-
-    bits, shift = weight_bits(weight)
-    reached = np.empty((128, 8), np.uint32)
-    nvfp4_blocks.thresholds(np.uint32(0), global_scale, reached)
-    reached &= 0x7FFFFFFF  # the kernel looks at signs itself
-    codes, scales = _empty(packed.size, "uint8"), _empty(block_scales.size, "uint8")
-    _launch(
-        triton_kernels.nvfp4_encode_kernel,
-        block_scales.size,
-        _BLOCK_LANES,
-        _to_device(bits),
-        int(shift),
-        float(np.float32(6) * global_scale),
-        _to_device(reached),
-        _to_device(e4m3.VALUES[:128] * global_scale),
-        codes,
-        scales,
-        METHOD=_METHODS[method],
-    )
-    packed[...], block_scales[...] = codes.cpu().numpy().reshape(packed.shape), scales.cpu().numpy().reshape(block_scales.shape)
-
-
 def nvfp4_decode(packed: Codes, block_scales: Codes, global_scale: np.float32, values: Floats) -> None:
+    import torch
+
     from nemoquant.formats import triton_kernels
 
-    found = _empty(values.size, "float32")
+    found = torch.empty(values.size, device=torch_device("cuda"))
     rows = (np.ascontiguousarray(array).reshape(-1) for array in (packed, block_scales, e4m3.VALUES * global_scale))
     _launch(triton_kernels.nvfp4_decode_kernel, packed.size, _LANES, *(_to_device(row) for row in rows), found)
     values[...] = found.cpu().numpy().reshape(values.shape)

@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import e2m1, e4m3, gpu, nvfp4_blocks
+from nemoquant.formats import Device, e2m1, e4m3, gpu, nvfp4_blocks
 from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits
 from nemoquant.formats.nvfp4_search import choose_four_over_six, choose_least_error
 from nemoquant.formats.rounding import (
@@ -152,11 +152,11 @@ def _decode(packed: Codes, block_scales: Codes, global_scale: np.float32, pairs:
 
 
 def encode(
-    weight: Weight,
+    weight: Weight | gpu.OnGpu,
     global_decode_scale: float | np.float32,
     method: Method = "max",
     out: tuple[Codes, Codes] | None = None,
-    device: gpu.Device = "cpu",
+    device: Device = "cpu",
 ) -> tuple[Codes, Codes]:
     """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> codes [out, in/2], E4M3 scales [out, in/16].
 
@@ -164,11 +164,14 @@ def encode(
     must be the one of the same method. Raises ValueError for a wrong dtype, layout or buffer, an input dimension that 16 does not
     divide, an unknown method, or a scale that is not positive.
     """
-    weight_bits(weight)
+    if gpu.chosen(device):
+        weight = gpu.put(weight)
+    if not isinstance(weight, gpu.OnGpu):
+        weight_bits(weight)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     _largest(method)
     packed, block_scales = _outputs(weight.shape, out)
-    if gpu.chosen(device):
+    if isinstance(weight, gpu.OnGpu):
         gpu.nvfp4_encode(weight, scale, method, packed, block_scales)
     else:
         _encode(weight, scale, method, packed.reshape(-1), block_scales.reshape(-1))
@@ -215,7 +218,7 @@ def decode(
     block_scales: Codes,
     global_decode_scale: float | np.float32,
     out: Floats | None = None,
-    device: gpu.Device = "cpu",
+    device: Device = "cpu",
 ) -> Floats:
     """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code * fp32(block * global)``.
 

@@ -2,6 +2,9 @@
 
 Pure functions of a checkpoint and of rows of a plan: they run in any thread or process that can open the checkpoint. Pages that
 they touched are dropped before they return.
+
+With the device "cuda" codes are made on the GPU, the same bytes, one chunk of a thread at a time. The maximum of a weight of several chunks is
+found on the CPU all the same: reading a chunk for that takes no longer than to bring it on its way.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +16,7 @@ import numpy.typing as npt
 
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.errors import WeightError
-from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats import Device, fp8, gpu, nvfp4
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.pack.scales import weight_scale
 from nemoquant.planning.plan import Row
@@ -69,13 +72,17 @@ def check_finite(name: str, value: np.float32) -> np.float32:
     return value
 
 
-def encode(checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool) -> Encoded:
+def encode(checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu") -> Encoded:
     """Codes of some rows, and their block scales for NVFP4; a degenerate weight becomes zeros."""
     with _reading(checkpoint, row, part) as weight:
-        return _codes(row, weight, scale, degenerate)
+        return _codes(row, _on(device, weight), scale, degenerate)
 
 
-def _codes(row: Row, weight: Array, scale: np.float32, degenerate: bool) -> Encoded:
+def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:
+    return gpu.put(weight) if gpu.chosen(device) else weight
+
+
+def _codes(row: Row, weight: Array | gpu.OnGpu, scale: np.float32, degenerate: bool) -> Encoded:
     shape = (weight.shape[0], weight.shape[1])
     if row.format == "fp8":
         return (fp8.zeros(shape) if degenerate else fp8.encode(weight, scale)), None
@@ -83,17 +90,18 @@ def _codes(row: Row, weight: Array, scale: np.float32, degenerate: bool) -> Enco
     return nvfp4.zeros(shape) if degenerate else nvfp4.encode(weight, scale, row.scale_method)
 
 
-def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row]) -> list[PackedWeight]:
-    """Whole weights that share no scale, such as experts: each one's maximum and codes while it is in the cache."""
-    return [_pack_weight(checkpoint, row) for row in rows]
+def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[PackedWeight]:
+    """Whole weights that share no scale, such as experts: each one's maximum and codes while it is in the cache, or on the GPU."""
+    return [_pack_weight(checkpoint, row, device) for row in rows]
 
 
-def _pack_weight(checkpoint: Checkpoint, row: Row) -> PackedWeight:
+def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> PackedWeight:
     parts = slices(row)
     if len(parts) > 1:
         scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part) for part in parts))
-        return PackedWeight(scale, degenerate, [encode(checkpoint, row, part, scale, degenerate) for part in parts])
-    with _reading(checkpoint, row, parts[0]) as weight:
+        return PackedWeight(scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts])
+    with _reading(checkpoint, row, parts[0]) as array:
+        weight = _on(device, array)
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
         return PackedWeight(scale, degenerate, [_codes(row, weight, scale, degenerate)])
 

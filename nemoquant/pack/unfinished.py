@@ -114,7 +114,7 @@ def check_options(found: Unfinished, options: Options) -> None:
         UsageError: names each option that is another one, with both values.
     """
     names = list(dict.fromkeys([*found.options, *options]))
-    free = {"--threads"} if found.calibrated else set()
+    free = {"--threads", "--device"} if found.calibrated else set()  # packing gives the same bytes with any
     changed = [
         f"{name} was {_shown(found.options.get(name))} and is {_shown(options.get(name))}"
         for name in names

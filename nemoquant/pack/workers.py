@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.formats import Device
 from nemoquant.pack.encode import CHUNK_BYTES
 
 AHEAD = 3  # results for each thread, where memory does not forbid it
@@ -19,10 +20,12 @@ class Workers(Protocol):
     Attributes:
         ahead: results that may wait in order, the bound of what is in memory.
         group_bytes: of source that one task should take at least, where tasks are whole weights.
+        device: where they encode.
     """
 
     ahead: int
     group_bytes: int
+    device: Device
 
     def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Begin ``function(checkpoint, *args)`` wherever there is room."""
@@ -32,12 +35,12 @@ class Workers(Protocol):
 
 
 class Threads:
-    """Threads of this process. Use as a context manager."""
+    """Threads of this process, each with a chunk on the GPU where that is the device. Use as a context manager."""
 
     group_bytes = CHUNK_BYTES
 
-    def __init__(self, checkpoint: Checkpoint, threads: int, ahead: int | None = None) -> None:
-        self.checkpoint, self.ahead = checkpoint, ahead or AHEAD * threads
+    def __init__(self, checkpoint: Checkpoint, threads: int, ahead: int | None = None, device: Device = "cpu") -> None:
+        self.checkpoint, self.ahead, self.device = checkpoint, ahead or AHEAD * threads, device
         self._pool = ThreadPoolExecutor(threads, "encode")
 
     def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:

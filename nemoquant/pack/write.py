@@ -121,14 +121,15 @@ class Packer:
 
         if len(unit.rows) > 1:
             for rows in groups(unit.rows, self.workers.group_bytes):
-                yield self.workers.submit(pack_weights, rows), partial(put_weights, rows)
+                yield self.workers.submit(pack_weights, rows, self.workers.device), partial(put_weights, rows)
         else:
             (row,) = unit.rows
             scale, degenerate = self._scale(row)
             scales.append(scale)
             for part in slices(row):
                 nbytes = row.bytes_in * (part.stop - part.start) // row.shape[0]
-                yield self.workers.submit(encode, row, part, scale, degenerate), partial(put, nbytes)
+                encoded = self.workers.submit(encode, row, part, scale, degenerate, self.workers.device)
+                yield encoded, partial(put, nbytes)
         yield None, end
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:

@@ -82,7 +82,9 @@ def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> N
 )
 def test_without_a_gpu_the_device_is_refused(call, monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UsageError, match=r"device: got cuda, but torch finds no CUDA GPU here; .*take device cpu"):
+    with pytest.raises(
+        UsageError, match=r"device: got cuda, but torch finds no CUDA GPU here \(torch .*\); expected one, or take device cpu"
+    ):
         call(np.ones((1, 16), np.float32))
 
 

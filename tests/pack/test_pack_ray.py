@@ -88,7 +88,7 @@ def test_options_of_the_engine(source, tmp_path):
         quantize(source, tmp_path / "out", "nvfp4-w4a16", engine="spark")
     with pytest.raises(UsageError, match=r"an address \(auto\) goes with --engine ray only"):
         quantize(source, tmp_path / "out", "nvfp4-w4a16", address="auto")
-    with pytest.raises(UsageError, match="engine ray calibrates on processors only, device is 'cuda'; expected cpu"):
+    with pytest.raises(UsageError, match="engine ray computes on processors only, device is 'cuda'; expected cpu"):
         quantize(source, tmp_path / "out", "fp8", engine="ray", calibration=CalibrationOptions(device="cuda"))
 
 

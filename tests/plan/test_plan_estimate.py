@@ -1,12 +1,15 @@
 """What is told before a run: seconds from given speeds against arithmetic by hand, sizes, and how people write and read them."""
 
 import json
+import threading
+import time
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
-from nemoquant import api
+from nemoquant import api, speeds
 from nemoquant.cli import main
 from nemoquant.cli.shared import Bytes
 from nemoquant.estimate import Budget, budget, duration, estimate
@@ -84,6 +87,32 @@ def test_a_chosen_row_batch_is_kept(source):
     assert budget(plan, None, 3, (8, 32), 2, 1).row_batch == 3
     assert budget(plan, None, {"mamba": 1, "moe": 2, "attention": 3, "mlp": 4}, (8, 32), 2, 1).row_batch["moe"] == 2
     assert budget(plan, None, None, None, 2, 1).row_batch is None
+
+
+def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source, monkeypatch):
+    """On a stand-in: a GPU that takes chunks one at a time, 10 ms each, and whose products are the CPU's."""
+    one_at_a_time, asked = threading.Lock(), set()
+
+    def pack_weights(*given):
+        asked.add(given[2])
+        with one_at_a_time:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(speeds, "pack_weights", pack_weights)
+    monkeypatch.setattr(speeds, "torch_device", lambda device: torch.device("cpu"))
+    opened, plan = api.open_source(source), api.plan(source, "fp8")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with opened.checkpoint:
+            found = speeds.measure(opened.checkpoint, plan, source.parent, 32, 4, torch.float32, "cuda")
+    finally:
+        torch.set_num_threads(before)
+    assert asked == {"cuda"}
+    largest = max(row.bytes_in for row in plan.quantized)
+    assert 0 < max(found.encode.values()) <= largest / (2 * 0.01), "a thread's share: each waits for the other"
+    cpu, gpu = (budget(plan, None, None, None, 2, 3, device).memory for device in ("cpu", "cuda"))
+    assert gpu - cpu == 3 * 3 * (8 << 20), "three threads: a chunk of 8 MiB, twice that as float32, and its codes"
 
 
 def test_plan_measures_this_machine(source):
