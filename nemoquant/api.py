@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemoquant.checkpoint.source import Source, open_source
 from nemoquant.errors import CheckpointError, UsageError, listing
+from nemoquant.formats import Device
 from nemoquant.options import CalibrationOptions as CalibrationOptions  # part of this API
 from nemoquant.options import PathLike
 from nemoquant.pack.shards import SHARD_BYTES
@@ -199,6 +200,7 @@ def diff(
     engine: str = "torch",
     engine_files: Sequence[PathLike] = (),
     plugins: PathLike | None = None,
+    device: Device = "cpu",
     threads: int | None = None,
     card: bool = True,
     progress: Progress = no_progress,
@@ -212,13 +214,16 @@ def diff(
         engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the diff's own arithmetic.
         engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
+        device: where both sides' torch arithmetic runs, ``cpu`` or ``cuda``; weights go there as they are used.
         reference_cache: file for the source's side, written by the first run and read by later ones.
         card: put the figures into the model cards of candidates that nemoquant wrote.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
     from nemoquant.calibrate.data import evaluation_data, load_rows
+    from nemoquant.formats.gpu import check
 
+    check(device)
     if min(rows, 1 if threads is None else threads) < 1 or seq_len < 2:
         raise UsageError(f"rows is {rows}, seq_len {seq_len}, threads {threads}; expected at least 1 row, 2 tokens, 1 thread")
     paths, cache = [Path(c) for c in candidates], None if reference_cache is None else Path(reference_cache)
@@ -253,7 +258,7 @@ def diff(
         for side in sides:
             stack.enter_context(side.checkpoint)
         if cache is not None:
-            check_cache(cache, opened, tokens)
+            check_cache(cache, opened, tokens, device)
         engines: list[Engine] = []
         if engine != "torch" or engine_files:
             files: list[Path | None] = [Path(file) for file in engine_files] or [None] * len(paths)
@@ -261,7 +266,9 @@ def diff(
                 raise UsageError(f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in their order")
             library = None if plugins is None else Path(plugins)
             engines = [load_engine(engine, path, threads, file, library) for path, file in zip(paths, files, strict=True)]
-        report = compare(opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what), engines)
+        report = compare(
+            opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what), engines, device
+        )
     if card:
         told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
     return report.model_copy(update={"warnings": told})

@@ -2,11 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from nemoquant.cli.shared import progress_bars
+
+if TYPE_CHECKING:
+    from nemoquant.formats import Device
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -58,12 +62,19 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="The engine of an OUT, for --engine rtx or trt; one for each OUT, in their order.",
 )
 @click.option("--plugins", type=FILE, metavar="FILE", help="Plugin library for --engine trt.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where source and OUT compute, layer by layer; cuda is one NVIDIA GPU, and needs Triton.",
+)
 @click.option("--no-card", is_flag=True, help="Leave OUT's model card without the figures.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
 def command(
     source: Path, outs: tuple[Path, ...], data: Path | None, rows: int, seq_len: int, html: Path | None, json_file: Path | None,
     markdown: Path | None, fail_if: tuple[str, ...], reference_cache: Path | None, engine: str,
-    engine_files: tuple[Path, ...], plugins: Path | None, no_card: bool, threads: int | None,
+    engine_files: tuple[Path, ...], plugins: Path | None, device: "Device", no_card: bool, threads: int | None,
 ) -> None:  # fmt: skip
     """Compare one or more checkpoints OUT with the bf16 checkpoint SRC that they were made from, over the same text.
 
@@ -96,7 +107,7 @@ def command(
     with progress_bars(to_stdout) as progress:
         report = api.diff(
             source, outs, data=data, rows=rows, seq_len=seq_len, reference_cache=reference_cache, engine=engine,
-            engine_files=engine_files, plugins=plugins, threads=threads, card=not no_card,
+            engine_files=engine_files, plugins=plugins, device=device, threads=threads, card=not no_card,
             progress=progress,
         )  # fmt: skip
     write_files(report, files)

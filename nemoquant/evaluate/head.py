@@ -27,18 +27,18 @@ Progress = Callable[[int, str], None]  # how many of the candidates' shares of t
 
 
 class Head:
-    """What one model makes of its stream [rows, length, hidden] after the last layer."""
+    """What one model makes of its stream [rows, length, hidden] after the last layer; computed on ``device``, kept on the CPU."""
 
-    def __init__(self, config: NemotronHConfig, weights: WeightSource, tap: Tap, stream: Tensor) -> None:
+    def __init__(self, config: NemotronHConfig, weights: WeightSource, tap: Tap, stream: Tensor, device: torch.device) -> None:
         self.config, self.weights, self.tap = config, weights, tap
-        self.model = ReferenceModel(config, weights)
+        self.model = ReferenceModel(config, weights, device=device)
         self.hidden = rms_norm(stream, weights("backbone.norm_f.")["weight"], config.norm_eps).flatten(0, 1)
         self.choice = np.zeros(len(self.hidden), np.int64)  # the likeliest next token of each position
 
     def logits(self, part: slice = slice(None), hidden: Tensor | None = None) -> Tensor:
         """Of some of its positions, or of other hidden states [positions, hidden]: [positions, vocabulary] float32."""
         x = (self.hidden if hidden is None else hidden)[part]
-        return self.model.logits(x[None], self.tap)[0]
+        return self.model.logits(x[None].to(self.model.device), self.tap)[0].cpu()
 
     def acceptance(self, ids: Tensor) -> float:
         """Share of positions where the first MTP module's first choice is what the main model chooses next; NaN where it computes that.
@@ -54,10 +54,11 @@ class Head:
         for row in range(rows):
             one = slice(row, row + 1)
             tap = prefixed(self.tap, prefixes[0])
-            x[one] = mtp.mtp_input(c, first, embed(embeddings, ids[one, 1:]), hidden[one, :-1], tap)
+            after, before = (t.to(self.model.device) for t in (embed(embeddings, ids[one, 1:]), hidden[one, :-1]))
+            x[one] = mtp.mtp_input(c, first, after, before, tap).cpu()
         for kind, prefix in zip(c.mtp_layers, prefixes, strict=True):
             y = torch.empty_like(x)
-            run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y))
+            run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y), self.model.device)
             x = y
         drafted = mtp.mtp_output(c, self.weights(prefixes[-1]), x).flatten(0, 1)
         if not torch.isfinite(drafted).all():
@@ -72,12 +73,13 @@ def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
 
 
-def heads_of(source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor]) -> list[Head]:
+def heads_of(source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], device: torch.device) -> list[Head]:
     """Of all models over their streams after the last layer, the reference's first."""
     assert source.checkpoint is not None
     checkpoint = source.checkpoint
-    heads = [Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0])]
-    return heads + [Head(source.config, c.weights, c.tap(), stream) for c, stream in zip(candidates, streams[1:], strict=True)]
+    heads = [Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0], device)]
+    pairs = zip(candidates, streams[1:], strict=True)
+    return heads + [Head(source.config, c.weights, c.tap(), stream, device) for c, stream in pairs]
 
 
 def compare_heads(

@@ -1,4 +1,7 @@
-"""One layer over all rows: in batches of rows and segments of positions, so that memory follows neither rows nor their length."""
+"""One layer over all rows: in batches of rows and segments of positions, so that memory follows neither rows nor their length.
+
+Streams, scan states and figures are on the CPU; a device sees one batch and segment at a time, and the weights as they are used.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -63,8 +66,10 @@ def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int) ->
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def run_layer(config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, tap: Tap, sink: Sink) -> Tensor | None:
-    """``layer_forward`` of x [rows, length, hidden]; outputs go to ``sink``.
+def run_layer(
+    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, tap: Tap, sink: Sink, device: torch.device
+) -> Tensor | None:
+    """``layer_forward`` of x [rows, length, hidden] on ``device``; outputs go to ``sink``, on the CPU.
 
     Returns:
         the scan's states after the last position [rows, heads, head_dim, state], of a Mamba-2 layer.
@@ -74,10 +79,10 @@ def run_layer(config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Ten
         state: LayerState = None
         for start in range(0, x.shape[1], SEGMENT):
             part = slice(start, min(start + SEGMENT, x.shape[1]))
-            y, state = layer_forward(config, kind, weights, x[rows, part], state, tap)
-            sink(rows, part, y)
+            y, state = layer_forward(config, kind, weights, x[rows, part].to(device), state, tap)
+            sink(rows, part, y.cpu())
         if isinstance(state, MambaState):
-            states.append(state.ssm)
+            states.append(state.ssm.cpu())
     return torch.cat(states) if states else None
 
 
@@ -91,11 +96,12 @@ def into(out: Tensor) -> Sink:
 
 
 @torch.no_grad()
-def choices(config: NemotronHConfig, weights: Weights, x: Tensor) -> NDArray[np.int64]:
+def choices(config: NemotronHConfig, weights: Weights, x: Tensor, device: torch.device) -> NDArray[np.int64]:
     """The experts that a MoE layer's router chooses for x [rows, length, hidden]: ids [rows * length, k], ascending in a row."""
     norm, mixer = weights["norm.weight"], Scope(weights, "mixer.")
     tokens = x.flatten(0, 1)
-    found = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0] for part in torch.split(tokens, SEGMENT)]
+    parts = (part.to(device) for part in torch.split(tokens, SEGMENT))
+    found = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0].cpu() for part in parts]
     return torch.cat(found).sort(-1).values.numpy()
 
 

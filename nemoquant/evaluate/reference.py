@@ -25,6 +25,8 @@ from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.checkpoint.writer import METADATA, ShardWriter
 from nemoquant.errors import CheckpointError, OutputError, WeightError
 from nemoquant.evaluate.layers import into, run_layer
+from nemoquant.formats import Device
+from nemoquant.formats.gpu import torch_device
 from nemoquant.model.taps import Weights, identity
 
 SCHEMA = "1"
@@ -44,7 +46,7 @@ def embed(weights: Weights, ids: Tensor) -> Tensor:
     return F.embedding(ids, weights["weight"]).float()
 
 
-def stream(source: Source, rows: Rows, cache: Path | None) -> Generator[Stage, None, None]:
+def stream(source: Source, rows: Rows, cache: Path | None, device: Device) -> Generator[Stage, None, None]:
     """The stages in order. A cache that does not exist yet is written on the way, and is there when the last stage was taken.
 
     Raises:
@@ -52,14 +54,14 @@ def stream(source: Source, rows: Rows, cache: Path | None) -> Generator[Stage, N
         OutputError: the cache can't be written.
     """
     if cache is None:
-        yield from _computed(source, rows)
+        yield from _computed(source, rows, device)
     elif cache.exists():
-        yield from _read(cache, source, rows)
+        yield from _read(cache, source, rows, device)
     else:
-        yield from _written(cache, source, rows)
+        yield from _written(cache, source, rows, device)
 
 
-def _computed(source: Source, rows: Rows) -> Iterator[Stage]:
+def _computed(source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
     assert source.checkpoint is not None
     weights = LayerWeights(source.checkpoint, "backbone.embeddings.")
     x = embed(weights, torch.from_numpy(rows.ids))
@@ -68,7 +70,7 @@ def _computed(source: Source, rows: Rows) -> Iterator[Stage]:
     for i, kind in enumerate(source.config.layers):
         weights = LayerWeights(source.checkpoint, f"backbone.layers.{i}.")
         y = torch.empty_like(x)
-        state = run_layer(source.config, kind, weights, x, identity, into(y))
+        state = run_layer(source.config, kind, weights, x, identity, into(y), torch_device(device))
         weights.release()
         if not torch.isfinite(y).all():
             raise WeightError(
@@ -88,7 +90,7 @@ def _layout(source: Source, rows: Rows) -> list[tuple[str, str, tuple[int, ...]]
     return table
 
 
-def _made_from(source: Source, rows: Rows) -> dict[str, str]:
+def _made_from(source: Source, rows: Rows, device: Device) -> dict[str, str]:
     assert source.checkpoint is not None
     return {
         "schema": SCHEMA,
@@ -96,14 +98,15 @@ def _made_from(source: Source, rows: Rows) -> dict[str, str]:
         "tensor_table": manifest.tensor_table_sha256(source.checkpoint.tensors),
         "weights": manifest.content_fingerprint(source.checkpoint),
         "tokens": rows.sha256,
+        "device": device,
     }
 
 
-def _written(cache: Path, source: Source, rows: Rows) -> Iterator[Stage]:
+def _written(cache: Path, source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
     partial = cache.parent / (cache.name + ".partial")
     try:
-        with ShardWriter(partial, _layout(source, rows), METADATA | _made_from(source, rows)) as writer:
-            for stage in _computed(source, rows):
+        with ShardWriter(partial, _layout(source, rows), METADATA | _made_from(source, rows, device)) as writer:
+            for stage in _computed(source, rows, device):
                 writer.write(stage.hidden.numpy())
                 if stage.ssm_state is not None:
                     writer.write(stage.ssm_state.numpy())
@@ -126,8 +129,9 @@ def _forget(partial: Path) -> None:
         partial.unlink()
 
 
-def check_cache(cache: Path, source: Source, rows: Rows) -> None:
-    """Make sure that an existing cache is of this source and these rows, or that a new one can be written.
+def check_cache(cache: Path, source: Source, rows: Rows, device: Device) -> None:
+    """Make sure that an existing cache is of this source, these rows and this device (a model against itself has no error), or that
+    a new one can be written.
 
     Raises:
         CheckpointError, HeaderError: it is not a cache, or not of these; the message names what differs.
@@ -138,10 +142,14 @@ def check_cache(cache: Path, source: Source, rows: Rows) -> None:
             raise OutputError(f"{cache}: {cache.parent} is not a folder; make it, or give another place for the reference cache")
         return
     tensors, metadata = read_header(cache)
-    expected = _made_from(source, rows)
+    expected = _made_from(source, rows, device)
     for key, value in expected.items():
         if metadata.get(key) != value:
-            what = {"schema": "is not one of this version", "tokens": "was made from other rows (--data, --rows, --seq-len)"}
+            what = {
+                "schema": "is not one of this version",
+                "tokens": "was made from other rows (--data, --rows, --seq-len)",
+                "device": "was computed on another device (--device)",
+            }
             raise CheckpointError(
                 f"{cache} {what.get(key, f'was made from another source than {source.path}')}: its {key.replace('_', ' ')} differ; "
                 "expected a reference cache of this source and these rows, give another file or remove this one"
@@ -150,8 +158,8 @@ def check_cache(cache: Path, source: Source, rows: Rows) -> None:
         raise CheckpointError(f"{cache} lacks tensors that a reference cache has; remove it")
 
 
-def _read(cache: Path, source: Source, rows: Rows) -> Iterator[Stage]:
-    check_cache(cache, source, rows)
+def _read(cache: Path, source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
+    check_cache(cache, source, rows, device)
     tensors, _ = read_header(cache)
 
     def load(name: str) -> Tensor:

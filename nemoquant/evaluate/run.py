@@ -29,7 +29,8 @@ from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
 from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample, weight_noise
 from nemoquant.evaluate.reference import Stage, embed, stream
-from nemoquant.formats import FORMATS
+from nemoquant.formats import FORMATS, Device
+from nemoquant.formats.gpu import torch_device
 from nemoquant.model.config import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
@@ -39,10 +40,10 @@ WORST = 10
 
 
 class Side:
-    """A candidate on its way through the layers."""
+    """A candidate on its way through the layers, which compute on ``device``."""
 
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
+    def __init__(self, candidate: Candidate, device: torch.device) -> None:
+        self.candidate, self.device = candidate, device
         self.hidden = torch.empty(0)
         self.layers: list[schema.Layer] = []
         self.modules: list[schema.Module] = []
@@ -82,6 +83,7 @@ def diff(
     cache: Path | None,
     progress: Progress,
     engines: Sequence[Engine] = (),
+    device: Device = "cpu",
 ) -> schema.Report:
     """Compare.
 
@@ -89,15 +91,16 @@ def diff(
         candidates: opened for this source.
         engines: one for each candidate that its logits are also taken from, or none.
         cache: file of the reference's stream, read if it exists, else written.
+        device: where the models compute; their weights' noise, and the figures, are the CPU's.
     Raises:
         NemoquantError: see ``reference.stream``; or a candidate that computes NaN.
     """
     check_engines(engines, rows.ids.shape[1])
-    config = source.config
-    sides = [Side(candidate) for candidate in candidates]
+    config, on = source.config, torch_device(device)
+    sides = [Side(candidate, on) for candidate in candidates]
     steps = len(config.layers) + 2
     before = torch.empty(0)
-    with closing(stream(source, rows, cache)) as stages:
+    with closing(stream(source, rows, cache, device)) as stages:
         for done, stage in enumerate(stages):
             what = "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
             for number, side in enumerate(sides):
@@ -107,7 +110,7 @@ def diff(
                 else:
                     _layer(side, source, before, stage, what)
             before = stage.hidden
-    heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)])
+    heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
 
     def tell(number: int, what: str) -> None:
         progress((steps - 1) * len(sides) + number, steps * len(sides), what)
@@ -129,6 +132,7 @@ def diff(
             tokens_sha256=rows.sha256,
         ),
         compute="float32",
+        device=device,
         threads=torch.get_num_threads(),
         effect_rows=min(EFFECT_ROWS, rows.ids.shape[0]),
         reference=reference,
@@ -170,22 +174,23 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
         alone.add(y, stage.hidden[rows, part], before[rows, part])
 
     recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
-    run_layer(config, kind, weights, before, prefixed(recording, prefix), measure)
+    run_layer(config, kind, weights, before, prefixed(recording, prefix), measure, side.device)
     side.check_finite(what, alone)
     flips = None
     if kind == "moe":
-        flips = routing(config, choices(config, original, before), choices(config, weights, side.hidden))
+        expected, chosen = choices(config, original, before, side.device), choices(config, weights, side.hidden, side.device)
+        flips = routing(config, expected, chosen)
     after = torch.empty_like(side.hidden)
-    state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after))
+    state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after), side.device)
     side.hidden = after
     for ours, theirs in zip(after, stage.hidden, strict=True):  # a row at a time: a difference of whole streams would be one more
         error.add(ours, theirs)
     if state is not None and stage.ssm_state is not None:
         state_error.add(state, stage.ssm_state)
     side.check_finite(what, error, state_error)
+    x = sample(before).to(side.device)
     side.modules += effects(
-        candidate, found, original, weights,
-        lambda mixed, tap: layer_forward(config, kind, mixed, sample(before), None, prefixed(tap, prefix))[0],
+        candidate, found, original, weights, lambda mixed, tap: layer_forward(config, kind, mixed, x, None, prefixed(tap, prefix))[0].cpu()
     )  # fmt: skip
     original.release()
     weights.release()
@@ -204,7 +209,7 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
     x = sample(before)[:, : max(1, HEAD_ELEMENTS // source.config.vocab_size)]
 
     def run(mixed: Weights, tap: Tap) -> Tensor:
-        return Head(source.config, lambda prefix: Scope(mixed, prefix), tap, x).logits()
+        return Head(source.config, lambda prefix: Scope(mixed, prefix), tap, x, side.device).logits()
 
     alone = Energy()
     tied = source.config.tie_word_embeddings and any(module.role == "embedding" for module in side.modules)

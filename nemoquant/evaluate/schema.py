@@ -225,6 +225,8 @@ class Report(_Part):
     data: Data
     compute: str
     """Dtype of the arithmetic outside the quantized formats."""
+    device: str
+    """Where the models were computed: cpu or cuda. Sums in another order flip codes that lie on the edge; see ``kl_from_torch``."""
     threads: int
     effect_rows: int
     reference: Reference

@@ -14,16 +14,17 @@ import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemoquant.errors import MissingExtraError, UsageError
-from nemoquant.formats import e4m3, nvfp4_blocks
-from nemoquant.formats.rounding import Codes, Floats, Weight, weight_bits
+from nemoquant.formats import Device, e4m3, nvfp4_blocks
+from nemoquant.formats.rounding import Codes, Weight, weight_bits
 
-_METHODS = {"max": 0, "four_over_six": 1, "mse": 2}
+_METHODS = {"max": 0, "four_over_six": 1, "mse": 2, "activations": 3}
 _LANES, _BLOCK_LANES = 1024, 128
 _SIGNED = {np.dtype(np.uint16): "int16", np.dtype(np.uint32): "int32"}  # with unsigned ones torch can do little
 
@@ -47,12 +48,15 @@ def chosen(device: str) -> bool:
 
 
 def check(device: str) -> None:
-    """Make sure that ``device`` can compute, before a run reads anything. A GPU is woken up: what that takes of this process's memory is
-    there from now on, and seen by whoever plans with the rest.
+    """Make sure that ``device``, a user's word, can compute, before a run reads anything.
+
+    A GPU is woken up: what that takes of this process's memory is there from now on, and seen by whoever plans with the rest.
 
     Raises:
-        ValueError, UsageError, MissingExtraError: as :func:`chosen`; or the GPU can't be used, with the reason.
+        UsageError, MissingExtraError: it is neither cpu nor cuda, or as :func:`chosen`; or the GPU can't be used, with the reason.
     """
+    if device not in get_args(Device):
+        raise UsageError(f"device is {device!r}; expected cpu or cuda")
     if not chosen(device):
         return
     import torch
@@ -230,33 +234,94 @@ def _tables(global_scale: np.float32) -> NDArray[np.uint32]:
     return np.concatenate([(reached & 0x7FFFFFFF).reshape(-1), scales])
 
 
-def _to_device(array: NDArray[Any]) -> Any:
-    """A copy of a flat array on the GPU."""
-    import torch
-
-    signed = {"u2": "i2", "u4": "i4"}.get(array.dtype.str[1:])
-    array = array.view(signed) if signed else array
-    return torch.from_numpy(array if array.flags.writeable and array.flags.aligned else array.copy()).to(torch_device("cuda"))
+# For computing: what is decoded or rounded stays on the GPU, in torch's current stream.
 
 
-def fp8_decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
+def computes(device: Any) -> bool:
+    """Whether these kernels are for tensors on that torch.device."""
+    there: bool = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return there
+
+
+def fp8_decoded(codes: Codes, decode_scale: np.float32) -> Any:
+    """``fp8.decode`` as a tensor on the GPU, to which the codes cross as they are."""
+    return _fp8_values(_copied(codes), decode_scale).view(codes.shape)
+
+
+def nvfp4_decoded(packed: Codes, block_scales: Codes, global_scale: np.float32) -> Any:
+    """``nvfp4.decode`` as a tensor on the GPU, to which codes and block scales cross as they are."""
+    return _nvfp4_values(_copied(packed), _copied(block_scales), global_scale).view(packed.shape[0], -1)
+
+
+def fp8_rounded(values: Any, decode_scale: np.float32) -> Any:
+    """A float32 tensor on the GPU through E4M3 codes and back: ``fp8.encode`` and ``decode``."""
     import torch
 
     from nemoquant.formats import triton_kernels
 
-    found = torch.empty(codes.size, device=torch_device("cuda"))
-    row = np.ascontiguousarray(codes).reshape(-1)
-    arguments = _to_device(row), _to_device(e4m3.VALUES), float(decode_scale), found
-    _launch(triton_kernels.fp8_decode_kernel, row.size, _LANES, *arguments)
-    values[...] = found.cpu().numpy().reshape(values.shape)
+    bits = values.contiguous().view(torch.int32).view(-1)
+    codes = torch.empty(bits.shape, dtype=torch.uint8, device=bits.device)
+    _launch(triton_kernels.fp8_encode_kernel, bits.numel(), _LANES, bits, 0, float(decode_scale), codes)
+    return _fp8_values(codes, decode_scale).view(values.shape)
 
 
-def nvfp4_decode(packed: Codes, block_scales: Codes, global_scale: np.float32, values: Floats) -> None:
+def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
+    """A float32 tensor [..., in] on the GPU through codes and back, with block scales of its own: ``nvfp4.encode_activations`` and ``decode``."""
     import torch
 
     from nemoquant.formats import triton_kernels
 
-    found = torch.empty(values.size, device=torch_device("cuda"))
-    rows = (np.ascontiguousarray(array).reshape(-1) for array in (packed, block_scales, e4m3.VALUES * global_scale))
-    _launch(triton_kernels.nvfp4_decode_kernel, packed.size, _LANES, *(_to_device(row) for row in rows), found)
-    values[...] = found.cpu().numpy().reshape(values.shape)
+    bits = values.contiguous().view(torch.int32).view(-1)
+    blocks = bits.numel() // nvfp4_blocks.BLOCK
+    packed, scales = (torch.empty(n, dtype=torch.uint8, device=bits.device) for n in (8 * blocks, blocks))
+    onto, (reached, by_code) = float(np.float32(6) * global_scale), _tables_there(global_scale)
+    _launch(
+        triton_kernels.nvfp4_encode_kernel, blocks, _BLOCK_LANES, bits, 0, onto, reached, by_code, packed, scales,
+        METHOD=_METHODS["activations"],
+    )  # fmt: skip
+    return _nvfp4_values(packed, scales, global_scale).view(values.shape)
+
+
+def _copied(array: NDArray[np.uint8]) -> Any:
+    """Bytes on the GPU, flat."""
+    import torch
+
+    row = np.ascontiguousarray(array).reshape(-1)
+    return torch.from_numpy(row if row.flags.writeable else row.copy()).to(torch_device("cuda"))
+
+
+@cache
+def _e4m3_values() -> Any:
+    import torch
+
+    return torch.from_numpy(e4m3.VALUES.copy()).to(torch_device("cuda"))
+
+
+@lru_cache(maxsize=64)  # experts of a layer share the scale of their inputs
+def _tables_there(global_scale: np.float32) -> tuple[Any, Any]:
+    """The two :func:`_tables` on the GPU; for one stream only, which is the one that they are dropped in."""
+    import torch
+
+    tables = torch.from_numpy(_tables(global_scale).view(np.int32)).to(torch_device("cuda"))
+    return tables[:1024], tables[1024:].view(torch.float32)
+
+
+def _fp8_values(codes: Any, decode_scale: np.float32) -> Any:
+    import torch
+
+    from nemoquant.formats import triton_kernels
+
+    found = torch.empty(codes.shape, device=codes.device)
+    _launch(triton_kernels.fp8_decode_kernel, codes.numel(), _LANES, codes, _e4m3_values(), float(decode_scale), found)
+    return found
+
+
+def _nvfp4_values(packed: Any, block_scales: Any, global_scale: np.float32) -> Any:
+    import torch
+
+    from nemoquant.formats import triton_kernels
+
+    found = torch.empty(2 * packed.numel(), device=packed.device)
+    scales = _e4m3_values() * float(global_scale)
+    _launch(triton_kernels.nvfp4_decode_kernel, packed.numel(), _LANES, packed, block_scales, scales, found)
+    return found

@@ -16,6 +16,7 @@ import triton.language as tl
 
 _FOUR_OVER_SIX = tl.constexpr(1)
 _MSE = tl.constexpr(2)
+_ACTIVATIONS = tl.constexpr(3)
 
 
 @triton.jit
@@ -106,7 +107,12 @@ def nvfp4_encode_kernel(
     for i in tl.static_range(16):
         largest = tl.maximum(largest, _magnitude_bits(tl.load(weight + first + i, mask=mask, other=0), shift))
     amax = largest.to(tl.float32, bitcast=True)
-    chosen = _scale_code(amax, onto)
+    if METHOD == _ACTIVATIONS:  # no least scale: a block may be lost, and NaN makes its block NaN
+        chosen = _e4m3(tl.div_rn(amax, tl.zeros_like(amax) + onto).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        empty = 0
+    else:
+        chosen = _scale_code(amax, onto)
+        empty = 0x38
     if METHOD == _FOUR_OVER_SIX:
         four = _scale_code(amax * 1.5, onto)
         error = _error(weight, first, shift, chosen, reached, scales, mask)
@@ -119,7 +125,7 @@ def nvfp4_encode_kernel(
             other = _error(weight, first, shift, candidate, reached, scales, mask)
             chosen = tl.where(other < error, candidate, chosen)
             error = tl.where(other < error, other, error)
-    chosen = tl.where(largest == 0, 0x38, chosen)
+    chosen = tl.where(largest == 0, empty, chosen)
     tl.store(block_scales + block, chosen.to(tl.uint8), mask=mask)
 
     signed = tl.load(reached + chosen * 8, mask=mask, other=0)

@@ -97,8 +97,10 @@ def _converted(weight: Tensor, x: Tensor) -> Tensor:
 
     (One expert after the other in fresh memory breaks the heap into pieces: up to half a gigabyte stayed, measured.)
     """
-    if x.device.type != "cpu" or not isinstance(weight, Tensor):  # a packed one decodes itself
+    if not isinstance(weight, Tensor):  # a packed one decodes itself
         return weight.to(x)
+    if x.device.type != "cpu":
+        return weight.to(x.device).to(x.dtype)  # crosses as it is, and grows there: torch alone would widen it first
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.dtype != x.dtype or buffer.numel() < weight.numel():
         buffer = _scratch.buffer = torch.empty(weight.numel(), dtype=x.dtype)

@@ -1,7 +1,8 @@
 """Quantized weights and activations as a consumer has them: decoded when they are used, in slices of rows, in threads.
 
 The arithmetic is that of the formats: a weight is ``code * scale`` in fp32; an input is encoded with its calibrated scale (NVFP4
-with block scales of its own, at run time) and decoded again. What is multiplied is float32.
+with block scales of its own, at run time) and decoded again. What is multiplied is float32. On a GPU all that happens there
+(``formats/gpu.py``): of a weight only codes and scales cross.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemoquant.formats import fp8, noise, nvfp4
+from nemoquant.formats import fp8, gpu, noise, nvfp4
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Codes, Floats, Weight
 
@@ -72,9 +73,20 @@ class PackedWeight:
 
     def to(self, like: Tensor) -> Tensor:
         """Decoded, with the dtype and device of ``like``."""
+        if gpu.computes(like.device):
+            return self._decoded_there().to(like.dtype)
         values = np.empty(self.shape, np.float32)
         _in_pieces(lambda rows: self[rows].decode(values[rows]), *self.shape)
         return torch.from_numpy(values).to(like)
+
+    def _decoded_there(self) -> Tensor:
+        """On the GPU, float32."""
+        found: Tensor = (
+            gpu.fp8_decoded(self.codes, self.scale)
+            if self.block_scales is None
+            else gpu.nvfp4_decoded(self.codes, self.block_scales, self.scale)
+        )
+        return found
 
     def decode(self, out: Floats) -> None:
         """The values, into a float32 buffer [out, in]."""
@@ -86,7 +98,7 @@ class PackedWeight:
     @property
     def limit(self) -> float:
         """The largest magnitude that it can hold."""
-        return noise.fp8_limit(self.scale) if self.block_scales is None else noise.nvfp4_limit(self.scale)
+        return _limit(self.format, self.scale)
 
     def noise(self, weight: Weight) -> Noise:
         """Against the source's ``weight`` [out, in], bf16 bit patterns or float32."""
@@ -98,6 +110,10 @@ class PackedWeight:
             return noise.measure(weight[rows], values, self.limit)
 
         return _total(_in_pieces(piece, *self.shape))
+
+
+def _limit(format: str, scale: np.float32) -> float:
+    return noise.fp8_limit(scale) if format == "fp8" else noise.nvfp4_limit(scale)
 
 
 def plain_noise(weight: Weight, other: Weight) -> Noise:
@@ -117,6 +133,9 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
     Args:
         format: ``fp8`` (``code = e4m3(x / scale)``) or ``nvfp4`` (``scale`` is the global one; blocks of 16 get theirs here).
     """
+    if gpu.computes(x.device):
+        rounded: Tensor = (gpu.fp8_rounded if format == "fp8" else gpu.nvfp4_rounded)(x, scale)
+        return rounded, _noise_there(x, rounded, _limit(format, scale))
     values: Floats = x.contiguous().view(-1, x.shape[-1]).numpy()
     out = np.empty_like(values)
 
@@ -131,3 +150,16 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
 
     total = _total(_in_pieces(piece, *values.shape))
     return torch.from_numpy(out).view(x.shape), total
+
+
+def _noise_there(values: Tensor, decoded: Tensor, limit: float) -> Noise:
+    """``noise.measure`` of float32 tensors where they are; differences are rounded to float32 before their squares are summed in float64."""
+    magnitude = values.abs()
+    sums = [
+        torch.linalg.vector_norm(values, dtype=torch.float64).square(),
+        torch.linalg.vector_norm(values - decoded, dtype=torch.float64).square(),
+        (magnitude > min(limit, torch.finfo(torch.float32).max)).sum().double(),
+        ((magnitude > 0) & (decoded == 0)).sum().double(),
+    ]
+    signal, error, saturated, flushed = torch.stack(sums).tolist()  # one wait for the GPU
+    return Noise(signal, error, int(saturated), int(flushed), values.numel())

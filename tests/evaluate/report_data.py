@@ -32,7 +32,7 @@ def report(pattern: str = "ME*E-M", scales: tuple[float, ...] = (0.0, 0.01, 0.05
         mtp_acceptance=0.7,
     )
     fields = {
-        "schema_version": schema.VERSION, "nemoquant": "0.1.0", "compute": "float32", "threads": 2, "effect_rows": 4, "warnings": [],
+        "schema_version": schema.VERSION, "nemoquant": "0.1.0", "compute": "float32", "device": "cpu", "threads": 2, "effect_rows": 4, "warnings": [],
         "data": schema.Data(source="text.jsonl", rows=4, seq_len=64, predicted_positions=252, tokens_sha256="ab" * 32),
         "reference": reference,
         "candidates": [candidate(f"candidate-{i}", pattern, scale, experts) for i, scale in enumerate(scales)],

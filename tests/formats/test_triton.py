@@ -20,7 +20,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 PROGRAM = """
 import numpy as np
-from nemoquant.formats import fp8, nvfp4
+import torch
+from nemoquant.formats import fp8, gpu, nvfp4
 from nemoquant.formats.amax import amax
 
 rng = np.random.default_rng(0)
@@ -33,6 +34,9 @@ spreads = [
     np.where(np.arange(256) // 16 % 2 == 0, -0.0, normal),  # blocks of zeros, negative ones
     np.eye(*normal.shape) * 3,
 ]
+special = np.zeros((2, 64), np.float32)  # as inputs may be: NaN, Inf, a block that underflows, one below the least scale of weights, empty ones
+special[0, [3, 20, 40]] = np.nan, -np.inf, -1e-30
+special[1, 16:32], special[1, 50] = np.linspace(-1e-3, 1e-3, 16), -0.0
 floats = np.concatenate(spreads).astype(np.float32)  # 96 blocks, so that one program takes them all: the interpreter is slow
 for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (floats, 0.01))[:WEIGHTS]:
     case = f"{weight.dtype}, scale times {group}"
@@ -50,6 +54,13 @@ for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (fl
             np.testing.assert_array_equal(ours, theirs, err_msg=f"{case}, {method}, {part}")
         values = nvfp4.decode(*expected, scale, device="cuda")
         assert values.tobytes() == nvfp4.decode(*expected, scale).tobytes(), case
+values = np.concatenate([floats.reshape(-1), special.reshape(-1)]).reshape(-1, 32)
+for scale in (fp8.decode_scale(largest), np.float32(3e-4), np.float32(1)):
+    there = torch.from_numpy(values)
+    expected = fp8.decode(fp8.encode(values, scale), scale), nvfp4.decode(*nvfp4.encode_activations(values, scale), scale)
+    for name, theirs, ours in zip(("fp8", "nvfp4"), expected, (gpu.fp8_rounded(there, scale), gpu.nvfp4_rounded(there, scale))):
+        np.testing.assert_array_equal(ours.numpy(), theirs, err_msg=f"inputs, {name}, scale {scale}")
+        assert (np.signbit(ours.numpy()) == np.signbit(theirs))[~np.isnan(theirs)].all(), name
 every = np.arange(256, dtype=np.uint8)
 np.testing.assert_array_equal(fp8.decode(every, 0.3, device="cuda"), fp8.decode(every, 0.3))
 assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is seen"
@@ -62,7 +73,7 @@ assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is se
     ("methods", "weights"), [(("max", "four_over_six"), 2), (("mse",), 1)], ids=["max, four_over_six", "mse"]
 )
 def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> None:
-    """bf16, then float32 with scales far too small; the search through all scales takes its time and gets bf16 alone."""
+    """bf16, then float32 with scales far too small; the search through all scales takes its time and gets bf16 alone. Inputs too."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     program = PROGRAM.replace("METHODS", repr(methods)).replace("WEIGHTS", str(weights))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
