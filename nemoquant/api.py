@@ -75,7 +75,7 @@ def estimate(
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
         shape = (options.rows, options.seq_len) if made.needs_calibration and options.scales is None else None
-        dtype, count = estimating.compute_dtype_name(options), threads or usable_threads()
+        dtype, count = estimating.compute_dtype_name(options) if shape else None, threads or usable_threads()
         chosen = estimating.budget(made, options.memory, options.row_batch, shape, 4 if dtype == "float32" else 2, count)
         folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.is_dir())
         return estimating.estimate(opened.checkpoint, made, folder, shape, dtype, chosen, count)

@@ -48,10 +48,10 @@ def test_packing_waits_for_the_slowest(estimated):
     found, plan = estimated("nvfp4-w4a16", hash=1e5)
     assert found.calibrate == 0
     assert found.pack == pytest.approx(plan.bytes_out / 1e5)
-    found, plan = estimated("nvfp4-w4a16", hash=1e15, write=1e15, read=1e15)
+    found, plan = estimated("nvfp4-w4a16", hash=1e15, write=1e15, sync=1e15, read=1e15)
     quantized = sum(2 * row.elements for row in plan.quantized)
     assert found.pack == pytest.approx(quantized / 1e8 / 2, rel=1e-3)  # two threads encode
-    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, read=1e15)[0].pack == pytest.approx(
+    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, sync=1e15, read=1e15)[0].pack == pytest.approx(
         2 * found.pack, rel=1e-3
     )
 
