@@ -51,12 +51,10 @@ def encode(folder: Path, recipe: str, threads: int) -> None:
         list(pool.map(lambda row: bool(pack_weights(checkpoint, [row])), made.quantized))
 
 
-def write(path: Path, size: int) -> None:
-    data = os.urandom(BUFFER)
+def write(path: Path, size: int, data: bytes) -> None:
     with path.open("wb", buffering=0) as file:
         for _ in range(-(-size // BUFFER)):
             file.write(data)
-    path.unlink()
 
 
 def digest(size: int) -> None:
@@ -75,6 +73,7 @@ def main() -> None:
     prepare(args.work)
     source, out, log = args.work / "mid", args.work / "out", args.work / "pipeline.log"
     threads = os.cpu_count() or 1
+    data = os.urandom(BUFFER)
     times: dict[str, list[float]] = {}
     read(source)
     encode(source, args.recipe, threads)  # compiled, or loaded, by now
@@ -90,12 +89,13 @@ def main() -> None:
             "read": lambda: read(source),
             "encode": lambda: encode(source, args.recipe, threads),
             "hash": lambda size=size: digest(size),
-            "write": lambda size=size: write(args.work / "written", size),
+            "write": lambda size=size: write(args.work / "written", size, data),
         }
         times.setdefault("pack", []).append(float(found[1]) * {"ms": 0.001, "s": 1, "min": 60}[found[2]])
         for name, work in alone.items():
             os.sync()
             times.setdefault(name, []).append(seconds(work))
+        (args.work / "written").unlink()
     shutil.rmtree(out, ignore_errors=True)
     middle = {name: median(values) for name, values in times.items()}
     slowest = max(middle[name] for name in middle if name != "pack")

@@ -65,7 +65,7 @@ def estimate(
         out: a path on the disk that would be written to; a file without a name is written beside it.
         calibration: ``rows``, ``seq_len``, ``device`` and ``memory`` count; data is not read.
     Raises:
-        CheckpointError, RecipeError, UsageError
+        CheckpointError, RecipeError, UsageError, MissingExtraError
     """
     from nemoquant import estimate as estimating
     from nemoquant.formats.gpu import check
@@ -79,7 +79,7 @@ def estimate(
     with opened.checkpoint:
         made = _plan(opened, recipe, scale_groups)
         shape = (options.rows, options.seq_len) if made.needs_calibration and options.scales is None else None
-        dtype, count = estimating.compute_dtype_name(options), threads or usable_threads()
+        dtype, count = estimating.compute_dtype_name(options) if shape else None, threads or usable_threads()
         item = 4 if dtype == "float32" else 2
         chosen = estimating.budget(made, options.memory, options.row_batch, shape, item, count, options.device)
         folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.is_dir())

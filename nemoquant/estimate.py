@@ -5,12 +5,10 @@ below it. Time is an estimate.
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemoquant.calibrate.memory import RowBatch, batch_bytes, pick_row_batch, rows_of, weight_bytes
 from nemoquant.checkpoint.behind import DEPTH
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import UsageError
@@ -22,6 +20,9 @@ from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
 from nemoquant.speeds import Speeds, measure
 from nemoquant.units import size
+
+if TYPE_CHECKING:
+    from nemoquant.calibrate.memory import RowBatch
 
 DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
 BASE_STEP = 256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
@@ -43,7 +44,7 @@ class Budget:
     """
 
     memory: int
-    row_batch: RowBatch | None
+    row_batch: "RowBatch | None"
     ahead: int
 
 
@@ -56,7 +57,7 @@ class Estimate:
     verify: float
     memory: int
     disk: int
-    row_batch: RowBatch | None
+    row_batch: "RowBatch | None"
     speeds: Speeds
 
     @property
@@ -84,7 +85,7 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def budget(
-    plan: Plan, memory: int | None, row_batch: RowBatch | None, shape: tuple[int, int] | None, item: int, threads: int,
+    plan: Plan, memory: int | None, row_batch: "RowBatch | None", shape: tuple[int, int] | None, item: int, threads: int,
     device: Device = "cpu",
 ) -> Budget:  # fmt: skip
     """Choose the row batch and how far to read ahead.
@@ -98,7 +99,8 @@ def budget(
     Raises:
         UsageError: ``memory`` is too little; says what is needed, and for what.
     """
-    import torch  # noqa: F401  it belongs to what the process holds before it begins
+    if shape is not None:
+        import torch  # noqa: F401  it belongs to what the process holds before it begins
 
     held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
     limit = memory or DEFAULT_MEMORY
@@ -107,6 +109,8 @@ def budget(
     needed = {"packing": held + waiting + ahead * PIECE}
     given = row_batch is not None
     if shape is not None:
+        from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, rows_of, weight_bytes
+
         rows, length = shape
         room = limit - held - weight_bytes(plan.config, item)
         row_batch = row_batch or pick_row_batch(plan.config, rows, length, item, room)
@@ -132,7 +136,7 @@ def pack_bytes(plan: Plan) -> int:
 
 
 def estimate(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype_name: str, chosen: Budget, threads: int,
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shape: tuple[int, int] | None, dtype: str | None, chosen: Budget, threads: int,
     processors: int | None = None, device: Device = "cpu",
 ) -> Estimate:  # fmt: skip
     """Measure, and say what a run will take.
@@ -140,29 +144,19 @@ def estimate(
     Args:
         folder: an existing one on OUT's disk.
         shape: rows and length of the calibration, None where nothing is calibrated.
-        dtype_name: its compute dtype.
+        dtype: its compute dtype.
         threads: of one batch of the calibration.
         processors: for packing, and for batches beside each other where there are more than ``threads``; None is ``threads``.
         device: of calibration and packing.
     """
-    import torch
-
-    dtype = getattr(torch, dtype_name)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        speeds = measure(checkpoint, plan, folder, shape[1] if shape else 0, chosen.row_batch or 1, dtype, device)
-    finally:
-        torch.set_num_threads(before)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    write = speeds.sync if plan.bytes_out > memory // 10 else speeds.write
+    speeds = measure(checkpoint, plan, folder, shape[1] if shape else 0, chosen.row_batch or 1, dtype or "", threads, device)
     disk = plan.bytes_out + BYTES_PER_TENSOR * plan.tensors_out + MARGIN
     if shape:
-        disk += 2 * shape[0] * shape[1] * plan.config.hidden_size * dtype.itemsize
+        disk += 2 * shape[0] * shape[1] * plan.config.hidden_size * (4 if dtype == "float32" else 2)
     processors = processors or threads
     return Estimate(
         _calibrate_seconds(plan, shape, chosen.row_batch, speeds) * threads / processors if shape else 0.0,
-        _pack_seconds(plan, speeds, write, processors),
+        _pack_seconds(plan, speeds, processors),
         plan.bytes_out / speeds.hash + VERIFY_TENSOR * plan.tensors_out,
         chosen.memory,
         disk,
@@ -171,8 +165,10 @@ def estimate(
     )
 
 
-def _calibrate_seconds(plan: Plan, shape: tuple[int, int], row_batch: RowBatch | None, speeds: Speeds) -> float:
+def _calibrate_seconds(plan: Plan, shape: tuple[int, int], row_batch: "RowBatch | None", speeds: Speeds) -> float:
     """Products at their measured rates, the mixers' other work, and the weights read once for each batch."""
+    from nemoquant.calibrate.memory import rows_of
+
     assert row_batch is not None
     c, (rows, length) = plan.config, shape
     tokens = rows * length
@@ -187,12 +183,12 @@ def _calibrate_seconds(plan: Plan, shape: tuple[int, int], row_batch: RowBatch |
     return seconds
 
 
-def _pack_seconds(plan: Plan, speeds: Speeds, write: float, threads: int) -> float:
+def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
     """The slowest of reading, encoding, hashing and writing; or the processors' time for all of them, shared out."""
     encode = sum(row.bytes_in / speeds.encode[row.format, row.scale_method] for row in plan.quantized)
     copied = sum(row.bytes_in for row in plan.rows if row.format == "source") / speeds.read
-    hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / write
-    busy = encode + copied + hashed + plan.bytes_out / max(write, speeds.write)
+    hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / speeds.sync
+    busy = encode + copied + hashed + plan.bytes_out / speeds.write
     return max(plan.bytes_in / speeds.read / threads, encode / threads, hashed, written, busy / threads)
 
 
@@ -214,6 +210,6 @@ def expectation(found: Estimate) -> str:
     return text + (f"; rows at once: {row_batches(found.row_batch)}" if found.row_batch else "")
 
 
-def row_batches(row_batch: RowBatch) -> str:
+def row_batches(row_batch: "RowBatch") -> str:
     """A row batch for people."""
     return str(row_batch) if isinstance(row_batch, int) else ", ".join(f"{n} ({kind})" for kind, n in row_batch.items())

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemoquant._version import __version__
 from nemoquant.calibrate.data import Rows, default_data, load_rows
-from nemoquant.calibrate.memory import RowBatch
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
@@ -27,6 +26,7 @@ from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
 
 if TYPE_CHECKING:
+    from nemoquant.calibrate.memory import RowBatch
     from nemoquant.cluster import Cluster
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
@@ -95,9 +95,10 @@ class Job:
         """
         options, shape = self.options, None
         row_batch: RowBatch | None = options.row_batch
-        dtype = compute_dtype_name(options)
-        item = 4 if dtype == "float32" else 2
+        dtype, item = None, 0
         if isinstance(found, Rows):
+            dtype = compute_dtype_name(options)
+            item = 4 if dtype == "float32" else 2
             shape = (found.ids.shape[0], found.ids.shape[1])
             if row_batch is None and self.earlier is not None:
                 row_batch = self.earlier.options.get("--row-batch")

@@ -1,13 +1,16 @@
 """``nemoquant quantize``: the main job."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from nemoquant.cli.shared import json_option, memory_option, print_json, progress_bars, recipe_name, recipe_options
+from nemoquant.cli.shared import json_option, loading, memory_option, print_json, progress_bars, recipe_name, recipe_options
+from nemoquant.errors import UsageError
+from nemoquant.options import CalibrationOptions
 from nemoquant.units import size
 
 if TYPE_CHECKING:
@@ -86,16 +89,15 @@ def command(
       nemoquant quantize MODEL OUT --fmt fp8 --scales EARLIER/nemoquant_scales.json
       nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
     """
-    from nemoquant import api
-    from nemoquant.errors import UsageError
-    from nemoquant.estimate import duration, expectation, resident
-
     name = recipe_name(fmt, recipe)
     if scales and calib:
         raise UsageError("got both --scales and --calib; expected one: --scales takes the place of calibration")
-    options = api.CalibrationOptions(
-        calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch, memory
-    )
+    options = CalibrationOptions(calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch, memory)
+    starting = ExitStack()
+    starting.enter_context(loading())
+    from nemoquant import api
+    from nemoquant.estimate import duration, expectation, resident
+
     began = time.monotonic()
 
     def planned(made: "Plan") -> None:
@@ -110,11 +112,12 @@ def command(
     promised: list[Estimate] = []
 
     def expected(estimate: "Estimate") -> None:
+        starting.close()
         promised.append(estimate)
         if not as_json:
             click.echo(f"expected: {expectation(estimate)}", err=True)
 
-    with progress_bars(as_json) as progress:
+    with starting, progress_bars(as_json) as progress:
         result = api.quantize(
             source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
             shard_bytes=int(shard_size * 1e9), dry_run=dry_run, resume=resume, engine=engine, address=address,

@@ -1,5 +1,6 @@
 """What several verbs share: options, output, progress."""
 
+import gc
 import json
 import re
 import sys
@@ -15,6 +16,17 @@ from nemoquant.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
 PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For the time when modules are loaded: without garbage collection, which looks through all of them again and again, a sixth of
+    that time, and finds nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def recipe_options(function: F) -> F:

@@ -133,7 +133,7 @@ def test_a_whole_run_keeps_below_its_memory(preset, large, tmp_path):
 
 def test_too_little_memory_is_refused(large, tmp_path):
     options = CalibrationOptions(data=large.parent / "rows.npy", memory=300_000_000)
-    with pytest.raises(UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d MB; give more, or shorter rows$"):
+    with pytest.raises(UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d [MG]B; give more, or shorter rows$"):
         quantize(large, tmp_path / "out", "fp8", calibration=options)
     options = CalibrationOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=16)
     says = r"but 16 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"

@@ -51,10 +51,10 @@ def test_packing_waits_for_the_slowest(estimated):
     found, plan = estimated("nvfp4-w4a16", hash=1e5)
     assert found.calibrate == 0
     assert found.pack == pytest.approx(plan.bytes_out / 1e5)
-    found, plan = estimated("nvfp4-w4a16", hash=1e15, write=1e15, read=1e15)
+    found, plan = estimated("nvfp4-w4a16", hash=1e15, write=1e15, sync=1e15, read=1e15)
     quantized = sum(2 * row.elements for row in plan.quantized)
     assert found.pack == pytest.approx(quantized / 1e8 / 2, rel=1e-3)  # two threads encode
-    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, read=1e15)[0].pack == pytest.approx(
+    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, sync=1e15, read=1e15)[0].pack == pytest.approx(
         2 * found.pack, rel=1e-3
     )
 
@@ -99,15 +99,10 @@ def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source,
             time.sleep(0.01)
 
     monkeypatch.setattr(speeds, "pack_weights", pack_weights)
-    monkeypatch.setattr(speeds, "torch_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("nemoquant.calibrate.speeds.torch_device", lambda device: torch.device("cpu"))
     opened, plan = api.open_source(source), api.plan(source, "fp8")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with opened.checkpoint:
-            found = speeds.measure(opened.checkpoint, plan, source.parent, 32, 4, torch.float32, "cuda")
-    finally:
-        torch.set_num_threads(before)
+    with opened.checkpoint:
+        found = speeds.measure(opened.checkpoint, plan, source.parent, 32, 4, "float32", 2, "cuda")
     assert asked == {"cuda"}
     largest = max(row.bytes_in for row in plan.quantized)
     assert 0 < max(found.encode.values()) <= largest / (2 * 0.01), "a thread's share: each waits for the other"

@@ -1,0 +1,79 @@
+"""How fast this machine is at what calibration consists of: products, and the rest of a Mamba-2 mixer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nemoquant.calibrate.memory import RowBatch, rows_of
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.formats import Device
+from nemoquant.formats.gpu import torch_device
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.reference import layer_forward
+from nemoquant.model.taps import product
+from nemoquant.speeds import seconds
+
+MIXER_TOKENS = 256
+
+
+def compute_speeds(
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    tokens: int,
+    row_batch: RowBatch,
+    dtype_name: str,
+    threads: int,
+    device: Device,
+) -> tuple[float, float, float]:
+    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.speeds.Speeds`, with so many threads, or on a GPU.
+
+    Args:
+        tokens: of a calibration row.
+    """
+    c, like = config, torch.empty(0, dtype=getattr(torch, dtype_name), device=torch_device(device))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = min(2048, tokens * min(rows_of(row_batch, kind) for kind in set(c.layers)))
+        fast = _product(together, c.hidden_size, min(2048, 2 * c.hidden_size), 2, like)
+        expert = fast
+        if c.count("moe"):
+            share = max(1, tokens * rows_of(row_batch, "moe") * c.num_experts_per_tok // c.n_routed_experts)
+            expert = _product(share, c.moe_latent_size or c.hidden_size, c.moe_intermediate_size, 8, like)
+        mixer = _mixer(checkpoint, c, min(tokens, MIXER_TOKENS), fast, like) if c.count("mamba") else 0.0
+    finally:
+        torch.set_num_threads(before)
+    return fast, expert, mixer
+
+
+def _product(tokens: int, width: int, out: int, weights: int, like: Tensor) -> float:
+    """flop/s over a few weights, so that they do not all lie in a cache; ``like`` has their dtype and device."""
+    x = like.new_ones(tokens, width)
+    matrices = like.new_ones(weights, out, width)
+    _seconds(lambda: product(x, matrices[0]), like)  # compiled for this shape
+    return 2 * x.numel() * out * weights / _seconds(lambda: [product(x, m) for m in matrices], like)
+
+
+def _mixer(checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, rate: float, like: Tensor) -> float:
+    """Seconds a token of the first Mamba-2 layer, without its products."""
+    layer = config.layers.index("mamba")
+    weights = LayerWeights(checkpoint, f"backbone.layers.{layer}.")
+    x = like.new_ones(1, tokens, config.hidden_size)
+    _seconds(lambda: layer_forward(config, "mamba", weights, x), like)
+    took = _seconds(lambda: layer_forward(config, "mamba", weights, x), like)
+    weights.release()
+    elements = config.hidden_size * (2 * config.mamba_inner + config.conv_channels + config.mamba_num_heads)
+    return max(0.0, took - 2 * tokens * elements / rate) / tokens
+
+
+def _seconds(work: Callable[[], object], like: Tensor) -> float:
+    """How long ``work`` took until the device of ``like`` was done with it."""
+
+    def done() -> None:
+        work()
+        if like.is_cuda:
+            torch.cuda.synchronize(like.device)
+
+    return seconds(done)
