@@ -7,7 +7,7 @@ trt           an engine file of TensorRT: built and run on a GPU, with the plugi
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,3 +44,29 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Facts for people and JSON: runtime, version, device, dtypes."""
+
+
+class LoadedGraph(Protocol):
+    """A loaded graph that ends with the head."""
+
+    def step(self, feeds: dict[str, Any], state: Any) -> Step:
+        """One call: ``feeds`` by the names of the graph's inputs, from ``state`` on."""
+
+
+G = TypeVar("G", bound=LoadedGraph)
+
+
+class GraphEngine(Generic[G]):
+    """What engines over exported graphs have in common: the main graph, and the multi-token-prediction module's, which may be None."""
+
+    main: G
+    mtp: G | None
+
+    def forward(self, tokens: Tokens, state: Any = None) -> Step:
+        """As :class:`Engine` has it."""
+        return self.main.step({"input_ids": tokens}, state)
+
+    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
+        """As :class:`Engine` has it."""
+        assert self.mtp is not None
+        return self.mtp.step({"input_ids": tokens, "hidden": hidden}, state)

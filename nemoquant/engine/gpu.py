@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemoquant.engine.base import Floats, Step, Tokens
+from nemoquant.engine.base import Floats, GraphEngine, Step
 from nemoquant.engine.build import EngineOptions, engine_graph
 from nemoquant.engine.enginefile import mtp_file, read_facts
 from nemoquant.engine.messages import logger
@@ -147,14 +147,13 @@ class Session:
         return all(low <= size <= high for low, size, high in zip(least, value.shape, most, strict=True))
 
 
-class TensorRTEngine:
+class TensorRTEngine(GraphEngine[Session]):
     """An engine file of either TensorRT as an engine that ``generate`` and ``diff`` run."""
 
     def __init__(
         self, target: str, file: Path, folder: Path, device: Device | None, plugins: Path | None = None, on: str = "cuda"
     ) -> None:
         """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device that its tensors are on.
-
 
         Raises:
             NemoquantError: see ``enginefile.read_facts`` and ``check_device``; a missing extra or plugin library; an engine of another part.
@@ -176,13 +175,6 @@ class TensorRTEngine:
         self.main = Session(file, folder, facts, target, on)
         self.mtp = None if drafts is None else Session(mtp_file(file), folder, drafts, target, on)
         self.has_mtp = self.mtp is not None
-
-    def forward(self, tokens: Tokens, state: Any = None) -> Step:
-        return self.main.step({"input_ids": tokens}, state)
-
-    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        assert self.mtp is not None
-        return self.mtp.step({"input_ids": tokens, "hidden": hidden}, state)
 
     def describe(self) -> dict[str, Any]:
         version = self.main.trt.__version__

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nemoquant.engine.base import Floats, Step, Tokens
+from nemoquant.engine.base import GraphEngine, Step
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
 
@@ -77,7 +77,7 @@ class Graph:
         )
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(GraphEngine[Graph]):
     """Runs an exported folder on the CPU."""
 
     name = "onnxruntime"
@@ -89,13 +89,6 @@ class OnnxRuntimeEngine:
             raise UsageError(f"{path / MODEL} holds some layers only; export the whole model")
         self.mtp = Graph(path / MTP, threads) if (path / MTP).exists() else None
         self.has_mtp = self.mtp is not None and "hidden_out" in self.main.outputs
-
-    def forward(self, tokens: Tokens, state: Any = None) -> Step:
-        return self.main.step({"input_ids": tokens}, state)
-
-    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        assert self.mtp is not None
-        return self.mtp.step({"input_ids": tokens, "hidden": hidden}, state)
 
     def describe(self) -> dict[str, Any]:
         return {"engine": self.name, "version": package().__version__, "device": "cpu", "compute": self.main.facts["compute"]}

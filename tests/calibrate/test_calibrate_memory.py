@@ -4,20 +4,15 @@ Peaks are read from /proc in processes of their own, where torch and the kernels
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from measured import child, large_checkpoint, needs_proc
 
 from nemoquant.api import CalibrationOptions, quantize
 from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
-from nemoquant.checkpoint.header import encode_header
 from nemoquant.errors import UsageError
 from nemoquant.model.config import parse_config
-from nemoquant.model.roles import tensor_table
 
 CONFIG = {
     "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "num_hidden_layers": 4, "vocab_size": 4096, "hidden_size": 1024,
@@ -29,18 +24,14 @@ CONFIG = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc"),
+    needs_proc,
 ]
 
 LAYERS = """
-import ctypes, json, sys, threading, time
-from pathlib import Path
+import ctypes, threading, time
 import torch
 from nemoquant.api import open_source
 from nemoquant.calibrate.run import observe
-
-def anonymous():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
 torch.set_num_threads(1)
 source, found = open_source(Path(sys.argv[1])), []
@@ -50,11 +41,11 @@ for dtype in (torch.bfloat16, torch.float32):
             for measured in (False, True):  # once to warm up
                 states = torch.randn(rows, length, source.config.hidden_size).to(dtype)
                 ctypes.CDLL(None).malloc_trim(0)
-                before, peak, over = anonymous() - states.nbytes, 0, False
+                before, peak, over = memory("RssAnon") - states.nbytes, 0, False
                 def watch():
                     global peak
                     while not over:
-                        peak = max(peak, anonymous())
+                        peak = max(peak, memory("RssAnon"))
                         time.sleep(0.001)
                 thread = threading.Thread(target=watch)
                 thread.start()
@@ -67,42 +58,19 @@ print(json.dumps(found))
 """
 
 RUN = """
-import json, sys
-from pathlib import Path
 from nemoquant.api import CalibrationOptions, quantize
-source, out, rows, preset, memory = sys.argv[1:]
+source, out, rows, preset, most = sys.argv[1:]
 promised = []
-quantize(Path(source), Path(out), preset, calibration=CalibrationOptions(data=Path(rows), memory=int(memory)), threads=2,
+quantize(Path(source), Path(out), preset, calibration=CalibrationOptions(data=Path(rows), memory=int(most)), threads=2,
          expected=promised.append)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(json.dumps({"peak": 1024 * int(status["VmHWM"].split()[0]), "promised": promised[0].memory, "row_batch": promised[0].row_batch}))
+print(json.dumps({"peak": memory(), "promised": promised[0].memory, "row_batch": promised[0].row_batch}))
 """
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A third of a gigabyte of finite bf16, written from one buffer a tensor at a time."""
-    folder = tmp_path_factory.mktemp("large") / "source"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(CONFIG))]
-    noise = (
-        (torch.randn(16 << 20, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
-    )
-    with (folder / "model.safetensors").open("wb") as f:
-        f.write(encode_header(table, {}))
-        for number, (_, dtype, shape) in enumerate(table):
-            count = int(np.prod(shape))
-            start = number * 4099 % (len(noise) - count)
-            f.write(np.zeros(count, np.float32) if dtype == "F32" else noise[start : start + count])
-    np.save(folder.parent / "rows.npy", np.random.default_rng(0).integers(3, 4096, (16, 512)))
-    return folder
-
-
-def child(code, *arguments):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """A third of a gigabyte."""
+    return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (16, 512), 16 << 20)
 
 
 def test_what_a_batch_takes_is_what_was_promised(large):

@@ -5,18 +5,10 @@ diff. Above it come the pages of weights that both sides hold at a time (``HELD_
 decoded or widened to float32 (17 MB for Mamba-2's in_proj), the streams and logits of the rows.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-
-from nemoquant.checkpoint.header import encode_header
-from nemoquant.model.config import parse_config
-from nemoquant.model.roles import tensor_table
+from measured import child, large_checkpoint, needs_proc
 
 LIMIT = 220e6
 CONFIG = {
@@ -28,8 +20,6 @@ CONFIG = {
 }  # fmt: skip
 
 CHILD = """
-import sys
-from pathlib import Path
 import torch
 from nemoquant import api
 
@@ -42,31 +32,19 @@ measure(small / "source", small / "rows.npy", small / "nvfp4")
 torch.nn.functional.linear(torch.ones(128, 1024), torch.ones(1024, 1024))
 if sys.argv[4:]:
     measure(folder, rows, *(Path(a) for a in sys.argv[4:]))
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(memory())
 """
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+    needs_proc,
 ]
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """0.8 GB of finite bf16, written from one buffer a tensor at a time."""
-    folder = tmp_path_factory.mktemp("large") / "source"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(CONFIG))]
-    noise = (torch.randn(8 << 20, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
-    with (folder / "model.safetensors").open("wb") as f:
-        f.write(encode_header(table, {}))
-        for number, (_, dtype, shape) in enumerate(table):
-            count = int(np.prod(shape))
-            start = number * 4099 % (len(noise) - count)
-            f.write(np.zeros(count, np.float32) if dtype == "F32" else noise[start : start + count])
-    np.save(folder.parent / "rows.npy", np.random.default_rng(0).integers(3, 4096, (2, 64)))
-    return folder
+    """0.8 GB."""
+    return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (2, 64))
 
 
 def test_peak_memory_stays_under_the_limit(large, quantized, tmp_path):
@@ -76,10 +54,7 @@ def test_peak_memory_stays_under_the_limit(large, quantized, tmp_path):
     out = quantized("nvfp4-w4a16", name="large", of=large)
 
     def peak(*candidates):
-        arguments = [large, large.parent / "rows.npy", tmp_path, *candidates]
-        done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return 1024 * int(done.stdout)
+        return child(CHILD, large, large.parent / "rows.npy", tmp_path, *candidates)
 
     baseline = peak()
     found = {"NVFP4": peak(out), "the source itself": peak(large), "both": peak(large, out)}

@@ -1,36 +1,30 @@
 """Sessions keep weights packed: what a process holds follows the file's bytes, not what they unpack to."""
 
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from measured import child, needs_proc
 
 import nemoquant
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+    needs_proc,
 ]
 
 CHILD = """
-import sys
-from pathlib import Path
 import numpy as np
 from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 import onnx, onnxruntime, onnx_ir
 
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
-before = peak()
+before = memory()
 engine = OnnxRuntimeEngine(Path(sys.argv[1]), threads=1)
-loaded = peak()
+loaded = memory()
 engine.forward(np.arange(3, 35)[None])
-print(before, loaded, peak())
+print([before, loaded, memory()])
 """
 
 
@@ -57,9 +51,7 @@ def test_weights_stay_packed(make_checkpoint: Callable[..., Path], tmp_path: Pat
     out = nemoquant.quantize(source, tmp_path / "out", str(tmp_path / "recipe.yaml"), threads=2).out
     nemoquant.export_onnx(out)
     packed = nemoquant.inspect(out)["bytes"]
-    done = subprocess.run([sys.executable, "-c", CHILD, str(out)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    before, loaded, ran = map(int, done.stdout.split())
+    before, loaded, ran = child(CHILD, out)
     print(f"packed {packed / 1e6:.0f} MB; above idle {(loaded - before) / 1e6:.0f}, {(ran - before) / 1e6:.0f} MB")
     assert packed < 60e6
     assert loaded - before < 1.5 * packed

@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from measured import child
 
 import nemoquant
 from nemoquant.checkpoint.header import ITEM_SIZE, encode_header
@@ -25,13 +25,12 @@ pytestmark = [
 ]
 
 CHILD = """
-import sys, time
-from pathlib import Path
+import time
 from nemoquant import api
 import onnx_ir, numpy, torch
 began = time.monotonic()
 made = api.export_onnx(Path(sys.argv[1]), dialect=sys.argv[2], mtp=True)
-print(time.monotonic() - began, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print([time.monotonic() - began, memory()])
 """
 
 
@@ -69,14 +68,10 @@ def test_the_whole_graph(dialect: str, folder: Path) -> None:
     """Under 30 s and 1 GB (measured on two cores: 3 s; the scalar scales are read, a page of the map each, and released)."""
     import onnx
 
-    done = subprocess.run([sys.executable, "-c", CHILD, str(folder), dialect], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    seconds, peak = done.stdout.split()
-    print(
-        f"{dialect}: {float(seconds):.1f} s, peak {int(peak) / 1e6:.2f} GB, {(folder / 'model.onnx').stat().st_size / 1e6:.2f} MB"
-    )
-    assert float(seconds) < 30
-    assert int(peak) * 1024 < 1e9
+    seconds, peak = child(CHILD, folder, dialect)
+    print(f"{dialect}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB, {(folder / 'model.onnx').stat().st_size / 1e6:.2f} MB")
+    assert seconds < 30
+    assert peak < 1e9
     sizes = {f.name: f.stat().st_size for f in folder.glob("*.safetensors")}
     referred = Counter[str]()
     for name in ("model.onnx", "mtp.onnx"):

@@ -1,21 +1,15 @@
 """Bounded memory: a checkpoint three times the limit goes through with its peak under the limit.
 
 Peak is VmHWM of a process of its own, above that of a process that only imports the same modules and compiles the kernels.
-(``ru_maxrss`` would not do: it starts from the parent's at the fork.)
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from measured import child, large_checkpoint, needs_proc
 
 from nemoquant.checkpoint.header import encode_header
-from nemoquant.model.config import parse_config
-from nemoquant.model.roles import tensor_table
 
 LIMIT = 180e6
 CONFIG = {
@@ -27,8 +21,6 @@ CONFIG = {
 }  # fmt: skip
 
 CHILD = """
-import json, sys
-from pathlib import Path
 import numpy as np, torch
 from nemoquant import api
 from nemoquant.calibrate import data, run, scales
@@ -44,38 +36,23 @@ for dtype in (torch.bfloat16, torch.float32):
 if preset != "none":
     options = {k: Path(v) if k in ("data", "scales") else v for k, v in options.items()}
     api.quantize(source, out, preset, calibration=api.CalibrationOptions(**options), threads=2)
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(memory())
 """
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+    needs_proc,
 ]
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """Half a gigabyte of finite bf16, written from one buffer a tensor at a time."""
-    folder = tmp_path_factory.mktemp("large") / "source"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(CONFIG))]
-    noise = (torch.randn(8 << 20, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
-    with (folder / "model.safetensors").open("wb") as f:
-        f.write(encode_header(table, {}))
-        for number, (_, dtype, shape) in enumerate(table):
-            count = int(np.prod(shape))
-            start = number * 4099 % (len(noise) - count)
-            f.write(np.zeros(count, np.float32) if dtype == "F32" else noise[start : start + count])
-    np.save(folder.parent / "rows.npy", np.random.default_rng(0).integers(3, 4096, (4, 128)))
-    return folder
+    """Half a gigabyte."""
+    return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (4, 128))
 
 
 def peak(source, out, preset, **options):
-    arguments = [str(source), str(out), preset, json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in options.items()})]
-    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return 1024 * int(done.stdout)
+    return child(CHILD, source, out, preset, json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in options.items()}))
 
 
 @pytest.fixture(scope="module")
