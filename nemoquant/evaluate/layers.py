@@ -23,6 +23,9 @@ from nemoquant.model.reference import LayerState, layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights
 
 BATCH_BYTES = 384 << 20  # of a layer's intermediate values, about
+MOE_BATCH_BYTES = (
+    2 << 30
+)  # the same on a GPU, where all experts' weights cross once a batch: that takes longer than to compute with them
 SEGMENT = 2048  # positions of a row that go through a layer at once; its state carries over
 
 Sink = Callable[[slice, slice, Tensor], None]  # rows, positions, what the layer put out there
@@ -53,8 +56,8 @@ def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int) -> Iterator[slice]:
-    """Slices of rows whose intermediate values fit ``BATCH_BYTES``."""
+def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows whose intermediate values fit ``BATCH_BYTES``, or ``MOE_BATCH_BYTES``."""
     c = config
     width = {  # float32 values a token, of what is alive at once
         "mamba": 3 * c.mamba_inner + 4 * c.conv_channels,
@@ -62,7 +65,8 @@ def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int) ->
         "moe": 2 * c.moe_shared_expert_intermediate_size + 4 * c.expert_input,
         "mlp": 2 * c.intermediate_size,
     }[kind] + 3 * c.hidden_size
-    size = max(1, BATCH_BYTES // (4 * width * min(length, SEGMENT)))
+    room = BATCH_BYTES if kind != "moe" or device.type == "cpu" else MOE_BATCH_BYTES
+    size = max(1, room // (4 * width * min(length, SEGMENT)))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
@@ -75,7 +79,7 @@ def run_layer(
         the scan's states after the last position [rows, heads, head_dim, state], of a Mamba-2 layer.
     """
     states = []
-    for rows in batches(config, kind, *x.shape[:2]):
+    for rows in batches(config, kind, x.shape[0], x.shape[1], device):
         state: LayerState = None
         for start in range(0, x.shape[1], SEGMENT):
             part = slice(start, min(start + SEGMENT, x.shape[1]))

@@ -20,7 +20,7 @@ from nemoquant.errors import CheckpointError, TensorTableError, listing
 from nemoquant.formats.noise import Noise
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
-from nemoquant.model.taps import Tap
+from nemoquant.model.taps import Tap, identity
 from nemoquant.pack.layouts import Stored, find_stored, kv_scale_name
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
 
@@ -160,7 +160,11 @@ class PackedCheckpoint:
         Args:
             only: names to round, others pass; None is all.
             record: told what was done at each.
+        Returns:
+            :func:`identity` where nothing is rounded.
         """
+        if not (self.inputs if only is None else self.inputs.keys() & only):
+            return identity
 
         def round_trip(name: str, x: Tensor) -> Tensor:
             rule = self.inputs.get(name)

@@ -18,6 +18,7 @@ from elsewhere import ELSEWHERE, Elsewhere
 from nemoquant import api
 from nemoquant.cli import main
 from nemoquant.errors import CheckpointError, UsageError
+from nemoquant.evaluate.layers import batches
 from nemoquant.evaluate.schema import Report
 from nemoquant.formats import fp8, gpu, nvfp4
 from nemoquant.quantized import packed
@@ -95,6 +96,16 @@ def test_a_cache_of_another_device(device: Elsewhere, source: Path, compare: Cal
         compare(source, source, reference_cache=tmp_path / "other", device="cuda")
         again = compare(source, source, reference_cache=tmp_path / "other", device="cuda")
     assert again.candidates[0].logits.kl.max == 0
+
+
+def test_rows_at_once(source: Path) -> None:
+    """On a GPU more of them in a MoE layer, whose weights cross once a batch; by hand for segments of 2,048 tokens of this model."""
+    config, length = api.open_source(source).config, 1 << 14
+    values = {"mamba": 3 * 64 + 4 * 128, "moe": 2 * 80 + 4 * 32}
+    for kind, there in (("mamba", 384 << 20), ("moe", 2 << 30)):
+        for device, room in (("cpu", 384 << 20), ("cuda", there)):
+            first = next(batches(config, kind, 1 << 20, length, torch.device(device)))
+            assert first.stop == room // (4 * (values[kind] + 3 * 64) * 2048), (kind, device)
 
 
 PROGRAM = """
