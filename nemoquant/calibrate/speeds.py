@@ -36,7 +36,7 @@ def compute_speeds(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = min(2048, tokens * min(rows_of(row_batch, kind) for kind in set(c.layers)))
+        together = min(1024, tokens * min(rows_of(row_batch, kind) for kind in set(c.layers)))
         fast = _product(together, c.hidden_size, min(2048, 2 * c.hidden_size), 2, like)
         expert = fast
         if c.count("moe"):
