@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,10 @@ class Job:
         self.shard_bytes, self.resume, self.warnings, self.progress, self.say = shard_bytes, resume, warnings, progress, say
         self.expected, self.engine, self.address = expected, engine, address
         self.earlier = earlier(out) if resume else None
+        if (
+            self.earlier and self.earlier.calibrated and options.dtype is None
+        ):  # what that run's device chose may not be this one's choice
+            self.options = replace(options, dtype=self.earlier.options.get("--compute"))
         began = self.earlier.options if self.earlier and not self.earlier.calibrated else {}
         self.threads: int = threads or (engine != "ray" and began.get("--threads")) or usable_threads()
         self._calibration_threads = 1 if engine == "ray" else self.threads

@@ -19,14 +19,8 @@ MIXER_TOKENS = 256
 
 
 def compute_speeds(
-    checkpoint: Checkpoint,
-    config: NemotronHConfig,
-    tokens: int,
-    row_batch: RowBatch,
-    dtype_name: str,
-    threads: int,
-    device: Device,
-) -> tuple[float, float, float]:
+    checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, row_batch: RowBatch, dtype_name: str, threads: int, device: Device
+) -> tuple[float, float, float]:  # fmt: skip
     """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.speeds.Speeds`, with so many threads, or on a GPU.
 
     Args:

@@ -23,9 +23,7 @@ from nemoquant.model.reference import LayerState, layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights
 
 BATCH_BYTES = 384 << 20  # of a layer's intermediate values, about
-MOE_BATCH_BYTES = (
-    2 << 30
-)  # the same on a GPU, where all experts' weights cross once a batch: that takes longer than to compute with them
+MOE_BATCH_BYTES = 2 << 30  # on a GPU, where a batch brings all experts' weights there: that takes longer than its products
 SEGMENT = 2048  # positions of a row that go through a layer at once; its state carries over
 
 Sink = Callable[[slice, slice, Tensor], None]  # rows, positions, what the layer put out there

@@ -101,13 +101,18 @@ def test_a_run_goes_on_with_the_other_device(source: Path, quantized: Callable[.
 def test_after_calibration_the_device_may_change(
     source: Path, token_rows: Path, quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, it decides what is calibrated: then the run is refused. (The device's name alone: nothing runs on a GPU here.)"""
+    """Before, it decides what is calibrated: then the run is refused. (The device's name alone: nothing runs on a GPU here.)
+
+    Nor does it matter then in which dtype the other device would have calibrated by itself.
+    """
+    usual = {"cpu": torch.float32, "cuda": torch.bfloat16}
+    monkeypatch.setattr("nemoquant.calibrate.run.compute_dtype", lambda device: usual[device])
     monkeypatch.setattr(gpu, "check", lambda device: None)
     monkeypatch.setattr("nemoquant.job.torch_device", lambda device: torch.device("cpu"))
     expected = quantized("fp8", "expected", shard_bytes=30_000)
 
     def run(device: Any, at: str | None, resume: bool = False) -> None:
-        calibration = CalibrationOptions(data=token_rows, dtype="float32", device=device)
+        calibration = CalibrationOptions(data=token_rows, device=device)
         quantize(
             source,
             tmp_path / "out",
