@@ -6,7 +6,8 @@ from weight to weight, because asking for pinned memory halts the device. Two la
 copy.
 
 With the variable TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests alone, and a lane's memory is all here.
-(They were run in that interpreter only; no GPU was at hand so far: streams and pinned memory have not been run at all.)
+(They were run in that interpreter only, and compiled for SM 80, 90 and 120; no GPU was at hand so far: streams and pinned memory have not been
+run at all.)
 """
 
 import importlib.util

@@ -1,12 +1,15 @@
 """The GPU's kernels, in Triton's interpreter on the CPU: every byte that of the CPU's kernels, whose oracles are in the other tests here.
 
-The interpreter must be chosen before Triton is imported, so that each case runs in a process of its own.
+The interpreter must be chosen before Triton is imported, so that each case runs in a process of its own. Its compiler needs no GPU either:
+what it makes of the kernels is looked at for what would change bytes, fused multiply-adds, quick divisions, subnormal numbers made zero.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +81,62 @@ def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> N
     program = PROGRAM.replace("METHODS", repr(methods)).replace("WEIGHTS", str(weights))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+COMPILE = """
+import json, re, subprocess, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nemoquant.formats import gpu, triton_kernels as kernels
+
+ENCODE = dict(shift="i32", onto="fp32", reached="*i32", scales="*fp32", packed="*u8", block_scales="*u8", count="i32")
+cases = {method: (kernels.nvfp4_encode_kernel, dict(weight="*i32" if method == "activations" else "*i16") | ENCODE, dict(METHOD=number, LANES=128))
+         for method, number in gpu._METHODS.items()}
+one = dict(LANES=1024)
+cases["amax"] = kernels.amax_kernel, dict(weight="*i16", shift="i32", largest="*i32", count="i32"), one
+cases["fp8"] = kernels.fp8_encode_kernel, dict(weight="*i16", shift="i32", decode_scale="fp32", codes="*u8", count="i32"), one
+cases["fp8 decode"] = kernels.fp8_decode_kernel, dict(codes="*u8", table="*fp32", decode_scale="fp32", values="*fp32", count="i32"), one
+cases["nvfp4 decode"] = (
+    kernels.nvfp4_decode_kernel, dict(packed="*u8", block_scales="*u8", scales="*fp32", values="*fp32", count="i32"), one)
+disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+found = {}
+for name, (kernel, signature, constants) in cases.items():
+    source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        machine = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    divisions = set(re.findall(r"div\\.[a-z.0-9]+", made.asm["ptx"]))
+    found[name] = {
+        "ptx": [word for word in ("fma.", ".ftz", ".approx") if word in made.asm["ptx"]],
+        "divisions": sorted(divisions),
+        "fused": {word: len(re.findall(rf"\\b{word}\\b", machine)) for word in ("DFMA", "FFMA")},
+        "double": len(re.findall(r"\\bDMUL\\b", machine)),
+    }
+print(json.dumps(found))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_what_they_compile_to_for_sm_90(tmp_path: Path) -> None:
+    """Two roundings where two are defined. (Single-precision fused multiply-adds are in the division of IEEE, which is made of them.)"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    dividing = {"max", "four_over_six", "activations", "fp8"}
+    assert found.keys() == dividing | {"mse", "amax", "fp8 decode", "nvfp4 decode"}
+    for name, one in found.items():
+        assert one["ptx"] == [], name
+        assert one["divisions"] == (["div.rn.f32"] if name in dividing else []), name
+        assert one["fused"]["DFMA"] == 0, name
+        assert name in dividing or one["fused"]["FFMA"] == 0, name
+        assert (one["double"] > 0) == (name in ("mse", "four_over_six")), f"{name}: errors are in float64, nothing else"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal of a machine without a GPU")
