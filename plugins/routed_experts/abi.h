@@ -18,6 +18,14 @@ enum nemoquant_experts_format {
     NEMOQUANT_EXPERTS_NVFP4 = 4  /* the same, and the inputs of both products rounded to NVFP4 */
 };
 
+/* Which of the ways to multiply; all give the numbers that README.md's table has, in sums of another order. */
+enum nemoquant_experts_products {
+    NEMOQUANT_EXPERTS_AUTO = 0,    /* the fastest for the device and the sizes */
+    NEMOQUANT_EXPERTS_DECODED = 1, /* mma.sync, FP4 decoded to bfloat16: on every device, for every format */
+    NEMOQUANT_EXPERTS_NATIVE = 2,  /* mma.sync of FP4 with block scales: nvfp4, tiles of 32 and 64, compute capability 12.x */
+    NEMOQUANT_EXPERTS_GROUPED = 3  /* CUTLASS */
+};
+
 /* All arrays are contiguous and aligned to 16 bytes. Nothing may overlap. Of a projection [out, in] is [M, I] for up, [I, M] for down. */
 typedef struct nemoquant_routed_experts_args {
     const void* x;               /* [T, I] of dtype */
@@ -39,6 +47,7 @@ typedef struct nemoquant_routed_experts_args {
     int32_t format;     /* enum nemoquant_experts_format */
     int32_t activation; /* 0: relu squared */
     int32_t tile;       /* tokens of one expert that a block takes at a time: 8, 32 or 64; 0: chosen from the sizes */
+    int32_t products;   /* enum nemoquant_experts_products; what is not there is refused */
 } nemoquant_routed_experts_args;
 
 /* Never falls when a size grows. 0 for arguments that the launcher would refuse for their sizes. */

@@ -61,6 +61,18 @@ int check_sizes(const Args& a) {
     return NEMOQUANT_OK;
 }
 
+int check_products(const Args& a) {
+    switch (a.products) {
+        case NEMOQUANT_EXPERTS_AUTO:
+        case NEMOQUANT_EXPERTS_DECODED: return NEMOQUANT_OK;
+        case NEMOQUANT_EXPERTS_NATIVE:
+            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: products is 2, native FP4, which is not in this library; expected 0 or 1");
+        case NEMOQUANT_EXPERTS_GROUPED:
+            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: products is 3, CUTLASS, which is not in this library; expected 0 or 1");
+        default: return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: products is %d; expected 0 to 3", a.products);
+    }
+}
+
 int check(const Args& a) {
     if (const int code = check_sizes(a)) return code;
     const auto bad = [](const char* what, int got, const char* wanted) {
@@ -71,6 +83,7 @@ int check(const Args& a) {
     if (a.format < NEMOQUANT_EXPERTS_BF16 || a.format > NEMOQUANT_EXPERTS_NVFP4) return bad("format", a.format, "0 to 4");
     if (a.activation != 0) return bad("activation", a.activation, "0, relu squared");
     if (a.tile != 0 && a.tile != 8 && a.tile != 32 && a.tile != 64) return bad("tile", a.tile, "0, 8, 32 or 64");
+    if (const int code = check_products(a)) return code;
     const auto [weights, rounding] = format_of(a);
     const bool blocks = weights == Weights::e2m1, global = weights != Weights::bf16, inputs = rounding != Rounding::none;
     const struct {

@@ -234,6 +234,7 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
             r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4",
         ),
         ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
+        ({"products": "fast"}, r"products is 'fast'; expected one of auto, decoded, native, grouped"),
         ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
         ({"down": []}, r"routed_experts: up has 1 parts, down 0; bf16 has weight"),
         ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),

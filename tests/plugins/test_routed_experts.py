@@ -464,6 +464,8 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
         ("bf16", {"format": 5}, "format is 5; expected 0 to 4"),
         ("bf16", {"activation": 1}, "activation is 1; expected 0, relu squared"),
         ("bf16", {"tile": 16}, "tile is 16; expected 0, 8, 32 or 64"),
+        ("bf16", {"products": 4}, "products is 4; expected 0 to 3"),
+        ("bf16", {"products": 3}, "products is 3, CUTLASS, which is not in this library"),
         ("bf16", {"x": None}, "x is null; format 0 needs it"),
         ("bf16", {"workspace": None}, "workspace is null"),
         ("w8a16", {"down_global_scale": None}, "down_global_scale is null; format 1 needs it"),
