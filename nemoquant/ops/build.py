@@ -203,7 +203,7 @@ def missing(host: bool = False, faces: bool = True) -> str | None:
             "what torch uses, which needs none"
         )
     folder = plugin_folder()
-    if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/*_sm*.cu"))):
+    if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/grouped*.cu"))):
         return (
             "CUTLASS's headers were not found; some kernels need them: pip install --no-deps nvidia-cutlass (a wheel that has them), "
             "or set CUTLASS_ROOT to a checkout of CUTLASS 4"

@@ -233,8 +233,11 @@ EXPERT_FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 """Number (``enum nemoquant_experts_format``) and parts of a projection, by the format's name."""
 
+EXPERT_PRODUCTS = {"auto": 0, "decoded": 1, "native": 2, "grouped": 3}
+"""``enum nemoquant_experts_products``."""
 
-@torch.library.custom_op("nemoquant::routed_experts", mutates_args=(), device_types=DEVICES)
+
+@torch.library.custom_op("nemoquant::routed_experts", mutates_args=("skipped",), device_types=DEVICES)
 def routed_experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -243,28 +246,35 @@ def routed_experts(
     down: list[Tensor],
     format: str,
     activation: str = "relu2",
+    products: str = "auto",
+    skipped: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of each token's experts, ``down(relu(up(x))^2)``.
 
     Args:
         x: [tokens, input] float32, float16 or bfloat16; bfloat16 is fastest. ``input`` and ``width`` are multiples of 32.
-        expert_ids: [tokens, k] int64; what is no expert's index adds nothing.
+        expert_ids: [tokens, k] int64; what is no expert's index adds nothing to the result, see ``skipped``.
         expert_weights: [tokens, k] float32.
         up, down: the parts of all experts' weights [experts, width, input] and [experts, input, width], in the order of
             ``EXPERT_FORMATS[format]``: bfloat16 ``weight``; or ``codes`` (one byte each, or two E2M1 a byte), ``block_scales`` (E4M3
             bytes [experts, out, in / 16]), ``global_scale`` and ``input_scale`` (float32 [experts]).
         format: bf16, w8a16, fp8, w4a16 or nvfp4.
+        products: how they are multiplied; "auto" takes the fastest there is, the others are for tests: "decoded" (``mma.sync``, FP4 decoded
+            to bfloat16), "native" (FP4 with block scales, format nvfp4 on SM120), "grouped" (CUTLASS).
+        skipped: int32 [1], to which the number of ids that are no expert's is added, on the device and without waiting for it; or None.
     Returns:
         [tokens, input] like ``x``; sums are float32.
     Raises:
         ValueError: shapes or dtypes that do not go together, or an unknown name.
         BuildError: no library for the device.
-        EngineError: the kernel refused.
+        EngineError: the kernel refused, for one because it has no such ``products`` here.
     """
     if format not in EXPERT_FORMATS or activation != "relu2":
         raise ValueError(
             f"routed_experts: format is {format!r}, activation {activation!r}; expected one of {', '.join(EXPERT_FORMATS)}, and relu2"
         )
+    if products not in EXPERT_PRODUCTS:
+        raise ValueError(f"routed_experts: products is {products!r}; expected one of {', '.join(EXPERT_PRODUCTS)}")
     number, names = EXPERT_FORMATS[format]
     tokens, size = x.shape
     chosen = expert_ids.shape[-1]
@@ -278,6 +288,10 @@ def routed_experts(
     if expert_ids.dtype != torch.int64 or expert_weights.dtype != torch.float32:
         raise ValueError(
             f"routed_experts: expert_ids is {expert_ids.dtype}, expert_weights {expert_weights.dtype}; expected int64 and float32"
+        )
+    if skipped is not None and (skipped.dtype != torch.int32 or skipped.shape != (1,) or skipped.device != x.device):
+        raise ValueError(
+            f"routed_experts: skipped is {skipped.dtype} {list(skipped.shape)} on {skipped.device}; expected int32 [1] on {x.device}"
         )
     arguments: dict[str, Tensor] = {}
     for projection, parts in given.items():
@@ -298,7 +312,7 @@ def routed_experts(
         call(
             "routed_experts", x.device, x=x.contiguous(), expert_ids=expert_ids.contiguous(), expert_weights=expert_weights.contiguous(),
             y=y, tokens=tokens, chosen=chosen, experts=experts, input=size, width=width, dtype=dtype_number(x.dtype), format=number,
-            activation=0, **arguments,
+            activation=0, products=EXPERT_PRODUCTS[products], skipped=skipped, **arguments,
         )  # fmt: skip
     return y
 
@@ -312,5 +326,7 @@ def _(
     down: list[Tensor],  # noqa: ARG001
     format: str,  # noqa: ARG001
     activation: str = "relu2",  # noqa: ARG001
+    products: str = "auto",  # noqa: ARG001
+    skipped: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     return x.new_empty(x.shape)

@@ -5,3 +5,8 @@
 extern "C" NEMOQUANT_API void nemoquant_host_shared_limit(size_t bytes) {
     nq::host::machine.shared_limit = bytes ? bytes : nq::host::SHARED_LIMIT;
 }
+
+// The compute capability from now on, 10 * major + minor; 0 is the default.
+extern "C" NEMOQUANT_API void nemoquant_host_capability(int capability) {
+    nq::host::machine.capability = capability ? capability : nq::host::CAPABILITY;
+}

@@ -53,6 +53,7 @@ constexpr size_t STACK = 128 * 1024;
 constexpr size_t GUARD = 128;               // bytes behind the dynamic shared memory
 constexpr unsigned char FILL = 0xff;        // NaN in every floating-point format
 constexpr size_t SHARED_LIMIT = 227 * 1024; // of an SM90 or SM100 block
+constexpr int CAPABILITY = 120;             // 10 * major + minor: the device that has every instruction of mma.cuh
 
 using Collective = void (*)(void* const* lanes);  // one pointer a lane, null for lanes that are not in it
 
@@ -83,6 +84,7 @@ struct Fiber {
 struct Machine {
     std::mutex one_launch;
     size_t shared_limit = SHARED_LIMIT;
+    int capability = CAPABILITY;
     std::vector<Fiber> fibers;
     char* stacks = nullptr;
     size_t stack_count = 0;
@@ -528,6 +530,13 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+// Byte i of the result is the one of x (0 to 3) and y (4 to 7) that digit i of ``selector`` names.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+    unsigned made = 0;
+    for (int i = 0; i < 4; ++i) made |= static_cast<unsigned>(both >> 8 * (selector >> 4 * i & 7U) & 0xffU) << 8 * i;
+    return made;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

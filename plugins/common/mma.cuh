@@ -8,6 +8,12 @@
 // and for m16n8k32 of E4M3, four values a register:
 //     A [16, 32]   a0: row g, columns 4t to 4t+3    a1: row g+8    a2, a3: columns 16 further
 //     B [32, 8]    b0: rows 4t to 4t+3 of column g  b1: rows 16 further
+// and for m16n8k64 of E2M1 with block scales, eight values a register ("Matrix fragments for mma.m16n8k64", "Block scaling for mma.sync"):
+//     A [16, 64]   a0: row g, columns 8t to 8t+7    a1: row g+8    a2, a3: columns 32 further
+//     B [64, 8]    b0: rows 8t to 8t+7 of column g  b1: rows 32 further
+//     scales of A  a register has the four of a row, of its columns from 0, 16, 32 and 48 on, low byte first. Lanes 0 and 1, or 2 and 3
+//                  of the four are asked: the first for row g, the second for row g+8
+//     scales of B  those of column g, in whichever lane of the four is asked
 #pragma once
 
 #include "numeric.cuh"
@@ -71,6 +77,20 @@ __device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t 
     const uint32_t second[4] = {high[0].x, high[1].x, high[0].y, high[1].y};
     mma_m16n8k16<__nv_bfloat16>(d, second, high[2].x, high[2].y);
 #endif
+}
+
+// d += A B of E2M1 codes, every 16 along k with an E4M3 scale in A and in B: NVFP4's. The scales are without sign: their top bit is zero.
+// ``PAIR``: which lanes of the four have those of A; ``LANE``: which has those of B. For SM120 alone ("sm_120a"). Like E4M3, long sums
+// are added up elsewhere: how many bits of them are kept is not documented.
+template <int PAIR, int LANE>
+__device__ __forceinline__ void mma_m16n8k64_nvfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t scales_a,
+                                                   uint32_t scales_b) {
+    static_assert(PAIR >= 0 && PAIR < 2 && LANE >= 0 && LANE < 4);
+    asm volatile(
+        "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, {%10}, {0, %11}, {%12}, {0, %13};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(scales_a), "n"(PAIR), "r"(scales_b), "n"(LANE));
 }
 
 // Four 8 x 8 matrices of 16-bit values from shared memory. Lanes 8 i to 8 i + 7 give the rows (16 bytes each, aligned) of matrix i;
@@ -150,6 +170,47 @@ inline void multiply_e4m3(void* const* lanes) {
             static_cast<Product*>(lanes[lane])->d[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+struct ScaledProduct {
+    float (&d)[4];
+    const uint32_t (&a)[4];
+    uint32_t b[2], scales_a, scales_b;
+};
+
+// Of the four in ``scales``, that of block ``i``.
+inline float block_scale_of(uint32_t scales, int i) {
+    const auto code = static_cast<uint8_t>(scales >> 8 * i);
+    if (code & 0x80U) throw std::logic_error("a block scale with its top bit set, which the instruction does not have");
+    return e4m3_to_float(code);
+}
+
+template <int PAIR, int LANE>
+void multiply_nvfp4(void* const* lanes) {
+    float a[16][64], b[64][8];
+    for (int lane = 0; lane < 32; ++lane)
+        if (!lanes[lane]) throw std::logic_error("a matrix product that a lane of the warp does not take part in");
+    const auto of = [&](int lane) -> const ScaledProduct& { return *static_cast<ScaledProduct*>(lanes[lane]); };
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto& mine = of(lane);
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i)
+            for (int k = 0; k < 8; ++k) a[g + i % 2 * 8][8 * t + k + i / 2 * 32] = e2m1_to_float(mine.a[i] >> 4 * k & 15U);
+        for (int i = 0; i < 2; ++i)
+            for (int k = 0; k < 8; ++k) b[8 * t + k + i * 32][g] = e2m1_to_float(mine.b[i] >> 4 * k & 15U);
+    }
+    float d[16][8] = {};
+    for (int row = 0; row < 16; ++row)
+        for (int column = 0; column < 8; ++column)
+            for (int block = 0; block < 4; ++block) {
+                float sum = 0.0F;  // exact: multiples of 1/4 below 576
+                for (int k = 16 * block; k < 16 * block + 16; ++k) sum += a[row][k] * b[k][column];
+                const float of_a = block_scale_of(of(row % 8 * 4 + 2 * PAIR + row / 8).scales_a, block);
+                const float of_b = block_scale_of(of(column * 4 + LANE).scales_b, block);
+                d[row][column] += sum * (of_a * of_b);
+            }
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) static_cast<ScaledProduct*>(lanes[lane])->d[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
 struct Matrices {
     uint32_t (&r)[4];
     const void* row;
@@ -185,6 +246,12 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 inline void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     host::Product mine{d, a, {b0, b1}};
     host::meet(0xffffffffU, &mine, host::multiply_e4m3);
+}
+
+template <int PAIR, int LANE>
+void mma_m16n8k64_nvfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t scales_a, uint32_t scales_b) {
+    host::ScaledProduct mine{d, a, {b0, b1}, scales_a, scales_b};
+    host::meet(0xffffffffU, &mine, host::multiply_nvfp4<PAIR, LANE>);
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -59,6 +59,11 @@ inline size_t shared_limit() { return static_cast<size_t>(attribute(cudaDevAttrM
 
 inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
+// Of the current device, 10 * major + minor; 0 where there is none.
+inline int compute_capability() {
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
 inline int fill_zero(void* at, size_t bytes, void* stream) {
     const cudaError_t error = cudaMemsetAsync(at, 0, bytes, static_cast<cudaStream_t>(stream));
     return error == cudaSuccess ? NEMOQUANT_OK : fail(NEMOQUANT_LAUNCH_FAILED, "clearing %zu bytes: %s", bytes, cudaGetErrorString(error));
@@ -95,6 +100,7 @@ namespace nq {
 
 inline size_t shared_limit() { return host::machine.shared_limit; }
 inline int multiprocessors() { return 4; }
+inline int compute_capability() { return host::machine.capability; }
 
 inline int fill_zero(void* at, size_t bytes, void*) {
     std::memset(at, 0, bytes);

@@ -3,6 +3,7 @@
 //     narrow    few tokens an expert: memory-bound. A warp takes 16 rows of a weight and 8 tokens; warps of a block may share the
 //               inputs of the same rows, their sums added in the warps' order. No shared memory but for that.
 //     wide      many: a block takes 256 rows and 32 or 64 tokens, the tokens by asynchronous copies through shared memory.
+//     native    the same of FP4 as it is, see native.cuh
 //     combine   y = the weighted sum over j, ascending
 //
 // The epilogue of up squares, rounds as the format has it, and writes what down reads, in its order; that of down writes float32.
@@ -60,6 +61,38 @@ __device__ __forceinline__ Target hidden_of(const Projection& p, int slot) {
     return {p.hidden + slot * stride, stride, 0};
 }
 
+// The largest magnitude, as bits, of a block of 16 rows for one token: of the lanes that differ in g alone, two values each.
+__device__ __forceinline__ uint32_t amax_of_rows(float one, float other) {
+    uint32_t amax = magnitude_bits(one) > magnitude_bits(other) ? magnitude_bits(one) : magnitude_bits(other);
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+        const uint32_t far = __shfl_xor_sync(0xffffffffU, amax, step);
+        amax = far > amax ? far : amax;
+    }
+    return amax;
+}
+
+// Block ``block`` of two tokens for products of FP4: values of rows g (0, 1) and g + 8 (2, 3) for one and the other, the first token's
+// row at ``at``. ``left``: tokens from the first on, maybe none. Two rows are a byte; lanes of even g write the first token's, odd the other's.
+__device__ __forceinline__ void store_codes(const float (&values)[4], float scale, unsigned char* at, int64_t stride, int block, int left) {
+    const int g = threadIdx.x % 32 / 4, odd = g % 2;
+    uint32_t codes = 0;  // a byte each
+    uint8_t block_codes[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        block_codes[i] = block_scale_code(amax_of_rows(values[i], values[i + 2]), scale);
+        const float unit = e4m3_to_float(block_codes[i]);
+        codes |= e2m1_code(values[i], unit, scale) << 8 * i | e2m1_code(values[i + 2], unit, scale) << 8 * (i + 2);
+    }
+    const uint32_t far = __shfl_xor_sync(0xffffffffU, codes, 4);
+    const uint32_t pairs = odd ? far | codes << 4 : codes | far << 4;
+    if (odd >= left) return;
+    unsigned char* const row = at + odd * stride;
+    row[half_at(block, 0) + g / 2] = static_cast<uint8_t>(pairs >> 8 * odd);
+    row[half_at(block, 1) + g / 2] = static_cast<uint8_t>(pairs >> 8 * (odd + 2));
+    if (g < 2) row[scale_at(block)] = odd ? block_codes[1] : block_codes[0];
+}
+
 // The sums d of 16 rows from ``row`` by the tokens 2 t and 2 t + 1 of the eight from ``first`` of a tile.
 template <Weights F>
 __device__ __forceinline__ void finish(const Projection& p, const float (&d)[4], const Tile& tile, int row, int first, const Target& to) {
@@ -83,30 +116,27 @@ __device__ __forceinline__ void finish(const Projection& p, const float (&d)[4],
         const float positive = values[i] < 0.0F ? 0.0F : values[i];  // NaN stays
         values[i] = __fmul_rn(positive, positive);
     }
-    if (p.next_rounding == Rounding::e4m3) {
-        const float next = p.next_scale[tile.expert];
+    if constexpr (F == Weights::fp4) {
+        store_codes(values, p.next_scale[tile.expert], to.at + token * to.stride, to.stride, (row - to.begin) / BLOCK, tile.count - token);
+    } else {
+        if (p.next_rounding == Rounding::e4m3) {
+            const float next = p.next_scale[tile.expert];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = __fdiv_rn(values[i], next);  // stored as a code
-    } else if (p.next_rounding == Rounding::nvfp4) {  // a block is the 16 rows here
-        const float next = p.next_scale[tile.expert];
+            for (int i = 0; i < 4; ++i) values[i] = __fdiv_rn(values[i], next);  // stored as a code
+        } else if (p.next_rounding == Rounding::nvfp4) {
+            const float next = p.next_scale[tile.expert];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t one = __float_as_uint(values[i]) & 0x7fffffffU, other = __float_as_uint(values[i + 2]) & 0x7fffffffU;
-            uint32_t amax = one > other ? one : other;
-#pragma unroll
-            for (int step = 4; step < 32; step *= 2) {
-                const uint32_t far = __shfl_xor_sync(0xffffffffU, amax, step);
-                amax = far > amax ? far : amax;
+            for (int i = 0; i < 2; ++i) {
+                const float block = block_scale(amax_of_rows(values[i], values[i + 2]), next);
+                values[i] = round_e2m1(values[i], block, next);
+                values[i + 2] = round_e2m1(values[i + 2], block, next);
             }
-            const float block = block_scale(amax, next);
-            values[i] = round_e2m1(values[i], block, next);
-            values[i + 2] = round_e2m1(values[i + 2], block, next);
         }
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (token + i % 2 < tile.count)
-            store_input<F>(to.at + (token + i % 2) * to.stride, row + g + i / 2 * 8 - to.begin, values[i], p.planes, plane_bytes<F>(p.rows));
+        for (int i = 0; i < 4; ++i)
+            if (token + i % 2 < tile.count)
+                store_input<F>(to.at + (token + i % 2) * to.stride, row + g + i / 2 * 8 - to.begin, values[i], p.planes, plane_bytes<F>(p.rows));
+    }
 }
 
 // What one part of a chunk needs of 16 rows, two held ones from ``r``: A of two products, steps 2 ``part`` and 2 ``part`` + 1 of the chunk.

@@ -2,7 +2,8 @@
 #include <algorithm>
 
 #include "abi.h"
-#include "kernel.cuh"
+#include "native.cuh"
+#include "sorting.cuh"
 
 namespace {
 
@@ -61,6 +62,37 @@ int check_sizes(const Args& a) {
     return NEMOQUANT_OK;
 }
 
+// Whether this library has products of FP4, and for this device: code for sm_120a runs on no other.
+#if defined(NQ_HAVE_SM120A)
+constexpr bool NATIVE_BUILT = true;
+bool native_here() { return compute_capability() == 120; }
+#else
+constexpr bool NATIVE_BUILT = false;
+bool native_here() { return false; }
+#endif
+
+int check_products(const Args& a) {
+    switch (a.products) {
+        case NEMOQUANT_EXPERTS_AUTO:
+        case NEMOQUANT_EXPERTS_DECODED: return NEMOQUANT_OK;
+        case NEMOQUANT_EXPERTS_NATIVE:
+            if (a.format != NEMOQUANT_EXPERTS_NVFP4 || a.tile == NARROW_TOKENS)
+                return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: products is 2, native FP4, with format %d and tile %d; expected format 4 and tile 0, 32 or 64",
+                            a.format, a.tile);
+            if (!NATIVE_BUILT)
+                return fail(NEMOQUANT_UNSUPPORTED,
+                            "routed_experts: products is 2, native FP4, which this library was built without; expected 0 or 1, or a build for sm_120a");
+            if (!native_here())
+                return fail(NEMOQUANT_UNSUPPORTED,
+                            "routed_experts: products is 2, native FP4, on a device of compute capability %d.%d; expected 12.0, or products 0 or 1",
+                            compute_capability() / 10, compute_capability() % 10);
+            return NEMOQUANT_OK;
+        case NEMOQUANT_EXPERTS_GROUPED:
+            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: products is 3, CUTLASS, which is not in this library; expected 0 or 1");
+        default: return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: products is %d; expected 0 to 3", a.products);
+    }
+}
+
 int check(const Args& a) {
     if (const int code = check_sizes(a)) return code;
     const auto bad = [](const char* what, int got, const char* wanted) {
@@ -71,6 +103,7 @@ int check(const Args& a) {
     if (a.format < NEMOQUANT_EXPERTS_BF16 || a.format > NEMOQUANT_EXPERTS_NVFP4) return bad("format", a.format, "0 to 4");
     if (a.activation != 0) return bad("activation", a.activation, "0, relu squared");
     if (a.tile != 0 && a.tile != 8 && a.tile != 32 && a.tile != 64) return bad("tile", a.tile, "0, 8, 32 or 64");
+    if (const int code = check_products(a)) return code;
     const auto [weights, rounding] = format_of(a);
     const bool blocks = weights == Weights::e2m1, global = weights != Weights::bf16, inputs = rounding != Rounding::none;
     const struct {
@@ -88,6 +121,8 @@ int check(const Args& a) {
         if (reinterpret_cast<uintptr_t>(one.pointer) % 16)
             return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: %s is at %p; expected a multiple of 16", one.name, one.pointer);
     }
+    if (reinterpret_cast<uintptr_t>(a.skipped) % 4)
+        return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: skipped is at %p; expected a multiple of 4", static_cast<const void*>(a.skipped));
     return NEMOQUANT_OK;
 }
 
@@ -127,7 +162,7 @@ struct Workspace {
         order = reinterpret_cast<int32_t*>(take(slab.pairs * 4));
         tile_count = reinterpret_cast<int32_t*>(take(4));
         tiles = reinterpret_cast<Tile*>(take(slab.tiles * static_cast<int64_t>(sizeof(Tile))));
-        hidden = take(slab.pairs * planes * padded(a.width));
+        hidden = take(slab.pairs * planes * padded(a.width));  // as bfloat16; FP4's groups take less
         inputs = take(std::max(rows * planes * padded(a.input), slab.pairs * a.input * 4));
         results = reinterpret_cast<float*>(inputs);
         bytes = used;
@@ -137,7 +172,13 @@ struct Workspace {
 int tile_of(const Args& a, int64_t tokens) {
     if (a.tile) return a.tile;
     const int64_t mean = tokens * a.chosen / a.experts;
-    return mean <= NARROW_MEAN ? NARROW_TOKENS : mean <= MIDDLE_MEAN ? 32 : 64;
+    return mean <= NARROW_MEAN && a.products != NEMOQUANT_EXPERTS_NATIVE ? NARROW_TOKENS : mean <= MIDDLE_MEAN ? 32 : 64;
+}
+
+// Whether ``tokens`` tokens are multiplied as FP4.
+bool is_native(const Args& a, int64_t tokens) {
+    if (a.products == NEMOQUANT_EXPERTS_NATIVE) return true;
+    return a.products == NEMOQUANT_EXPERTS_AUTO && a.format == NEMOQUANT_EXPERTS_NVFP4 && tile_of(a, tokens) != NARROW_TOKENS && native_here();
 }
 
 template <Weights F>
@@ -156,6 +197,13 @@ int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* strea
     return NQ_LAUNCH((narrow<F>), grid, dim3(NARROW_WARPS * 32), 0, stream, p);
 }
 
+#if defined(NQ_HAVE_SM120A)
+template <>
+int multiply<Weights::fp4>(Projection p, int tile, int64_t pairs, int64_t experts, void* stream) {
+    return multiply_native(p, tile, std::min(pairs, pairs / tile + experts), stream);
+}
+#endif
+
 template <class Y>
 int sum(const Sum& p, void* stream) {
     const int64_t threads = p.tokens * (p.size / 4);
@@ -173,11 +221,11 @@ int launch(const Args& a, const Workspace& w, int64_t first, int64_t tokens, voi
     const int64_t pairs = tokens * chosen, row_bytes = a.input * (a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2);
     const int planes = planes_of(a), tile = tile_of(a, tokens);
 
-    const Routing r{a.expert_ids + first * chosen, w.counts, w.order, w.tiles, w.tile_count, static_cast<int32_t>(pairs), experts, tile,
+    const Routing r{a.expert_ids + first * chosen, w.counts, w.order, w.tiles, w.tile_count, a.skipped, static_cast<int32_t>(pairs), experts, tile,
                     static_cast<int32_t>((pairs + SORT - 1) / SORT)};
     const Inputs in{static_cast<const unsigned char*>(a.x) + first * row_bytes, a.up_input_scale, w.inputs, a.dtype, input, planes, chosen,
                     rounded ? pairs : tokens, rounding};
-    const int64_t writers = (in.rows * (input / BLOCK) + SORT - 1) / SORT;
+    const int64_t writers = (in.rows * blocks_of<F>(input) + SORT - 1) / SORT;
     if (const int code = NQ_LAUNCH((begin<F>), dim3(static_cast<unsigned>(r.blocks + writers)), dim3(SORT), 0, stream, r, in)) return code;
     if (r.blocks > 1) {
         if (const int code = NQ_LAUNCH((arrange), dim3(1), dim3(SORT), 0, stream, r)) return code;
@@ -221,11 +269,16 @@ extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* arg
     for (int64_t first = 0; first < args->tokens; first += slab.tokens) {
         const int64_t tokens = std::min(slab.tokens, args->tokens - first);
         int code = NEMOQUANT_OK;
-        switch (format_of(*args).weights) {
+        switch (is_native(*args, tokens) ? Weights::fp4 : format_of(*args).weights) {
             case Weights::bf16: code = launch<Weights::bf16>(*args, workspace, first, tokens, stream); break;
             case Weights::e4m3: code = launch<Weights::e4m3>(*args, workspace, first, tokens, stream); break;
             case Weights::fp8: code = launch<Weights::fp8>(*args, workspace, first, tokens, stream); break;
             case Weights::e2m1: code = launch<Weights::e2m1>(*args, workspace, first, tokens, stream); break;
+            case Weights::fp4:
+#if defined(NQ_HAVE_SM120A)
+                code = launch<Weights::fp4>(*args, workspace, first, tokens, stream);
+#endif
+                break;
         }
         if (code) return code;
     }

@@ -3,9 +3,7 @@
 // A pair is (token, j), counted token * k + j; its expert is expert_ids[pair]. The sort is stable, so that the order within an expert
 // is that of the pairs: nothing depends on which block or thread came first.
 //
-//     begin     blocks of SORT pairs count their experts; further blocks write the inputs. One block of pairs does all of the sort.
-//     arrange   one block: where each expert, and each block's share of it, begins; the list of tiles
-//     scatter   blocks of SORT pairs write each pair to its slot
+// The kernels are in sorting.cuh.
 #pragma once
 
 #include "weights.cuh"
@@ -22,7 +20,7 @@ struct alignas(16) Tile {
 };
 
 // How inputs are rounded: not at all (then they are a sum of 1, 2 or 3 bfloat16, exact for bfloat16, float16 and float32), to E4M3
-// (with Weights::fp8 alone: codes) or to NVFP4 (one bfloat16: code times block scale).
+// (with Weights::fp8 alone: codes) or to NVFP4 (one bfloat16: code times block scale; with Weights::fp4 codes and block scales).
 enum class Rounding : int32_t { none, e4m3, nvfp4 };
 
 struct Routing {
@@ -31,6 +29,7 @@ struct Routing {
     int32_t* order;       // [pairs] slot -> pair; those without an expert have no slot
     Tile* tiles;
     int32_t* tile_count;
+    int32_t* skipped;  // null, or what pairs without an expert are added to
     int32_t pairs, experts, tile;  // tile: slots of one, at most
     int32_t blocks;                // of pairs
 };
@@ -38,7 +37,7 @@ struct Routing {
 struct Inputs {
     const void* x;       // [tokens, size]
     const float* scale;  // [experts], if they are rounded
-    unsigned char* out;  // [rows, planes, chunks of CHUNK], bfloat16 or codes; a row is a token, or a pair if they are rounded
+    unsigned char* out;  // [rows, planes, chunks of CHUNK], bfloat16 or codes (fp4: groups); a row is a token, or a pair if they are rounded
     int32_t dtype, size, planes, chosen;
     int64_t rows;
     Rounding rounding;
@@ -55,7 +54,14 @@ __device__ __forceinline__ float load_float(const void* x, int32_t dtype, int64_
 // Bytes of a row's activations, one plane of them.
 template <Weights F>
 __host__ __device__ constexpr int64_t plane_bytes(int size) {
+    if constexpr (F == Weights::fp4) return static_cast<int64_t>((size + GROUP - 1) / GROUP) * GROUP_BYTES;
     return static_cast<int64_t>((size + CHUNK - 1) / CHUNK) * CHUNK * BYTES<F>;
+}
+
+// Blocks of a row that are written.
+template <Weights F>
+__host__ __device__ constexpr int blocks_of(int size) {
+    return F == Weights::fp4 ? (size + GROUP - 1) / GROUP * (GROUP / BLOCK) : size / BLOCK;
 }
 
 __device__ __forceinline__ uint16_t bf16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
@@ -76,13 +82,18 @@ __device__ __forceinline__ void store_input(unsigned char* row, int i, float val
     }
 }
 
-// NVFP4: a block's scale from its largest magnitude (as bits, so that NaN is the largest), and the values in units of ``scale``.
-__device__ __forceinline__ float block_scale(uint32_t amax_bits, float scale) {
-    return e4m3_to_float(float_to_e4m3(__fdiv_rn(__uint_as_float(amax_bits), __fmul_rn(6.0F, scale))));
+// NVFP4: a block's scale as a code, from its largest magnitude (as bits, so that NaN is the largest); the code of a value in units of
+// ``block``, that scale, times ``scale``; and what both are in units of ``scale``.
+__device__ __forceinline__ uint8_t block_scale_code(uint32_t amax_bits, float scale) {
+    return float_to_e4m3(__fdiv_rn(__uint_as_float(amax_bits), __fmul_rn(6.0F, scale)));
 }
-__device__ __forceinline__ float round_e2m1(float x, float block, float scale) {
-    return block == 0.0F ? 0.0F : block * e2m1_to_float(float_to_e2m1(__fdiv_rn(x, __fmul_rn(block, scale))));
+__device__ __forceinline__ float block_scale(uint32_t amax_bits, float scale) { return e4m3_to_float(block_scale_code(amax_bits, scale)); }
+__device__ __forceinline__ uint32_t e2m1_code(float x, float block, float scale) {
+    return block == 0.0F ? 0U : float_to_e2m1(__fdiv_rn(x, __fmul_rn(block, scale)));
 }
+__device__ __forceinline__ float round_e2m1(float x, float block, float scale) { return block * e2m1_to_float(e2m1_code(x, block, scale)); }
+
+__device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffU; }
 
 // ------------------------------------------------------------------------------------------------------------- sorting
 
@@ -148,10 +159,29 @@ __device__ __forceinline__ int expert_of(const Routing& r, int pair) {
 
 // -------------------------------------------------------------------------------------------------------------- inputs
 
+__device__ __forceinline__ uint32_t amax_bits(const float (&values)[BLOCK]) {
+    uint32_t amax = 0;
+#pragma unroll
+    for (int k = 0; k < BLOCK; ++k) amax = magnitude_bits(values[k]) > amax ? magnitude_bits(values[k]) : amax;
+    return amax;
+}
+
+// Block ``i`` of a row for products of FP4: codes and their scale.
+__device__ __forceinline__ void store_block(unsigned char* row, int i, const float (&values)[BLOCK], float scale) {
+    const uint8_t code = block_scale_code(amax_bits(values), scale);
+    const float block = e4m3_to_float(code);
+    uint32_t halves[2] = {};
+#pragma unroll
+    for (int k = 0; k < BLOCK; ++k) halves[k / 8] |= e2m1_code(values[k], block, scale) << 4 * (k % 8);
+    store_as(row + half_at(i, 0), halves[0]);
+    store_as(row + half_at(i, 1), halves[1]);
+    row[scale_at(i)] = code;
+}
+
 // Thread ``i`` of all writes block ``i`` of 16 inputs.
 template <Weights F>
 __device__ void write_inputs(const Routing& r, const Inputs& in, int64_t i) {
-    const int blocks = in.size / BLOCK;
+    const int blocks = blocks_of<F>(in.size);
     const int64_t row = i / blocks;
     if (row >= in.rows) return;
     const int begin = static_cast<int>(i % blocks) * BLOCK;
@@ -165,80 +195,23 @@ __device__ void write_inputs(const Routing& r, const Inputs& in, int64_t i) {
     }
     float values[BLOCK];
 #pragma unroll
-    for (int k = 0; k < BLOCK; ++k) values[k] = load_float(in.x, in.dtype, token * in.size + begin + k);
-    if (in.rounding == Rounding::e4m3) {
-#pragma unroll
-        for (int k = 0; k < BLOCK; ++k) values[k] = __fdiv_rn(values[k], scale);  // stored as a code
-    } else if (in.rounding == Rounding::nvfp4) {
-        uint32_t amax = 0;
-#pragma unroll
-        for (int k = 0; k < BLOCK; ++k) {
-            const uint32_t bits = __float_as_uint(values[k]) & 0x7fffffffU;
-            amax = bits > amax ? bits : amax;
-        }
-        const float block = block_scale(amax, scale);
-#pragma unroll
-        for (int k = 0; k < BLOCK; ++k) values[k] = round_e2m1(values[k], block, scale);
-    }
+    for (int k = 0; k < BLOCK; ++k) values[k] = F != Weights::fp4 || begin < in.size ? load_float(in.x, in.dtype, token * in.size + begin + k) : 0.0F;
     const int64_t plane = plane_bytes<F>(in.size);
     unsigned char* const out = in.out + row * in.planes * plane;
+    if constexpr (F == Weights::fp4) {
+        store_block(out, begin / BLOCK, values, scale);
+    } else {
+        if (in.rounding == Rounding::e4m3) {
 #pragma unroll
-    for (int k = 0; k < BLOCK; ++k) store_input<F>(out, begin + k, values[k], in.planes, plane);
-}
-
-// ------------------------------------------------------------------------------------------------------------- kernels
-
-template <Weights F>
-__global__ void __launch_bounds__(SORT) begin(Routing r, Inputs in) {
-    __shared__ int counts[EXPERTS_MOST];
-    __shared__ __align__(16) int ids[SORT];
-    __shared__ int warps[SORT / 32];
-    const int block = blockIdx.x;
-    if (block >= r.blocks) {
-        write_inputs<F>(r, in, static_cast<int64_t>(block - r.blocks) * SORT + threadIdx.x);
-        return;
-    }
-    for (int e = threadIdx.x; e < r.experts; e += SORT) counts[e] = 0;
-    __syncthreads();
-    const int pair = block * SORT + threadIdx.x, expert = expert_of(r, pair);
-    if (expert >= 0) atomicAdd(&counts[expert], 1);  // integers: any order gives the same
-    ids[threadIdx.x] = expert;
-    __syncthreads();
-    if (r.blocks > 1) {
-        for (int e = threadIdx.x; e < r.experts; e += SORT) r.counts[static_cast<int64_t>(block) * r.experts + e] = counts[e];
-        return;
-    }
-    lay_out(r, warps, [&](int e) { return counts[e]; }, [&](int e, int slot) { counts[e] = slot; });
-    __syncthreads();
-    if (expert >= 0) r.order[counts[expert] + rank(ids, expert)] = pair;
-}
-
-__global__ void __launch_bounds__(SORT) arrange(Routing r) {
-    __shared__ int totals[EXPERTS_MOST];
-    __shared__ int warps[SORT / 32];
-    for (int e = threadIdx.x; e < r.experts; e += SORT) {
-        int total = 0;
-        for (int b = 0; b < r.blocks; ++b) {
-            int32_t& count = r.counts[static_cast<int64_t>(b) * r.experts + e];
-            const int here = count;
-            count = total;
-            total += here;
+            for (int k = 0; k < BLOCK; ++k) values[k] = __fdiv_rn(values[k], scale);  // stored as a code
+        } else if (in.rounding == Rounding::nvfp4) {
+            const float block = block_scale(amax_bits(values), scale);
+#pragma unroll
+            for (int k = 0; k < BLOCK; ++k) values[k] = round_e2m1(values[k], block, scale);
         }
-        totals[e] = total;
+#pragma unroll
+        for (int k = 0; k < BLOCK; ++k) store_input<F>(out, begin + k, values[k], in.planes, plane);
     }
-    __syncthreads();
-    lay_out(r, warps, [&](int e) { return totals[e]; }, [&](int e, int slot) { totals[e] = slot; });
-    __syncthreads();
-    for (int e = threadIdx.x; e < r.experts; e += SORT)
-        for (int b = 0; b < r.blocks; ++b) r.counts[static_cast<int64_t>(b) * r.experts + e] += totals[e];
-}
-
-__global__ void __launch_bounds__(SORT) scatter(Routing r) {
-    __shared__ __align__(16) int ids[SORT];
-    const int pair = blockIdx.x * SORT + threadIdx.x, expert = expert_of(r, pair);
-    ids[threadIdx.x] = expert;
-    __syncthreads();
-    if (expert >= 0) r.order[r.counts[static_cast<int64_t>(blockIdx.x) * r.experts + expert] + rank(ids, expert)] = pair;
 }
 
 }  // namespace nq::experts

@@ -18,7 +18,8 @@ constexpr int CHUNK = 128;           // inputs
 constexpr int LANE = CHUNK / 4;  // of them, a lane's
 constexpr int BLOCK = 16;        // of NVFP4
 
-enum class Weights { bf16, e4m3, e2m1, fp8 };  // fp8: E4M3 by E4M3. The others' activations are bfloat16.
+// fp8: E4M3 by E4M3; fp4: E2M1 by E2M1, both with block scales. The others' activations are bfloat16.
+enum class Weights { bf16, e4m3, e2m1, fp8, fp4 };
 
 // Values in a piece of 16 bytes, and a lane's pieces of a chunk.
 template <Weights F>
@@ -51,6 +52,20 @@ __host__ __device__ constexpr int place(int i) {
 template <Weights F>
 __device__ __forceinline__ int piece_begin(int i) {
     return (i / 4 / (PARTS<F> / PIECES<F>)*4 + i % 4) * VALUES<F>;
+}
+
+// For products of FP4 a row's activations lie in groups of two chunks, the last one filled up with zeros: each chunk's codes, two a byte, by
+// lane, and then the E4M3 scales of the blocks. native.cuh says why in this order.
+constexpr int GROUP = 2 * CHUNK, GROUP_BYTES = GROUP / 2 + GROUP / BLOCK;
+
+// Where the eight codes of ``half`` of a row's block lie, four bytes, the first in the lowest bits; and where its scale does.
+__host__ __device__ constexpr int half_at(int block, int half) {
+    const int group = block / (GROUP / BLOCK), chunk = block / (CHUNK / BLOCK) % 2, in = block % (CHUNK / BLOCK);
+    return group * GROUP_BYTES + chunk * (CHUNK / 2) + (in / 4 * 2 + half) * 16 + in % 4 * 4;
+}
+__host__ __device__ constexpr int scale_at(int block) {
+    const int group = block / (GROUP / BLOCK), chunk = block / (CHUNK / BLOCK) % 2, in = block % (CHUNK / BLOCK);
+    return group * GROUP_BYTES + GROUP / 2 + chunk * (CHUNK / BLOCK) + in % 4 / 2 * 4 + in % 2 * 2 + in / 4;
 }
 
 // 16 bytes that are read once: past the first cache.

@@ -28,6 +28,7 @@ __global__ void numbers(Params p) {
         case 6: static_cast<uint32_t*>(p.out)[i] = nq::pack_pair<__nv_bfloat16>(x, -x); break;
         case 7: floats[i] = nq::e4m3_to_float(static_cast<const uint8_t*>(p.in)[i]); break;
         case 8: floats[i] = nq::e2m1_to_float(static_cast<const uint8_t*>(p.in)[i]); break;
+        case 9: static_cast<uint32_t*>(p.out)[i] = __byte_perm(0x33221100U, 0x77665544U, static_cast<const uint32_t*>(p.in)[i]); break;
         default: {  // rounds are mode - 100; a row of six words: counter, key
             const auto* w = static_cast<const uint32_t*>(p.in) + 6 * i;
             const auto made = nq::philox4x32({{w[0], w[1], w[2], w[3]}}, {w[4], w[5]}, p.mode - 100);
@@ -60,6 +61,26 @@ __global__ void product(Params p) {
     for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
+// out [16, 8] += a b, of E2M1 codes a [16, 64] and b [8, 64] (columns), one a byte, with E4M3 scales of 16: scales [24, 4], those of a first.
+// Lanes that are not asked for a scale bring another's.
+template <int PAIR, int LANE>
+__global__ void scaled_product(Params p, const uint32_t* scales) {
+    const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+    const auto pack = [](const void* codes, int row, int k) {
+        uint32_t word = 0;
+        for (int i = 0; i < 8; ++i) word |= static_cast<uint32_t>(static_cast<const uint8_t*>(codes)[row * 64 + k + i]) << 4 * i;
+        return word;
+    };
+    uint32_t a[4];
+    for (int i = 0; i < 4; ++i) a[i] = pack(p.in, g + i % 2 * 8, 8 * t + i / 2 * 32);
+    const uint32_t of_a = t / 2 == PAIR ? scales[g + t % 2 * 8] : scales[23 - g], of_b = t == LANE ? scales[16 + g] : scales[(g + t) % 16];
+    float d[4];
+    auto* const out = static_cast<float*>(p.out);
+    for (int i = 0; i < 4; ++i) d[i] = out[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+    nq::mma_m16n8k64_nvfp4<PAIR, LANE>(d, a, pack(p.more, g, 8 * t), pack(p.more, g, 8 * t + 32), of_a, of_b);
+    for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
 }  // namespace
 
 extern "C" NEMOQUANT_API int run_numbers(const void* in, const void* more, void* out, int64_t count, int32_t mode, void* stream) {
@@ -71,4 +92,15 @@ extern "C" NEMOQUANT_API int run_product(const void* in, const void* more, void*
     const Params p{in, more, out, 0, mode};
     if (dtype == NEMOQUANT_FLOAT16) return NQ_LAUNCH((product<__half>), dim3(1), dim3(32), 0, stream, p);
     return NQ_LAUNCH((product<__nv_bfloat16>), dim3(1), dim3(32), 0, stream, p);
+}
+
+extern "C" NEMOQUANT_API int run_scaled_product(const void* in, const void* more, const void* scales, void* out, int32_t mode, void* stream) {
+    const Params p{in, more, out, 0, mode};
+    const auto* const words = static_cast<const uint32_t*>(scales);
+    switch (mode) {
+        case 0: return NQ_LAUNCH((scaled_product<0, 0>), dim3(1), dim3(32), 0, stream, p, words);
+        case 1: return NQ_LAUNCH((scaled_product<1, 1>), dim3(1), dim3(32), 0, stream, p, words);
+        case 2: return NQ_LAUNCH((scaled_product<0, 2>), dim3(1), dim3(32), 0, stream, p, words);
+        default: return NQ_LAUNCH((scaled_product<1, 3>), dim3(1), dim3(32), 0, stream, p, words);
+    }
 }

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 Array = NDArray[Any]
-EXP, LOG1P, SOFTPLUS, BY_CHANCE, TO_E4M3, TO_E2M1, PAIR, FROM_E4M3, FROM_E2M1, PHILOX = 0, 1, 2, 3, 4, 5, 6, 7, 8, 100
-OUTPUT = {BY_CHANCE: np.uint16, TO_E4M3: np.uint8, TO_E2M1: np.uint8, PAIR: np.uint32}
+EXP, LOG1P, SOFTPLUS, BY_CHANCE, TO_E4M3, TO_E2M1, PAIR, FROM_E4M3, FROM_E2M1, BYTES, PHILOX = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 100
+OUTPUT = {BY_CHANCE: np.uint16, TO_E4M3: np.uint8, TO_E2M1: np.uint8, PAIR: np.uint32, BYTES: np.uint32}
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +212,36 @@ def test_matrix_product(dtype: Any, code: int, transposed: bool, library: ctypes
     expected = d + a.astype(np.float32) @ right.astype(np.float32)
     assert library.run_product(pointer(a), pointer(b), pointer(d), code, int(transposed), None) == 0
     assert np.array_equal(d, expected)
+
+
+@pytest.mark.parametrize("mode", range(4))
+def test_product_of_scaled_blocks(mode: int, library: ctypes.CDLL) -> None:
+    """D [16, 8] += A [16, 64] B of every E2M1 code, with E4M3 scales that are powers of two, so that sums are exact.
+
+    The modes are the lanes that bring the scales; what the others bring must not matter.
+    """
+    g = np.random.default_rng(4)
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float64)
+    values = np.concatenate([values, -values])
+    codes = g.integers(0, 16, (24, 64), np.uint8)
+    scales = (2.0 ** g.integers(-3, 4, (24, 4))).astype(ml_dtypes.float8_e4m3fn)
+    full = values[codes] * scales.astype(np.float64).repeat(16, 1)
+    d = g.integers(-100, 100, (16, 8)).astype(np.float32)
+    expected = d + full[:16] @ full[16:].T
+    a, b = np.ascontiguousarray(codes[:16]), np.ascontiguousarray(codes[16:])
+    assert library.run_scaled_product(pointer(a), pointer(b), pointer(scales), pointer(d), mode, None) == 0
+    assert np.array_equal(d, expected)
+
+
+def test_a_scale_with_a_sign_is_refused(library: ctypes.CDLL) -> None:
+    """The instruction's scales have none, so that a kernel that hands it one is wrong."""
+    codes, d = np.zeros((16, 64), np.uint8), np.zeros((16, 8), np.float32)
+    scales = np.full((24, 4), 0x80, np.uint8)
+    library.nemoquant_last_error.restype = ctypes.c_char_p
+    assert library.run_scaled_product(pointer(codes), pointer(codes), pointer(scales), pointer(d), 0, None) != 0
+    assert b"a block scale with its top bit set" in library.nemoquant_last_error()
+
+
+def test_bytes_by_their_numbers(numbers: Callable[..., Array]) -> None:
+    found = numbers(BYTES, np.array([0x3210, 0x7654, 0x5140, 0x7362], np.uint32))
+    assert found.tolist() == [0x33221100, 0x77665544, 0x55114400, 0x77336622]

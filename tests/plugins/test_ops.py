@@ -131,6 +131,19 @@ def test_opcheck_of_the_experts(format: str, dtype: torch.dtype, tokens: int) ->
     torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, tuple(expert_arguments(format, dtype, tokens)))
 
 
+@needs_compiler
+@pytest.mark.usefixtures("host")
+def test_experts_count_the_ids_that_are_none() -> None:
+    """Added up over calls, and a mutation that torch knows of."""
+    skipped = torch.zeros(1, dtype=torch.int32)
+    given = expert_arguments()
+    given[1][2, 1], given[1][3, 0] = -1, 4
+    for _ in range(2):
+        routed_experts(*given, skipped=skipped)
+    assert skipped.tolist() == [4]
+    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, tuple(given), {"skipped": skipped})
+
+
 def test_formats_of_the_experts_are_those_of_the_specification() -> None:
     assert {name: parts for name, (_, parts) in EXPERT_FORMATS.items()} == spec("routed_experts").formats
 
@@ -234,6 +247,9 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
             r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4",
         ),
         ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
+        ({"skipped": torch.zeros(1)}, r"skipped is torch.float32 \[1\] on cpu; expected int32 \[1\] on cpu"),
+        ({"skipped": torch.zeros(2, dtype=torch.int32)}, r"skipped is torch.int32 \[2\] on cpu; expected int32 \[1\]"),
+        ({"products": "fast"}, r"products is 'fast'; expected one of auto, decoded, native, grouped"),
         ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
         ({"down": []}, r"routed_experts: up has 1 parts, down 0; bf16 has weight"),
         ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),

@@ -1,7 +1,9 @@
 """RoutedExperts on the host: a token-by-token float64 sum as oracle, torch in the same dtype, the ONNX function, refusals."""
 
+import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +28,7 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfl
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMATS = {"bf16": 0, "w8a16": 1, "fp8": 2, "w4a16": 3, "nvfp4": 4}  # enum nemoquant_experts_format
 WHOLE = ("bf16", "w8a16", "w4a16")  # inputs are not rounded
-ROUNDED = ("fp8", "nvfp4")
+AUTO, DECODED, NATIVE, GROUPED = range(4)  # enum nemoquant_experts_products
 POINTERS = {
     "weight": "{}", "codes": "{}", "block_scales": "{}_block_scales", "global_scale": "{}_global_scale", "input_scale": "{}_input_scale",
 }  # fmt: skip
@@ -36,7 +38,7 @@ Arrays = dict[str, Array]
 
 @dataclass(frozen=True)
 class Case:
-    """``among``: the experts that tokens choose of, all if empty; ``tile`` as in the C interface."""
+    """``among``: the experts that tokens choose of, all if empty; ``tile`` and ``products`` as in the C interface."""
 
     tokens: int = 9
     chosen: int = 3
@@ -45,6 +47,7 @@ class Case:
     width: int = 192
     dtype: str = "float32"
     tile: int = 0
+    products: int = AUTO
     among: tuple[int, ...] = ()
 
 
@@ -92,6 +95,11 @@ DTYPE_NAMES = (
     "more chunks than are under way, shared by warps",
 )  # fmt: skip
 DTYPE_ROWS = {f"{dtype}, {name}": replace(ROWS[name], dtype=dtype) for dtype in ("bfloat16", "float16") for name in DTYPE_NAMES}
+
+
+def natively(case: Case) -> Case:
+    """By products of FP4, which take no tile of 8."""
+    return replace(case, products=NATIVE, tile=case.tile if case.tile != 8 else 32)
 
 
 def aligned(values: Array) -> Array:
@@ -167,7 +175,7 @@ def arguments(a: Given, y: Array, workspace: Array | None = None) -> dict[str, A
         "x": a.x.ctypes.data, "expert_ids": a.ids.ctypes.data, "expert_weights": a.factors.ctypes.data, "y": y.ctypes.data,
         "workspace": workspace.ctypes.data if workspace is not None else None, "tokens": case.tokens, "chosen": case.chosen,
         "experts": case.experts, "input": case.input, "width": case.width, "dtype": DTYPES[case.dtype], "format": FORMATS[a.format],
-        "activation": 0, "tile": case.tile,
+        "activation": 0, "tile": case.tile, "products": case.products,
     } | pointers  # fmt: skip
 
 
@@ -254,13 +262,14 @@ def test_16_bits_with_whole_inputs(format: str, name: str, kernels: Kernels) -> 
 
 
 @pytest.mark.parametrize("name", [*ROWS, *DTYPE_ROWS])
-@pytest.mark.parametrize("format", ROUNDED)
-def test_rounded_inputs(format: str, name: str, kernels: Kernels) -> None:
+@pytest.mark.parametrize(("format", "products"), [("fp8", AUTO), ("nvfp4", DECODED), ("nvfp4", NATIVE)])
+def test_rounded_inputs(format: str, products: int, name: str, kernels: Kernels) -> None:
     """Tokens whose hidden codes depend on a change of 1e-6 are counted and left out, a twentieth at most; the others agree.
 
     float32 to its own rounding, 16 bits to 2% more than rounding the exact result once.
     """
-    a = given(format, (ROWS | DTYPE_ROWS)[name])
+    case = (ROWS | DTYPE_ROWS)[name]
+    a = given(format, natively(case) if products == NATIVE else replace(case, products=products))
     exact = mixture(a)
     firm = np.ones(len(exact), bool)
     for nudge in (1e-6, -1e-6):
@@ -275,14 +284,21 @@ def test_rounded_inputs(format: str, name: str, kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("format", ROUNDED)
-@pytest.mark.parametrize("tile", [8, 32, 64])
-def test_numbers_that_are_exact_come_out_exact(tile: int, format: str, dtype: str, kernels: Kernels) -> None:
+@pytest.mark.parametrize(
+    ("format", "products", "tile"),
+    [
+        *(("fp8", AUTO, tile) for tile in (8, 32, 64)),
+        *(("nvfp4", DECODED, tile) for tile in (8, 32, 64)),
+        ("nvfp4", NATIVE, 32),
+        ("nvfp4", NATIVE, 64),
+    ],
+)
+def test_numbers_that_are_exact_come_out_exact(format: str, products: int, tile: int, dtype: str, kernels: Kernels) -> None:
     """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are the formats' own.
 
     Inputs saturate, experts have scales of their own, and hidden values must be rounded.
     """
-    case = Case(tokens=13, chosen=2, experts=5, input=160, width=96, dtype=dtype, tile=tile)
+    case = Case(tokens=13, chosen=2, experts=5, input=160, width=96, dtype=dtype, tile=tile, products=products)
     a = given(format, case)
     g = np.random.default_rng(2)
     whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
@@ -296,6 +312,74 @@ def test_numbers_that_are_exact_come_out_exact(tile: int, format: str, dtype: st
     exact = mixture(a)
     assert (exact == exact.astype(np.float32)).all(), "the test's own numbers must be exact"
     assert (run(kernels, a) == exact.astype(NUMPY[dtype])).all()
+
+
+def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> None:
+    """Any code and block scale in the weights, inputs that differ by 2^14 from block to block: the same numbers but for float32's sums.
+
+    They are added up in another order. A code or scale in a wrong place puts tokens off by more than 1e-3.
+    """
+    for tile, tokens, sizes in ((32, 40, (672, 96)), (64, 70, (96, 672)), (64, 70, (352, 288))):
+        case = Case(tokens=tokens, chosen=2, experts=3, input=sizes[0], width=sizes[1], tile=tile)
+        a = given("nvfp4", case)
+        g = np.random.default_rng(6)
+        for projection in ("up", "down"):
+            codes, blocks = (a.parts[f"{projection}_{part}"] for part in ("codes", "block_scales"))
+            codes[:] = g.integers(0, 256, codes.shape)
+            blocks[:] = g.integers(0, 0x7F, blocks.shape)  # what has a sign, and NaN, are none
+            a.decoded[projection] = np.stack(
+                [nvfp4.decode(c, b, s) for c, b, s in zip(codes, blocks, a.parts[f"{projection}_global_scale"], strict=True)]
+            )
+        a.x[:] *= np.exp2(g.uniform(-14, 0, (tokens, sizes[0] // 16))).astype(np.float32).repeat(16, 1)
+        hidden = max(np.abs(np.maximum(a.x @ up.T, 0) ** 2).max() for up in a.decoded["up"])
+        a.parts["down_input_scale"][:] = hidden / 2688
+        ways = []
+        for products in (DECODED, NATIVE):
+            a.case = replace(case, products=products)
+            ways.append(run(kernels, a))
+        exact = mixture(a)
+        firm = np.ones(tokens, bool)  # hidden codes that a change of 1e-6 flips: see test_rounded_inputs
+        for nudge in (1e-6, -1e-6):
+            firm &= (np.abs(mixture(a, nudge=nudge) - exact) < 1e-6 * np.abs(exact).max()).all(1)
+        assert firm.sum() > 0.9 * tokens
+        for y in ways:
+            assert distance(y[firm], exact[firm]) < 1e-6
+        assert distance(ways[1][firm], ways[0][firm].astype(np.float64)) < 1e-6
+
+
+def test_the_device_decides_what_auto_is(kernels: Kernels) -> None:
+    """Native products for NVFP4 with many tokens an expert, on SM120 alone; sums in another order tell which it was."""
+    case = Case(tokens=40, chosen=1, experts=1, input=672, width=672)
+    a = given("nvfp4", case)
+    a.x[:] *= np.exp2(np.random.default_rng(7).uniform(-14, 0, (40, 42))).astype(np.float32).repeat(16, 1)
+    blocks = a.parts["down_block_scales"]
+    blocks[:] = np.random.default_rng(8).integers(0, 0x7F, blocks.shape)
+    found = {}
+    for products in (DECODED, NATIVE):
+        a.case = replace(case, products=products)
+        found[products] = run(kernels, a).tobytes()
+    assert found[DECODED] != found[NATIVE], "the test's own numbers must tell the ways apart"
+    a.case = case
+    assert run(kernels, a).tobytes() == found[NATIVE]
+    for other in (90, 100, 121):
+        with capability(kernels, other):
+            assert run(kernels, a).tobytes() == found[DECODED]
+    few = replace_tokens(a, [0, 1, 2, 3])  # a mean of 4: memory decides
+    few.case = replace(few.case, tile=8)
+    narrow = run(kernels, few).tobytes()
+    few.case = replace(few.case, tile=0)
+    assert run(kernels, few).tobytes() == narrow
+
+
+@contextmanager
+def capability(kernels: Kernels, number: int) -> Iterator[None]:
+    """The emulated device's, 10 * major + minor."""
+    change = ctypes.CDLL(str(kernels.path)).nemoquant_host_capability
+    change(number)
+    try:
+        yield
+    finally:
+        change(0)
 
 
 @pytest.mark.parametrize("format", ["w8a16", "w4a16"])
@@ -374,6 +458,22 @@ def test_ids_that_are_no_experts_add_nothing(kernels: Kernels) -> None:
         assert (y[5] == 0).all()
 
 
+def test_ids_that_are_no_experts_are_counted(kernels: Kernels) -> None:
+    """Added to ``skipped`` in every pass, threads of one sorting block or of two; nothing else touches it."""
+    for tokens, slab in ((9, 0), (9, 6), (200, 0)):
+        a = given("bf16", replace(BASE, tokens=tokens, input=32, width=32))
+        y = aligned(np.zeros(a.x.shape, a.x.dtype))
+        plain = arguments(a, y) | {"slab": slab}
+        workspace = aligned(np.zeros(kernels.workspace("routed_experts", **plain), np.uint8))
+        skipped = np.array([100, 7], np.int32)
+        plain |= {"workspace": workspace.ctypes.data, "skipped": skipped.ctypes.data}
+        kernels.call("routed_experts", **plain)
+        assert skipped.tolist() == [100, 7]
+        a.ids[:, 1], a.ids[3, 2] = -1, BASE.experts
+        kernels.call("routed_experts", **plain)
+        assert skipped.tolist() == [100 + tokens + 1, 7]
+
+
 def test_an_expert_that_is_chosen_twice_counts_twice(kernels: Kernels) -> None:
     a = given("bf16", BASE)
     a.ids[:, 1] = a.ids[:, 0]
@@ -383,11 +483,11 @@ def test_an_expert_that_is_chosen_twice_counts_twice(kernels: Kernels) -> None:
     assert distance(run(kernels, a), run(kernels, once).astype(np.float64)) < 2.0**-22
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_token_alone_gives_the_bits_that_it_gives_among_others(format: str, kernels: Kernels) -> None:
+@pytest.mark.parametrize(("format", "products"), [*((format, DECODED) for format in FORMATS), ("nvfp4", NATIVE)])
+def test_a_token_alone_gives_the_bits_that_it_gives_among_others(format: str, products: int, kernels: Kernels) -> None:
     """With the same tile: sums are in one order, whatever else is computed. So a call that is repeated repeats its bits."""
-    for tile in (8, 64):
-        whole = given(format, replace(BASE, tile=tile, tokens=21))
+    for tile in (32, 64) if products == NATIVE else (8, 64):
+        whole = given(format, replace(BASE, tile=tile, tokens=21, products=products))
         y = run(kernels, whole)
         assert run(kernels, whole).tobytes() == y.tobytes()
         for token in (0, 20):
@@ -401,10 +501,10 @@ def replace_tokens(a: Given, tokens: list[int]) -> Given:
     return Given(case, a.format, aligned(a.x[tokens]), aligned(a.ids[tokens]), aligned(a.factors[tokens]), a.parts, a.decoded)
 
 
-@pytest.mark.parametrize("format", ["bf16", "nvfp4"])
-def test_tokens_in_several_passes_give_the_same_bits(format: str, kernels: Kernels) -> None:
+@pytest.mark.parametrize(("format", "products", "tile"), [("bf16", AUTO, 8), ("nvfp4", AUTO, 8), ("nvfp4", NATIVE, 0)])
+def test_tokens_in_several_passes_give_the_same_bits(format: str, products: int, tile: int, kernels: Kernels) -> None:
     """The workspace is bounded by ``slab`` pairs; passes of 7 tokens, and of one where the slab has no room for it."""
-    a = given(format, replace(BASE, tokens=20, tile=8))
+    a = given(format, replace(BASE, tokens=20, tile=tile, products=products))
     y = run(kernels, a)
     sizes = [kernels.workspace("routed_experts", **arguments(a, y))]
     for slab in (23, 1):
@@ -419,9 +519,9 @@ def test_tokens_in_several_passes_give_the_same_bits(format: str, kernels: Kerne
 
 
 def test_what_is_not_finite_stays_with_its_token(kernels: Kernels) -> None:
-    for format in FORMATS:
+    for format, products in [*((format, AUTO) for format in FORMATS), ("nvfp4", NATIVE)]:
         for dtype in ("float32", "bfloat16"):
-            clean, dirty = (given(format, replace(BASE, dtype=dtype)) for _ in range(2))
+            clean, dirty = (given(format, replace(BASE, dtype=dtype, products=products)) for _ in range(2))
             dirty.x[4, 7] = np.nan
             y, spoilt = run(kernels, clean), run(kernels, dirty)
             assert np.isnan(spoilt[4].astype(np.float32)).all()
@@ -464,6 +564,19 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
         ("bf16", {"format": 5}, "format is 5; expected 0 to 4"),
         ("bf16", {"activation": 1}, "activation is 1; expected 0, relu squared"),
         ("bf16", {"tile": 16}, "tile is 16; expected 0, 8, 32 or 64"),
+        ("bf16", {"products": 4}, "products is 4; expected 0 to 3"),
+        (
+            "w4a16",
+            {"products": NATIVE},
+            "products is 2, native FP4, with format 3 and tile 0; expected format 4 and tile 0, 32 or 64",
+        ),
+        (
+            "nvfp4",
+            {"products": NATIVE, "tile": 8},
+            "native FP4, with format 4 and tile 8; expected format 4 and tile 0, 32 or 64",
+        ),
+        ("bf16", {"products": GROUPED}, "products is 3, CUTLASS, which is not in this library"),
+        ("bf16", {"skipped": 6}, "skipped is at 0x6; expected a multiple of 4"),
         ("bf16", {"x": None}, "x is null; format 0 needs it"),
         ("bf16", {"workspace": None}, "workspace is null"),
         ("w8a16", {"down_global_scale": None}, "down_global_scale is null; format 1 needs it"),
@@ -484,6 +597,12 @@ def test_bad_arguments_are_refused_before_anything_starts(
         kernels.call("routed_experts", **arguments(a, y, workspace) | change)
     assert says in str(error.value)
     assert (y == 99).all()
+
+
+def test_native_products_are_refused_by_other_devices(kernels: Kernels) -> None:
+    a = given("nvfp4", replace(BASE, products=NATIVE))
+    with capability(kernels, 100), pytest.raises(EngineError, match=r"device of compute capability 10\.0; expected 12\.0"):
+        run(kernels, a)
 
 
 def test_the_workspace_grows_with_every_size(kernels: Kernels) -> None:
