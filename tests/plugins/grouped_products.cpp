@@ -42,7 +42,7 @@ double scale_at(const unsigned char* scales, int row, int block, int inputs) {
     return e4m3(scales[tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4] & 127);  // UE4M3: there is no sign
 }
 
-// A row as double; NVFP4's to a multiple of 64, as it is multiplied: zero codes by whatever scales are there.
+// A row as double; NVFP4's to a multiple of 64, as it is multiplied: zero codes, whose scales must be zero too, else this is NaN.
 std::vector<double> row_of(Operands operands, const void* codes, const void* scales, int row, int inputs) {
     const auto* const bytes = static_cast<const unsigned char*>(codes);
     std::vector<double> values(static_cast<size_t>(operands == Operands::nvfp4 ? (inputs + 63) / 64 * 64 : inputs));
@@ -56,8 +56,12 @@ std::vector<double> row_of(Operands operands, const void* codes, const void* sca
         } else if (operands == Operands::e4m3) {
             value = e4m3(bytes[at]);
         } else {
-            const int code = i < inputs ? bytes[at / 2] >> at % 2 * 4 & 15 : 0;
-            value = e2m1(code) * scale_at(static_cast<const unsigned char*>(scales), row, i / 16, inputs);
+            const double scale = scale_at(static_cast<const unsigned char*>(scales), row, i / 16, inputs);
+            if (i < inputs) {
+                value = e2m1(bytes[at / 2] >> at % 2 * 4 & 15) * scale;
+            } else {
+                value = scale == 0 ? 0 : std::numeric_limits<double>::quiet_NaN();
+            }
         }
     }
     return values;
