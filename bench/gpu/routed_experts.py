@@ -2,19 +2,24 @@
 
     python bench/gpu/routed_experts.py [--model super] [--format nvfp4]     needs a CUDA device and `nemoquant plugins build`
 
-Tokens choose their experts evenly at random. The floor is the larger of
-    memory    the weights of the experts that were chosen, once, and x and y, at the bandwidth of the memory's clock
-    products  4 * tokens * k * input * width operations at the rate of a large bf16 product measured here; twice that for fp8 from SM89 on,
-              four times for nvfp4 on SM100 and SM120 (which these kernels do not use: see plugins/routed_experts/README.md)
+Tokens choose their experts evenly at random. The floor is the hardware's, and its column says which of the two it is, the larger:
+    memory          the weights of the experts that were chosen, once, and x and y, at the bandwidth of the memory's clock
+    bf16 products   4 * tokens * k * input * width operations at the rate of a large product of torch's, measured here, in the narrowest
+                    (fp8, fp4) type that multiplies the format's codes and that the device has: fp8 from SM89 on, FP4 from SM100 on
+These kernels do not reach every such rate: on SM90 mma.sync multiplies E4M3 no faster than bfloat16, which the floor does not excuse.
+Beside the time of the products that are taken by themselves stand those of each other kind that is there (``products`` of the operator).
 """
 
 import argparse
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from timing import bandwidth, row, seconds, title
 from torch import Tensor
 
-from nemoquant.ops.functional import EXPERT_FORMATS, library_for, routed_experts
+from nemoquant.errors import EngineError
+from nemoquant.ops.functional import EXPERT_FORMATS, EXPERT_PRODUCTS, library_for, routed_experts
 
 MODELS = {"super": (512, 22, 1024, 2688), "nano": (128, 6, 2688, 1856)}  # experts, k, input, width
 TOKENS = (1, 16, 256, 4096)
@@ -34,18 +39,41 @@ def parts_of(format: str, experts: int, out: int, into: int) -> list[Tensor]:
     return made
 
 
-def product_rate() -> float:
-    """Operations a second of a bf16 matrix product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / seconds(lambda: a @ b)
+SIDE = 8192  # of the products that give the rates
 
 
-def faster(format: str) -> int:
-    """Products a second of a format's codes, over those of bf16."""
+def narrowest(format: str) -> str:
+    """The type that multiplies a format's codes as they are on this device: bf16, fp8 or fp4."""
     capability = torch.cuda.get_device_capability()
-    if format == "fp8":
-        return 2 if capability >= (8, 9) else 1
-    return 4 if format == "nvfp4" and capability[0] >= 10 else 1
+    if format == "fp8" and capability >= (8, 9):
+        return "fp8"
+    return "fp4" if format == "nvfp4" and capability >= (10, 0) else "bf16"
+
+
+@cache
+def rate(kind: str) -> float:
+    """Operations a second of torch's product of SIDE cubed, by cuBLAS; fp8 as fast as the hardware adds up, fp4 with block scales."""
+    if kind == "bf16":
+        a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        return 2 * SIDE**3 / seconds(lambda: a @ b)
+    dtype, columns = (torch.float8_e4m3fn, SIDE) if kind == "fp8" else (torch.float4_e2m1fn_x2, SIDE // 2)
+    a, b = (torch.randint(0, 0x50, (SIDE, columns), device="cuda", dtype=torch.uint8).view(dtype) for _ in range(2))
+    one = torch.ones(() if kind == "fp8" else SIDE * SIDE // 16, device="cuda")
+    scale = one if kind == "fp8" else one.to(torch.float8_e4m3fn)
+    fast = kind == "fp8"
+    return 2 * SIDE**3 / seconds(lambda: torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=fast))
+
+
+def of_each_kind(call: Callable[[str], object]) -> dict[str, float]:
+    """Seconds of each kind of products that this library and device have for the arguments, but "auto"."""
+    times = {}
+    for products in (name for name in EXPERT_PRODUCTS if name != "auto"):
+        try:
+            call(products)
+        except EngineError:  # it says that there is none
+            continue
+        times[products] = seconds(lambda: call(products))  # noqa: B023
+    return times
 
 
 def main() -> None:
@@ -55,7 +83,6 @@ def main() -> None:
     options = parser.parse_args()
     library_for(torch.device("cuda"))
     title("RoutedExperts, bf16 in and out")
-    rate = product_rate()
     for model in options.model or MODELS:
         experts, chosen, size, width = MODELS[model]
         for format in options.format or EXPERT_FORMATS:
@@ -66,9 +93,16 @@ def main() -> None:
                 ids = torch.rand(tokens, experts, device="cuda").topk(chosen).indices
                 weights = torch.rand(tokens, chosen, device="cuda")
                 moved = len(ids.unique()) * expert_bytes + 4 * x.numel()
-                products = 4 * tokens * chosen * size * width / (rate * faster(format))
-                ours = seconds(lambda: routed_experts(x, ids, weights, up, down, format))  # noqa: B023
-                row(f"{model}, {format}, {tokens} tokens", ours, max(moved / bandwidth(), products), {})
+                kind = narrowest(format)
+                memory, products = moved / bandwidth(), 4 * tokens * chosen * size * width / rate(kind)
+
+                def call(which: str) -> Tensor:
+                    return routed_experts(x, ids, weights, up, down, format, products=which)  # noqa: B023
+
+                bound = "memory" if memory >= products else f"{kind} products"
+                others = of_each_kind(call)
+                name = f"{model}, {format}, {tokens} tokens"
+                row(name, seconds(lambda: call("auto")), max(memory, products), others, bound)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def title(what: str) -> None:
     print(f"memory {bandwidth() / 1e12:.2f} TB/s by its clock; medians of 50 calls by CUDA events, the L2 cache flushed\n")
 
 
-def row(name: str, ours: float, floor: float, others: dict[str, float]) -> None:
-    """Microseconds: ours, the floor and its share, and others."""
+def row(name: str, ours: float, floor: float, others: dict[str, float], bound: str = "") -> None:
+    """Microseconds: ours, the floor, what it is made of (``bound``) and its share, and others."""
     rest = "".join(f", {other} {1e6 * time:.1f} us" for other, time in others.items())
-    print(f"{name}: {1e6 * ours:.1f} us, floor {1e6 * floor:.1f} us ({floor / ours:.0%}){rest}")
+    made_of = f" by {bound}" if bound else ""
+    print(f"{name}: {1e6 * ours:.1f} us, floor {1e6 * floor:.1f} us{made_of} ({floor / ours:.0%}){rest}")
