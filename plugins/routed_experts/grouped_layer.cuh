@@ -1,7 +1,7 @@
 // Both products of RoutedExperts by groups, as the launcher sees them: whether they are there, what they take, and their workspace.
 //
-//     gather, describe, swizzle*, product    up       * NVFP4 alone
-//     square, describe, swizzle*, product    down
+//     gather, describe, swizzle*, product    up, which squares and rounds too but for NVFP4
+//     square*, describe, swizzle*, product   down                                                 * NVFP4 alone
 //
 // The sort before them, and the weighted sum after them, are those of every other way. The kernels are in plain.cuh, their launches in
 // plain.cu, the products in grouped_sm90a.cu and grouped_sm100a.cu.
@@ -84,12 +84,13 @@ struct GroupedLayer {
 // Where its intermediate results go; ``bytes`` from ``at`` on. Grows with every size.
 struct GroupedArea {
     unsigned char *inputs, *input_scales, *hidden, *hidden_scales, *weight_scales;
-    float* sums;     // [pairs, rows] of up, then of down
+    float* sums;     // [pairs, rows] of down; before, with nvfp4, of up
     int32_t* slots;  // [pairs] pair -> slot
     int32_t* sizes;
     const unsigned char **weight_at, **input_at, **weight_scale_at, **input_scale_at;
-    float** sum_at;
-    int64_t *operand_strides, *sum_strides;
+    void** output_at;
+    int64_t *operand_strides, *output_strides;
+    float *scales, *next_scales;
     unsigned char *layouts, *scratch;
     int64_t groups;
     size_t bytes;
@@ -108,16 +109,18 @@ struct GroupedArea {
         take(hidden, pairs * (width / BLOCK) * block_bytes(operands));
         take(hidden_scales, swizzled_bytes(scaled, out));
         take(weight_scales, scaled ? experts * std::max(swizzled_bytes(width, in), swizzled_bytes(input, out)) : 0);
-        take(sums, pairs * std::max(input, width));
+        take(sums, pairs * (scaled ? std::max(input, width) : input));
         take(slots, pairs);
         take(sizes, 3 * groups);
         take(weight_at, groups);
         take(input_at, groups);
         take(weight_scale_at, groups);
         take(input_scale_at, groups);
-        take(sum_at, groups);
+        take(output_at, groups);
         take(operand_strides, groups);
-        take(sum_strides, groups);
+        take(output_strides, groups);
+        take(scales, groups);
+        take(next_scales, groups);
         take(layouts, 2 * groups * LAYOUT_BYTES);
         take(scratch, SCRATCH_BYTES);
         bytes = used + LINE;  // wherever it begins

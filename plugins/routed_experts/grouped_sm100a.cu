@@ -25,13 +25,18 @@ struct Nvfp4 : Choice<cutlass::float_e4m3_t> {
     using Schedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmNvf4Sm100;
 };
 
+template <class C>
+int run(const Grouped& g, void* stream) {
+    return g.squares ? run_grouped<C, Squares<typename C::Element>>(g, stream) : run_grouped<C, Sums>(g, stream);
+}
+
 }  // namespace
 
 int grouped_sm100a(const Grouped& g, void* stream) {
     switch (g.operands) {
-        case Operands::bf16: return run_grouped<Choice<cutlass::bfloat16_t>>(g, stream);
-        case Operands::e4m3: return run_grouped<Choice<cutlass::float_e4m3_t>>(g, stream);
-        default: return run_grouped<Nvfp4>(g, stream);
+        case Operands::bf16: return run<Choice<cutlass::bfloat16_t>>(g, stream);
+        case Operands::e4m3: return run<Choice<cutlass::float_e4m3_t>>(g, stream);
+        default: return run_grouped<Nvfp4, Sums>(g, stream);
     }
 }
 

@@ -21,10 +21,15 @@ struct Choice {
 using Bf16 = Choice<cutlass::bfloat16_t, cute::Shape<cute::_128, cute::_128, cute::_64>>;
 using E4m3 = Choice<cutlass::float_e4m3_t, cute::Shape<cute::_64, cute::_128, cute::_128>>;
 
+template <class C>
+int run(const Grouped& g, void* stream) {
+    return g.squares ? run_grouped<C, Squares<typename C::Element>>(g, stream) : run_grouped<C, Sums>(g, stream);
+}
+
 }  // namespace
 
 int grouped_sm90a(const Grouped& g, void* stream) {
-    return g.operands == Operands::bf16 ? run_grouped<Bf16>(g, stream) : run_grouped<E4m3>(g, stream);
+    return g.operands == Operands::bf16 ? run<Bf16>(g, stream) : run<E4m3>(g, stream);
 }
 
 }  // namespace nq::experts

@@ -12,17 +12,23 @@ dim3 grid_of(int64_t threads, int64_t groups = 1) {
 // One product of all groups; its inputs are there.
 int product(const GroupedLayer& layer, const GroupedArea& area, Multiply multiply, bool is_up, void* stream) {
     const int32_t rows = is_up ? layer.width : layer.input, size = is_up ? layer.input : layer.width;
-    const bool scaled = layer.operands == Operands::nvfp4;
+    const bool scaled = layer.operands == Operands::nvfp4, squares = is_up && !scaled;
+    const int bytes = block_bytes(layer.operands);
     Describe d{};
     d.groups = layer.groups, d.most = static_cast<int32_t>(area.groups), d.rows = rows, d.size = size;
-    d.input_bytes = static_cast<int64_t>(size / BLOCK) * block_bytes(layer.operands), d.weight_bytes = rows * d.input_bytes;
+    d.input_bytes = static_cast<int64_t>(size / BLOCK) * bytes, d.weight_bytes = rows * d.input_bytes;
     d.weights = static_cast<const unsigned char*>(is_up ? layer.up : layer.down);
     d.inputs = is_up ? area.inputs : area.hidden;
     d.weight_scales = scaled ? area.weight_scales : nullptr;
     d.input_scales = is_up ? area.input_scales : area.hidden_scales;
-    d.sums = area.sums, d.sizes = area.sizes, d.weight_at = area.weight_at, d.input_at = area.input_at, d.sum_at = area.sum_at;
+    d.outputs = squares ? area.hidden : reinterpret_cast<unsigned char*>(area.sums);
+    d.output_bytes = squares ? static_cast<int64_t>(rows / BLOCK) * bytes : rows * static_cast<int64_t>(sizeof(float));
+    if (squares && layer.operands == Operands::e4m3)
+        d.global_scale = layer.up_global_scale, d.input_scale = layer.up_input_scale, d.next_scale = layer.down_input_scale;
+    d.sizes = area.sizes, d.weight_at = area.weight_at, d.input_at = area.input_at, d.output_at = area.output_at;
     d.weight_scale_at = area.weight_scale_at, d.input_scale_at = area.input_scale_at;
-    d.operand_strides = area.operand_strides, d.sum_strides = area.sum_strides;
+    d.operand_strides = area.operand_strides, d.output_strides = area.output_strides;
+    d.scales = area.scales, d.next_scales = area.next_scales;
     if (const int code = NQ_LAUNCH((describe), grid_of(area.groups), dim3(PLAIN_THREADS), 0, stream, d)) return code;
     if (scaled) {
         const Swizzle s{layer.groups, static_cast<const unsigned char*>(is_up ? layer.up_block_scales : layer.down_block_scales),
@@ -31,11 +37,12 @@ int product(const GroupedLayer& layer, const GroupedArea& area, Multiply multipl
         if (const int code = NQ_LAUNCH((swizzle), grid, dim3(PLAIN_THREADS), 0, stream, s)) return code;
     }
     Grouped g{};
-    g.operands = layer.operands, g.groups = d.most, g.rows = rows, g.size = size, g.sizes = area.sizes;
+    g.operands = layer.operands, g.squares = squares, g.groups = d.most, g.rows = rows, g.size = size, g.sizes = area.sizes;
     g.weights = reinterpret_cast<const void* const*>(area.weight_at), g.inputs = reinterpret_cast<const void* const*>(area.input_at);
     g.weight_scales = reinterpret_cast<const void* const*>(area.weight_scale_at);
     g.input_scales = reinterpret_cast<const void* const*>(area.input_scale_at);
-    g.sums = area.sum_at, g.operand_strides = area.operand_strides, g.sum_strides = area.sum_strides;
+    g.outputs = area.output_at, g.operand_strides = area.operand_strides, g.output_strides = area.output_strides;
+    g.scales = area.scales, g.next_scales = area.next_scales;
     g.layouts = area.layouts, g.scratch = area.scratch;
     return multiply(g, stream);
 }
@@ -46,9 +53,12 @@ int run(const GroupedLayer& layer, const GroupedArea& area, Multiply multiply, v
                     layer.pairs, layer.dtype, layer.chosen};
     if (const int code = NQ_LAUNCH((gather<O>), grid_of(layer.pairs * (layer.input / BLOCK)), dim3(PLAIN_THREADS), 0, stream, in)) return code;
     if (const int code = product(layer, area, multiply, true, stream)) return code;
-    const Square hidden{layer.groups, area.sums, layer.up_global_scale, layer.up_input_scale, layer.down_input_scale,
-                        {area.hidden, area.hidden_scales, layer.width}, layer.pairs};
-    if (const int code = NQ_LAUNCH((square<O>), grid_of(layer.pairs * (layer.width / BLOCK)), dim3(PLAIN_THREADS), 0, stream, hidden)) return code;
+    if (O == Operands::nvfp4) {
+        const Square hidden{layer.groups, area.sums, layer.up_global_scale, layer.up_input_scale, layer.down_input_scale,
+                            {area.hidden, area.hidden_scales, layer.width}, layer.pairs};
+        const dim3 grid = grid_of(layer.pairs * (layer.width / BLOCK));
+        if (const int code = NQ_LAUNCH((square), grid, dim3(PLAIN_THREADS), 0, stream, hidden)) return code;
+    }
     return product(layer, area, multiply, false, stream);
 }
 

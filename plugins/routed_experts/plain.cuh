@@ -3,7 +3,7 @@
 //     gather     rows of x, sorted by expert, rounded as the format has it
 //     swizzle    the block scales of NVFP4 weights, in the order in which tensor cores take them; weights stay as they are
 //     describe   sizes, addresses and strides of each expert's product, from the sorted tiles: the host does not wait for counts
-//     square     relu squared of the sums of up, rounded: the inputs of down
+//     square     relu squared of the sums of up, rounded to NVFP4: the inputs of down. The other operands leave up's product so.
 //
 // Sums are dequantized where they are read: by ``square``, and by ``combine`` of kernel.cuh. Rounding is that of routing.cuh.
 #pragma once
@@ -119,16 +119,13 @@ __global__ void __launch_bounds__(PLAIN_THREADS) gather(Gather p) {
 
 struct Square {
     Groups groups;
-    const float* sums;         // [slots, size]
-    const float* global_scale; // null: sums are the values
-    const float* input_scale;
-    const float* next_scale;   // of the inputs of down, if they are rounded
+    const float* sums;  // [slots, size]
+    const float *global_scale, *input_scale, *next_scale;  // [experts]; next: of the inputs of down
     Sorted to;
     int64_t pairs;
 };
 
 // A thread has one block of 16 sums of one slot.
-template <Operands O>
 __global__ void __launch_bounds__(PLAIN_THREADS) square(Square p) {
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * PLAIN_THREADS + threadIdx.x;
     const int blocks = p.to.size / BLOCK, block = static_cast<int>(thread % blocks);
@@ -136,7 +133,7 @@ __global__ void __launch_bounds__(PLAIN_THREADS) square(Square p) {
     int group = 0;
     Tile tile{};
     if (slot >= p.pairs || !find_group(p.groups, slot, group, tile)) return;
-    const float scale = p.global_scale ? __fmul_rn(p.global_scale[tile.expert], p.input_scale[tile.expert]) : 1.0F;
+    const float scale = __fmul_rn(p.global_scale[tile.expert], p.input_scale[tile.expert]);
     float values[BLOCK];
     load_block(p.sums, NEMOQUANT_FLOAT32, slot * p.to.size + block * BLOCK, values);
 #pragma unroll
@@ -144,7 +141,7 @@ __global__ void __launch_bounds__(PLAIN_THREADS) square(Square p) {
         const float value = __fmul_rn(values[i], scale), positive = value < 0.0F ? 0.0F : value;  // NaN stays
         values[i] = __fmul_rn(positive, positive);
     }
-    store_sorted<O>(p.to, slot, block, group, tile, values, p.next_scale ? p.next_scale[tile.expert] : 1.0F);
+    store_sorted<Operands::nvfp4>(p.to, slot, block, group, tile, values, p.next_scale[tile.expert]);
 }
 
 struct Swizzle {
@@ -177,13 +174,15 @@ struct Describe {
     Groups groups;
     int32_t most;  // groups, those without tokens among them
     int32_t rows, size;
-    int64_t weight_bytes, input_bytes;  // of an expert's weight, of a row of inputs
+    int64_t weight_bytes, input_bytes, output_bytes;  // of an expert's weight, of a row of inputs and of outputs
     const unsigned char *weights, *inputs, *weight_scales, *input_scales;  // scales: nvfp4, else null
-    float* sums;
+    unsigned char* outputs;
+    const float *global_scale, *input_scale, *next_scale;  // [experts]; squares in e4m3, else null
     int32_t* sizes;
     const unsigned char **weight_at, **input_at, **weight_scale_at, **input_scale_at;
-    float** sum_at;
-    int64_t *operand_strides, *sum_strides;
+    void** output_at;
+    int64_t *operand_strides, *output_strides;
+    float *scales, *next_scales;
 };
 
 __global__ void __launch_bounds__(PLAIN_THREADS) describe(Describe p) {
@@ -197,9 +196,13 @@ __global__ void __launch_bounds__(PLAIN_THREADS) describe(Describe p) {
         p.weight_scale_at[g] = p.weight_scales + tile.expert * swizzled_bytes(p.rows, p.size);
         p.input_scale_at[g] = p.input_scales + (tile.count ? swizzled_bytes(scale_row(g, tile.first), p.size) : 0);
     }
-    p.sum_at[g] = p.sums + static_cast<int64_t>(tile.first) * p.rows;
+    p.output_at[g] = p.outputs + tile.first * p.output_bytes;
     p.operand_strides[g] = p.size;
-    p.sum_strides[g] = p.rows;
+    p.output_strides[g] = p.rows;
+    if (p.next_scale) {
+        p.scales[g] = __fmul_rn(p.global_scale[tile.expert], p.input_scale[tile.expert]);
+        p.next_scales[g] = p.next_scale[tile.expert];
+    }
 }
 
 }  // namespace nq::experts

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../plugins/common/platform.cuh"
+#include "../../plugins/common/numeric.cuh"
 #include "../../plugins/routed_experts/grouped.hpp"
 
 namespace {
@@ -67,12 +67,30 @@ std::vector<double> row_of(Operands operands, const void* codes, const void* sca
     return values;
 }
 
+// Output ``at`` of a group: the sum in float32, or what down takes of it.
+void store(const Grouped& g, int group, int64_t at, double exact) {
+    auto* const to = static_cast<unsigned char*>(g.outputs[group]);
+    const float sum = static_cast<float>(exact);
+    if (!g.squares) {
+        std::memcpy(to + 4 * at, &sum, 4);
+        return;
+    }
+    const float value = g.operands == Operands::e4m3 ? sum * g.scales[group] : sum, positive = value < 0 ? 0 : value, square = positive * positive;
+    if (g.operands == Operands::e4m3) {
+        to[at] = nq::float_to_e4m3(square / g.next_scales[group]);
+    } else {
+        const __nv_bfloat16 rounded = nq::from_float<__nv_bfloat16>(square);
+        std::memcpy(to + 2 * at, &rounded, 2);
+    }
+}
+
 bool aligned(const void* at, uintptr_t to) { return at && reinterpret_cast<uintptr_t>(at) % to == 0; }
 
 int multiply(const Grouped& g) {
     ++calls;
     const bool scaled = g.operands == Operands::nvfp4;
     const auto wrong = [](const char* what, int group) { return nq::fail(NEMOQUANT_BAD_ARGUMENT, "stand-in: %s of group %d", what, group); };
+    if (g.squares && scaled) return wrong("squares in NVFP4", -1);
     if (!aligned(g.scratch, 128) || !aligned(g.layouts, 16)) return wrong("scratch", -1);
     std::memset(g.scratch, 0x77, nq::experts::SCRATCH_BYTES);  // all of it is CUTLASS's
     std::memset(g.layouts, 0x77, static_cast<size_t>(2 * g.groups * nq::experts::LAYOUT_BYTES));
@@ -83,8 +101,8 @@ int multiply(const Grouped& g) {
         if (ended && size[1]) return wrong("tokens behind a group without any", group);
         ended = !size[1];
         if (ended) continue;
-        if (g.operand_strides[group] != g.size || g.sum_strides[group] != g.rows) return wrong("strides", group);
-        if (!aligned(g.weights[group], 16) || !aligned(g.inputs[group], 16) || !aligned(g.sums[group], 16)) return wrong("addresses", group);
+        if (g.operand_strides[group] != g.size || g.output_strides[group] != g.rows) return wrong("strides", group);
+        if (!aligned(g.weights[group], 16) || !aligned(g.inputs[group], 16) || !aligned(g.outputs[group], 16)) return wrong("addresses", group);
         if (scaled && (!aligned(g.weight_scales[group], 128) || !aligned(g.input_scales[group], 128))) return wrong("scales", group);
         const void* const weight_scales = scaled ? g.weight_scales[group] : nullptr;
         const void* const input_scales = scaled ? g.input_scales[group] : nullptr;
@@ -95,7 +113,7 @@ int multiply(const Grouped& g) {
             for (int token = 0; token < size[1]; ++token) {
                 double sum = 0;
                 for (size_t i = 0; i < weight.size(); ++i) sum += weight[i] * inputs[static_cast<size_t>(token)][i];
-                g.sums[group][static_cast<int64_t>(token) * g.rows + row] = static_cast<float>(sum);
+                store(g, group, static_cast<int64_t>(token) * g.rows + row, sum);
             }
         }
     }
