@@ -52,9 +52,10 @@ def library() -> Kernels:
     ours = [HERE / "grouped_products.cpp", PLUGINS / "common/emulator.cpp", PLUGINS / "common/last_error.cpp"]
     if not path.is_file() or path.stat().st_mtime < ours[0].stat().st_mtime:
         options = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared",
-                   "-fvisibility=hidden", "-DNQ_HOST", "-DNQ_HAVE_SM90A", "-DNQ_HAVE_SM100A", "-DNQ_HAVE_SM120A", f"-isystem{cuda_headers()}"]  # fmt: skip
+                   "-fvisibility=hidden", "-DNQ_HOST", f"-isystem{cuda_headers()}"]  # fmt: skip
         sources = [PLUGINS / "routed_experts" / name for name in SOURCES]
-        subprocess.run(["g++", *options, *ours, "-x", "c++", *sources, "-o", path], check=True)
+        built = [f"-DNQ_HAVE_SM{name}" for name in ("90A", "100A", "120A")]
+        subprocess.run(["g++", *options, *built, *ours, "-x", "c++", *sources, "-o", path], check=True)
     return Kernels(path)
 
 
@@ -161,7 +162,15 @@ def test_ids_that_are_no_experts_add_nothing(format: str, capability: int, devic
     device.be(capability)
     case = replace(BASE, dtype="bfloat16", tokens=40)
     a, wanted = given(format, case), given(format, case)
-    for token, j, id in ((0, 1, -1), (2, 0, 6), (2, 2, 1 << 40), (5, 0, -(1 << 63)), (5, 1, 7), (5, 2, (1 << 32) + 1), (39, 2, 6)):
+    for token, j, id in (
+        (0, 1, -1),
+        (2, 0, 6),
+        (2, 2, 1 << 40),
+        (5, 0, -(1 << 63)),
+        (5, 1, 7),
+        (5, 2, (1 << 32) + 1),
+        (39, 2, 6),
+    ):
         a.ids[token, j], a.factors[token, j] = id, np.nan
         wanted.factors[token, j] = 0
     y = run(device, a)
@@ -241,7 +250,13 @@ def test_groups_are_taken_for_many_tokens_where_they_are_built(
         ("bf16", "float32", SM90, {}, "with format 0, dtype 0 and tile 0; expected format 0 with dtype 2, or 2 or 4, and tile 0"),
         ("w4a16", "bfloat16", SM100, {}, "with format 3, dtype 2 and tile 0; expected format 0"),
         ("fp8", "bfloat16", SM90, {"tile": 32}, "with format 2, dtype 2 and tile 32; expected"),
-        ("nvfp4", "bfloat16", SM90, {}, "which this library does not have for format 4 and compute capability 9.0; expected 0 or 1"),
+        (
+            "nvfp4",
+            "bfloat16",
+            SM90,
+            {},
+            "which this library does not have for format 4 and compute capability 9.0; expected 0 or 1",
+        ),
         ("bf16", "bfloat16", 120, {}, "for format 0 and compute capability 12.0"),
     ],
 )
@@ -260,7 +275,10 @@ def test_a_library_without_them_says_so(kernels: Kernels) -> None:
     a = given("bf16", replace(BASE, dtype="bfloat16"))
     y = aligned(np.full(a.x.shape, 99, a.x.dtype))
     workspace = aligned(np.zeros(kernels.workspace("routed_experts", **arguments(a, y)), np.uint8))
-    with pytest.raises(EngineError, match="CUTLASS, which this library was built without for format 0; expected 0 or 1, or a build with --gemm-arch"):
+    with pytest.raises(
+        EngineError,
+        match="CUTLASS, which this library was built without for format 0; expected 0 or 1, or a build with --gemm-arch",
+    ):
         kernels.call("routed_experts", **arguments(a, y, workspace) | {"products": GROUPED})
 
 
@@ -297,7 +315,9 @@ int main(int, char** given) {
 """
 
 
-@pytest.mark.skipif(cutlass_headers() is None, reason="needs CUTLASS's headers: pip install --no-deps nvidia-cutlass, or CUTLASS_ROOT")
+@pytest.mark.skipif(
+    cutlass_headers() is None, reason="needs CUTLASS's headers: pip install --no-deps nvidia-cutlass, or CUTLASS_ROOT"
+)
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 32), (128, 64), (129, 160), (300, 1024), (2688, 96)])
 def test_block_scales_stand_where_cutlass_looks_for_them(rows: int, inputs: int, layout: Callable[[int, int], Array]) -> None:
     """CUTLASS's own layout, compiled for the host, against the formula that grouped_layer.cuh and the stand-in have."""
@@ -313,7 +333,15 @@ def test_block_scales_stand_where_cutlass_looks_for_them(rows: int, inputs: int,
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Array]:
     folder = tmp_path_factory.mktemp("layout")
     (folder / "layout.cpp").write_text(LAYOUT)
-    command = ["g++", "-std=c++17", "-O0", "-w", f"-isystem{cutlass_headers()}", f"-isystem{cuda_headers()}", f"-isystem{cuda_headers()}/cccl"]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O0",
+        "-w",
+        f"-isystem{cutlass_headers()}",
+        f"-isystem{cuda_headers()}",
+        f"-isystem{cuda_headers()}/cccl",
+    ]
     subprocess.run([*command, folder / "layout.cpp", "-o", folder / "layout"], check=True)
 
     def of(rows: int, inputs: int) -> Array:
