@@ -92,6 +92,9 @@ def table(kernels: list[Kernel]) -> str:
         cells = []
         for arch in archs:
             mine = [k for k in kernels if k.template == name and k.arch == arch]
+            if not mine:  # of an architecture alone
+                cells.append("")
+                continue
             few, most, spilt = (
                 min(k.registers for k in mine),
                 max(k.registers for k in mine),

@@ -195,7 +195,7 @@ __device__ void write_inputs(const Routing& r, const Inputs& in, int64_t i) {
     }
     float values[BLOCK];
 #pragma unroll
-    for (int k = 0; k < BLOCK; ++k) values[k] = begin < in.size ? load_float(in.x, in.dtype, token * in.size + begin + k) : 0.0F;
+    for (int k = 0; k < BLOCK; ++k) values[k] = F != Weights::fp4 || begin < in.size ? load_float(in.x, in.dtype, token * in.size + begin + k) : 0.0F;
     const int64_t plane = plane_bytes<F>(in.size);
     unsigned char* const out = in.out + row * in.planes * plane;
     if constexpr (F == Weights::fp4) {

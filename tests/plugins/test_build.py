@@ -215,6 +215,8 @@ def test_registers_and_spills_are_read_from_a_log() -> None:
         "|---|---|---|",
         "| `work` (2) | 40 to 255; 1 spill, at most 20 bytes | 64 |",
     ]
+    alone = replace(kernels[2], name="native<8>")
+    assert registers.table([*kernels, alone]).splitlines()[2] == "| `native` (1) |  | 64 |"  # of one architecture
     assert registers.parse("# a head\n" + "\n".join(k.line() for k in kernels)) == kernels
 
 
