@@ -57,13 +57,15 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def read(lines: Iterable[str]) -> list[Kernel]:
-    """The kernels of a log, in its order."""
-    folder, arch, mangled = "", "", ""
+    """The kernels of a log, in its order; but for CUTLASS's, which are built on request only."""
+    folder, arch, mangled, left_out = "", "", "", False
     spills = (0, 0, 0)
     found: list[tuple[str, str, str, int, tuple[int, int, int], int]] = []
     for line in lines:
-        if step := re.match(r"\[\d+/\d+\] Building CUDA object \S*?/([\w.]+)/[\w.]+\.o", line):
-            folder = step[1]
+        if step := re.match(r"\[\d+/\d+\] Building CUDA object \S*?/([\w.]+)/([\w.]+)\.o", line):
+            folder, left_out = step[1], step[2].startswith("grouped_")
+        elif left_out:
+            continue
         elif entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             mangled, arch = entry[1], entry[2]
         elif sizes := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):

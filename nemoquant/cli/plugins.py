@@ -28,7 +28,7 @@ def command() -> None:
     "gemm_archs",
     multiple=True,
     metavar="SM",
-    help="Build what is in gemm_*.cu (CUTLASS) for these alone; no operator has such a file yet.",
+    help="Build CUTLASS's grouped products of the experts too, for these of the architectures (sm_90a, sm_100a); default: none.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the libraries; default: where nemoquant looks for them.")
@@ -50,6 +50,7 @@ def build_command(
       nemoquant plugins build --jobs 4
       nemoquant plugins build --arch sm_100a,sm_120a --out build/plugins
       nemoquant plugins build --kernels-only
+      nemoquant plugins build --arch sm_90a --gemm-arch sm_90a
     """
     from dataclasses import asdict
 
@@ -59,15 +60,19 @@ def build_command(
     if host and (archs or gemm_archs):
         raise UsageError("got --host with --arch or --gemm-arch; expected one or the other: the host build has no architectures")
     architectures = build.parse_architectures(archs) if archs else build.ARCHITECTURES
-    gemm = build.parse_architectures(gemm_archs) if gemm_archs else None
-    if gemm and not set(gemm) <= set(architectures):
-        raise UsageError(f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, {', '.join(architectures)}")
+    gemm = build.parse_architectures(gemm_archs)
+    known = build.gemm_architectures()
+    if not set(gemm) <= set(architectures) & set(known):
+        raise UsageError(
+            f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, {', '.join(architectures)}, and of those that "
+            f"CUTLASS's products are written for, {', '.join(known)}"
+        )
     folder = out or build.default_folder()
     with progress_bars(as_json) as progress:
         built = build.build(
             out,
             architectures,
-            gemm_architectures=gemm,
+            gemm=gemm,
             jobs=jobs,
             host=host,
             faces=not kernels_only,

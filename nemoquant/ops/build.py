@@ -114,11 +114,17 @@ def parse_architectures(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def gemm_architectures() -> tuple[str, ...]:
+    """Those that an operator has CUTLASS's grouped products for."""
+    found = {path.stem.removeprefix("grouped_sm") for path in plugin_folder().glob("*/grouped_sm*.cu")}
+    return tuple(sorted(found, key=lambda name: int(name.rstrip("af"))))
+
+
 def build(
     out: Path | None = None,
     architectures: Sequence[str] = ARCHITECTURES,
     *,
-    gemm_architectures: Sequence[str] | None = None,
+    gemm: Sequence[str] = (),
     jobs: int | None = None,
     host: bool = False,
     faces: bool = True,
@@ -130,7 +136,7 @@ def build(
     Args:
         out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second build is quick.
         architectures: of :func:`parse_architectures`; nothing for the host.
-        gemm_architectures: those of them that the CUTLASS kernels are built for; default all.
+        gemm: those of them that CUTLASS's grouped products are built for, of :func:`gemm_architectures`. They have never run on a device.
         jobs: compilers at once; default: the CPUs of this process.
         host: for the CPU by the emulator, instead of for GPUs.
         faces: the TensorRT plugins too, which need TensorRT's headers.
@@ -140,12 +146,11 @@ def build(
         OutputError: ``out`` can't be written.
     """
     out = (out or default_folder()).absolute()
-    lacking = missing(host, faces)
+    lacking = missing(host, faces, gemm=bool(gemm))
     if lacking:
         raise BuildError(lacking)
     cmake, folder = shutil.which("cmake") or "cmake", plugin_folder()
-    headers, cutlass = tensorrt_headers() if faces else None, cutlass_headers()
-    gemm = architectures if gemm_architectures is None else gemm_architectures
+    headers, cutlass = tensorrt_headers() if faces else None, cutlass_headers() if gemm else None
     ninja = shutil.which("ninja")
     options = {
         "NQ_HOST": _on(host), "NQ_FACES": _on(faces), "NQ_WERROR": _on(strict), "NQ_ARCHS": ";".join(architectures),
@@ -183,7 +188,7 @@ def _stem(host: bool) -> str:
     return "build_host" if host else "build"
 
 
-def missing(host: bool = False, faces: bool = True) -> str | None:
+def missing(host: bool = False, faces: bool = True, gemm: bool = False) -> str | None:
     """What a build lacks here, as a sentence that says what to do; None where nothing is missing.
 
     Raises:
@@ -202,10 +207,9 @@ def missing(host: bool = False, faces: bool = True) -> str | None:
             "kernel-lens has them; --no-deps kernel-lens installs no more), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds "
             "what torch uses, which needs none"
         )
-    folder = plugin_folder()
-    if not host and cutlass_headers() is None and (any(folder.glob("*/gemm*.cu")) or any(folder.glob("*/grouped*.cu"))):
+    if gemm and cutlass_headers() is None:
         return (
-            "CUTLASS's headers were not found; some kernels need them: pip install --no-deps nvidia-cutlass (a wheel that has them), "
+            "CUTLASS's headers were not found; --gemm-arch needs them: pip install --no-deps nvidia-cutlass (a wheel that has them), "
             "or set CUTLASS_ROOT to a checkout of CUTLASS 4"
         )
     return None

@@ -260,7 +260,7 @@ def routed_experts(
             bytes [experts, out, in / 16]), ``global_scale`` and ``input_scale`` (float32 [experts]).
         format: bf16, w8a16, fp8, w4a16 or nvfp4.
         products: how they are multiplied; "auto" takes the fastest there is, the others are for tests: "decoded" (``mma.sync``, FP4 decoded
-            to bfloat16), "native" (FP4 with block scales, format nvfp4 on SM120), "grouped" (CUTLASS).
+            to bfloat16), "native" (FP4 with block scales, format nvfp4 on SM120), "grouped" (CUTLASS, where it was built).
         skipped: int32 [1], to which the number of ids that are no expert's is added, on the device and without waiting for it; or None.
     Returns:
         [tokens, input] like ``x``; sums are float32.

@@ -380,6 +380,8 @@ struct Sum {
     void* y;  // [tokens, size]
     int64_t tokens;
     int32_t chosen, experts, size;
+    const int32_t* slots = nullptr;  // pair -> row of results, if it is another
+    const float *global_scale = nullptr, *input_scale = nullptr;  // [experts], if results have yet to be multiplied by them
 };
 
 constexpr int COMBINE_THREADS = 256;
@@ -396,7 +398,11 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine(Sum p) {
         const int64_t pair = token * p.chosen + j;
         if (!is_expert(p.ids[pair], p.experts)) continue;
         const float weight = p.weights[pair];
-        const float4 part = load_as<float4>(p.results + pair * p.size + column);
+        float4 part = load_as<float4>(p.results + (p.slots ? p.slots[pair] : pair) * p.size + column);
+        if (p.global_scale) {
+            const float scale = __fmul_rn(p.global_scale[p.ids[pair]], p.input_scale[p.ids[pair]]);
+            part.x = __fmul_rn(part.x, scale), part.y = __fmul_rn(part.y, scale), part.z = __fmul_rn(part.z, scale), part.w = __fmul_rn(part.w, scale);
+        }
         sum[0] = __fmaf_rn(weight, part.x, sum[0]);
         sum[1] = __fmaf_rn(weight, part.y, sum[1]);
         sum[2] = __fmaf_rn(weight, part.z, sum[2]);

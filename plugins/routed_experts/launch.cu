@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "abi.h"
+#include "grouped_layer.cuh"
 #include "native.cuh"
 #include "sorting.cuh"
 
@@ -17,6 +18,8 @@ constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, EXPERT_MOST = 1 << 30
 constexpr int64_t SLAB_PAIRS = 96 * 1024, SLAB_MOST = 400 * 1024;  // the most: so that the narrowest tiles fit a grid
 // Mean pairs of an expert up to which 8 and 32 tokens are a tile.
 constexpr int64_t NARROW_MEAN = 4, MIDDLE_MEAN = 32;
+// Mean pairs of an expert from which grouped products are taken, where they were built: half a tile of theirs. To be tuned on a device.
+constexpr int64_t GROUPED_MEAN = 64;
 // Warps of a narrow block share a row's inputs until there are so many blocks, none with fewer chunks than this.
 constexpr int64_t BLOCKS_WANTED = 2048, CHUNKS_LEAST = 4;
 
@@ -71,6 +74,29 @@ constexpr bool NATIVE_BUILT = false;
 bool native_here() { return false; }
 #endif
 
+// Grouped products want weights and inputs of one kind.
+bool one_kind(const Args& a) {
+    return (a.format == NEMOQUANT_EXPERTS_BF16 && a.dtype == NEMOQUANT_BFLOAT16) || format_of(a).rounding != Rounding::none;
+}
+Operands operands_of(const Args& a) {
+    return a.format == NEMOQUANT_EXPERTS_BF16 ? Operands::bf16 : a.format == NEMOQUANT_EXPERTS_FP8 ? Operands::e4m3 : Operands::nvfp4;
+}
+
+int check_grouped(const Args& a) {
+    if (!one_kind(a) || a.tile)
+        return fail(NEMOQUANT_UNSUPPORTED,
+                    "routed_experts: products is 3, CUTLASS, with format %d, dtype %d and tile %d; expected format 0 with dtype 2, or 2 or 4, and tile 0",
+                    a.format, a.dtype, a.tile);
+    if (!grouped_built(operands_of(a)))
+        return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: products is 3, CUTLASS, which this library was built without for format %d; "
+                                           "expected 0 or 1, or a build with --gemm-arch", a.format);
+    if (!grouped_products(operands_of(a)))
+        return fail(NEMOQUANT_UNSUPPORTED,
+                    "routed_experts: products is 3, CUTLASS, which this library does not have for format %d and compute capability %d.%d; expected 0 or 1",
+                    a.format, compute_capability() / 10, compute_capability() % 10);
+    return NEMOQUANT_OK;
+}
+
 int check_products(const Args& a) {
     switch (a.products) {
         case NEMOQUANT_EXPERTS_AUTO:
@@ -87,8 +113,7 @@ int check_products(const Args& a) {
                             "routed_experts: products is 2, native FP4, on a device of compute capability %d.%d; expected 12.0, or products 0 or 1",
                             compute_capability() / 10, compute_capability() % 10);
             return NEMOQUANT_OK;
-        case NEMOQUANT_EXPERTS_GROUPED:
-            return fail(NEMOQUANT_UNSUPPORTED, "routed_experts: products is 3, CUTLASS, which is not in this library; expected 0 or 1");
+        case NEMOQUANT_EXPERTS_GROUPED: return check_grouped(a);
         default: return fail(NEMOQUANT_BAD_ARGUMENT, "routed_experts: products is %d; expected 0 to 3", a.products);
     }
 }
@@ -140,11 +165,24 @@ struct Slab {
     static int64_t most(const Args& a) { return a.slab ? a.slab : SLAB_PAIRS; }
 };
 
+// Of how many experts ``pairs`` pairs may want grouped products; 0: of none. So many have room in the workspace.
+int64_t grouped_experts(const Args& a, int64_t pairs) {
+    if (!grouped_built(operands_of(a)) || a.tile || !one_kind(a)) return 0;
+    if (a.products == NEMOQUANT_EXPERTS_GROUPED) return a.experts;
+    return a.products == NEMOQUANT_EXPERTS_AUTO ? std::min(a.experts, pairs / GROUPED_MEAN) : 0;
+}
+
+// Whether ``tokens`` tokens go that way.
+bool is_grouped(const Args& a, int64_t tokens) {
+    return grouped_experts(a, tokens * a.chosen) == a.experts && grouped_products(operands_of(a));
+}
+
 struct Workspace {
     int32_t *counts, *order, *tile_count;
     Tile* tiles;
     unsigned char *inputs, *hidden;
     float* results;  // where the inputs were: they are read before
+    unsigned char* grouped;  // GroupedArea, in the place of the three
     size_t bytes;
 
     Workspace(const Args& a, const Slab& slab) {
@@ -162,10 +200,14 @@ struct Workspace {
         order = reinterpret_cast<int32_t*>(take(slab.pairs * 4));
         tile_count = reinterpret_cast<int32_t*>(take(4));
         tiles = reinterpret_cast<Tile*>(take(slab.tiles * static_cast<int64_t>(sizeof(Tile))));
+        const size_t sorted = used;
+        grouped = at + sorted;
         hidden = take(slab.pairs * planes * padded(a.width));  // as bfloat16; FP4's groups take less
         inputs = take(std::max(rows * planes * padded(a.input), slab.pairs * a.input * 4));
         results = reinterpret_cast<float*>(inputs);
         bytes = used;
+        if (const int64_t experts = grouped_experts(a, slab.pairs))
+            bytes = std::max(bytes, sorted + GroupedArea(nullptr, operands_of(a), slab.pairs, experts, a.input, a.width).bytes);
     }
 };
 
@@ -204,11 +246,33 @@ int multiply<Weights::fp4>(Projection p, int tile, int64_t pairs, int64_t expert
 }
 #endif
 
+int multiply_grouped(const Args& a, const Workspace& w, const GroupedArea& area, const void* x, int64_t pairs, void* stream) {
+    GroupedLayer layer{};
+    layer.operands = operands_of(a);
+    layer.pairs = pairs, layer.x = x, layer.dtype = a.dtype;
+    layer.input = static_cast<int32_t>(a.input), layer.width = static_cast<int32_t>(a.width), layer.chosen = static_cast<int32_t>(a.chosen);
+    layer.up = a.up, layer.down = a.down, layer.up_block_scales = a.up_block_scales, layer.down_block_scales = a.down_block_scales;
+    if (layer.operands != Operands::bf16) {
+        layer.up_global_scale = a.up_global_scale, layer.down_global_scale = a.down_global_scale;
+        layer.up_input_scale = a.up_input_scale, layer.down_input_scale = a.down_input_scale;
+    }
+    layer.groups = {w.tiles, w.tile_count}, layer.order = w.order;
+    return grouped_layer(layer, area, grouped_products(layer.operands), stream);
+}
+
 template <class Y>
 int sum(const Sum& p, void* stream) {
     const int64_t threads = p.tokens * (p.size / 4);
     return NQ_LAUNCH((combine<Y>), dim3(static_cast<unsigned>((threads + COMBINE_THREADS - 1) / COMBINE_THREADS)), dim3(COMBINE_THREADS), 0,
                      stream, p);
+}
+
+int sum_of(int32_t dtype, const Sum& p, void* stream) {
+    switch (dtype) {
+        case NEMOQUANT_FLOAT32: return sum<float>(p, stream);
+        case NEMOQUANT_FLOAT16: return sum<__half>(p, stream);
+        default: return sum<__nv_bfloat16>(p, stream);
+    }
 }
 
 // ``tokens`` tokens from ``first`` on.
@@ -219,17 +283,27 @@ int launch(const Args& a, const Workspace& w, int64_t first, int64_t tokens, voi
     const auto experts = static_cast<int32_t>(a.experts), chosen = static_cast<int32_t>(a.chosen);
     const auto input = static_cast<int32_t>(a.input), width = static_cast<int32_t>(a.width);
     const int64_t pairs = tokens * chosen, row_bytes = a.input * (a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2);
-    const int planes = planes_of(a), tile = tile_of(a, tokens);
+    const bool grouped = is_grouped(a, tokens);
+    const int planes = planes_of(a), tile = grouped ? static_cast<int>(pairs) : tile_of(a, tokens);  // grouped: a tile is an expert
 
     const Routing r{a.expert_ids + first * chosen, w.counts, w.order, w.tiles, w.tile_count, a.skipped, static_cast<int32_t>(pairs), experts, tile,
                     static_cast<int32_t>((pairs + SORT - 1) / SORT)};
     const Inputs in{static_cast<const unsigned char*>(a.x) + first * row_bytes, a.up_input_scale, w.inputs, a.dtype, input, planes, chosen,
                     rounded ? pairs : tokens, rounding};
-    const int64_t writers = (in.rows * blocks_of<F>(input) + SORT - 1) / SORT;
+    const int64_t writers = grouped ? 0 : (in.rows * blocks_of<F>(input) + SORT - 1) / SORT;
     if (const int code = NQ_LAUNCH((begin<F>), dim3(static_cast<unsigned>(r.blocks + writers)), dim3(SORT), 0, stream, r, in)) return code;
     if (r.blocks > 1) {
         if (const int code = NQ_LAUNCH((arrange), dim3(1), dim3(SORT), 0, stream, r)) return code;
         if (const int code = NQ_LAUNCH((scatter), dim3(static_cast<unsigned>(r.blocks)), dim3(SORT), 0, stream, r)) return code;
+    }
+
+    Sum s{w.results, r.ids, a.expert_weights + first * chosen, static_cast<unsigned char*>(a.y) + first * row_bytes, tokens, chosen, experts, input};
+    if (grouped) {
+        const GroupedArea area(w.grouped, operands_of(a), pairs, experts, input, width);
+        if (const int code = multiply_grouped(a, w, area, in.x, pairs, stream)) return code;
+        s.results = area.sums, s.slots = area.slots;
+        if (rounded) s.global_scale = a.down_global_scale, s.input_scale = a.down_input_scale;
+        return sum_of(a.dtype, s, stream);
     }
 
     Projection p{};
@@ -245,13 +319,7 @@ int launch(const Args& a, const Workspace& w, int64_t first, int64_t tokens, voi
     p.rows = input, p.size = width, p.is_up = false, p.results = w.results;
     if (const int code = multiply<F>(p, tile, pairs, experts, stream)) return code;
 
-    const Sum s{w.results, r.ids, a.expert_weights + first * chosen, static_cast<unsigned char*>(a.y) + first * row_bytes, tokens, chosen,
-                experts, input};
-    switch (a.dtype) {
-        case NEMOQUANT_FLOAT32: return sum<float>(s, stream);
-        case NEMOQUANT_FLOAT16: return sum<__half>(s, stream);
-        default: return sum<__nv_bfloat16>(s, stream);
-    }
+    return sum_of(a.dtype, s, stream);
 }
 
 }  // namespace

@@ -145,14 +145,11 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert message.startswith(
         f"error: TENSORRT_ROOT={tmp_path}: no NvInferRuntime.h there, nor in its include; expected a folder that has it"
     )
-    folder = tmp_path / "sources/experts"
-    folder.mkdir(parents=True)
-    (folder / "gemm_fp8.cu").touch()
-    monkeypatch.setattr(build, "plugin_folder", lambda: tmp_path / "sources")
-    message = run("--kernels-only", code=2).stderr
+    message = run("--kernels-only", "--gemm-arch", "90a", code=2).stderr
     assert message.startswith(
-        "error: CUTLASS's headers were not found; some kernels need them: pip install --no-deps nvidia-cutlass"
+        "error: CUTLASS's headers were not found; --gemm-arch needs them: pip install --no-deps nvidia-cutlass"
     )
+    assert "nothing works here" in run("--kernels-only", "--out", tmp_path / "out", code=2).stderr  # without it, they are not
 
 
 @pytest.mark.parametrize(
@@ -164,7 +161,15 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
         ),
         (["--arch", "sm_90a,"], "--arch : expected names as nvcc has them"),
         (["--host", "--arch", "sm_90a"], "got --host with --arch or --gemm-arch; expected one or the other"),
-        (["--arch", "sm_90a", "--gemm-arch", "sm_80"], "--gemm-arch 80: expected some of those that are built, 90a"),
+        (
+            ["--arch", "sm_90a", "--gemm-arch", "100a"],
+            "--gemm-arch 100a: expected some of those that are built, 90a, and of those",
+        ),
+        (
+            ["--gemm-arch", "90a,80"],
+            "--gemm-arch 90a, 80: expected some of those that are built, 80, 90a, 100a, 120a, and of those "
+            "that CUTLASS's products are written for, 90a, 100a",
+        ),
     ],
 )
 def test_options_that_make_no_sense(options: list[str], says: str) -> None:

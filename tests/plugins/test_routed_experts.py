@@ -575,7 +575,7 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
             {"products": NATIVE, "tile": 8},
             "native FP4, with format 4 and tile 8; expected format 4 and tile 0, 32 or 64",
         ),
-        ("bf16", {"products": GROUPED}, "products is 3, CUTLASS, which is not in this library"),
+        ("bf16", {"products": GROUPED}, "products is 3, CUTLASS, with format 0, dtype 0 and tile 0; expected format 0"),
         ("bf16", {"skipped": 6}, "skipped is at 0x6; expected a multiple of 4"),
         ("bf16", {"x": None}, "x is null; format 0 needs it"),
         ("bf16", {"workspace": None}, "workspace is null"),
