@@ -11,6 +11,7 @@ Beside the time of the products that are taken by themselves stand those of each
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -70,7 +71,8 @@ def of_each_kind(call: Callable[[str], object]) -> dict[str, float]:
     for products in (name for name in EXPERT_PRODUCTS if name != "auto"):
         try:
             call(products)
-        except EngineError:  # it says that there is none
+        except EngineError as error:  # mostly: there is none of that kind
+            print(f"{products}: not timed: {error}", file=sys.stderr)
             continue
         times[products] = seconds(lambda: call(products))  # noqa: B023
     return times
