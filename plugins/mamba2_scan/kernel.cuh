@@ -162,8 +162,7 @@ __device__ __forceinline__ void store_row_part(const Params& p, int64_t i, const
                     const PhiloxWords random = words_of(p, (i + j) / 4);
 #pragma unroll
                     for (int k = 0; k < 4; k += 2)
-                        bits[(j + k) / 2] = half_by_chance(values[j + k], random.word[k]) |
-                                            static_cast<uint32_t>(half_by_chance(values[j + k + 1], random.word[k + 1])) << 16;
+                        bits[(j + k) / 2] = half_pair_by_chance(values[j + k], values[j + k + 1], random.word[k], random.word[k + 1]);
                 }
             }
         }
@@ -593,9 +592,9 @@ __device__ __forceinline__ void store_state(const Params& p, const Place<T>& at,
             }
             const PhiloxWords random = words_of(p, place / 4);
             const bool later = place % 4 != 0;
-            const uint32_t first = half_by_chance(state[j][2 * i], later ? random.word[2] : random.word[0]);
-            const uint32_t second = half_by_chance(state[j][2 * i + 1], later ? random.word[3] : random.word[1]);
-            store_as(static_cast<uint16_t*>(p.state_out) + place, first | second << 16);
+            store_as(static_cast<uint16_t*>(p.state_out) + place,
+                     half_pair_by_chance(state[j][2 * i], state[j][2 * i + 1], later ? random.word[2] : random.word[0],
+                                         later ? random.word[3] : random.word[1]));
         }
 }
 

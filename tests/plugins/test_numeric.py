@@ -245,3 +245,22 @@ def test_a_scale_with_a_sign_is_refused(library: ctypes.CDLL) -> None:
 def test_bytes_by_their_numbers(numbers: Callable[..., Array]) -> None:
     found = numbers(BYTES, np.array([0x3210, 0x7654, 0x5140, 0x7362], np.uint32))
     assert found.tolist() == [0x33221100, 0x77665544, 0x55114400, 0x77336622]
+
+
+@pytest.mark.parametrize(("arch", "option", "used"), [("100a", True, True), ("100a", False, False), ("120a", True, False)])
+def test_the_conversion_instruction_is_an_option_of_sm100(arch: str, option: bool, used: bool, tmp_path: Path) -> None:
+    """Compiled and assembled: no device that has it was at hand."""
+    assert NVCC
+    source = tmp_path / "pair.cu"
+    source.write_text(
+        '#include "numeric.cuh"\n'
+        "__global__ void pair(const float* x, const uint32_t* r, uint32_t* y) {\n"
+        "    y[0] = nq::half_pair_by_chance(x[0], x[1], r[0], r[1]);\n}\n",
+        encoding="utf-8",
+    )
+    command = [NVCC, "-std=c++17", "-Werror", "all-warnings", "-keep", "-keep-dir", tmp_path, "-cubin", f"-I{COMMON}"]
+    defined = ["-DNQ_CVT_RS"] if option else []
+    subprocess.run(
+        [*command, *defined, f"-gencode=arch=compute_{arch},code=sm_{arch}", source, "-o", tmp_path / "pair.cubin"], check=True
+    )
+    assert ("cvt.rs" in (tmp_path / "pair.ptx").read_text()) == used
