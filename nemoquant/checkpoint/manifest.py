@@ -4,12 +4,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.behind import Behind
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
@@ -17,27 +14,19 @@ from nemoquant.model.roles import TensorSpec
 
 FILE = "nemoquant.json"
 SCHEMA = 1
-READ_BYTES = 4 << 20
+READ_BYTES = 8 << 20
 SAMPLE_BYTES = 1024
 REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """sha256 of a file's bytes, read a few megabytes at a time, ahead of the hashing; ``progress`` is told of each."""
+    """sha256 of a file's bytes, read a few megabytes at a time; ``progress`` is told of each."""
     digest = hashlib.sha256()
-    size = min(READ_BYTES, max(1, path.stat().st_size))
-    buffers = [memoryview(bytearray(size)) for _ in range(3)]  # one is read, one waits, one is hashed
-    behind = Behind("hash", depth=1)
-    try:
-        with path.open("rb", buffering=0) as f:
-            for buffer in cycle(buffers):
-                if not (count := f.readinto(buffer)):
-                    break
-                behind.put(partial(digest.update, buffer[:count]))
-                progress(count)
-    finally:
-        behind.end()
-    behind.check()
+    buffer = memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as f:
+        while count := f.readinto(buffer):
+            digest.update(buffer[:count])
+            progress(count)
     return digest.hexdigest()
 
 
