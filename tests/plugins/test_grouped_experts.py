@@ -13,7 +13,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 from plugin_build import HERE, PLUGINS, cuda_headers, host_folder, needs_compiler
-from test_routed_experts import BASE, NUMPY, ROWS, Case, Given, aligned, arguments, distance, given, mixture, pack, replace_tokens
+from test_routed_experts import (
+    BASE,
+    NUMPY,
+    ROWS,
+    Case,
+    Given,
+    aligned,
+    arguments,
+    distance,
+    exact_numbers,
+    given,
+    mixture,
+    replace_tokens,
+)
 
 from nemoquant.errors import EngineError
 from nemoquant.ops.build import cutlass_headers
@@ -141,17 +154,7 @@ def test_the_decoded_products_give_the_same(format: str, dtype: str, device: Dev
 def test_numbers_that_are_exact_come_out_exact(format: str, capability: int, dtype: str, device: Device) -> None:
     """As the test of that name of the other products: small integers, powers of two as scales, inputs that saturate."""
     case = Case(tokens=150, chosen=2, experts=5, input=160, width=96, dtype=dtype)
-    a = given(format, case)
-    g = np.random.default_rng(2)
-    whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
-    weights = {"up": g.choice(whole, (5, 96, 160)), "down": g.choice(whole, (5, 160, 96))}
-    powers = np.float32(2) ** np.arange(-2, 3, dtype=np.float32)
-    unit = np.float32(1 if format == "fp8" else 1 / 256)
-    pack(a, weights, dict.fromkeys(weights, powers), {"up": unit * powers[::-1] / 2, "down": unit * powers / 8})
-    a.x[:] = g.integers(-40, 41, a.x.shape) / 4
-    a.factors[:] = g.choice(np.array([0.5, 1, 2], np.float32), a.factors.shape)
-    exact = mixture(a)
-    assert (exact == exact.astype(np.float32)).all(), "the test's own numbers must be exact"
+    a, exact = exact_numbers(format, case)
     device.be(capability)
     assert (run(device, a) == exact.astype(NUMPY[dtype])).all()
 

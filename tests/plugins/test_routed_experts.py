@@ -283,6 +283,25 @@ def test_rounded_inputs(format: str, products: int, name: str, kernels: Kernels)
         assert distance(y[firm], exact[firm]) <= limit
 
 
+def exact_numbers(format: str, case: Case) -> tuple[Given, Array]:
+    """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are the formats' own.
+
+    Inputs saturate, experts have scales of their own, and hidden values must be rounded. For 5 experts; with the result in float64.
+    """
+    a = given(format, case)
+    g = np.random.default_rng(2)
+    whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
+    weights = {"up": g.choice(whole, (5, case.width, case.input)), "down": g.choice(whole, (5, case.input, case.width))}
+    powers = np.float32(2) ** np.arange(-2, 3, dtype=np.float32)
+    unit = np.float32(1 if format == "fp8" else 1 / 256)
+    pack(a, weights, dict.fromkeys(weights, powers), {"up": unit * powers[::-1] / 2, "down": unit * powers / 8})
+    a.x[:] = g.integers(-40, 41, a.x.shape) / 4
+    a.factors[:] = g.choice(np.array([0.5, 1, 2], np.float32), a.factors.shape)
+    exact = mixture(a)
+    assert (exact == exact.astype(np.float32)).all(), "the test's own numbers must be exact"
+    return a, exact
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("format", "products", "tile"),
@@ -294,23 +313,8 @@ def test_rounded_inputs(format: str, products: int, name: str, kernels: Kernels)
     ],
 )
 def test_numbers_that_are_exact_come_out_exact(format: str, products: int, tile: int, dtype: str, kernels: Kernels) -> None:
-    """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are the formats' own.
-
-    Inputs saturate, experts have scales of their own, and hidden values must be rounded.
-    """
     case = Case(tokens=13, chosen=2, experts=5, input=160, width=96, dtype=dtype, tile=tile, products=products)
-    a = given(format, case)
-    g = np.random.default_rng(2)
-    whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
-    weights = {"up": g.choice(whole, (5, 96, 160)), "down": g.choice(whole, (5, 160, 96))}
-    powers = np.float32(2) ** np.arange(-2, 3, dtype=np.float32)
-    unit = np.float32(1 if format == "fp8" else 1 / 256)
-    input_scales = {"up": unit * powers[::-1] / 2, "down": unit * powers / 8}
-    pack(a, weights, dict.fromkeys(weights, powers), input_scales)
-    a.x[:] = g.integers(-40, 41, a.x.shape) / 4
-    a.factors[:] = g.choice(np.array([0.5, 1, 2], np.float32), a.factors.shape)
-    exact = mixture(a)
-    assert (exact == exact.astype(np.float32)).all(), "the test's own numbers must be exact"
+    a, exact = exact_numbers(format, case)
     assert (run(kernels, a) == exact.astype(NUMPY[dtype])).all()
 
 
