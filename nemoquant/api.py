@@ -16,17 +16,13 @@ from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
+from nemoquant.progress import Progress as Progress
+from nemoquant.progress import no_progress
 
 if TYPE_CHECKING:
     from nemoquant.estimate import Estimate
     from nemoquant.evaluate.schema import Report
     from nemoquant.graph.export import Exported
-
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
-
-
-def no_progress(stage: str, done: int, total: int, what: str) -> None:
-    """Progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +182,7 @@ def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress
     source = None if against is None else open_source(Path(against))
     if source is not None and source.checkpoint is None:
         raise CheckpointError(f"{against} is a config.json; --against needs the source's folder with its weights")
-    return check(Path(out), source, progress=lambda done, total: progress("verify", done, total, "")).to_json()
+    return check(Path(out), source, progress=progress).to_json()
 
 
 def diff(
@@ -220,8 +216,9 @@ def diff(
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
-    from nemoquant.calibrate.data import evaluation_data, load_rows
+    from nemoquant.calibrate.data import load_rows
     from nemoquant.formats.gpu import check
+    from nemoquant.shipped import evaluation_data
 
     check(device)
     if min(rows, 1 if threads is None else threads) < 1 or seq_len < 2:
@@ -266,9 +263,7 @@ def diff(
                 raise UsageError(f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in their order")
             library = None if plugins is None else Path(plugins)
             engines = [load_engine(engine, path, threads, file, library) for path, file in zip(paths, files, strict=True)]
-        report = compare(
-            opened, sides, tokens, cache, lambda done, total, what: progress("diff", done, total, what), engines, device
-        )
+        report = compare(opened, sides, tokens, cache, progress, engines, device)
     if card:
         told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
     return report.model_copy(update={"warnings": told})
@@ -307,7 +302,7 @@ def export_onnx(
     options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
     return export(
         Path(source), None if out is None else Path(out), dialect, options, mtp=mtp, copy=copy,
-        progress=lambda done, total: progress("copy", done, total, ""),
+        progress=progress,
     )  # fmt: skip
 
 

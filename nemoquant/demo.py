@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from nemoquant import api
 from nemoquant.errors import VerificationError, listing
 from nemoquant.pack import output
-from nemoquant.planning.recipe import recipe_folder
+from nemoquant.progress import Progress, no_progress
+from nemoquant.shipped import demo_model
 
 if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
@@ -18,13 +19,8 @@ PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 REPORTS = {"html": "report.html", "json": "report.json", "markdown": "report.md"}
 
 
-def demo_model() -> Path:
-    """The trained demo model: in the installed package, or in the source tree."""
-    return recipe_folder().parent / "demo_model"
-
-
 def demo(
-    out: Path, *, rows: int = 32, say: Callable[[str], None] = lambda text: None, progress: api.Progress = api.no_progress
+    out: Path, *, rows: int = 32, say: Callable[[str], None] = lambda text: None, progress: Progress = no_progress
 ) -> "Report":
     """Quantize, verify, export and compare into the new folder ``out``; it appears when everything is in it.
 

@@ -19,7 +19,7 @@ from nemoquant.pack.output import BYTES_PER_TENSOR, MARGIN
 from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
 from nemoquant.speeds import Speeds, measure
-from nemoquant.units import size
+from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
     from nemoquant.calibrate.memory import RowBatch
@@ -190,14 +190,6 @@ def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
     hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / speeds.sync
     busy = encode + copied + hashed + plan.bytes_out / speeds.write
     return max(plan.bytes_in / speeds.read / threads, encode / threads, hashed, written, busy / threads)
-
-
-def duration(seconds: float) -> str:
-    """Time for people: 4.2 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def expectation(found: Estimate) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.data import Rows, default_data, load_rows
+from nemoquant.calibrate.data import Rows, load_rows
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
@@ -25,12 +25,13 @@ from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.unfinished import Unfinished, check_options, earlier, finish, unfinished
 from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
+from nemoquant.progress import Progress
+from nemoquant.shipped import calibration_data
 
 if TYPE_CHECKING:
     from nemoquant.calibrate.memory import RowBatch
     from nemoquant.cluster import Cluster
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
 Verified = dict[str, int]
 
 
@@ -89,7 +90,7 @@ class Job:
             scales = Scales.load(Path(options.scales))
             scales.check(self.plan, Path(options.scales))
             return scales
-        data = Path(options.data) if options.data is not None else default_data()
+        data = Path(options.data) if options.data is not None else calibration_data()
         return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len, self.warnings.append)
 
     def expect(self, found: Scales | Rows | None, cluster: "Cluster | None" = None) -> None:
@@ -278,7 +279,7 @@ class Job:
                 self.checkpoint, self.source.config, rows, device=str(torch_device(self.options.device)), dtype=dtype,
                 row_batch=self._budget.row_batch, hidden=hidden, begin=begin, keep=keep,
                 spread=None if cluster is None else cluster.spread,
-                progress=lambda done, total, what: self.progress("calibrate", done, total, what),
+                progress=self.progress,
             )  # fmt: skip
         finally:
             hidden.close()

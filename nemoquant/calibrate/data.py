@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from nemoquant.errors import CalibrationError, MissingExtraError
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.planning.recipe import recipe_folder
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
 PIECE_CHARS = 1 << 16
@@ -43,16 +42,6 @@ class Rows:
     def sha256(self) -> str:
         """Identity of the tokens, whatever file they came from."""
         return hashlib.sha256(np.ascontiguousarray(self.ids).tobytes() + repr(self.ids.shape).encode()).hexdigest()
-
-
-def default_data() -> Path:
-    """The text that is shipped for calibration."""
-    return recipe_folder().parent / "data/calibration.jsonl"
-
-
-def evaluation_data() -> Path:
-    """The text that is shipped for evaluation: other works than those for calibration."""
-    return default_data().with_name("evaluation.jsonl")
 
 
 def load_rows(

@@ -25,11 +25,11 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import prefixed
+from nemoquant.progress import Progress, no_progress
 
 MAX_NON_FINITE = 0.1  # share of rows that may be left out
 DEFAULT_ROW_BATCH = 4
 KV_OUTPUT = ".output"
-Progress = Callable[[int, int, str], None]  # done, total, what
 
 
 class Observed(NamedTuple):
@@ -85,7 +85,7 @@ def calibrate(
     begin: Between | None = None,
     keep: Callable[[Between], None] = lambda between: None,
     spread: Spread | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = no_progress,
 ) -> Scales:
     """Run ``rows`` through the model and observe.
 
@@ -114,17 +114,17 @@ def calibrate(
     alive[begin.dead] = False
     total = len(config.layers) + 1
     for i in range(begin.layers, len(config.layers)):
-        progress(i, total, f"layer {i}, {config.layers[i]}")
+        progress("calibrate", i, total, f"layer {i}, {config.layers[i]}")
         _layer(checkpoint, config, i, hidden, alive, scales, device, rows_of(row_batch, config.layers[i]), spread or one_by_one)
         keep(Between(i + 1, scales, np.flatnonzero(~alive).tolist()))
-    progress(len(config.layers), total, "head")
+    progress("calibrate", len(config.layers), total, "head")
     norm = LayerWeights(checkpoint, "backbone.norm_f.")["weight"]
     head = AmaxObserver()
     for batch in _batches(alive, 1):
         head.tap()("lm_head", rms_norm(hidden.read(batch).to(device), norm, config.norm_eps))
     scales.input_amax |= head.collect()
     scales.non_finite_rows = int((~alive).sum())
-    progress(total, total, "done")
+    progress("calibrate", total, total, "done")
     return scales
 
 

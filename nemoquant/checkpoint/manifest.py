@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
 from nemoquant.model.roles import TensorSpec
+from nemoquant.progress import Count
 
 FILE = "nemoquant.json"
 SCHEMA = 1
@@ -19,14 +20,14 @@ SAMPLE_BYTES = 1024
 REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
 
 
-def file_sha256(path: Path, progress: Callable[[int], None] = lambda count: None) -> str:
-    """sha256 of a file's bytes, read a few megabytes at a time; ``progress`` is told of each."""
+def file_sha256(path: Path, count: Count = lambda size: None) -> str:
+    """sha256 of a file's bytes, read a few megabytes at a time; ``count`` is called with the size of each."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as f:
-        while count := f.readinto(buffer):
-            digest.update(buffer[:count])
-            progress(count)
+        while got := f.readinto(buffer):
+            digest.update(buffer[:got])
+            count(got)
     return digest.hexdigest()
 
 

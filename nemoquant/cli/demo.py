@@ -29,8 +29,9 @@ def command(out: Path, rows: int) -> None:
       nemoquant demo
       nemoquant demo --out /tmp/demo --rows 8
     """
-    from nemoquant.demo import REPORTS, demo, demo_model
+    from nemoquant.demo import REPORTS, demo
     from nemoquant.evaluate.report.markdown import table
+    from nemoquant.shipped import demo_model
 
     began = time.monotonic()
     click.echo(f"source: {demo_model()}", err=True)

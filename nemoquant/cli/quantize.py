@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from nemoquant.cli.shared import json_option, loading, memory_option, print_json, progress_bars, recipe_name, recipe_options
 from nemoquant.errors import UsageError
 from nemoquant.options import CalibrationOptions
-from nemoquant.units import size
+from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
     from nemoquant.estimate import Estimate
@@ -96,7 +96,7 @@ def command(
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.estimate import duration, expectation, resident
+    from nemoquant.estimate import expectation, resident
 
     began = time.monotonic()
 

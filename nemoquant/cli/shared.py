@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from nemoquant.errors import UsageError
+from nemoquant.progress import Progress, no_progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
@@ -78,7 +79,7 @@ def print_json(data: Any) -> None:
 
 
 @contextmanager
-def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+def progress_bars(quiet: bool) -> Iterator[Progress]:
     """Yields the callback that the API's functions report to.
 
     On a terminal it draws one rich bar a stage on standard error, once the work has lasted ``SHOW_AFTER`` seconds; elsewhere it
@@ -86,15 +87,16 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]
     """
     began = time.monotonic()
     if quiet:
-        yield lambda stage, done, total, what: None
+        yield no_progress
     elif not sys.stderr.isatty():
         yield _plain()
     else:
+        import rich.progress
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>4.0f}%"), TimeElapsedColumn())
-        bars = Progress(
+        bars = rich.progress.Progress(
             *columns, TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True
         )
         tasks: dict[str, TaskID] = {}
@@ -113,7 +115,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]
                 bars.stop()
 
 
-def _plain() -> Callable[[str, int, int, str], None]:
+def _plain() -> Progress:
     """A line when a stage begins to last, and one when it is over."""
     began: dict[str, float] = {}
     finished: set[str] = set()

@@ -1,6 +1,6 @@
 """Candidates' logits through an engine, beside those of the torch arithmetic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,11 +8,9 @@ from torch import Tensor
 from nemoquant.calibrate.data import Rows
 from nemoquant.engine.base import Engine
 from nemoquant.errors import UsageError
-from nemoquant.evaluate.head import Head
+from nemoquant.evaluate.head import Head, Shares
 from nemoquant.evaluate.metrics import Positions, compare, summarize
 from nemoquant.evaluate.schema import EngineRun
-
-Progress = Callable[[int, str], None]
 
 
 def check_engines(engines: Sequence[Engine], length: int) -> None:
@@ -26,7 +24,7 @@ def check_engines(engines: Sequence[Engine], length: int) -> None:
 
 
 def run_engines(
-    engines: Sequence[Engine], rows: Rows, reference: Head, heads: Sequence[Head], progress: Progress
+    engines: Sequence[Engine], rows: Rows, reference: Head, heads: Sequence[Head], progress: Shares
 ) -> list[EngineRun]:
     """Each engine's figures.
 

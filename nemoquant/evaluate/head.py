@@ -23,7 +23,7 @@ from nemoquant.model.taps import Tap, identity, prefixed
 
 HEAD_ELEMENTS = 1 << 25  # of logits of one model at a time
 
-Progress = Callable[[int, str], None]  # how many of the candidates' shares of the work are done, what
+Shares = Callable[[int, str], None]  # how many of the candidates' shares of the work are done, what
 
 
 class Head:
@@ -83,7 +83,7 @@ def heads_of(source: Source, candidates: Sequence[Candidate], streams: Sequence[
 
 
 def compare_heads(
-    source: Source, candidates: Sequence[Candidate], heads: Sequence[Head], rows: Rows, progress: Progress
+    source: Source, candidates: Sequence[Candidate], heads: Sequence[Head], rows: Rows, progress: Shares
 ) -> tuple[Positions, list[Positions], list[Energy], list[float | None]]:
     """Logits of all models, and what follows from them.
 

@@ -8,7 +8,7 @@ scan states of one layer, and the working set of a layer over a batch of rows (`
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from nemoquant.formats.gpu import torch_device
 from nemoquant.model.config import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
+from nemoquant.progress import Progress
 
-Progress = Callable[[int, int, str], None]  # done, total, what
 WORST = 10
 
 
@@ -104,7 +104,7 @@ def diff(
         for done, stage in enumerate(stages):
             what = "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
             for number, side in enumerate(sides):
-                progress(done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
+                progress("diff", done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
                 if stage.layer is None:
                     _embedding(side, rows, stage)
                 else:
@@ -113,13 +113,13 @@ def diff(
     heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
 
     def tell(number: int, what: str) -> None:
-        progress((steps - 1) * len(sides) + number, steps * len(sides), what)
+        progress("diff", (steps - 1) * len(sides) + number, steps * len(sides), what)
 
     own, found, energies, acceptance = compare_heads(source, candidates, heads, rows, tell)
     runs = run_engines(engines, rows, heads[0], heads[1:], tell) if engines else [None] * len(sides)
     for side, energy in zip(sides, energies, strict=True):
         _head_modules(side, source, before, energy)
-    progress(steps * len(sides), steps * len(sides), "done")
+    progress("diff", steps * len(sides), steps * len(sides), "done")
     reference = _reference(source, own.perplexity, acceptance[0])
     return schema.Report(
         schema_version=schema.VERSION,

@@ -7,7 +7,7 @@ checkpoint), the tensors are copied into OUT in the order that ``pack`` writes.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
 from nemoquant.pack import output
 from nemoquant.pack.shards import SHARD_BYTES
+from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 MODEL, MTP = "model.onnx", "mtp.onnx"
 COPY_BYTES = 16 << 20
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Exported:
 
 def export_onnx(
     path: Path, out: Path | None, dialect: str, options: GraphOptions, *, mtp: bool = False, copy: bool = True,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Exported:  # fmt: skip
     """Write ``model.onnx`` (and ``mtp.onnx``) for the checkpoint in ``path``.
 
@@ -120,7 +120,7 @@ def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
                     writer.write(raw[start : start + COPY_BYTES])
                 opened.checkpoint.release([name])
                 done += raw.size
-                progress(done, total)
+                progress("copy", done, total, "")
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -164,7 +164,7 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
     for name in names:
         shutil.copyfile(path / name, folder / name)
         done += (path / name).stat().st_size
-        progress(done, total)
+        progress("copy", done, total, "")
     if opened.manifest is not None:
         kept = {name: digest for name, digest in opened.manifest["files"].items() if (folder / name).exists()}
         manifest.write_manifest(folder, {k: v for k, v in opened.manifest.items() if k != "sha256"} | {"files": kept})

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nemoquant.ops.sources import plugin_folder
+from nemoquant.shipped import plugin_folder
 
 
 @dataclass(frozen=True)

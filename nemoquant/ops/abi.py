@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from nemoquant.errors import BuildError
-from nemoquant.ops.sources import plugin_folder
+from nemoquant.shipped import plugin_folder
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3, "float4_e2m1x2": 4, "int64": 5, "int32": 6}
 """``enum nemoquant_dtype`` of ``common/abi.h``, by the names of numpy, ml_dtypes and torch."""

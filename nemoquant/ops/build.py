@@ -15,16 +15,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemoquant._version import __version__
 from nemoquant.errors import BuildError, OutputError, UsageError
-from nemoquant.ops.sources import plugin_folder, sources_hash
+from nemoquant.ops.sources import sources_hash
+from nemoquant.progress import Progress, no_progress
+from nemoquant.shipped import plugin_folder
 
 ARCHITECTURES = ("80", "90a", "100a", "120a")
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def build(
     host: bool = False,
     faces: bool = True,
     strict: bool = False,
-    progress: Progress = lambda stage, done, total, what: None,
+    progress: Progress = no_progress,
 ) -> Built:
     """Compile, and put the libraries into ``out``.
 

@@ -1,15 +1,10 @@
-"""Where the plugins' sources and specifications lie, and what they are."""
+"""What the compiled operators are made from."""
 
 import hashlib
-from pathlib import Path
+
+from nemoquant.shipped import plugin_folder
 
 SUFFIXES = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".map", ".txt")
-
-
-def plugin_folder() -> Path:
-    """``plugins/``: in the installed package, or in the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    return next(p for p in (package / "plugins", package.parent / "plugins") if p.is_dir())
 
 
 def sources_hash() -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
-
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, what
+from nemoquant.progress import Progress
 
 
 def write_checkpoint(
@@ -61,7 +59,7 @@ def write_checkpoint(
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE)
     files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
     manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
-    report = verify(folder, source, encode_again=False, progress=lambda done, total: progress("verify", done, total, ""))
+    report = verify(folder, source, encode_again=False, progress=progress)
     if not report.ok:
         raise VerificationError(f"what was written is not what was planned: {'; '.join(report.problems[:3])}")
     run.verified = report.checked

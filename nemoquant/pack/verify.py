@@ -12,7 +12,6 @@
 import json
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -37,8 +36,8 @@ from nemoquant.pack.shards import Entry, Shard, shards
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
+from nemoquant.progress import Count, Progress, no_progress
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 COMPARE_BYTES = 16 << 20
 
 
@@ -64,9 +63,7 @@ class Report:
         return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
 
 
-def verify(
-    out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = lambda done, total: None
-) -> Report:
+def verify(out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = no_progress) -> Report:
     """Check the checkpoint in ``out``; problems are collected, not raised.
 
     Args:
@@ -85,7 +82,7 @@ def verify(
         nonlocal done
         with counting:
             done += size
-            progress(min(done, total), total)
+            progress("verify", min(done, total), total, "")
 
     rest = Report()
     with ThreadPoolExecutor(_threads()) as pool:  # files are hashed while their content is looked at
@@ -117,10 +114,10 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _check_file(path: Path, digest: str, progress: Callable[[int], None]) -> str | None:
+def _check_file(path: Path, digest: str, count: Count) -> str | None:
     """What is wrong with one file of the manifest, if anything is."""
     try:
-        if file_sha256(path, progress) != digest:
+        if file_sha256(path, count) != digest:
             return f"{path.name} was changed: its sha256 is not the manifest's"
     except FileNotFoundError:
         return f"{path.name} is missing; the manifest lists it"
@@ -229,7 +226,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _compare(
     manifest: dict[str, Any], layout: list[Shard], written: Checkpoint, source: Source, report: Report, again: bool,
-    progress: Callable[[int], None],
+    count: Count,
 ) -> None:  # fmt: skip
     """Every tensor against the source's, the experts of a layer in threads."""
     assert source.checkpoint is not None
@@ -262,7 +259,7 @@ def _compare(
                 if row.format == "source" or again:
                     report.checked["compared_with_source" if row.format == "source" else "encoded_again"] += 1
                 original.release([row.name])
-                progress(row.bytes_in)
+                count(row.bytes_in)
             written.release(e.name for e in unit.entries)
 
 

@@ -23,8 +23,8 @@ from nemoquant.pack.scales import Warn, input_scales, kv_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
+from nemoquant.progress import Count
 
-Progress = Callable[[int], None]  # bytes of source that were dealt with since the last call
 Step = tuple[Future[Any] | None, Callable[[Any], None]]  # work in a thread, and what this one does with its result
 COPY_BYTES = 4 << 20
 
@@ -37,7 +37,7 @@ class Packer:
     """
 
     def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, *, warn: Warn, progress: Progress
+        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, *, warn: Warn, progress: Count
     ) -> None:
         """Raises CalibrationError where ``scales`` do not say enough."""
         self.checkpoint, self.workers, self.progress = checkpoint, workers, progress

@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nemoquant.errors import RecipeError, listing
+from nemoquant.shipped import recipe_folder
 
 WeightFormat = Literal["source", "fp8", "nvfp4"]
 ScaleMethod = Literal["max", "mse", "four_over_six"]
@@ -79,12 +80,6 @@ class Recipe(BaseModel):
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data, defaults left out; :func:`parse_recipe` takes it back."""
         return self.model_dump(exclude_defaults=True)
-
-
-def recipe_folder() -> Path:
-    """Where the shipped recipes lie: in the installed package, or in the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    return next(p for p in (package / "calib/recipes", package.parent / "calib/recipes") if p.is_dir())
 
 
 def presets() -> dict[str, Path]:

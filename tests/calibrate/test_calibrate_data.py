@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from nemoquant.calibrate.data import default_data, load_rows
+from nemoquant.calibrate.data import load_rows
 from nemoquant.errors import CalibrationError, MissingExtraError
 from nemoquant.model.config import load_config
+from nemoquant.shipped import calibration_data
 
 
 def rows(path, model, count=32, length=4):
@@ -125,7 +126,7 @@ def test_identity_is_the_tokens_not_the_file(model, tmp_path):
 
 
 def test_the_shipped_text_is_there():
-    documents = [json.loads(line) for line in default_data().read_text(encoding="utf-8").splitlines()]
+    documents = [json.loads(line) for line in calibration_data().read_text(encoding="utf-8").splitlines()]
     assert all(document["text"] for document in documents)
 
 

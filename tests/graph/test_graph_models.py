@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemoquant.api import CalibrationOptions, diff, export_onnx, quantize
-from nemoquant.calibrate.data import evaluation_data, load_rows
+from nemoquant.calibrate.data import load_rows
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.formats import fp8, nvfp4
@@ -28,6 +28,7 @@ from nemoquant.model import moe
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import ReferenceModel, layer_forward
 from nemoquant.model.taps import Scope
+from nemoquant.shipped import evaluation_data
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"

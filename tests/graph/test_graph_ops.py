@@ -16,7 +16,7 @@ from nemoquant.graph import ops
 from nemoquant.graph.dialects import FORMAT_NAMES, Dialect, experts_op, parts_of
 from nemoquant.graph.tape import FLOAT, HALF
 from nemoquant.model import mamba2
-from nemoquant.ops.sources import plugin_folder
+from nemoquant.shipped import plugin_folder
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"

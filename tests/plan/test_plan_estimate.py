@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from nemoquant import api, speeds
 from nemoquant.cli import main
 from nemoquant.cli.shared import Bytes
-from nemoquant.estimate import Budget, budget, duration, estimate
+from nemoquant.estimate import Budget, budget, estimate
 from nemoquant.speeds import Speeds
+from nemoquant.units import duration
 
 SPEEDS = Speeds(
     read=1e9,

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from nemoquant.errors import RecipeError
-from nemoquant.planning.recipe import load_recipe, parse_recipe, presets, recipe_folder
+from nemoquant.planning.recipe import load_recipe, parse_recipe, presets
+from nemoquant.shipped import recipe_folder
 
 RULE: dict[str, Any] = {"roles": ["*"], "format": "source"}
 BASE: dict[str, Any] = {"name": "mine", "summary": "What it does.", "rules": [RULE]}

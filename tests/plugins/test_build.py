@@ -17,7 +17,8 @@ from nemoquant.engine.doctor import plugins as finding
 from nemoquant.engine.targets import Device, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.ops import build
-from nemoquant.ops.sources import plugin_folder, sources_hash
+from nemoquant.ops.sources import sources_hash
+from nemoquant.shipped import plugin_folder
 
 sys.path.insert(0, str(PLUGINS))
 import registers

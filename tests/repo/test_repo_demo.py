@@ -8,10 +8,11 @@ from click.testing import CliRunner
 
 from nemoquant.api import verify
 from nemoquant.cli import main
-from nemoquant.demo import PRESETS, REPORTS, demo, demo_model
+from nemoquant.demo import PRESETS, REPORTS, demo
 from nemoquant.errors import OutputError, VerificationError
 from nemoquant.evaluate.report.markdown import markdown, table
 from nemoquant.evaluate.schema import Report
+from nemoquant.shipped import demo_model
 
 ROWS = 4
 WITH_GRAPHS = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx_ir"))

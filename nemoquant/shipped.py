@@ -1,0 +1,34 @@
+"""Where the data lie that come with the code: in the installed package, or in the source tree."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _shipped(name: str) -> Path:
+    return next(path for path in (_PACKAGE / name, _PACKAGE.parent / name) if path.is_dir())
+
+
+def recipe_folder() -> Path:
+    """The shipped recipes."""
+    return _shipped("calib/recipes")
+
+
+def calibration_data() -> Path:
+    """The text for calibration."""
+    return _shipped("calib/data") / "calibration.jsonl"
+
+
+def evaluation_data() -> Path:
+    """The text for evaluation: other works than those for calibration."""
+    return _shipped("calib/data") / "evaluation.jsonl"
+
+
+def demo_model() -> Path:
+    """The trained demo model."""
+    return _shipped("calib/demo_model")
+
+
+def plugin_folder() -> Path:
+    """``plugins/``: sources and specifications of the compiled operators."""
+    return _shipped("plugins")
