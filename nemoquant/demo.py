@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemoquant import api
+from nemoquant.checkpoint.folder import check_output, making
 from nemoquant.errors import VerificationError, listing
-from nemoquant.pack import output
 from nemoquant.progress import Progress, no_progress
 from nemoquant.shipped import demo_model
 
@@ -36,8 +36,8 @@ def demo(
 
     source = demo_model()
     plans = [api.plan(source, preset) for preset in PRESETS]
-    output.check_output(out, source, sum(p.tensors_out for p in plans), sum(p.bytes_out for p in plans))
-    with output.making(out) as folder:
+    check_output(out, source, sum(p.tensors_out for p in plans), sum(p.bytes_out for p in plans))
+    with making(out) as folder:
         scales = None
         for preset, plan in zip(PRESETS, plans, strict=True):
             options = api.CalibrationOptions(rows=rows, scales=scales if plan.needs_calibration else None)

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemoquant.checkpoint.behind import DEPTH
+from nemoquant.checkpoint.background import DEPTH
+from nemoquant.checkpoint.folder import BYTES_PER_TENSOR, MARGIN
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import UsageError
 from nemoquant.formats import Device
 from nemoquant.options import CalibrationOptions
 from nemoquant.pack.encode import CHUNK_BYTES
-from nemoquant.pack.output import BYTES_PER_TENSOR, MARGIN
 from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
 from nemoquant.speeds import Speeds, measure

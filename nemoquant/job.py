@@ -15,12 +15,13 @@ from nemoquant.calibrate.data import Rows, load_rows
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.folder import check_output, side_files
 from nemoquant.checkpoint.source import Source
 from nemoquant.errors import listing
 from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
 from nemoquant.formats.gpu import torch_device
 from nemoquant.options import CalibrationOptions
-from nemoquant.pack import output
+from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.unfinished import Unfinished, check_options, earlier, finish, unfinished
 from nemoquant.pack.workers import Threads, usable_threads
@@ -65,8 +66,8 @@ class Job:
         """
         if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
             needed = self.plan.bytes_out + self._hidden_bytes()
-            output.check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.resume)
-        output.side_files(self.source.path, self.source.raw_config)
+            check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.resume)
+        side_files(self.source.path, self.source.raw_config)
 
     def _hidden_bytes(self) -> int:
         """Disk for both files of hidden states, as far as it is known before the rows are read."""
@@ -177,7 +178,7 @@ class Job:
         self.say(f"{self.out} was finished already")
         finish(self.out)
         assert found.verified is not None
-        skipped = output.side_files(self.source.path, self.source.raw_config)[1]
+        skipped = side_files(self.source.path, self.source.raw_config)[1]
         return found.verified, skipped, None if scales is None else scales.summary()
 
     @cached_property
@@ -187,8 +188,8 @@ class Job:
 
     def _known_files(self) -> set[str]:
         """Names that this run may write into OUT."""
-        copied, _ = output.side_files(self.source.path, self.source.raw_config)
-        return {shard.file for shard in self.layout} | {*copied, *output.WRITTEN}
+        copied, _ = side_files(self.source.path, self.source.raw_config)
+        return {shard.file for shard in self.layout} | {*copied, *WRITTEN}
 
     def _identity(self, found: Scales | Rows | None, weights: str) -> dict[str, Any]:
         """The options that decide the output's bytes, by the names that a user knows them by."""

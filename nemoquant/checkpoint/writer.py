@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from nemoquant.checkpoint.behind import Behind
+from nemoquant.checkpoint.background import Background
 from nemoquant.checkpoint.header import ITEM_SIZE, encode_header
 
 METADATA = {"format": "pt"}
@@ -23,7 +23,7 @@ class ShardWriter:
     """Writes the tensors given (name, dtype, shape) in their order; every byte must come, and no more.
 
     Use as a context manager; leaving it without an error checks the count. ``sha256`` is the file's, once it is closed.
-    With ``behind`` hashing and writing are two threads, each with a short queue: arrays must then stay as they are until their
+    With ``background`` hashing and writing are two threads, each with a short queue: arrays must then stay as they are until their
     ``then`` was called.
     """
 
@@ -33,7 +33,7 @@ class ShardWriter:
         tensors: Sequence[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str] = METADATA,
         *,
-        behind: bool = False,
+        background: bool = False,
     ) -> None:
         header = encode_header(list(tensors), metadata)
         self.path = path
@@ -42,7 +42,7 @@ class ShardWriter:
         self._digest = hashlib.sha256(header)
         self._file = path.open("xb")
         self._file.write(header)
-        self._stages = (Behind("hash"), Behind("write")) if behind else ()
+        self._stages = (Background("hash"), Background("write")) if background else ()
 
     def write(self, data: npt.NDArray[np.generic], then: Callable[[], None] = nothing) -> None:
         """Append the bytes of a C-contiguous array; ``then`` is called when they are no longer needed, perhaps in a thread."""

@@ -7,8 +7,7 @@ from nemoquant.errors import CheckpointError
 from nemoquant.evaluate.report.markdown import cost_sentence
 from nemoquant.evaluate.schema import Candidate, Report
 from nemoquant.pack.card import with_cost
-
-CARD = "README.md"
+from nemoquant.pack.files import CARD
 
 
 def update_card(path: Path, candidate: Candidate, report: Report) -> list[str]:

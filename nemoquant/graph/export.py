@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.folder import check_output, copy_side_files, making, side_files
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.writer import ShardWriter
@@ -22,7 +23,7 @@ from nemoquant.errors import OutputError, UsageError
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
-from nemoquant.pack import output
+from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -67,8 +68,8 @@ def export_onnx(
         if out is None:
             raise UsageError(f"{path}: a graph can't stand beside its tensors, because {reason}; give an OUT folder for a copy")
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
-        output.check_output(out, path, len(opened.checkpoint.tensors), size)
-        with output.making(out) as folder:
+        check_output(out, path, len(opened.checkpoint.tensors), size)
+        with making(out) as folder:
             _copy(opened, folder, progress)
             copied = PackedCheckpoint(folder)
             with copied.checkpoint:
@@ -127,7 +128,7 @@ def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
     for name in ("config.json", "hf_quant_config.json"):
         if (opened.path / name).exists():
             shutil.copyfile(opened.path / name, folder / name)
-    output.copy_side_files(opened.path, output.side_files(opened.path, opened.raw_config)[0], folder)
+    copy_side_files(opened.path, side_files(opened.path, opened.raw_config)[0], folder)
 
 
 def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
@@ -158,8 +159,8 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
     """Shards and what belongs to them, as they are; links are followed. Graphs stay behind: they are made anew."""
     path = opened.path
     names = sorted({info.file.name for info in opened.checkpoint.tensors.values()})
-    names += [name for name in (INDEX, *output.WRITTEN) if (path / name).is_file() and name != manifest.FILE]
-    names += output.side_files(path, opened.raw_config)[0]
+    names += [name for name in (INDEX, *WRITTEN) if (path / name).is_file() and name != manifest.FILE]
+    names += side_files(path, opened.raw_config)[0]
     total, done = sum((path / name).stat().st_size for name in names), 0
     for name in names:
         shutil.copyfile(path / name, folder / name)

@@ -10,11 +10,12 @@ from nemoquant._version import __version__
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.folder import copy_side_files, side_files
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.source import Source
 from nemoquant.errors import VerificationError, listing
-from nemoquant.pack import output
 from nemoquant.pack.card import card
+from nemoquant.pack.files import CARD
 from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.shards import Shard
 from nemoquant.pack.unfinished import Unfinished
@@ -52,9 +53,9 @@ def write_checkpoint(
     _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
     if scales is not None:
         (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
-    copied, skipped = output.side_files(source.path, source.raw_config)
-    output.copy_side_files(source.path, copied, folder)
-    (folder / "README.md").write_text(card(plan, _calibration_sentence(scales), warnings, copied), encoding="utf-8")
+    copied, skipped = side_files(source.path, source.raw_config)
+    copy_side_files(source.path, copied, folder)
+    (folder / CARD).write_text(card(plan, _calibration_sentence(scales), warnings, copied), encoding="utf-8")
     digests = {file: entry["sha256"] for file, entry in run.shards.items()}
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE)
     files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}

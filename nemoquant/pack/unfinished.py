@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nemoquant.checkpoint.folder import partial_of
 from nemoquant.checkpoint.manifest import file_sha256, replace_text
 from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, listing
-from nemoquant.pack.output import partial_of
 
 FOLDER = "nemoquant_resume"
 STATE = "state.json"

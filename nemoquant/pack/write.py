@@ -1,4 +1,4 @@
-"""Plan and scales in, shards out, as a pipeline: weights are read and encoded ahead, hashed and written behind.
+"""Plan and scales in, shards out, as a pipeline: weights are read and encoded ahead, hashed and written in the background.
 
     encode (threads; the kernels hold no lock)  ->  this thread, which puts results in file order  ->  hash  ->  write
 
@@ -55,7 +55,7 @@ class Packer:
         Raises:
             WeightError: NaN or Inf in a tensor, quantized or not.
         """
-        with ShardWriter(path, [(e.name, e.dtype, e.shape) for e in shard.entries], behind=True) as writer:
+        with ShardWriter(path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True) as writer:
             waiting: deque[Step] = deque()
             try:
                 for step in self._steps(shard, writer):

@@ -367,8 +367,8 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
 
 def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_rows, tmp_path, monkeypatch):
     """``demo`` quantizes into a folder of its own, which goes when anything in it fails."""
+    from nemoquant.checkpoint.folder import making
     from nemoquant.pack import run
-    from nemoquant.pack.output import making
 
     monkeypatch.setattr(run, "verify", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:

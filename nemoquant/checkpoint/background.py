@@ -1,4 +1,4 @@
-"""Work that runs behind the caller: a thread, a short queue, and the first error told to whoever comes next."""
+"""Work in the background: a thread, a short queue, and the first error raised to the next caller."""
 
 import queue
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable
 DEPTH = 8  # pieces of a few megabytes that may wait
 
 
-class Behind:
+class Background:
     """Runs what it is given, one after the other, in a thread of its own; ``put`` waits where ``depth`` pieces of work are waiting.
 
     After an error nothing more is run, and ``put`` and ``check`` raise it.

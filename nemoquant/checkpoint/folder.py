@@ -8,11 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.reader import INDEX
 from nemoquant.errors import Interrupted, NemoquantError, OutputError
 
 SIDE_FILES = ("generation_config.json", "tokenizer*", "chat_template*", "special_tokens*", "LICENSE*", "NOTICE*")
-WRITTEN = (INDEX, "config.json", "hf_quant_config.json", "README.md", "nemoquant.json", "nemoquant_scales.json")
 MARGIN = 64 << 20  # of free disk beyond the tensors: side files and the rest
 BYTES_PER_TENSOR = 600  # of headers, index, config files and scales file
 
@@ -107,7 +105,7 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
         if name in ("config.json", "nemoquant.json") or name.endswith((".safetensors", ".safetensors.index.json")):
             continue  # written anew, or what the tensors were read from
         belongs = name in modules or any(fnmatch(name, pattern) for pattern in SIDE_FILES)
-        if belongs and path.is_file() and name not in WRITTEN:
+        if belongs and path.is_file():
             if not os.access(path, os.R_OK):
                 raise OutputError(f"{path} cannot be read (permission denied); it belongs to the checkpoint: make it readable")
             wanted.append(name)

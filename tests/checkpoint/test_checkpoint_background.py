@@ -1,4 +1,4 @@
-"""Work behind the caller: order, the bound of the queue, errors, and a shard that is written so."""
+"""Work in the background: order, the bound of the queue, errors, and a shard that is written so."""
 
 import threading
 import time
@@ -6,14 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from nemoquant.checkpoint.behind import Behind
+from nemoquant.checkpoint.background import Background
 from nemoquant.checkpoint.writer import ShardWriter
 
 TENSORS = [("a", "U8", (3, 5)), ("b", "F32", ()), ("c", "BF16", (1 << 16,)), ("d", "F32", (0,))]
 
 
 def test_it_runs_in_order_and_all_of_it():
-    done, stage = [], Behind("test")
+    done, stage = [], Background("test")
     for i in range(100):
         stage.put(lambda i=i: done.append(i))
     stage.end()
@@ -22,7 +22,7 @@ def test_it_runs_in_order_and_all_of_it():
 
 
 def test_no_more_than_depth_pieces_wait():
-    go, put, stage = threading.Event(), [], Behind("test", depth=3)
+    go, put, stage = threading.Event(), [], Background("test", depth=3)
 
     def fill():
         for i in range(8):
@@ -43,7 +43,7 @@ def test_no_more_than_depth_pieces_wait():
 
 
 def test_after_an_error_nothing_is_run_and_the_caller_is_told():
-    done, stage = [], Behind("test")
+    done, stage = [], Background("test")
     stage.put(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         for i in range(1000):  # the first ones may be put before the thread comes to the error
@@ -55,7 +55,7 @@ def test_after_an_error_nothing_is_run_and_the_caller_is_told():
 
 
 def test_cancelled_work_is_not_run():
-    began, go, done, stage = threading.Event(), threading.Event(), [], Behind("test")
+    began, go, done, stage = threading.Event(), threading.Event(), [], Background("test")
     stage.put(lambda: (began.set(), go.wait()))
     began.wait()
     stage.put(lambda: done.append(1))
@@ -64,16 +64,16 @@ def test_cancelled_work_is_not_run():
     assert done == []
 
 
-def write(path, behind):
+def write(path, background):
     g, told = np.random.default_rng(0), []
-    with ShardWriter(path, TENSORS, behind=behind) as writer:
+    with ShardWriter(path, TENSORS, background=background) as writer:
         for i, (_, _, shape) in enumerate(TENSORS):
             dtype = {"a": np.uint8, "b": np.float32, "c": np.uint16, "d": np.float32}["abcd"[i]]
             writer.write(g.integers(0, 200, shape).astype(dtype), lambda i=i: told.append(i))
     return path.read_bytes(), writer.sha256, told
 
 
-def test_a_shard_written_behind_is_the_same(tmp_path):
+def test_a_shard_written_in_the_background_is_the_same(tmp_path):
     assert write(tmp_path / "x", False) == write(tmp_path / "y", True)
 
 
@@ -88,7 +88,7 @@ def test_an_error_of_a_stage_is_the_writers(stage, tmp_path):
         def close(self):
             pass
 
-    with pytest.raises(OSError, match="broken"), ShardWriter(tmp_path / "x", TENSORS, behind=True) as writer:
+    with pytest.raises(OSError, match="broken"), ShardWriter(tmp_path / "x", TENSORS, background=True) as writer:
         writer._file.close()
         setattr(writer, stage, Broken())
         for _, _, shape in TENSORS:

@@ -1,0 +1,8 @@
+"""Names of the files that are written for every checkpoint, beside its shards and what comes along from the source."""
+
+from nemoquant.calibrate.scales import FILE as SCALES_FILE
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.reader import INDEX
+
+CARD = "README.md"
+WRITTEN = (INDEX, "config.json", "hf_quant_config.json", CARD, manifest.FILE, SCALES_FILE)
