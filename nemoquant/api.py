@@ -216,9 +216,9 @@ def diff(
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
-    from nemoquant.calibrate.data import load_rows
     from nemoquant.formats.gpu import check
     from nemoquant.shipped import evaluation_data
+    from nemoquant.tokens.rows import load_rows
 
     check(device)
     if min(rows, 1 if threads is None else threads) < 1 or seq_len < 2:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.data import Rows, load_rows
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
@@ -28,6 +27,7 @@ from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
 from nemoquant.shipped import calibration_data
+from nemoquant.tokens.rows import Rows, load_rows
 
 if TYPE_CHECKING:
     from nemoquant.calibrate.memory import RowBatch

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemoquant.calibrate.data import Rows
 from nemoquant.calibrate.hidden import HiddenStates, InMemory
 from nemoquant.calibrate.memory import RowBatch, rows_of
 from nemoquant.calibrate.observers import AmaxObserver
@@ -26,6 +25,7 @@ from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import prefixed
 from nemoquant.progress import Progress, no_progress
+from nemoquant.tokens.rows import Rows
 
 MAX_NON_FINITE = 0.1  # share of rows that may be left out
 DEFAULT_ROW_BATCH = 4

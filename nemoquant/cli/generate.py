@@ -56,7 +56,7 @@ def command(
     from nemoquant.engine.load import load_engine
     from nemoquant.generate import Drafts, Sampler, generate, stop_tokens
     from nemoquant.model.config import load_config
-    from nemoquant.text import TextCodec
+    from nemoquant.tokens.codec import TextCodec
 
     config, _ = load_config(model)
     sampler, codec = Sampler(temperature, seed), TextCodec(model)

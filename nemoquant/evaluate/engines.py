@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemoquant.calibrate.data import Rows
 from nemoquant.engine.base import Engine
 from nemoquant.errors import UsageError
 from nemoquant.evaluate.head import Head, Shares
 from nemoquant.evaluate.metrics import Positions, compare, summarize
 from nemoquant.evaluate.schema import EngineRun
+from nemoquant.tokens.rows import Rows
 
 
 def check_engines(engines: Sequence[Engine], length: int) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemoquant.calibrate.data import Rows
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.header import read_header
 from nemoquant.checkpoint.source import Source
@@ -28,6 +27,7 @@ from nemoquant.evaluate.layers import into, run_layer
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
 from nemoquant.model.taps import Weights, identity
+from nemoquant.tokens.rows import Rows
 
 SCHEMA = "1"
 

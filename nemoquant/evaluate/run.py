@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.data import Rows
 from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.engine.base import Engine
@@ -35,6 +34,7 @@ from nemoquant.model.config import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
 from nemoquant.progress import Progress
+from nemoquant.tokens.rows import Rows
 
 WORST = 10
 

@@ -7,9 +7,9 @@ import torch
 from elsewhere import ELSEWHERE, Elsewhere
 
 from nemoquant.api import open_source
-from nemoquant.calibrate.data import load_rows
 from nemoquant.calibrate.run import calibrate
 from nemoquant.calibrate.scales import Scales
+from nemoquant.tokens.rows import load_rows
 
 
 def test_layers_are_on_the_device(source: Path, token_rows: Path) -> None:

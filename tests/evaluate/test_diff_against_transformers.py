@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nemoquant
-from nemoquant.calibrate.data import load_rows
 from nemoquant.evaluate.schema import Report
 from nemoquant.model.config import load_config
 from nemoquant.shipped import evaluation_data
+from nemoquant.tokens.rows import load_rows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers (extra: modelopt), which computes the logits"

@@ -59,7 +59,7 @@ def test_it_stops_at_the_end_of_sequence(folder: Path, copied: Callable[..., Pat
     full = run(own, "--max-tokens", 8).stderr
     codes = TorchEngine(own).opened.config.eos_token_ids
     assert " 8 out" in full and codes
-    from nemoquant.text import TextCodec
+    from nemoquant.tokens.codec import TextCodec
 
     ids = TextCodec(own).encode(PROMPT)
     first = next(iter(generate(engine, ids, max_tokens=1, stop=set(), sampler=Sampler())))
@@ -147,7 +147,7 @@ def test_chat_goes_through_the_template(folder: Path, copied: Callable[..., Path
     (own / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"
     )
-    from nemoquant.text import TextCodec
+    from nemoquant.tokens.codec import TextCodec
 
     codec = TextCodec(own)
     assert codec.chat("Hello") == codec.encode("user: Hello\nanswer:")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemoquant.api import CalibrationOptions, diff, export_onnx, quantize
-from nemoquant.calibrate.data import load_rows
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.formats import fp8, nvfp4
@@ -29,6 +28,7 @@ from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import ReferenceModel, layer_forward
 from nemoquant.model.taps import Scope
 from nemoquant.shipped import evaluation_data
+from nemoquant.tokens.rows import load_rows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"

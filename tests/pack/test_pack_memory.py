@@ -23,7 +23,8 @@ CONFIG = {
 CHILD = """
 import numpy as np, torch
 from nemoquant import api
-from nemoquant.calibrate import data, run, scales
+from nemoquant.calibrate import run, scales
+from nemoquant.tokens import rows as data
 from nemoquant.formats import amax, fp8, nvfp4
 from nemoquant.pack import card, verify, write
 

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from nemoquant.calibrate.data import load_rows
 from nemoquant.errors import CalibrationError, MissingExtraError
 from nemoquant.model.config import load_config
 from nemoquant.shipped import calibration_data
+from nemoquant.tokens.rows import load_rows
 
 
 def rows(path, model, count=32, length=4):
