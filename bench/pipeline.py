@@ -41,8 +41,8 @@ def read(folder: Path) -> None:
 def encode(folder: Path, recipe: str, threads: int) -> None:
     """Every quantized weight, results dropped."""
     import nemoquant
-    from nemoquant.checkpoint.source import open_source
     from nemoquant.pack.encode import pack_weights
+    from nemoquant.sources.source import open_source
 
     made = nemoquant.plan(folder, recipe)
     checkpoint = open_source(folder).checkpoint

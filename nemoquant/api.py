@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemoquant.checkpoint.source import Source, open_source
 from nemoquant.errors import CheckpointError, UsageError, listing
 from nemoquant.formats import Device
 from nemoquant.options import CalibrationOptions as CalibrationOptions  # part of this API
@@ -18,6 +17,7 @@ from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Progress as Progress
 from nemoquant.progress import no_progress
+from nemoquant.sources.source import Source, open_source
 
 if TYPE_CHECKING:
     from nemoquant.estimate import Estimate
@@ -365,6 +365,6 @@ def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError
     """
-    from nemoquant.checkpoint.summary import summarize
+    from nemoquant.sources.summary import summarize
 
     return summarize(Path(path), context)

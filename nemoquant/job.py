@@ -15,7 +15,6 @@ from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import check_output, side_files
-from nemoquant.checkpoint.source import Source
 from nemoquant.errors import listing
 from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
 from nemoquant.formats.gpu import torch_device
@@ -27,6 +26,7 @@ from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
 from nemoquant.shipped import calibration_data
+from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
 
 if TYPE_CHECKING:

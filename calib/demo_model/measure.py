@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from ngram import perplexity as ngram_perplexity
 
-from nemoquant.checkpoint.source import Source, open_source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel, State, layer_forward
+from nemoquant.sources.source import Source, open_source
 from nemoquant.tokens.rows import load_rows
 
 HERE = Path(__file__).resolve().parent

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.source import Source
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
+from nemoquant.sources.source import Source
 
 TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 UNIMPORTANT = ("mamba_ssm_cache_dtype", "max_position_embeddings", "bos_token_id", "eos_token_ids", "mtp_layers", "mtp_modules")

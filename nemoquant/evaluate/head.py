@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, WeightError
 from nemoquant.evaluate.candidate import Candidate
@@ -19,6 +18,7 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import ReferenceModel, WeightSource
 from nemoquant.model.taps import Tap, identity, prefixed
+from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
 
 HEAD_ELEMENTS = 1 << 25  # of logits of one model at a time

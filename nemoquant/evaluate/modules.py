@@ -19,9 +19,9 @@ from nemoquant.evaluate.schema import Experts, Quantized
 from nemoquant.evaluate.schema import Module as Measured
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
+from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
-from nemoquant.pack.layouts import kv_scale_name
 from nemoquant.quantized.checkpoint import PackedWeights
 from nemoquant.quantized.packed import plain_noise
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.header import read_header
-from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.checkpoint.writer import METADATA, ShardWriter
 from nemoquant.errors import CheckpointError, OutputError, WeightError
@@ -27,6 +26,7 @@ from nemoquant.evaluate.layers import into, run_layer
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
 from nemoquant.model.taps import Weights, identity
+from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
 
 SCHEMA = "1"

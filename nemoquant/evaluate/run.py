@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nemoquant._version import __version__
-from nemoquant.checkpoint.source import Source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.engine.base import Engine
 from nemoquant.errors import CheckpointError, listing
@@ -34,6 +33,7 @@ from nemoquant.model.config import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
 from nemoquant.progress import Progress
+from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
 
 WORST = 10

@@ -23,6 +23,7 @@ from nemoquant.errors import OutputError, UsageError
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
+from nemoquant.layouts.modelopt import LEGACY
 from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.progress import Progress, no_progress
@@ -125,7 +126,7 @@ def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name in ("config.json", "hf_quant_config.json"):
+    for name in ("config.json", LEGACY):
         if (opened.path / name).exists():
             shutil.copyfile(opened.path / name, folder / name)
     copy_side_files(opened.path, side_files(opened.path, opened.raw_config)[0], folder)

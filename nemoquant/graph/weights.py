@@ -9,7 +9,7 @@ import onnx_ir as ir
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
 from nemoquant.graph.dialects import Dialect
-from nemoquant.pack.layouts import kv_scale_name
+from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 SCALARS = ("global_scale", "input_scale")

@@ -1,7 +1,7 @@
 """The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain words."""
 
 from nemoquant._version import __version__
-from nemoquant.pack.layouts import algorithm
+from nemoquant.layouts.modelopt import algorithm
 from nemoquant.planning.plan import Plan
 from nemoquant.units import size
 

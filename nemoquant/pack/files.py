@@ -3,6 +3,7 @@
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import INDEX
+from nemoquant.layouts.modelopt import LEGACY
 
 CARD = "README.md"
-WRITTEN = (INDEX, "config.json", "hf_quant_config.json", CARD, manifest.FILE, SCALES_FILE)
+WRITTEN = (INDEX, "config.json", LEGACY, CARD, manifest.FILE, SCALES_FILE)

@@ -12,11 +12,10 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import copy_side_files, side_files
 from nemoquant.checkpoint.reader import INDEX
-from nemoquant.checkpoint.source import Source
 from nemoquant.errors import VerificationError, listing
+from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import CARD
-from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.shards import Shard
 from nemoquant.pack.unfinished import Unfinished
 from nemoquant.pack.verify import verify
@@ -24,6 +23,7 @@ from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.sources.source import Source
 
 
 def write_checkpoint(
@@ -46,9 +46,8 @@ def write_checkpoint(
         warnings.append(
             f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}"
         )
-    section, legacy = quantization_sections(plan)
-    _json(folder / "config.json", source.raw_config | ({"quantization_config": section} if section else {}))
-    _json(folder / "hf_quant_config.json", legacy)
+    for name, data in config_files(plan, source.raw_config).items():
+        _json(folder / name, data)
     weight_map = {entry.name: shard.file for shard in layout for entry in shard.entries}
     _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
     if scales is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemoquant.checkpoint.header import ITEM_SIZE
-from nemoquant.pack.layouts import kv_scale_name, tensor_name
+from nemoquant.layouts.modelopt import kv_scale_name, tensor_name
 from nemoquant.planning.plan import Plan, Row
 
 SHARD_BYTES = 5_000_000_000

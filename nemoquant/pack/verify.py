@@ -25,18 +25,18 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.header import ALIGNMENT, read_header
 from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
-from nemoquant.checkpoint.source import Source
 from nemoquant.errors import NemoquantError
+from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.pack.encode import amax, encode, slices
-from nemoquant.pack.layouts import quantization_sections
 from nemoquant.pack.scales import input_scales, kv_scales, weight_scale
 from nemoquant.pack.shards import Entry, Shard, shards
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Count, Progress, no_progress
+from nemoquant.sources.source import Source
 
 COMPARE_BYTES = 16 << 20
 
@@ -206,10 +206,10 @@ def _check_scales(
 def _check_configs(out: Path, plan: Plan, source: Source | None, report: Report) -> None:
     section, legacy = quantization_sections(plan)
     written = _json(out / "config.json")
-    if written.pop("quantization_config", None) != section:
-        report.problems.append("config.json: `quantization_config` is not what the plan calls for")
-    if _json(out / "hf_quant_config.json") != legacy:
-        report.problems.append("hf_quant_config.json is not what the plan calls for")
+    if written.pop(SECTION, None) != section:
+        report.problems.append(f"config.json: `{SECTION}` is not what the plan calls for")
+    if _json(out / LEGACY) != legacy:
+        report.problems.append(f"{LEGACY} is not what the plan calls for")
     if source is not None and written != source.raw_config:
         changed = sorted(k for k in written.keys() | source.raw_config.keys() if written.get(k) != source.raw_config.get(k))
         report.problems.append(f"config.json: keys differ from the source's: {', '.join(changed)}")

@@ -13,16 +13,22 @@ from torch import Tensor
 
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.checkpoint.source import FLOAT_DTYPES
-from nemoquant.checkpoint.summary import declared_quantization, declares_fp8_cache
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, listing
 from nemoquant.formats.noise import Noise
+from nemoquant.layouts.modelopt import (
+    Stored,
+    declared_quantization,
+    declares_fp8_cache,
+    declares_quantized_input,
+    find_stored,
+    kv_scale_name,
+)
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
 from nemoquant.model.taps import Tap, identity
-from nemoquant.pack.layouts import Stored, find_stored, kv_scale_name
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
+from nemoquant.sources.source import FLOAT_DTYPES
 
 
 class PackedCheckpoint:
@@ -98,7 +104,6 @@ class PackedCheckpoint:
         return value
 
     def _read_input_scales(self, declared: Mapping[str, Any]) -> None:
-        algorithms = declared.get("quantized_layers") or {}
         unscaled = []
         for spec in self.table:
             stored = self.stored.get(spec.name)
@@ -108,11 +113,8 @@ class PackedCheckpoint:
             scale = stored.parts.get("input_scale")
             if scale is not None:
                 self.inputs[spec.module] = stored.format, self.scalar(scale)
-            else:
-                entry = algorithms.get(spec.module)
-                algorithm = entry.get("quant_algo") if isinstance(entry, dict) else declared.get("quant_algo")
-                if algorithm in ("FP8", "NVFP4"):
-                    unscaled.append(spec.module)
+            elif declares_quantized_input(declared, spec.module):
+                unscaled.append(spec.module)
         if unscaled:
             raise CheckpointError(
                 f"{self.path}: {len(unscaled)} modules are declared to have quantized inputs and lack `input_scale`: {listing(unscaled)}; "

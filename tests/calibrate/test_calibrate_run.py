@@ -12,9 +12,9 @@ from nemoquant.api import CalibrationOptions, quantize
 from nemoquant.calibrate.observers import AmaxObserver
 from nemoquant.calibrate.run import calibrate
 from nemoquant.calibrate.scales import FILE, Scales
-from nemoquant.checkpoint.source import open_source
 from nemoquant.errors import CalibrationError, WeightError
 from nemoquant.model.reference import ReferenceModel
+from nemoquant.sources.source import open_source
 from nemoquant.tokens.rows import Rows
 
 EXPERT = re.compile(r"backbone\.layers\.(\d+)\.mixer\.experts\.(\d+)\.up_proj")

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.checkpoint.source import open_source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, HeaderError
+from nemoquant.sources.source import open_source
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]

@@ -13,7 +13,7 @@ from measured import child
 
 import nemoquant
 from nemoquant.checkpoint.header import ITEM_SIZE, encode_header
-from nemoquant.pack.layouts import quantization_sections
+from nemoquant.layouts.modelopt import quantization_sections
 from nemoquant.pack.shards import shards
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/super-120b-a12b.json"

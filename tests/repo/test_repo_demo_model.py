@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemoquant.checkpoint.source import open_source
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel
+from nemoquant.sources.source import open_source
 from nemoquant.tokens.rows import load_rows
 
 CALIB = Path(__file__).resolve().parents[2] / "calib"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemoquant.checkpoint.source import open_source
 from nemoquant.errors import CheckpointError, ConfigError, TensorTableError
+from nemoquant.sources.source import open_source
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

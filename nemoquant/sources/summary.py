@@ -1,18 +1,15 @@
 """What ``inspect`` tells: figures from a config, and from headers where there are any."""
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.layouts import modelopt
 from nemoquant.model.config import NemotronHConfig, layer_pattern, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
-
-WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # what a `weight` of that dtype is in the ModelOpt layout
 
 
 def summarize(path: Path, context: int | None) -> dict[str, Any]:
@@ -28,8 +25,8 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
-    quantization = declared_quantization(path, raw)
-    fp8_cache = declares_fp8_cache(quantization)
+    declared = modelopt.declared_quantization(path, raw)
+    fp8_cache = modelopt.declares_fp8_cache(declared)
     per_token = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
     tokens = context or config.max_position_embeddings
     item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
@@ -51,33 +48,11 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "tensors": len(stored),
         "bytes": sum(size for _, size in stored),
         "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
-        "quantization": quantization.get("quant_algo"),
-        "weights": {WEIGHT_FORMATS.get(dtype, dtype): weights[dtype] for dtype in sorted(weights)},
+        "quantization": modelopt.declared_algorithm(declared),
+        "weights": {modelopt.WEIGHT_FORMATS.get(dtype, dtype): weights[dtype] for dtype in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": config.count("mamba") * config.mamba_inner * config.ssm_state_size * item,
     }
-
-
-def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its own quantization, in the terms of config.json's ``quantization_config``; empty if nothing."""
-    declared = raw.get("quantization_config")
-    return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
-
-
-def declares_fp8_cache(quantization: Mapping[str, Any]) -> bool:
-    """Whether :func:`declared_quantization` asks for an FP8 KV cache."""
-    cache = quantization.get("kv_cache_scheme")
-    return isinstance(cache, dict) and cache.get("num_bits") == 8
-
-
-def _legacy_quantization(path: Path) -> dict[str, Any]:
-    """What hf_quant_config.json says, for checkpoints whose config.json is silent; in the other file's terms."""
-    try:
-        found = json.loads((path / "hf_quant_config.json").read_text(encoding="utf-8"))["quantization"]
-        bits = {"kv_cache_scheme": {"num_bits": 8}} if found.get("kv_cache_quant_algo") == "FP8" else {}
-        return {"quant_algo": found.get("quant_algo"), "quantized_layers": found.get("quantized_layers"), **bits}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 from pack_oracle import PRESETS
 
 from nemoquant import api
-from nemoquant.pack.layouts import quantization_sections
+from nemoquant.layouts.modelopt import quantization_sections
 
 SUPER = Path(__file__).resolve().parents[1] / "configs/super-120b-a12b.json"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}

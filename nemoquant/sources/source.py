@@ -6,6 +6,7 @@ from typing import Any
 
 from nemoquant.checkpoint.reader import Checkpoint, check_table
 from nemoquant.errors import CheckpointError, listing
+from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
@@ -34,9 +35,8 @@ def open_source(path: Path) -> Source:
     table = tensor_table(config)
     if not path.is_dir():
         return Source(path, config, raw, table, None)
-    declared = raw.get("quantization_config") is not None
-    if declared or (path / "hf_quant_config.json").exists():
-        where = "config.json has `quantization_config`" if declared else "it has hf_quant_config.json"
+    where = quantized_by(path, raw)
+    if where is not None:
         raise CheckpointError(f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from")
     checkpoint = Checkpoint(path)
     check_table(path, table, checkpoint.tensors)

@@ -1,6 +1,6 @@
-"""The ModelOpt unified layout: the names of tensors, and the two config files that describe them to engines.
+"""The ModelOpt unified layout, written and read: names of tensors, and the two config files that describe them to engines.
 
-This is the only file that knows foreign names. In this layout every stored scale is a decode scale:
+This is the only file that knows these names. In this layout every stored scale is a decode scale:
 
     ours            FP8             NVFP4
     codes           weight          weight            (U8, two codes a byte, even column in the low nibble)
@@ -10,8 +10,10 @@ This is the only file that knows foreign names. In this layout every stored scal
     K, V cache      k_proj.k_scale, v_proj.v_scale    (F32, shape [])
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import TensorInfo
@@ -20,6 +22,8 @@ from nemoquant.formats import FORMATS
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 
+LEGACY = "hf_quant_config.json"  # the older of the two config files
+SECTION = "quantization_config"  # of config.json, the newer one
 PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
 LAYOUT_VERSION = "0.47.0"  # the Model Optimizer whose layout this is, byte for byte in the tests
 _SUFFIX = {
@@ -28,6 +32,7 @@ _SUFFIX = {
     ("fp8", "input_scale"): "input_scale", ("nvfp4", "input_scale"): "input_scale",
 }  # fmt: skip
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
+WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # what a `weight` of that dtype is
 
 
 def tensor_name(row: Row, kind: str) -> str:
@@ -86,7 +91,7 @@ def algorithm(row: Row) -> str:
 
 
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """``quantization_config`` for config.json (None if nothing is quantized), and the whole hf_quant_config.json."""
+    """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file."""
     by_module = {row.module: algorithm(row) for row in plan.quantized}
     kinds = sorted(set(by_module.values()))
     kv = "FP8" if plan.kv_layers else None
@@ -149,3 +154,49 @@ def excluded_modules(plan: Plan) -> list[str]:
         else:
             names[row.module.removesuffix(".bias")] = None
     return list(names)
+
+
+def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both config files by name, as JSON data; ``raw_config`` is the source's config.json."""
+    section, legacy = quantization_sections(plan)
+    return {"config.json": {**raw_config, **({SECTION: section} if section else {})}, LEGACY: legacy}
+
+
+def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
+    """What says that the checkpoint in ``path`` is quantized already, in words; None where nothing does."""
+    if raw_config.get(SECTION) is not None:
+        return f"config.json has `{SECTION}`"
+    return f"it has {LEGACY}" if (path / LEGACY).exists() else None
+
+
+def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its own quantization, in the terms of config.json's ``SECTION``; empty if nothing."""
+    declared = raw.get(SECTION)
+    return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
+
+
+def declares_fp8_cache(quantization: Mapping[str, Any]) -> bool:
+    """Whether :func:`declared_quantization` asks for an FP8 KV cache."""
+    cache = quantization.get("kv_cache_scheme")
+    return isinstance(cache, dict) and cache.get("num_bits") == 8
+
+
+def _legacy_quantization(path: Path) -> dict[str, Any]:
+    """What ``LEGACY`` says, for checkpoints whose config.json is silent; in the other file's terms."""
+    try:
+        found = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
+        bits = {"kv_cache_scheme": {"num_bits": 8}} if found.get("kv_cache_quant_algo") == "FP8" else {}
+        return {"quant_algo": found.get("quant_algo"), "quantized_layers": found.get("quantized_layers"), **bits}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def declared_algorithm(declared: Mapping[str, Any]) -> Any:
+    """The name of the whole checkpoint's algorithm in :func:`declared_quantization`; None if there is none."""
+    return declared.get("quant_algo")
+
+
+def declares_quantized_input(declared: Mapping[str, Any], module: str) -> bool:
+    """Whether :func:`declared_quantization` says that the input of a module's GEMM is quantized, so that a scale is needed."""
+    entry = (declared.get("quantized_layers") or {}).get(module)
+    return declared_algorithm(entry if isinstance(entry, dict) else declared) in ("FP8", "NVFP4")
