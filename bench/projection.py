@@ -22,8 +22,8 @@ from bench.measure import machine
 from bench.peers import prepare
 from nemoquant import api
 from nemoquant.calibrate.memory import pick_row_batch, rows_of, weight_bytes
-from nemoquant.estimate import BASE_STEP, BYTES_A_TENSOR, DEFAULT_MEMORY, VERIFY_TENSOR, budget
 from nemoquant.planning.plan import Plan
+from nemoquant.run.estimate import BASE_STEP, BYTES_A_TENSOR, DEFAULT_MEMORY, VERIFY_TENSOR, budget
 from nemoquant.units import duration
 
 SUPER = Path(__file__).resolve().parents[1] / "tests/configs/super-120b-a12b.json"

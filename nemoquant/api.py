@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from nemoquant.errors import CheckpointError, UsageError, listing
 from nemoquant.formats import Device
-from nemoquant.options import CalibrationOptions as CalibrationOptions  # part of this API
-from nemoquant.options import PathLike
 from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Progress as Progress
 from nemoquant.progress import no_progress
+from nemoquant.run.options import CalibrationOptions as CalibrationOptions  # part of this API
+from nemoquant.run.options import PathLike
 from nemoquant.sources.source import Source, open_source
 
 if TYPE_CHECKING:
-    from nemoquant.estimate import Estimate
     from nemoquant.evaluate.schema import Report
     from nemoquant.graph.export import Exported
+    from nemoquant.run.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def estimate(
     Raises:
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """
-    from nemoquant import estimate as estimating
     from nemoquant.formats.gpu import check
     from nemoquant.pack.workers import usable_threads
+    from nemoquant.run import estimate as estimating
 
     options = calibration or CalibrationOptions()
     check(options.device)
@@ -157,7 +157,7 @@ def quantize(
         ]
         if not made.needs_calibration:
             warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
-        from nemoquant.job import Job
+        from nemoquant.run.job import Job
 
         job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say, expected, engine, address)
         job.check()

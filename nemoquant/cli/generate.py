@@ -53,8 +53,8 @@ def command(
       nemoquant generate OUT --prompt "In the beginning" --mtp 2
       nemoquant generate OUT --prompt "Once" --engine rtx --engine-file model.engine
     """
+    from nemoquant.engine.generate import Drafts, Sampler, generate, stop_tokens
     from nemoquant.engine.load import load_engine
-    from nemoquant.generate import Drafts, Sampler, generate, stop_tokens
     from nemoquant.model.config import load_config
     from nemoquant.tokens.codec import TextCodec
 

@@ -78,7 +78,7 @@ def command(
     for name, text in lines:
         click.echo(f"{name:<24}{text}")
     if found:
-        from nemoquant.estimate import expectation
+        from nemoquant.run.estimate import expectation
 
         click.echo(f"{'on this machine':<24}{expectation(found)}")
     for name in made.unused_formats:

@@ -10,13 +10,13 @@ from click.core import ParameterSource
 
 from nemoquant.cli.shared import json_option, loading, memory_option, print_json, progress_bars, recipe_name, recipe_options
 from nemoquant.errors import UsageError
-from nemoquant.options import CalibrationOptions
+from nemoquant.run.options import CalibrationOptions
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
-    from nemoquant.estimate import Estimate
     from nemoquant.formats import Device
     from nemoquant.planning.plan import Plan
+    from nemoquant.run.estimate import Estimate
 
 
 @click.command("quantize")
@@ -96,7 +96,7 @@ def command(
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.estimate import expectation, resident
+    from nemoquant.run.estimate import expectation, resident
 
     began = time.monotonic()
 

@@ -23,10 +23,10 @@ import nemoquant
 from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.cli import main
 from nemoquant.engine import build, gpu, targets
+from nemoquant.engine.generate import Drafts, Sampler, generate
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.targets import TARGETS, Device
 from nemoquant.errors import EngineError, NemoquantError, UsageError
-from nemoquant.generate import Drafts, Sampler, generate
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (extra: rtx)"

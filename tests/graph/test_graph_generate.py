@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from nemoquant.cli import main
 from nemoquant.engine.base import Step
+from nemoquant.engine.generate import Drafts, Sampler, generate
 from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.errors import UsageError
-from nemoquant.generate import Drafts, Sampler, generate
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"

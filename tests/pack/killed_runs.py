@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from nemoquant import api, job
+from nemoquant import api
 from nemoquant.calibrate import run  # noqa: F401  all that a run loads is loaded once
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.pack.run import write_checkpoint  # noqa: F401
+from nemoquant.run import job
+from nemoquant.run.write import write_checkpoint  # noqa: F401
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 shutil.rmtree.avoids_symlink_attacks = False  # its other way removes by names relative to a handle, which cannot be watched

@@ -14,8 +14,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from nemoquant import cluster
 from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.run import cluster
 
 source, rows, folder, preset = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 call, observe = cluster._call, cluster._observe

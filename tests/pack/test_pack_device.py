@@ -108,7 +108,7 @@ def test_after_calibration_the_device_may_change(
     usual = {"cpu": torch.float32, "cuda": torch.bfloat16}
     monkeypatch.setattr("nemoquant.calibrate.run.compute_dtype", lambda device: usual[device])
     monkeypatch.setattr(gpu, "check", lambda device: None)
-    monkeypatch.setattr("nemoquant.job.torch_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("nemoquant.run.job.torch_device", lambda device: torch.device("cpu"))
     expected = quantized("fp8", "expected", shard_bytes=30_000)
 
     def run(device: Any, at: str | None, resume: bool = False) -> None:

@@ -96,7 +96,7 @@ def test_a_node_with_another_source_or_version(source, make_checkpoint):
     """What a worker does before its first task, called here."""
     from nemoquant.checkpoint.manifest import weights_fingerprint
     from nemoquant.checkpoint.reader import Checkpoint
-    from nemoquant.cluster import _opened
+    from nemoquant.run.cluster import _opened
 
     other = make_checkpoint("other", seed=1)
     with Checkpoint(source) as checkpoint:
@@ -111,7 +111,7 @@ def test_a_node_with_another_source_or_version(source, make_checkpoint):
 def test_tensors_on_the_wire(dtype):
     import torch
 
-    from nemoquant.cluster import from_wire, to_wire
+    from nemoquant.run.cluster import from_wire, to_wire
 
     states = torch.randn(2, 3, 4).to(getattr(torch, dtype))
     again = from_wire(to_wire(states[:, ::2]))

@@ -17,7 +17,7 @@ import torch
 
 from nemoquant.api import CalibrationOptions, quantize
 from nemoquant.errors import Interrupted, OutputError, UsageError, WeightError
-from nemoquant.pack.unfinished import FOLDER, STATE
+from nemoquant.run.unfinished import FOLDER, STATE
 
 SHARD_BYTES = 30_000
 
@@ -337,7 +337,7 @@ def test_two_runs_at_once(begun, source, token_rows, tmp_path):
 
 
 def test_an_out_that_came_to_be_meanwhile(source, token_rows, tmp_path, monkeypatch):
-    from nemoquant.pack import run
+    from nemoquant.run import write as run
 
     verify = run.verify
     with monkeypatch.context() as patch:
@@ -368,7 +368,7 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
 def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_rows, tmp_path, monkeypatch):
     """``demo`` quantizes into a folder of its own, which goes when anything in it fails."""
     from nemoquant.checkpoint.folder import making
-    from nemoquant.pack import run
+    from nemoquant.run import write as run
 
     monkeypatch.setattr(run, "verify", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:

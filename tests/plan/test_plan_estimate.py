@@ -9,11 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nemoquant import api, speeds
+from nemoquant import api
 from nemoquant.cli import main
 from nemoquant.cli.shared import Bytes
-from nemoquant.estimate import Budget, budget, estimate
-from nemoquant.speeds import Speeds
+from nemoquant.run import speeds
+from nemoquant.run.estimate import Budget, budget, estimate
+from nemoquant.run.speeds import Speeds
 from nemoquant.units import duration
 
 SPEEDS = Speeds(
@@ -35,7 +36,7 @@ def estimated(source, monkeypatch):
     def make(preset, threads=2, **changes):
         from dataclasses import replace
 
-        from nemoquant import estimate as module
+        from nemoquant.run import estimate as module
 
         monkeypatch.setattr(module, "measure", lambda *arguments: replace(SPEEDS, **changes))
         opened = api.open_source(source)
@@ -100,7 +101,7 @@ def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source,
             time.sleep(0.01)
 
     monkeypatch.setattr(speeds, "pack_weights", pack_weights)
-    monkeypatch.setattr("nemoquant.calibrate.speeds.torch_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("nemoquant.run.compute_speeds.torch_device", lambda device: torch.device("cpu"))
     opened, plan = api.open_source(source), api.plan(source, "fp8")
     with opened.checkpoint:
         found = speeds.measure(opened.checkpoint, plan, source.parent, 32, 4, "float32", 2, "cuda")

@@ -14,11 +14,11 @@ from nemoquant.checkpoint.folder import BYTES_PER_TENSOR, MARGIN
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import UsageError
 from nemoquant.formats import Device
-from nemoquant.options import CalibrationOptions
 from nemoquant.pack.encode import CHUNK_BYTES
 from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
-from nemoquant.speeds import Speeds, measure
+from nemoquant.run.options import CalibrationOptions
+from nemoquant.run.speeds import Speeds, measure
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:

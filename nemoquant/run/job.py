@@ -16,22 +16,22 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import check_output, side_files
 from nemoquant.errors import listing
-from nemoquant.estimate import Estimate, budget, compute_dtype_name, estimate
 from nemoquant.formats.gpu import torch_device
-from nemoquant.options import CalibrationOptions
 from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import Shard, shards
-from nemoquant.pack.unfinished import Unfinished, check_options, earlier, finish, unfinished
 from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.estimate import Estimate, budget, compute_dtype_name, estimate
+from nemoquant.run.options import CalibrationOptions
+from nemoquant.run.unfinished import Unfinished, check_options, earlier, finish, unfinished
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
 
 if TYPE_CHECKING:
     from nemoquant.calibrate.memory import RowBatch
-    from nemoquant.cluster import Cluster
+    from nemoquant.run.cluster import Cluster
 
 Verified = dict[str, int]
 
@@ -147,7 +147,7 @@ class Job:
                 elif self.resume:
                     self.say("nothing to go on with, beginning anew")
                 scales = self._scales(run, found, weights, told_of_rows, cluster)
-                from nemoquant.pack.run import write_checkpoint
+                from nemoquant.run.write import write_checkpoint
 
                 workers = (
                     cluster.workers(self.threads)
@@ -164,7 +164,7 @@ class Job:
         if self.engine != "ray":
             yield None
             return
-        from nemoquant.cluster import connected
+        from nemoquant.run.cluster import connected
 
         with connected(self.address, self.checkpoint) as cluster:
             self.say(f"Ray: {cluster.processors} processors")

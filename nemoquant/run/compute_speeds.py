@@ -13,7 +13,7 @@ from nemoquant.formats.gpu import torch_device
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import product
-from nemoquant.speeds import seconds
+from nemoquant.run.timing import seconds
 
 MIXER_TOKENS = 256
 
@@ -21,7 +21,7 @@ MIXER_TOKENS = 256
 def compute_speeds(
     checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, row_batch: RowBatch, dtype_name: str, threads: int, device: Device
 ) -> tuple[float, float, float]:  # fmt: skip
-    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.speeds.Speeds`, with so many threads, or on a GPU.
+    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`, with so many threads, or on a GPU.
 
     Args:
         tokens: of a calibration row.

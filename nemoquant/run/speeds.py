@@ -5,8 +5,7 @@ torch is loaded only where something is calibrated.
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from nemoquant.formats import Device
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.pack.encode import pack_weights
 from nemoquant.planning.plan import Plan, Row
+from nemoquant.run.timing import seconds
 
 if TYPE_CHECKING:
     from nemoquant.calibrate.memory import RowBatch
@@ -70,17 +70,10 @@ def measure(
     encode = {key: _encode(checkpoint, row, device, threads) for key, row in _encodings(plan).items()}
     if not tokens:
         return Speeds(read, write, sync, digest, encode, 1.0, 1.0, 0.0)
-    from nemoquant.calibrate.speeds import compute_speeds
+    from nemoquant.run.compute_speeds import compute_speeds
 
     computing = compute_speeds(checkpoint, plan.config, tokens, row_batch, dtype, threads, device)
     return Speeds(read, write, sync, digest, encode, *computing)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long ``work`` took."""
-    began = time.perf_counter()
-    work()
-    return max(time.perf_counter() - began, 1e-7)
 
 
 def _read(checkpoint: Checkpoint, rows: Iterable[Row]) -> float:

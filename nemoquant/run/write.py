@@ -17,12 +17,12 @@ from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import CARD
 from nemoquant.pack.shards import Shard
-from nemoquant.pack.unfinished import Unfinished
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
 
 
