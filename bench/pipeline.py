@@ -42,10 +42,10 @@ def encode(folder: Path, recipe: str, threads: int) -> None:
     """Every quantized weight, results dropped."""
     import nemoquant
     from nemoquant.pack.encode import pack_weights
-    from nemoquant.sources.source import open_source
+    from nemoquant.sources.source import open_weights
 
     made = nemoquant.plan(folder, recipe)
-    checkpoint = open_source(folder).checkpoint
+    checkpoint = open_weights(folder, "a benchmark needs the weights").checkpoint
     assert checkpoint is not None
     with checkpoint, ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda row: bool(pack_weights(checkpoint, [row])), made.quantized))

@@ -21,9 +21,11 @@ from typing import Any
 from bench.measure import machine
 from bench.peers import prepare
 from nemoquant import api
-from nemoquant.calibrate.memory import pick_row_batch, rows_of, weight_bytes
+from nemoquant.calibrate.batch import Batch, rows_of
+from nemoquant.calibrate.memory import pick_row_batch, weight_bytes
 from nemoquant.planning.plan import Plan
-from nemoquant.run.estimate import BASE_STEP, BYTES_A_TENSOR, DEFAULT_MEMORY, VERIFY_TENSOR, budget
+from nemoquant.run.budget import BASE_STEP, BYTES_A_TENSOR, DEFAULT_MEMORY, budget
+from nemoquant.run.estimate import VERIFY_TENSOR
 from nemoquant.units import duration
 
 SUPER = Path(__file__).resolve().parents[1] / "tests/configs/super-120b-a12b.json"
@@ -96,14 +98,14 @@ def assumed(measured: Machine) -> Machine:
     )  # fmt: skip
 
 
-def terms(plan: Plan, m: Machine, rows: int, length: int) -> list[tuple[str, str, float]]:
+def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
     """(stage, arithmetic, seconds); what runs beside each other is joined by "or", and the slower counts."""
-    c, tokens = plan.config, rows * length
+    c, tokens = plan.config, batch.tokens
     held = BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
-    row_batch = pick_row_batch(c, rows, length, 2, DEFAULT_MEMORY - held - weight_bytes(c, 2))
+    row_batch = pick_row_batch(c, batch, DEFAULT_MEMORY - held - weight_bytes(c, batch.item_size))
     layers = [row for row in plan.rows if row.layer is not None and not row.role.startswith("mtp.") and len(row.shape) == 2]
     read = sum(row.bytes_in for row in layers)
-    through = sum(row.bytes_in * math.ceil(rows / rows_of(row_batch, c.layers[row.layer or 0])) for row in layers)
+    through = sum(row.bytes_in * math.ceil(batch.rows / rows_of(row_batch, c.layers[row.layer or 0])) for row in layers)
     share = c.num_experts_per_tok / c.n_routed_experts
     dense = sum(2 * tokens * row.elements for row in layers if row.expert is None)
     expert = sum(2 * tokens * share * row.elements for row in layers if row.expert is not None)
@@ -149,13 +151,14 @@ def main() -> None:
     plan = api.plan(SUPER, args.fmt)
     measured = here(args.work, args.fmt, args.rows, args.seq_len)
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}: Super as {args.fmt}, {args.rows} x {args.seq_len} tokens\n")
+    batch = Batch(args.rows, args.seq_len, "bfloat16")
     for m in (measured, assumed(measured)):
-        found = terms(plan, m, args.rows, args.seq_len)
+        found = terms(plan, m, batch)
         print(f"| {m.name}: stage | arithmetic | |\n|---|---|---|")
         for stage, how, seconds in found:
             print(f"| {stage} | {how} | {duration(seconds)} |")
         print(f"| **all** | one after the other | **{duration(sum(seconds for *_, seconds in found))}** |\n")
-    chosen = budget(plan, None, None, (args.rows, args.seq_len), 2, measured.threads)
+    chosen = budget(plan, batch, memory=None, row_batch=None, threads=measured.threads)
     print(f"Memory: {chosen.memory / 1e9:.1f} GB, as `quantize` would promise it, whatever the machine.")
 
 

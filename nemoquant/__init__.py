@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from nemoquant._version import __version__
 
 if TYPE_CHECKING:
-    from nemoquant.api import CalibrationOptions, Result, diff, export_engine, export_onnx, inspect, plan, quantize, verify
+    from nemoquant.api import Result, RunOptions, diff, export_engine, export_onnx, inspect, plan, quantize, verify
 
 __all__ = [
-    "CalibrationOptions",
     "Result",
+    "RunOptions",
     "__version__",
     "diff",
     "export_engine",

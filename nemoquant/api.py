@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemoquant.errors import CheckpointError, UsageError, listing
+from nemoquant.errors import UsageError, listing
 from nemoquant.formats import Device
-from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Progress as Progress
 from nemoquant.progress import no_progress
-from nemoquant.run.options import CalibrationOptions as CalibrationOptions  # part of this API
 from nemoquant.run.options import PathLike
-from nemoquant.sources.source import Source, open_source
+from nemoquant.run.options import RunOptions as RunOptions  # part of this API
+from nemoquant.sources.source import BareConfig, Source, open_source, open_weights
 
 if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
@@ -46,44 +45,52 @@ def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
     return _plan(open_source(Path(source)), recipe, scale_groups)
 
 
-def estimate(
-    source: PathLike,
-    recipe: str,
-    *,
-    out: PathLike = ".",
-    calibration: CalibrationOptions | None = None,
-    scale_groups: bool = True,
-    threads: int | None = None,
-) -> "Estimate":
+def estimate(source: PathLike, recipe: str, options: RunOptions | None = None, *, out: PathLike = ".") -> "Estimate":
     """What ``quantize`` would need on this machine: memory, disk and time, from headers and a short measurement.
 
     Args:
+        options: of the run; calibration data is not read, ``rows`` and ``seq_len`` say how much it would be.
         out: a path on the disk that would be written to; a file without a name is written beside it.
-        calibration: ``rows``, ``seq_len``, ``device`` and ``memory`` count; data is not read.
     Raises:
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """
+    from nemoquant.calibrate.batch import Batch, compute_dtype
+    from nemoquant.checkpoint.folder import nearest_folder
     from nemoquant.formats.gpu import check
     from nemoquant.pack.workers import usable_threads
-    from nemoquant.run import estimate as estimating
+    from nemoquant.run.budget import budget
+    from nemoquant.run.estimate import estimate as estimate_run
 
-    options = calibration or CalibrationOptions()
+    options = options or RunOptions()
     check(options.device)
-    opened = open_source(Path(source))
-    if opened.checkpoint is None:
-        raise CheckpointError(f"{source} is a config.json; an estimate needs the folder with the weights, which it measures on")
+    opened = open_weights(Path(source), "an estimate needs the folder with the weights, which it measures on")
     with opened.checkpoint:
-        made = _plan(opened, recipe, scale_groups)
-        shape = (options.rows, options.seq_len) if made.needs_calibration and options.scales is None else None
-        dtype, count = estimating.compute_dtype_name(options) if shape else None, threads or usable_threads()
-        item = 4 if dtype == "float32" else 2
-        chosen = estimating.budget(made, options.memory, options.row_batch, shape, item, count, options.device)
-        folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.is_dir())
-        return estimating.estimate(opened.checkpoint, made, folder, shape, dtype, chosen, count, device=options.device)
+        made = _plan(opened, recipe, options.scale_groups)
+        batch, threads = None, options.threads or usable_threads()
+        if made.needs_calibration and options.scales is None:
+            batch = Batch(options.rows, options.seq_len, options.dtype or compute_dtype(options.device))
+        chosen = budget(
+            made,
+            batch,
+            memory=options.memory,
+            row_batch=options.row_batch,
+            threads=threads,
+            device=options.device,
+        )
+        return estimate_run(
+            opened.checkpoint,
+            made,
+            nearest_folder(Path(out)),
+            batch,
+            chosen,
+            threads=threads,
+            device=options.device,
+        )
 
 
-def _plan(source: Source, recipe: str, scale_groups: bool) -> Plan:
-    return resolve(load_recipe(recipe), source.config, source.table, assumed=source.checkpoint is None, scale_groups=scale_groups)
+def _plan(source: Source | BareConfig, recipe: str, scale_groups: bool) -> Plan:
+    assumed = isinstance(source, BareConfig)
+    return resolve(load_recipe(recipe), source.config, source.table, assumed=assumed, scale_groups=scale_groups)
 
 
 def _recipe_warnings(recipe: str, made: Plan) -> list[str]:
@@ -98,15 +105,9 @@ def quantize(
     source: PathLike,
     out: PathLike,
     recipe: str,
+    options: RunOptions | None = None,
     *,
-    calibration: CalibrationOptions | None = None,
-    scale_groups: bool = True,
-    threads: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
-    resume: bool = False,
-    engine: str = "local",
-    address: str | None = None,
     planned: Callable[[Plan], None] = lambda plan: None,
     expected: Callable[["Estimate"], None] | None = None,
     progress: Progress = no_progress,
@@ -118,55 +119,40 @@ def quantize(
 
     Args:
         recipe: preset name or recipe file.
-        scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False for comparisons.
-        threads: for calibration and packing; None is all that this process may use.
+        options: everything else that a run can be told; None is the defaults.
         dry_run: check everything, write nothing.
-        resume: go on with what an earlier run with the same options left in OUT.partial; begin anew where there is nothing.
-        engine: ``local``, this process; ``ray``, a cluster (extra ``ray``).
-        address: of the Ray cluster, ``auto`` for one that runs here; None starts one on this machine.
         planned: called with the plan before anything long begins.
         expected: called with what the run will need, from a short measurement, before the first byte is written; None measures nothing.
-        say: told in a line what of an earlier run is used.
+        say: called with a line on what of an earlier run is used.
     Raises:
-        NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to go on.
+        NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to continue.
     """
-    source, out = Path(source), Path(out)
-    options = calibration or CalibrationOptions()
-    if (threads is not None and threads < 1) or shard_bytes < 1:
-        raise UsageError(f"threads is {threads}, shard_bytes {shard_bytes}; expected at least 1 of each")
-    if engine not in ("local", "ray"):
-        raise UsageError(f"engine is {engine!r}; expected local or ray")
-    if address is not None and engine != "ray":
-        raise UsageError(f"an address ({address}) goes with --engine ray only; give both, or neither")
-    if engine == "ray" and options.device != "cpu":
-        raise UsageError(f"engine ray computes on processors only, device is {options.device!r}; expected cpu")
     from nemoquant.formats.gpu import check
 
+    source, out, options = Path(source), Path(out), options or RunOptions()
     check(options.device)
-    opened = open_source(source)
-    if opened.checkpoint is None:
-        raise CheckpointError(
-            f"{source} is a config.json; quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
-        )
+    opened = open_weights(source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)")
     with opened.checkpoint:
-        made = _plan(opened, recipe, scale_groups)
+        made = _plan(opened, recipe, options.scale_groups)
         warnings = _recipe_warnings(recipe, made)
         warnings += [
             f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
             for name in made.unused_formats
         ]
         if not made.needs_calibration:
-            warnings += [f"recipe {made.recipe.name} needs no calibration: {name} is not used" for name in options.given()]
-        from nemoquant.run.job import Job
+            warnings += [
+                f"recipe {made.recipe.name} needs no calibration: {flag} is not used"
+                for flag in options.unused_where_nothing_is_calibrated()
+            ]
+        from nemoquant.run.job import Job, Listener
 
-        job = Job(opened, made, out, options, threads, shard_bytes, resume, warnings, progress, say, expected, engine, address)
+        job = Job(opened, made, out, options, Listener(progress, say, expected))
         job.check()
         planned(made)
-        if dry_run:
-            job.expect(job.check_calibration())
-            return Result(out, made, warnings, {})
-        verified, skipped, found = job.run()
-        return Result(out, made, warnings, verified, skipped, found)
+        if not dry_run:
+            verified, skipped, warnings, calibration = job.run(warnings)
+            return Result(out, made, warnings, verified, skipped, calibration)
+        return Result(out, made, [*warnings, *job.dry_run()], {})
 
 
 def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress = no_progress) -> dict[str, Any]:
@@ -179,9 +165,8 @@ def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress
     """
     from nemoquant.pack.verify import verify as check
 
-    source = None if against is None else open_source(Path(against))
-    if source is not None and source.checkpoint is None:
-        raise CheckpointError(f"{against} is a config.json; --against needs the source's folder with its weights")
+    needs = "--against needs the source's folder with its weights"
+    source = None if against is None else open_weights(Path(against), needs)
     return check(Path(out), source, progress=progress).to_json()
 
 
@@ -229,12 +214,9 @@ def diff(
     twice = [str(p) for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]]
     if twice:
         raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
-    opened = open_source(Path(source))
-    if opened.checkpoint is None:
-        raise CheckpointError(f"{source} is a config.json; diff needs the folder with the weights")
-    told: list[str] = []
+    opened = open_weights(Path(source), "diff needs the folder with the weights")
     text = evaluation_data() if data is None else Path(data)
-    tokens = load_rows(text, opened.path, opened.config, rows, seq_len, told.append)
+    tokens = load_rows(text, opened.path, opened.config, rows, seq_len)
     if tokens.ids.shape[1] < 2:
         raise UsageError(f"{text} has rows of one token; expected at least 2, the first one predicts the second")
     import torch
@@ -263,10 +245,11 @@ def diff(
                 raise UsageError(f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in their order")
             library = None if plugins is None else Path(plugins)
             engines = [load_engine(engine, path, threads, file, library) for path, file in zip(paths, files, strict=True)]
-        report = compare(opened, sides, tokens, cache, progress, engines, device)
+        report = compare(opened, sides, tokens, cache, progress, engines=engines, device=device)
+    warnings = list(tokens.warnings)
     if card:
-        told += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
-    return report.model_copy(update={"warnings": told})
+        warnings += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
+    return report.model_copy(update={"warnings": warnings})
 
 
 def export_onnx(
@@ -351,9 +334,18 @@ def export_engine(
 
     found = device()
     options = EngineOptions(
-        target or default_target(found), sm, compute, max_seq_len, max_batch, workspace, last_token_only, False, strip_weights,
-        weight_streaming, None if timing_cache is None else Path(timing_cache), None if plugins is None else Path(plugins),
-    )  # fmt: skip
+        target or default_target(found),
+        sm,
+        compute,
+        max_seq_len,
+        max_batch,
+        workspace,
+        last_token_only=last_token_only,
+        strip_weights=strip_weights,
+        weight_streaming=weight_streaming,
+        timing_cache=None if timing_cache is None else Path(timing_cache),
+        plugins=None if plugins is None else Path(plugins),
+    )
     return export(Path(source), Path(out), options, found, say, mtp=mtp)
 
 

@@ -40,8 +40,8 @@ def demo(
     with making(out) as folder:
         scales = None
         for preset, plan in zip(PRESETS, plans, strict=True):
-            options = api.CalibrationOptions(rows=rows, scales=scales if plan.needs_calibration else None)
-            result = api.quantize(source, folder / preset, preset, calibration=options, progress=progress)
+            options = api.RunOptions(rows=rows, scales=scales if plan.needs_calibration else None)
+            result = api.quantize(source, folder / preset, preset, options, progress=progress)
             scales = scales or folder / preset / "nemoquant_scales.json"  # calibrated once: the file serves every recipe
             report = api.verify(folder / preset, source)
             if not report["ok"]:

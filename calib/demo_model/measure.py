@@ -21,7 +21,7 @@ from ngram import perplexity as ngram_perplexity
 
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel, State, layer_forward
-from nemoquant.sources.source import Source, open_source
+from nemoquant.sources.source import Source, open_weights
 from nemoquant.tokens.rows import load_rows
 
 HERE = Path(__file__).resolve().parent
@@ -128,7 +128,7 @@ def slow_heads(source: Source) -> dict[str, int]:
 
 
 def main(work: Path) -> None:
-    source = open_source(HERE)
+    source = open_weights(HERE, "the demo model is a folder")
     checkpoint = source.checkpoint
     assert checkpoint is not None
     model = Ablated(source.config, lambda prefix: LayerWeights(checkpoint, prefix))

@@ -4,22 +4,21 @@ The figures follow the tensors that the reference model holds at its worst momen
 measured peaks. Weights are mapped and not counted here: see ``weight_bytes``.
 """
 
-from collections.abc import Mapping
-
+from nemoquant.calibrate.batch import Batch
 from nemoquant.checkpoint.weights import HELD_BYTES
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.mamba2 import CHUNK
 from nemoquant.model.taps import CAST_ELEMENTS
 
-RowBatch = int | Mapping[str, int]  # of all layers, or by kind of layer
 MOST_TOKENS = 1 << 15  # beyond this products are no faster, and memory is better left to the page cache
 
 
-def batch_bytes(config: NemotronHConfig, kind: LayerKind, rows: int, length: int, item: int) -> int:
-    """Peak bytes of ``rows`` rows of ``length`` tokens in a layer of ``kind``, ``item`` bytes an element of the compute dtype."""
+def batch_bytes(config: NemotronHConfig, kind: LayerKind, batch: Batch) -> int:
+    """Peak bytes of a batch in a layer of ``kind``."""
+    item = batch.item_size
     token, row = {"mamba": _mamba, "attention": _attention, "moe": _moe, "mlp": _mlp}[kind](config, item)
     stream = config.hidden_size * (4 * item + 1)  # x, its norm, what the block gives, their sum; which of it is finite
-    return rows * (length * (token + stream) + row)
+    return batch.tokens * (token + stream) + batch.rows * row
 
 
 def _mamba(c: NemotronHConfig, item: int) -> tuple[int, int]:
@@ -66,16 +65,7 @@ def weight_bytes(config: NemotronHConfig, item: int) -> int:
     return HELD_BYTES + 2 * max(sizes) + (item * min(CAST_ELEMENTS, max(sizes)) if item != 2 else 0)
 
 
-def pick_row_batch(config: NemotronHConfig, rows: int, length: int, item: int, limit: int) -> dict[str, int]:
-    """Rows that may go through a layer of each kind at once, at least 1, so that each stays below ``limit`` bytes."""
-    most = max(1, min(rows, MOST_TOKENS // length))
-    picked: dict[str, int] = {}
-    for kind in sorted(set(config.layers)):
-        one = batch_bytes(config, kind, 1, length, item)
-        picked[kind] = max(1, min(most, limit // one))
-    return picked
-
-
-def rows_of(row_batch: RowBatch, kind: str) -> int:
-    """The batch of one kind of layer."""
-    return row_batch if isinstance(row_batch, int) else row_batch[kind]
+def pick_row_batch(config: NemotronHConfig, batch: Batch, limit: int) -> dict[str, int]:
+    """Rows of ``batch`` that may go through a layer of each kind at once, at least 1, so that each stays below ``limit`` bytes."""
+    most = max(1, min(batch.rows, MOST_TOKENS // batch.length))
+    return {kind: max(1, min(most, limit // batch_bytes(config, kind, batch.of(1)))) for kind in sorted(set(config.layers))}

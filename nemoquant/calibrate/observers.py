@@ -1,40 +1,126 @@
-"""Observers of the reference model's taps: maxima of magnitudes, and how many tokens each expert got."""
+"""What calibration looks at: observers see the inputs of one batch, collectors join what the observers of all batches saw.
+
+    observer    made anew for each batch of rows in each layer, wherever that batch is computed; what it collected travels back
+    collector   one for the whole run, in its process; after each layer it keeps what it has, or writes it to a file and forgets it
+
+A new quantity (second moments, a Hessian) is a new pair; nothing else of calibration changes. What an observer collects may be arrays: they
+live until their layer is finished.
+"""
 
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from nemoquant.calibrate.scales import Scales
+from nemoquant.model.config import NemotronHConfig
+
+KV_OUTPUT = ".output"
+ROUTER = ".gate"
 _EXPERT = re.compile(r"\.experts\.(\d+)\.up_proj$")
 
 
+class Observer(Protocol):
+    """Sees one batch of rows in one layer."""
+
+    def observe(self, name: str, x: Tensor) -> Tensor:
+        """A tap (see ``model/taps.py``) by full names, ``x`` [tokens, in]: returns ``x`` as it is."""
+
+    def collect(self) -> Any:
+        """What it saw, on the CPU, as data that can be pickled."""
+
+
+class Collector(Protocol):
+    """Joins what the observers of a layer's batches collected.
+
+    Attributes:
+        name: of its entry in the state that ``--resume`` reads.
+    """
+
+    name: str
+
+    @property
+    def observer(self) -> Callable[[], Observer]:
+        """Makes an observer: a class or a function of a module, so that it can be sent to another machine."""
+
+    def add(self, collected: Any) -> None:
+        """What one batch gave; batches come in order."""
+
+    def finish(self, layer: int | None) -> None:
+        """All batches of a layer were added; None is the head."""
+
+    def state(self) -> Any:
+        """What is to be kept after a layer, as JSON data: the results, or names and hashes of the files that hold them."""
+
+    def restore(self, state: Any) -> None:
+        """Go back to what :meth:`state` gave. Raises CalibrationError where a file is not what it was."""
+
+
+class Maxima(NamedTuple):
+    """What an :class:`AmaxObserver` collected: module -> amax of its input, expert -> tokens that it got."""
+
+    amax: dict[str, float]
+    tokens: dict[int, int]
+
+
 class AmaxObserver:
-    """A tap that keeps max |x| of each module's input, in float32, and counts the rows of experts' inputs.
+    """Keeps max |x| of each module's input, in float32, and counts the tokens of experts.
 
     Maxima stay on the device until :meth:`collect`: reading them one by one would wait for the device each time.
     """
 
     def __init__(self) -> None:
         self._amax: dict[str, Tensor] = {}
-        self.tokens: dict[int, int] = {}
+        self._tokens: dict[int, int] = {}
 
-    def tap(self) -> Callable[[str, Tensor], Tensor]:
-        return self._observe
-
-    def _observe(self, name: str, x: Tensor) -> Tensor:
+    def observe(self, name: str, x: Tensor) -> Tensor:
         low, high = torch.aminmax(x)
         amax = torch.maximum(-low, high)
         seen = self._amax.get(name)
         self._amax[name] = amax if seen is None else torch.maximum(seen, amax)
         expert = _EXPERT.search(name)
         if expert:
-            self.tokens[int(expert[1])] = self.tokens.get(int(expert[1]), 0) + x.shape[0]
+            self._tokens[int(expert[1])] = self._tokens.get(int(expert[1]), 0) + x.shape[0]
         return x
 
-    def collect(self) -> dict[str, float]:
-        """Module name -> amax, then forget."""
+    def collect(self) -> Maxima:
         names = list(self._amax)
         values = torch.stack([self._amax[n].float() for n in names]).tolist() if names else []
-        self._amax.clear()
-        return dict(zip(names, values, strict=True))
+        return Maxima(dict(zip(names, values, strict=True)), self._tokens)
+
+
+class AmaxCollector:
+    """Puts the maxima and the experts' tokens into ``scales``."""
+
+    name = "scales"
+    observer = AmaxObserver
+
+    def __init__(self, config: NemotronHConfig, scales: Scales) -> None:
+        self.config, self.scales = config, scales
+        self._amax: dict[str, float] = {}
+        self._tokens: dict[int, int] = {}
+
+    def add(self, collected: Maxima) -> None:
+        for name, amax in collected.amax.items():
+            self._amax[name] = max(amax, self._amax.get(name, 0.0))
+        for expert, count in collected.tokens.items():
+            self._tokens[expert] = self._tokens.get(expert, 0) + count
+
+    def finish(self, layer: int | None) -> None:
+        caches = {name for name in self._amax if name.endswith(KV_OUTPUT)}
+        self.scales.kv_amax |= {name.removesuffix(KV_OUTPUT): self._amax[name] for name in self._amax if name in caches}
+        self.scales.input_amax |= {
+            name: amax for name, amax in self._amax.items() if name not in caches and not name.endswith(ROUTER)
+        }
+        if layer is not None and self.config.layers[layer] == "moe":
+            experts = range(self.config.n_routed_experts)
+            self.scales.tokens_per_expert[layer] = [self._tokens.get(expert, 0) for expert in experts]
+        self._amax, self._tokens = {}, {}
+
+    def state(self) -> dict[str, Any]:
+        return self.scales.to_json()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.scales = Scales.from_json(state)

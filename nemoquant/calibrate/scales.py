@@ -83,6 +83,19 @@ class Scales:
         """Experts without a token, as ``layer 3 expert 7``."""
         return [f"layer {i} expert {e}" for i, counts in self.tokens_per_expert.items() for e, n in enumerate(counts) if not n]
 
+    def warnings_for(self, plan: Plan) -> list[str]:
+        """What a user of ``plan`` should know of this calibration."""
+        warnings = []
+        if self.non_finite_rows:
+            warnings.append(f"{self.non_finite_rows} calibration rows came to NaN or Inf and were left out")
+        unreached, experts = self.unreached(), sum(map(len, self.tokens_per_expert.values()))
+        if unreached and any(row.expert is not None and row.activation_format for row in plan.rows):
+            warnings.append(
+                f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
+                "each has the largest input scale of its layer and projection, give more rows to see them"
+            )
+        return warnings
+
     def summary(self) -> dict[str, Any]:
         """The settings, and how experts were covered, as JSON data."""
         counts = [n for layer in self.tokens_per_expert.values() for n in layer]

@@ -19,6 +19,12 @@ def partial_of(out: Path) -> Path:
     return out.parent / (out.name + ".partial")
 
 
+def nearest_folder(path: Path) -> Path:
+    """The nearest folder that exists: ``path`` itself, or one above it."""
+    here = path.absolute()
+    return next(p for p in (here, *here.parents) if p.is_dir())
+
+
 def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, resume: bool = False) -> None:
     """Make sure that ``out`` can be written; with ``resume`` the partial folder of an earlier run is welcome, and counts as room.
 
@@ -39,9 +45,10 @@ def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, re
                 f"{partial} exists, left by a run that did not end; --resume goes on with it, or remove it, or choose another output"
             )
         there_already = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
-    parent = next(p for p in here.parents if p.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{out}: {parent} is not a folder; choose another output")
+    parent = nearest_folder(here)
+    below = next(p for p in (here, *here.parents) if p.parent == parent)
+    if below.exists():
+        raise OutputError(f"{out}: {below} is not a folder; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: {parent} is not writable; choose another output")
     needed = tensor_bytes + BYTES_PER_TENSOR * tensors + MARGIN - there_already

@@ -31,6 +31,11 @@ def file_sha256(path: Path, count: Count = lambda size: None) -> str:
     return digest.hexdigest()
 
 
+def config_sha256(raw_config: Mapping[str, Any]) -> str:
+    """Identity of a config.json, in whatever order its keys stand."""
+    return hashlib.sha256(json.dumps(raw_config, sort_keys=True).encode()).hexdigest()
+
+
 def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
     """Identity of a checkpoint's tensor table: names, dtypes and shapes, in whatever files they lie."""
     table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())

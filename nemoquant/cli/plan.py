@@ -1,43 +1,41 @@
 """``nemoquant plan``: what a recipe would do."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from nemoquant.cli.shared import json_option, memory_option, print_json, recipe_name, recipe_options, table
+from nemoquant.cli.shared import (
+    json_option,
+    memory_option,
+    no_scale_groups_option,
+    print_json,
+    recipe_name,
+    recipe_options,
+    run_option,
+    table,
+)
+from nemoquant.run.options import RunOptions
 from nemoquant.units import size
-
-if TYPE_CHECKING:
-    from nemoquant.formats import Device
 
 
 @click.command("plan")
 @click.argument("model", type=click.Path(path_type=Path))
 @recipe_options
-@click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
+@no_scale_groups_option
 @click.option(
     "--estimate", is_flag=True, help="Also measure this machine shortly, and say what quantize would need: memory, disk, time."
 )
-@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Calibration rows, for --estimate.")
-@click.option("--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in a row, for --estimate.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads, for --estimate; default: all that this process may use.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where it would compute, for --estimate.",
-)
+@run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows, for --estimate.")
+@run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a row, for --estimate.")
+@run_option("threads", type=click.IntRange(min=1), help="Threads, for --estimate; default: all that this process may use.")
+@run_option("device", type=click.Choice(["cpu", "cuda"]), show_default=True, help="Where it would compute, for --estimate.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=".", help="Folder on the disk that would be written, for --estimate."
 )
 @memory_option
 @json_option
-def command(
-    model: Path, fmt: str | None, recipe: str | None, no_scale_groups: bool, estimate: bool, rows: int, seq_len: int,
-    threads: int | None, device: "Device", out: Path, memory: int | None, as_json: bool,
-) -> None:  # fmt: skip
+def command(model: Path, fmt: str | None, recipe: str | None, estimate: bool, out: Path, as_json: bool, **given: Any) -> None:
     """Show what a recipe does with MODEL, a checkpoint folder or a bare config.json, from headers alone.
 
     \b
@@ -50,11 +48,9 @@ def command(
     from nemoquant.pack.card import role_table
 
     name = recipe_name(fmt, recipe)
-    made = api.plan(model, name, scale_groups=not no_scale_groups)
-    found = None
-    if estimate:
-        options = api.CalibrationOptions(rows=rows, seq_len=seq_len, device=device, memory=memory)
-        found = api.estimate(model, name, out=out, calibration=options, scale_groups=not no_scale_groups, threads=threads)
+    options = RunOptions(**given)
+    made = api.plan(model, name, scale_groups=options.scale_groups)
+    found = api.estimate(model, name, options, out=out) if estimate else None
     if as_json:
         print_json(made.to_json() | ({"estimate": found.to_json()} if found else {}))
         return

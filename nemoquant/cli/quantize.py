@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from nemoquant.cli.shared import json_option, loading, memory_option, print_json, progress_bars, recipe_name, recipe_options
+from nemoquant.cli.shared import (
+    dtype_of,
+    json_option,
+    loading,
+    memory_option,
+    no_scale_groups_option,
+    print_json,
+    progress_bars,
+    recipe_name,
+    recipe_options,
+    run_option,
+)
 from nemoquant.errors import UsageError
-from nemoquant.run.options import CalibrationOptions
+from nemoquant.run.options import DEFAULTS, OPTIONS, RunOptions
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
-    from nemoquant.formats import Device
     from nemoquant.planning.plan import Plan
     from nemoquant.run.estimate import Estimate
 
@@ -23,60 +33,60 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
-@click.option(
-    "--calib",
+@run_option(
+    "data",
     type=click.Path(path_type=Path),
     help="Calibration data: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Calibration rows.")
-@click.option("--seq-len", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in a calibration row.")
-@click.option(
-    "--scales",
+@run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows.")
+@run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a calibration row.")
+@run_option(
+    "scales",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="nemoquant_scales.json of an earlier run, instead of calibrating.",
 )
-@click.option(
-    "--device",
+@run_option(
+    "device",
     type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
     show_default=True,
     help="Where calibration computes and packing encodes, to the same codes; cuda is one NVIDIA GPU, and needs Triton.",
 )
-@click.option(
-    "--compute",
+@run_option(
+    "dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
+    callback=dtype_of,
     show_default=True,
     help="Dtype that calibration computes in.",
 )
-@click.option(
-    "--row-batch",
+@run_option(
+    "row_batch",
     type=click.IntRange(min=1),
     help="Calibration rows that go through a layer at once; default: as many as --memory, or 4 GB, admits.",
 )
 @memory_option
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
-@click.option(
-    "--shard-size", type=click.FloatRange(min=0.000001), default=5.0, show_default=True, help="Largest output file, in GB."
+@run_option("threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
+@run_option(
+    "shard_bytes",
+    type=click.FloatRange(min=0.000001),
+    default=DEFAULTS["shard_bytes"] / 1e9,
+    callback=lambda context, parameter, gigabytes: int(gigabytes * 1e9),
+    show_default=True,
+    help="Largest output file, in GB.",
 )
-@click.option("--no-scale-groups", is_flag=True, help="Give every tensor its own scales, as other tools do; for comparisons.")
-@click.option(
-    "--engine",
+@no_scale_groups_option
+@run_option(
+    "engine",
     type=click.Choice(["local", "ray"]),
-    default="local",
     show_default=True,
     help="Where to compute: this process, or a Ray cluster (extra `ray`), whose nodes see SRC under the same path.",
 )
-@click.option("--address", metavar="HOST:PORT", help="The Ray cluster; `auto`: one that runs here; default: one is started here.")
-@click.option("--resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial.")
+@run_option("address", metavar="HOST:PORT", help="The Ray cluster; `auto`: one that runs here; default: one is started here.")
+@run_option("resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
-def command(
-    source: Path, out: Path, fmt: str | None, recipe: str | None, calib: Path | None, rows: int, seq_len: int, scales: Path | None,
-    device: "Device", compute: str, row_batch: int | None, memory: int | None, threads: int | None, shard_size: float,
-    no_scale_groups: bool, engine: str, address: str | None, resume: bool, dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+def command(source: Path, out: Path, fmt: str | None, recipe: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
 
     Calibrates layer by layer, packs in a stream, verifies what was written, and only then gives the folder its name.
@@ -90,13 +100,14 @@ def command(
       nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
     """
     name = recipe_name(fmt, recipe)
-    if scales and calib:
+    options = RunOptions(**given)
+    if options.scales and options.data:
         raise UsageError("got both --scales and --calib; expected one: --scales takes the place of calibration")
-    options = CalibrationOptions(calib, rows, seq_len, scales, device, None if compute == "auto" else compute, row_batch, memory)
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.run.estimate import expectation, resident
+    from nemoquant.run.budget import resident
+    from nemoquant.run.estimate import expectation
 
     began = time.monotonic()
 
@@ -119,13 +130,18 @@ def command(
 
     with starting, progress_bars(as_json) as progress:
         result = api.quantize(
-            source, out, name, calibration=options, scale_groups=not no_scale_groups, threads=threads,
-            shard_bytes=int(shard_size * 1e9), dry_run=dry_run, resume=resume, engine=engine, address=address,
-            planned=planned, expected=expected, progress=progress,
+            source,
+            out,
+            name,
+            options,
+            dry_run=dry_run,
+            planned=planned,
+            expected=expected,
+            progress=progress,
             say=lambda text: click.echo(text, err=True),
-        )  # fmt: skip
+        )
     took = time.monotonic() - began
-    unused = _unused_options(result.plan.needs_calibration, scales is not None, calib is not None and calib.suffix == ".npy")
+    unused = _unused_options(result.plan.needs_calibration, options)
     warnings = result.warnings + unused
     if as_json:
         figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
@@ -152,19 +168,19 @@ def command(
         )
 
 
-def _unused_options(calibrates: bool, has_scales: bool, has_rows: bool) -> list[str]:
+def _unused_options(calibrates: bool, options: RunOptions) -> list[str]:
     """Options that were given and had no effect, in words."""
     given = click.get_current_context().get_parameter_source
-    names = {"rows": "--rows", "seq_len": "--seq-len", "compute": "--compute", "row_batch": "--row-batch"}
-    options = [flag for name, flag in names.items() if given(name) is ParameterSource.COMMANDLINE]
+    names = [n for n in ("rows", "seq_len", "dtype", "row_batch") if given(n) is ParameterSource.COMMANDLINE]
     if not calibrates:
         why = "this recipe needs no calibration"
-    elif has_scales:
+    elif options.scales is not None:
         why = "--scales takes the place of calibration"
     else:
         why = "an .npy file says its rows and length itself"
-        options = [flag for flag in options if has_rows and flag in ("--rows", "--seq-len")]
-    return [f"not used: {', '.join(options)} ({why})"] if options else []
+        has_rows = options.data is not None and Path(options.data).suffix == ".npy"
+        names = [name for name in names if has_rows and name in ("rows", "seq_len")]
+    return [f"not used: {', '.join(OPTIONS[name].flag for name in names)} ({why})"] if names else []
 
 
 def _calibrated(found: dict[str, Any]) -> str:

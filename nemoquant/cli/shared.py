@@ -13,6 +13,7 @@ import click
 
 from nemoquant.errors import UsageError
 from nemoquant.progress import Progress, no_progress
+from nemoquant.run.options import DEFAULTS, OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
@@ -28,6 +29,16 @@ def loading() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def run_option(name: str, **settings: Any) -> Callable[[F], F]:
+    """The click option of a field of ``RunOptions``, with the flag and default of its table; ``settings`` are click's."""
+    return click.option(OPTIONS[name].flag, name, **({"default": DEFAULTS[name]} | settings))
+
+
+def dtype_of(context: click.Context, parameter: click.Parameter, value: str) -> str | None:  # noqa: ARG001  click's callback
+    """``auto`` is no dtype: the machine decides."""
+    return None if value == "auto" else value
 
 
 def recipe_options(function: F) -> F:
@@ -61,11 +72,19 @@ class Bytes(click.ParamType["int"]):
         return int(count)
 
 
-memory_option = click.option(
-    "--memory",
+memory_option = run_option(
+    "memory",
     type=Bytes(),
     metavar="SIZE",
     help="Most memory that the run may take, such as 4G: rows at once and read-ahead follow it.",
+)
+
+no_scale_groups_option = run_option(
+    "scale_groups",
+    is_flag=True,
+    default=False,
+    callback=lambda context, parameter, switched_off: not switched_off,
+    help="Give every tensor its own scales, as other tools do; for comparisons.",
 )
 
 json_option = click.option(

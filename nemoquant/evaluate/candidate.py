@@ -1,6 +1,5 @@
 """A checkpoint to compare with its source, and the modules that are told apart in it."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +50,6 @@ class Candidate(PackedCheckpoint):
             self.warnings.append(f"it lacks {lost} multi-token-prediction tensors: no acceptance is measured")
 
     def _check_origin(self) -> None:
-        assert self.source.checkpoint is not None
         ours, theirs = vars(self.source.config), vars(self.config)
         keys = [k for k in ours if ours[k] != theirs[k] and k not in UNIMPORTANT]
         if keys:
@@ -62,7 +60,7 @@ class Candidate(PackedCheckpoint):
             return
         made_from = self.manifest["source"]
         here = {
-            "config_sha256": hashlib.sha256(json.dumps(self.source.raw_config, sort_keys=True).encode()).hexdigest(),
+            "config_sha256": manifest.config_sha256(self.source.raw_config),
             "tensor_table_sha256": manifest.tensor_table_sha256(self.source.checkpoint.tensors),
         }
         for key, digest in here.items():
@@ -90,11 +88,11 @@ class Candidate(PackedCheckpoint):
                     f"{self.path}: the experts of {name} have the formats {', '.join(formats)}, {len(taps)} of {len(specs)} with an "
                     "input scale; expected one for all, engines run them as one operation"
                 )
-            modules.append(Module(name, first.layer, first.role, formats[0], inputs.pop(), tuple(specs), taps))
+            modules.append(Module(name, first.layer, first.role, formats[0], inputs.pop(), specs=tuple(specs), taps=taps))
             if first.role == "attention.v_proj" and self.fp8_cache:
                 mixer = first.module.removesuffix(".v_proj")
                 caches = frozenset(f"{mixer}.{p}_proj.output" for p in "kv")
-                modules.append(Module(f"{mixer}.{CACHE_ROLE}", first.layer, CACHE_ROLE, "source", "fp8", (), caches))
+                modules.append(Module(f"{mixer}.{CACHE_ROLE}", first.layer, CACHE_ROLE, "source", "fp8", specs=(), taps=caches))
         return modules
 
 

@@ -58,7 +58,7 @@ class Head:
             x[one] = mtp.mtp_input(c, first, after, before, tap).cpu()
         for kind, prefix in zip(c.mtp_layers, prefixes, strict=True):
             y = torch.empty_like(x)
-            run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y), self.model.device)
+            run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y), device=self.model.device)
             x = y
         drafted = mtp.mtp_output(c, self.weights(prefixes[-1]), x).flatten(0, 1)
         if not torch.isfinite(drafted).all():
@@ -75,7 +75,6 @@ def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
 
 def heads_of(source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], device: torch.device) -> list[Head]:
     """Of all models over their streams after the last layer, the reference's first."""
-    assert source.checkpoint is not None
     checkpoint = source.checkpoint
     heads = [Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0], device)]
     pairs = zip(candidates, streams[1:], strict=True)

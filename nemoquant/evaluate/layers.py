@@ -69,7 +69,7 @@ def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int, de
 
 
 def run_layer(
-    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, tap: Tap, sink: Sink, device: torch.device
+    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, tap: Tap, sink: Sink, *, device: torch.device
 ) -> Tensor | None:
     """``layer_forward`` of x [rows, length, hidden] on ``device``; outputs go to ``sink``, on the CPU.
 

@@ -62,7 +62,6 @@ def stream(source: Source, rows: Rows, cache: Path | None, device: Device) -> Ge
 
 
 def _computed(source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
-    assert source.checkpoint is not None
     weights = LayerWeights(source.checkpoint, "backbone.embeddings.")
     x = embed(weights, torch.from_numpy(rows.ids))
     weights.release()
@@ -70,7 +69,7 @@ def _computed(source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
     for i, kind in enumerate(source.config.layers):
         weights = LayerWeights(source.checkpoint, f"backbone.layers.{i}.")
         y = torch.empty_like(x)
-        state = run_layer(source.config, kind, weights, x, identity, into(y), torch_device(device))
+        state = run_layer(source.config, kind, weights, x, identity, into(y), device=torch_device(device))
         weights.release()
         if not torch.isfinite(y).all():
             raise WeightError(
@@ -91,7 +90,6 @@ def _layout(source: Source, rows: Rows) -> list[tuple[str, str, tuple[int, ...]]
 
 
 def _made_from(source: Source, rows: Rows, device: Device) -> dict[str, str]:
-    assert source.checkpoint is not None
     return {
         "schema": SCHEMA,
         "config": json.dumps(source.raw_config, sort_keys=True),

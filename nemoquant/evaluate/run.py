@@ -82,6 +82,7 @@ def diff(
     rows: Rows,
     cache: Path | None,
     progress: Progress,
+    *,
     engines: Sequence[Engine] = (),
     device: Device = "cpu",
 ) -> schema.Report:
@@ -162,7 +163,7 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
 
 def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) -> None:
     """One layer of one candidate, ``what`` in words. ``before`` and ``stage.hidden`` are the reference's stream around it."""
-    assert stage.layer is not None and source.checkpoint is not None
+    assert stage.layer is not None
     config, candidate, prefix = source.config, side.candidate, f"backbone.layers.{stage.layer}."
     kind = config.layers[stage.layer]
     original, weights = LayerWeights(source.checkpoint, prefix), candidate.weights(prefix)
@@ -174,14 +175,14 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
         alone.add(y, stage.hidden[rows, part], before[rows, part])
 
     recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
-    run_layer(config, kind, weights, before, prefixed(recording, prefix), measure, side.device)
+    run_layer(config, kind, weights, before, prefixed(recording, prefix), measure, device=side.device)
     side.check_finite(what, alone)
     flips = None
     if kind == "moe":
         expected, chosen = choices(config, original, before, side.device), choices(config, weights, side.hidden, side.device)
         flips = routing(config, expected, chosen)
     after = torch.empty_like(side.hidden)
-    state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after), side.device)
+    state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after), device=side.device)
     side.hidden = after
     for ours, theirs in zip(after, stage.hidden, strict=True):  # a row at a time: a difference of whole streams would be one more
         error.add(ours, theirs)
@@ -202,7 +203,6 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
 
 def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) -> None:
     """Final norm and head: alone on the reference's stream ``before`` them, and the effect of each on the logits."""
-    assert source.checkpoint is not None
     candidate, found = side.candidate, side.noise(None, "norm", "lm_head")
     original, weights = LayerWeights(source.checkpoint, ""), candidate.weights("")
     by_tap = {tap: noise for noise in found for tap in noise.module.taps}
@@ -225,7 +225,6 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
 
 
 def _reference(source: Source, perplexity: float | None, acceptance: float | None) -> schema.Reference:
-    assert source.checkpoint is not None
     size = sum(info.nbytes for info in source.checkpoint.tensors.values())
     elements = sum(math.prod(spec.shape) for spec in source.table)
     return schema.Reference(

@@ -177,11 +177,11 @@ def put(weight: "Weight | OnGpu") -> OnGpu:
 _launching = threading.Lock()  # the first launch compiles, and the interpreter changes Triton's own module while it runs
 
 
-def _launch(kernel: Any, count: int, lanes: int, *arguments: Any, **constants: Any) -> None:
-    """``lanes`` of ``count`` a program; never with fused multiply-add, which would round once where the definitions round twice."""
+def _launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
+    """``lanes`` of ``count`` a program, arguments by the kernel's names; never with fused multiply-add, which would round once where the definitions round twice."""
     if count:
         with _launching:
-            kernel[(-(-count // lanes),)](*arguments, count, LANES=lanes, enable_fp_fusion=False, **constants)
+            kernel[(-(-count // lanes),)](**arguments, count=count, LANES=lanes, enable_fp_fusion=False)
 
 
 def amax(weight: OnGpu) -> np.float32:
@@ -193,7 +193,9 @@ def amax(weight: OnGpu) -> np.float32:
     largest = lane.memory("largest", 4)
     with lane.running():
         largest.zero_()
-        _launch(triton_kernels.amax_kernel, size, _LANES, weight.bits, weight.shift, largest.view(torch.int32))
+        _launch(
+            triton_kernels.amax_kernel, size, _LANES, weight=weight.bits, shift=weight.shift, largest=largest.view(torch.int32)
+        )
     found: np.float32 = lane.receive(largest).view(np.float32)[0]
     return found
 
@@ -204,7 +206,15 @@ def fp8_encode(weight: OnGpu, decode_scale: np.float32, codes: Codes) -> None:
     lane = weight.lane
     found = lane.memory("codes", codes.size)
     with lane.running():
-        _launch(triton_kernels.fp8_encode_kernel, codes.size, _LANES, weight.bits, weight.shift, float(decode_scale), found)
+        _launch(
+            triton_kernels.fp8_encode_kernel,
+            codes.size,
+            _LANES,
+            weight=weight.bits,
+            shift=weight.shift,
+            decode_scale=float(decode_scale),
+            codes=found,
+        )
     codes.reshape(-1)[:] = lane.receive(found)
 
 
@@ -218,10 +228,18 @@ def nvfp4_encode(weight: OnGpu, global_scale: np.float32, method: str, packed: C
     found = lane.memory("codes", size + block_scales.size)
     with lane.running():
         _launch(
-            triton_kernels.nvfp4_encode_kernel, block_scales.size, _BLOCK_LANES, weight.bits, weight.shift,
-            float(np.float32(6) * global_scale), tables[:1024], tables[1024:].view(torch.float32), found[:size], found[size:],
+            triton_kernels.nvfp4_encode_kernel,
+            block_scales.size,
+            _BLOCK_LANES,
+            weight=weight.bits,
+            shift=weight.shift,
+            onto=float(np.float32(6) * global_scale),
+            reached=tables[:1024],
+            scales=tables[1024:].view(torch.float32),
+            packed=found[:size],
+            block_scales=found[size:],
             METHOD=_METHODS[method],
-        )  # fmt: skip
+        )
     got = lane.receive(found)
     packed.reshape(-1)[:], block_scales.reshape(-1)[:] = got[:size], got[size:]
 
@@ -262,7 +280,15 @@ def fp8_rounded(values: Any, decode_scale: np.float32) -> Any:
 
     bits = values.contiguous().view(torch.int32).view(-1)
     codes = torch.empty(bits.shape, dtype=torch.uint8, device=bits.device)
-    _launch(triton_kernels.fp8_encode_kernel, bits.numel(), _LANES, bits, 0, float(decode_scale), codes)
+    _launch(
+        triton_kernels.fp8_encode_kernel,
+        bits.numel(),
+        _LANES,
+        weight=bits,
+        shift=0,
+        decode_scale=float(decode_scale),
+        codes=codes,
+    )
     return _fp8_values(codes, decode_scale).view(values.shape)
 
 
@@ -277,9 +303,18 @@ def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
     packed, scales = (torch.empty(n, dtype=torch.uint8, device=bits.device) for n in (8 * blocks, blocks))
     onto, (reached, by_code) = float(np.float32(6) * global_scale), _tables_there(global_scale)
     _launch(
-        triton_kernels.nvfp4_encode_kernel, blocks, _BLOCK_LANES, bits, 0, onto, reached, by_code, packed, scales,
+        triton_kernels.nvfp4_encode_kernel,
+        blocks,
+        _BLOCK_LANES,
+        weight=bits,
+        shift=0,
+        onto=onto,
+        reached=reached,
+        scales=by_code,
+        packed=packed,
+        block_scales=scales,
         METHOD=_METHODS["activations"],
-    )  # fmt: skip
+    )
     return _nvfp4_values(packed, scales, global_scale).view(values.shape)
 
 
@@ -313,7 +348,15 @@ def _fp8_values(codes: Any, decode_scale: np.float32) -> Any:
     from nemoquant.formats import triton_kernels
 
     found = torch.empty(codes.shape, device=codes.device)
-    _launch(triton_kernels.fp8_decode_kernel, codes.numel(), _LANES, codes, _e4m3_values(), float(decode_scale), found)
+    _launch(
+        triton_kernels.fp8_decode_kernel,
+        codes.numel(),
+        _LANES,
+        codes=codes,
+        table=_e4m3_values(),
+        decode_scale=float(decode_scale),
+        values=found,
+    )
     return found
 
 
@@ -324,5 +367,13 @@ def _nvfp4_values(packed: Any, block_scales: Any, global_scale: np.float32) -> A
 
     found = torch.empty(2 * packed.numel(), device=packed.device)
     scales = _e4m3_values() * float(global_scale)
-    _launch(triton_kernels.nvfp4_decode_kernel, packed.numel(), _LANES, packed, block_scales, scales, found)
+    _launch(
+        triton_kernels.nvfp4_decode_kernel,
+        packed.numel(),
+        _LANES,
+        packed=packed,
+        block_scales=block_scales,
+        scales=scales,
+        values=found,
+    )
     return found

@@ -92,7 +92,7 @@ def _block_scales(
     for start in range(0, codes.shape[0], TILE):
         end = min(start + TILE, codes.shape[0])
         _largest_magnitudes(pairs[8 * start : 8 * end], words, scratch, magnitudes[start:end])
-        _scale_codes(magnitudes[start:end], shift, np.float32(1), onto, least, zeros, codes[start:end])
+        _scale_codes(magnitudes[start:end], shift, np.float32(1), onto=onto, least=least, zeros=zeros, codes=codes[start:end])
 
 
 @kernel
@@ -115,12 +115,22 @@ def _encode(values: Weight, global_scale: np.float32, method: Method | None, pac
     words = np.empty(TILE * BLOCK // 2, pairs.dtype)
     scratch = words.view(bits.dtype)
     magnitudes = np.empty(block_scales.size, bits.dtype)
-    _block_scales(pairs, shift, global_scale, least, zeros, words, scratch, magnitudes, block_scales)
+    _block_scales(
+        pairs,
+        shift,
+        global_scale,
+        least=least,
+        zeros=zeros,
+        words=words,
+        scratch=scratch,
+        magnitudes=magnitudes,
+        codes=block_scales,
+    )
     if method == "mse":
         choose_least_error(bits, shift, magnitudes, global_scale, block_scales)
     if method == "four_over_six":
         choose_four_over_six(bits, shift, magnitudes, global_scale, block_scales)
-    _write(bits, shift, global_scale, words, scratch, block_scales, packed)
+    _write(bits, shift, global_scale, words=words, scratch=scratch, scales=block_scales, packed=packed)
 
 
 @kernel

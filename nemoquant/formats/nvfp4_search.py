@@ -339,7 +339,9 @@ def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_sca
         n = min(TILE, codes.shape[0] - start)
         sixes = codes[start : start + n]
         _values(bits[start : start + n].reshape(-1), shift, unit, values[: n * BLOCK])
-        scale_codes(largest[start : start + n], shift, np.float32(1.5), onto, _SMALLEST, np.uint8(_ONE), fours)
+        scale_codes(
+            largest[start : start + n], shift, np.float32(1.5), onto=onto, least=_SMALLEST, zeros=np.uint8(_ONE), codes=fours
+        )
         for choice, sums in ((sixes, error_six), (fours[:n], error_four)):
             for row, spread_row in ((table[0], lanes), (table[1], reciprocals)):
                 _look_up(row, choice, sums)

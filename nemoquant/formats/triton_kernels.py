@@ -115,14 +115,14 @@ def nvfp4_encode_kernel(
         empty = 0x38
     if METHOD == _FOUR_OVER_SIX:
         four = _scale_code(amax * 1.5, onto)
-        error = _error(weight, first, shift, chosen, reached, scales, mask)
-        chosen = tl.where(_error(weight, first, shift, four, reached, scales, mask) < error, four, chosen)
+        error = _error(weight, first, shift, chosen, reached=reached, scales=scales, mask=mask)
+        chosen = tl.where(_error(weight, first, shift, four, reached=reached, scales=scales, mask=mask) < error, four, chosen)
     if METHOD == _MSE:
         chosen = tl.zeros([LANES], tl.int32) + 1
-        error = _error(weight, first, shift, chosen, reached, scales, mask)
+        error = _error(weight, first, shift, chosen, reached=reached, scales=scales, mask=mask)
         for code in range(2, 127):
             candidate = tl.zeros([LANES], tl.int32) + code
-            other = _error(weight, first, shift, candidate, reached, scales, mask)
+            other = _error(weight, first, shift, candidate, reached=reached, scales=scales, mask=mask)
             chosen = tl.where(other < error, candidate, chosen)
             error = tl.where(other < error, other, error)
     chosen = tl.where(largest == 0, empty, chosen)

@@ -127,7 +127,7 @@ class Dialect:
         """The operator's body for one format; None where the runtime has a kernel. Sums in float32, in ascending order of experts."""
 
         def one(
-            t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, expert: ir.Value, weights: Parts, total: ir.Value
+            t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *, expert: ir.Value, weights: Parts, total: ir.Value
         ) -> ir.Value:
             hit = t.op("Equal", ids, expert)
             factor = t.op("ReduceSum", t.op("Where", hit, factors, t.constant(np.float32(0))), t.ints(1), keepdims=1)  # [T, 1]
@@ -145,7 +145,7 @@ class Dialect:
             def body(t: Tape, i: ir.Value, total: ir.Value) -> ir.Value:
                 expert = t.op("Gather", chosen, i, axis=0)
                 mine = {key: t.op("Gather", stack, expert, axis=0) for key, stack in zip(names, stacks, strict=True)}
-                return one(t, x, ids, factors, expert, mine, total)
+                return one(t, x, ids, factors, expert=expert, weights=mine, total=total)
 
             return [t.cast(t.loop(t.op("Size", chosen), start, body), compute)]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint import SHARD_BYTES, manifest
 from nemoquant.checkpoint.folder import check_output, copy_side_files, making, side_files
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import INDEX
@@ -25,7 +25,6 @@ from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
 from nemoquant.layouts.modelopt import LEGACY
 from nemoquant.pack.files import WRITTEN
-from nemoquant.pack.shards import SHARD_BYTES
 from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 

@@ -136,12 +136,18 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
     xs, b, cc = t.ops("Split", 3, xbc, t.ints(c.mamba_inner, bc, bc), axis=-1)
     a = t.op("Neg", t.op("Exp", layer.f32("A_log")))
     low, high = c.time_step_limit
-    y, ssm_out = t.ops(
-        "Mamba2Scan", 2, positions(xs, c.mamba_num_heads, c.mamba_head_dim), t.cast(dt, FLOAT), a,
-        positions(b, c.n_groups, c.ssm_state_size), positions(cc, c.n_groups, c.ssm_state_size), layer.f32("D"), layer.f32("dt_bias"),
-        ssm_state, domain=DOMAIN,
-        **layer.dialect.plugin("mamba2_scan", chunk_size=CHUNK, dt_min=float(low), dt_max=float(high)),
-    )  # fmt: skip
+    inputs = (
+        positions(xs, c.mamba_num_heads, c.mamba_head_dim),
+        t.cast(dt, FLOAT),
+        a,
+        positions(b, c.n_groups, c.ssm_state_size),
+        positions(cc, c.n_groups, c.ssm_state_size),
+        layer.f32("D"),
+        layer.f32("dt_bias"),
+        ssm_state,
+    )
+    attributes = layer.dialect.plugin("mamba2_scan", chunk_size=CHUNK, dt_min=float(low), dt_max=float(high))
+    y, ssm_out = t.ops("Mamba2Scan", 2, *inputs, domain=DOMAIN, **attributes)
     if layer.dialect.has_plugins:
         y = t.cast(y, FLOAT)  # the function's is float32, the plugin's has the dtype of x
     gate = t.cast(z, FLOAT)

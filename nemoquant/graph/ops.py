@@ -43,7 +43,7 @@ def mamba2_scan(heads: int, head_dim: int, groups: int, state_size: int) -> ir.F
                state: ir.Value) -> list[ir.Value]:  # fmt: skip
         step = t.op("Softplus", t.op("Add", dt, dt_bias))
         step = t.op("Clip", step, t.attribute("dt_min", "float"), t.attribute("dt_max", "float"))
-        return scan.chunks(t, x, step, a, b, c, d, state)
+        return scan.chunks(t, x, step, a=a, b=b, c=c, d=d, state=state)
 
     return function(spec("mamba2_scan"), record)
 
@@ -54,7 +54,7 @@ class _Scan:
         self.h = heads // groups
 
     def chunks(
-        self, t: Tape, x: ir.Value, dt: ir.Value, a: ir.Value, b: ir.Value, c: ir.Value, d: ir.Value, state: ir.Value
+        self, t: Tape, x: ir.Value, dt: ir.Value, *, a: ir.Value, b: ir.Value, c: ir.Value, d: ir.Value, state: ir.Value
     ) -> list[ir.Value]:
         """Any number of positions: the state is carried over chunks of q by a Scan, padded at the end with dt = 0, which changes nothing."""
         length = t.size(x, 1)

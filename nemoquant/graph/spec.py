@@ -34,8 +34,8 @@ def spec(op: str) -> Spec:
         data["name"],
         data["domain"],
         data["version"],
-        tuple(value["name"] for value in data["inputs"] if not value.get("optional")),
-        tuple(value["name"] for value in data["outputs"]),
-        {name: attribute["default"] for name, attribute in data["attributes"].items()},
-        {name: tuple(parts) for name, parts in data.get("formats", {}).items()},
+        inputs=tuple(value["name"] for value in data["inputs"] if not value.get("optional")),
+        outputs=tuple(value["name"] for value in data["outputs"]),
+        attributes={name: attribute["default"] for name, attribute in data["attributes"].items()},
+        formats={name: tuple(parts) for name, parts in data.get("formats", {}).items()},
     )

@@ -85,7 +85,16 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -
 
 
 def scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, dt_bias: Tensor, limit: tuple[float, float], state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    *,
+    dt_bias: Tensor,
+    limit: tuple[float, float],
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence above over any length >= 1, from ``state`` on.
 
@@ -102,11 +111,13 @@ def scan(
     if serves("mamba2_scan", x.device.type):
         from nemoquant.ops.functional import mamba2_scan
 
-        scanned: tuple[Tensor, Tensor] = mamba2_scan(x, dt, a, b, c, d, dt_bias, state, dt_min=limit[0], dt_max=limit[1])
+        scanned: tuple[Tensor, Tensor] = mamba2_scan(
+            x, dt, a, b, c, d, dt_bias=dt_bias, state_in=state, dt_min=limit[0], dt_max=limit[1]
+        )
         return scanned
     dt = F.softplus(dt.float() + dt_bias).clamp(*limit)
     if x.shape[1] == 1:
-        return step(x, dt, a, b, c, d, state)
+        return step(x, dt, a, b, c, d, state=state)
     batch, length, heads, width = x.shape
     groups, size = b.shape[2:]
     y = torch.empty(batch, length, groups, heads // groups, width, dtype=torch.float32, device=x.device)
@@ -188,9 +199,9 @@ def forward(
         b.view(batch, length, config.n_groups, -1),
         c.view(batch, length, config.n_groups, -1),
         d,
-        dt_bias,
-        config.time_step_limit,
-        state.ssm,
+        dt_bias=dt_bias,
+        limit=config.time_step_limit,
+        state=state.ssm,
     )
     y = gated_group_norm(y.flatten(2), z, weights["norm.weight"], config.n_groups, config.norm_eps)
     return linear("out_proj", y.flatten(0, 1), weights, tap).view_as(x), MambaState(conv, ssm)

@@ -169,7 +169,15 @@ def build(
     _run([cmake, "-S", str(folder), "-B", str(work), *(["-G", "Ninja"] if ninja else []), *defined], log)
     progress("configure", 1, 1, "")
     _run([cmake, "--build", str(work), "--parallel", str(jobs or len(os.sched_getaffinity(0)))], log, progress)
-    return _keep(work, out, sources, host, () if host else tuple(architectures), () if host else tuple(gemm), headers)
+    return _keep(
+        work,
+        out,
+        sources,
+        host=host,
+        architectures=() if host else tuple(architectures),
+        gemm=() if host else tuple(gemm),
+        headers=headers,
+    )
 
 
 def _on(value: bool) -> str:
@@ -247,7 +255,14 @@ def _run(command: list[str], log: Path, progress: Progress | None = None) -> Non
 
 
 def _keep(
-    work: Path, out: Path, sources: str, host: bool, architectures: tuple[str, ...], gemm: tuple[str, ...], headers: Path | None
+    work: Path,
+    out: Path,
+    sources: str,
+    *,
+    host: bool,
+    architectures: tuple[str, ...],
+    gemm: tuple[str, ...],
+    headers: Path | None,
 ) -> Built:
     """Copy the libraries beside each other, each under its name only when it is whole."""
     libraries = {}
@@ -259,6 +274,6 @@ def _keep(
         partial.replace(out / made.name)
         libraries[made.name] = hashlib.sha256((out / made.name).read_bytes()).hexdigest()
     version = tensorrt_version(headers) if headers else None
-    built = Built(__version__, sources, host, architectures, gemm, version, libraries)
+    built = Built(__version__, sources, host, architectures, gemm, tensorrt=version, libraries=libraries)
     (out / f"{_stem(host)}.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
     return built

@@ -1,7 +1,7 @@
 """The scalar scales of a plan: from weights' and activations' maxima, groups applied, degenerate cases defined and reported."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,7 +10,20 @@ from nemoquant.errors import CalibrationError
 from nemoquant.formats import fp8, nvfp4
 from nemoquant.planning.plan import Plan, Row
 
-Warn = Callable[[str], None]
+
+@dataclass
+class ActivationScales:
+    """The scales of a plan that come from calibration.
+
+    Attributes:
+        inputs: module -> ``input_scale``, for every row whose activations are quantized.
+        caches: ``...k_proj`` and ``...v_proj`` modules -> decode scale of their FP8 cache.
+        warnings: what a user should know of them.
+    """
+
+    inputs: dict[str, np.float32] = field(default_factory=dict)
+    caches: dict[str, np.float32] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def input_scale(amax: float, activation_format: str) -> np.float32:
@@ -27,12 +40,19 @@ def weight_scale(row: Row, amax: np.float32) -> tuple[np.float32, bool]:
     return nvfp4.global_decode_scale(amax, method), nvfp4.is_degenerate(amax, method)
 
 
-def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.float32]:
-    """Module -> ``input_scale``, for every row whose activations are quantized.
+def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:
+    """Scales of inputs and caches, groups applied.
 
     Raises:
         CalibrationError: no token reached any module of a group, so that nothing is known about its input.
     """
+    found = ActivationScales()
+    _input_scales(plan, scales, found)
+    _cache_scales(plan, scales, found)
+    return found
+
+
+def _input_scales(plan: Plan, scales: Scales | None, found: ActivationScales) -> None:
     groups: dict[str, list[Row]] = defaultdict(list)
     layers: dict[str, float] = {}  # experts of a layer and projection: the largest of all, whatever the grouping
     amax = scales.input_amax if scales else {}
@@ -41,7 +61,6 @@ def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.
         groups[row.input_group or row.module].append(row)
         if row.expert is not None and row.module in amax:
             layers[_layer_projection(row)] = max(amax[row.module], layers.get(_layer_projection(row), 0.0))
-    result: dict[str, np.float32] = {}
     for group, members in groups.items():
         seen = [amax[row.module] for row in members if row.module in amax]
         fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
@@ -52,9 +71,9 @@ def input_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.
         largest = max(seen) if seen else fallback
         assert largest is not None and members[0].activation_format is not None
         if largest == 0:
-            warn(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
-        result |= dict.fromkeys((row.module for row in members), input_scale(largest, members[0].activation_format))
-    return result
+            found.warnings.append(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
+        scale = input_scale(largest, members[0].activation_format)
+        found.inputs |= dict.fromkeys((row.module for row in members), scale)
 
 
 def _layer_projection(row: Row) -> str:
@@ -62,12 +81,10 @@ def _layer_projection(row: Row) -> str:
     return f"{experts}.{projection}"
 
 
-def kv_scales(plan: Plan, scales: Scales | None, warn: Warn) -> dict[str, np.float32]:
-    """``...k_proj`` and ``...v_proj`` modules -> decode scale of their cache, amax / 448."""
-    result = {}
+def _cache_scales(plan: Plan, scales: Scales | None, found: ActivationScales) -> None:
+    """amax / 448."""
     for module in kv_modules(plan):
         amax = scales.kv_amax[module] if scales else 0.0
         if amax == 0:
-            warn(f"{module}: its output was zero in all calibration rows; cache scale set to 1.0")
-        result[module] = fp8.decode_scale(amax)
-    return result
+            found.warnings.append(f"{module}: its output was zero in all calibration rows; cache scale set to 1.0")
+        found.caches[module] = fp8.decode_scale(amax)

@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.layouts.modelopt import kv_scale_name, tensor_name
 from nemoquant.planning.plan import Plan, Row
-
-SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)

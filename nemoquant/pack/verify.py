@@ -30,7 +30,7 @@ from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.pack.encode import amax, encode, slices
-from nemoquant.pack.scales import input_scales, kv_scales, weight_scale
+from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Entry, Shard, shards
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import parse_recipe
@@ -75,7 +75,7 @@ def verify(out: Path, source: Source | None = None, *, encode_again: bool = True
     manifest = read_manifest(out)
     total = sum((out / name).stat().st_size for name in manifest["files"] if (out / name).is_file())
     if source is not None:
-        total += sum(info.nbytes for info in source.checkpoint.tensors.values()) if source.checkpoint else 0
+        total += sum(info.nbytes for info in source.checkpoint.tensors.values())
     done, counting = 0, threading.Lock()
 
     def count(size: int) -> None:
@@ -95,7 +95,7 @@ def verify(out: Path, source: Source | None = None, *, encode_again: bool = True
                 if _check_tensors(out, layout, checkpoint, rest):
                     _check_scales(layout, checkpoint, _activation_scales(out, plan), rest)
                     if source is not None:
-                        _compare(manifest, layout, checkpoint, source, rest, encode_again, count)
+                        _compare(manifest, layout, checkpoint, source, rest, again=encode_again, count=count)
         except NemoquantError as error:
             rest.problems.append(str(error))
         except BaseException:
@@ -182,8 +182,8 @@ def _activation_scales(out: Path, plan: Plan) -> dict[tuple[str, str], np.float3
         return {}
     scales = Scales.load(out / SCALES_FILE)
     scales.check(plan, out / SCALES_FILE)
-    inputs, caches = input_scales(plan, scales, lambda warning: None), kv_scales(plan, scales, lambda warning: None)
-    return {(m, "input_scale"): v for m, v in inputs.items()} | {(m, "kv_scale"): v for m, v in caches.items()}
+    found = activation_scales(plan, scales)
+    return {(m, "input_scale"): v for m, v in found.inputs.items()} | {(m, "kv_scale"): v for m, v in found.caches.items()}
 
 
 def _check_scales(
@@ -225,11 +225,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _compare(
-    manifest: dict[str, Any], layout: list[Shard], written: Checkpoint, source: Source, report: Report, again: bool,
+    manifest: dict[str, Any],
+    layout: list[Shard],
+    written: Checkpoint,
+    source: Source,
+    report: Report,
+    *,
+    again: bool,
     count: Count,
-) -> None:  # fmt: skip
+) -> None:
     """Every tensor against the source's, the experts of a layer in threads."""
-    assert source.checkpoint is not None
     original = source.checkpoint
     if tensor_table_sha256(source.checkpoint.tensors) != manifest["source"]["tensor_table_sha256"]:
         report.problems.append(f"{source.path} is not the source: its tensor table is another one")

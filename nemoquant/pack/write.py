@@ -19,7 +19,7 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.pack.encode import Array, Encoded, PackedWeight, Part, amax, copy, encode, groups, pack_weights, slices
-from nemoquant.pack.scales import Warn, input_scales, kv_scales, weight_scale
+from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
@@ -33,16 +33,15 @@ class Packer:
     """Writes the shards of one plan.
 
     Attributes:
+        warnings: what is to be known of the scales.
         zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as zeros with scale 1.0.
     """
 
-    def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, *, warn: Warn, progress: Count
-    ) -> None:
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, progress: Count) -> None:
         """Raises CalibrationError where ``scales`` do not say enough."""
         self.checkpoint, self.workers, self.progress = checkpoint, workers, progress
-        self.input_scales = input_scales(plan, scales, warn)
-        self.kv_scales = kv_scales(plan, scales, warn)
+        self.scales = activation_scales(plan, scales)
+        self.warnings = self.scales.warnings
         self.zero_weights: list[str] = []
         self._groups: dict[str, list[Row]] = {}
         for row in plan.quantized:
@@ -78,7 +77,7 @@ class Packer:
                     yield from self._copy(row, writer)
             else:
                 yield from self._quantize(unit, writer)
-            caches = [self.kv_scales[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"]
+            caches = [self.scales.caches[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"]
             if caches:
                 yield None, partial(_write_scalars, writer, caches)
 
@@ -117,7 +116,7 @@ class Packer:
             for blocks in block_scales:
                 writer.write(blocks)
             _write_scalars(writer, scales)
-            _write_scalars(writer, [self.input_scales[row.module] for row in unit.rows if row.activation_format])
+            _write_scalars(writer, [self.scales.inputs[row.module] for row in unit.rows if row.activation_format])
 
         if len(unit.rows) > 1:
             for rows in groups(unit.rows, self.workers.group_bytes):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.run import Observed, observe
+from nemoquant.calibrate.run import Observed, Observers, observe
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
@@ -60,14 +60,20 @@ class Cluster:
         return RayWorkers(self, threads)
 
     def spread(
-        self, checkpoint: Checkpoint, config: NemotronHConfig, layer: int, batches: Iterable[Tensor], device: str
+        self,
+        checkpoint: Checkpoint,
+        config: NemotronHConfig,
+        layer: int,
+        batches: Iterable[Tensor],
+        device: str,
+        observers: Observers,
     ) -> Iterator[Observed]:
         """A layer's batches, in order; see ``calibrate.run.Spread``."""
         assert checkpoint is self.checkpoint
         shared = self._ray.put(config)
         waiting: deque[Any] = deque()
         for states in batches:
-            waiting.append(self._observe.remote(self._source, shared, layer, to_wire(states), device))
+            waiting.append(self._observe.remote(self._source, shared, layer, to_wire(states), device, observers))
             if len(waiting) > AHEAD * self.processors:
                 yield self._observed(waiting.popleft())
         while waiting:
@@ -174,8 +180,10 @@ def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: t
     return function(_opened(source), *arguments)
 
 
-def _observe(source: tuple[str, str, str], config: NemotronHConfig, layer: int, states: Wire, device: str) -> tuple[Any, ...]:
-    output, *rest = observe(_opened(source), config, layer, from_wire(states), device)
+def _observe(
+    source: tuple[str, str, str], config: NemotronHConfig, layer: int, states: Wire, device: str, observers: Observers
+) -> tuple[Any, ...]:
+    output, *rest = observe(_opened(source), config, layer, from_wire(states), device, observers)
     return (to_wire(output), *rest)
 
 

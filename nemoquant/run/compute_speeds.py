@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemoquant.calibrate.memory import RowBatch, rows_of
+from nemoquant.calibrate.batch import Batch, RowBatch, rows_of
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.formats import Device
@@ -19,14 +19,17 @@ MIXER_TOKENS = 256
 
 
 def compute_speeds(
-    checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, row_batch: RowBatch, dtype_name: str, threads: int, device: Device
-) -> tuple[float, float, float]:  # fmt: skip
-    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`, with so many threads, or on a GPU.
-
-    Args:
-        tokens: of a calibration row.
-    """
-    c, like = config, torch.empty(0, dtype=getattr(torch, dtype_name), device=torch_device(device))
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    batch: Batch,
+    *,
+    row_batch: RowBatch,
+    threads: int,
+    device: Device,
+) -> tuple[float, float, float]:
+    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`, with so many threads, or on a GPU."""
+    c, tokens = config, batch.length
+    like = torch.empty(0, dtype=getattr(torch, batch.dtype), device=torch_device(device))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,62 +1,87 @@
-"""One quantize run: what it was told, where its scales come from, what it goes on with, and the steps in their order."""
+"""One quantize run: where its scales come from, what it continues, and its steps in their order."""
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemoquant._version import __version__
+from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import check_output, side_files
-from nemoquant.errors import listing
+from nemoquant.checkpoint.folder import check_output, nearest_folder
 from nemoquant.formats.gpu import torch_device
-from nemoquant.pack.files import WRITTEN
-from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.workers import Threads, usable_threads
 from nemoquant.planning.plan import Plan
-from nemoquant.progress import Progress
-from nemoquant.run.estimate import Estimate, budget, compute_dtype_name, estimate
-from nemoquant.run.options import CalibrationOptions
-from nemoquant.run.unfinished import Unfinished, check_options, earlier, finish, unfinished
+from nemoquant.progress import Progress, no_progress
+from nemoquant.run.budget import Budget, budget
+from nemoquant.run.estimate import Estimate, estimate
+from nemoquant.run.options import RunOptions
+from nemoquant.run.unfinished import Unfinished, check_identity, earlier, finish, unfinished
+from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
 
 if TYPE_CHECKING:
-    from nemoquant.calibrate.memory import RowBatch
     from nemoquant.run.cluster import Cluster
 
-Verified = dict[str, int]
+
+class Outcome(NamedTuple):
+    """What a run gave: what verify checked, names of the source's files that were not copied, warnings, the calibration's summary."""
+
+    verified: dict[str, int]
+    skipped: list[str]
+    warnings: list[str]
+    calibration: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is kept informed: of progress, in words, and of what the run will need; ``expected`` None measures nothing."""
+
+    progress: Progress = no_progress
+    say: Callable[[str], None] = lambda text: None
+    expected: Callable[[Estimate], None] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run works with, known before its first byte is written.
+
+    Attributes:
+        origin: what the scales come from, an earlier run's file or rows to calibrate on; None where nothing is needed.
+        batch: all rows to calibrate on, and their dtype; None where nothing is calibrated.
+        budget: how the run keeps below its memory.
+    """
+
+    origin: Scales | Rows | None
+    batch: Batch | None
+    budget: Budget
 
 
 class Job:
-    """A run of ``quantize`` over an opened source; finds are added to ``warnings``, which go into the output."""
+    """A run of ``quantize`` over an opened source."""
 
-    def __init__(
-        self, source: Source, plan: Plan, out: Path, options: CalibrationOptions, threads: int | None, shard_bytes: int,
-        resume: bool, warnings: list[str], progress: Progress, say: Callable[[str], None], expected: Callable[[Estimate], None] | None,
-        engine: str, address: str | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, source: Source, plan: Plan, out: Path, options: RunOptions, listener: Listener) -> None:
         """Raises OutputError where the state of an earlier run can't be read."""
-        assert source.checkpoint is not None
-        self.source, self.checkpoint, self.plan, self.out, self.options = source, source.checkpoint, plan, out, options
-        self.shard_bytes, self.resume, self.warnings, self.progress, self.say = shard_bytes, resume, warnings, progress, say
-        self.expected, self.engine, self.address = expected, engine, address
-        self.earlier = earlier(out) if resume else None
-        if (
-            self.earlier and self.earlier.calibrated and options.dtype is None
-        ):  # what that run's device chose may not be this one's choice
-            self.options = replace(options, dtype=self.earlier.options.get("--compute"))
-        began = self.earlier.options if self.earlier and not self.earlier.calibrated else {}
-        self.threads: int = threads or (engine != "ray" and began.get("--threads")) or usable_threads()
-        self._calibration_threads = 1 if engine == "ray" else self.threads
+        self.source, self.plan, self.out, self.listener = source, plan, out, listener
+        self.output = Output(source, plan, options.shard_bytes)
+        self.earlier = earlier(out) if options.resume else None
+        self.options = _with_earlier_dtype(options, self.earlier)
+        began = self.earlier.identity if self.earlier and not self.earlier.calibrated else {}
+        self.threads: int = options.threads or (options.engine != "ray" and began.get("threads")) or usable_threads()
+        self.calibration_threads = 1 if options.engine == "ray" else self.threads
+
+    @cached_property
+    def dtype(self) -> str:
+        """``float32`` or ``bfloat16``, what calibration computes in."""
+        return self.options.dtype or compute_dtype(self.options.device)
 
     def check(self) -> None:
         """Everything that can be refused without reading weights or text.
@@ -66,20 +91,20 @@ class Job:
         """
         if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
             needed = self.plan.bytes_out + self._hidden_bytes()
-            check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.resume)
-        side_files(self.source.path, self.source.raw_config)
+            check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume)
+        self.output.side_files  # noqa: B018  raises where one can't be read
 
     def _hidden_bytes(self) -> int:
-        """Disk for both files of hidden states, as far as it is known before the rows are read."""
+        """Disk for the hidden states, as far as it is known before the rows are read."""
         options = self.options
-        calibrates = self.plan.needs_calibration and options.scales is None and not (self.earlier and self.earlier.calibrated)
+        calibrates = self.plan.needs_calibration and options.scales is None
+        calibrates = calibrates and not (self.earlier and self.earlier.calibrated)
         if not calibrates or (options.data is not None and Path(options.data).suffix == ".npy"):
             return 0
-        item = 4 if compute_dtype_name(options) == "float32" else 2
-        return 2 * options.rows * options.seq_len * self.source.config.hidden_size * item
+        return Batch(options.rows, options.seq_len, self.dtype).hidden_bytes(self.source.config.hidden_size)
 
-    def check_calibration(self) -> Scales | Rows | None:
-        """Read what the scales will come from, an earlier run's file or rows to calibrate on; None where nothing is needed.
+    def read_origin(self) -> Scales | Rows | None:
+        """Read what the scales will come from; None where nothing is needed.
 
         Raises:
             CalibrationError, UsageError
@@ -92,151 +117,168 @@ class Job:
             scales.check(self.plan, Path(options.scales))
             return scales
         data = Path(options.data) if options.data is not None else calibration_data()
-        return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len, self.warnings.append)
+        return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len)
 
-    def expect(self, found: Scales | Rows | None, cluster: "Cluster | None" = None) -> None:
-        """Choose how to keep below the memory, and, where somebody listens, measure this machine and tell what the run will need.
+    def prepare(self, origin: Scales | Rows | None, processors: int | None = None) -> Prepared:
+        """Choose how to keep below the memory.
 
+        Args:
+            processors: of a cluster; None is this process.
         Raises:
             UsageError: the memory is too little.
         """
-        options, shape = self.options, None
+        options, batch = self.options, None
         row_batch: RowBatch | None = options.row_batch
-        dtype, item = None, 0
-        if isinstance(found, Rows):
-            dtype = compute_dtype_name(options)
-            item = 4 if dtype == "float32" else 2
-            shape = (found.ids.shape[0], found.ids.shape[1])
+        if isinstance(origin, Rows):
+            count, length = origin.ids.shape
+            batch = Batch(count, length, self.dtype)
             if row_batch is None and self.earlier is not None:
-                row_batch = self.earlier.options.get("--row-batch")
-        if row_batch is None and shape is not None and cluster is not None:
-            most = math.ceil(shape[0] / cluster.processors)  # a batch for each processor at least
-            picked = budget(self.plan, options.memory, None, shape, item, self.threads).row_batch
+                row_batch = self.earlier.identity.get("row_batch")
+
+        def choose(row_batch: RowBatch | None) -> Budget:
+            return budget(
+                self.plan,
+                batch,
+                memory=options.memory,
+                row_batch=row_batch,
+                threads=self.threads,
+                device=options.device,
+            )
+
+        if row_batch is None and batch is not None and processors is not None:
+            most = math.ceil(batch.rows / processors)  # a batch for each processor at least
+            picked = choose(None).row_batch
             assert isinstance(picked, Mapping)
             row_batch = {kind: min(most, picked[kind]) for kind in sorted(picked)}
-        self._budget = budget(self.plan, options.memory, row_batch, shape, item, self.threads, options.device)
-        if self.expected is not None:
-            folder = next(p for p in self.out.absolute().parents if p.exists())
-            processors = self.threads if cluster is None else cluster.processors
-            estimated = estimate(
-                self.checkpoint, self.plan, folder, shape, dtype, self._budget, self._calibration_threads, processors, options.device
-            )  # fmt: skip
-            self.expected(estimated)
+        return Prepared(origin, batch, choose(row_batch))
 
-    def run(self) -> tuple[Verified, list[str], dict[str, Any] | None]:
+    def announce(self, prepared: Prepared, processors: int | None = None) -> None:
+        """Where somebody listens, measure this machine and say what the run will need."""
+        if self.listener.expected is None:
+            return
+        found = estimate(
+            self.source.checkpoint,
+            self.plan,
+            nearest_folder(self.out),
+            prepared.batch,
+            prepared.budget,
+            threads=self.calibration_threads,
+            processors=processors or self.threads,
+            device=self.options.device,
+        )
+        self.listener.expected(found)
+
+    def dry_run(self) -> tuple[str, ...]:
+        """Read and decide all that a run would, and announce it; returns warnings.
+
+        Raises:
+            CalibrationError, UsageError
+        """
+        origin = self.read_origin()
+        self.announce(self.prepare(origin))
+        return origin.warnings if isinstance(origin, Rows) else ()
+
+    def run(self, warnings: Sequence[str]) -> Outcome:
         """Calibrate, pack and verify.
 
-        Returns:
-            what verify checked, the source's files that were left behind, and the calibration's summary.
+        Args:
+            warnings: of the run so far.
         Raises:
-            MissingExtraError, UsageError: the cluster can't be used.
+            NemoquantError: any of its kinds; see errors.py.
         """
-        told = len(self.warnings)
-        found = self.check_calibration()
-        told_of_rows = self.warnings[told:]
-        del self.warnings[told:]
+        origin = self.read_origin()
         with self._cluster() as cluster:
-            self.expect(found, cluster)
-            weights = manifest.weights_fingerprint(self.checkpoint)
-            identity = self._identity(found, weights)
+            processors = None if cluster is None else cluster.processors
+            prepared = self.prepare(origin, processors)
+            self.announce(prepared, processors)
+            weights = manifest.weights_fingerprint(self.source.checkpoint)
+            identity = self._identity(prepared, weights)
             if self.earlier is not None and self.earlier.folder == self.out:
                 return self._done(self.earlier, identity)
-            with unfinished(self.out, identity, self._known_files(), resume=self.resume) as run:
+            with unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run:
                 if run.worth_keeping:
-                    self.say(f"going on with {run.folder}: {run.describe()}")
-                elif self.resume:
-                    self.say("nothing to go on with, beginning anew")
-                scales = self._scales(run, found, weights, told_of_rows, cluster)
-                from nemoquant.run.write import write_checkpoint
-
+                    self.listener.say(f"going on with {run.folder}: {run.describe()}")
+                elif self.options.resume:
+                    self.listener.say("nothing to go on with, beginning anew")
+                scales, told = self._scales(run, prepared, weights, cluster)
                 workers = (
-                    cluster.workers(self.threads)
-                    if cluster
-                    else Threads(self.checkpoint, self.threads, self._budget.ahead, self.options.device)
+                    Threads(self.source.checkpoint, self.threads, prepared.budget.ahead, self.options.device)
+                    if cluster is None
+                    else cluster.workers(self.threads)
                 )
-                verified, skipped = write_checkpoint(
-                    self.source, self.plan, self.layout, scales, run, workers, self.shard_bytes, self.warnings, self.progress
-                )
-        return verified, skipped, None if scales is None else scales.summary()
+                written = self.output.write(run, scales, workers, [*warnings, *told], self.listener.progress)
+        return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
     def _cluster(self) -> Iterator["Cluster | None"]:
-        if self.engine != "ray":
+        if self.options.engine != "ray":
             yield None
             return
         from nemoquant.run.cluster import connected
 
-        with connected(self.address, self.checkpoint) as cluster:
-            self.say(f"Ray: {cluster.processors} processors")
+        with connected(self.options.address, self.source.checkpoint) as cluster:
+            self.listener.say(f"Ray: {cluster.processors} processors")
             yield cluster
 
-    def _done(self, found: Unfinished, identity: dict[str, Any]) -> tuple[Verified, list[str], dict[str, Any] | None]:
+    def _done(self, found: Unfinished, identity: dict[str, Any]) -> Outcome:
         """The earlier run was killed after it had given the folder its name: only its state is left to remove."""
-        check_options(found, identity)
+        check_identity(found, identity)
         scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
-        self.warnings[:] = manifest.read_manifest(self.out)["warnings"]
-        self.say(f"{self.out} was finished already")
+        warnings = manifest.read_manifest(self.out)["warnings"]
+        self.listener.say(f"{self.out} was finished already")
         finish(self.out)
         assert found.verified is not None
-        skipped = side_files(self.source.path, self.source.raw_config)[1]
-        return found.verified, skipped, None if scales is None else scales.summary()
+        skipped = self.output.side_files[1]
+        return Outcome(found.verified, skipped, warnings, None if scales is None else scales.summary())
 
-    @cached_property
-    def layout(self) -> list[Shard]:
-        """The output's shards; of a large model they take seconds to lay out."""
-        return shards(self.plan, self.shard_bytes)
-
-    def _known_files(self) -> set[str]:
-        """Names that this run may write into OUT."""
-        copied, _ = side_files(self.source.path, self.source.raw_config)
-        return {shard.file for shard in self.layout} | {*copied, *WRITTEN}
-
-    def _identity(self, found: Scales | Rows | None, weights: str) -> dict[str, Any]:
-        """The options that decide the output's bytes, by the names that a user knows them by."""
-        config = hashlib.sha256(json.dumps(self.source.raw_config, sort_keys=True).encode()).hexdigest()
-        table = manifest.tensor_table_sha256(self.checkpoint.tensors)
-        options: dict[str, Any] = {
+    def _identity(self, prepared: Prepared, weights: str) -> dict[str, Any]:
+        """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
+        identity: dict[str, Any] = {
             "nemoquant": __version__,
-            "SRC's config": config[:12],
-            "SRC's tensors": table[:12],
-            "SRC's weights": weights[:12],
-            "--no-scale-groups": not self.plan.scale_groups,
-            "the recipe": f"{self.plan.recipe.name} ({self.plan.sha256[:12]})",
-            "--shard-size": self.shard_bytes / 1e9,
+            "config": manifest.config_sha256(self.source.raw_config)[:12],
+            "tensors": manifest.tensor_table_sha256(self.source.checkpoint.tensors)[:12],
+            "weights": weights[:12],
+            "scale_groups": self.plan.scale_groups,
+            "recipe": f"{self.plan.recipe.name} ({self.plan.sha256[:12]})",
+            "shard_bytes": self.options.shard_bytes,
         }
-        if isinstance(found, Scales):
-            options["--scales"] = hashlib.sha256(found.dump().encode()).hexdigest()[:12]
-        elif found is not None:
-            count, length = found.ids.shape
-            options |= {
-                "--calib": f"{count} rows of {length} tokens of {found.source} ({found.sha256[:12]})",
-                "--device": self.options.device,
-                "--compute": compute_dtype_name(self.options),
-                "--row-batch": self._budget.row_batch,
-                "--threads": self._calibration_threads,
+        origin = prepared.origin
+        if isinstance(origin, Scales):
+            identity["scales"] = hashlib.sha256(origin.dump().encode()).hexdigest()[:12]
+        elif origin is not None:
+            count, length = origin.ids.shape
+            identity |= {
+                "data": f"{count} rows of {length} tokens of {origin.source} ({origin.sha256[:12]})",
+                "device": self.options.device,
+                "dtype": self.dtype,
+                "row_batch": prepared.budget.row_batch,
+                "threads": self.calibration_threads,
             }
-        return options
+        return identity
 
     def _scales(
-        self, run: Unfinished, found: Scales | Rows | None, weights: str, told: list[str], cluster: "Cluster | None"
-    ) -> Scales | None:
-        """Calibrate, or take the results of an earlier run. What was told of a run is told again with its file."""
-        if found is None:
-            return None
+        self, run: Unfinished, prepared: Prepared, weights: str, cluster: "Cluster | None"
+    ) -> tuple[Scales | None, list[str]]:
+        """Calibrate, or take the results of an earlier run; with warnings. Those of a run are repeated with its file."""
+        origin = prepared.origin
+        if origin is None:
+            return None, []
         file = run.folder / SCALES_FILE
         if run.calibrated:
             scales = Scales.load(file)
-        elif isinstance(found, Scales):
-            scales = found
+        elif isinstance(origin, Scales):
+            scales = origin
         else:
-            scales = self._calibrate(run, found, cluster)
+            scales = self._calibrate(run, origin, prepared, cluster)
             scales.settings["weights"] = weights
-            scales.warnings = told + self._told_of(scales)
-        if isinstance(found, Scales) and found.settings.get("weights") != weights:
-            self.warnings.append(
-                f"{self.options.scales} was made from other weights than {self.source.path}: their norms and SSM parameters differ"
+            scales.warnings = [*origin.warnings, *scales.warnings_for(self.plan)]
+        warnings = list(scales.warnings)
+        if isinstance(origin, Scales) and origin.settings.get("weights") != weights:
+            warnings.insert(
+                0,
+                f"{self.options.scales} was made from other weights than {self.source.path}: "
+                "their norms and SSM parameters differ",
             )
-        self.warnings += scales.warnings
         if not run.calibrated:
             manifest.replace_text(file, scales.dump())
             run.calibrated = True
@@ -245,54 +287,62 @@ class Job:
             run.save()
         for hidden in run.state.glob("hidden.*"):
             hidden.unlink()
-        return scales
+        return scales, warnings
 
-    def _calibrate(self, run: Unfinished, rows: Rows, cluster: "Cluster | None") -> Scales:
+    def _calibrate(self, run: Unfinished, rows: Rows, prepared: Prepared, cluster: "Cluster | None") -> Scales:
         import torch
 
         from nemoquant.calibrate.hidden import InFiles
-        from nemoquant.calibrate.run import Between, calibrate
+        from nemoquant.calibrate.observers import AmaxCollector
+        from nemoquant.calibrate.run import Between, calibrate, settings
 
-        torch.set_num_threads(self._calibration_threads)
-        dtype = getattr(torch, compute_dtype_name(self.options))
-        assert self._budget.row_batch is not None
-        shape = (*rows.ids.shape, self.source.config.hidden_size)
+        torch.set_num_threads(self.calibration_threads)
+        dtype, device = getattr(torch, self.dtype), str(torch_device(self.options.device))
+        row_batch = prepared.budget.row_batch
+        assert row_batch is not None
+        amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         begin, at = None, run.calibration
-        hidden = InFiles(run.state, shape, dtype, at["hidden"] if at else 0)
+        hidden = InFiles(run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0)
         if at:
-            begin = Between(at["layers"], Scales.from_json(at["scales"]), at["dead_rows"])
-            if not hidden.holds([row for row in range(shape[0]) if row not in begin.dead], at["hidden_sha256"]):
-                self.say(f"the hidden states in {run.state} are damaged: calibrating from the first layer on")
+            begin = Between(at["layers"], at["dead_rows"], at["collected"])
+            alive = [row for row in range(len(rows.ids)) if row not in begin.dead]
+            if not hidden.holds(alive, at["hidden_sha256"]):
+                self.listener.say(f"the hidden states in {run.state} are damaged: calibrating from the first layer on")
                 begin = run.calibration = None
 
         def keep(between: Between) -> None:
             run.calibration = {
                 "layers": between.layers,
                 "dead_rows": between.dead,
-                "scales": between.scales.to_json(),
+                "collected": between.collected,
                 "hidden": hidden.current,
                 "hidden_sha256": hidden.sha256,
             }
             run.save()
 
         try:
-            return calibrate(
-                self.checkpoint, self.source.config, rows, device=str(torch_device(self.options.device)), dtype=dtype,
-                row_batch=self._budget.row_batch, hidden=hidden, begin=begin, keep=keep,
+            dead = calibrate(
+                self.source.checkpoint,
+                self.source.config,
+                rows,
+                [amax],
+                device=device,
+                dtype=dtype,
+                row_batch=row_batch,
+                hidden=hidden,
+                begin=begin,
+                keep=keep,
                 spread=None if cluster is None else cluster.spread,
-                progress=self.progress,
-            )  # fmt: skip
+                progress=self.listener.progress,
+            )
         finally:
             hidden.close()
+        amax.scales.non_finite_rows = len(dead)
+        return amax.scales
 
-    def _told_of(self, scales: Scales) -> list[str]:
-        told = []
-        if scales.non_finite_rows:
-            told.append(f"{scales.non_finite_rows} calibration rows came to NaN or Inf and were left out")
-        unreached, experts = scales.unreached(), sum(map(len, scales.tokens_per_expert.values()))
-        if unreached and any(row.expert is not None and row.activation_format for row in self.plan.rows):
-            told.append(
-                f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
-                "each has the largest input scale of its layer and projection, give more rows to see them"
-            )
-        return told
+
+def _with_earlier_dtype(options: RunOptions, found: Unfinished | None) -> RunOptions:
+    """A run that is calibrated has its dtype: what its device chose may not be what this one's would."""
+    if found is not None and found.calibrated and options.dtype is None:
+        return replace(options, dtype=found.identity.get("dtype"))
+    return options

@@ -1,26 +1,41 @@
-"""What a quantize run can be told, as data."""
+"""What one quantize run can be told: ``RunOptions``, and a table of what is to be known of each option.
+
+The command line takes flags and defaults from the table, ``--resume`` takes from it what may change. Nothing else knows a flag.
+"""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal
 
+from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import Device
 
 PathLike = str | os.PathLike[str]
+Where = Literal["local", "ray"]
+Resume = Literal["fixed", "once calibrated", "free"]
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to calibrate on, and how.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Everything that a run can be told beside its source, its output and its recipe.
 
     Attributes:
-        data: .txt, .jsonl, .parquet or .npy; None is the shipped text.
+        data: .txt, .jsonl, .parquet or .npy to calibrate on; None is the shipped text.
         rows, seq_len: how much of it; ignored for .npy, which says so itself.
         scales: the scales file of an earlier run, instead of calibrating.
         device: ``cpu`` or ``cuda``, of calibration and of packing, whose bytes are the same on either.
         dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
         row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, kind by kind of layer.
         memory: bytes that the run may take at its peak, packing included; None is no promise, and rows for 4 GB at once.
+        threads: for calibration and packing; None is all that this process may use.
+        shard_bytes: largest output file.
+        scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False for comparisons.
+        engine: ``local``, this process; ``ray``, a cluster (extra ``ray``).
+        address: of the Ray cluster, ``auto`` for one that runs here; None starts one on this machine.
+        resume: continue with what an earlier run with the same options left in OUT.partial; begin anew where there is nothing.
     """
 
     data: PathLike | None = None
@@ -31,17 +46,74 @@ class CalibrationOptions:
     dtype: str | None = None
     row_batch: int | None = None
     memory: int | None = None
+    threads: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    scale_groups: bool = True
+    engine: Where = "local"
+    address: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "seq_len", "row_batch", "memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
+        if (self.threads is not None and self.threads < 1) or self.shard_bytes < 1:
+            raise UsageError(f"threads is {self.threads}, shard_bytes {self.shard_bytes}; expected at least 1 of each")
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"device is {self.device!r}; expected cpu or cuda")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"engine is {self.engine!r}; expected local or ray")
+        if self.address is not None and self.engine != "ray":
+            raise UsageError(f"an address ({self.address}) goes with --engine ray only; give both, or neither")
+        if self.engine == "ray" and self.device != "cpu":
+            raise UsageError(f"engine ray computes on processors only, device is {self.device!r}; expected cpu")
 
-    def given(self) -> list[str]:
-        """Options that say where scales come from, as far as they were given."""
-        return [name for name, value in (("--calib", self.data), ("--scales", self.scales)) if value is not None]
+    def unused_where_nothing_is_calibrated(self) -> list[str]:
+        """Flags of the options that say where scales come from, as far as they were given."""
+        return [OPTIONS[name].flag for name in ("data", "scales") if getattr(self, name) is not None]
+
+
+def shown(value: Any) -> str:
+    """A value for a message."""
+    if isinstance(value, dict):
+        return ", ".join(f"{number} ({kind})" for kind, number in value.items())
+    return "not given" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        flag: its name on the command line.
+        resume: whether it may be another one when a run is continued: never, once calibration is over, or always.
+        shown: its value in a message, as the command line spells it.
+    """
+
+    flag: str
+    resume: Resume
+    shown: Callable[[Any], str] = shown
+
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        "data": Option("--calib", "fixed"),
+        "rows": Option("--rows", "fixed"),  # `data` stands for both: it is the tokens that must be the same
+        "seq_len": Option("--seq-len", "fixed"),
+        "scales": Option("--scales", "fixed"),
+        "device": Option("--device", "once calibrated"),
+        "dtype": Option("--compute", "fixed"),
+        "row_batch": Option("--row-batch", "fixed"),  # what was chosen, given or not
+        "memory": Option("--memory", "free"),
+        "threads": Option("--threads", "once calibrated"),
+        "shard_bytes": Option("--shard-size", "fixed", lambda value: shown(value if value is None else value / 1e9)),
+        "scale_groups": Option("--no-scale-groups", "fixed", lambda value: shown(value if value is None else not value)),
+        "engine": Option("--engine", "free"),  # what it changes shows in `threads` and `row_batch`
+        "address": Option("--address", "free"),
+        "resume": Option("--resume", "free"),
+    }
+)
+DEFAULTS: Mapping[str, Any] = MappingProxyType({field.name: field.default for field in fields(RunOptions)})

@@ -9,19 +9,16 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nemoquant.calibrate.batch import Batch, RowBatch
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.formats import Device
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.pack.encode import pack_weights
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.run.timing import seconds
-
-if TYPE_CHECKING:
-    from nemoquant.calibrate.memory import RowBatch
 
 SAMPLE_BYTES = 4 << 20
 PLACES = 6  # of the source that are read
@@ -53,27 +50,35 @@ class Speeds:
 
 
 def measure(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, tokens: int, row_batch: "RowBatch", dtype: str, threads: int,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    batch: Batch | None,
+    *,
+    row_batch: RowBatch,
+    threads: int,
     device: Device = "cpu",
-) -> Speeds:  # fmt: skip
+) -> Speeds:
     """Measure on this machine.
 
     Args:
         folder: an existing one on OUT's disk; a file without a name is written there.
-        tokens: of a calibration row, 0 where nothing is calibrated.
-        row_batch, dtype, threads: of the calibration.
+        batch: all rows of the calibration, None where nothing is calibrated.
+        row_batch, threads: of the calibration.
         device: where that computes, and packing encodes.
     """
     read = _read(checkpoint, plan.rows)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     write, sync, digest = _write(folder, wait=plan.bytes_out > memory // 10)
     encode = {key: _encode(checkpoint, row, device, threads) for key, row in _encodings(plan).items()}
-    if not tokens:
-        return Speeds(read, write, sync, digest, encode, 1.0, 1.0, 0.0)
-    from nemoquant.run.compute_speeds import compute_speeds
+    product, expert, mixer = 1.0, 1.0, 0.0
+    if batch is not None:
+        from nemoquant.run.compute_speeds import compute_speeds
 
-    computing = compute_speeds(checkpoint, plan.config, tokens, row_batch, dtype, threads, device)
-    return Speeds(read, write, sync, digest, encode, *computing)
+        product, expert, mixer = compute_speeds(
+            checkpoint, plan.config, batch, row_batch=row_batch, threads=threads, device=device
+        )
+    return Speeds(read=read, write=write, sync=sync, hash=digest, encode=encode, product=product, expert=expert, mixer=mixer)
 
 
 def _read(checkpoint: Checkpoint, rows: Iterable[Row]) -> float:

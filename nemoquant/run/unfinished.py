@@ -1,4 +1,4 @@
-"""A run that can be gone on with: what ``OUT.partial`` holds beside the output's own files, and what becomes of it in the end.
+"""A run that can be continued: what ``OUT.partial`` holds beside the output's own files, and what becomes of it in the end.
 
     OUT.partial/nemoquant_resume/state.json    options; calibrated layers and what they gave; shards with their sha256
     OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the calibration rows, before and after the layer in work
@@ -23,12 +23,20 @@ from typing import Any
 from nemoquant.checkpoint.folder import partial_of
 from nemoquant.checkpoint.manifest import file_sha256, replace_text
 from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, listing
+from nemoquant.run.options import OPTIONS, Option
 
 FOLDER = "nemoquant_resume"
 STATE = "state.json"
-SCHEMA = 1
+SCHEMA = 2
 
-Options = Mapping[str, Any]
+Identity = Mapping[str, Any]
+FACTS = {  # what decides the output's bytes beside the options, by the names that messages have for them
+    "nemoquant": "nemoquant",
+    "config": "SRC's config",
+    "tensors": "SRC's tensors",
+    "weights": "SRC's weights",
+    "recipe": "the recipe",
+}
 
 
 class Unfinished:
@@ -36,15 +44,15 @@ class Unfinished:
 
     Attributes:
         folder: where the output's files are written.
-        options: what the run was begun with, by the names that a user knows.
+        identity: what decides the output's bytes: ``FACTS``, and options by their fields of :class:`RunOptions`.
         calibration: JSON data of the layers that were calibrated, None before the first.
         calibrated: whether the scales file is written and final.
         shards: file name -> {"sha256", "zero_weights"}.
         verified: what verify checked, once it passed.
     """
 
-    def __init__(self, folder: Path, options: Options) -> None:
-        self.folder, self.options = folder, dict(options)
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self.folder, self.identity = folder, dict(identity)
         self.calibration: dict[str, Any] | None = None
         self.calibrated = False
         self.shards: dict[str, dict[str, Any]] = {}
@@ -93,7 +101,7 @@ def load(folder: Path) -> Unfinished | None:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data.pop("schema") != SCHEMA:
             raise ValueError("of another version of nemoquant")
-        found = Unfinished(folder, data["options"])
+        found = Unfinished(folder, data["identity"])
         vars(found).update({key: data[key] for key in vars(found) if key != "folder"})
     except FileNotFoundError:
         return None
@@ -107,29 +115,23 @@ def earlier(out: Path) -> Unfinished | None:
     return load(partial_of(out)) or load(out)
 
 
-def check_options(found: Unfinished, options: Options) -> None:
-    """Make sure that a run goes on with what it was begun with.
+def check_identity(found: Unfinished, identity: Identity) -> None:
+    """Make sure that a run is continued with what it was begun with.
 
     Raises:
         UsageError: names each option that is another one, with both values.
     """
-    names = list(dict.fromkeys([*found.options, *options]))
-    free = {"--threads", "--device"} if found.calibrated else set()  # packing gives the same bytes with any
-    changed = [
-        f"{name} was {_shown(found.options.get(name))} and is {_shown(options.get(name))}"
-        for name in names
-        if name not in free and found.options.get(name) != options.get(name)
-    ]
+    changed = []
+    for name in dict.fromkeys([*found.identity, *identity]):
+        option = OPTIONS.get(name) or Option(FACTS[name], "fixed")
+        may_change = option.resume == "free" or (option.resume == "once calibrated" and found.calibrated)
+        was, now = found.identity.get(name), identity.get(name)
+        if was != now and not may_change:
+            changed.append(f"{option.flag} was {option.shown(was)} and is {option.shown(now)}")
     if changed:
         raise UsageError(
             f"{found.folder} was begun with other options: {'; '.join(changed)}; give the same ones to --resume, or remove the folder"
         )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{number} ({kind})" for kind, number in value.items())
-    return "not given" if value is None else str(value)
 
 
 def check_files(folder: Path, known: set[str]) -> None:
@@ -144,7 +146,7 @@ def check_files(folder: Path, known: set[str]) -> None:
 
 
 @contextmanager
-def unfinished(out: Path, options: Options, known: set[str], *, resume: bool) -> Iterator[Unfinished]:
+def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) -> Iterator[Unfinished]:
     """Yields the run's state in OUT.partial; when the body ends well that becomes OUT. See the top of this file.
 
     Args:
@@ -173,9 +175,9 @@ def unfinished(out: Path, options: Options, known: set[str], *, resume: bool) ->
                 if len(list(partial.iterdir())) > 1:
                     raise OutputError(f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it")
                 ours = True  # made above, or by a run that was killed before it had written anything
-                found = Unfinished(partial, options)
+                found = Unfinished(partial, identity)
                 found.save()
-            check_options(found, options)
+            check_identity(found, identity)
             for half in (*partial.glob("*.partial"), *partial.glob(f"{FOLDER}/*.partial")):
                 half.unlink()
             run = found

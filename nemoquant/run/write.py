@@ -1,10 +1,12 @@
-"""Pack a whole checkpoint: shards, both config files, index, side files, scales file, card and manifest; then verify it."""
+"""What a run writes: shards, both config files, index, side files, scales file, card and manifest; then it is verified."""
 
-import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemoquant._version import __version__
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
@@ -15,8 +17,8 @@ from nemoquant.checkpoint.reader import INDEX
 from nemoquant.errors import VerificationError, listing
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
-from nemoquant.pack.files import CARD
-from nemoquant.pack.shards import Shard
+from nemoquant.pack.files import CARD, WRITTEN
+from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
@@ -26,76 +28,126 @@ from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
 
 
-def write_checkpoint(
-    source: Source, plan: Plan, layout: list[Shard], scales: Scales | None, run: Unfinished, workers: AbstractContextManager[Workers],
-    shard_bytes: int, warnings: list[str], progress: Progress,
-) -> tuple[dict[str, int], list[str]]:  # fmt: skip
-    """Write everything that ``run`` does not have yet into its folder, and verify it. Finds of its own are added to ``warnings``.
+class Written(NamedTuple):
+    """What came of it: what verify checked, names of the source's files that were not copied, and all warnings."""
 
-    Args:
-        layout: the plan's shards of ``shard_bytes``.
-        workers: who encodes; entered when there is something to do.
-    Returns:
-        what verify checked, and the source's files that were left behind.
-    Raises:
-        CalibrationError, WeightError, VerificationError
-    """
-    folder = run.folder
-    zero = _pack(source, plan, layout, scales, run, workers, warnings, progress)
-    if zero:
-        warnings.append(
-            f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}"
-        )
-    for name, data in config_files(plan, source.raw_config).items():
-        _json(folder / name, data)
-    weight_map = {entry.name: shard.file for shard in layout for entry in shard.entries}
-    _json(folder / INDEX, {"metadata": {"total_size": plan.bytes_out}, "weight_map": weight_map})
-    if scales is not None:
-        (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
-    copied, skipped = side_files(source.path, source.raw_config)
-    copy_side_files(source.path, copied, folder)
-    (folder / CARD).write_text(card(plan, _calibration_sentence(scales), warnings, copied), encoding="utf-8")
-    digests = {file: entry["sha256"] for file, entry in run.shards.items()}
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE)
-    files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
-    manifest.write_manifest(folder, _manifest(source, plan, scales, shard_bytes, warnings, skipped, files))
-    report = verify(folder, source, encode_again=False, progress=progress)
-    if not report.ok:
-        raise VerificationError(f"what was written is not what was planned: {'; '.join(report.problems[:3])}")
-    run.verified = report.checked
-    run.save()
-    return report.checked, skipped
+    verified: dict[str, int]
+    skipped: list[str]
+    warnings: list[str]
 
 
-def _pack(
-    source: Source, plan: Plan, layout: list[Shard], scales: Scales | None, run: Unfinished, workers: AbstractContextManager[Workers],
-    warnings: list[str], progress: Progress,
-) -> list[str]:  # fmt: skip
-    """Write the shards that are missing; returns the modules whose weights are zero, in all of them."""
-    assert source.checkpoint is not None
-    done = 0
+@dataclass(frozen=True)
+class Output:
+    """The files of one quantized checkpoint, before they exist."""
 
-    def packed(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("pack", done, plan.bytes_in, "")
+    source: Source
+    plan: Plan
+    shard_bytes: int
 
-    there = run.finished_shards()
-    with workers as entered:
-        packer = Packer(plan, source.checkpoint, scales, entered, warn=warnings.append, progress=packed)
-        for shard in layout:
-            if shard.file in there:
-                packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))
-                continue
-            (run.folder / shard.file).unlink(missing_ok=True)
-            before = len(packer.zero_weights)
-            digest = packer.write(run.folder / shard.file, shard)
-            run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
-            run.save()
-    return [name for shard in layout for name in run.shards[shard.file]["zero_weights"]]
+    @cached_property
+    def layout(self) -> list[Shard]:
+        """The shards; of a large model they take seconds to lay out."""
+        return shards(self.plan, self.shard_bytes)
+
+    @cached_property
+    def side_files(self) -> tuple[list[str], list[str]]:
+        """Names of the source's files that are copied, and of those that are not."""
+        return side_files(self.source.path, self.source.raw_config)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all files that may be written."""
+        return {shard.file for shard in self.layout} | {*self.side_files[0], *WRITTEN}
+
+    def write(
+        self,
+        run: Unfinished,
+        scales: Scales | None,
+        workers: AbstractContextManager[Workers],
+        warnings: Sequence[str],
+        progress: Progress,
+    ) -> Written:
+        """Write everything that ``run`` does not have yet into its folder, and verify it.
+
+        Args:
+            workers: who encodes; entered when there is something to do.
+            warnings: of the run so far; they go into card and manifest, with those that come up here.
+        Raises:
+            CalibrationError, WeightError, VerificationError
+        """
+        folder = run.folder
+        warnings = [*warnings, *self._pack(run, scales, workers, progress)]
+        for name, data in config_files(self.plan, self.source.raw_config).items():
+            _write_json(folder / name, data)
+        weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
+        _write_json(folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map})
+        if scales is not None:
+            (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
+        copied, skipped = self.side_files
+        copy_side_files(self.source.path, copied, folder)
+        text = card(self.plan, _calibration_sentence(scales), warnings, copied)
+        (folder / CARD).write_text(text, encoding="utf-8")
+        digests = {file: entry["sha256"] for file, entry in run.shards.items()}
+        names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE)
+        files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
+        manifest.write_manifest(folder, self._manifest(scales, warnings, files))
+        report = verify(folder, self.source, encode_again=False, progress=progress)
+        if not report.ok:
+            raise VerificationError(f"what was written is not what was planned: {'; '.join(report.problems[:3])}")
+        run.verified = report.checked
+        run.save()
+        return Written(report.checked, skipped, warnings)
+
+    def _pack(
+        self, run: Unfinished, scales: Scales | None, workers: AbstractContextManager[Workers], progress: Progress
+    ) -> list[str]:
+        """Write the shards that are missing; returns warnings, of all shards."""
+        done = 0
+
+        def packed(size: int) -> None:
+            nonlocal done
+            done += size
+            progress("pack", done, self.plan.bytes_in, "")
+
+        there = run.finished_shards()
+        with workers as entered:
+            packer = Packer(self.plan, self.source.checkpoint, scales, entered, packed)
+            for shard in self.layout:
+                if shard.file in there:
+                    packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))
+                    continue
+                (run.folder / shard.file).unlink(missing_ok=True)
+                before = len(packer.zero_weights)
+                digest = packer.write(run.folder / shard.file, shard)
+                run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
+                run.save()
+        zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
+        if not zero:
+            return packer.warnings
+        return [
+            *packer.warnings,
+            f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}",
+        ]
+
+    def _manifest(self, scales: Scales | None, warnings: list[str], files: dict[str, str]) -> dict[str, Any]:
+        return {
+            "schema": manifest.SCHEMA,
+            "nemoquant": __version__,
+            "source": {
+                "config_sha256": manifest.config_sha256(self.source.raw_config),
+                "tensor_table_sha256": manifest.tensor_table_sha256(self.source.checkpoint.tensors),
+                "dtypes": manifest.pack_dtypes(self.source.table),
+            },
+            "plan": self.plan.summary() | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
+            "calibration": None if scales is None else scales.settings,
+            "shard_bytes": self.shard_bytes,
+            "warnings": warnings,
+            "skipped_side_files": self.side_files[1],
+            "files": files,
+        }
 
 
-def _json(path: Path, data: dict[str, Any]) -> None:
+def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -103,31 +155,7 @@ def _calibration_sentence(scales: Scales | None) -> str:
     if scales is None:
         return "none was needed."
     s = scales.settings
-    return f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; the largest magnitude of each GEMM input."
-
-
-def _manifest(
-    source: Source,
-    plan: Plan,
-    scales: Scales | None,
-    shard_bytes: int,
-    warnings: list[str],
-    skipped: list[str],
-    files: dict[str, str],
-) -> dict[str, Any]:
-    assert source.checkpoint is not None
-    return {
-        "schema": manifest.SCHEMA,
-        "nemoquant": __version__,
-        "source": {
-            "config_sha256": hashlib.sha256(json.dumps(source.raw_config, sort_keys=True).encode()).hexdigest(),
-            "tensor_table_sha256": manifest.tensor_table_sha256(source.checkpoint.tensors),
-            "dtypes": manifest.pack_dtypes(source.table),
-        },
-        "plan": plan.summary() | {"recipe": plan.recipe.dump(), "scale_groups": plan.scale_groups},
-        "calibration": None if scales is None else scales.settings,
-        "shard_bytes": shard_bytes,
-        "warnings": warnings,
-        "skipped_side_files": skipped,
-        "files": files,
-    }
+    return (
+        f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; "
+        "the largest magnitude of each GEMM input."
+    )

@@ -14,17 +14,27 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is known of a source. ``checkpoint`` is None for a bare config; then the table's dtypes are assumed."""
+class BareConfig:
+    """What a config.json alone says; the table's dtypes are assumed."""
 
     path: Path
     config: NemotronHConfig
     raw_config: dict[str, Any]
     table: list[TensorSpec]
-    checkpoint: Checkpoint | None
 
 
-def open_source(path: Path) -> Source:
+@dataclass(frozen=True)
+class Source:
+    """A folder with weights: its config, the tensor table with the dtypes of the file, and the opened checkpoint."""
+
+    path: Path
+    config: NemotronHConfig
+    raw_config: dict[str, Any]
+    table: list[TensorSpec]
+    checkpoint: Checkpoint
+
+
+def open_source(path: Path) -> Source | BareConfig:
     """Read the config, and all headers where ``path`` is a folder; no weight is touched.
 
     Raises:
@@ -34,7 +44,7 @@ def open_source(path: Path) -> Source:
     config, raw = load_config(path)
     table = tensor_table(config)
     if not path.is_dir():
-        return Source(path, config, raw, table, None)
+        return BareConfig(path, config, raw, table)
     where = quantized_by(path, raw)
     if where is not None:
         raise CheckpointError(f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from")
@@ -47,3 +57,17 @@ def open_source(path: Path) -> Source:
             f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected {', '.join(FLOAT_DTYPES)}"
         )
     return Source(path, config, raw, table, checkpoint)
+
+
+def open_weights(path: Path, needs: str) -> Source:
+    """A source with its weights.
+
+    Args:
+        needs: what is expected instead of a config.json, and by whom: the end of the message.
+    Raises:
+        CheckpointError: see :func:`open_source`; or ``path`` is a bare config.
+    """
+    opened = open_source(path)
+    if isinstance(opened, BareConfig):
+        raise CheckpointError(f"{path} is a config.json; {needs}")
+    return opened

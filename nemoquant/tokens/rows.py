@@ -13,8 +13,8 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,19 @@ LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 @dataclass(frozen=True)
 class Rows:
-    """Calibration tokens. ``ids`` is [rows, length] int64; ``dropped`` tokens were left over by the cut."""
+    """Rows of tokens.
+
+    Attributes:
+        ids: [rows, length] int64.
+        source: name of the file.
+        dropped: tokens that the cut left over.
+        warnings: what a user should know: fewer rows than asked for, tokens left over.
+    """
 
     ids: npt.NDArray[np.int64]
     source: str
     dropped: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -51,12 +59,9 @@ def load_rows(
     config: NemotronHConfig,
     rows: int = DEFAULT_ROWS,
     length: int = DEFAULT_LENGTH,
-    warn: Callable[[str], None] = lambda warning: None,
 ) -> Rows:
     """The first ``rows`` rows of ``length`` tokens of a file; ``model`` is the folder that holds the tokenizer.
 
-    Args:
-        warn: told where there are fewer rows than asked for, and of tokens that the cut left over.
     Raises:
         CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
         MissingExtraError: a .parquet file without the extra.
@@ -70,11 +75,14 @@ def load_rows(
         raise CalibrationError(
             f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to {config.vocab_size - 1}; is the tokenizer this model's?"
         )
+    warnings = []
     if len(ids.ids) < rows and path.suffix != ".npy":
-        warn(f"{ids.source} holds {len(ids.ids)} rows of {length} tokens, {rows} were asked for; all of them were used")
+        warnings.append(
+            f"{ids.source} holds {len(ids.ids)} rows of {length} tokens, {rows} were asked for; all of them were used"
+        )
     if ids.dropped:
-        warn(f"{ids.source}: its last {ids.dropped} tokens do not fill a row and were left out")
-    return ids
+        warnings.append(f"{ids.source}: its last {ids.dropped} tokens do not fill a row and were left out")
+    return replace(ids, warnings=tuple(warnings))
 
 
 def _array(path: Path) -> Rows:

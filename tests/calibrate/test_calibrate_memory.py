@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from measured import child, large_checkpoint, needs_proc
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
+from nemoquant.calibrate.batch import Batch
 from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
 from nemoquant.errors import UsageError
 from nemoquant.model.config import parse_config
@@ -31,6 +32,7 @@ LAYERS = """
 import ctypes, threading, time
 import torch
 from nemoquant.api import open_source
+from nemoquant.calibrate.observers import AmaxObserver
 from nemoquant.calibrate.run import observe
 
 torch.set_num_threads(1)
@@ -49,19 +51,19 @@ for dtype in (torch.bfloat16, torch.float32):
                         time.sleep(0.001)
                 thread = threading.Thread(target=watch)
                 thread.start()
-                output = observe(source.checkpoint, source.config, layer, states, "cpu")
+                output = observe(source.checkpoint, source.config, layer, states, "cpu", [AmaxObserver])
                 over = True
                 thread.join()
                 del output
-            found.append((kind, rows, length, dtype.itemsize, peak - before))
+            found.append((kind, rows, length, str(dtype).removeprefix("torch."), peak - before))
 print(json.dumps(found))
 """
 
 RUN = """
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 source, out, rows, preset, most = sys.argv[1:]
 promised = []
-quantize(Path(source), Path(out), preset, calibration=CalibrationOptions(data=Path(rows), memory=int(most)), threads=2,
+quantize(Path(source), Path(out), preset, RunOptions(data=Path(rows), memory=int(most), threads=2),
          expected=promised.append)
 print(json.dumps({"peak": memory(), "promised": promised[0].memory, "row_batch": promised[0].row_batch}))
 """
@@ -77,9 +79,10 @@ def test_what_a_batch_takes_is_what_was_promised(large):
     """Never more than promised (what the heap keeps in pieces is allowed 16 MB), and not so much less that the promise is worthless."""
     config = parse_config(CONFIG)
     table = []
-    for kind, rows, length, item, peak in child(LAYERS, large, json.dumps([(4, 512), (1, 2048)])):
-        converted = weight_bytes(config, item) - weight_bytes(config, 2)
-        table.append((kind, rows, length, item, peak / 1e6, (batch_bytes(config, kind, rows, length, item) + converted) / 1e6))
+    for kind, rows, length, dtype, peak in child(LAYERS, large, json.dumps([(4, 512), (1, 2048)])):
+        batch = Batch(rows, length, dtype)
+        converted = weight_bytes(config, batch.item_size) - weight_bytes(config, 2)
+        table.append((kind, rows, length, dtype, peak / 1e6, (batch_bytes(config, kind, batch) + converted) / 1e6))
     print(*table, sep="\n")
     assert [row for row in table if row[4] > row[5] + 16] == []
     assert [row for row in table if row[4] < 0.3 * row[5] and row[5] > 100] == []
@@ -100,20 +103,21 @@ def test_a_whole_run_keeps_below_its_memory(preset, large, tmp_path):
 
 
 def test_too_little_memory_is_refused(large, tmp_path):
-    options = CalibrationOptions(data=large.parent / "rows.npy", memory=300_000_000)
+    options = RunOptions(data=large.parent / "rows.npy", memory=300_000_000)
     with pytest.raises(UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d [MG]B; give more, or shorter rows$"):
-        quantize(large, tmp_path / "out", "fp8", calibration=options)
-    options = CalibrationOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=16)
+        quantize(large, tmp_path / "out", "fp8", options)
+    options = RunOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=16)
     says = r"but 16 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
     with pytest.raises(UsageError, match=says):
-        quantize(large, tmp_path / "out", "fp8", calibration=options)
+        quantize(large, tmp_path / "out", "fp8", options)
     assert not list(tmp_path.iterdir())
 
 
 def test_batches_follow_the_memory():
     config = parse_config(CONFIG)
-    assert set(pick_row_batch(config, 32, 512, 2, 0).values()) == {1}
-    small, large = (pick_row_batch(config, 32, 512, 2, memory) for memory in (100_000_000, 400_000_000))
+    batch = Batch(32, 512, "bfloat16")
+    assert set(pick_row_batch(config, batch, 0).values()) == {1}
+    small, large = (pick_row_batch(config, batch, memory) for memory in (100_000_000, 400_000_000))
     assert small["mamba"] < large["mamba"] < 32
-    assert set(pick_row_batch(config, 32, 512, 2, 10**12).values()) == {32}
-    assert set(pick_row_batch(config, 1000, 512, 2, 10**12).values()) == {64}, "no more tokens than make products faster"
+    assert set(pick_row_batch(config, batch, 10**12).values()) == {32}
+    assert set(pick_row_batch(config, batch.of(1000), 10**12).values()) == {64}, "no more tokens than make products faster"

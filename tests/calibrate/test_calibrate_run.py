@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemoquant.api import CalibrationOptions, quantize
-from nemoquant.calibrate.observers import AmaxObserver
-from nemoquant.calibrate.run import calibrate
+from nemoquant.api import RunOptions, quantize
+from nemoquant.calibrate.observers import AmaxCollector, AmaxObserver
+from nemoquant.calibrate.run import DEFAULT_ROW_BATCH, calibrate, settings
 from nemoquant.calibrate.scales import FILE, Scales
 from nemoquant.errors import CalibrationError, WeightError
 from nemoquant.model.reference import ReferenceModel
@@ -26,8 +26,13 @@ def tokens(count=8, length=32, seed=0):
 
 def run(folder, rows, **options):
     source = open_source(folder)
+    options = {"dtype": torch.float32, "row_batch": DEFAULT_ROW_BATCH, **options}
+    dtype = str(options["dtype"] or torch.bfloat16).removeprefix("torch.")
+    amax = AmaxCollector(source.config, Scales(settings(rows, "cpu", dtype, options["row_batch"])))
     with source.checkpoint:
-        return calibrate(source.checkpoint, source.config, rows, **{"dtype": torch.float32, **options})
+        dead = calibrate(source.checkpoint, source.config, rows, [amax], **options)
+    amax.scales.non_finite_rows = len(dead)
+    return amax.scales
 
 
 def record(folder, rows):
@@ -128,8 +133,8 @@ def test_an_expert_that_no_token_reached(make_checkpoint, token_rows, tmp_path):
     assert not any("layers.2.mixer.experts.5." in name for name in scales.input_amax)
 
     def result(name, **options):
-        calibration = CalibrationOptions(data=token_rows, dtype="float32")
-        made = quantize(source, tmp_path / name, "nvfp4", calibration=calibration, threads=1, **options)
+        given = RunOptions(data=token_rows, dtype="float32", threads=1, **options)
+        made = quantize(source, tmp_path / name, "nvfp4", given)
         tensors = load_file(made.out / "model-00001-of-00001.safetensors")
         inputs = {
             p: [tensors[f"backbone.layers.2.mixer.experts.{e}.{p}_proj.input_scale"].item() for e in range(8)]
@@ -162,7 +167,7 @@ def test_experts_of_a_whole_layer_that_no_token_reached(source, tmp_path):
         CalibrationError,
         match=r"backbone\.layers\.2\.mixer\.experts\.up_proj: no calibration token reached it, .*calibrate with more rows",
     ):
-        quantize(source, tmp_path / "out", "nvfp4", calibration=CalibrationOptions(scales=tmp_path / FILE))
+        quantize(source, tmp_path / "out", "nvfp4", RunOptions(scales=tmp_path / FILE))
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -261,7 +266,7 @@ def test_files_that_are_no_scales_files(text, tmp_path):
 
 def test_observer():
     observer = AmaxObserver()
-    tap = observer.tap()
+    tap = observer.observe
     x = torch.tensor([[1.0, -3.0], [2.0, 0.5]])
     assert tap("m.in_proj", x) is x
     tap("m.in_proj", -0.5 * x)
@@ -269,8 +274,6 @@ def test_observer():
     tap("l.mixer.experts.11.up_proj", x[:1])
     tap("l.mixer.experts.11.down_proj", torch.zeros(3, 2))
     tap("bf16", torch.tensor([[-7.0]], dtype=torch.bfloat16))
-    assert observer.collect() == {
-        "m.in_proj": 3.0, "l.mixer.experts.11.up_proj": 3.0, "l.mixer.experts.11.down_proj": 0.0, "bf16": 7.0,
-    }  # fmt: skip
-    assert observer.tokens == {11: 3}
-    assert observer.collect() == {}
+    amax = {"m.in_proj": 3.0, "l.mixer.experts.11.up_proj": 3.0, "l.mixer.experts.11.down_proj": 0.0, "bf16": 7.0}
+    assert observer.collect() == (amax, {11: 3})
+    assert AmaxObserver().collect() == ({}, {})

@@ -412,7 +412,7 @@ def test_an_interrupt(stage, kept, source, refused, monkeypatch):
     from nemoquant.pack import verify
 
     calls = 0
-    layer = run._layer
+    layer = run._Run.layer
 
     def interrupt(*arguments, **named):
         nonlocal calls
@@ -422,8 +422,8 @@ def test_an_interrupt(stage, kept, source, refused, monkeypatch):
         raise KeyboardInterrupt
 
     place = {
-        "embed": (run, "_embed"),
-        "calibrate": (run, "_layer"),
+        "embed": (run._Run, "embed"),
+        "calibrate": (run._Run, "layer"),
         "pack": (ShardWriter, "write"),
         "verify": (verify, "_check_tensors"),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nemoquant.api import CalibrationOptions, diff, quantize
+from nemoquant.api import RunOptions, diff, quantize
 from nemoquant.checkpoint.header import TensorInfo, read_header
 from nemoquant.evaluate.schema import Report
 
@@ -21,8 +21,8 @@ def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., P
     """Quantizes ``source`` (or the folder given) and returns the new folder, which is named like the preset."""
 
     def make(preset: str = "nvfp4", name: str | None = None, of: Path = source, **options: Any) -> Path:
-        calibration = CalibrationOptions(data=token_rows, dtype="float32")
-        return quantize(of, tmp_path / (name or preset), preset, calibration=calibration, **{"threads": 1, **options}).out
+        given = {"data": token_rows, "dtype": "float32", "threads": 1, **options}
+        return quantize(of, tmp_path / (name or preset), preset, RunOptions(**given)).out
 
     return make
 

@@ -118,9 +118,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
     """The demo model in NVFP4, weights only, over text that it was not trained on."""
     folder, threads = tmp_path_factory.mktemp("compared"), torch.get_num_threads()
     torch.set_num_threads(1)
-    ids = load_rows(evaluation_data(), DEMO, load_config(DEMO)[0], ROWS, LENGTH, lambda text: None).ids
+    ids = load_rows(evaluation_data(), DEMO, load_config(DEMO)[0], ROWS, LENGTH).ids
     np.save(folder / "rows.npy", ids)
-    out = nemoquant.quantize(DEMO, folder / "nvfp4", "nvfp4-w4a16", threads=1).out
+    out = nemoquant.quantize(DEMO, folder / "nvfp4", "nvfp4-w4a16", nemoquant.RunOptions(threads=1)).out
     report = nemoquant.diff(DEMO, [out], data=folder / "rows.npy", card=False, threads=1)
     tokens = torch.from_numpy(ids)
     models = [outputs(dense(of), folder / name, tokens) for of, name in ((DEMO, "source"), (out, "decoded"))]

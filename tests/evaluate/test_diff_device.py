@@ -141,7 +141,7 @@ def test_an_unknown_device(source: Path, compare: Callable[..., Report]) -> None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a machine without a GPU")
 def test_without_a_gpu_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(api, "open_source", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
     result = CliRunner().invoke(main, ["diff", str(tmp_path / "none"), str(tmp_path / "out"), "--device", "cuda"])
     assert result.exit_code == 2
     assert "device: got cuda, but torch finds no CUDA GPU here (torch " in result.stderr

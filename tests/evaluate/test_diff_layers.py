@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import nemoquant
-from nemoquant.api import CalibrationOptions
+from nemoquant.api import RunOptions
 from nemoquant.evaluate import layers
 from nemoquant.evaluate.schema import Module, Report
 from nemoquant.model.config import NemotronHConfig, load_config
@@ -232,8 +232,8 @@ def compare(source: Path, name: str, preset: str) -> Run:
     folder = source.parent
     np.save(folder / "calibration.npy", rows(0, (2, 16)))
     np.save(folder / "rows.npy", rows(1, (ROWS, LENGTH)))
-    options = CalibrationOptions(data=folder / "calibration.npy", dtype="float32")
-    out = nemoquant.quantize(source, folder / name, preset, calibration=options, threads=1).out
+    options = RunOptions(data=folder / "calibration.npy", dtype="float32", threads=1)
+    out = nemoquant.quantize(source, folder / name, preset, options).out
     report = nemoquant.diff(source, [out], data=folder / "rows.npy", card=False, threads=1)
     config = load_config(source)[0]
     return Run(

@@ -433,8 +433,8 @@ def trained(tmp_path_factory) -> Report:
     folder, scales = tmp_path_factory.mktemp("trained"), None
     for preset in PRESETS:
         given = scales if nemoquant.plan(DEMO, preset).needs_calibration else None
-        options = nemoquant.CalibrationOptions(rows=4, seq_len=256, dtype="float32", scales=given)
-        out = nemoquant.quantize(DEMO, folder / preset, preset, calibration=options, threads=1).out
+        options = nemoquant.RunOptions(rows=4, seq_len=256, dtype="float32", scales=given, threads=1)
+        out = nemoquant.quantize(DEMO, folder / preset, preset, options).out
         scales = scales or out / "nemoquant_scales.json"
     return nemoquant.diff(DEMO, [folder / preset for preset in PRESETS], rows=6, seq_len=256, threads=1, card=False)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from nemoquant.api import CalibrationOptions, diff, quantize
+from nemoquant.api import RunOptions, diff, quantize
 from nemoquant.formats import fp8, gpu, nvfp4
 from nemoquant.formats.amax import amax
 
@@ -93,12 +93,12 @@ def test_files_and_figures(source: Path, token_rows: Path, tmp_path: Path) -> No
     """Whole outputs with scales given, byte for byte; calibration there within 1e-5; the diff there within what flipped codes do."""
     made: dict[str, Path] = {}
     for device in ("cpu", "cuda"):
-        options = CalibrationOptions(data=token_rows, dtype="float32", device=device)
-        made[device] = quantize(source, tmp_path / device, "nvfp4", calibration=options, threads=4).out
-    given = CalibrationOptions(scales=made["cpu"] / "nemoquant_scales.json", device="cuda")
-    assert contents(quantize(source, tmp_path / "given", "nvfp4", calibration=given, threads=4).out) == contents(made["cpu"])
+        options = RunOptions(data=token_rows, dtype="float32", device=device, threads=4)
+        made[device] = quantize(source, tmp_path / device, "nvfp4", options).out
+    given = RunOptions(scales=made["cpu"] / "nemoquant_scales.json", device="cuda", threads=4)
+    assert contents(quantize(source, tmp_path / "given", "nvfp4", given).out) == contents(made["cpu"])
     reports = [diff(source, list(made.values()), data=token_rows, card=False, device=device) for device in ("cpu", "cuda")]
     for one, two in zip(*(report.candidates for report in reports), strict=True):
         assert two.logits.kl.mean == pytest.approx(one.logits.kl.mean, rel=0.05)
-    itself = diff(source, [source], data=token_rows, card=False, device="cuda")
+    itself = diff(source, [source], data=token_rows, card=False, device="cuda", threads=4)
     assert itself.candidates[0].logits.kl.max == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemoquant.api import CalibrationOptions, export_onnx, quantize
+from nemoquant.api import RunOptions, export_onnx, quantize
 
 DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
 
@@ -25,11 +25,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             return out
         if preset == "bf16":
             return export_onnx(DEMO, out, mtp=True).folder
-        options = None
+        options = RunOptions(threads=1)
         if preset != "nvfp4-w4a16":
             scales = None if preset == "nvfp4" else make("nvfp4") / "nemoquant_scales.json"
-            options = CalibrationOptions(rows=4, seq_len=128, dtype="float32", scales=scales)
-        quantize(DEMO, out, preset, calibration=options, threads=1)
+            options = RunOptions(rows=4, seq_len=128, dtype="float32", scales=scales, threads=1)
+        quantize(DEMO, out, preset, options)
         return export_onnx(out, mtp=True).folder
 
     return make

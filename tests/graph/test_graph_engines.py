@@ -47,7 +47,7 @@ def test_weights_stand_in_an_engine_once_and_packed(tmp_path: Path, make_checkpo
         hybrid_override_pattern="E", n_routed_experts=64, num_experts_per_tok=4, moe_latent_size=256, moe_intermediate_size=1024,
         num_nextn_predict_layers=0, mtp_hybrid_override_pattern=None,
     )  # fmt: skip
-    out = nemoquant.quantize(source, tmp_path / "out", "nvfp4-w4a16", threads=1).out
+    out = nemoquant.quantize(source, tmp_path / "out", "nvfp4-w4a16", nemoquant.RunOptions(threads=1)).out
     packed = nemoquant.inspect(out)["bytes"]
     assert packed > 18e6
     facts = nemoquant.export_engine(out, tmp_path / "model.engine", target="rtx", sm=120)

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from nemoquant.api import CalibrationOptions, export_onnx, quantize, verify
+from nemoquant.api import RunOptions, export_onnx, quantize, verify
 from nemoquant.cli import main
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
@@ -197,7 +197,7 @@ def test_layers_of_one_kind_in_two_formats(make_checkpoint: Callable[..., Path],
         "name: mixed\nsummary: Two Mamba layers, two formats.\nrules:\n- {roles: [mamba.*], layers: [0], format: nvfp4, activations: none}\n"
         "- {roles: ['*'], format: source}\n"
     )
-    out = quantize(make_checkpoint(), tmp_path / "mixed", str(recipe), threads=1).out
+    out = quantize(make_checkpoint(), tmp_path / "mixed", str(recipe), RunOptions(threads=1)).out
     made = export_onnx(out)
     assert [name for name in made.functions if name.startswith("MambaLayer")] == ["MambaLayer_w4a16", "MambaLayer_bf16"]
     tokens = np.random.default_rng(1).integers(3, 96, (2, 20))
@@ -432,8 +432,8 @@ def test_without_the_extra(
 
 def test_experts_with_scales_of_their_own(source: Path, token_rows: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     """``--no-scale-groups``: ONNX Runtime takes them, TensorRT-RTX has one input scale for all."""
-    calibration = CalibrationOptions(data=token_rows, dtype="float32")
-    folder = quantize(source, tmp_path / "out", "nvfp4", calibration=calibration, threads=1, scale_groups=False).out
+    options = RunOptions(data=token_rows, dtype="float32", threads=1, scale_groups=False)
+    folder = quantize(source, tmp_path / "out", "nvfp4", options).out
     refused(
         folder, "--dialect", "tensorrt_rtx", parts=["experts.up_proj", "input scales", "takes one for all", "--no-scale-groups"]
     )

@@ -48,7 +48,7 @@ def test_weights_stay_packed(make_checkpoint: Callable[..., Path], tmp_path: Pat
         moe_intermediate_size=512, num_nextn_predict_layers=0, mtp_hybrid_override_pattern=None,
     )  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    out = nemoquant.quantize(source, tmp_path / "out", str(tmp_path / "recipe.yaml"), threads=2).out
+    out = nemoquant.quantize(source, tmp_path / "out", str(tmp_path / "recipe.yaml"), nemoquant.RunOptions(threads=2)).out
     nemoquant.export_onnx(out)
     packed = nemoquant.inspect(out)["bytes"]
     before, loaded, ran = child(CHILD, out)

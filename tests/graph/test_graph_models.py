@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemoquant.api import CalibrationOptions, diff, export_onnx, quantize
+from nemoquant.api import RunOptions, diff, export_onnx, quantize
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.formats import fp8, nvfp4
@@ -87,7 +87,7 @@ def pair(demo: Callable[[str], Path]) -> Callable[[str], Pair]:
 def rows() -> Tokens:
     """Short rows of text: the longer a row, the more of it lies behind a flip."""
     config = TorchEngine(DEMO).opened.config
-    return load_rows(evaluation_data(), DEMO, config, ROWS, LENGTH, lambda warning: None).ids
+    return load_rows(evaluation_data(), DEMO, config, ROWS, LENGTH).ids
 
 
 @pytest.fixture(scope="module")
@@ -430,8 +430,8 @@ def test_architecture_in_nvfp4(
 ) -> None:
     """Layer by layer, by the rule of quantized inputs above."""
     tokens = np.random.default_rng(1).integers(3, 96, (8, 8))
-    calibration = CalibrationOptions(data=token_rows, dtype="float32")
-    folder = quantize(make_checkpoint(**changes), tmp_path / "nvfp4", "nvfp4", calibration=calibration, threads=1).out
+    options = RunOptions(data=token_rows, dtype="float32", threads=1)
+    folder = quantize(make_checkpoint(**changes), tmp_path / "nvfp4", "nvfp4", options).out
     engine = TorchEngine(folder)
     for number, (kind, found, expected, near) in enumerate(layers(engine, folder, tokens)):
         errors = row_errors(found, expected)

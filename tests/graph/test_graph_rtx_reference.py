@@ -72,8 +72,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             return out
         if preset == "bf16":
             return nemoquant.export_onnx(source, out).folder
-        calibration = nemoquant.CalibrationOptions(data=base / "rows.npy", dtype="float32")
-        return nemoquant.quantize(source, out, preset, calibration=calibration, threads=1).out
+        options = nemoquant.RunOptions(data=base / "rows.npy", dtype="float32", threads=1)
+        return nemoquant.quantize(source, out, preset, options).out
 
     return make
 

@@ -19,8 +19,8 @@ NODES = {"CausalConv1d": "causal_conv1d", "Mamba2Scan": "mamba2_scan", "RoutedEx
 @pytest.fixture
 def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(preset: str = "fp8") -> Path:
-        calibration = nemoquant.CalibrationOptions(data=token_rows, dtype="float32")
-        return nemoquant.quantize(source, tmp_path / preset, preset, calibration=calibration, threads=1).out
+        options = nemoquant.RunOptions(data=token_rows, dtype="float32", threads=1)
+        return nemoquant.quantize(source, tmp_path / preset, preset, options).out
 
     return make
 

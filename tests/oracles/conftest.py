@@ -12,7 +12,7 @@ import torch
 from oracle_tensors import read
 from torch import Tensor
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 
 
 def synthetic() -> Any:
@@ -59,10 +59,8 @@ class Runs:
         if name not in self.made:
             data = self.folder / f"{rows}x{length}.npy"
             np.save(data, self.token_rows[:rows, :length])
-            options = CalibrationOptions(data=data, dtype=compute, row_batch=1)
-            self.made[name] = quantize(
-                self.source, self.folder / name, preset, calibration=options, scale_groups=scale_groups, threads=1
-            ).out
+            options = RunOptions(data=data, dtype=compute, row_batch=1, scale_groups=scale_groups, threads=1)
+            self.made[name] = quantize(self.source, self.folder / name, preset, options).out
         return self.made[name]
 
 

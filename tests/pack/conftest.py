@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemoquant.api import CalibrationOptions, Result, quantize
+from nemoquant.api import Result, RunOptions, quantize
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., P
     """Quantizes ``source`` (or the folder given) and returns the new folder."""
 
     def make(preset: str = "fp8", name: str = "out", of: Path = source, scales: Path | None = None, **options: Any) -> Path:
-        calibration = CalibrationOptions(data=token_rows, dtype="float32", scales=scales)
-        result: Result = quantize(of, tmp_path / name, preset, calibration=calibration, **{"threads": 1, **options})
+        given = {"data": token_rows, "dtype": "float32", "scales": scales, "threads": 1, **options}
+        result: Result = quantize(of, tmp_path / name, preset, RunOptions(**given))
         return result.out
 
     return make

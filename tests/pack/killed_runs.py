@@ -18,7 +18,6 @@ from nemoquant import api
 from nemoquant.calibrate import run  # noqa: F401  all that a run loads is loaded once
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.run import job
-from nemoquant.run.write import write_checkpoint  # noqa: F401
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 shutil.rmtree.avoids_symlink_attacks = False  # its other way removes by names relative to a handle, which cannot be watched
@@ -63,11 +62,11 @@ def child(request, answer) -> None:
     error = None
     events.install()
     try:
-        options = api.CalibrationOptions(data=Path(request["data"]), dtype="float32", row_batch=2)
-        api.quantize(
-            Path(request["source"]), Path(request["out"]), request["preset"], calibration=options, threads=1,
+        options = api.RunOptions(
+            data=Path(request["data"]), dtype="float32", row_batch=2, threads=1,
             shard_bytes=request["shard_bytes"], resume=request["resume"],
         )  # fmt: skip
+        api.quantize(Path(request["source"]), Path(request["out"]), request["preset"], options)
     except BaseException as e:
         error = repr(e)
     os.write(answer, json.dumps({"events": events.count, "error": error}).encode())

@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 from nemoquant.run import cluster
 
 source, rows, folder, preset = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
@@ -45,19 +45,19 @@ def slow_call(source, function, arguments):
     return result
 
 
-def slow_observe(source, config, layer, states, device):
+def slow_observe(source, config, layer, states, device, observers):
     name = f"layer {layer} {zlib.crc32(states[0])}"
     slowed(name)
-    result = observe(source, config, layer, states, device)
+    result = observe(source, config, layer, states, device, observers)
     write_down("end", name)
     return result
 
 
 def options(**changes):
-    return CalibrationOptions(data=rows, dtype="float32", row_batch=1, **changes)
+    return RunOptions(data=rows, dtype="float32", row_batch=1, engine="ray", shard_bytes=60_000, **changes)
 
 
-def lose_in(stage, calibration):
+def lose_in(stage, options):
     """A run during which the second node is lost, a third into ``stage``: when that was, and the fate of each task."""
     second = two.add_node(num_cpus=1, object_store_memory=100 << 20)
     two.wait_for_nodes()
@@ -79,7 +79,7 @@ def lose_in(stage, calibration):
             threads.append(threading.Thread(target=lose))
             threads[0].start()
 
-    quantize(source, folder / stage, preset, calibration=calibration, engine="ray", progress=progress, shard_bytes=60_000)
+    quantize(source, folder / stage, preset, options, progress=progress)
     threads[0].join()
     tasks = [json.loads(line) for line in log.read_text().splitlines()]
     log.unlink()
@@ -92,11 +92,11 @@ first = two.add_node(num_cpus=1, object_store_memory=100 << 20)
 ray.init(address=two.address, log_to_driver=False)
 two.wait_for_nodes()
 said: list[str] = []
-quantize(source, folder / "two", preset, calibration=options(), engine="ray", say=said.append, shard_bytes=60_000)
+quantize(source, folder / "two", preset, options(), say=said.append)
 two.remove_node(first)
 cluster._call, cluster._observe = slow_call, slow_observe
 report = {"said": said, "calibrate": lose_in("calibrate", options())}
-report["pack"] = lose_in("pack", CalibrationOptions(scales=folder / "two/nemoquant_scales.json"))
+report["pack"] = lose_in("pack", RunOptions(scales=folder / "two/nemoquant_scales.json", engine="ray", shard_bytes=60_000))
 ray.shutdown()
 two.shutdown()
 print(json.dumps(report))

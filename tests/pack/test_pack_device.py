@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from nemoquant import api
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 from nemoquant.cli import main
 from nemoquant.errors import Interrupted, MissingExtraError, UsageError
 from nemoquant.formats import gpu
@@ -33,7 +33,7 @@ source, out, preset, options, calibration = Path(sys.argv[1]), Path(sys.argv[2])
 encode.CHUNK_BYTES = 4096  # so that weights of this size have several chunks
 sent, put = [], gpu.put
 gpu.put = lambda weight: sent.append(weight.shape) or put(weight)
-made = api.quantize(source, out, preset, calibration=api.CalibrationOptions(**calibration, device="cuda"), **options)
+made = api.quantize(source, out, preset, api.RunOptions(**calibration, device="cuda", **options))
 chunks = [part for row in made.plan.quantized for part in encode.slices(row)]
 print(json.dumps({"sent": len(sent), "chunks": len(chunks)}))
 """
@@ -74,7 +74,7 @@ def changed(a: Path, b: Path) -> list[str]:
 def test_every_file_is_that_of_the_cpu(preset: str, source: Path, token_rows: Path, tmp_path: Path) -> None:
     """With calibration and without; verify, which runs on the CPU, encodes everything again. (The interpreter's cuda is this CPU.)"""
     calibration = {"data": str(token_rows), "dtype": "float32", "row_batch": 8}
-    quantize(source, tmp_path / "expected", preset, calibration=CalibrationOptions(**calibration), threads=2)
+    quantize(source, tmp_path / "expected", preset, RunOptions(**calibration, threads=2))
     found = on_gpu(source, tmp_path / "found", preset, calibration)
     assert found["chunks"] >= 2 * 8 * 2, "experts"
     assert found["sent"] == found["chunks"], "each chunk goes there once, for its maximum and its codes"
@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_the_other_device(source: Path, quantized: Callable[.
     out = tmp_path / "out"
     options: dict[str, Any] = {"threads": 1, "shard_bytes": 30_000}
     with pytest.raises(Interrupted, match="shards written"):
-        quantize(source, out, "fp8", calibration=CalibrationOptions(scales=scales), progress=stopping("pack"), **options)
+        quantize(source, out, "fp8", RunOptions(scales=scales, **options), progress=stopping("pack"))
     found = on_gpu(source, out, "fp8", {"scales": str(scales)}, shard_bytes=30_000, resume=True)
     assert 0 < found["sent"] < found["chunks"]
     assert changed(expected, out) == []
@@ -105,24 +105,15 @@ def test_after_calibration_the_device_may_change(
 
     Nor does it matter then in which dtype the other device would have calibrated by itself.
     """
-    usual = {"cpu": torch.float32, "cuda": torch.bfloat16}
-    monkeypatch.setattr("nemoquant.calibrate.run.compute_dtype", lambda device: usual[device])
+    usual = {"cpu": "float32", "cuda": "bfloat16"}
+    monkeypatch.setattr("nemoquant.run.job.compute_dtype", lambda device: usual[device])
     monkeypatch.setattr(gpu, "check", lambda device: None)
     monkeypatch.setattr("nemoquant.run.job.torch_device", lambda device: torch.device("cpu"))
     expected = quantized("fp8", "expected", shard_bytes=30_000)
 
     def run(device: Any, at: str | None, resume: bool = False) -> None:
-        calibration = CalibrationOptions(data=token_rows, device=device)
-        quantize(
-            source,
-            tmp_path / "out",
-            "fp8",
-            calibration=calibration,
-            threads=1,
-            shard_bytes=30_000,
-            progress=stopping(at),
-            resume=resume,
-        )
+        options = RunOptions(data=token_rows, device=device, threads=1, shard_bytes=30_000, resume=resume)
+        quantize(source, tmp_path / "out", "fp8", options, progress=stopping(at))
 
     with pytest.raises(Interrupted, match="layers calibrated"):
         run("cpu", "calibrate")
@@ -206,7 +197,7 @@ def test_pinned_memory_is_not_written_before_it_was_read(lane: gpu._Lane, monkey
 def test_without_a_gpu_nothing_is_read(verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that does not even exist is not looked at; recipes without calibration are refused too."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(api, "open_source", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
     monkeypatch.setattr(api, "plan", lambda *arguments, **options: None)
     name, *rest = verb
     result = CliRunner().invoke(main, [name, str(tmp_path / "none"), *rest, "--device", "cuda"])
@@ -228,7 +219,7 @@ def test_without_triton(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(
         MissingExtraError, match="device cuda needs Triton, which torch for CUDA brings along: pip install triton"
     ):
-        quantize(source, tmp_path / "out", "nvfp4-w4a16", calibration=CalibrationOptions(device="cuda"))
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(device="cuda"))
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -243,4 +234,4 @@ def test_a_gpu_that_can_not_be_used(source: Path, tmp_path: Path, monkeypatch: p
         r"torch can't use the GPU \(CUDA error: all CUDA-capable devices are busy or unavailable\); free it, or take device cpu"
     )
     with pytest.raises(UsageError, match=says):
-        quantize(source, tmp_path / "out", "fp8", calibration=CalibrationOptions(device="cuda"))
+        quantize(source, tmp_path / "out", "fp8", RunOptions(device="cuda"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 from nemoquant.cli import main
 from nemoquant.errors import CheckpointError, UsageError
 
@@ -26,8 +26,8 @@ def contents(folder):
 def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
     source, folder = make_checkpoint(n_routed_experts=16), tmp_path / "runs"
     folder.mkdir()
-    calibration = CalibrationOptions(data=token_rows, dtype="float32", row_batch=1)
-    whole = quantize(source, tmp_path / "whole", "nvfp4", calibration=calibration, threads=1, shard_bytes=60_000)
+    options = RunOptions(data=token_rows, dtype="float32", row_batch=1, threads=1, shard_bytes=60_000)
+    whole = quantize(source, tmp_path / "whole", "nvfp4", options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     arguments = [sys.executable, Path(__file__).with_name("ray_runs.py"), source, token_rows, folder, "nvfp4"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
@@ -85,11 +85,11 @@ def test_without_the_extra(source, tmp_path, monkeypatch):
 
 def test_options_of_the_engine(source, tmp_path):
     with pytest.raises(UsageError, match="engine is 'spark'; expected local or ray"):
-        quantize(source, tmp_path / "out", "nvfp4-w4a16", engine="spark")
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(engine="spark"))
     with pytest.raises(UsageError, match=r"an address \(auto\) goes with --engine ray only"):
-        quantize(source, tmp_path / "out", "nvfp4-w4a16", address="auto")
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(address="auto"))
     with pytest.raises(UsageError, match="engine ray computes on processors only, device is 'cuda'; expected cpu"):
-        quantize(source, tmp_path / "out", "fp8", engine="ray", calibration=CalibrationOptions(device="cuda"))
+        quantize(source, tmp_path / "out", "fp8", RunOptions(engine="ray", device="cuda"))
 
 
 def test_a_node_with_another_source_or_version(source, make_checkpoint):

@@ -7,7 +7,7 @@ import torch
 from pack_oracle import PRESETS, read
 from safetensors.torch import load_file, save_file
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 
 
 def contents(folder):
@@ -55,8 +55,8 @@ def test_scales_repeat_the_warnings_too(source, tmp_path):
     text.write_text("".join(json.dumps({"input_ids": [5 + i % 80 for i in range(45 + n)]}) + "\n" for n in range(3)))
 
     def run(name, dry_run=False, **options):
-        calibration = CalibrationOptions(seq_len=20, **options)
-        return quantize(source, tmp_path / name, "fp8", calibration=calibration, threads=1, dry_run=dry_run)
+        given = RunOptions(seq_len=20, threads=1, **options)
+        return quantize(source, tmp_path / name, "fp8", given, dry_run=dry_run)
 
     first = run("first", data=text)
     tokens = 45 + 46 + 47 + 3  # an eos after each document

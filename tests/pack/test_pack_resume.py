@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import Interrupted, OutputError, UsageError, WeightError
 from nemoquant.run.unfinished import FOLDER, STATE
 
@@ -97,7 +97,7 @@ def begun(source, token_rows, tmp_path, monkeypatch):
     from nemoquant.pack import write
 
     def begin(*, layers=None, shards=None, of=source, rows=token_rows, **options):
-        count, layer, packed = 0, run._layer, write.Packer.write
+        count, layer, packed = 0, run._Run.layer, write.Packer.write
         with monkeypatch.context() as patch:
 
             def counted(function, limit):
@@ -111,7 +111,7 @@ def begun(source, token_rows, tmp_path, monkeypatch):
                 return call
 
             if layers is not None:
-                patch.setattr(run, "_layer", counted(layer, layers))
+                patch.setattr(run._Run, "layer", counted(layer, layers))
             else:
                 patch.setattr(write.Packer, "write", counted(packed, shards))
             with pytest.raises(Interrupted) as error:
@@ -123,9 +123,9 @@ def begun(source, token_rows, tmp_path, monkeypatch):
 
 def make(source, token_rows, out, preset="nvfp4", *, resume=False, said=None, calibration=None, **options):
     calibration = {"data": token_rows, "dtype": "float32", **(calibration or {})}
-    options = {"threads": 1, "shard_bytes": SHARD_BYTES, **options}
+    options = RunOptions(**calibration, resume=resume, **{"threads": 1, "shard_bytes": SHARD_BYTES, **options})
     said = [] if said is None else said
-    return quantize(source, out, preset, calibration=CalibrationOptions(**calibration), resume=resume, say=said.append, **options)
+    return quantize(source, out, preset, options, say=said.append)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_what_is_finished_is_not_done_again(begun, source, token_rows, tmp_path,
     begun(shards=2)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").glob("*.safetensors")}
     assert len(before) == 2
-    monkeypatch.setattr(run, "_layer", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(run._Run, "layer", lambda *arguments: 1 / 0)
     make(source, token_rows, tmp_path / "out", resume=True)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
 
@@ -229,7 +229,7 @@ def test_other_rows_or_another_source_are_refused(begun, source, token_rows, tmp
     says = r"--calib was 8 rows of 32 tokens of rows\.npy \(\w+\) and is 4 rows of 32 tokens of other\.npy"
     with pytest.raises(UsageError, match=says):
         make(source, tmp_path / "other.npy", tmp_path / "out", resume=True)
-    first = quantize(source, tmp_path / "first", "nvfp4", calibration=CalibrationOptions(data=token_rows), threads=1)
+    first = quantize(source, tmp_path / "first", "nvfp4", RunOptions(data=token_rows, threads=1))
     with pytest.raises(UsageError, match=r"--calib was 8 rows.* and is not given.*--scales was not given and is \w{12}"):
         make(source, token_rows, tmp_path / "out", resume=True, calibration={"scales": first.out / "nemoquant_scales.json"})
     other = make_checkpoint("other", seed=1)
@@ -282,7 +282,7 @@ def test_a_damaged_shard_is_packed_again(begun, source, token_rows, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "options": {}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 3}', '{"schema": 2, "identity": {}}'])
 def test_a_state_that_cannot_be_read(content, begun, source, token_rows, tmp_path):
     begun(layers=2)
     (tmp_path / "out.partial" / FOLDER / STATE).write_text(content)
@@ -358,7 +358,7 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
 
     begun(shards=3)
     written = sum(p.stat().st_size for p in (tmp_path / "out.partial").glob("*.safetensors"))
-    needed = quantize(source, tmp_path / "dry", "nvfp4", dry_run=True, calibration=CalibrationOptions(data=token_rows)).plan
+    needed = quantize(source, tmp_path / "dry", "nvfp4", RunOptions(data=token_rows), dry_run=True).plan
     free = needed.bytes_out + 600 * needed.tensors_out + (64 << 20) - written
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, free))

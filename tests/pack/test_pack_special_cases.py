@@ -8,7 +8,7 @@ import pytest
 import torch
 from pack_oracle import read
 
-from nemoquant.api import CalibrationOptions, quantize
+from nemoquant.api import RunOptions, quantize
 
 ZERO = {  # one of each kind
     "fp8": ["backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.shared_experts.down_proj"],
@@ -19,7 +19,7 @@ TINY = {"fp8": 447 * 2.0**-126, "nvfp4": 2687 * 2.0**-126, "zero": 0.0}
 
 
 def run(source, token_rows, tmp_path, preset="nvfp4", name="out"):
-    return quantize(source, tmp_path / name, preset, calibration=CalibrationOptions(data=token_rows, dtype="float32"), threads=1)
+    return quantize(source, tmp_path / name, preset, RunOptions(data=token_rows, dtype="float32", threads=1))
 
 
 @pytest.mark.parametrize("kind", ["zero", "tiny", "negative tiny"])

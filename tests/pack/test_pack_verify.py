@@ -5,13 +5,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from pack_oracle import PRESETS, read
 
-from nemoquant.api import CalibrationOptions, quantize, verify
+from nemoquant.api import RunOptions, plan, quantize, verify
 from nemoquant.checkpoint.manifest import FILE, file_sha256, write_manifest
 from nemoquant.cli import main
 
@@ -360,8 +361,10 @@ def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monke
     from nemoquant.errors import VerificationError
     from nemoquant.pack import write
 
-    monkeypatch.setattr(write, "input_scales", lambda plan, scales, warn: {r.module: np.float32(np.nan) for r in plan.quantized})
+    bad = {row.module: np.float32(np.nan) for row in plan(source, "fp8").quantized}
+    scales = write.activation_scales
+    monkeypatch.setattr(write, "activation_scales", lambda *given: replace(scales(*given), inputs=bad))
     with pytest.raises(VerificationError, match=r"what was written is not what was planned: .*out\.partial is kept") as error:
-        quantize(source, tmp_path / "out", "fp8", calibration=CalibrationOptions(data=token_rows), threads=1)
+        quantize(source, tmp_path / "out", "fp8", RunOptions(data=token_rows, threads=1))
     assert error.value.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "rows.npy", "source"]

@@ -10,13 +10,16 @@ import torch
 from click.testing import CliRunner
 
 from nemoquant import api
+from nemoquant.calibrate.batch import Batch
 from nemoquant.cli import main
 from nemoquant.cli.shared import Bytes
 from nemoquant.run import speeds
-from nemoquant.run.estimate import Budget, budget, estimate
+from nemoquant.run.budget import Budget, budget
+from nemoquant.run.estimate import estimate
 from nemoquant.run.speeds import Speeds
 from nemoquant.units import duration
 
+BATCH = Batch(8, 32, "float32")
 SPEEDS = Speeds(
     read=1e9,
     write=1e9,
@@ -38,13 +41,13 @@ def estimated(source, monkeypatch):
 
         from nemoquant.run import estimate as module
 
-        monkeypatch.setattr(module, "measure", lambda *arguments: replace(SPEEDS, **changes))
+        monkeypatch.setattr(module, "measure", lambda *arguments, **named: replace(SPEEDS, **changes))
         opened = api.open_source(source)
         with opened.checkpoint:
             plan = api.plan(source, preset)
-            shape = (8, 32) if plan.needs_calibration else None
-            chosen = Budget(10**9, {"mamba": 4, "moe": 8, "attention": 4, "mlp": 4} if shape else None, 6)
-            return estimate(opened.checkpoint, plan, source.parent, shape, "float32", chosen, threads), plan
+            batch = BATCH if plan.needs_calibration else None
+            chosen = Budget(10**9, {"mamba": 4, "moe": 8, "attention": 4, "mlp": 4} if batch else None, 6)
+            return estimate(opened.checkpoint, plan, source.parent, batch, chosen, threads=threads), plan
 
     return make
 
@@ -85,10 +88,10 @@ def test_disk_and_verify(estimated):
 
 
 def test_a_chosen_row_batch_is_kept(source):
-    plan = api.plan(source, "fp8")
-    assert budget(plan, None, 3, (8, 32), 2, 1).row_batch == 3
-    assert budget(plan, None, {"mamba": 1, "moe": 2, "attention": 3, "mlp": 4}, (8, 32), 2, 1).row_batch["moe"] == 2
-    assert budget(plan, None, None, None, 2, 1).row_batch is None
+    plan, given = api.plan(source, "fp8"), {"mamba": 1, "moe": 2, "attention": 3, "mlp": 4}
+    assert budget(plan, BATCH, memory=None, row_batch=3, threads=1).row_batch == 3
+    assert budget(plan, BATCH, memory=None, row_batch=given, threads=1).row_batch["moe"] == 2
+    assert budget(plan, None, memory=None, row_batch=None, threads=1).row_batch is None
 
 
 def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source, monkeypatch):
@@ -104,11 +107,11 @@ def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source,
     monkeypatch.setattr("nemoquant.run.compute_speeds.torch_device", lambda device: torch.device("cpu"))
     opened, plan = api.open_source(source), api.plan(source, "fp8")
     with opened.checkpoint:
-        found = speeds.measure(opened.checkpoint, plan, source.parent, 32, 4, "float32", 2, "cuda")
+        found = speeds.measure(opened.checkpoint, plan, source.parent, BATCH, row_batch=4, threads=2, device="cuda")
     assert asked == {"cuda"}
     largest = max(row.bytes_in for row in plan.quantized)
     assert 0 < max(found.encode.values()) <= largest / (2 * 0.01), "a thread's share: each waits for the other"
-    cpu, gpu = (budget(plan, None, None, None, 2, 3, device).memory for device in ("cpu", "cuda"))
+    cpu, gpu = (budget(plan, None, memory=None, row_batch=None, threads=3, device=device).memory for device in ("cpu", "cuda"))
     assert gpu - cpu == 3 * 3 * (8 << 20), "three threads: a chunk of 8 MiB, twice that as float32, and its codes"
 
 

@@ -27,7 +27,7 @@ def scan() -> Scan:
 def in_torch(given: Arrays, low: float = 0.0, high: float = np.inf) -> list[Array]:
     """The reference model's scan: float32 inside."""
     wide = [torch.from_numpy(given[name].astype(np.float32)) for name in ("x", "dt", "a", "b", "c", "d", "dt_bias", "state_in")]
-    return [value.numpy() for value in mamba2.scan(*wide[:7], (low, high), wide[7])]
+    return [value.numpy() for value in mamba2.scan(*wide[:6], dt_bias=wide[6], limit=(low, high), state=wide[7])]
 
 
 class Bound:

@@ -15,7 +15,7 @@ PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # that one fits Su
 def scales(tmp_path_factory):
     """Calibrated once: the file serves every recipe."""
     out = tmp_path_factory.mktemp("fp8") / "out"
-    nemoquant.quantize(DEMO, out, "fp8", calibration=nemoquant.CalibrationOptions(rows=16))
+    nemoquant.quantize(DEMO, out, "fp8", nemoquant.RunOptions(rows=16))
     return out / "nemoquant_scales.json"
 
 
@@ -23,7 +23,7 @@ def scales(tmp_path_factory):
 def test_preset(preset, scales, tmp_path):
     out = tmp_path / preset
     needed = nemoquant.plan(DEMO, preset).needs_calibration
-    result = nemoquant.quantize(DEMO, out, preset, calibration=nemoquant.CalibrationOptions(scales=scales) if needed else None)
+    result = nemoquant.quantize(DEMO, out, preset, nemoquant.RunOptions(scales=scales) if needed else None)
     assert result.warnings == []
     report = nemoquant.verify(out, against=DEMO)
     assert report["ok"] and not report["problems"] and not report["warnings"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemoquant.errors import CheckpointError, ConfigError, TensorTableError
-from nemoquant.sources.source import open_source
+from nemoquant.sources.source import BareConfig, Source, open_source
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def test_a_folder(source: Path) -> None:
     opened = open_source(source)
-    assert opened.checkpoint is not None
+    assert isinstance(opened, Source)
     assert {spec.name for spec in opened.table} == set(opened.checkpoint.tensors)
     assert opened.raw_config == json.loads((source / "config.json").read_text())
     assert {spec.dtype for spec in opened.table} == {"BF16", "F32"}
@@ -26,7 +26,7 @@ def test_a_folder(source: Path) -> None:
 
 def test_a_bare_config() -> None:
     opened = open_source(CONFIGS / "nano-30b-a3b.json")
-    assert opened.checkpoint is None
+    assert isinstance(opened, BareConfig)
     assert len(opened.table) == 6243
 
 
@@ -63,7 +63,7 @@ def test_already_quantized_by_its_legacy_file(source: Path) -> None:
 
 def test_a_null_quantization_config_is_none(source: Path) -> None:
     set_config(source, quantization_config=None)
-    assert open_source(source).checkpoint is not None
+    assert isinstance(open_source(source), Source)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.float64])

@@ -1,0 +1,91 @@
+"""How a run keeps below its memory: from the sizes of what it holds, rows at once and how far packing reads ahead.
+
+Memory is a promise: with ``--memory`` both are chosen to stay below it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemoquant.calibrate.batch import Batch, RowBatch, rows_of
+from nemoquant.checkpoint.background import DEPTH
+from nemoquant.errors import UsageError
+from nemoquant.formats import Device
+from nemoquant.pack.encode import CHUNK_BYTES
+from nemoquant.pack.workers import AHEAD
+from nemoquant.planning.plan import Plan
+from nemoquant.units import size
+
+DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
+BASE_STEP = 256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
+LANE = 3 * CHUNK_BYTES  # pinned for a thread that feeds a GPU: a chunk, as float32 if it is float16, and its codes
+PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and what became of it
+BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a run keeps below its memory.
+
+    Attributes:
+        memory: the most it should take, bytes, by what it holds at its worst moment.
+        row_batch: rows at once in calibration, of all layers or by kind; None where nothing is calibrated.
+        ahead: pieces that packing may have in work and waiting.
+    """
+
+    memory: int
+    row_batch: RowBatch | None
+    ahead: int
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of memory that this process has (``VmRSS``), or had at its peak (``VmHWM``)."""
+    with Path("/proc/self/status").open(encoding="ascii") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def budget(
+    plan: Plan, batch: Batch | None, *, memory: int | None, row_batch: RowBatch | None, threads: int, device: Device = "cpu"
+) -> Budget:
+    """Choose the row batch and how far to read ahead.
+
+    Args:
+        batch: all rows of the calibration, None where nothing is calibrated.
+        memory: bytes that must do, or None.
+        row_batch: one that was chosen already, or None.
+    Raises:
+        UsageError: ``memory`` is too little; says what is needed, and for what.
+    """
+    if batch is not None:
+        import torch  # noqa: F401  it belongs to what the process holds before it begins
+
+    held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
+    limit = memory or DEFAULT_MEMORY
+    waiting = pack_bytes(plan) + (threads * LANE if device == "cuda" else 0)
+    ahead = max(1, min(AHEAD * threads, (limit - held - waiting) // PIECE))
+    needed = {"packing": held + waiting + ahead * PIECE}
+    given = row_batch is not None
+    if batch is not None:
+        from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
+
+        weights = weight_bytes(plan.config, batch.item_size)
+        row_batch = row_batch or pick_row_batch(plan.config, batch, limit - held - weights)
+        for kind in sorted(set(plan.config.layers)):
+            part = batch.of(min(batch.rows, rows_of(row_batch, kind)))
+            what = f"{part.rows} calibration row{'s' * (part.rows > 1)} of {part.length} tokens in a layer of kind {kind}"
+            needed[what] = held + weights + batch_bytes(plan.config, kind, part)
+    most = max(needed, key=lambda what: needed[what])
+    if memory is not None and needed[most] > memory:
+        hint = ", or shorter rows" * (batch is not None) + ", or a smaller --row-batch" * (given and batch is not None)
+        raise UsageError(f"--memory is {size(memory)}, but {most} needs {size(needed[most])}; give more{hint}")
+    return Budget(needed[most], row_batch if batch else None, ahead)
+
+
+def pack_bytes(plan: Plan) -> int:
+    """What packing holds beside the plan and the pieces in work: pieces that wait to be hashed and written, one unit's block scales."""
+    blocks: dict[object, int] = {}  # of experts of a layer and projection together, else of a tensor
+    for row in plan.quantized:
+        scales = [math.prod(shape) for kind, _, shape in row.parts() if kind == "block_scales"]
+        unit = row.name if row.expert is None else (row.role, row.layer)
+        blocks[unit] = blocks.get(unit, 0) + sum(scales)
+    return 2 * DEPTH * CHUNK_BYTES // 2 + max(blocks.values(), default=0)

@@ -1,0 +1,59 @@
+"""The options of a run: one table says flag, default and what may change on resume; the command line and the state follow it."""
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from nemoquant.cli.quantize import command
+from nemoquant.errors import UsageError
+from nemoquant.run.options import DEFAULTS, OPTIONS, RunOptions
+
+
+def test_every_option_is_in_the_table():
+    assert set(OPTIONS) == {field.name for field in fields(RunOptions)} == set(DEFAULTS)
+    assert len({option.flag for option in OPTIONS.values()}) == len(OPTIONS)
+
+
+def test_the_command_line_has_each_of_them_by_its_flag_and_default():
+    given = {parameter.name: parameter for parameter in command.params}
+    for name, option in OPTIONS.items():
+        assert given[name].opts == [option.flag]
+    spelled = {"dtype": "auto", "shard_bytes": 5.0, "scale_groups": False, "resume": False}  # a flag's own spelling
+    for name, default in DEFAULTS.items():
+        assert given[name].default == spelled.get(name, default), name
+
+
+def test_they_are_frozen_and_go_by_their_names():
+    with pytest.raises(FrozenInstanceError):
+        RunOptions().rows = 3
+    with pytest.raises(TypeError):
+        RunOptions("text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rows": 0}, "rows is 0; expected at least 1"),
+        ({"seq_len": -1}, "seq_len is -1; expected at least 1"),
+        ({"memory": 0}, "memory is 0; expected at least 1"),
+        ({"row_batch": 0}, "row_batch is 0; expected at least 1"),
+        ({"threads": 0}, "threads is 0, shard_bytes 5000000000; expected at least 1 of each"),
+        ({"shard_bytes": 0}, "threads is None, shard_bytes 0; expected at least 1 of each"),
+        ({"device": "tpu"}, "device is 'tpu'; expected cpu or cuda"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
+        ({"engine": "spark"}, "engine is 'spark'; expected local or ray"),
+        ({"address": "auto"}, "an address (auto) goes with --engine ray only; give both, or neither"),
+        ({"engine": "ray", "device": "cuda"}, "engine ray computes on processors only, device is 'cuda'; expected cpu"),
+    ],
+)
+def test_what_no_run_can_be_told(options, says):
+    with pytest.raises(UsageError) as error:
+        RunOptions(**options)
+    assert str(error.value) == says
+
+
+def test_values_are_shown_as_the_command_line_spells_them():
+    assert OPTIONS["shard_bytes"].shown(5_000_000_000) == "5.0"
+    assert OPTIONS["scale_groups"].shown(True) == "False"
+    assert OPTIONS["row_batch"].shown({"mamba": 4, "moe": 2}) == "4 (mamba), 2 (moe)"
+    assert {option.shown(None) for option in OPTIONS.values()} == {"not given"}
