@@ -2,7 +2,7 @@
 
     python -m bench.gpu.check_ops OUT.json                 on a CUDA device
     python -m bench.gpu.check_ops OUT.json cpu             through the host build, an emulator; smaller sizes
-    python -m bench.gpu.check_ops OUT.json cpu --every 8   every eighth case of these
+    python -m bench.gpu.check_ops OUT.json cpu --every 12  every twelfth case of these
 
 NQ_HOST_LIB names libnemoquant_host.so: needed for cpu; on a device without it no bits are compared. The
 device's library is the one that nemoquant finds. After NQ_SECONDS (default 90) no new case starts. OUT.json

@@ -53,7 +53,9 @@ build() { # FOLDER OPTIONS...
 
 build "$work/sm90" --arch sm_90a || fail "the kernels were not built, see above"
 build "$work/sm90" --host || fail "the host build failed, see above"
-cp "$work"/sm90/lib*.so "$work"/sm90/build*.json "$made/"
+for name in libnemoquant_kernels.so build.json libnemoquant_host.so build_host.json; do
+    cp "$work/sm90/$name" "$made/"
+done
 nvcc -std=c++17 -O1 -gencode=arch=compute_90,code=sm_90 bench/gpu/runner.cu -I plugins -L "$made" \
     -lnemoquant_kernels -Xlinker "-rpath=\$ORIGIN" -o "$made/runner" ||
     fail "bench/gpu/runner.cu was not compiled, see above"
