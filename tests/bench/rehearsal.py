@@ -1,4 +1,4 @@
-"""Makes every row of bench_ops' wide table without a GPU: by the host build, with tiny models, without a clock.
+"""Every row of bench_ops' wide table without a GPU: by the host build, with tiny models, without a clock.
 
 python rehearsal.py LIBRARY OUT.json, in the root of the checkout. What is made for "cuda" is made on the CPU;
 of the calls that would be timed one runs, once.
