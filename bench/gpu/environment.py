@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,9 @@ MODULES = (
 
 def version(module: str) -> str:
     """Or "ok", where it has none."""
-    return str(getattr(importlib.import_module(module), "__version__", "ok"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of importing, and of asking for the version so
+        return str(getattr(importlib.import_module(module), "__version__", "ok"))
 
 
 def device() -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,91 @@ def test_prepare_without_python_or_compiler_says_so(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(fake)
     said = refused(["/usr/bin/bash", prepare, fake], PATH=str(tmp_path))
     assert said.startswith(f"prepare.sh: {fake} can't import pip; expected pip, torch, and the project")
+
+
+PYTHON = """#!/bin/bash
+# In the place of Python: builds and downloads make empty files; FAIL is a word of what fails.
+case "$*" in
+    *"${FAIL:-nothing of that name}"*) echo "no $FAIL" >&2; exit 1 ;;
+    *"plugins build"*)
+        while [ "$1" != --out ]; do shift; done
+        mkdir -p "$2"
+        touch "$2"/{libnemoquant_kernels.so,libnemoquant_host.so,build.json,build_host.json} ;;
+    *mamba-ssm*)
+        mkdir -p mamba_ssm-1/mamba_ssm/{ops/triton,utils}
+        touch mamba_ssm-1/mamba_ssm/utils/{determinism,torch}.py
+        touch mamba_ssm-1/mamba_ssm/ops/triton/{k_activations,layernorm_gated,selective_state_update}.py
+        touch mamba_ssm-1/mamba_ssm/ops/triton/{softplus,ssd_bmm,ssd_chunk_scan,ssd_chunk_state}.py
+        touch mamba_ssm-1/mamba_ssm/ops/triton/{ssd_combined,ssd_state_passing,not_taken}.py
+        tar czf mamba_ssm-1.tar.gz mamba_ssm-1
+        rm -r mamba_ssm-1 ;;
+    *"pip download"*)
+        while [ "$1" != -d ]; do shift; done
+        touch "$2/pydantic.whl" ;;
+esac
+"""
+NVCC = "#!/bin/bash\ntouch runner\nwhile [ $# -gt 1 ]; do shift; done\nmv runner $1\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that prepare.sh takes for the project; in its bin/ what stands for Python and nvcc."""
+    root = tmp_path / "checkout"
+    for name in ("bench/gpu/prepare.sh", "bench/gpu/all.sh", "plugins/CMakeLists.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    (root / "bin").mkdir()
+    for name, text in {"python": PYTHON, "nvcc": NVCC, "g++": "", "cmake": ""}.items():
+        (root / "bin" / name).write_text(text)
+        (root / "bin" / name).chmod(0o755)
+    return root
+
+
+def prepared(checkout: Path, fail: str = "") -> tuple[int, str, set[str]]:
+    """The exit code, what was said, and the files of .gpu/."""
+    done = run(["bash", checkout / "bench/gpu/prepare.sh", checkout / "bin/python"], FAIL=fail)
+    kit = checkout / ".gpu"
+    files = {str(path.relative_to(kit)) for path in kit.rglob("*") if path.is_file()}
+    return done.returncode, done.stderr, files
+
+
+def test_prepare_puts_everything_together_and_leaves_out_what_can_be_missing(checkout: Path) -> None:
+    """With tools in the place of the real ones: no compiler, no network."""
+    code, said, files = prepared(checkout)
+    assert (code, said) == (0, "")
+    libraries = {"libnemoquant_kernels.so", "libnemoquant_host.so", "build.json", "build_host.json", "runner"}
+    grouped = {"gemm/libnemoquant_kernels.so", "gemm/build.json"}
+    theirs = {name for name in files if name.startswith("mamba/")}
+    assert files - theirs == libraries | grouped | {"all.sh", "pydantic.whl"}
+    assert len(theirs) == 4 + 9 + 2  # __init__ files, kernels, what those import
+    assert not any("not_taken" in name for name in theirs)
+
+    code, said, files = prepared(checkout, "--gemm-arch")
+    assert code == 0
+    assert said.endswith("no library with CUTLASS's products, see above; all.sh leaves them out\n")
+    assert not files & grouped  # those of the run before are gone
+
+    code, said, files = prepared(checkout, "mamba-ssm")
+    assert code == 0
+    assert said.endswith("was not downloaded, see above; its times will be missing\n")
+    assert files == libraries | grouped | {"all.sh", "pydantic.whl"}
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [
+        ("--arch", "the kernels were not built"),
+        ("--host", "the host build failed"),
+        ("pydantic", "pydantic's wheels were not downloaded"),
+    ],
+)
+def test_prepare_keeps_what_it_made_before_where_it_fails(checkout: Path, fail: str, reason: str) -> None:
+    (checkout / ".gpu").mkdir()
+    (checkout / ".gpu/old").touch()
+    code, said, files = prepared(checkout, fail)
+    assert code == 2
+    assert f"prepare.sh: {reason}" in said
+    assert files == {"old"}
 
 
 def test_all_refuses_to_run_without_its_libraries() -> None:
