@@ -235,15 +235,15 @@ def test_prepare_without_python_or_compiler_says_so(tmp_path: Path) -> None:
         f"prepare.sh: {tmp_path}/none is not there; name a Python that has the project\n"
     )
     for name in ("bash", "dirname"):
-        (tmp_path / name).symlink_to(Path(f"/usr/bin/{name}"))
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
     fake = tmp_path / "python"
     fake.write_text("#!/bin/bash\nexit 1\n")
     fake.chmod(0o755)
-    said = refused(["/usr/bin/bash", prepare, fake], PATH=str(tmp_path))
+    said = refused([tmp_path / "bash", prepare, fake], PATH=str(tmp_path))
     assert said.startswith("prepare.sh: no nvcc on the PATH; expected the CUDA toolkit 12.8 or later")
     for name in ("nvcc", "g++", "cmake"):
         (tmp_path / name).symlink_to(fake)
-    said = refused(["/usr/bin/bash", prepare, fake], PATH=str(tmp_path))
+    said = refused([tmp_path / "bash", prepare, fake], PATH=str(tmp_path))
     assert said.startswith(f"prepare.sh: {fake} can't import pip; expected pip, torch, and the project")
 
 
