@@ -1,56 +1,145 @@
-"""What the benchmarks share: time by CUDA events, the device's limits, a row of the table."""
+"""What the timings share: time by CUDA events over captured graphs, the device's limits, a table of rows."""
 
-import ctypes
-from collections.abc import Callable
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-# Bytes that are written between calls, so that nothing is left in the L2 cache; meanwhile the host is ahead with the launch.
-FLUSH = 1 << 30
+CACHE = 256 << 20  # bytes that together no L2 cache holds
+SIDE = 8192  # of the product that gives a rate
+
+Call = Callable[[], object]
 
 
-def seconds(call: Callable[[], object], repeats: int = 50, warm: int = 10) -> float:
-    """The median time of a call on the device, its inputs not in the cache."""
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-    for _ in range(warm):
+def timed(calls: Sequence[Call], repeats: int = 15) -> float:
+    """Microseconds of one call: all of them captured in a graph, the median of its replays.
+
+    The calls should work on different memory, more than ``CACHE`` together: then neither launches nor the
+    cache flatter them.
+    """
+    for call in calls:
         call()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in pairs:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in pairs)
-    return times[len(times) // 2] / 1e3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(calls) * 1e3)
+    return statistics.median(times)
 
 
-def bandwidth() -> float:
-    """Bytes a second, from the memory's clock and width as the driver has them: two transfers a clock."""
-    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+@dataclass(frozen=True)
+class Limits:
+    """Of this device, measured: what floors are made of.
 
-    def attribute(number: int) -> int:
-        code = driver.cuDeviceGetAttribute(ctypes.byref(value), number, torch.cuda.current_device())
-        if code:
-            raise RuntimeError(f"cuDeviceGetAttribute({number}) gave error {code}")
-        return value.value
+    Attributes:
+        copy: bytes a second of a large copy, read and written.
+        products: operations a second of a large bf16 matrix product.
+        empty: microseconds of a kernel that does next to nothing.
+    """
 
-    clock = attribute(36)  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, kHz
-    width = attribute(37)  # CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, bits
-    return 2 * clock * 1e3 * width / 8
+    copy: float
+    products: float
+    empty: float
+
+    def floor(self, moved: float, operations: float = 0.0) -> float:
+        """Microseconds that bytes to be moved, or operations, take at least; the larger of both."""
+        return max(moved / self.copy, operations / self.products) * 1e6
+
+    def json(self) -> dict[str, float]:
+        return {
+            "copy_TB_s": round(self.copy / 1e12, 3),
+            "bf16_TFLOP_s": round(self.products / 1e12, 1),
+            "empty_kernel_us": round(self.empty, 2),
+        }
 
 
-def title(what: str) -> None:
-    """Device, versions and the head of the table, as bench/RESULTS.md keeps them."""
-    properties = torch.cuda.get_device_properties(0)
-    print(
-        f"{what} on {properties.name}, SM {properties.major}{properties.minor}, torch {torch.__version__}, CUDA {torch.version.cuda};"
-    )
-    print(f"memory {bandwidth() / 1e12:.2f} TB/s by its clock; medians of 50 calls by CUDA events, the L2 cache flushed\n")
+def measured_limits() -> Limits:
+    """Takes a few seconds and, for their time, 2 GB."""
+    one = torch.empty(1, device="cuda")
+    return Limits(_copy_rate(), _product_rate(), timed([one.zero_] * 20))
 
 
-def row(name: str, ours: float, floor: float, others: dict[str, float], bound: str = "") -> None:
-    """Microseconds: ours, the floor, what it is made of (``bound``) and its share, and others."""
-    rest = "".join(f", {other} {1e6 * time:.1f} us" for other, time in others.items())
-    made_of = f" by {bound}" if bound else ""
-    print(f"{name}: {1e6 * ours:.1f} us, floor {1e6 * floor:.1f} us{made_of} ({floor / ours:.0%}){rest}")
+def _copy_rate() -> float:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed([lambda: target.copy_(source)]) * 1e6
+
+
+def _product_rate() -> float:
+    a, b = (torch.randn(SIDE, SIDE, device="cuda").to(torch.bfloat16) for _ in range(2))
+    return 2 * SIDE**3 / timed([lambda: a @ b]) * 1e6
+
+
+def narrow_rate(kind: str) -> float:
+    """Operations a second of torch's product of fp8 (with fast sums) or fp4 (with block scales)."""
+    fast = kind == "fp8"
+    dtype, columns = (torch.float8_e4m3fn, SIDE) if fast else (torch.float4_e2m1fn_x2, SIDE // 2)
+    shape = (SIDE, columns)
+    a, b = (torch.randint(0, 0x50, shape, device="cuda", dtype=torch.uint8).view(dtype) for _ in range(2))
+    ones = torch.ones(() if fast else SIDE * SIDE // 16, device="cuda")
+    scale = ones if fast else ones.to(torch.float8_e4m3fn)
+
+    def product() -> object:
+        return torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    return 2 * SIDE**3 / timed([product]) * 1e6
+
+
+class Table:
+    """Rows, written after each, so that a crash leaves those before it."""
+
+    def __init__(self, out: Path, seconds: float) -> None:
+        """Measures the limits. ``seconds`` from now on the rest of the rows is listed as skipped."""
+        self.out, self.seconds = out, seconds
+        self.began = time.time()
+        self.limits = measured_limits()
+        self.rows: list[dict[str, Any]] = []
+
+    def elapsed(self) -> float:
+        return time.time() - self.began
+
+    def row(self, name: str, us: float, floor: float, **more: Any) -> None:
+        """Microseconds and the floor; ``more`` are others' times, or why there are none."""
+        rest = {key: round(value, 2) if isinstance(value, float) else value for key, value in more.items()}
+        ours = {"us": round(us, 2), "floor_us": round(floor, 2), "of_floor": round(floor / us, 3)}
+        self._add({"case": name, **ours, **rest})
+
+    def guarded(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What ``measure`` returns; None where it failed, or time is up, which becomes a row of its own."""
+        if self.elapsed() > self.seconds:
+            self._add({"case": name, "skipped": "time"})
+            return None
+        try:
+            return measure()
+        except Exception as error:
+            self._add({"case": name, "error": f"{type(error).__name__}: {error}"[:200]})
+            torch.cuda.synchronize()
+            return None
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.write()
+        print(json.dumps(row), flush=True)
+
+    def write(self) -> None:
+        found = {
+            "device": torch.cuda.get_device_name(),
+            "date": str(datetime.date.today()),
+            "limits": self.limits.json(),
+            "rows": self.rows,
+        }
+        self.out.write_text(json.dumps(found, indent=0))

@@ -1,0 +1,90 @@
+"""What the checks of operators share: a case, its errors and limits, and the run that writes them down."""
+
+import datetime
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
+
+Errors = list[tuple[str, float, float]]
+"""What was measured: a name, the error, the most that it may be. What must be equal has the error 0 or 1."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A check with a name. ``check`` makes its own tensors, so that a list of cases costs nothing."""
+
+    name: str
+    check: Callable[[], Errors]
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """By norms, in float64. NaN stays NaN, which is below no limit."""
+    found, exact = found.double(), exact.double()
+    return float((found - exact).norm() / exact.norm())
+
+
+def unequal(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """1 if any pair differs in a single value, else 0."""
+    return float(not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)))
+
+
+class Run:
+    """Runs cases in turn; results are written after each, so that a crash leaves those before it."""
+
+    def __init__(self, out: Path, device: str, seconds: float) -> None:
+        """
+        Args:
+            out: JSON, written anew after each case.
+            device: cuda or cpu.
+            seconds: when they are over, the rest is listed as not run.
+        """
+        self.out, self.device, self.seconds = out, device, seconds
+        self.began = time.time()
+        self.results: list[dict[str, Any]] = []
+
+    def elapsed(self) -> float:
+        return time.time() - self.began
+
+    def run(self, case: Case) -> None:
+        """One case. An error of the device ends the process, because every later call would get the same."""
+        if self.elapsed() > self.seconds:
+            self.results.append({"case": case.name, "ok": None, "why": "out of time"})
+            return
+        start = time.time()
+        row = self._row(case)
+        row["s"] = round(time.time() - start, 3)
+        self.results.append(row)
+        self.write()
+        if not row["ok"]:
+            print(json.dumps(row)[:400], flush=True)
+        if "CUDA error" in row.get("why", ""):
+            raise SystemExit(f"the device does not answer any more: {row['why']}")
+
+    def _row(self, case: Case) -> dict[str, Any]:
+        try:
+            errors = case.check()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"[:300]
+            return {"case": case.name, "ok": False, "why": why, "trace": traceback.format_exc()[-500:]}
+        shown = {name: [float(f"{value:.3e}"), float(f"{limit:.3e}")] for name, value, limit in errors}
+        return {"case": case.name, "ok": all(value <= limit for _, value, limit in errors), "errors": shown}
+
+    def write(self) -> None:
+        found = {"device": self.device, "date": str(datetime.date.today()), "results": self.results}
+        self.out.write_text(json.dumps(found, indent=0))
+
+    def bad(self) -> int:
+        """How many are not right; those that were not run count."""
+        return sum(not row["ok"] for row in self.results)
