@@ -188,9 +188,20 @@ def time_kernels(rows: Rows) -> None:
         bits = large[: blocks * 16]
         packed = torch.empty(blocks * 8, dtype=torch.uint8, device="cuda")
         scales = torch.empty(blocks, dtype=torch.uint8, device="cuda")
-        arguments = (bits, 16, onto, reached, by_code, packed, scales)
-        kernel = triton_kernels.nvfp4_encode_kernel
-        launch = partial(gpu._launch, kernel, blocks, 128, *arguments, METHOD=gpu._METHODS[method])
+        launch = partial(
+            gpu._launch,
+            triton_kernels.nvfp4_encode_kernel,
+            blocks,
+            128,
+            weight=bits,
+            shift=16,
+            onto=onto,
+            reached=reached,
+            scales=by_code,
+            packed=packed,
+            block_scales=scales,
+            METHOD=gpu._METHODS[method],
+        )
         launch()
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bench import checkpoints
-from nemoquant.api import CalibrationOptions, diff, quantize
+from nemoquant.api import RunOptions, diff, quantize
 
 DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
 T = TypeVar("T")
@@ -84,13 +84,13 @@ def check_demo(steps: Steps, work: Path, device: str) -> None:
     for recipe in ("nvfp4", "fp8"):
         outputs = [work / f"demo-{recipe}-{number}" for number in range(2)]
         for output, where in zip(outputs, ("cpu", device), strict=True):
-            rows = CalibrationOptions(rows=8, seq_len=256, device=where, dtype="float32")
-            run = partial(quantize, DEMO, output, recipe, calibration=rows, threads=8)
+            options = RunOptions(rows=8, seq_len=256, device=where, dtype="float32", threads=8)
+            run = partial(quantize, DEMO, output, recipe, options)
             steps.timed(f"demo {recipe} {where}", run)
-        scales = CalibrationOptions(scales=outputs[0] / "nemoquant_scales.json", device=device)
+        options = RunOptions(scales=outputs[0] / "nemoquant_scales.json", device=device, threads=8)
         given = work / f"given-{recipe}"
         what = f"demo {recipe}, scales of the CPU, packed on {device}"
-        if steps.timed(what, partial(quantize, DEMO, given, recipe, calibration=scales, threads=8)):
+        if steps.timed(what, partial(quantize, DEMO, given, recipe, options)):
             steps.same_bytes(f"demo {recipe}: same bytes", outputs[0], given)
         for where in dict.fromkeys(("cpu", device)):
             compare = partial(diff, DEMO, outputs, rows=4, seq_len=256, card=False, device=where)
@@ -128,11 +128,10 @@ def check_large(steps: Steps, folder: Path, device: str) -> None:
     steps.note(size_GB=round(sum(path.stat().st_size for path in source.iterdir()) / 1e9, 2))
     outputs, rows = [folder / "out0", folder / "out1"], folder / "rows.npy"
     for output, where in zip(outputs, ("cpu", device), strict=True):
-        calibration = CalibrationOptions(data=rows, device=where)
-        run = partial(quantize, source, output, "nvfp4", calibration=calibration, threads=12)
+        run = partial(quantize, source, output, "nvfp4", RunOptions(data=rows, device=where, threads=12))
         steps.timed(f"mid nvfp4 {where}: calibrated and packed", run)
-    scales = CalibrationOptions(scales=outputs[0] / "nemoquant_scales.json", device=device)
-    run = partial(quantize, source, folder / "given", "nvfp4", calibration=scales, threads=12)
+    options = RunOptions(scales=outputs[0] / "nemoquant_scales.json", device=device, threads=12)
+    run = partial(quantize, source, folder / "given", "nvfp4", options)
     if steps.timed("mid nvfp4: scales of the CPU, packed on the other", run):
         steps.same_bytes("mid: same bytes", outputs[0], folder / "given")
     for where in dict.fromkeys(("cpu", device)):

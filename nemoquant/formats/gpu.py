@@ -178,7 +178,10 @@ _launching = threading.Lock()  # the first launch compiles, and the interpreter 
 
 
 def _launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
-    """``lanes`` of ``count`` a program, arguments by the kernel's names; never with fused multiply-add, which would round once where the definitions round twice."""
+    """``lanes`` of ``count`` a program, arguments by the kernel's names.
+
+    Never with fused multiply-add, which would round once where the definitions round twice.
+    """
     if count:
         with _launching:
             kernel[(-(-count // lanes),)](**arguments, count=count, LANES=lanes, enable_fp_fusion=False)
