@@ -196,7 +196,7 @@ class Builder:
         return self.weights.plain(mixer + name)
 
     def need(self, name: str) -> None:
-        if name == "nvfp4" and self.dialect.name == "onnxruntime":
+        if name == "nvfp4" and self.dialect.rounds_nvfp4_inputs:
             self.function("nvfp4", ops.nvfp4_dynamic_quant_dequant)
 
     def function(self, key: str, make: Callable[[], ir.Function | None]) -> None:

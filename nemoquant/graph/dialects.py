@@ -50,6 +50,8 @@ class Dialect:
     fp8_caches = False
     one_input_scale = False  # of all experts of a layer and projection
     has_plugins = False  # kernels of ours: the operators need no body
+    rounds_nvfp4_inputs = True  # by a function of ours; else the runtime has an operator for it
+    limit = ", its CPU kernels multiply no bfloat16"  # of what it computes in, for messages
 
     def compute(self, name: str) -> ir.DataType:
         """The dtype of a ``--compute`` option.
@@ -59,8 +61,7 @@ class Dialect:
         """
         if name not in self.computes:
             raise UsageError(
-                f"--compute {name}: the {self.name} dialect computes in {' or '.join(self.computes)}"
-                + (", its CPU kernels multiply no bfloat16" if self.name == "onnxruntime" else "")
+                f"--compute {name}: the {self.name} dialect computes in {' or '.join(self.computes)}{self.limit}"
             )
         return COMPUTE[name]
 
@@ -181,6 +182,8 @@ class TensorRTRTX(Dialect):
     """Strongly typed: FP4 and FP8 tensors as such."""
 
     name = "tensorrt_rtx"
+    rounds_nvfp4_inputs = False
+    limit = ""
     computes = ("bfloat16", "float16", "float32")
     fp8_caches = True
     one_input_scale = True  # TRT_FP4DynamicQuantize takes only a scalar that is an initializer
