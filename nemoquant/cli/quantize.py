@@ -21,7 +21,7 @@ from nemoquant.cli.shared import (
     run_option,
 )
 from nemoquant.errors import UsageError
-from nemoquant.run.options import DEFAULTS, OPTIONS, RunOptions
+from nemoquant.run.options import OPTIONS, RunOptions
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 @run_option(
     "shard_bytes",
     type=click.FloatRange(min=0.000001),
-    default=DEFAULTS["shard_bytes"] / 1e9,
+    default=OPTIONS["shard_bytes"].default / 1e9,
     callback=lambda context, parameter, gigabytes: int(gigabytes * 1e9),
     show_default=True,
     help="Largest output file, in GB.",

@@ -13,7 +13,7 @@ import click
 
 from nemoquant.errors import UsageError
 from nemoquant.progress import Progress, no_progress
-from nemoquant.run.options import DEFAULTS, OPTIONS
+from nemoquant.run.options import OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
@@ -33,7 +33,8 @@ def loading() -> Iterator[None]:
 
 def run_option(name: str, **settings: Any) -> Callable[[F], F]:
     """The click option of a field of ``RunOptions``, with the flag and default of its table; ``settings`` are click's."""
-    return click.option(OPTIONS[name].flag, name, **({"default": DEFAULTS[name]} | settings))
+    option = OPTIONS[name]
+    return click.option(option.flag, name, **({"default": option.default} | settings))
 
 
 def dtype_of(context: click.Context, parameter: click.Parameter, value: str) -> str | None:  # noqa: ARG001  click's callback

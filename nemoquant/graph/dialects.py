@@ -60,9 +60,7 @@ class Dialect:
             UsageError: this dialect does not compute in it.
         """
         if name not in self.computes:
-            raise UsageError(
-                f"--compute {name}: the {self.name} dialect computes in {' or '.join(self.computes)}{self.limit}"
-            )
+            raise UsageError(f"--compute {name}: the {self.name} dialect computes in {' or '.join(self.computes)}{self.limit}")
         return COMPUTE[name]
 
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:

@@ -88,32 +88,34 @@ class Option:
     """One option.
 
     Attributes:
+        default: of the field.
         flag: its name on the command line.
         resume: whether it may be another one when a run is continued: never, once calibration is over, or always.
         shown: its value in a message, as the command line spells it.
     """
 
+    default: Any
     flag: str
     resume: Resume
     shown: Callable[[Any], str] = shown
 
 
+_ROWS: dict[str, tuple[Any, ...]] = {
+    "data": ("--calib", "fixed"),
+    "rows": ("--rows", "fixed"),  # `data` stands for both: it is the tokens that must be the same
+    "seq_len": ("--seq-len", "fixed"),
+    "scales": ("--scales", "fixed"),
+    "device": ("--device", "once calibrated"),
+    "dtype": ("--compute", "fixed"),
+    "row_batch": ("--row-batch", "fixed"),  # what was chosen, given or not
+    "memory": ("--memory", "free"),
+    "threads": ("--threads", "once calibrated"),
+    "shard_bytes": ("--shard-size", "fixed", lambda value: shown(value if value is None else value / 1e9)),
+    "scale_groups": ("--no-scale-groups", "fixed", lambda value: shown(value if value is None else not value)),
+    "engine": ("--engine", "free"),  # what it changes shows in `threads` and `row_batch`
+    "address": ("--address", "free"),
+    "resume": ("--resume", "free"),
+}
 OPTIONS: Mapping[str, Option] = MappingProxyType(
-    {
-        "data": Option("--calib", "fixed"),
-        "rows": Option("--rows", "fixed"),  # `data` stands for both: it is the tokens that must be the same
-        "seq_len": Option("--seq-len", "fixed"),
-        "scales": Option("--scales", "fixed"),
-        "device": Option("--device", "once calibrated"),
-        "dtype": Option("--compute", "fixed"),
-        "row_batch": Option("--row-batch", "fixed"),  # what was chosen, given or not
-        "memory": Option("--memory", "free"),
-        "threads": Option("--threads", "once calibrated"),
-        "shard_bytes": Option("--shard-size", "fixed", lambda value: shown(value if value is None else value / 1e9)),
-        "scale_groups": Option("--no-scale-groups", "fixed", lambda value: shown(value if value is None else not value)),
-        "engine": Option("--engine", "free"),  # what it changes shows in `threads` and `row_batch`
-        "address": Option("--address", "free"),
-        "resume": Option("--resume", "free"),
-    }
+    {field.name: Option(field.default, *_ROWS[field.name]) for field in fields(RunOptions)}
 )
-DEFAULTS: Mapping[str, Any] = MappingProxyType({field.name: field.default for field in fields(RunOptions)})
