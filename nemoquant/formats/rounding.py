@@ -3,12 +3,8 @@
 A weight enters every kernel as bit patterns and a shift: ``bits << shift`` are the bits of the float32 value, with shift 16 for
 bf16 (uint16) and 0 for float32 (uint32). So one kernel serves both, and no float copy of a tensor is made.
 
-Two traps of numba, for whoever edits a kernel:
-
-* uint32 (op) uint32 and float32 (op) Python number are 64 bits wide. Every constant has its own ``np.float32(...)`` or
-  ``np.uint32(...)``, and every integer result is cut back, or results stop being fp32 (and loops stop being vectors).
-* Its cache on disk watches only the file a kernel stands in, not the files of the functions it calls. After editing a helper
-  that another file calls, delete ``nemoquant/formats/__pycache__``.
+A trap of numba, for whoever edits a kernel: uint32 (op) uint32 and float32 (op) Python number are 64 bits wide. Every constant has its own
+``np.float32(...)`` or ``np.uint32(...)``, and every integer result is cut back, or results stop being fp32 (and loops stop being vectors).
 """
 
 from collections.abc import Callable
@@ -17,6 +13,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from nemoquant.formats.kernel_cache import keep
 
 Codes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -29,12 +27,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def kernel(function: F) -> F:
     """Compile for the CPU: no GIL, sums in their order, and x / 0 is Inf or NaN as in numpy (a check would break up vectors)."""
-    return cast(F, numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")(function))
+    return cast(F, keep(numba.njit(nogil=True, fastmath=False, error_model="numpy")(function)))
 
 
 def estimate(function: F) -> F:
     """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to keep within a bound."""
-    return cast(F, numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(function))
+    return cast(F, keep(numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(function)))
 
 
 @kernel
