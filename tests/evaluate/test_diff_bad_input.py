@@ -553,7 +553,7 @@ def test_an_interrupt_changes_nothing(at, source, quantized, tmp_path, refused, 
             raise KeyboardInterrupt
 
     real = work.diff
-    monkeypatch.setattr(work, "diff", lambda source, sides, rows, cache, *_: real(source, sides, rows, cache, stop))
+    monkeypatch.setattr(work, "diff", lambda source, sides, rows, cache, *_, **__: real(source, sides, rows, cache, stop))
     out = quantized("fp8")
     files = ["--json", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--reference-cache", tmp_path / "cache"]
     if at == 8:
