@@ -1,7 +1,9 @@
-"""Makes the checkpoints that the other benchmarks quantize: random bf16 weights, published names, one tensor in memory at a time.
+"""Makes the checkpoints that the other benchmarks quantize: random bf16 weights, published names, one tensor
+in memory at a time.
 
-python -m bench.checkpoints OUT                          `mid`: 0.73 B parameters, 1.6 GB, one layer kind after the other
-python -m bench.checkpoints OUT --size super --layers 4  four MoE layers as large as Super's, 5.6 GB each, with a small vocabulary
+python -m bench.checkpoints OUT            `mid`: 0.73 B parameters, 1.6 GB, one layer kind after the other
+python -m bench.checkpoints OUT --size super --layers 4
+                                           four MoE layers as large as Super's, 5.6 GB each
 """
 
 import argparse
@@ -19,29 +21,66 @@ SHARD_BYTES = 2 << 30
 CHUNK = 1 << 22  # elements
 
 MID: dict[str, Any] = {
-    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16", "tie_word_embeddings": False,
-    "hybrid_override_pattern": "MEM*EMEME", "num_hidden_layers": 9, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096,
-    "layer_norm_epsilon": 1e-5, "max_position_embeddings": 4096, "mlp_hidden_act": "relu2",
-    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64,
-    "mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4, "chunk_size": 128, "use_conv_bias": True,
-    "time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 0.0001, "time_step_limit": [0.0, {"__float__": "Infinity"}],
-    "n_routed_experts": 128, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_latent_size": 512, "moe_intermediate_size": 1344,
-    "moe_shared_expert_intermediate_size": 2688, "routed_scaling_factor": 5.0, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
-    "num_nextn_predict_layers": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "hybrid_override_pattern": "MEM*EMEME",
+    "num_hidden_layers": 9,
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 4096,
+    "mlp_hidden_act": "relu2",
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "use_conv_bias": True,
+    "time_step_min": 0.001,
+    "time_step_max": 0.1,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "moe_latent_size": 512,
+    "moe_intermediate_size": 1344,
+    "moe_shared_expert_intermediate_size": 2688,
+    "routed_scaling_factor": 5.0,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def config(size: str, layers: int | None = None) -> dict[str, Any]:
-    """The config of ``mid``, or of that many MoE layers of Super's with 1,024 tokens of vocabulary and no MTP module."""
+    """The config of ``mid``, or of that many MoE layers of Super's with 1,024 tokens of vocabulary and no MTP
+    module."""
     if size == "mid":
         return MID
     raw: dict[str, Any] = json.loads(SUPER.read_text())
     raw.pop("layers_block_type", None)
     count = layers or 1
     return raw | {
-        "hybrid_override_pattern": "E" * count, "num_hidden_layers": count, "vocab_size": 1024, "num_nextn_predict_layers": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "hybrid_override_pattern": "E" * count,
+        "num_hidden_layers": count,
+        "vocab_size": 1024,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
 
 
 def _size(spec: TensorSpec) -> int:
@@ -49,7 +88,8 @@ def _size(spec: TensorSpec) -> int:
 
 
 def _write(file: BinaryIO, spec: TensorSpec, pool: np.ndarray, rng: np.random.Generator) -> None:
-    """Normal weights scaled by fan-in from a pool of random numbers; what parametrizes the SSM near its usual values."""
+    """Normal weights scaled by fan-in from a pool of random numbers; what parametrizes the SSM near its usual
+    values."""
     count, scale, offset = int(np.prod(spec.shape)), spec.shape[-1] ** -0.5, 0.0
     if spec.role.endswith("norm"):
         scale, offset = 0.1, 1.0
@@ -61,7 +101,9 @@ def _write(file: BinaryIO, spec: TensorSpec, pool: np.ndarray, rng: np.random.Ge
         length = min(CHUNK, count - start)
         shift = int(rng.integers(len(pool) - length + 1))
         values = pool[shift : shift + length] * np.float32(scale) + np.float32(offset)
-        file.write((values if spec.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes())
+        file.write(
+            (values if spec.dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)).tobytes()
+        )
 
 
 def make(out: Path, raw: dict[str, Any], seed: int = 1) -> int:
@@ -102,7 +144,9 @@ def make(out: Path, raw: dict[str, Any], seed: int = 1) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=["mid", "super"], default="mid")
     parser.add_argument("--layers", type=int, default=1, help="MoE layers of size super")

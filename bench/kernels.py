@@ -2,9 +2,10 @@
 
     python -m bench.kernels [--json FILE] [--repeat N] [--device cuda] [--peers]
 
-Every figure is the best of several, by the CPU time of the thread (on a GPU by wall time, copies there and back included), and counts
-the bytes of the bf16 weight, 2 an element, whether they are read (encode) or stand for what is written (decode). `--peers`
-adds torch's straight loop over all block scales, and Model Optimizer's `NVFP4QTensor.quantize` where it is installed.
+Every figure is the best of several, by the CPU time of the thread (on a GPU by wall time, copies there and
+back included), and counts the bytes of the bf16 weight, 2 an element, whether they are read (encode) or stand
+for what is written (decode). `--peers` adds torch's straight loop over all block scales, and Model
+Optimizer's `NVFP4QTensor.quantize` where it is installed.
 """
 
 import argparse
@@ -36,7 +37,8 @@ def best(function: Callable[[], object], repeat: int, clock: Callable[[], float]
 
 
 def memory(repeat: int) -> dict[str, float]:
-    """This machine's speed for one thread, in bytes of the source: a copy of what no cache holds, and a sum over it."""
+    """This machine's speed for one thread, in bytes of the source: a copy of what no cache holds, and a sum
+    over it."""
     source = np.ones(LARGE // 8, np.uint64)
     target = np.empty_like(source)
     return {
@@ -46,7 +48,9 @@ def memory(repeat: int) -> dict[str, float]:
 
 
 def kernels(repeat: int, device: str) -> dict[str, float]:
-    weight = (np.random.default_rng(0).standard_normal(SHAPE, np.float32) * np.float32(0.02)).view(np.uint32) >> 16
+    weight = (np.random.default_rng(0).standard_normal(SHAPE, np.float32) * np.float32(0.02)).view(
+        np.uint32
+    ) >> 16
     weight = weight.astype(np.uint16)
     largest = amax(weight)
     clock = time.thread_time if device == "cpu" else time.perf_counter
@@ -60,21 +64,34 @@ def kernels(repeat: int, device: str) -> dict[str, float]:
     }
     for method in ("max", "four_over_six", "mse"):
         block_scale = nvfp4.global_decode_scale(largest, method)
-        calls[f"NVFP4 encode, {method}"] = lambda m=method, s=block_scale: nvfp4.encode(weight, s, m, blocks, device)
-    calls["NVFP4 decode"] = lambda: nvfp4.decode(*blocks, nvfp4.global_decode_scale(largest, "mse"), values, device)
+        calls[f"NVFP4 encode, {method}"] = lambda m=method, s=block_scale: nvfp4.encode(
+            weight, s, m, blocks, device
+        )
+    calls["NVFP4 decode"] = lambda: nvfp4.decode(
+        *blocks, nvfp4.global_decode_scale(largest, "mse"), values, device
+    )
     return {name: weight.nbytes / best(call, repeat, clock) / 1e9 for name, call in calls.items()}
 
 
 def torch_loop(weight: np.ndarray, global_scale: np.float32) -> np.ndarray:
-    """Method mse as one would write it in torch: all candidates, one after the other. Returns the block scales' codes."""
+    """Method mse as one would write it in torch: all candidates, one after the other. Returns the block
+    scales' codes."""
     import torch
 
     blocks = (torch.from_numpy(weight.astype(np.int32)) << 16).view(torch.float32).abs().view(-1, 16)
-    midpoints, values = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]), torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6.0])
-    least, chosen = torch.full((len(blocks),), torch.inf, dtype=torch.float64), torch.ones(len(blocks), dtype=torch.uint8)
+    midpoints, values = (
+        torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]),
+        torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6.0]),
+    )
+    least, chosen = (
+        torch.full((len(blocks),), torch.inf, dtype=torch.float64),
+        torch.ones(len(blocks), dtype=torch.uint8),
+    )
     for code in range(1, 127):
         scale = torch.tensor(e4m3.VALUES[code] * global_scale)
-        decoded = values[torch.bucketize(blocks / scale, midpoints)].double() * scale.double()  # ties not to even: for time alone
+        decoded = (
+            values[torch.bucketize(blocks / scale, midpoints)].double() * scale.double()
+        )  # ties not to even: for time alone
         error = ((blocks.double() - decoded) ** 2).sum(1)
         better = error < least
         least, chosen = torch.where(better, error, least), torch.where(better, code, chosen)
@@ -89,13 +106,17 @@ def peers() -> dict[str, float]:
     bits = weight.view(torch.int16).numpy().view(np.uint16)
     scale = nvfp4.global_decode_scale(amax(bits))
     rows = bits[: SHAPE[0] // 8]
-    found = {"torch, loop over all block scales": rows.nbytes / best(lambda: torch_loop(rows, scale), 2) / 1e9}
+    found = {
+        "torch, loop over all block scales": rows.nbytes / best(lambda: torch_loop(rows, scale), 2) / 1e9
+    }
     try:
         from modelopt.torch.quantization.qtensor import NVFP4QTensor
     except ImportError:
         print("Model Optimizer is not installed here: left out", file=sys.stderr)
     else:
-        found["Model Optimizer, NVFP4QTensor.quantize"] = bits.nbytes / best(lambda: NVFP4QTensor.quantize(weight, 16), 5) / 1e9
+        found["Model Optimizer, NVFP4QTensor.quantize"] = (
+            bits.nbytes / best(lambda: NVFP4QTensor.quantize(weight, 16), 5) / 1e9
+        )
     return found
 
 
@@ -103,12 +124,16 @@ def table(results: dict[str, dict[str, float]]) -> str:
     limits = results["memory"]
     lines = ["| kernel | GB/s of bf16 | of copy | of read |", "|---|---|---|---|"]
     for name, speed in [pair for group in results.values() for pair in group.items()]:
-        lines.append(f"| {name} | {speed:.3g} | {speed / limits['copy']:.2f} | {speed / limits['read']:.2f} |")
+        lines.append(
+            f"| {name} | {speed:.3g} | {speed / limits['copy']:.2f} | {speed / limits['read']:.2f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -119,7 +144,10 @@ def main() -> None:
         results["peers"] = peers()
     if args.json:
         args.json.write_text(
-            json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "device": args.device} | results, indent=1)
+            json.dumps(
+                {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "device": args.device} | results,
+                indent=1,
+            )
         )
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}, device {args.device}, one thread\n\n{table(results)}")
 

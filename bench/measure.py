@@ -1,4 +1,5 @@
-"""Runs a command and measures it: wall, CPU and peak memory. Imports nothing large, because a child's peak begins at its parent's."""
+"""Runs a command and measures it: wall, CPU and peak memory. Imports nothing large, because a child's peak
+begins at its parent's."""
 
 import os
 import platform
@@ -47,7 +48,9 @@ def _resident(pid: int) -> tuple[int, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0, 0
-    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS:", "RssAnon:"))}
+    fields = {
+        line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS:", "RssAnon:"))
+    }
     return int(fields.get("VmRSS", 0)) * 1024, int(fields.get("RssAnon", 0)) * 1024
 
 
@@ -70,12 +73,17 @@ def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{tail}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, tree / 1e9, anonymous / 1e9)
+    return Cost(
+        wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, tree / 1e9, anonymous / 1e9
+    )
 
 
 def machine() -> str:
     """CPU, cores, memory: a line for the results."""
     info = Path("/proc/cpuinfo").read_text()
-    name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GB of memory, Python {platform.python_version()}"

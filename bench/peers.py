@@ -1,10 +1,13 @@
-"""nemoquant and its peers on the same checkpoint, in turn, several rounds: medians and ratios as a Markdown table.
+"""nemoquant and its peers on the same checkpoint, in turn, several rounds: medians and ratios as a Markdown
+table.
 
-    python -m bench.peers --work DIR --modelopt PYTHON --llmcompressor PYTHON [--rounds 3] [--jobs fp8 nvfp4 ...]
+    python -m bench.peers --work DIR --modelopt PYTHON --llmcompressor PYTHON [--rounds 3] [--jobs fp8 nvfp4
+    ...]
 
-PYTHON is the interpreter of an environment in which that peer is installed; without one its jobs are measured for nemoquant alone. What has been
-measured stays in DIR/peers.json: run the same command again to go on where it was stopped; `--fresh` begins anew.
-Every job is a whole process, from the start of the interpreter to the last byte written; nemoquant's verify included.
+PYTHON is the interpreter of an environment in which that peer is installed; without one its jobs are measured
+for nemoquant alone. What has been measured stays in DIR/peers.json: run the same command again to go on where
+it was stopped; `--fresh` begins anew. Every job is a whole process, from the start of the interpreter to the
+last byte written; nemoquant's verify included.
 """
 
 import argparse
@@ -26,10 +29,28 @@ PEERS = Path(__file__).parent / "peer"
 # job: (our recipe, calibrated, peer, its argument, what it is)
 JOBS: dict[str, tuple[str, bool, str, str, str]] = {
     "fp8": ("fp8", True, "modelopt", "MAMBA_MOE_FP8_AGGRESSIVE_CFG", "FP8, calibrated on 4 x 512 tokens"),
-    "nvfp4": ("nvfp4", True, "modelopt", "MAMBA_MOE_NVFP4_CONSERVATIVE_CFG", "NVFP4 (`max`), calibrated on 4 x 512 tokens"),
-    "nvfp4-mse": (str(RECIPES / "nvfp4-mse.yaml"), True, "ours", "nvfp4", "NVFP4 (`mse`), against our own `max`"),
+    "nvfp4": (
+        "nvfp4",
+        True,
+        "modelopt",
+        "MAMBA_MOE_NVFP4_CONSERVATIVE_CFG",
+        "NVFP4 (`max`), calibrated on 4 x 512 tokens",
+    ),
+    "nvfp4-mse": (
+        str(RECIPES / "nvfp4-mse.yaml"),
+        True,
+        "ours",
+        "nvfp4",
+        "NVFP4 (`mse`), against our own `max`",
+    ),
     "w4a16": ("nvfp4-w4a16", False, "llmcompressor", "NVFP4A16", "NVFP4 W4A16, no calibration"),
-    "fp8-weights": ("fp8", False, "llmcompressor", "FP8_DYNAMIC", "FP8 weights, no calibration (ours: scales of an earlier run)"),
+    "fp8-weights": (
+        "fp8",
+        False,
+        "llmcompressor",
+        "FP8_DYNAMIC",
+        "FP8 weights, no calibration (ours: scales of an earlier run)",
+    ),
 }
 
 
@@ -50,8 +71,12 @@ def prepare(work: Path) -> None:
     if (work / "mid").exists() and (work / "rows.npy").exists():
         return
     shutil.rmtree(work / "mid", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "bench.checkpoints", str(work / "mid")], check=True, stdout=subprocess.DEVNULL)
-    rows = "import numpy, sys; numpy.save(sys.argv[1], numpy.random.default_rng(0).integers(0, 8192, (4, 512)))"
+    subprocess.run(
+        [sys.executable, "-m", "bench.checkpoints", str(work / "mid")], check=True, stdout=subprocess.DEVNULL
+    )
+    rows = (
+        "import numpy, sys; numpy.save(sys.argv[1], numpy.random.default_rng(0).integers(0, 8192, (4, 512)))"
+    )
     subprocess.run([sys.executable, "-c", rows, str(work / "rows.npy")], check=True)
 
 
@@ -76,7 +101,8 @@ def commands(args: argparse.Namespace, job: str, out: Path) -> dict[str, list[st
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Medians of all rounds."""
     lines = [
-        "| job | rounds | nemoquant | peer | ratio | nemoquant's CPU time | peer's | peak memory, nemoquant | peer | ratio |",
+        "| job | rounds | nemoquant | peer | ratio | nemoquant's CPU time | peer's | peak memory, nemoquant "
+        "| peer | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for job, (*_, what) in JOBS.items():
@@ -87,7 +113,12 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         cells = [what, str(len(mine)), f"{a['wall']:.1f} s"]
         if peer:
             b = {key: median(cost[key] for cost in peer) for key in peer[0]}
-            cells += [f"{b['wall']:.1f} s", f"{b['wall'] / a['wall']:.2f}", f"{a['cpu']:.1f} s", f"{b['cpu']:.1f} s"]
+            cells += [
+                f"{b['wall']:.1f} s",
+                f"{b['wall'] / a['wall']:.2f}",
+                f"{a['cpu']:.1f} s",
+                f"{b['cpu']:.1f} s",
+            ]
             cells += [f"{a['peak']:.2f} GB", f"{b['peak']:.2f} GB", f"{a['peak'] / b['peak']:.2f}"]
         else:
             cells += ["", "", f"{a['cpu']:.1f} s", "", f"{a['peak']:.2f} GB", "", ""]
@@ -96,8 +127,12 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint, outputs and results; needs 5 GB")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the checkpoint, outputs and results; needs 5 GB"
+    )
     parser.add_argument("--modelopt", metavar="PYTHON")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=3)
@@ -107,7 +142,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     prepare(args.work)
     store = args.work / "peers.json"
-    results: dict[str, list[dict[str, Any]]] = json.loads(store.read_text()) if store.exists() and not args.fresh else {}
+    results: dict[str, list[dict[str, Any]]] = (
+        json.loads(store.read_text()) if store.exists() and not args.fresh else {}
+    )
     for number in range(args.rounds):
         for job in args.jobs:
             out = args.work / "out"
@@ -123,7 +160,11 @@ def main() -> None:
                 cost = run(command, args.work / f"{job}-{who}.log")
                 done.append(cost.json())
                 store.write_text(json.dumps(results, indent=1))
-                print(f"round {number + 1}, {job}, {who}: {cost.wall:.1f} s, {cost.peak:.2f} GB", file=sys.stderr, flush=True)
+                print(
+                    f"round {number + 1}, {job}, {who}: {cost.wall:.1f} s, {cost.peak:.2f} GB",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 shutil.rmtree(out, ignore_errors=True)
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}\n\n{table(results)}")
 

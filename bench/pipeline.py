@@ -1,9 +1,11 @@
-"""Whether packing waits for the slowest of its steps alone: a packing run against read, encode, hash and write, each by itself.
+"""Whether packing waits for the slowest of its steps alone: a packing run against read, encode, hash and
+write, each by itself.
 
     python -m bench.pipeline --work DIR [--rounds 3] [--recipe nvfp4-w4a16]
 
-Uses (or makes) DIR/mid, the checkpoint of `bench.peers`, in the page cache for all of them. The run's time is what `quantize` reports for its
-stage `pack`: hashing included, verify not. Encoding has as many threads as the run; the others one.
+Uses (or makes) DIR/mid, the checkpoint of `bench.peers`, in the page cache for all of them. The run's time is
+what `quantize` reports for its stage `pack`: hashing included, verify not. Encoding has as many threads as
+the run; the others one.
 """
 
 import argparse
@@ -64,7 +66,9 @@ def digest(size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--recipe", default="nvfp4-w4a16", help="one that needs no calibration")
@@ -81,7 +85,10 @@ def main() -> None:
         for folder in (out, out.with_name("out.partial")):
             shutil.rmtree(folder, ignore_errors=True)
         os.sync()
-        run([sys.executable, "-m", "nemoquant", "quantize", str(source), str(out), "--recipe", args.recipe], log)
+        run(
+            [sys.executable, "-m", "nemoquant", "quantize", str(source), str(out), "--recipe", args.recipe],
+            log,
+        )
         found = re.search(r"pack: done in ([\d.]+) (ms|s|min)", log.read_text())
         assert found is not None, f"{log} does not say how long packing took"
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))

@@ -1,10 +1,12 @@
-"""What the whole of Nemotron 3 Super would take, as sums that can be checked by hand: bytes and products over rates.
+"""What the whole of Nemotron 3 Super would take, as sums that can be checked by hand: bytes and products over
+rates.
 
     python -m bench.projection --work DIR [--fmt nvfp4] [--rows 32] [--seq-len 512]
 
-Rates of this machine are measured: the processor's by `nemoquant plan --estimate` on DIR/mid (the checkpoint of `bench.peers`), the disk's on
-a file of DIR that the page cache has let go. Those of the second machine are ASSUMED, but for hashing and encoding, which are this
-machine's by the thread. Nothing of Super is read: its plan comes from tests/configs.
+Rates of this machine are measured: the processor's by `nemoquant plan --estimate` on DIR/mid (the checkpoint
+of `bench.peers`), the disk's on a file of DIR that the page cache has let go. Those of the second machine are
+ASSUMED, but for hashing and encoding, which are this machine's by the thread. Nothing of Super is read: its
+plan comes from tests/configs.
 """
 
 import argparse
@@ -34,7 +36,8 @@ FILE_BYTES, BLOCK = 2 << 30, 8 << 20
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates: bytes/s, flop/s, seconds a token. ``weights``: how fast mapped weights reach the products once they are in memory."""
+    """Rates: bytes/s, flop/s, seconds a token. ``weights``: how fast mapped weights reach the products once
+    they are in memory."""
 
     name: str
     threads: int
@@ -86,16 +89,34 @@ def here(work: Path, fmt: str, rows: int, length: int) -> Machine:
     speeds: dict[str, Any] = json.loads(found.stdout)["estimate"]["speeds"]
     read, write = disk(work)
     return Machine(
-        "this machine", len(os.sched_getaffinity(0)), read, write, speeds["read"], speeds["product"], speeds["expert"], speeds["mixer"],
-        speeds["hash"], speeds["encode"],
-    )  # fmt: skip
+        "this machine",
+        len(os.sched_getaffinity(0)),
+        read,
+        write,
+        speeds["read"],
+        speeds["product"],
+        speeds["expert"],
+        speeds["mixer"],
+        speeds["hash"],
+        speeds["encode"],
+    )
 
 
 def assumed(measured: Machine) -> Machine:
-    """16 threads, an NVMe disk, PCIe 5, a GPU that reaches 40% of an H100's 989 TFLOP/s in large products and 20% in an expert's."""
+    """16 threads, an NVMe disk, PCIe 5, a GPU that reaches 40% of an H100's 989 TFLOP/s in large products and
+    20% in an expert's."""
     return Machine(
-        "NVMe and a GPU (assumed)", 16, 7e9, 5e9, 25e9, 0.4 * 989e12, 0.2 * 989e12, 0.0, measured.hash, measured.encode
-    )  # fmt: skip
+        "NVMe and a GPU (assumed)",
+        16,
+        7e9,
+        5e9,
+        25e9,
+        0.4 * 989e12,
+        0.2 * 989e12,
+        0.0,
+        measured.hash,
+        measured.encode,
+    )
 
 
 def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
@@ -103,27 +124,51 @@ def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
     c, tokens = plan.config, batch.tokens
     held = BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
     row_batch = pick_row_batch(c, batch, DEFAULT_MEMORY - held - weight_bytes(c, batch.item_size))
-    layers = [row for row in plan.rows if row.layer is not None and not row.role.startswith("mtp.") and len(row.shape) == 2]
+    layers = [
+        row
+        for row in plan.rows
+        if row.layer is not None and not row.role.startswith("mtp.") and len(row.shape) == 2
+    ]
     read = sum(row.bytes_in for row in layers)
-    through = sum(row.bytes_in * math.ceil(batch.rows / rows_of(row_batch, c.layers[row.layer or 0])) for row in layers)
+    through = sum(
+        row.bytes_in * math.ceil(batch.rows / rows_of(row_batch, c.layers[row.layer or 0])) for row in layers
+    )
     share = c.num_experts_per_tok / c.n_routed_experts
     dense = sum(2 * tokens * row.elements for row in layers if row.expert is None)
     expert = sum(2 * tokens * share * row.elements for row in layers if row.expert is not None)
     mixers = c.count("mamba") * tokens
     found = [
-        ("calibrate", f"weights from disk: {read / 1e9:.0f} GB / {m.disk_read / 1e9:.2f} GB/s", read / m.disk_read),
+        (
+            "calibrate",
+            f"weights from disk: {read / 1e9:.0f} GB / {m.disk_read / 1e9:.2f} GB/s",
+            read / m.disk_read,
+        ),
         (
             "calibrate",
             f"weights to the products, each batch: {through / 1e9:.0f} GB / {m.weights / 1e9:.1f} GB/s",
             through / m.weights,
         ),
-        ("calibrate", f"dense products: {dense / 1e12:.0f} TFLOP / {m.product / 1e12:.3g} TFLOP/s", dense / m.product),
-        ("calibrate", f"experts' products: {expert / 1e12:.0f} TFLOP / {m.expert / 1e12:.3g} TFLOP/s", expert / m.expert),
+        (
+            "calibrate",
+            f"dense products: {dense / 1e12:.0f} TFLOP / {m.product / 1e12:.3g} TFLOP/s",
+            dense / m.product,
+        ),
+        (
+            "calibrate",
+            f"experts' products: {expert / 1e12:.0f} TFLOP / {m.expert / 1e12:.3g} TFLOP/s",
+            expert / m.expert,
+        ),
     ]
     if m.mixer:
-        found.append(("calibrate", f"Mamba mixers: {mixers:,} tokens x {m.mixer * 1e6:.1f} us", mixers * m.mixer))
+        found.append(
+            ("calibrate", f"Mamba mixers: {mixers:,} tokens x {m.mixer * 1e6:.1f} us", mixers * m.mixer)
+        )
     encode = (
-        sum(row.bytes_in / m.encode[" ".join(filter(None, (row.format, row.scale_method)))] for row in plan.quantized) / m.threads
+        sum(
+            row.bytes_in / m.encode[" ".join(filter(None, (row.format, row.scale_method)))]
+            for row in plan.quantized
+        )
+        / m.threads
     )
     steps = {
         f"read {plan.bytes_in / 1e9:.0f} GB / {m.disk_read / 1e9:.2f} GB/s": plan.bytes_in / m.disk_read,
@@ -132,16 +177,25 @@ def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
         f"write {plan.bytes_out / 1e9:.0f} GB / {m.disk_write / 1e9:.2f} GB/s": plan.bytes_out / m.disk_write,
     }
     found.append(("pack", " or ".join(steps), max(steps.values())))
-    again = max(plan.bytes_out / m.hash / min(m.threads, math.ceil(plan.bytes_out / 5e9)), plan.bytes_out / m.disk_read)
+    again = max(
+        plan.bytes_out / m.hash / min(m.threads, math.ceil(plan.bytes_out / 5e9)),
+        plan.bytes_out / m.disk_read,
+    )
     checks = VERIFY_TENSOR * plan.tensors_out
-    found.append(("verify", f"read and hash {plan.bytes_out / 1e9:.0f} GB again, files beside each other", again))
+    found.append(
+        ("verify", f"read and hash {plan.bytes_out / 1e9:.0f} GB again, files beside each other", again)
+    )
     found.append(("verify", f"checks: {plan.tensors_out:,} tensors x {VERIFY_TENSOR * 1e6:.0f} us", checks))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint `mid` and a file of 2 GB")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for the checkpoint `mid` and a file of 2 GB"
+    )
     parser.add_argument("--fmt", choices=["fp8", "nvfp4"], default="nvfp4")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -150,7 +204,10 @@ def main() -> None:
     prepare(args.work)
     plan = api.plan(SUPER, args.fmt)
     measured = here(args.work, args.fmt, args.rows, args.seq_len)
-    print(f"{machine()}, {time.strftime('%Y-%m-%d')}: Super as {args.fmt}, {args.rows} x {args.seq_len} tokens\n")
+    print(
+        f"{machine()}, {time.strftime('%Y-%m-%d')}: Super as {args.fmt}, {args.rows} x {args.seq_len} "
+        f"tokens\n"
+    )
     batch = Batch(args.rows, args.seq_len, "bfloat16")
     for m in (measured, assumed(measured)):
         found = terms(plan, m, batch)

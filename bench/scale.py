@@ -1,10 +1,11 @@
-"""How time and memory follow the model's size: packs 1, 2 and 4 MoE layers as large as Nemotron 3 Super's, 5.6 GB each.
+"""How time and memory follow the model's size: packs 1, 2 and 4 MoE layers as large as Nemotron 3 Super's,
+5.6 GB each.
 
     python -m bench.scale --work DIR [--layers 1 2 4] [--recipe nvfp4-w4a16]
 
-Each size is made, quantized (verify and all) and removed before the next; the largest needs 30 GB in DIR. Results stay in
-DIR/scale.json: run again to go on; `--fresh` begins anew. A line is fitted by least squares, and gives the whole of Super, which has as
-many bytes as 44 such layers: 247 GB.
+Each size is made, quantized (verify and all) and removed before the next; the largest needs 30 GB in DIR.
+Results stay in DIR/scale.json: run again to go on; `--fresh` begins anew. A line is fitted by least squares,
+and gives the whole of Super, which has as many bytes as 44 such layers: 247 GB.
 """
 
 import argparse
@@ -26,7 +27,16 @@ def measure(work: Path, layers: int, recipe: str) -> dict[str, float]:
     source, out = work / f"super-{layers}", work / f"super-{layers}-out"
     for folder in (source, out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(folder, ignore_errors=True)
-    maker = [sys.executable, "-m", "bench.checkpoints", str(source), "--size", "super", "--layers", str(layers)]
+    maker = [
+        sys.executable,
+        "-m",
+        "bench.checkpoints",
+        str(source),
+        "--size",
+        "super",
+        "--layers",
+        str(layers),
+    ]
     command = [sys.executable, "-m", "nemoquant", "quantize", str(source), str(out), "--recipe", recipe]
     try:
         subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
@@ -56,7 +66,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for size in sizes:
         r = results[size]
         lines.append(
-            f"| {size} | {r['bytes'] / 1e9:.1f} GB | {r['bytes_out'] / 1e9:.1f} GB | {r['wall']:.1f} s | {r['cpu']:.1f} s | "
+            f"| {size} | {r['bytes'] / 1e9:.1f} GB | {r['bytes_out'] / 1e9:.1f} GB | {r['wall']:.1f} s | "
+            f"{r['cpu']:.1f} s | "
             f"{r['peak_anonymous']:.2f} GB | {r['peak']:.2f} GB |"
         )
     if len(sizes) > 1:
@@ -65,13 +76,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             start, slope = fit([(results[size]["bytes"] / 1e9, results[size][key]) for size in sizes])
             whole = start + slope * SUPER_BYTES / 1e9
             lines.append(
-                f"- {key}: {start:.2f} + {slope:.4f} x GB of source, in {unit}; Super, {SUPER_BYTES / 1e9:.1f} GB: {whole:.4g} {unit}"
+                f"- {key}: {start:.2f} + {slope:.4f} x GB of source, in {unit}; Super, "
+                f"{SUPER_BYTES / 1e9:.1f} GB: {whole:.4g} {unit}"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--recipe", default="nvfp4-w4a16")
@@ -79,7 +93,9 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     store = args.work / "scale.json"
-    results: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() and not args.fresh else {}
+    results: dict[str, dict[str, Any]] = (
+        json.loads(store.read_text()) if store.exists() and not args.fresh else {}
+    )
     for layers in args.layers:
         if str(layers) not in results:
             results[str(layers)] = measure(args.work, layers, args.recipe)

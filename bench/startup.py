@@ -15,7 +15,9 @@ from bench.measure import machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     tool = shutil.which("nemoquant", path=str(Path(sys.executable).parent)) or "nemoquant"
@@ -30,7 +32,8 @@ def main() -> None:
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}, medians of {args.rounds}\n")
     print(f"| {' | '.join(found)} | more |\n|---|---|---|")
     print(
-        f"| {' | '.join(f'{value:.3f} s' for value in found.values())} | {found['nemoquant --help'] - found['python -c pass']:.3f} s |"
+        f"| {' | '.join(f'{value:.3f} s' for value in found.values())} | "
+        f"{found['nemoquant --help'] - found['python -c pass']:.3f} s |"
     )
 
 

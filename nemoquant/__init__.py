@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from nemoquant._version import __version__
 
 if TYPE_CHECKING:
-    from nemoquant.api import Result, RunOptions, diff, export_engine, export_onnx, inspect, plan, quantize, verify
+    from nemoquant.api import (
+        Result,
+        RunOptions,
+        diff,
+        export_engine,
+        export_onnx,
+        inspect,
+        plan,
+        quantize,
+        verify,
+    )
 
 __all__ = [
     "Result",

@@ -1,4 +1,5 @@
-"""The Python API: what the command line does, as functions. Messages and progress go to callbacks, results are data."""
+"""The Python API: what the command line does, as functions. Messages and progress go to callbacks, results
+are data."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` made: the plan, warnings in plain words, what verify checked before the rename, and how calibration went."""
+    """What ``quantize`` made: the plan, warnings in plain words, what verify checked before the rename, and
+    how calibration went."""
 
     out: Path
     plan: Plan
@@ -37,7 +39,8 @@ class Result:
 
 
 def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
-    """Resolve a recipe (preset name or file) against a checkpoint folder's headers, or a bare ``config.json``.
+    """Resolve a recipe (preset name or file) against a checkpoint folder's headers, or a bare
+    ``config.json``.
 
     Raises:
         CheckpointError, RecipeError
@@ -45,8 +48,11 @@ def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
     return _plan(open_source(Path(source)), recipe, scale_groups)
 
 
-def estimate(source: PathLike, recipe: str, options: RunOptions | None = None, *, out: PathLike = ".") -> "Estimate":
-    """What ``quantize`` would need on this machine: memory, disk and time, from headers and a short measurement.
+def estimate(
+    source: PathLike, recipe: str, options: RunOptions | None = None, *, out: PathLike = "."
+) -> "Estimate":
+    """What ``quantize`` would need on this machine: memory, disk and time, from headers and a short
+    measurement.
 
     Args:
         options: of the run; calibration data is not read, ``rows`` and ``seq_len`` say how much it would be.
@@ -90,15 +96,21 @@ def estimate(source: PathLike, recipe: str, options: RunOptions | None = None, *
 
 def _plan(source: Source | BareConfig, recipe: str, scale_groups: bool) -> Plan:
     assumed = isinstance(source, BareConfig)
-    return resolve(load_recipe(recipe), source.config, source.table, assumed=assumed, scale_groups=scale_groups)
+    return resolve(
+        load_recipe(recipe), source.config, source.table, assumed=assumed, scale_groups=scale_groups
+    )
 
 
 def _recipe_warnings(recipe: str, made: Plan) -> list[str]:
-    """A file that began as a copy of a preset should not pass for it: name and summary go into the model card."""
+    """A file that began as a copy of a preset should not pass for it: name and summary go into the model
+    card."""
     name = made.recipe.name
     if recipe in presets() or name not in presets() or load_recipe(name) == made.recipe:
         return []
-    return [f"{recipe} calls itself {name} but differs from that preset; give it a `name` and `summary` of its own"]
+    return [
+        f"{recipe} calls itself {name} but differs from that preset; give it a `name` and `summary` of its "
+        f"own"
+    ]
 
 
 def quantize(
@@ -115,14 +127,16 @@ def quantize(
 ) -> Result:
     """Quantize the checkpoint in ``source`` into the new folder ``out``.
 
-    Everything is checked before the first byte is written; ``out`` appears only when it is whole and verified.
+    Everything is checked before the first byte is written; ``out`` appears only when it is whole and
+    verified.
 
     Args:
         recipe: preset name or recipe file.
         options: everything else that a run can be told; None is the defaults.
         dry_run: check everything, write nothing.
         planned: called with the plan before anything long begins.
-        expected: called with what the run will need, from a short measurement, before the first byte is written; None measures nothing.
+        expected: called with what the run will need, from a short measurement, before the first byte is
+            written; None measures nothing.
         say: called with a line on what of an earlier run is used.
     Raises:
         NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to continue.
@@ -131,7 +145,9 @@ def quantize(
 
     source, out, options = Path(source), Path(out), options or RunOptions()
     check(options.device)
-    opened = open_weights(source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)")
+    opened = open_weights(
+        source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
+    )
     with opened.checkpoint:
         made = _plan(opened, recipe, options.scale_groups)
         warnings = _recipe_warnings(recipe, made)
@@ -155,7 +171,9 @@ def quantize(
         return Result(out, made, [*warnings, *job.dry_run()], {})
 
 
-def verify(out: PathLike, against: PathLike | None = None, *, progress: Progress = no_progress) -> dict[str, Any]:
+def verify(
+    out: PathLike, against: PathLike | None = None, *, progress: Progress = no_progress
+) -> dict[str, Any]:
     """Check a written checkpoint, with its source bit for bit where that is given.
 
     Returns:
@@ -189,13 +207,17 @@ def diff(
     """Measure how far quantized checkpoints are from their source, side by side over the same text.
 
     Args:
-        candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not quantized.
-        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated on.
+        candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not
+            quantized.
+        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated
+            on.
         rows, seq_len: how much of it; ignored for .npy, which says so itself.
-        engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the diff's own arithmetic.
+        engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the
+            diff's own arithmetic.
         engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
-        device: where both sides' torch arithmetic runs, ``cpu`` or ``cuda``; weights go there as they are used.
+        device: where both sides' torch arithmetic runs, ``cpu`` or ``cuda``; weights go there as they are
+            used.
         reference_cache: file for the source's side, written by the first run and read by later ones.
         card: put the figures into the model cards of candidates that nemoquant wrote.
     Raises:
@@ -207,7 +229,10 @@ def diff(
 
     check(device)
     if min(rows, 1 if threads is None else threads) < 1 or seq_len < 2:
-        raise UsageError(f"rows is {rows}, seq_len {seq_len}, threads {threads}; expected at least 1 row, 2 tokens, 1 thread")
+        raise UsageError(
+            f"rows is {rows}, seq_len {seq_len}, threads {threads}; expected at least 1 row, 2 tokens, 1 "
+            f"thread"
+        )
     paths, cache = [Path(c) for c in candidates], None if reference_cache is None else Path(reference_cache)
     if not paths:
         raise UsageError("no checkpoint to compare; expected at least one beside the source")
@@ -218,7 +243,9 @@ def diff(
     text = evaluation_data() if data is None else Path(data)
     tokens = load_rows(text, opened.path, opened.config, rows, seq_len)
     if tokens.ids.shape[1] < 2:
-        raise UsageError(f"{text} has rows of one token; expected at least 2, the first one predicts the second")
+        raise UsageError(
+            f"{text} has rows of one token; expected at least 2, the first one predicts the second"
+        )
     import torch
 
     from nemoquant.engine.base import Engine
@@ -242,13 +269,23 @@ def diff(
         if engine != "torch" or engine_files:
             files: list[Path | None] = [Path(file) for file in engine_files] or [None] * len(paths)
             if len(files) != len(paths):
-                raise UsageError(f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in their order")
+                raise UsageError(
+                    f"{len(files)} engine files for {len(paths)} checkpoints; expected one for each, in "
+                    f"their order"
+                )
             library = None if plugins is None else Path(plugins)
-            engines = [load_engine(engine, path, threads, file, library) for path, file in zip(paths, files, strict=True)]
+            engines = [
+                load_engine(engine, path, threads, file, library)
+                for path, file in zip(paths, files, strict=True)
+            ]
         report = compare(opened, sides, tokens, cache, progress, engines=engines, device=device)
     warnings = list(tokens.warnings)
     if card:
-        warnings += [w for path, found in zip(paths, report.candidates, strict=True) for w in update_card(path, found, report)]
+        warnings += [
+            w
+            for path, found in zip(paths, report.candidates, strict=True)
+            for w in update_card(path, found, report)
+        ]
     return report.model_copy(update={"warnings": warnings})
 
 
@@ -264,7 +301,8 @@ def export_onnx(
     copy: bool = True,
     progress: Progress = no_progress,
 ) -> "Exported":
-    """Write ``model.onnx`` (and ``mtp.onnx``) for a checkpoint, beside its shards or with a copy of it in the new folder ``out``.
+    """Write ``model.onnx`` (and ``mtp.onnx``) for a checkpoint, beside its shards or with a copy of it in the
+    new folder ``out``.
 
     Args:
         dialect: ``onnxruntime`` or ``tensorrt_rtx``.
@@ -284,9 +322,14 @@ def export_onnx(
 
     options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
     return export(
-        Path(source), None if out is None else Path(out), dialect, options, mtp=mtp, copy=copy,
+        Path(source),
+        None if out is None else Path(out),
+        dialect,
+        options,
+        mtp=mtp,
+        copy=copy,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def export_engine(
@@ -310,8 +353,8 @@ def export_engine(
     """Build a TensorRT engine of a checkpoint into the new file ``out``, with ``out.json`` beside it.
 
     Args:
-        target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is for. None is ``rtx`` where
-            no GPU is found, else ``trt``.
+        target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is
+            for. None is ``rtx`` where no GPU is found, else ``trt``.
         sm: the GPU to build for; None is the one in this machine.
         max_seq_len, max_batch: most positions of a sequence, past ones included, and most sequences at once.
         workspace: bytes of scratch memory; None is the builder's own choice.
@@ -350,7 +393,8 @@ def export_engine(
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
-    """What a checkpoint folder, quantized or not, or a bare ``config.json`` is: layers, parameters, formats, cache sizes.
+    """What a checkpoint folder, quantized or not, or a bare ``config.json`` is: layers, parameters, formats,
+    cache sizes.
 
     Args:
         context: tokens for ``kv_cache.bytes_at_context``; None is the config's ``max_position_embeddings``.

@@ -1,4 +1,5 @@
-"""The whole toolchain on the trained demo model: every preset that fits it, verified, and compared in one report."""
+"""The whole toolchain on the trained demo model: every preset that fits it, verified, and compared in one
+report."""
 
 import importlib.util
 from collections.abc import Callable
@@ -20,7 +21,11 @@ REPORTS = {"html": "report.html", "json": "report.json", "markdown": "report.md"
 
 
 def demo(
-    out: Path, *, rows: int = 32, say: Callable[[str], None] = lambda text: None, progress: Progress = no_progress
+    out: Path,
+    *,
+    rows: int = 32,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = no_progress,
 ) -> "Report":
     """Quantize, verify, export and compare into the new folder ``out``; it appears when everything is in it.
 
@@ -30,7 +35,8 @@ def demo(
         rows: of 512 tokens each, to calibrate and to compare on.
         say: told in a line what was done.
     Raises:
-        OutputError: ``out`` exists or can't be written. VerificationError: an output is not what its plan says.
+        OutputError: ``out`` exists or can't be written. VerificationError: an output is not what its plan
+            says.
     """
     from nemoquant.evaluate.report.files import write_files
 
@@ -42,13 +48,20 @@ def demo(
         for preset, plan in zip(PRESETS, plans, strict=True):
             options = api.RunOptions(rows=rows, scales=scales if plan.needs_calibration else None)
             result = api.quantize(source, folder / preset, preset, options, progress=progress)
-            scales = scales or folder / preset / "nemoquant_scales.json"  # calibrated once: the file serves every recipe
+            scales = (
+                scales or folder / preset / "nemoquant_scales.json"
+            )  # calibrated once: the file serves every recipe
             report = api.verify(folder / preset, source)
             if not report["ok"]:
                 raise VerificationError(f"{preset}: {listing(report['problems'])}")
-            say(f"{preset}: {result.plan.recipe.summary} {plan.bits_per_weight:.2f} bits a weight; verified against the source.")
+            say(
+                f"{preset}: {result.plan.recipe.summary} {plan.bits_per_weight:.2f} bits a weight; verified "
+                f"against the source."
+            )
         engine = _graphs(folder, say)
-        found = api.diff(source, [folder / preset for preset in PRESETS], rows=rows, engine=engine, progress=progress)
+        found = api.diff(
+            source, [folder / preset for preset in PRESETS], rows=rows, engine=engine, progress=progress
+        )
         write_files(found, {kind: folder / name for kind, name in REPORTS.items()})
     return found
 
@@ -61,10 +74,13 @@ def _graphs(folder: Path, say: Callable[[str], None]) -> str:
     for preset in PRESETS:
         made = api.export_onnx(folder / preset, mtp=True)
     say(
-        f"graphs: model.onnx and mtp.onnx beside the shards of each, {made.nodes} nodes in {len(made.functions)} functions, no weight copied."
+        f"graphs: model.onnx and mtp.onnx beside the shards of each, {made.nodes} nodes in "
+        f"{len(made.functions)} functions, no weight copied."
     )
     if importlib.util.find_spec("tensorrt_rtx"):
-        facts = api.export_engine(folder / "nvfp4", folder / f"nvfp4-sm{ENGINE_SM}.engine", target="rtx", sm=ENGINE_SM)
+        facts = api.export_engine(
+            folder / "nvfp4", folder / f"nvfp4-sm{ENGINE_SM}.engine", target="rtx", sm=ENGINE_SM
+        )
         figures = f"{facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
         say(f"engine: nvfp4-sm{ENGINE_SM}.engine, TensorRT-RTX {facts['version']}, {figures}")
     else:

@@ -1,17 +1,17 @@
 """Every exception that nemoquant raises on purpose, and the exit code each one gives.
 
     NemoquantError                  exit 2
-        UsageError                  exit 2   options that contradict each other, or that this input does not admit
+        UsageError                  exit 2   options that contradict each other or do not fit the input
         CheckpointError             exit 2   the source (or a checkpoint to verify) is not what it should be
             ConfigError                      config.json: unknown model, missing or contradictory keys
             HeaderError                      a safetensors file whose header cannot be trusted
-            TensorTableError                 tensors missing, extra or misshapen: one error that lists them all
+            TensorTableError                 tensors missing, extra or misshapen, all in one error
             WeightError                      NaN or Inf in weights
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
         EngineError                 exit 2   a runtime refused a graph, or can't run here
-        BuildError                  exit 2   the plugins can't be built or loaded: a tool, headers, or a compiler's refusal
+        BuildError                  exit 2   the plugins can't be built or loaded: tools, headers, a compiler
         MissingExtraError           exit 3   a feature whose optional packages are not installed
         VerificationError           exit 1   a written checkpoint that is not what its plan says
     KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
@@ -24,7 +24,8 @@ from collections.abc import Sequence
 
 
 class NemoquantError(Exception):
-    """Base of all errors that carry a message for the user. ``kept``: what is left of the run that it ended, part of the message."""
+    """Base of all errors that carry a message for the user. ``kept``: what is left of the run that it ended,
+    part of the message."""
 
     exit_code = 2
     kept = ""

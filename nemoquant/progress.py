@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int, str], None]  # stage, done, total, what is in work; called with done == total at the end
+Progress = Callable[
+    [str, int, int, str], None
+]  # stage, done, total, what is in work; called with done == total at the end
 Count = Callable[[int], None]  # how much more is done since the last call, such as bytes
 
 

@@ -1,12 +1,13 @@
 """Turns a build log into registers and spills: `registers.tsv`, and the table in each operator's README.
 
-    python plugins/registers.py build/plugins/build.log            print the tables
-    python plugins/registers.py build/plugins/build.log --write    write registers.tsv beside this file, and the tables into the READMEs
-    python plugins/registers.py build/plugins/build.log --check    fail where registers.tsv says otherwise: it was not written anew
+    python plugins/registers.py build.log            print the tables
+    python plugins/registers.py build.log --write    write registers.tsv, and the READMEs' tables
+    python plugins/registers.py build.log --check    fail where registers.tsv is out of date
 
-The log is that of `nemoquant plugins build` (nvcc with -Xptxas=-v). registers.tsv has a line for each kernel and architecture: architecture,
-folder, kernel, registers, bytes of stack, bytes of spill stores and loads, bytes of static shared memory. A README's table stands between
-the lines `<!-- registers -->` and `<!-- /registers -->`, and sums up the variants of a kernel: fewest and most registers, most spills.
+The log is that of `nemoquant plugins build` (nvcc with -Xptxas=-v). registers.tsv has a line for each kernel
+and architecture: architecture, folder, kernel, registers, bytes of stack, bytes of spill stores and loads,
+bytes of static shared memory. A README's table stands between the lines `<!-- registers -->` and `<!--
+/registers -->`, and sums up the variants of a kernel: fewest and most registers, most spills.
 """
 
 import re
@@ -45,7 +46,9 @@ class Kernel:
 
 def demangled(names: list[str]) -> list[str]:
     """``causal_conv1d<bf16, fp32, 4, 1>``: without namespaces, result and parameters."""
-    found = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout.splitlines()
+    found = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     short = []
     for name in found:
         name = re.sub(r"\((?:[^()]|\([^()]*\))*\)$", "", name.removeprefix("void "))
@@ -68,7 +71,9 @@ def read(lines: Iterable[str]) -> list[Kernel]:
             continue
         elif entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             mangled, arch = entry[1], entry[2]
-        elif sizes := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif sizes := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             spills = (int(sizes[1]), int(sizes[2]), int(sizes[3]))
         elif used := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
@@ -111,9 +116,13 @@ def table(kernels: list[Kernel]) -> str:
 
 def write(kernels: list[Kernel]) -> None:
     """registers.tsv, and the tables of the READMEs that have the two lines."""
-    head = "# " + "\t".join(("architecture", "folder", "kernel", "registers", "stack", "spill stores", "spill loads", "shared"))
+    head = "# " + "\t".join(
+        ("architecture", "folder", "kernel", "registers", "stack", "spill stores", "spill loads", "shared")
+    )
     ordered = sorted(kernels, key=lambda k: (k.folder, k.name, len(k.arch), k.arch))
-    (HERE / "registers.tsv").write_text("\n".join([head, *(k.line() for k in ordered)]) + "\n", encoding="utf-8")
+    (HERE / "registers.tsv").write_text(
+        "\n".join([head, *(k.line() for k in ordered)]) + "\n", encoding="utf-8"
+    )
     for folder in sorted({k.folder for k in kernels}):
         path = HERE / folder / "README.md"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -122,11 +131,15 @@ def write(kernels: list[Kernel]) -> None:
         if not begin or not end:
             print(f"{path} has no {BEGIN} and {END}; its table was not written", file=sys.stderr)
             continue
-        path.write_text(f"{before}{begin}{table([k for k in kernels if k.folder == folder])}\n{end}{after}", encoding="utf-8")
+        path.write_text(
+            f"{before}{begin}{table([k for k in kernels if k.folder == folder])}\n{end}{after}",
+            encoding="utf-8",
+        )
 
 
 def check(kernels: list[Kernel], kept: list[Kernel]) -> list[str]:
-    """What ``kept`` says otherwise or does not know, of those that were built; and what it knows that a folder built here no longer has."""
+    """What ``kept`` says otherwise or does not know, of those that were built; and what it knows that a
+    folder built here no longer has."""
     known, built = {k.line() for k in kept}, {k.line() for k in kernels}
     same = {(k.folder, k.arch) for k in kernels}
     return [f"built: {k.line()}" for k in kernels if k.line() not in known] + [
@@ -138,7 +151,8 @@ def main(log: str, *options: str) -> None:
     kernels = read(Path(log).read_text(encoding="utf-8").splitlines())
     if not kernels:
         sys.exit(
-            f"{log} names no kernel; expected the log of a whole build, made anew by `nemoquant plugins build --out NEW_FOLDER`"
+            f"{log} names no kernel; expected the log of a whole build, made anew by `nemoquant plugins "
+            f"build --out NEW_FOLDER`"
         )
     if options == ("--write",):
         write(kernels)
@@ -150,7 +164,8 @@ def main(log: str, *options: str) -> None:
                 "\n".join(
                     [
                         *differences,
-                        "registers.tsv is not of these sources; expected `registers.py LOG --write` after a whole build",
+                        "registers.tsv is not of these sources; expected `registers.py LOG --write` after a "
+                        "whole build",
                     ]
                 )
             )

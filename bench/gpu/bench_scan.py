@@ -60,22 +60,44 @@ class Call:
     def ours(self, library: Kernels, *, stochastic: bool = False, segments: int = 0) -> None:
         inner, shared = self.heads * self.width, self.groups * self.size
         tensors = {
-            "x": self.x, "b": self.b, "c": self.c, "dt": self.dt, "a": self.a, "d": self.d,
-            "dt_bias": self.dt_bias, "state_in": self.state, "state_out": self.after, "y": self.y,
+            "x": self.x,
+            "b": self.b,
+            "c": self.c,
+            "dt": self.dt,
+            "a": self.a,
+            "d": self.d,
+            "dt_bias": self.dt_bias,
+            "state_in": self.state,
+            "state_out": self.after,
+            "y": self.y,
             "seed": self.seed,
-        }  # fmt: skip
+        }
         bfloat16 = dtype_number(BFLOAT16)
         numbers: dict[str, Any] = {
-            "batch": self.batch, "length": self.length, "heads": self.heads, "head_dim": self.width,
-            "groups": self.groups, "state": self.size,
-            "x_batch_stride": self.length * inner, "x_position_stride": inner,
-            "b_batch_stride": self.length * shared, "b_position_stride": shared,
-            "c_batch_stride": self.length * shared, "c_position_stride": shared,
-            "dt_batch_stride": self.length * self.heads, "dt_position_stride": self.heads,
-            "dtype": bfloat16, "dt_dtype": bfloat16, "y_dtype": bfloat16,
-            "state_dtype": dtype_number(self.state.dtype), "rounding": int(stochastic), "philox_rounds": 5,
-            "segments": segments, "dt_min": 0.0, "dt_max": float("inf"),
-        }  # fmt: skip
+            "batch": self.batch,
+            "length": self.length,
+            "heads": self.heads,
+            "head_dim": self.width,
+            "groups": self.groups,
+            "state": self.size,
+            "x_batch_stride": self.length * inner,
+            "x_position_stride": inner,
+            "b_batch_stride": self.length * shared,
+            "b_position_stride": shared,
+            "c_batch_stride": self.length * shared,
+            "c_position_stride": shared,
+            "dt_batch_stride": self.length * self.heads,
+            "dt_position_stride": self.heads,
+            "dtype": bfloat16,
+            "dt_dtype": bfloat16,
+            "y_dtype": bfloat16,
+            "state_dtype": dtype_number(self.state.dtype),
+            "rounding": int(stochastic),
+            "philox_rounds": 5,
+            "segments": segments,
+            "dt_min": 0.0,
+            "dt_max": float("inf"),
+        }
         size = library.workspace("mamba2_scan", **numbers)
         if size and (self.workspace is None or self.workspace.numel() < size):
             self.workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -87,16 +109,31 @@ class Call:
     def their_step(self, step: Callable[..., object]) -> None:
         wide, full = (-1, -1, self.width), (-1, self.width, self.size)
         step(
-            self.state, self.x[:, 0], self.dt[:, 0, :, None].expand(wide), self.a[:, None, None].expand(full),
-            self.b[:, 0], self.c[:, 0], self.d[:, None].expand(wide[1:]),
-            dt_bias=self.dt_bias[:, None].expand(wide[1:]), dt_softplus=True,
-        )  # fmt: skip
+            self.state,
+            self.x[:, 0],
+            self.dt[:, 0, :, None].expand(wide),
+            self.a[:, None, None].expand(full),
+            self.b[:, 0],
+            self.c[:, 0],
+            self.d[:, None].expand(wide[1:]),
+            dt_bias=self.dt_bias[:, None].expand(wide[1:]),
+            dt_softplus=True,
+        )
 
     def their_scan(self, scan: Callable[..., object]) -> None:
         scan(
-            self.x, self.dt, self.a, self.b, self.c, THEIR_CHUNK, D=self.d, dt_bias=self.dt_bias,
-            initial_states=self.state, dt_softplus=True, return_final_states=True,
-        )  # fmt: skip
+            self.x,
+            self.dt,
+            self.a,
+            self.b,
+            self.c,
+            THEIR_CHUNK,
+            D=self.d,
+            dt_bias=self.dt_bias,
+            initial_states=self.state,
+            dt_softplus=True,
+            return_final_states=True,
+        )
 
 
 def calls(model: str, batch: int, length: int, state_dtype: torch.dtype, most: int) -> list[Call]:

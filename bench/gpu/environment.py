@@ -16,10 +16,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 MODULES = (
-    "torch", "triton", "numpy", "numba", "pydantic", "onnx_ir", "safetensors", "tokenizers", "transformers",
-    "yaml", "click", "rich", "jinja2", "einops", "pytest", "ml_dtypes", "mamba_ssm",
-    "nemoquant", "nemoquant.api", "nemoquant.ops.functional", "nemoquant.formats.gpu",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "numba",
+    "pydantic",
+    "onnx_ir",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "yaml",
+    "click",
+    "rich",
+    "jinja2",
+    "einops",
+    "pytest",
+    "ml_dtypes",
+    "mamba_ssm",
+    "nemoquant",
+    "nemoquant.api",
+    "nemoquant.ops.functional",
+    "nemoquant.formats.gpu",
+)
 
 
 def version(module: str) -> str:

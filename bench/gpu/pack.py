@@ -26,18 +26,39 @@ T = TypeVar("T")
 
 PATTERN = {"hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "num_nextn_predict_layers": 0}
 WIDTHS = {
-    "vocab_size": 4096, "hidden_size": 4096,
-    "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
-    "mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128,
-    "n_routed_experts": 64, "num_experts_per_tok": 8,
-    "moe_latent_size": 1024, "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
-}  # fmt: skip
+    "vocab_size": 4096,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "chunk_size": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_latent_size": 1024,
+    "moe_intermediate_size": 2688,
+    "moe_shared_expert_intermediate_size": 5376,
+}
 TINY = {
-    "vocab_size": 256, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 2, "chunk_size": 128,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_latent_size": 32, "moe_intermediate_size": 64,
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 2,
+    "chunk_size": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_latent_size": 32,
+    "moe_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 64,
-}  # fmt: skip
+}
 
 
 class Steps:

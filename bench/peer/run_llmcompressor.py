@@ -1,4 +1,5 @@
-"""llm-compressor: data-free quantization of what our recipes quantize. Arguments: SRC SCHEME OUT; SCHEME is NVFP4A16 or FP8_DYNAMIC."""
+"""llm-compressor: data-free quantization of what our recipes quantize. Arguments: SRC SCHEME OUT; SCHEME is
+NVFP4A16 or FP8_DYNAMIC."""
 
 import sys
 
@@ -15,4 +16,6 @@ ignore = [
 ]
 if scheme == "NVFP4A16":  # routed experts alone
     ignore += ["re:.*shared_experts.*", "re:.*in_proj", "re:.*out_proj", "re:.*[qkvo]_proj"]
-model_free_ptq(model_stub=source, save_directory=out, scheme=scheme, ignore=ignore, max_workers=2, device="cpu")
+model_free_ptq(
+    model_stub=source, save_directory=out, scheme=scheme, ignore=ignore, max_workers=2, device="cpu"
+)

@@ -1,4 +1,5 @@
-"""Model Optimizer: load, calibrate, export. Arguments: SRC RECIPE ROWS.npy OUT; RECIPE is a name in modelopt.torch.quantization."""
+"""Model Optimizer: load, calibrate, export. Arguments: SRC RECIPE ROWS.npy OUT; RECIPE is a name in
+modelopt.torch.quantization."""
 
 import sys
 

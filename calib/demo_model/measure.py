@@ -1,10 +1,13 @@
 """Measure the demo model, and write manifest.json beside it.
 
-    python calib/demo_model/measure.py WORK_DIR      (WORK_DIR as for train.py: the n-gram model needs the training tokens)
+    python calib/demo_model/measure.py WORK_DIR
 
-Everything is computed by nemoquant's reference model in float32 from the saved checkpoint, on rows of works that training
-never saw: perplexity, against a smoothed 5-gram model on the same rows; what perplexity becomes when a block is taken out;
-tokens per expert; the top-1 accuracy of the multi-token-prediction module; slow heads.
+WORK_DIR as for train.py: the n-gram model needs the training tokens.
+
+Everything is computed by nemoquant's reference model in float32 from the saved checkpoint, on rows of works
+that training never saw: perplexity, against a smoothed 5-gram model on the same rows; what perplexity becomes
+when a block is taken out; tokens per expert; the top-1 accuracy of the multi-token-prediction module; slow
+heads.
 """
 
 import hashlib
@@ -32,7 +35,8 @@ BATCH = 8
 
 
 class Ablated(ReferenceModel):
-    """The reference model without some layers' blocks (``skip``), or without some layers' routed experts (``mute``)."""
+    """The reference model without some layers' blocks (``skip``), or without some layers' routed experts
+    (``mute``)."""
 
     skip: frozenset[int] = frozenset()
     mute: frozenset[int] = frozenset()
@@ -42,9 +46,13 @@ class Ablated(ReferenceModel):
         for i, kind in enumerate(self.config.layers):
             if i not in self.skip:
                 silence = (
-                    (lambda name, t: t * 0 if name == "mixer.fc2_latent_proj" else t) if i in self.mute else (lambda name, t: t)
+                    (lambda name, t: t * 0 if name == "mixer.fc2_latent_proj" else t)
+                    if i in self.mute
+                    else (lambda name, t: t)
                 )
-                x, _ = layer_forward(self.config, kind, self.weights(f"backbone.layers.{i}."), x, None, silence)
+                x, _ = layer_forward(
+                    self.config, kind, self.weights(f"backbone.layers.{i}."), x, None, silence
+                )
         weight = self.weights("backbone.norm_f.")["weight"]
         return F.rms_norm(x, (x.shape[-1],), weight.float(), self.config.norm_eps)
 
@@ -54,7 +62,9 @@ def perplexity(model: Ablated, rows: torch.Tensor) -> float:
     total = 0.0
     for batch in rows.split(BATCH):
         logits = model.logits(model.hidden_without(batch))[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(
+            logits.flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="sum"
+        ).item()
     return float(np.exp(total / (rows.shape[0] * (rows.shape[1] - 1))))
 
 
@@ -83,11 +93,14 @@ def ablations(model: Ablated, rows: torch.Tensor) -> dict[str, object]:
 
 
 def mtp_top1(model: Ablated, rows: torch.Tensor) -> dict[str, float]:
-    """How often the MTP module's first choice is the token after next, and how often the likeliest token alone would be right."""
+    """How often the MTP module's first choice is the token after next, and how often the likeliest token
+    alone would be right."""
     right = count = 0
     for batch in rows.split(BATCH):
         hidden, _ = model.hidden(batch)
-        logits, _, _ = model.mtp_forward(batch[:, 1:-1], hidden[:, :-2], State((None,) * len(model.config.mtp_layers)))
+        logits, _, _ = model.mtp_forward(
+            batch[:, 1:-1], hidden[:, :-2], State((None,) * len(model.config.mtp_layers))
+        )
         right += int((logits.argmax(-1) == batch[:, 2:]).sum())
         count += batch[:, 2:].numel()
     chance = float(torch.bincount(rows[:, 2:].flatten()).max() / count)
@@ -115,7 +128,8 @@ def expert_tokens(model: Ablated, rows: torch.Tensor) -> dict[str, list[int]]:
 
 
 def slow_heads(source: Source) -> dict[str, int]:
-    """Mamba heads whose dt at rest, softplus(dt_bias), is below 0.001: those that a floor on dt would change."""
+    """Mamba heads whose dt at rest, softplus(dt_bias), is below 0.001: those that a floor on dt would
+    change."""
     assert source.checkpoint is not None
     dt = torch.cat(
         [
@@ -135,20 +149,29 @@ def main(work: Path) -> None:
     rows = torch.from_numpy(load_rows(DATA / "evaluation.jsonl", HERE, source.config, 10**6, LENGTH).ids)
     calibration = torch.from_numpy(load_rows(DATA / "calibration.jsonl", HERE, source.config, 32, LENGTH).ids)
     print(f"{len(rows)} evaluation rows of {LENGTH} tokens")
-    ngram = ngram_perplexity(np.fromfile(work / "train.u16", np.uint16), rows.numpy(), source.config.vocab_size)
+    ngram = ngram_perplexity(
+        np.fromfile(work / "train.u16", np.uint16), rows.numpy(), source.config.vocab_size
+    )
     ours = perplexity(model, rows)
     print(f"perplexity {ours:.3f}, 5-gram {ngram:.3f}, {1 - ours / ngram:.1%} below", flush=True)
     tokens = expert_tokens(model, calibration)
     training = [line for line in (work / "fit.log").read_text().splitlines() if line.startswith("EVAL")]
     manifest = {
-        "what": "a small Nemotron-H, trained from scratch by train.py on the text that text.py gathers (sources in calib/data/MANIFEST.json)",
+        "what": "a small Nemotron-H, trained from scratch by train.py on the text that text.py gathers "
+        "(sources in calib/data/MANIFEST.json)",
         "licence": "Apache-2.0, as the project; trained on public-domain text",
         "measured": f"{date.today()}, {platform.machine()}, float32, nemoquant's reference model",
         "parameters": sum(int(np.prod(spec.shape)) for spec in source.table),
-        "training": {"last lines of its log": training[-3:], "tokens": len(np.fromfile(work / "train.u16", np.uint16))},
+        "training": {
+            "last lines of its log": training[-3:],
+            "tokens": len(np.fromfile(work / "train.u16", np.uint16)),
+        },
         "evaluation": {
-            "rows": len(rows), "length": LENGTH, "perplexity": round(ours, 3),
-            "5-gram perplexity (modified Kneser-Ney, same training tokens, same rows)": round(ngram, 3), "below it by": f"{1 - ours / ngram:.1%}",
+            "rows": len(rows),
+            "length": LENGTH,
+            "perplexity": round(ours, 3),
+            "5-gram perplexity (modified Kneser-Ney, same training tokens, same rows)": round(ngram, 3),
+            "below it by": f"{1 - ours / ngram:.1%}",
         },
         "multi-token prediction": mtp_top1(model, rows[:ABLATION_ROWS]),
         "mamba heads": slow_heads(source),
@@ -159,7 +182,7 @@ def main(work: Path) -> None:
             for p in sorted(HERE.iterdir())
             if p.suffix in (".safetensors", ".json", ".jinja") and p.name != "manifest.json"
         },
-    }  # fmt: skip
+    }
     (HERE / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     print(json.dumps({k: v for k, v in manifest.items() if k != "files"}, indent=1))
 

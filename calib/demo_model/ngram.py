@@ -1,7 +1,8 @@
 """A smoothed 5-gram model: the yardstick that the demo model has to beat.
 
-Interpolated modified Kneser-Ney (Chen and Goodman 1999, section 3): three discounts an order, estimated from the counts
-of counts; every order below the highest counts distinct left contexts. An n-gram is one int64, ``BITS`` a token.
+Interpolated modified Kneser-Ney (Chen and Goodman 1999, section 3): three discounts an order, estimated from
+the counts of counts; every order below the highest counts distinct left contexts. An n-gram is one int64,
+``BITS`` a token.
 """
 
 import numpy as np
@@ -32,16 +33,20 @@ class KneserNey:
 
     @staticmethod
     def level(grams: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Discounted counts of the n-grams, and of each context its total and the mass left for the lower order."""
+        """Discounted counts of the n-grams, and of each context its total and the mass left for the lower
+        order."""
         n1, n2, n3, n4 = ((counts == i).sum() for i in (1, 2, 3, 4))
         y = n1 / (n1 + 2 * n2)
         discounts = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
         discount = discounts[np.minimum(counts, 3)]
         contexts, at = np.unique(grams >> BITS, return_inverse=True)
         return {
-            "grams": grams, "mass": counts - discount, "contexts": contexts,
-            "total": np.bincount(at, counts), "left": np.bincount(at, discount),
-        }  # fmt: skip
+            "grams": grams,
+            "mass": counts - discount,
+            "contexts": contexts,
+            "total": np.bincount(at, counts),
+            "left": np.bincount(at, discount),
+        }
 
     @staticmethod
     def find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +54,8 @@ class KneserNey:
         return at, keys[at] == wanted
 
     def logprob(self, row: np.ndarray) -> np.ndarray:
-        """ln p of each token of ``row`` after its first, given up to ``order - 1`` tokens before it in the row."""
+        """ln p of each token of ``row`` after its first, given up to ``order - 1`` tokens before it in the
+        row."""
         row = row.astype(np.int64)
         p = np.full(len(row) - 1, 1 / self.vocab)
         for n, level in enumerate(self.levels, 1):

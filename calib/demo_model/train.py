@@ -4,15 +4,17 @@
     python calib/demo_model/train.py tokenizer WORK_DIR
     python calib/demo_model/train.py fit WORK_DIR --steps 4000     (resumes from WORK_DIR/state.pt)
     python calib/demo_model/train.py save WORK_DIR                 (writes the checkpoint beside this file)
-    python calib/demo_model/measure.py WORK_DIR                    (perplexity, 5-gram, ablations -> manifest.json)
+    python calib/demo_model/measure.py WORK_DIR            (perplexity, 5-gram, ablations -> manifest.json)
 
-The forward pass here is written for training alone (bf16 products, whole sequences, no state); the package's reference
-model is tested against transformers, and measure.py evaluates the saved checkpoint with that reference model.
+The forward pass here is written for training alone (bf16 products, whole sequences, no state); the package's
+reference model is tested against transformers, and measure.py evaluates the saved checkpoint with that
+reference model.
 
-Choices that matter, each tried: matrices are updated by Muon (orthogonalised momentum), the rest by AdamW; experts are
-initialised by fan-in, or the latent projections starve them and the shared expert does all the work; the router's
-correction bias moves by a step that shrinks with training; the decay rates' bias `dt_bias` covers dt from
-`time_step_floor` (1e-4) to `time_step_max` evenly in the logarithm, so that every layer has slow heads.
+Choices that matter, each tried: matrices are updated by Muon (orthogonalised momentum), the rest by AdamW;
+experts are initialised by fan-in, or the latent projections starve them and the shared expert does all the
+work; the router's correction bias moves by a step that shrinks with training; the decay rates' bias `dt_bias`
+covers dt from `time_step_floor` (1e-4) to `time_step_max` evenly in the logarithm, so that every layer has
+slow heads.
 """
 
 import argparse
@@ -31,25 +33,69 @@ VOCAB = 2048
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PAD, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 CONFIG: dict = {
-    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16", "torch_dtype": "bfloat16",
-    "vocab_size": VOCAB, "hidden_size": 192, "hybrid_override_pattern": "MEM*EMEM*E", "num_hidden_layers": 10,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "attention_bias": False, "attention_dropout": 0.0,
-    "mamba_num_heads": 6, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2, "conv_kernel": 4, "chunk_size": 64, "expand": 2,
-    "use_conv_bias": True, "use_bias": False, "mamba_proj_bias": False, "mamba_hidden_act": "silu", "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 0.0001,
-    "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_latent_size": 96, "moe_intermediate_size": 256,
-    "moe_shared_expert_intermediate_size": 96, "moe_shared_expert_overlap": False, "intermediate_size": 256, "mlp_hidden_act": "relu2",
-    "mlp_bias": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
-    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
-    "norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "residual_in_fp32": False, "rescale_prenorm_residual": True, "initializer_range": 0.02,
-    "tie_word_embeddings": False, "max_position_embeddings": 4096, "use_cache": True, "num_logits_to_keep": 1,
-    "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
-}  # fmt: skip
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "dtype": "bfloat16",
+    "torch_dtype": "bfloat16",
+    "vocab_size": VOCAB,
+    "hidden_size": 192,
+    "hybrid_override_pattern": "MEM*EMEM*E",
+    "num_hidden_layers": 10,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 64,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+    "expand": 2,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "mamba_hidden_act": "silu",
+    "mamba_ssm_cache_dtype": "float32",
+    "time_step_min": 0.001,
+    "time_step_max": 0.1,
+    "time_step_floor": 0.0001,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "moe_latent_size": 96,
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 96,
+    "moe_shared_expert_overlap": False,
+    "intermediate_size": 256,
+    "mlp_hidden_act": "relu2",
+    "mlp_bias": False,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "mtp_hybrid_override_pattern": "*E",
+    "norm_eps": 1e-5,
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": False,
+    "rescale_prenorm_residual": True,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "use_cache": True,
+    "num_logits_to_keep": 1,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
 H, INNER = CONFIG["hidden_size"], CONFIG["mamba_num_heads"] * CONFIG["mamba_head_dim"]
 GROUPS, STATE, HEADS = CONFIG["n_groups"], CONFIG["ssm_state_size"], CONFIG["mamba_num_heads"]
 EXPERTS, TOP = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
@@ -57,15 +103,18 @@ EXPERTS, TOP = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
 ROWS, LENGTH = 8, 512  # of one step
 MTP_WEIGHT = 0.2
 MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 4e-3, 60, 0.74  # the last share of all steps decays linearly to zero
-# Full steps push experts' units below zero for every token, where squared ReLU has no gradient: at step 1,000 nearly all units
-# of two layers were dead. From then on up projections take smaller steps, and dead units are made anew.
+# Full steps push experts' units below zero for every token, where squared ReLU has no gradient: at step 1,000
+# nearly all units of two layers were dead. From then on up projections take smaller steps, and dead units are
+# made anew.
 REVIVE_FROM, REVIVE_EVERY, REVIVE_UNTIL, UP_RATE = 1000, 100, 0.8, 0.4
-# The revived units of these two layers never came to matter, so at step 3,000 the layers' experts are made from their shared expert.
+# The revived units of these two layers never came to matter, so at step 3,000 the layers' experts are made
+# from their shared expert.
 UPCYCLE_AT, UPCYCLED = 3000, (4, 6)
 DEAD = 0.002  # a unit that is positive for less than this share of its expert's tokens
 
 
-# --- parameters: published names, except that the experts of a layer are one [E, out, in] tensor until they are saved ---
+# --- parameters: published names, except that the experts of a layer are one [E, out, in] tensor until they
+# are saved ---
 
 
 def fan_in(out: int, inputs: int, scale: float = 1.0, experts: int = 0) -> torch.Tensor:
@@ -74,7 +123,10 @@ def fan_in(out: int, inputs: int, scale: float = 1.0, experts: int = 0) -> torch
 
 
 def init_mixer(kind: str, prefix: str) -> dict[str, torch.Tensor]:
-    q, kv = CONFIG["num_attention_heads"] * CONFIG["head_dim"], CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+    q, kv = (
+        CONFIG["num_attention_heads"] * CONFIG["head_dim"],
+        CONFIG["num_key_value_heads"] * CONFIG["head_dim"],
+    )
     latent, width, shared = (
         CONFIG["moe_latent_size"],
         CONFIG["moe_intermediate_size"],
@@ -85,32 +137,51 @@ def init_mixer(kind: str, prefix: str) -> dict[str, torch.Tensor]:
         low, high = math.log(CONFIG["time_step_floor"]), math.log(CONFIG["time_step_max"])
         dt = torch.exp(low + (torch.arange(HEADS) + torch.rand(HEADS)) / HEADS * (high - low))
         tensors = {
-            "in_proj.weight": fan_in(INNER + conv + HEADS, H), "conv1d.weight": torch.randn(conv, 1, 4) * 0.4, "conv1d.bias": torch.zeros(conv),
-            "dt_bias": dt + torch.log(-torch.expm1(-dt)), "A_log": torch.log(torch.empty(HEADS).uniform_(1, 16)), "D": torch.ones(HEADS),
-            "norm.weight": torch.ones(INNER), "out_proj.weight": fan_in(H, INNER, 0.3),
-        }  # fmt: skip
+            "in_proj.weight": fan_in(INNER + conv + HEADS, H),
+            "conv1d.weight": torch.randn(conv, 1, 4) * 0.4,
+            "conv1d.bias": torch.zeros(conv),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),
+            "A_log": torch.log(torch.empty(HEADS).uniform_(1, 16)),
+            "D": torch.ones(HEADS),
+            "norm.weight": torch.ones(INNER),
+            "out_proj.weight": fan_in(H, INNER, 0.3),
+        }
     elif kind == "*":
         tensors = {
-            "q_proj.weight": fan_in(q, H), "k_proj.weight": fan_in(kv, H), "v_proj.weight": fan_in(kv, H), "o_proj.weight": fan_in(H, q, 0.3),
-        }  # fmt: skip
+            "q_proj.weight": fan_in(q, H),
+            "k_proj.weight": fan_in(kv, H),
+            "v_proj.weight": fan_in(kv, H),
+            "o_proj.weight": fan_in(H, q, 0.3),
+        }
     else:
         tensors = {
-            "gate.weight": fan_in(EXPERTS, H), "gate.e_score_correction_bias": torch.zeros(EXPERTS),
-            "fc1_latent_proj.weight": fan_in(latent, H), "fc2_latent_proj.weight": torch.randn(H, latent) * 0.05,
-            "experts.up_proj.weight": fan_in(width, latent, 1.0, EXPERTS), "experts.down_proj.weight": fan_in(latent, width, 0.5, EXPERTS),
-            "shared_experts.up_proj.weight": fan_in(shared, H), "shared_experts.down_proj.weight": fan_in(H, shared, 0.2),
-        }  # fmt: skip
+            "gate.weight": fan_in(EXPERTS, H),
+            "gate.e_score_correction_bias": torch.zeros(EXPERTS),
+            "fc1_latent_proj.weight": fan_in(latent, H),
+            "fc2_latent_proj.weight": torch.randn(H, latent) * 0.05,
+            "experts.up_proj.weight": fan_in(width, latent, 1.0, EXPERTS),
+            "experts.down_proj.weight": fan_in(latent, width, 0.5, EXPERTS),
+            "shared_experts.up_proj.weight": fan_in(shared, H),
+            "shared_experts.down_proj.weight": fan_in(H, shared, 0.2),
+        }
     return {f"{prefix}.mixer.{name}": value for name, value in tensors.items()}
 
 
 def initial() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    p = {"backbone.embeddings.weight": torch.randn(VOCAB, H) * 0.05, "lm_head.weight": torch.randn(VOCAB, H) * 0.02}
+    p = {
+        "backbone.embeddings.weight": torch.randn(VOCAB, H) * 0.05,
+        "lm_head.weight": torch.randn(VOCAB, H) * 0.02,
+    }
     for i, kind in enumerate(CONFIG["hybrid_override_pattern"]):
         p |= {f"backbone.layers.{i}.norm.weight": torch.ones(H)} | init_mixer(kind, f"backbone.layers.{i}")
     p["backbone.norm_f.weight"] = torch.ones(H)
     m = "mtp.layers.0"
-    p |= {f"{m}.enorm.weight": torch.ones(H), f"{m}.hnorm.weight": torch.ones(H), f"{m}.eh_proj.weight": fan_in(H, 2 * H)}
+    p |= {
+        f"{m}.enorm.weight": torch.ones(H),
+        f"{m}.hnorm.weight": torch.ones(H),
+        f"{m}.eh_proj.weight": fan_in(H, 2 * H),
+    }
     p |= {f"{m}.norm.weight": torch.ones(H)} | init_mixer("*", m)
     p |= {"mtp.layers.1.norm.weight": torch.ones(H)} | init_mixer("E", "mtp.layers.1")
     p["mtp.layers.1.final_layernorm.weight"] = torch.ones(H)
@@ -129,7 +200,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.bfloat16(), weight.bfloat16())
 
 
-WATCH: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # while set: layer -> units' activity [E, width], mean input
+WATCH: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = (
+    None  # while set: layer -> units' activity [E, width], mean input
+)
 
 
 def squared(x: torch.Tensor) -> torch.Tensor:
@@ -152,13 +225,23 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
 
 def mamba(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
     """The mixer of a Mamba-2 layer."""
-    names = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
+    names = (
+        "in_proj.weight",
+        "conv1d.weight",
+        "conv1d.bias",
+        "dt_bias",
+        "A_log",
+        "D",
+        "norm.weight",
+        "out_proj.weight",
+    )
     return scan(u, *(p[k + name] for name in names))
 
 
 @torch.compile(dynamic=False)
 def scan(u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ignore[no-untyped-def]
-    """Chunked state-space dual form (Dao and Gu 2024, listing 1): products within a chunk, a scan over chunk states."""
+    """Chunked state-space dual form (Dao and Gu 2024, listing 1): products within a chunk, a scan over chunk
+    states."""
     b, length, _ = u.shape
     q = CONFIG["chunk_size"]
     chunks = length // q
@@ -169,7 +252,9 @@ def scan(u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ig
     x, bm, cm = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
     per = HEADS // GROUPS
     dt = F.softplus(dt.float() + dt_bias)
-    decay = (dt * -torch.exp(a_log)).view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2).cumsum(-1)  # b c g h q
+    decay = (
+        (dt * -torch.exp(a_log)).view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2).cumsum(-1)
+    )  # b c g h q
     x = x.view(b, chunks, q, GROUPS, per, -1).permute(0, 1, 3, 4, 2, 5)  # b c g h q p
     xdt = x * dt.view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2)[..., None].bfloat16()
     bm = bm.view(b, chunks, q, GROUPS, STATE).permute(0, 1, 3, 2, 4)  # b c g q n
@@ -184,7 +269,10 @@ def scan(u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ig
     for c in range(chunks):
         carried.append(state)
         state = state * total[:, c] + states[:, c].float()
-    y = y + (cm[:, :, :, None] @ torch.stack(carried, 1).bfloat16().mT) * torch.exp(decay)[..., None].bfloat16()
+    y = (
+        y
+        + (cm[:, :, :, None] @ torch.stack(carried, 1).bfloat16().mT) * torch.exp(decay)[..., None].bfloat16()
+    )
     y = (y + x * d.view(GROUPS, per, 1, 1).bfloat16()).permute(0, 1, 4, 2, 3, 5).reshape(b, length, INNER)
     y = (y * F.silu(z)).float().view(b, length, GROUPS, -1)
     y = F.rms_norm(y, (y.shape[-1],), None, 1e-5).view(b, length, INNER) * w_norm
@@ -196,7 +284,9 @@ def attention(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
     d = CONFIG["head_dim"]
     q, key, v = (linear(u, p[k + f"{n}_proj.weight"]).view(b, length, -1, d).transpose(1, 2) for n in "qkv")
     per = q.shape[1] // key.shape[1]
-    y = F.scaled_dot_product_attention(q, key.repeat_interleave(per, 1), v.repeat_interleave(per, 1), is_causal=True)
+    y = F.scaled_dot_product_attention(
+        q, key.repeat_interleave(per, 1), v.repeat_interleave(per, 1), is_causal=True
+    )
     return linear(y.transpose(1, 2).reshape(b, length, -1), p[k + "o_proj.weight"])
 
 
@@ -212,9 +302,15 @@ def moe(p: dict, k: str, u: torch.Tensor, loads: dict[str, torch.Tensor]) -> tor
     rows = order // TOP
     latent = linear(x, p[k + "fc1_latent_proj.weight"]).index_select(0, rows)
     up, down = (p[k + f"experts.{n}_proj.weight"].bfloat16().unbind(0) for n in ("up", "down"))
-    parts = [squared(part @ u.mT) @ d.mT for part, u, d in zip(latent.split(counts.tolist()), up, down, strict=True)]
+    parts = [
+        squared(part @ u.mT) @ d.mT
+        for part, u, d in zip(latent.split(counts.tolist()), up, down, strict=True)
+    ]
     if WATCH is not None:
-        active = [(part @ u.mT > 0).float().mean(0) for part, u in zip(latent.split(counts.tolist()), up, strict=True)]
+        active = [
+            (part @ u.mT > 0).float().mean(0)
+            for part, u in zip(latent.split(counts.tolist()), up, strict=True)
+        ]
         WATCH[k] = torch.stack(active), latent.float().mean(0)
     routed = torch.cat(parts) * weights.view(-1).index_select(0, order)[:, None].bfloat16()
     mixed = torch.zeros(x.shape[0], routed.shape[1], dtype=torch.bfloat16).index_add(0, rows, routed)
@@ -239,8 +335,15 @@ def losses(p: dict, tokens: torch.Tensor, loads: dict) -> tuple[torch.Tensor, to
     hidden = norm(x, p["backbone.norm_f.weight"])
     head = p["lm_head.weight"]
     main = cross_entropy(hidden, head, tokens[:, 1:-1])
-    m, hidden, embedded, tokens = "mtp.layers.0", hidden[::2], embedded[::2], tokens[::2]  # every other row is enough for it
-    joined = torch.cat([norm(embedded[:, 1:-1], p[m + ".enorm.weight"]), norm(hidden, p[m + ".hnorm.weight"])], -1)
+    m, hidden, embedded, tokens = (
+        "mtp.layers.0",
+        hidden[::2],
+        embedded[::2],
+        tokens[::2],
+    )  # every other row is enough for it
+    joined = torch.cat(
+        [norm(embedded[:, 1:-1], p[m + ".enorm.weight"]), norm(hidden, p[m + ".hnorm.weight"])], -1
+    )
     x = linear(joined, p[m + ".eh_proj.weight"]).float()
     x = block("E", p, "mtp.layers.1", block("*", p, m, x, loads), loads)
     x = norm(x, p["mtp.layers.1.final_layernorm.weight"])
@@ -251,7 +354,8 @@ def losses(p: dict, tokens: torch.Tensor, loads: dict) -> tuple[torch.Tensor, to
 
 
 def orthogonal(g: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz iteration towards U V^T of ``g = U S V^T``, quintic coefficients of Muon (Jordan 2024); batched."""
+    """Newton-Schulz iteration towards U V^T of ``g = U S V^T``, quintic coefficients of Muon (Jordan 2024);
+    batched."""
     x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -269,7 +373,9 @@ def step(p: dict, state: dict, at: int, steps: int) -> None:
         if w.grad is None:
             continue
         s = state.setdefault(name, {})
-        if ("mixer" in name and w.ndim >= 2 and "conv1d" not in name and "gate" not in name) or "eh_proj" in name:
+        if (
+            "mixer" in name and w.ndim >= 2 and "conv1d" not in name and "gate" not in name
+        ) or "eh_proj" in name:
             m = s.setdefault("m", torch.zeros_like(w)).lerp_(w.grad, 0.05)
             update = orthogonal(w.grad.lerp(m, 0.95))
             lr = MUON_LR * rate * (UP_RATE if at >= REVIVE_FROM and "experts.up_proj" in name else 1.0)
@@ -284,7 +390,8 @@ def step(p: dict, state: dict, at: int, steps: int) -> None:
 
 
 def balance(p: dict, loads: dict[str, torch.Tensor], rate: float) -> None:
-    """Loss-free balancing (Wang et al. 2024): experts above the mean load get a lower choice bias, those below a higher one."""
+    """Loss-free balancing (Wang et al. 2024): experts above the mean load get a lower choice bias, those
+    below a higher one."""
     for k, counts in loads.items():
         error = (counts.float().mean() - counts.float()) / counts.float().mean()
         p[k + "gate.e_score_correction_bias"].data.add_(rate * error.clamp(-1, 1))
@@ -292,7 +399,8 @@ def balance(p: dict, loads: dict[str, torch.Tensor], rate: float) -> None:
 
 @torch.no_grad()
 def revive(p: dict, state: dict, tokens: torch.Tensor) -> int:
-    """Make dead units of routed experts anew: random weights at a right angle to the mean input, no momentum. Returns how many."""
+    """Make dead units of routed experts anew: random weights at a right angle to the mean input, no momentum.
+    Returns how many."""
     global WATCH
     WATCH = {}
     losses(p, tokens, {})
@@ -312,17 +420,21 @@ def revive(p: dict, state: dict, tokens: torch.Tensor) -> int:
 
 @torch.no_grad()
 def upcycle(p: dict, state: dict, layer: int) -> None:
-    """Sparse upcycling (Komatsuzaki et al. 2022): every routed expert begins as the shared expert, which begins anew.
+    """Sparse upcycling (Komatsuzaki et al. 2022): every routed expert begins as the shared expert, which
+    begins anew.
 
-    The latent space is made the shared expert's hidden space, so that the layer computes what it did: fc1 is its up projection,
-    experts pass 96 units through (and get new ones beside them), fc2 is its down projection, divided by the sum of router weights.
+    The latent space is made the shared expert's hidden space, so that the layer computes what it did: fc1 is
+    its up projection, experts pass 96 units through (and get new ones beside them), fc2 is its down
+    projection, divided by the sum of router weights.
     """
     k = f"backbone.layers.{layer}.mixer."
     up, down = p[k + "experts.up_proj.weight"], p[k + "experts.down_proj.weight"]
     latent = up.shape[-1]
     assert latent == CONFIG["moe_shared_expert_intermediate_size"]
     p[k + "fc1_latent_proj.weight"].copy_(p[k + "shared_experts.up_proj.weight"])
-    p[k + "fc2_latent_proj.weight"].copy_(p[k + "shared_experts.down_proj.weight"] / CONFIG["routed_scaling_factor"])
+    p[k + "fc2_latent_proj.weight"].copy_(
+        p[k + "shared_experts.down_proj.weight"] / CONFIG["routed_scaling_factor"]
+    )
     up.copy_(fan_in(up.shape[1], latent, 1.0, EXPERTS))
     down.copy_(fan_in(latent, down.shape[2], 0.15, EXPERTS))
     up[:, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, EXPERTS)
@@ -341,7 +453,8 @@ def upcycle(p: dict, state: dict, layer: int) -> None:
 
 
 def tokenizer(work: Path) -> None:
-    """Byte-level BPE of ``VOCAB`` entries, then the three texts as uint16 tokens, documents ended by the eos token."""
+    """Byte-level BPE of ``VOCAB`` entries, then the three texts as uint16 tokens, documents ended by the eos
+    token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def texts(path: Path) -> list[str]:
@@ -352,16 +465,25 @@ def tokenizer(work: Path) -> None:
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(
-        texts(work / "train.jsonl"), trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet)
+        texts(work / "train.jsonl"),
+        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet),
     )
     tok.save(str(HERE / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-        "model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (HERE / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (HERE / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    for name, path in (("train", work / "train.jsonl"), ("evaluation", HERE.parent / "data/evaluation.jsonl")):
+    for name, path in (
+        ("train", work / "train.jsonl"),
+        ("evaluation", HERE.parent / "data/evaluation.jsonl"),
+    ):
         rows = [np.array([*e.ids, EOS], np.uint16) for e in tok.encode_batch(texts(path))]
         np.random.default_rng(0).shuffle(rows)
         np.concatenate(rows).tofile(work / f"{name}.u16")
@@ -383,7 +505,10 @@ def fit(work: Path, steps: int) -> None:
     while at < steps:
         epoch, place = divmod(at, per_epoch)
         rng = np.random.default_rng(epoch)
-        starts = rng.integers(LENGTH) + LENGTH * rng.permutation(per_epoch * ROWS)[place * ROWS : place * ROWS + ROWS]
+        starts = (
+            rng.integers(LENGTH)
+            + LENGTH * rng.permutation(per_epoch * ROWS)[place * ROWS : place * ROWS + ROWS]
+        )
         tokens = torch.from_numpy(np.stack([data[s : s + LENGTH + 2] for s in starts]).astype(np.int64))
         if at == UPCYCLE_AT:
             torch.manual_seed(at)
@@ -401,19 +526,25 @@ def fit(work: Path, steps: int) -> None:
         if at % 20 == 0:
             idle = sum(int((c == 0).sum()) for c in loads.values())
             print(
-                f"step {at} loss {main.item():.3f} mtp {mtp.item():.3f} idle experts {idle} {time.time() - started:.0f} s",
+                f"step {at} loss {main.item():.3f} mtp {mtp.item():.3f} idle experts {idle} "
+                f"{time.time() - started:.0f} s",
                 flush=True,
             )
         if at % 200 == 0 or at == steps:
             with torch.no_grad():
-                scores = torch.tensor([[v.item() for v in losses(p, test[i : i + 8], {})] for i in range(0, 32, 8)]).mean(0)
+                scores = torch.tensor(
+                    [[v.item() for v in losses(p, test[i : i + 8], {})] for i in range(0, 32, 8)]
+                ).mean(0)
             print(f"EVAL step {at} perplexity {scores[0].exp():.2f} mtp {scores[1].exp():.2f}", flush=True)
-            torch.save({"p": p, "optimiser": optimiser, "at": at, "spent": time.time() - started}, work / "state.tmp")
+            torch.save(
+                {"p": p, "optimiser": optimiser, "at": at, "spent": time.time() - started}, work / "state.tmp"
+            )
             (work / "state.tmp").rename(work / "state.pt")
 
 
 def save(work: Path) -> None:
-    """The published layout: one tensor an expert, bf16 (the correction bias fp32), two shards with an index."""
+    """The published layout: one tensor an expert, bf16 (the correction bias fp32), two shards with an
+    index."""
     p = torch.load(work / "state.pt")["p"]
     tensors: dict[str, torch.Tensor] = {}
     for name, w in p.items():
@@ -443,7 +574,9 @@ def save(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=["tokenizer", "fit", "save"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=4000)

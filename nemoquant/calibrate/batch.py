@@ -1,4 +1,5 @@
-"""Calibration rows that are computed together: how many, how long, in which dtype, and what follows from that.
+"""Calibration rows that are computed together: how many, how long, in which dtype, and what follows from
+that.
 
 Importing this module loads no torch.
 """

@@ -1,7 +1,7 @@
 """Hidden states of the calibration rows, which wait between layers: in memory, or in two files.
 
-A layer reads what the layer before it wrote. In files each has one, so that a layer which was interrupted can be run again; the
-page cache serves them, and memory does not follow the number of rows.
+A layer reads what the layer before it wrote. In files each has one, so that a layer which was interrupted can
+be run again; the page cache serves them, and memory does not follow the number of rows.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ class HiddenStates(Protocol):
     """[rows, length, hidden] in the compute dtype."""
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """The states of some rows [len(rows), length, hidden], as the last finished layer left them; the caller's to change."""
+        """The states of some rows [len(rows), length, hidden], as the last finished layer left them; the
+        caller's to change."""
 
     def write(self, rows: Sequence[int], states: Tensor) -> None:
         """What the layer in work makes of them. Rows come in ascending order."""
@@ -51,7 +52,9 @@ class InFiles:
         sha256: of what the last finished layer wrote, row after row.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, current: int = 0) -> None:
+    def __init__(
+        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, current: int = 0
+    ) -> None:
         self.shape, self.dtype, self.current, self.sha256 = shape, dtype, current, ""
         self._row = shape[1] * shape[2] * dtype.itemsize
         self._paths = [folder / f"hidden.{i}" for i in (0, 1)]
@@ -72,7 +75,9 @@ class InFiles:
             view = _bytes(state)
             self._digest.update(view)
             while view:
-                view = view[os.pwrite(self._files[1 - self.current], view, (row + 1) * self._row - len(view)) :]
+                view = view[
+                    os.pwrite(self._files[1 - self.current], view, (row + 1) * self._row - len(view)) :
+                ]
 
     def turn(self) -> None:
         self.current = 1 - self.current

@@ -1,10 +1,13 @@
-"""What calibration looks at: observers see the inputs of one batch, collectors join what the observers of all batches saw.
+"""What calibration looks at: observers see the inputs of one batch, collectors join what the observers of all
+batches saw.
 
-    observer    made anew for each batch of rows in each layer, wherever that batch is computed; what it collected travels back
-    collector   one for the whole run, in its process; after each layer it keeps what it has, or writes it to a file and forgets it
+    observer    made anew for each batch of rows in each layer, wherever that is computed; what it
+                collected travels back
+    collector   one for the whole run, in its process; after each layer it keeps what it has, or writes it
+                to a file and forgets it
 
-A new quantity (second moments, a Hessian) is a new pair; nothing else of calibration changes. What an observer collects may be arrays: they
-live until their layer is finished.
+A new quantity (second moments, a Hessian) is a new pair; nothing else of calibration changes. What an
+observer collects may be arrays: they live until their layer is finished.
 """
 
 import re
@@ -52,7 +55,8 @@ class Collector(Protocol):
         """All batches of a layer were added; None is the head."""
 
     def state(self) -> Any:
-        """What is to be kept after a layer, as JSON data: the results, or names and hashes of the files that hold them."""
+        """What is to be kept after a layer, as JSON data: the results, or names and hashes of the files that
+        hold them."""
 
     def restore(self, state: Any) -> None:
         """Go back to what :meth:`state` gave. Raises CalibrationError where a file is not what it was."""
@@ -68,7 +72,8 @@ class Maxima(NamedTuple):
 class AmaxObserver:
     """Keeps max |x| of each module's input, in float32, and counts the tokens of experts.
 
-    Maxima stay on the device until :meth:`collect`: reading them one by one would wait for the device each time.
+    Maxima stay on the device until :meth:`collect`: reading them one by one would wait for the device each
+    time.
     """
 
     def __init__(self) -> None:
@@ -110,9 +115,13 @@ class AmaxCollector:
 
     def finish(self, layer: int | None) -> None:
         caches = {name for name in self._amax if name.endswith(KV_OUTPUT)}
-        self.scales.kv_amax |= {name.removesuffix(KV_OUTPUT): self._amax[name] for name in self._amax if name in caches}
+        self.scales.kv_amax |= {
+            name.removesuffix(KV_OUTPUT): self._amax[name] for name in self._amax if name in caches
+        }
         self.scales.input_amax |= {
-            name: amax for name, amax in self._amax.items() if name not in caches and not name.endswith(ROUTER)
+            name: amax
+            for name, amax in self._amax.items()
+            if name not in caches and not name.endswith(ROUTER)
         }
         if layer is not None and self.config.layers[layer] == "moe":
             experts = range(self.config.n_routed_experts)

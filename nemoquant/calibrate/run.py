@@ -1,7 +1,8 @@
-"""Calibration, layer by layer: only one layer's weights are mapped, the rows' hidden states wait for the next one.
+"""Calibration, layer by layer: only one layer's weights are mapped, the rows' hidden states wait for the next
+one.
 
-Every GEMM input of the main model is observed, whatever the plan quantizes, so that one scales file serves all recipes.
-The bf16 output is propagated: a maximum describes what the source model computes.
+Every GEMM input of the main model is observed, whatever the plan quantizes, so that one scales file serves
+all recipes. The bf16 output is propagated: a maximum describes what the source model computes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,13 +102,15 @@ def calibrate(
         dtype: compute dtype; None is that of :func:`compute_dtype`.
         row_batch: rows that go through a layer at once, of all layers or by kind of layer.
         hidden: where hidden states wait; None is in memory.
-        begin: what ``keep`` was called with in an earlier run, with ``hidden`` as it was then: continues from there.
+        begin: what ``keep`` was called with in an earlier run, with ``hidden`` as it was then: continues from
+            there.
         keep: called after each layer.
         spread: runs a layer's batches; None is one after the other, here.
     Returns:
         the rows that came to NaN or Inf and were left out.
     Raises:
-        CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf; WeightError where weights hold them.
+        CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf; WeightError where
+            weights hold them.
     """
     dtype = dtype or getattr(torch, compute_dtype(device))
     hidden = hidden or InMemory((*rows.ids.shape, config.hidden_size), dtype)
@@ -156,7 +159,9 @@ class _Run:
         """Hidden states before the first layer."""
         weights = LayerWeights(self.checkpoint, "backbone.embeddings.")
         for batch in self.batches(1):
-            self.hidden.write(batch, F.embedding(torch.from_numpy(rows.ids[batch]), weights["weight"]).to(dtype))
+            self.hidden.write(
+                batch, F.embedding(torch.from_numpy(rows.ids[batch]), weights["weight"]).to(dtype)
+            )
             weights.release()
         self.hidden.turn()
 
@@ -200,22 +205,33 @@ class _Run:
             return
         damaged = [
             weights.prefix + name
-            for weights in (LayerWeights(self.checkpoint, p) for p in ("backbone.embeddings.", f"backbone.layers.{layer}."))
+            for weights in (
+                LayerWeights(self.checkpoint, p)
+                for p in ("backbone.embeddings.", f"backbone.layers.{layer}.")
+            )
             for name, weight in weights.items()
             if not torch.isfinite(weight).all()
         ]
         if damaged:
             raise WeightError(
-                f"{listing(damaged)} has NaN or Inf; expected finite weights, the source is damaged: download or convert it again"
+                f"{listing(damaged)} has NaN or Inf; expected finite weights, the source is damaged: "
+                f"download or convert it again"
             )
         raise CalibrationError(
-            f"layer {layer} ({self.config.layers[layer]}): NaN or Inf in {len(bad)} of {len(self.alive)} rows ({listing(bad)}), more than "
-            f"{MAX_NON_FINITE:.0%}; expected finite activations, the layer's weights are finite: try --compute float32"
+            f"layer {layer} ({self.config.layers[layer]}): NaN or Inf in {len(bad)} of {len(self.alive)} "
+            f"rows ({listing(bad)}), more than "
+            f"{MAX_NON_FINITE:.0%}; expected finite activations, the layer's weights are finite: try "
+            f"--compute float32"
         )
 
 
 def observe(
-    checkpoint: Checkpoint, config: NemotronHConfig, layer: int, states: Tensor, device: str, observers: Observers
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    layer: int,
+    states: Tensor,
+    device: str,
+    observers: Observers,
 ) -> Observed:
     """A batch of rows [rows, length, hidden] through one layer. A pure function: it may run anywhere.
 
@@ -254,7 +270,12 @@ def _seen_by(observers: Sequence[Observer]) -> Tap:
 
 
 def one_by_one(
-    checkpoint: Checkpoint, config: NemotronHConfig, layer: int, batches: Iterable[Tensor], device: str, observers: Observers
+    checkpoint: Checkpoint,
+    config: NemotronHConfig,
+    layer: int,
+    batches: Iterable[Tensor],
+    device: str,
+    observers: Observers,
 ) -> Iterator[Observed]:
     """``observe`` on each batch, here."""
     return (observe(checkpoint, config, layer, states, device, observers) for states in batches)

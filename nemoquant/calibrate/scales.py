@@ -1,4 +1,5 @@
-"""What calibration found out, and its file: given back by ``--scales``, it repeats a whole run to the byte."""
+"""What calibration found out, and its file: given back by ``--scales``, it repeats a whole run to the
+byte."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ class Scales:
 
     Attributes:
         settings: what the run was: rows, lengths, hashes of tokens and source, device, dtype, batch, threads.
-        input_amax: module -> amax of its GEMM's input over all rows. A routed expert that no token reached is absent.
+        input_amax: module -> amax of its GEMM's input over all rows. A routed expert that no token reached is
+            absent.
         kv_amax: ``...k_proj`` or ``...v_proj`` -> amax of the keys or values that it puts into the cache.
         tokens_per_expert: MoE layer -> tokens that each expert got.
         non_finite_rows: rows that were left out because NaN or Inf came up in them.
@@ -50,7 +52,8 @@ class Scales:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Scales":
-        """The reverse of ``to_json``; raises ValueError, KeyError, TypeError or AttributeError for other data."""
+        """The reverse of ``to_json``; raises ValueError, KeyError, TypeError or AttributeError for other
+        data."""
         return Scales(
             dict(data["settings"]),
             {str(k): float(v) for k, v in data["input_amax"].items()},
@@ -70,18 +73,29 @@ class Scales:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
-                raise CalibrationError(f"{path}: schema {data['schema']}, expected {SCHEMA}; calibrate again with this version")
+                raise CalibrationError(
+                    f"{path}: schema {data['schema']}, expected {SCHEMA}; calibrate again with this version"
+                )
             scales = Scales.from_json(data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CalibrationError(f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run") from None
+            raise CalibrationError(
+                f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run"
+            ) from None
         bad = [k for k, v in (scales.input_amax | scales.kv_amax).items() if not 0 <= v < float("inf")]
         if bad:
-            raise CalibrationError(f"{path}: maxima of {listing(bad)} are negative or not finite; calibrate again")
+            raise CalibrationError(
+                f"{path}: maxima of {listing(bad)} are negative or not finite; calibrate again"
+            )
         return scales
 
     def unreached(self) -> list[str]:
         """Experts without a token, as ``layer 3 expert 7``."""
-        return [f"layer {i} expert {e}" for i, counts in self.tokens_per_expert.items() for e, n in enumerate(counts) if not n]
+        return [
+            f"layer {i} expert {e}"
+            for i, counts in self.tokens_per_expert.items()
+            for e, n in enumerate(counts)
+            if not n
+        ]
 
     def warnings_for(self, plan: Plan) -> list[str]:
         """What a user of ``plan`` should know of this calibration."""
@@ -99,11 +113,16 @@ class Scales:
     def summary(self) -> dict[str, Any]:
         """The settings, and how experts were covered, as JSON data."""
         counts = [n for layer in self.tokens_per_expert.values() for n in layer]
-        coverage = {"experts": len(counts), "unreached": counts.count(0), "fewest_tokens": min(counts, default=0)}
+        coverage = {
+            "experts": len(counts),
+            "unreached": counts.count(0),
+            "fewest_tokens": min(counts, default=0),
+        }
         return self.settings | {"non_finite_rows": self.non_finite_rows, "coverage": coverage}
 
     def check(self, plan: Plan, path: Path) -> None:
-        """Make sure that a file from an earlier run has what ``plan`` needs, and nothing that its model lacks.
+        """Make sure that a file from an earlier run has what ``plan`` needs, and nothing that its model
+        lacks.
 
         Raises:
             CalibrationError: lists the modules whose maxima are missing, or that the model does not have.
@@ -112,15 +131,19 @@ class Scales:
         strange = [m for m in self.input_amax | self.kv_amax if m not in known]
         if strange:
             raise CalibrationError(
-                f"{path} has the maxima of {len(strange)} modules that this model lacks: {listing(strange)}; is it of another model?"
+                f"{path} has the maxima of {len(strange)} modules that this model lacks: "
+                f"{listing(strange)}; is it of another model?"
             )
         missing = [
-            r.module for r in plan.quantized if r.activation_format and r.expert is None and r.module not in self.input_amax
+            r.module
+            for r in plan.quantized
+            if r.activation_format and r.expert is None and r.module not in self.input_amax
         ]
         missing += [m for m in kv_modules(plan) if m not in self.kv_amax]
         if missing:
             raise CalibrationError(
-                f"{path} lacks the maxima of {len(missing)} modules: {listing(missing)}; is it of another model?"
+                f"{path} lacks the maxima of {len(missing)} modules: {listing(missing)}; is it of another "
+                f"model?"
             )
 
 

@@ -8,7 +8,8 @@ DEPTH = 8  # pieces of a few megabytes that may wait
 
 
 class Background:
-    """Runs what it is given, one after the other, in a thread of its own; ``put`` waits where ``depth`` pieces of work are waiting.
+    """Runs what it is given, one after the other, in a thread of its own; ``put`` waits where ``depth``
+    pieces of work are waiting.
 
     After an error nothing more is run, and ``put`` and ``check`` raise it.
     """
@@ -30,7 +31,8 @@ class Background:
             raise self._error
 
     def end(self, *, cancel: bool = False) -> None:
-        """Wait until all is done, or until the piece in work is, and end the thread. Raises nothing; see ``check``."""
+        """Wait until all is done, or until the piece in work is, and end the thread. Raises nothing; see
+        ``check``."""
         self._cancelled = cancel
         self._queue.put(None)
         self._thread.join()

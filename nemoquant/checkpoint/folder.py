@@ -1,4 +1,5 @@
-"""The output folder: ``OUT.partial`` while it is made, ``OUT`` once it is whole. Only what was made here is ever removed."""
+"""The output folder: ``OUT.partial`` while it is made, ``OUT`` once it is whole. Only what was made here is
+ever removed."""
 
 import os
 import shutil
@@ -10,7 +11,14 @@ from typing import Any
 
 from nemoquant.errors import Interrupted, NemoquantError, OutputError
 
-SIDE_FILES = ("generation_config.json", "tokenizer*", "chat_template*", "special_tokens*", "LICENSE*", "NOTICE*")
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens*",
+    "LICENSE*",
+    "NOTICE*",
+)
 MARGIN = 64 << 20  # of free disk beyond the tensors: side files and the rest
 BYTES_PER_TENSOR = 600  # of headers, index, config files and scales file
 
@@ -26,23 +34,27 @@ def nearest_folder(path: Path) -> Path:
 
 
 def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, resume: bool = False) -> None:
-    """Make sure that ``out`` can be written; with ``resume`` the partial folder of an earlier run is welcome, and counts as room.
+    """Make sure that ``out`` can be written; with ``resume`` the partial folder of an earlier run is welcome,
+    and counts as room.
 
     Raises:
-        OutputError: it exists, overlaps the source, an earlier run left its partial folder, its folder is not writable, or the
-            disk has no room for that many tensors and bytes.
+        OutputError: it exists, overlaps the source, an earlier run left its partial folder, its folder is not
+            writable, or the disk has no room for that many tensors and bytes.
     """
     here, there = out.resolve(), source.resolve()
     for path in (here, partial_of(here)):
         if path == there or path in there.parents or there in path.parents:
             raise OutputError(f"{out} overlaps the source {source}; expected a folder outside it")
     if out.exists() or out.is_symlink():
-        raise OutputError(f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name")
+        raise OutputError(
+            f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
+        )
     partial, there_already = partial_of(out), 0
     if partial.exists():
         if not resume:
             raise OutputError(
-                f"{partial} exists, left by a run that did not end; --resume goes on with it, or remove it, or choose another output"
+                f"{partial} exists, left by a run that did not end; --resume goes on with it, or remove it, "
+                f"or choose another output"
             )
         there_already = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
     parent = nearest_folder(here)
@@ -55,16 +67,19 @@ def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, re
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or choose another disk"
+            f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or "
+            f"choose another disk"
         )
 
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """Yields the empty folder ``OUT.partial``; it becomes OUT when the body ends well, and is removed when it does not.
+    """Yields the empty folder ``OUT.partial``; it becomes OUT when the body ends well, and is removed when it
+    does not.
 
     Raises:
-        OutputError: it can't be made or written, or OUT came to be meanwhile; then the finished OUT.partial stays.
+        OutputError: it can't be made or written, or OUT came to be meanwhile; then the finished OUT.partial
+            stays.
     """
     partial = partial_of(out)
     parents = [p for p in out.absolute().parents if not p.exists()]
@@ -83,7 +98,9 @@ def making(out: Path) -> Iterator[Path]:
             raise OutputError(
                 f"{out}: {error.strerror or error}; nothing was kept, make room or choose another output"
             ) from error
-        if isinstance(error, NemoquantError | Interrupted) and error.kept:  # a run within this one, removed with the rest
+        if (
+            isinstance(error, NemoquantError | Interrupted) and error.kept
+        ):  # a run within this one, removed with the rest
             error.kept = "nothing was kept"
         raise
     try:
@@ -104,17 +121,24 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
     """
     auto_map = raw_config.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
-    entries = [e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)]
+    entries = [
+        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
+    ]
     modules = {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
     wanted, skipped = [], []
     for path in sorted(source.iterdir()):
         name = path.name
-        if name in ("config.json", "nemoquant.json") or name.endswith((".safetensors", ".safetensors.index.json")):
+        if name in ("config.json", "nemoquant.json") or name.endswith(
+            (".safetensors", ".safetensors.index.json")
+        ):
             continue  # written anew, or what the tensors were read from
         belongs = name in modules or any(fnmatch(name, pattern) for pattern in SIDE_FILES)
         if belongs and path.is_file():
             if not os.access(path, os.R_OK):
-                raise OutputError(f"{path} cannot be read (permission denied); it belongs to the checkpoint: make it readable")
+                raise OutputError(
+                    f"{path} cannot be read (permission denied); it belongs to the checkpoint: make it "
+                    f"readable"
+                )
             wanted.append(name)
         else:
             skipped.append(name + "/" * path.is_dir())

@@ -1,7 +1,8 @@
 """The header of one safetensors file, validated before anything else is read.
 
-Format (safetensors README): 8 bytes little-endian header size, that many bytes of JSON, then the data. Each entry has
-``dtype``, ``shape`` and ``data_offsets`` relative to the data; together they cover it without hole or overlap.
+Format (safetensors README): 8 bytes little-endian header size, that many bytes of JSON, then the data. Each
+entry has ``dtype``, ``shape`` and ``data_offsets`` relative to the data; together they cover it without hole
+or overlap.
 """
 
 import json
@@ -14,9 +15,23 @@ from typing import Any
 from nemoquant.errors import HeaderError
 
 ITEM_SIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 64
 ALIGNMENT = 4096  # our files begin their data at a multiple of a page
@@ -42,7 +57,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of one safetensors file by name, in file order, and its ``__metadata__``.
 
     Raises:
-        HeaderError: the file is too short, its JSON is wrong, or an entry contradicts the file's size or another entry.
+        HeaderError: the file is too short, its JSON is wrong, or an entry contradicts the file's size or
+            another entry.
     """
     try:
         size = file.stat().st_size
@@ -50,18 +66,23 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > size - 8:
                 raise HeaderError(
-                    f"{file.name}: header size {length:,} does not fit the file's {size:,} bytes; expected a safetensors file, "
+                    f"{file.name}: header size {length:,} does not fit the file's {size:,} bytes; expected "
+                    f"a safetensors file, "
                     "the download may be incomplete"
                 )
             if length > MAX_HEADER:
-                raise HeaderError(f"{file.name}: header size is {length:,}; expected at most {MAX_HEADER:,} bytes")
+                raise HeaderError(
+                    f"{file.name}: header size is {length:,}; expected at most {MAX_HEADER:,} bytes"
+                )
             text = f.read(length)
     except OSError as error:
         raise HeaderError(f"{file}: cannot be read ({error.strerror}); expected a safetensors file") from None
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{file.name}: header is not valid JSON ({error}); expected a safetensors file") from None
+        raise HeaderError(
+            f"{file.name}: header is not valid JSON ({error}); expected a safetensors file"
+        ) from None
     if not isinstance(entries, dict):
         raise HeaderError(f"{file.name}: header is a JSON {type(entries).__name__}, expected an object")
     metadata = entries.pop("__metadata__", {})
@@ -100,24 +121,34 @@ def _tensor(file: Path, name: str, entry: object, begin: int) -> TensorInfo:
 
 def _naturals(value: object) -> bool:
     """A short list of 64-bit sizes: products of longer ones could not even be printed."""
-    return isinstance(value, list) and len(value) <= MAX_DIMENSIONS and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    )
 
 
 def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], begin: int, size: int) -> None:
     at = begin
     for t in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if t.start != at:
-            kind = "overlaps the tensor before it" if t.start < at else f"leaves a hole of {t.start - at:,} bytes before it"
+            kind = (
+                "overlaps the tensor before it"
+                if t.start < at
+                else f"leaves a hole of {t.start - at:,} bytes before it"
+            )
             raise HeaderError(f"{file.name}: tensor {t.name!r} {kind}; expected contiguous data")
         at = t.end
     if at != size:
         raise HeaderError(
-            f"{file.name}: its tensors end at byte {at:,}, but the file has {size:,}; expected the same, it may be truncated"
+            f"{file.name}: its tensors end at byte {at:,}, but the file has {size:,}; expected the same, it "
+            f"may be truncated"
         )
 
 
 def encode_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file that holds ``tensors`` (name, dtype, shape) back to back, padded to ``ALIGNMENT`` with spaces."""
+    """The header of a file that holds ``tensors`` (name, dtype, shape) back to back, padded to ``ALIGNMENT``
+    with spaces."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, dtype, shape in tensors:

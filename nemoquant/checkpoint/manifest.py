@@ -1,4 +1,5 @@
-"""``nemoquant.json``: what was made, from what, with which settings, and the sha256 of every file. No time, host or path in it."""
+"""``nemoquant.json``: what was made, from what, with which settings, and the sha256 of every file. No time,
+host or path in it."""
 
 import hashlib
 import json
@@ -43,7 +44,8 @@ def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases. A few megabytes that tell one training from another."""
+    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases. A few megabytes that tell one
+    training from another."""
     digest = hashlib.sha256()
     for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
         digest.update(checkpoint.raw(name).data)
@@ -52,7 +54,8 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def content_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over a few bytes from the middle of every tensor: tells weights apart without reading them whole."""
+    """sha256 over a few bytes from the middle of every tensor: tells weights apart without reading them
+    whole."""
     digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
     for name in sorted(checkpoint.tensors):
         raw = checkpoint.raw(name)
@@ -140,10 +143,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); expected JSON") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise CheckpointError(f"{path}: schema {got!r}, expected {SCHEMA}; use the version of nemoquant that wrote it")
+        raise CheckpointError(
+            f"{path}: schema {got!r}, expected {SCHEMA}; use the version of nemoquant that wrote it"
+        )
     if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
         raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
     missing = [key for key, kind in REQUIRED.items() if not isinstance(data.get(key), kind)]
     if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}, or has them of another kind; expected what nemoquant writes")
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}, or has them of another kind; expected what nemoquant writes"
+        )
     return data

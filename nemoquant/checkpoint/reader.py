@@ -1,8 +1,9 @@
-"""A checkpoint on disk: every header validated, tensors under their published names, bytes mapped and released.
+"""A checkpoint on disk: every header validated, tensors under their published names, bytes mapped and
+released.
 
 Two spellings are translated here and nowhere else: ``backbone.embedding.weight`` (transformers 5) is read as
-``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_proj`` [E, out, in] as E published expert tensors,
-each a view of its bytes.
+``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_proj`` [E, out, in] as E published
+expert tensors, each a view of its bytes.
 """
 
 import json
@@ -52,7 +53,10 @@ class Checkpoint:
         for info in _all_tensors(path):
             for name, part in _published(info):
                 if name in self.tensors:
-                    raise CheckpointError(f"{path}: two tensors are named {name!r} (one in {part.file.name}); expected each once")
+                    raise CheckpointError(
+                        f"{path}: two tensors are named {name!r} (one in {part.file.name}); expected each "
+                        f"once"
+                    )
                 self.tensors[name] = part
                 if name != info.name:
                     self.aliases[name] = info.name
@@ -60,7 +64,9 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -73,10 +79,13 @@ class Checkpoint:
         with self._lock:  # threads must share one map, or release() would miss the other's pages
             if info.file not in self._maps:
                 with info.file.open("rb") as f:
-                    # a private writable map: torch accepts no read-only memory without a warning; nothing is reserved for it,
-                    # or the system would refuse a file that is larger than memory
+                    # a private writable map: torch accepts no read-only memory without a warning; nothing is
+                    # reserved for it, or the system would refuse a file that is larger than memory
                     self._maps[info.file] = mmap.mmap(
-                        f.fileno(), 0, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                        f.fileno(),
+                        0,
+                        flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
                     )
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.start)
 
@@ -84,7 +93,10 @@ class Checkpoint:
         """A tensor as numpy array, mapped; BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes."""
         info = self.tensors[name]
         if info.dtype not in NUMPY:
-            raise CheckpointError(f"{info.file.name}: tensor {name!r} has dtype {info.dtype}; expected one of {', '.join(NUMPY)}")
+            raise CheckpointError(
+                f"{info.file.name}: tensor {name!r} has dtype {info.dtype}; expected one of "
+                f"{', '.join(NUMPY)}"
+            )
         data = self.raw(name)
         if info.start % ITEM_SIZE[info.dtype]:  # legal in safetensors, but kernels want aligned data
             data = data.copy()
@@ -96,7 +108,8 @@ class Checkpoint:
             self.release_bytes(name, 0, self.tensors[name].nbytes)
 
     def release_bytes(self, name: str, begin: int, end: int) -> None:
-        """The same for some bytes of a tensor. Pages at its edges belong to its neighbours too, and are read again by these."""
+        """The same for some bytes of a tensor. Pages at its edges belong to its neighbours too, and are read
+        again by these."""
         info = self.tensors[name]
         if info.file in self._maps and end > begin:
             page = (info.start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -105,11 +118,15 @@ class Checkpoint:
 
 def _all_tensors(path: Path) -> list[TensorInfo]:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder; expected a checkpoint folder with config.json and safetensors files")
+        raise CheckpointError(
+            f"{path} is not a folder; expected a checkpoint folder with config.json and safetensors files"
+        )
     index = path / INDEX
     if not index.exists():
         if not (path / SINGLE).exists():
-            raise CheckpointError(f"{path} has neither {INDEX} nor {SINGLE}; expected a checkpoint in safetensors format")
+            raise CheckpointError(
+                f"{path} has neither {INDEX} nor {SINGLE}; expected a checkpoint in safetensors format"
+            )
         return list(read_header(path / SINGLE)[0].values())
     weight_map = _read_index(index)
     result: list[TensorInfo] = []
@@ -138,10 +155,14 @@ def _read_index(index: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError("weight_map is not an object of strings")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error}); expected JSON with a `weight_map`") from None
+        raise CheckpointError(
+            f"{index} cannot be read ({error}); expected JSON with a `weight_map`"
+        ) from None
     for shard in set(weight_map.values()):
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names the shard {shard!r}; expected a plain file name ending in .safetensors")
+            raise CheckpointError(
+                f"{index} names the shard {shard!r}; expected a plain file name ending in .safetensors"
+            )
     return dict(weight_map)
 
 
@@ -154,7 +175,14 @@ def _published(info: TensorInfo) -> list[tuple[str, TensorInfo]]:
         return [
             (
                 f"{fused[1]}.{e}.{fused[2]}.weight",
-                TensorInfo(info.name, info.dtype, tuple(shape), info.file, info.start + e * size, info.start + (e + 1) * size),
+                TensorInfo(
+                    info.name,
+                    info.dtype,
+                    tuple(shape),
+                    info.file,
+                    info.start + e * size,
+                    info.start + (e + 1) * size,
+                ),
             )
             for e in range(count)
         ]

@@ -1,4 +1,5 @@
-"""A layer's weights as torch tensors over the mapped file: read when asked for, dropped from memory soon after."""
+"""A layer's weights as torch tensors over the mapped file: read when asked for, dropped from memory soon
+after."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,5 @@
-"""Write one safetensors file from front to back: header first, then the tensors' bytes in order, hashed on the way."""
+"""Write one safetensors file from front to back: header first, then the tensors' bytes in order, hashed on
+the way."""
 
 import hashlib
 import math
@@ -22,9 +23,9 @@ def nothing() -> None:
 class ShardWriter:
     """Writes the tensors given (name, dtype, shape) in their order; every byte must come, and no more.
 
-    Use as a context manager; leaving it without an error checks the count. ``sha256`` is the file's, once it is closed.
-    With ``background`` hashing and writing are two threads, each with a short queue: arrays must then stay as they are until their
-    ``then`` was called.
+    Use as a context manager; leaving it without an error checks the count. ``sha256`` is the file's, once it
+    is closed. With ``background`` hashing and writing are two threads, each with a short queue: arrays must
+    then stay as they are until their ``then`` was called.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class ShardWriter:
         self._stages = (Background("hash"), Background("write")) if background else ()
 
     def write(self, data: npt.NDArray[np.generic], then: Callable[[], None] = nothing) -> None:
-        """Append the bytes of a C-contiguous array; ``then`` is called when they are no longer needed, perhaps in a thread."""
+        """Append the bytes of a C-contiguous array; ``then`` is called when they are no longer needed,
+        perhaps in a thread."""
         view = data.reshape(-1).view(np.uint8)
         self._left -= view.size
         assert self._left >= 0, f"{self.path.name}: more bytes than its header announces"
@@ -68,7 +70,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             for stage in self._stages:
                 stage.end(cancel=kind is not None)

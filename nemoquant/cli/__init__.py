@@ -1,4 +1,5 @@
-"""The command line: a thin face on the Python API. Verbs are loaded when they are called, so that ``--help`` is quick."""
+"""The command line: a thin face on the Python API. Verbs are loaded when they are called, so that ``--help``
+is quick."""
 
 import importlib
 import os
@@ -36,7 +37,9 @@ class Verbs(click.Group):
         command: click.Command = importlib.import_module(f"nemoquant.cli.{cmd_name}").command
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         import difflib
 
         if args and args[0] not in VERBS and not args[0].startswith("-"):
@@ -54,9 +57,9 @@ class Verbs(click.Group):
 
         from nemoquant.errors import NemoquantError
 
-        # torch's threads would spin for milliseconds while they wait; beside other work on the machine that costs many times what it
-        # saves. Some ten microseconds are enough from one operation to the next, and a fifth faster than sleeping at once (measured).
-        # OpenMP reads both once, when torch is loaded.
+        # torch's threads would spin for milliseconds while they wait; beside other work on the machine that
+        # costs many times what it saves. Some ten microseconds are enough from one operation to the next, and
+        # a fifth faster than sleeping at once (measured). OpenMP reads both once, when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: clean up as after Ctrl-C
@@ -65,7 +68,9 @@ class Verbs(click.Group):
         except NemoquantError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
-        except OSError as error:  # a disk or a permission that nobody foresaw: still one line, and not "a check failed"
+        except (
+            OSError
+        ) as error:  # a disk or a permission that nobody foresaw: still one line, and not "a check failed"
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
@@ -86,6 +91,6 @@ def main() -> None:
       nemoquant verify OUT --against MODEL
       nemoquant diff MODEL OUT --html report.html
 
-    \b
-    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize --resume` goes on).
+    \b Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize
+    --resume` goes on).
     """

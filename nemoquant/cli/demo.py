@@ -17,10 +17,15 @@ from nemoquant.cli.shared import progress_bars
     help="New folder for all that is made.",
 )
 @click.option(
-    "--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of 512 tokens to calibrate and compare on."
+    "--rows",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Rows of 512 tokens to calibrate and compare on.",
 )
 def command(out: Path, rows: int) -> None:
-    """Quantize the small trained model that comes with nemoquant with every preset, verify, and compare all with bf16.
+    """Quantize the small trained model that comes with nemoquant with every preset, verify, and compare all
+    with bf16.
 
     Takes about a minute on two cores, needs no GPU and no download.
 
@@ -38,4 +43,6 @@ def command(out: Path, rows: int) -> None:
     with progress_bars(False) as progress:
         report = demo(out, rows=rows, say=lambda text: click.echo(text, err=True), progress=progress)
     click.echo("\n".join(table(report)))
-    click.echo(f"\n{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s.")
+    click.echo(
+        f"\n{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s."
+    )

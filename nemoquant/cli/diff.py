@@ -24,8 +24,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Text to compare on: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
 )
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of text.")
-@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a row.")
-@click.option("--html", type=FILE, metavar="FILE", help="Write the report as one HTML file that opens offline.")
+@click.option(
+    "--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a row."
+)
+@click.option(
+    "--html", type=FILE, metavar="FILE", help="Write the report as one HTML file that opens offline."
+)
 @click.option(
     "--json",
     "json_file",
@@ -33,7 +37,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="FILE",
     help="Write the report's data; - is standard output, with nothing else on it.",
 )
-@click.option("--markdown", type=FILE, metavar="FILE", help="Write the summary that the terminal shows, for a pull request.")
+@click.option(
+    "--markdown",
+    type=FILE,
+    metavar="FILE",
+    help="Write the summary that the terminal shows, for a pull request.",
+)
 @click.option(
     "--fail-if",
     multiple=True,
@@ -70,20 +79,35 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Where source and OUT compute, layer by layer; cuda is one NVIDIA GPU, and needs Triton.",
 )
 @click.option("--no-card", is_flag=True, help="Leave OUT's model card without the figures.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use."
+)
 def command(
-    source: Path, outs: tuple[Path, ...], data: Path | None, rows: int, seq_len: int, html: Path | None, json_file: Path | None,
-    markdown: Path | None, fail_if: tuple[str, ...], reference_cache: Path | None, engine: str,
-    engine_files: tuple[Path, ...], plugins: Path | None, device: "Device", no_card: bool, threads: int | None,
-) -> None:  # fmt: skip
-    """Compare one or more checkpoints OUT with the bf16 checkpoint SRC that they were made from, over the same text.
+    source: Path,
+    outs: tuple[Path, ...],
+    data: Path | None,
+    rows: int,
+    seq_len: int,
+    html: Path | None,
+    json_file: Path | None,
+    markdown: Path | None,
+    fail_if: tuple[str, ...],
+    reference_cache: Path | None,
+    engine: str,
+    engine_files: tuple[Path, ...],
+    plugins: Path | None,
+    device: "Device",
+    no_card: bool,
+    threads: int | None,
+) -> None:
+    """Compare one or more checkpoints OUT with the bf16 checkpoint SRC that they were made from, over the
+    same text.
 
-    Each is run with the arithmetic that it will have in an engine: weights decoded, GEMM inputs and KV cache rounded. The
-    summary goes to standard output, and the main figures into OUT's model card.
+    Each is run with the arithmetic that it will have in an engine: weights decoded, GEMM inputs and KV cache
+    rounded. The summary goes to standard output, and the main figures into OUT's model card.
 
-    \b
-    Figures for --fail-if: kl kl_median kl_p99 kl_max perplexity perplexity_ratio top1 top5 mtp_acceptance flipped
-    bits_per_weight; comparisons > >= < <=.
+    \b Figures for --fail-if: kl kl_median kl_p99 kl_max perplexity perplexity_ratio top1 top5 mtp_acceptance
+    flipped bits_per_weight; comparisons > >= < <=.
 
     \b
     Examples:
@@ -101,15 +125,31 @@ def command(
     files = {"html": html, "json": None if to_stdout else json_file, "markdown": markdown}
     check_files(files | {"reference cache": reference_cache}, [source, *outs])
     given = click.get_current_context().get_parameter_source
-    unused = [flag for name, flag in (("rows", "--rows"), ("seq_len", "--seq-len")) if given(name) is ParameterSource.COMMANDLINE]
+    unused = [
+        flag
+        for name, flag in (("rows", "--rows"), ("seq_len", "--seq-len"))
+        if given(name) is ParameterSource.COMMANDLINE
+    ]
     if data is not None and data.suffix == ".npy" and unused:
-        click.echo(f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True)
+        click.echo(
+            f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True
+        )
     with progress_bars(to_stdout) as progress:
         report = api.diff(
-            source, outs, data=data, rows=rows, seq_len=seq_len, reference_cache=reference_cache, engine=engine,
-            engine_files=engine_files, plugins=plugins, device=device, threads=threads, card=not no_card,
+            source,
+            outs,
+            data=data,
+            rows=rows,
+            seq_len=seq_len,
+            reference_cache=reference_cache,
+            engine=engine,
+            engine_files=engine_files,
+            plugins=plugins,
+            device=device,
+            threads=threads,
+            card=not no_card,
             progress=progress,
-        )  # fmt: skip
+        )
     write_files(report, files)
     if to_stdout:
         click.echo(report.dump(), nl=False)

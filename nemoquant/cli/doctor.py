@@ -24,4 +24,6 @@ def command(as_json: bool) -> None:
         print_json([asdict(finding) for finding in found])
         return
     words = {True: "yes", False: "no"}
-    table([(f.name, words[f.builds], words[f.runs], f.why) for f in found], ("engine", "builds", "runs", "why"))
+    table(
+        [(f.name, words[f.builds], words[f.runs], f.why) for f in found], ("engine", "builds", "runs", "why")
+    )

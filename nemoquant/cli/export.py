@@ -48,18 +48,30 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
     help="Dtype of activations; default: float32, bfloat16 for TensorRT.",
 )
 @click.option("--last-token-only", is_flag=True, help="Logits of the last position only.")
-@click.option("--layers", metavar="A:B", callback=parse_layers, help="Only layers A to B - 1, with hidden states in or out.")
+@click.option(
+    "--layers",
+    metavar="A:B",
+    callback=parse_layers,
+    help="Only layers A to B - 1, with hidden states in or out.",
+)
 @click.option("--mtp", is_flag=True, help="Also mtp.onnx, the multi-token-prediction module.")
 @click.option("--no-copy", is_flag=True, help="Refuse where tensors would have to be copied.")
 @json_option
 def export_onnx(
-    source: Path, out: Path | None, dialect: str, compute: str | None, last_token_only: bool, layers: tuple[int, int] | None, mtp: bool,
-    no_copy: bool, as_json: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    out: Path | None,
+    dialect: str,
+    compute: str | None,
+    last_token_only: bool,
+    layers: tuple[int, int] | None,
+    mtp: bool,
+    no_copy: bool,
+    as_json: bool,
+) -> None:
     """Write DIR/model.onnx beside the shards of DIR, which it points into: no weight is copied.
 
-    With OUT, the checkpoint is copied into that new folder, and the graph stands there. That is needed where the shards are links,
-    or where experts do not lie back to back, as in published checkpoints.
+    With OUT, the checkpoint is copied into that new folder, and the graph stands there. That is needed where
+    the shards are links, or where experts do not lie back to back, as in published checkpoints.
 
     \b
     Examples:
@@ -71,13 +83,24 @@ def export_onnx(
 
     with progress_bars(as_json) as progress:
         made = api.export_onnx(
-            source, out, dialect=dialect, compute=compute, last_token_only=last_token_only, layers=layers, mtp=mtp, copy=not no_copy,
+            source,
+            out,
+            dialect=dialect,
+            compute=compute,
+            last_token_only=last_token_only,
+            layers=layers,
+            mtp=mtp,
+            copy=not no_copy,
             progress=progress,
-        )  # fmt: skip
+        )
     figures = {
-        "folder": str(made.folder), "graphs": {path.name: path.stat().st_size for path in made.graphs}, "dialect": dialect,
-        "copied_bytes": made.copied_bytes, "functions": made.functions, "nodes": made.nodes,
-    }  # fmt: skip
+        "folder": str(made.folder),
+        "graphs": {path.name: path.stat().st_size for path in made.graphs},
+        "dialect": dialect,
+        "copied_bytes": made.copied_bytes,
+        "functions": made.functions,
+        "nodes": made.nodes,
+    }
     if as_json:
         print_json(figures)
         return
@@ -85,7 +108,9 @@ def export_onnx(
         click.echo(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
     click.echo(f"{made.nodes:,} nodes, {len(made.functions)} functions: {', '.join(made.functions)}")
     click.echo(
-        f"{size(made.copied_bytes)} of tensors copied" if made.copied_bytes else "no tensor copied: weights stay in the shards"
+        f"{size(made.copied_bytes)} of tensors copied"
+        if made.copied_bytes
+        else "no tensor copied: weights stay in the shards"
     )
 
 
@@ -95,9 +120,12 @@ def export_onnx(
 @click.option(
     "--target",
     type=click.Choice(["rtx", "trt"]),
-    help="rtx: TensorRT-RTX, which builds without a GPU; trt: TensorRT, on the GPU itself. Default: rtx where no GPU is found.",
+    help="rtx: TensorRT-RTX, which builds without a GPU; trt: TensorRT, on the GPU itself. Default: rtx "
+    "where no GPU is found.",
 )
-@click.option("--sm", type=int, help="GPU to build for, as 120 for SM 12.0; default: the one in this machine.")
+@click.option(
+    "--sm", type=int, help="GPU to build for, as 120 for SM 12.0; default: the one in this machine."
+)
 @click.option(
     "--compute",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -105,30 +133,71 @@ def export_onnx(
     show_default=True,
     help="Dtype of activations.",
 )
-@click.option("--max-seq-len", type=click.IntRange(min=2), default=4096, show_default=True, help="Most positions of a sequence.")
-@click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most sequences at once.")
-@click.option("--workspace", type=click.FloatRange(min=0.001), help="Scratch memory in GB; default: the builder's own choice.")
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(min=2),
+    default=4096,
+    show_default=True,
+    help="Most positions of a sequence.",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most sequences at once."
+)
+@click.option(
+    "--workspace",
+    type=click.FloatRange(min=0.001),
+    help="Scratch memory in GB; default: the builder's own choice.",
+)
 @click.option("--last-token-only", is_flag=True, help="Logits of the last position only.")
 @click.option(
-    "--mtp", is_flag=True, help="Also an engine of the multi-token-prediction module: model.mtp.engine beside model.engine."
+    "--mtp",
+    is_flag=True,
+    help="Also an engine of the multi-token-prediction module: model.mtp.engine beside model.engine.",
 )
 @click.option(
-    "--strip-weights", is_flag=True, help="Leave the weights out of the file; they come from the shards when it is loaded."
+    "--strip-weights",
+    is_flag=True,
+    help="Leave the weights out of the file; they come from the shards when it is loaded.",
 )
-@click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory, for models larger than the GPU's (trt).")
-@click.option("--timing-cache", type=FILE, metavar="FILE", help="Measured tactics, read if it exists and written after (trt).")
 @click.option(
-    "--plugins", type=FILE, metavar="FILE", help="Plugin library (trt); default: where `nemoquant plugins build` puts it."
+    "--weight-streaming",
+    is_flag=True,
+    help="Let weights stay in host memory, for models larger than the GPU's (trt).",
+)
+@click.option(
+    "--timing-cache",
+    type=FILE,
+    metavar="FILE",
+    help="Measured tactics, read if it exists and written after (trt).",
+)
+@click.option(
+    "--plugins",
+    type=FILE,
+    metavar="FILE",
+    help="Plugin library (trt); default: where `nemoquant plugins build` puts it.",
 )
 @json_option
 def export_trt(
-    source: Path, out: Path, target: str | None, sm: int | None, compute: str, max_seq_len: int, max_batch: int, workspace: float | None,
-    last_token_only: bool, mtp: bool, strip_weights: bool, weight_streaming: bool, timing_cache: Path | None, plugins: Path | None,
+    source: Path,
+    out: Path,
+    target: str | None,
+    sm: int | None,
+    compute: str,
+    max_seq_len: int,
+    max_batch: int,
+    workspace: float | None,
+    last_token_only: bool,
+    mtp: bool,
+    strip_weights: bool,
+    weight_streaming: bool,
+    timing_cache: Path | None,
+    plugins: Path | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Build a TensorRT engine of the checkpoint in DIR into the file OUT, with OUT.json beside it.
 
-    TensorRT-RTX needs no GPU to build. The network is strongly typed: what can't have its precision fails, nothing falls back.
+    TensorRT-RTX needs no GPU to build. The network is strongly typed: what can't have its precision fails,
+    nothing falls back.
 
     \b
     Examples:
@@ -139,17 +208,29 @@ def export_trt(
     from nemoquant import api
 
     facts = api.export_engine(
-        source, out, target=target, sm=sm, compute=compute, max_seq_len=max_seq_len, max_batch=max_batch,
-        workspace=int(workspace * 1e9) if workspace else None, last_token_only=last_token_only, mtp=mtp, strip_weights=strip_weights,
-        weight_streaming=weight_streaming, timing_cache=timing_cache, plugins=plugins,
+        source,
+        out,
+        target=target,
+        sm=sm,
+        compute=compute,
+        max_seq_len=max_seq_len,
+        max_batch=max_batch,
+        workspace=int(workspace * 1e9) if workspace else None,
+        last_token_only=last_token_only,
+        mtp=mtp,
+        strip_weights=strip_weights,
+        weight_streaming=weight_streaming,
+        timing_cache=timing_cache,
+        plugins=plugins,
         say=lambda text: None if as_json else click.echo(text, err=True),
-    )  # fmt: skip
+    )
     if as_json:
         print_json(facts)
         return
     types = ", ".join(f"{count:,} {name}" for name, count in facts["layers_by_output_type"].items())
     click.echo(
-        f"{out}: {facts['runtime']} {facts['version']}, {size(facts['bytes'])}, SM {facts['sm']}, {facts['layers']:,} layers, built in "
+        f"{out}: {facts['runtime']} {facts['version']}, {size(facts['bytes'])}, SM {facts['sm']}, "
+        f"{facts['layers']:,} layers, built in "
         f"{facts['build_seconds']} s"
     )
     click.echo(f"layers by the type that they put out: {types}")

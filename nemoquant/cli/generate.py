@@ -9,7 +9,9 @@ import click
 @click.command("generate")
 @click.argument("model", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to go on from.")
-@click.option("--chat", is_flag=True, help="The prompt is what a user says: put it through the chat template.")
+@click.option(
+    "--chat", is_flag=True, help="The prompt is what a user says: put it through the chat template."
+)
 @click.option(
     "--engine",
     type=click.Choice(["torch", "onnxruntime", "rtx", "trt"]),
@@ -24,13 +26,26 @@ import click
     help="What `nemoquant export trt` wrote, for --engine rtx or trt.",
 )
 @click.option(
-    "--plugins", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Plugin library for --engine trt."
+    "--plugins",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Plugin library for --engine trt.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most tokens to generate.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most tokens to generate."
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice with a temperature.")
-@click.option("--mtp", type=click.IntRange(min=1), help="Draft so many tokens at a time with the multi-token-prediction module.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
+@click.option(
+    "--mtp",
+    type=click.IntRange(min=1),
+    help="Draft so many tokens at a time with the multi-token-prediction module.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use."
+)
 def command(
     model: Path,
     prompt: str,
@@ -44,7 +59,8 @@ def command(
     mtp: int | None,
     threads: int | None,
 ) -> None:
-    """Generate text with the checkpoint in DIR, quantized or not. Stops at the model's end-of-sequence tokens.
+    """Generate text with the checkpoint in DIR, quantized or not. Stops at the model's end-of-sequence
+    tokens.
 
     \b
     Examples:
@@ -67,7 +83,13 @@ def command(
     tokens: list[int] = []
     click.echo(prompt, nl=False)
     for token in generate(
-        running, ids, max_tokens=max_tokens, stop=stop_tokens(model, config), sampler=sampler, mtp=mtp or 0, drafts=drafts
+        running,
+        ids,
+        max_tokens=max_tokens,
+        stop=stop_tokens(model, config),
+        sampler=sampler,
+        mtp=mtp or 0,
+        drafts=drafts,
     ):
         tokens.append(token)
         text = codec.decode(ids + tokens)[len(codec.decode(ids)) :]

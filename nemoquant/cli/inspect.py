@@ -10,10 +10,15 @@ from nemoquant.units import size
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--context", type=click.IntRange(min=1), help="Tokens for the full-context figure; default: the config's maximum.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens for the full-context figure; default: the config's maximum.",
+)
 @json_option
 def command(model: Path, context: int | None, as_json: bool) -> None:
-    """Show layers, parameters, formats and cache sizes of MODEL, a checkpoint folder (quantized or not) or a config.json.
+    """Show layers, parameters, formats and cache sizes of MODEL, a checkpoint folder (quantized or not) or a
+    config.json.
 
     \b
     Examples:
@@ -37,12 +42,24 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
         ("pattern", layers["pattern"]),
         ("parameters", f"{found['parameters']:,} ({found['parameters_without_mtp']:,} without MTP)"),
         ("active per token", f"{found['active_parameters']:,}"),
-        ("tensors", f"{found['tensors']:,}, {found['bytes']:,} bytes ({size(found['bytes'])}), from {found['source']}"),
+        (
+            "tensors",
+            f"{found['tensors']:,}, {found['bytes']:,} bytes ({size(found['bytes'])}), from "
+            f"{found['source']}",
+        ),
         ("quantization", found["quantization"] or "none"),
         ("weights", ", ".join(f"{count:,} {name}" for name, count in found["weights"].items())),
-        ("KV cache", f"{kv['bytes_per_token']:,} B a token, {size(kv['bytes_at_context'])} at {kv['context']:,} tokens"),
+        (
+            "KV cache",
+            f"{kv['bytes_per_token']:,} B a token, {size(kv['bytes_at_context'])} at {kv['context']:,} "
+            f"tokens",
+        ),
         ("SSM state", f"{size(found['ssm_state_bytes_per_sequence'])} a sequence"),
     ]
     for name, text in lines:
         click.echo(f"{name:<18}{text}")
-    table([(k, v["tensors"], v["bytes"]) for k, v in found["dtypes"].items()], ("stored as", "tensors", "bytes"), right="12")
+    table(
+        [(k, v["tensors"], v["bytes"]) for k, v in found["dtypes"].items()],
+        ("stored as", "tensors", "bytes"),
+        right="12",
+    )

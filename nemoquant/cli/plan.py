@@ -24,18 +24,34 @@ from nemoquant.units import size
 @recipe_options
 @no_scale_groups_option
 @click.option(
-    "--estimate", is_flag=True, help="Also measure this machine shortly, and say what quantize would need: memory, disk, time."
+    "--estimate",
+    is_flag=True,
+    help="Also measure this machine shortly, and say what quantize would need: memory, disk, time.",
 )
 @run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows, for --estimate.")
 @run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a row, for --estimate.")
-@run_option("threads", type=click.IntRange(min=1), help="Threads, for --estimate; default: all that this process may use.")
-@run_option("device", type=click.Choice(["cpu", "cuda"]), show_default=True, help="Where it would compute, for --estimate.")
+@run_option(
+    "threads",
+    type=click.IntRange(min=1),
+    help="Threads, for --estimate; default: all that this process may use.",
+)
+@run_option(
+    "device",
+    type=click.Choice(["cpu", "cuda"]),
+    show_default=True,
+    help="Where it would compute, for --estimate.",
+)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=".", help="Folder on the disk that would be written, for --estimate."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=".",
+    help="Folder on the disk that would be written, for --estimate.",
 )
 @memory_option
 @json_option
-def command(model: Path, fmt: str | None, recipe: str | None, estimate: bool, out: Path, as_json: bool, **given: Any) -> None:
+def command(
+    model: Path, fmt: str | None, recipe: str | None, estimate: bool, out: Path, as_json: bool, **given: Any
+) -> None:
     """Show what a recipe does with MODEL, a checkpoint folder or a bare config.json, from headers alone.
 
     \b
@@ -63,7 +79,8 @@ def command(model: Path, fmt: str | None, recipe: str | None, estimate: bool, ou
         ("tensors", f"{figures['tensors_in']:,} in, {figures['tensors_out']:,} out"),
         (
             "bytes",
-            f"{figures['bytes_in']:,} in, {figures['bytes_out']:,} out ({size(figures['bytes_out'])}, {figures['compression']:.2f} times smaller)",
+            f"{figures['bytes_in']:,} in, {figures['bytes_out']:,} out ({size(figures['bytes_out'])}, "
+            f"{figures['compression']:.2f} times smaller)",
         ),
         ("bits per weight", f"{figures['bits_per_weight']:.3f}"),
         ("in quantized modules", "none are quantized" if quantized is None else f"{quantized:.3f}"),
@@ -78,6 +95,12 @@ def command(model: Path, fmt: str | None, recipe: str | None, estimate: bool, ou
 
         click.echo(f"{'on this machine':<24}{expectation(found)}")
     for name in made.unused_formats:
-        click.echo(f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe names", err=True)
+        click.echo(
+            f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe "
+            f"names",
+            err=True,
+        )
     if made.assumed:
-        click.echo("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")
+        click.echo(
+            "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
+        )

@@ -21,29 +21,46 @@ def command() -> None:
 
 @command.command("build")
 @click.option(
-    "--arch", "archs", multiple=True, metavar="SM", help="Architecture, such as sm_90a; may be repeated, or a list with commas."
+    "--arch",
+    "archs",
+    multiple=True,
+    metavar="SM",
+    help="Architecture, such as sm_90a; may be repeated, or a list with commas.",
 )
 @click.option(
     "--gemm-arch",
     "gemm_archs",
     multiple=True,
     metavar="SM",
-    help="Build CUTLASS's grouped products of the experts too, for these of the architectures (sm_90a, sm_100a); default: none.",
+    help="Build CUTLASS's grouped products of the experts too, for these of the architectures (sm_90a, "
+    "sm_100a); default: none.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the libraries; default: where nemoquant looks for them.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the libraries; default: where nemoquant looks for them.",
+)
 @click.option("--host", is_flag=True, help="For the CPU, by an emulator: slow, for tests.")
 @click.option("--kernels-only", is_flag=True, help="Without the TensorRT plugins: needs no TensorRT headers.")
 @click.option("--strict", is_flag=True, help="Warnings of the compilers are errors.")
 @json_option
 def build_command(
-    archs: tuple[str, ...], gemm_archs: tuple[str, ...], jobs: int | None, out: Path | None, host: bool, kernels_only: bool, strict: bool,
+    archs: tuple[str, ...],
+    gemm_archs: tuple[str, ...],
+    jobs: int | None,
+    out: Path | None,
+    host: bool,
+    kernels_only: bool,
+    strict: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Compile the plugin library for TensorRT and the kernel library for torch. No GPU is needed.
 
-    Needs nvcc, CMake and the headers of TensorRT 10 or 11; the extra `plugins` has a wheel with them. The log beside the libraries
-    has everything that the compilers said.
+    Needs nvcc, CMake and the headers of TensorRT 10 or 11; the extra `plugins` has a wheel with them. The log
+    beside the libraries has everything that the compilers said.
 
     \b
     Examples:
@@ -58,13 +75,17 @@ def build_command(
     from nemoquant.ops import build
 
     if host and (archs or gemm_archs):
-        raise UsageError("got --host with --arch or --gemm-arch; expected one or the other: the host build has no architectures")
+        raise UsageError(
+            "got --host with --arch or --gemm-arch; expected one or the other: the host build has no "
+            "architectures"
+        )
     architectures = build.parse_architectures(archs) if archs else build.ARCHITECTURES
     gemm = build.parse_architectures(gemm_archs)
     known = build.gemm_architectures()
     if not set(gemm) <= set(architectures) & set(known):
         raise UsageError(
-            f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, {', '.join(architectures)}, and of those that "
+            f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, "
+            f"{', '.join(architectures)}, and of those that "
             f"CUTLASS's products are written for, {', '.join(known)}"
         )
     folder = out or build.default_folder()
@@ -87,5 +108,10 @@ def build_command(
         what = f"TensorRT {built.tensorrt} plugins" if "plugins" in name else "kernels"
         click.echo(f"{folder / name}: {size((folder / name).stat().st_size)}, {what} for {target}")
     if "libnemoquant_plugins.so" in built.libraries:
-        click.echo(f"load it by trtexec --dynamicPlugins={folder / 'libnemoquant_plugins.so'}, or the registry's load_library")
-    click.echo(f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}")
+        click.echo(
+            f"load it by trtexec --dynamicPlugins={folder / 'libnemoquant_plugins.so'}, or the registry's "
+            f"load_library"
+        )
+    click.echo(
+        f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}"
+    )

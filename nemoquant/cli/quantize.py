@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     "device",
     type=click.Choice(["cpu", "cuda"]),
     show_default=True,
-    help="Where calibration computes and packing encodes, to the same codes; cuda is one NVIDIA GPU, and needs Triton.",
+    help="Where calibration computes and packing encodes, to the same codes; cuda is one NVIDIA GPU, and "
+    "needs Triton.",
 )
 @run_option(
     "dtype",
@@ -80,16 +81,26 @@ if TYPE_CHECKING:
     "engine",
     type=click.Choice(["local", "ray"]),
     show_default=True,
-    help="Where to compute: this process, or a Ray cluster (extra `ray`), whose nodes see SRC under the same path.",
+    help="Where to compute: this process, or a Ray cluster (extra `ray`), whose nodes see SRC under the "
+    "same path.",
 )
-@run_option("address", metavar="HOST:PORT", help="The Ray cluster; `auto`: one that runs here; default: one is started here.")
-@run_option("resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial.")
+@run_option(
+    "address",
+    metavar="HOST:PORT",
+    help="The Ray cluster; `auto`: one that runs here; default: one is started here.",
+)
+@run_option(
+    "resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
-def command(source: Path, out: Path, fmt: str | None, recipe: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
+def command(
+    source: Path, out: Path, fmt: str | None, recipe: str | None, dry_run: bool, as_json: bool, **given: Any
+) -> None:
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
 
-    Calibrates layer by layer, packs in a stream, verifies what was written, and only then gives the folder its name.
+    Calibrates layer by layer, packs in a stream, verifies what was written, and only then gives the folder
+    its name.
 
     \b
     Examples:
@@ -102,7 +113,9 @@ def command(source: Path, out: Path, fmt: str | None, recipe: str | None, dry_ru
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
     if options.scales and options.data:
-        raise UsageError("got both --scales and --calib; expected one: --scales takes the place of calibration")
+        raise UsageError(
+            "got both --scales and --calib; expected one: --scales takes the place of calibration"
+        )
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
@@ -114,7 +127,8 @@ def command(source: Path, out: Path, fmt: str | None, recipe: str | None, dry_ru
     def planned(made: "Plan") -> None:
         if not as_json:
             click.echo(
-                f"{made.recipe.name}: {size(made.bytes_in)} -> {size(made.bytes_out)}, {made.bits_per_weight:.2f} bits a weight, "
+                f"{made.recipe.name}: {size(made.bytes_in)} -> {size(made.bytes_out)}, "
+                f"{made.bits_per_weight:.2f} bits a weight, "
                 f"{len(made.quantized):,} of {len(made.rows):,} tensors quantized"
                 + (", activations calibrated" if made.needs_calibration else ", no calibration needed"),
                 err=True,
@@ -148,22 +162,30 @@ def command(source: Path, out: Path, fmt: str | None, recipe: str | None, dry_ru
         figures["calibration"] = result.calibration
         figures["expected"] = promised[0].to_json()
         figures["peak_memory"] = resident("VmHWM")
-        print_json(figures | {"warnings": warnings, "verified": result.verified, "skipped_side_files": result.skipped_files})
+        print_json(
+            figures
+            | {"warnings": warnings, "verified": result.verified, "skipped_side_files": result.skipped_files}
+        )
         return
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
     if result.skipped_files:
         click.echo(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
     made = result.plan
-    what = f"{size(made.bytes_in)} -> {size(made.bytes_out)} of tensors, {made.bits_per_weight:.2f} bits a weight"
+    sizes = f"{size(made.bytes_in)} -> {size(made.bytes_out)} of tensors"
+    what = f"{sizes}, {made.bits_per_weight:.2f} bits a weight"
     if dry_run:
-        click.echo(f"dry run: {made.recipe.name} fits {source}; {what}; {made.tensors_out:,} tensors would be written to {out}")
+        click.echo(
+            f"dry run: {made.recipe.name} fits {source}; {what}; {made.tensors_out:,} tensors would be "
+            f"written to {out}"
+        )
     else:
         if result.calibration is not None:
             click.echo(_calibrated(result.calibration))
         peak, expect = resident("VmHWM"), promised[0]
         click.echo(
-            f"{out}: {made.recipe.name}, {what}, verified, {duration(took)} (expected {duration(expect.seconds)}), "
+            f"{out}: {made.recipe.name}, {what}, verified, {duration(took)} (expected "
+            f"{duration(expect.seconds)}), "
             f"{size(peak)} of memory at most (expected {size(expect.memory)})"
         )
 
@@ -185,9 +207,12 @@ def _unused_options(calibrates: bool, options: RunOptions) -> list[str]:
 
 def _calibrated(found: dict[str, Any]) -> str:
     """How calibration went, in a line."""
-    line = f"calibrated on {found['rows']} rows of {found['seq_len']} tokens ({found['data']}, {found['dtype']})"
+    line = (
+        f"calibrated on {found['rows']} rows of {found['seq_len']} tokens ({found['data']}, {found['dtype']})"
+    )
     coverage = found["coverage"]
     if coverage["experts"]:
         reached = coverage["experts"] - coverage["unreached"]
-        line += f"; {reached:,} of {coverage['experts']:,} experts reached, the least used got {coverage['fewest_tokens']:,}"
+        line += f"; {reached:,} of {coverage['experts']:,} experts reached"
+        line += f", the least used got {coverage['fewest_tokens']:,}"
     return line

@@ -22,8 +22,8 @@ PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For the time when modules are loaded: without garbage collection, which looks through all of them again and again, a sixth of
-    that time, and finds nothing."""
+    """For the time when modules are loaded: without garbage collection, which looks through all of them again
+    and again, a sixth of that time, and finds nothing."""
     gc.disable()
     try:
         yield
@@ -32,7 +32,8 @@ def loading() -> Iterator[None]:
 
 
 def run_option(name: str, **settings: Any) -> Callable[[F], F]:
-    """The click option of a field of ``RunOptions``, with the flag and default of its table; ``settings`` are click's."""
+    """The click option of a field of ``RunOptions``, with the flag and default of its table; ``settings`` are
+    click's."""
     option = OPTIONS[name]
     return click.option(option.flag, name, **({"default": option.default} | settings))
 
@@ -45,9 +46,13 @@ def dtype_of(context: click.Context, parameter: click.Parameter, value: str) -> 
 def recipe_options(function: F) -> F:
     """``--fmt`` and ``--recipe``; :func:`recipe_name` reads them."""
     function = click.option(
-        "--recipe", metavar="NAME_OR_FILE", help="Preset name or recipe file; `nemoquant recipes list` shows presets."
+        "--recipe",
+        metavar="NAME_OR_FILE",
+        help="Preset name or recipe file; `nemoquant recipes list` shows presets.",
     )(function)
-    return click.option("--fmt", type=click.Choice(["fp8", "nvfp4"]), help="Number format: the preset of that name.")(function)
+    return click.option(
+        "--fmt", type=click.Choice(["fp8", "nvfp4"]), help="Number format: the preset of that name."
+    )(function)
 
 
 def recipe_name(fmt: str | None, recipe: str | None) -> str:
@@ -67,7 +72,11 @@ class Bytes(click.ParamType["int"]):
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)B?", value.strip())
-        count = float(found[1]) * (1024 if found[3] else 1000) ** "_KMGT".index(found[2].upper() or "_") if found else 0
+        count = (
+            float(found[1]) * (1024 if found[3] else 1000) ** "_KMGT".index(found[2].upper() or "_")
+            if found
+            else 0
+        )
         if count < 1:
             self.fail(f"{value!r} is no size; expected one such as 4G, 500M or 2GiB", param, ctx)
         return int(count)
@@ -102,8 +111,8 @@ def print_json(data: Any) -> None:
 def progress_bars(quiet: bool) -> Iterator[Progress]:
     """Yields the callback that the API's functions report to.
 
-    On a terminal it draws one rich bar a stage on standard error, once the work has lasted ``SHOW_AFTER`` seconds; elsewhere it
-    prints a plain line a stage when that is over, and one a minute before.
+    On a terminal it draws one rich bar a stage on standard error, once the work has lasted ``SHOW_AFTER``
+    seconds; elsewhere it prints a plain line a stage when that is over, and one a minute before.
     """
     began = time.monotonic()
     if quiet:
@@ -115,9 +124,18 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
         from rich.console import Console
         from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.percentage:>4.0f}%"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>4.0f}%"),
+            TimeElapsedColumn(),
+        )
         bars = rich.progress.Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True
+            *columns,
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[what]}"),
+            console=Console(stderr=True),
+            transient=True,
         )
         tasks: dict[str, TaskID] = {}
 
@@ -151,13 +169,17 @@ def _plain() -> Progress:
         elif now - told > PLAIN_EVERY and total:
             told = now
             left = (now - began[stage]) * (total - done) / max(1, done)
-            click.echo(f"{stage}: {done / total:.0%}{', ' + what if what else ''}, about {left / 60:.0f} min left", err=True)
+            click.echo(
+                f"{stage}: {done / total:.0%}{', ' + what if what else ''}, about {left / 60:.0f} min left",
+                err=True,
+            )
 
     return report
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "") -> None:
-    """A table on standard output, by rich on a terminal's width; ``right`` names the columns to align right, by number."""
+    """A table on standard output, by rich on a terminal's width; ``right`` names the columns to align right,
+    by number."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -11,11 +11,15 @@ from nemoquant.cli.shared import json_option, print_json, progress_bars
 @click.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--against", type=click.Path(path_type=Path), metavar="SRC", help="The source: compare and encode its weights again."
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="SRC",
+    help="The source: compare and encode its weights again.",
 )
 @json_option
 def command(out: Path, against: Path | None, as_json: bool) -> None:
-    """Check that OUT is what its manifest and plan say: hashes, tensors, scales, config files. Exit code 1 if it is not.
+    """Check that OUT is what its manifest and plan say: hashes, tensors, scales, config files. Exit code 1 if
+    it is not.
 
     \b
     Examples:
@@ -33,7 +37,9 @@ def command(out: Path, against: Path | None, as_json: bool) -> None:
             click.echo(f"warning: {warning}", err=True)
         for problem in report["problems"]:
             click.echo(f"problem: {problem}", err=True)
-        checked = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report["checked"].items() if count)
+        checked = ", ".join(
+            f"{count:,} {name.replace('_', ' ')}" for name, count in report["checked"].items() if count
+        )
         click.echo(f"{out}: {'ok' if report['ok'] else 'FAILED'} ({checked})")
     if not report["ok"]:
         sys.exit(1)

@@ -1,4 +1,5 @@
-"""What an engine is: something that runs a model's tokens from a state on. ``generate`` and ``diff`` know no more of it.
+"""What an engine is: something that runs a model's tokens from a state on. ``generate`` and ``diff`` know no
+more of it.
 
 torch         the functional model over packed weights, no graph: always there
 onnxruntime   ``model.onnx`` on the CPU; the extra `ort` (or `gpu`)
@@ -20,8 +21,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Step:
-    """What one call gave: logits [batch, length, vocabulary] and ``hidden`` [batch, length, hidden] (what MTP is given; None where the
-    graph does not put it out), float32; ``state`` goes into the next call."""
+    """What one call gave: logits [batch, length, vocabulary] and ``hidden`` [batch, length, hidden] (what MTP
+    is given; None where the graph does not put it out), float32; ``state`` goes into the next call."""
 
     logits: Floats
     hidden: Floats | None
@@ -29,8 +30,8 @@ class Step:
 
 
 class Engine(Protocol):
-    """A model that can be run. ``has_mtp`` says whether ``draft`` can be called; ``max_seq_len`` are the most positions of a sequence,
-    None is no limit."""
+    """A model that can be run. ``has_mtp`` says whether ``draft`` can be called; ``max_seq_len`` are the most
+    positions of a sequence, None is no limit."""
 
     name: str
     has_mtp: bool
@@ -40,7 +41,8 @@ class Engine(Protocol):
         """tokens [batch, length], from ``state`` on; None is the start of a sequence."""
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        """The first MTP module: ``tokens`` [batch, length] come after the positions of ``hidden`` [batch, length, hidden]."""
+        """The first MTP module: ``tokens`` [batch, length] come after the positions of ``hidden`` [batch,
+        length, hidden]."""
 
     def describe(self) -> dict[str, Any]:
         """Facts for people and JSON: runtime, version, device, dtypes."""
@@ -57,7 +59,8 @@ G = TypeVar("G", bound=LoadedGraph)
 
 
 class GraphEngine(Generic[G]):
-    """What engines over exported graphs have in common: the main graph, and the multi-token-prediction module's, which may be None."""
+    """What engines over exported graphs have in common: the main graph, and the multi-token-prediction
+    module's, which may be None."""
 
     main: G
     mtp: G | None

@@ -1,8 +1,9 @@
 """Building TensorRT engines, of both kinds, from a checkpoint.
 
-The graph is built in memory in the target's dialect and given to the parser with its functions inlined: the parser names layers
-after nodes, and refuses a function with quantization in it that is called twice. Weights come from the shards of the folder.
-The network is strongly typed: nothing falls back to another precision, it fails instead.
+The graph is built in memory in the target's dialect and given to the parser with its functions inlined: the
+parser names layers after nodes, and refuses a function with quantization in it that is called twice. Weights
+come from the shards of the folder. The network is strongly typed: nothing falls back to another precision, it
+fails instead.
 """
 
 import time
@@ -46,7 +47,8 @@ class EngineOptions:
         last_token_only: logits of the last position only.
         with_hidden: also put out what multi-token prediction is given.
         strip_weights: leave weights out of the file, to be refitted from the shards.
-        weight_streaming: let the engine keep weights in host memory, for models larger than the GPU's (``trt``).
+        weight_streaming: let the engine keep weights in host memory, for models larger than the GPU's
+            (``trt``).
         timing_cache: file of measured tactics, read if it exists and written after (``trt``).
         plugins: the plugin library (``trt``); None is where ``nemoquant plugins build`` puts it.
     """
@@ -76,8 +78,14 @@ class Built:
 def check_options(options: EngineOptions) -> None:
     """Raises UsageError for shapes that make no sense, and for what only TensorRT has."""
     if options.max_seq_len < 2 or options.max_batch < 1:
-        raise UsageError(f"max_seq_len is {options.max_seq_len}, max_batch {options.max_batch}; expected at least 2 and 1")
-    only = {"--weight-streaming": options.weight_streaming, "--timing-cache": options.timing_cache, "--plugins": options.plugins}
+        raise UsageError(
+            f"max_seq_len is {options.max_seq_len}, max_batch {options.max_batch}; expected at least 2 and 1"
+        )
+    only = {
+        "--weight-streaming": options.weight_streaming,
+        "--timing-cache": options.timing_cache,
+        "--plugins": options.plugins,
+    }
     given = [name for name, value in only.items() if value]
     if options.target != "trt" and given:
         raise UsageError(f"{', '.join(given)}: only TensorRT has that, --target trt")
@@ -98,7 +106,8 @@ def build(
         say: told what is going on, in a line.
         mtp: of its multi-token-prediction module, not of the main model.
     Raises:
-        UsageError: see :func:`check_options`, ``targets.target_sm``, ``targets.check_formats`` and ``targets.plugin_library``.
+        UsageError: see :func:`check_options`, ``targets.target_sm``, ``targets.check_formats`` and
+            ``targets.plugin_library``.
         EngineError: the parser or the builder refused, with its own words.
     """
     check_options(options)
@@ -121,13 +130,17 @@ def build(
         say(f"graph: {len(model.graph)} nodes")
         if not parser.parse(proto, str(path / "model.onnx")):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-            raise EngineError(f"{target.title} can't read the graph of {path}: {'; '.join(errors) or messages.text()}")
+            raise EngineError(
+                f"{target.title} can't read the graph of {path}: {'; '.join(errors) or messages.text()}"
+            )
         config = _config(trt, builder, network, shapes, options, sm)
         began = time.monotonic()
         data = builder.build_serialized_network(network, config)
         seconds = time.monotonic() - began
         if data is None or messages.errors:
-            raise EngineError(f"{target.title} can't build an engine for SM {sm} from {path}: {messages.text()}")
+            raise EngineError(
+                f"{target.title} can't build an engine for SM {sm} from {path}: {messages.text()}"
+            )
         if options.timing_cache is not None:
             replace_bytes(options.timing_cache, bytes(config.get_timing_cache().serialize()))
         data = bytes(data)
@@ -162,9 +175,14 @@ def plan_of(opened: PackedCheckpoint) -> str | None:
     return opened.manifest["plan"]["sha256"] if opened.manifest else None
 
 
-def engine_graph(opened: PackedCheckpoint, options: EngineOptions, mtp: bool) -> tuple[ir.Model, dict[str, list[Any]], bytes]:
-    """The inlined graph, its inputs' shapes, and its bytes. Building and refitting take it from here, so that names agree."""
-    graph = GraphOptions(options.compute, last_token_only=options.last_token_only, with_hidden=options.with_hidden)
+def engine_graph(
+    opened: PackedCheckpoint, options: EngineOptions, mtp: bool
+) -> tuple[ir.Model, dict[str, list[Any]], bytes]:
+    """The inlined graph, its inputs' shapes, and its bytes. Building and refitting take it from here, so that
+    names agree."""
+    graph = GraphOptions(
+        options.compute, last_token_only=options.last_token_only, with_hidden=options.with_hidden
+    )
     recorded = Builder(opened, DIALECTS[TARGETS[options.target].dialect], graph)
     model = recorded.mtp() if mtp else recorded.main()
     shapes = {str(value.name): list(value.shape or ()) for value in model.graph.inputs}
@@ -175,22 +193,29 @@ def engine_graph(opened: PackedCheckpoint, options: EngineOptions, mtp: bool) ->
 
 
 def _own_formats(target: Target, opened: PackedCheckpoint) -> set[str]:
-    """Formats that the runtime multiplies in itself; plugins decode experts in registers where the GPU lacks a format."""
+    """Formats that the runtime multiplies in itself; plugins decode experts in registers where the GPU lacks
+    a format."""
     own = {
         spec.module
         for spec in opened.table
         if spec.name in opened.stored and not (target.name == "trt" and spec.expert is not None)
     }
     formats = {stored.format for name, stored in opened.stored.items() if name.removesuffix(".weight") in own}
-    return formats | {name for module, (name, _) in opened.inputs.items() if module.removesuffix(".output") in own}
+    return formats | {
+        name for module, (name, _) in opened.inputs.items() if module.removesuffix(".output") in own
+    }
 
 
 def _strongly_typed(trt: Any) -> int:
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other networks
+    flag = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # TensorRT 11 knows no other networks
     return 0 if flag is None else 1 << int(flag)
 
 
-def _config(trt: Any, builder: Any, network: Any, shapes: dict[str, list[Any]], options: EngineOptions, sm: int) -> Any:
+def _config(
+    trt: Any, builder: Any, network: Any, shapes: dict[str, list[Any]], options: EngineOptions, sm: int
+) -> Any:
     config = builder.create_builder_config()
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
@@ -204,21 +229,30 @@ def _config(trt: Any, builder: Any, network: Any, shapes: dict[str, list[Any]], 
     if options.target == "rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
-        # one profile: kernels are specialised to the shapes that come when the engine runs, and a second one would hold all weights again
+        # one profile: kernels are specialised to the shapes that come when the engine runs, and a second one
+        # would hold all weights again
         profiles = [{**decode, "length": (1, 1, most)}]
     else:
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine can be asked what it computes in
+        config.profiling_verbosity = (
+            trt.ProfilingVerbosity.DETAILED
+        )  # so that the engine can be asked what it computes in
         profiles = [decode, prefill]
         if options.timing_cache is not None:
             known = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
             cache = config.create_timing_cache(known)
             if cache is None or not config.set_timing_cache(cache, False):
-                raise UsageError(f"{options.timing_cache} was made by another TensorRT or for another GPU; name another file")
+                raise UsageError(
+                    f"{options.timing_cache} was made by another TensorRT or for another GPU; name another "
+                    f"file"
+                )
     for sizes in profiles:
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):
             name = network.get_input(i).name
-            dims = [[sizes[str(d.value)][k] if isinstance(d, ir.SymbolicDim) else d for d in shapes[name]] for k in range(3)]
+            dims = [
+                [sizes[str(d.value)][k] if isinstance(d, ir.SymbolicDim) else d for d in shapes[name]]
+                for k in range(3)
+            ]
             profile.set_shape(name, *dims)
         config.add_optimization_profile(profile)
     return config
@@ -235,11 +269,14 @@ def _types(network: Any) -> dict[str, int]:
 
 
 def _realised(trt: Any, target: Target, data: bytes, messages: Any) -> list[str] | None:
-    """The layers of a finished engine as the runtime describes them, a JSON text each; None where it can't."""
+    """The layers of a finished engine as the runtime describes them, a JSON text each; None where it
+    can't."""
     if target.name != "trt":
         return None  # TensorRT-RTX compiles kernels when an engine runs
     engine = trt.Runtime(messages).deserialize_cuda_engine(data)
     if engine is None:
         raise EngineError(f"{target.title} can't load the engine that it built: {messages.text()}")
     inspector = engine.create_engine_inspector()
-    return [inspector.get_layer_information(i, trt.LayerInformationFormat.JSON) for i in range(engine.num_layers)]
+    return [
+        inspector.get_layer_information(i, trt.LayerInformationFormat.JSON) for i in range(engine.num_layers)
+    ]

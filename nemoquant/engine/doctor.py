@@ -39,7 +39,11 @@ def _rtx_runs(found: Device | None) -> bool:
 def _rtx_why(found: Device | None) -> str:
     if found is None:
         return f"{NO_GPU}, so nothing runs"
-    return f"runs on {found.name}" if _rtx_runs(found) else f"it does not build for {found.name}, SM {found.sm}: --target trt"
+    return (
+        f"runs on {found.name}"
+        if _rtx_runs(found)
+        else f"it does not build for {found.name}, SM {found.sm}: --target trt"
+    )
 
 
 def plugins(found: Device | None) -> Finding:
@@ -51,11 +55,14 @@ def plugins(found: Device | None) -> Finding:
     how = f"`nemoquant plugins build` can't: {lacking}" if lacking else "`nemoquant plugins build` makes them"
     if built is None:
         return Finding("plugins", not lacking, False, f"none are built; {how}")
-    what = f"{', '.join(sorted(built.libraries))} in {default_folder()}, for {', '.join(f'sm_{a}' for a in built.architectures)}"
+    targets = ", ".join(f"sm_{a}" for a in built.architectures)
+    what = f"{', '.join(sorted(built.libraries))} in {default_folder()}, for {targets}"
     if built.tensorrt:
         what += f", TensorRT {built.tensorrt}'s headers"
     if built.sources != sources_hash():
-        return Finding("plugins", not lacking, False, f"{what}: built from other sources than this version's; {how}")
+        return Finding(
+            "plugins", not lacking, False, f"{what}: built from other sources than this version's; {how}"
+        )
     return Finding("plugins", not lacking, found is not None, what + ("" if found else f"; {NO_GPU}"))
 
 
@@ -65,7 +72,11 @@ def doctor() -> list[Finding]:
     gpu = f"{found.name} (SM {found.sm})" if found else None
     ort = _version("onnxruntime", "onnxruntime-gpu")
     rtx, trt = _version("tensorrt-rtx-cu13"), _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-    no_onnx = None if importlib.util.find_spec("onnx_ir") else "graphs need the extra `onnx`: pip install 'nemoquant[onnx]'"
+    no_onnx = (
+        None
+        if importlib.util.find_spec("onnx_ir")
+        else "graphs need the extra `onnx`: pip install 'nemoquant[onnx]'"
+    )
     library, lacking = None, [no_onnx] if no_onnx else []
     if found is None:
         lacking.append(NO_GPU)
@@ -76,16 +87,28 @@ def doctor() -> list[Finding]:
     except UsageError as error:
         lacking.append(str(error))
     return [
-        Finding("machine", True, True, f"{len(os.sched_getaffinity(0))} CPU threads, {gpu or 'no CUDA device'}"),
+        Finding(
+            "machine", True, True, f"{len(os.sched_getaffinity(0))} CPU threads, {gpu or 'no CUDA device'}"
+        ),
         Finding("torch", True, True, f"torch {_version('torch')}; needs no graph"),
         Finding(
-            "onnxruntime", no_onnx is None, ort is not None and no_onnx is None,
-            no_onnx or (f"onnxruntime {ort}, on the CPU" if ort else "not installed: pip install 'nemoquant[ort]'"),
+            "onnxruntime",
+            no_onnx is None,
+            ort is not None and no_onnx is None,
+            no_onnx
+            or (f"onnxruntime {ort}, on the CPU" if ort else "not installed: pip install 'nemoquant[ort]'"),
         ),
         Finding(
-            "rtx", rtx is not None and no_onnx is None, rtx is not None and no_onnx is None and _rtx_runs(found),
-            no_onnx or (f"tensorrt-rtx {rtx} builds; {_rtx_why(found)}" if rtx else "not installed: pip install 'nemoquant[rtx]'"),
+            "rtx",
+            rtx is not None and no_onnx is None,
+            rtx is not None and no_onnx is None and _rtx_runs(found),
+            no_onnx
+            or (
+                f"tensorrt-rtx {rtx} builds; {_rtx_why(found)}"
+                if rtx
+                else "not installed: pip install 'nemoquant[rtx]'"
+            ),
         ),
         Finding("trt", not lacking, not lacking, "; ".join(lacking) or f"tensorrt {trt} with {library}"),
         plugins(found),
-    ]  # fmt: skip
+    ]

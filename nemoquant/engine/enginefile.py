@@ -1,4 +1,5 @@
-"""An engine file and the JSON beside it, checked against the checkpoint that it is to be run for before any GPU is touched."""
+"""An engine file and the JSON beside it, checked against the checkpoint that it is to be run for before any
+GPU is touched."""
 
 import json
 from pathlib import Path
@@ -11,10 +12,24 @@ from nemoquant.errors import CheckpointError, UsageError
 
 SCHEMA = 2
 TYPES: dict[str, type | tuple[type, ...]] = {
-    "runtime": str, "version": str, "sm": int, "compute": str, "max_seq_len": int, "max_batch": int, "part": str, "sha256": str, "config": str,
-    "bytes": int, "last_token_only": bool, "with_hidden": bool, "strip_weights": bool, "weight_streaming": bool, "plan": (str, type(None)),
-    "mtp": (str, type(None)), "plugins": (dict, type(None)),
-}  # fmt: skip
+    "runtime": str,
+    "version": str,
+    "sm": int,
+    "compute": str,
+    "max_seq_len": int,
+    "max_batch": int,
+    "part": str,
+    "sha256": str,
+    "config": str,
+    "bytes": int,
+    "last_token_only": bool,
+    "with_hidden": bool,
+    "strip_weights": bool,
+    "weight_streaming": bool,
+    "plan": (str, type(None)),
+    "mtp": (str, type(None)),
+    "plugins": (dict, type(None)),
+}
 
 
 def facts_file(engine: Path) -> Path:
@@ -42,9 +57,13 @@ def read_facts(engine: Path, folder: Path, target: str) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         wrong = [name for name, kind in TYPES.items() if not isinstance(facts[name], kind)]
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; an engine can't be run without its facts, copy it there or {again}") from None
+        raise CheckpointError(
+            f"{path} is missing; an engine can't be run without its facts, copy it there or {again}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not as `export trt` writes it ({type(error).__name__}: {error}); {again}") from None
+        raise CheckpointError(
+            f"{path} is not as `export trt` writes it ({type(error).__name__}: {error}); {again}"
+        ) from None
     if wrong or facts.get("schema") != SCHEMA:
         what = ", ".join(wrong) or f"schema {facts.get('schema')}, expected {SCHEMA}"
         raise CheckpointError(f"{path} is not as this version writes it ({what}); {again}")
@@ -57,13 +76,15 @@ def read_facts(engine: Path, folder: Path, target: str) -> dict[str, Any]:
     plan = read_manifest(folder)["plan"]["sha256"] if (folder / MANIFEST).exists() else None
     if facts["plan"] != plan:
         raise CheckpointError(
-            f"{engine} was built for the plan {_short(facts['plan'])}, {folder} was written by {_short(plan)}; {again}"
+            f"{engine} was built for the plan {_short(facts['plan'])}, {folder} was written by "
+            f"{_short(plan)}; {again}"
         )
     if facts["config"] != file_sha256(folder / "config.json"):
         raise CheckpointError(f"{engine} was built for another config.json than that of {folder}; {again}")
     if engine.stat().st_size != facts["bytes"] or file_sha256(engine) != facts["sha256"]:
         raise CheckpointError(
-            f"{engine} was changed after it was built: its size or sha256 is another than in {path.name}; {again}"
+            f"{engine} was changed after it was built: its size or sha256 is another than in {path.name}; "
+            f"{again}"
         )
     return facts
 

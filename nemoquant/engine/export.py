@@ -23,7 +23,8 @@ def export_engine(
     *,
     mtp: bool = False,
 ) -> dict[str, Any]:
-    """Build an engine of the checkpoint in ``path`` into the new file ``out``, and ``out.json`` with its facts.
+    """Build an engine of the checkpoint in ``path`` into the new file ``out``, and ``out.json`` with its
+    facts.
 
     Args:
         device: the GPU of this machine.
@@ -36,10 +37,15 @@ def export_engine(
     files = [out, *([mtp_file(out)] if mtp else [])]
     for file in (name for engine in files for name in (engine, facts_file(engine))):
         if file.exists() or file.is_symlink():
-            raise OutputError(f"{file} exists; expected a new file, nothing is overwritten: remove it or choose another name")
+            raise OutputError(
+                f"{file} exists; expected a new file, nothing is overwritten: remove it or choose another "
+                f"name"
+            )
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
-    drafts = [build(path, options, device, say, mtp=True)] if mtp else []  # first: a checkpoint without one is refused at once
+    drafts = (
+        [build(path, options, device, say, mtp=True)] if mtp else []
+    )  # first: a checkpoint without one is refused at once
     built = [build(path, replace(options, with_hidden=mtp), device, say), *drafts]
     facts = [_facts(path, file, engine, mtp) for file, engine in zip(files, built, strict=True)]
     try:
@@ -58,7 +64,11 @@ def export_engine(
 
 def _facts(path: Path, file: Path, engine: Built, mtp: bool) -> dict[str, Any]:
     return {
-        "schema": SCHEMA, **engine.facts, "checkpoint": path.resolve().name, "file": file.name, "bytes": len(engine.data),
+        "schema": SCHEMA,
+        **engine.facts,
+        "checkpoint": path.resolve().name,
+        "file": file.name,
+        "bytes": len(engine.data),
         "sha256": hashlib.sha256(engine.data).hexdigest(),
         "mtp": mtp_file(file).name if mtp and engine.facts["part"] == "main" else None,
-    }  # fmt: skip
+    }

@@ -1,4 +1,5 @@
-"""An exported graph on disk, checked before a runtime is given it: what it says of itself, and the shards that it points into."""
+"""An exported graph on disk, checked before a runtime is given it: what it says of itself, and the shards
+that it points into."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,16 @@ def read_graph(path: Path) -> Any:
     """The ``onnx.ModelProto`` without its external data.
 
     Raises:
-        CheckpointError: there is none, it is no ONNX file of nemoquant's, or its external data lie outside its folder.
+        CheckpointError: there is none, it is no ONNX file of nemoquant's, or its external data lie outside
+            its folder.
     """
     onnx = onnx_package()
     try:
         model = onnx.load(str(path), load_external_data=False)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; make it with `nemoquant export onnx {path.parent}`") from None
+        raise CheckpointError(
+            f"{path} does not exist; make it with `nemoquant export onnx {path.parent}`"
+        ) from None
     except Exception as error:  # protobuf raises what it likes
         raise CheckpointError(f"{path} cannot be read as ONNX ({error}); export it again") from None
     for tensor in (
@@ -28,9 +32,12 @@ def read_graph(path: Path) -> Any:
         *_node_tensors(n for f in model.functions for n in f.node),
     ):
         for entry in tensor.external_data:
-            if entry.key == "location" and (Path(entry.value).name != entry.value or entry.value in ("", ".", "..")):
+            if entry.key == "location" and (
+                Path(entry.value).name != entry.value or entry.value in ("", ".", "..")
+            ):
                 raise CheckpointError(
-                    f"{path}: {tensor.name} has its data in {entry.value!r}; expected a plain file name beside the graph, export it again"
+                    f"{path}: {tensor.name} has its data in {entry.value!r}; expected a plain file name "
+                    f"beside the graph, export it again"
                 )
     return model
 
@@ -73,10 +80,15 @@ def graph_facts(model: Any, path: Path) -> dict[str, Any]:
                 sizes = [(int(file["size"]), file["sha256"]) for file in facts["files"].values()]
             except (ValueError, TypeError, KeyError, AttributeError):
                 break
-            if sizes and all(isinstance(text, str) for text in texts) and all(Path(name).name == name for name in facts["files"]):
+            if (
+                sizes
+                and all(isinstance(text, str) for text in texts)
+                and all(Path(name).name == name for name in facts["files"])
+            ):
                 return facts
     raise CheckpointError(
-        f"{path} was not exported by nemoquant, or was changed: its metadata are not as expected; export it again"
+        f"{path} was not exported by nemoquant, or was changed: its metadata are not as expected; export it "
+        f"again"
     )
 
 
@@ -84,19 +96,26 @@ def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
     """Make sure that the graph is for ``dialect`` and that the shards beside it are those it was made for.
 
     Raises:
-        CheckpointError: another dialect; a shard is missing, of another size, or (where its hash is known) of other bytes.
+        CheckpointError: another dialect; a shard is missing, of another size, or (where its hash is known) of
+            other bytes.
     """
     if facts["dialect"] != dialect:
         raise CheckpointError(
-            f"{path} is in the {facts['dialect']} dialect, expected {dialect}; export it again with --dialect {dialect}"
+            f"{path} is in the {facts['dialect']} dialect, expected {dialect}; export it again with "
+            f"--dialect {dialect}"
         )
     for name, expected in facts["files"].items():
         shard = path.parent / name
         if not shard.is_file():
-            raise CheckpointError(f"{shard} is missing; {path.name} points into it, copy it there or export again")
+            raise CheckpointError(
+                f"{shard} is missing; {path.name} points into it, copy it there or export again"
+            )
         if shard.stat().st_size != expected["size"]:
             raise CheckpointError(
-                f"{shard} has {shard.stat().st_size:,} bytes, {path.name} was made for {expected['size']:,}; export it again"
+                f"{shard} has {shard.stat().st_size:,} bytes, {path.name} was made for "
+                f"{expected['size']:,}; export it again"
             )
         if expected["sha256"] is not None and file_sha256(shard) != expected["sha256"]:
-            raise CheckpointError(f"{shard} was changed after {path.name} was made: its sha256 is another; export it again")
+            raise CheckpointError(
+                f"{shard} was changed after {path.name} was made: its sha256 is another; export it again"
+            )

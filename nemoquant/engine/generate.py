@@ -1,4 +1,5 @@
-"""Text from a checkpoint, token by token, through any engine: greedy or sampled, with or without drafts by multi-token prediction."""
+"""Text from a checkpoint, token by token, through any engine: greedy or sampled, with or without drafts by
+multi-token prediction."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ class Drafts:
 
 @dataclass
 class Sampler:
-    """Chooses a token from logits [vocabulary]: the likeliest (ties to the lower id), or by temperature from a seed."""
+    """Chooses a token from logits [vocabulary]: the likeliest (ties to the lower id), or by temperature from
+    a seed."""
 
     temperature: float = 0.0
     seed: int = 0
@@ -78,16 +80,25 @@ def generate(
     if not prompt:
         raise UsageError("the prompt holds no tokens; give some text")
     if mtp and not engine.has_mtp:
-        raise UsageError(f"the {engine.name} engine has no multi-token prediction here; export with --mtp, or leave out --mtp")
+        raise UsageError(
+            f"the {engine.name} engine has no multi-token prediction here; export with --mtp, or leave out "
+            f"--mtp"
+        )
     longest = len(prompt) + max_tokens + mtp
     if engine.max_seq_len is not None and longest > engine.max_seq_len:
         raise UsageError(
-            f"{len(prompt)} tokens of the prompt and {max_tokens + mtp} new ones (drafts included) are {longest}; the {engine.name} engine was "
-            f"built for {engine.max_seq_len}: ask for fewer with --max-tokens, or build it again with a larger --max-seq-len"
+            f"{len(prompt)} tokens of the prompt and {max_tokens + mtp} new ones (drafts included) are "
+            f"{longest}; the {engine.name} engine was "
+            f"built for {engine.max_seq_len}: ask for fewer with --max-tokens, or build it again with a "
+            f"larger --max-seq-len"
         )
     if mtp and sampler.temperature:
         raise UsageError("--mtp verifies greedily; leave out --temperature")
-    tokens = _plain(engine, prompt, sampler) if not mtp else _drafted(engine, prompt, sampler, mtp, drafts or Drafts())
+    tokens = (
+        _plain(engine, prompt, sampler)
+        if not mtp
+        else _drafted(engine, prompt, sampler, mtp, drafts or Drafts())
+    )
     for count, token in enumerate(tokens, 1):
         if token in stop:
             return
@@ -108,11 +119,15 @@ def _plain(engine: Engine, prompt: list[int], sampler: Sampler) -> Iterator[int]
         step = engine.forward(_ids([token]), step.state)
 
 
-def _drafted(engine: Engine, prompt: list[int], sampler: Sampler, count: int, drafts: Drafts) -> Iterator[int]:
-    """Drafts ``count`` tokens behind each chosen one, and verifies them with it in one call of the main model.
+def _drafted(
+    engine: Engine, prompt: list[int], sampler: Sampler, count: int, drafts: Drafts
+) -> Iterator[int]:
+    """Drafts ``count`` tokens behind each chosen one, and verifies them with it in one call of the main
+    model.
 
-    The scan's state can't be cut back, so where a draft is rejected the accepted tokens run once more from the state before.
-    The module's own cache has seen the hidden state of every accepted position: drafts run ahead on a copy.
+    The scan's state can't be cut back, so where a draft is rejected the accepted tokens run once more from
+    the state before. The module's own cache has seen the hidden state of every accepted position: drafts run
+    ahead on a copy.
     """
     step = engine.forward(_ids(prompt))
     token = sampler(step.logits[0, -1])

@@ -1,4 +1,5 @@
-"""Running TensorRT engines of both kinds. States stay on the GPU between calls, in the dtypes that the engine has for them."""
+"""Running TensorRT engines of both kinds. States stay on the GPU between calls, in the dtypes that the engine
+has for them."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from nemoquant.errors import EngineError, UsageError
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 DTYPES = {
-    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn, "INT64": torch.int64,
-}  # fmt: skip
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "FP8": torch.float8_e4m3fn,
+    "INT64": torch.int64,
+}
 
 
 class Session:
@@ -28,7 +33,9 @@ class Session:
         states: inputs that are state; each has an output ``present_...``.
     """
 
-    def __init__(self, file: Path, folder: Path, facts: dict[str, Any], target: str, on: str = "cuda") -> None:
+    def __init__(
+        self, file: Path, folder: Path, facts: dict[str, Any], target: str, on: str = "cuda"
+    ) -> None:
         """Load ``file``, which ``facts`` (checked by ``read_facts``) describe.
 
         Args:
@@ -43,7 +50,8 @@ class Session:
         self.engine = self.runtime.deserialize_cuda_engine(file.read_bytes())
         if self.engine is None:
             raise EngineError(
-                f"{self.target.title} {trt.__version__} can't load {file}, built by {facts['version']} for SM {facts['sm']}: {self.messages.text()}"
+                f"{self.target.title} {trt.__version__} can't load {file}, built by {facts['version']} for "
+                f"SM {facts['sm']}: {self.messages.text()}"
             )
         if facts["strip_weights"]:
             self._refit(folder)
@@ -56,7 +64,9 @@ class Session:
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.outputs = [n for n in names if n not in self.inputs]
         self.shapes = {n: list(self.engine.get_tensor_shape(n)) for n in names}
-        self.dtypes = {n: DTYPES[str(self.engine.get_tensor_dtype(n)).removeprefix("DataType.")] for n in names}
+        self.dtypes = {
+            n: DTYPES[str(self.engine.get_tensor_dtype(n)).removeprefix("DataType.")] for n in names
+        }
         self.states = [n for n in self.inputs if n not in ("input_ids", "hidden")]
         self.profile = 0
 
@@ -75,17 +85,27 @@ class Session:
             graph = engine_graph(opened, options, facts["part"] == "mtp")[2]
             refitter = self.trt.Refitter(self.engine, self.messages)
             parser = self.trt.OnnxParserRefitter(refitter, self.messages)
-            if not parser.refit_from_bytes(graph, str(folder / "model.onnx")) or not refitter.refit_cuda_engine():
-                raise EngineError(f"{self.file} has no weights and {folder}'s can't be put into it: {self.messages.text()}")
+            if (
+                not parser.refit_from_bytes(graph, str(folder / "model.onnx"))
+                or not refitter.refit_cuda_engine()
+            ):
+                raise EngineError(
+                    f"{self.file} has no weights and {folder}'s can't be put into it: {self.messages.text()}"
+                )
 
     def empty_state(self, batch: int) -> dict[str, Tensor]:
         """Zeros, and no past positions."""
         made = {}
         for name in self.states:
             past = 2 if name.startswith("past_") else None
-            dims = [batch if axis == 0 else 0 if axis == past else size for axis, size in enumerate(self.shapes[name])]
+            dims = [
+                batch if axis == 0 else 0 if axis == past else size
+                for axis, size in enumerate(self.shapes[name])
+            ]
             made[name] = torch.zeros(
-                dims, dtype=torch.uint8 if self.dtypes[name].itemsize == 1 else self.dtypes[name], device=self.on
+                dims,
+                dtype=torch.uint8 if self.dtypes[name].itemsize == 1 else self.dtypes[name],
+                device=self.on,
             )
         return {name: value.view(self.dtypes[name]) for name, value in made.items()}
 
@@ -101,7 +121,8 @@ class Session:
         past = next((value.shape[2] for name, value in before.items() if name.startswith("past_")), 0)
         check_shape(self.facts, self.file, batch, past + length)
         given = {
-            name: torch.from_numpy(np.ascontiguousarray(x)).to(self.on, self.dtypes[name]) for name, x in feeds.items()
+            name: torch.from_numpy(np.ascontiguousarray(x)).to(self.on, self.dtypes[name])
+            for name, x in feeds.items()
         } | before
         found = self.run(given)
         hidden = found.get("hidden_out")
@@ -140,7 +161,9 @@ class Session:
                     self.profile = profile
                 return
         shapes = {name: list(given[name].shape) for name in self.inputs}
-        raise EngineError(f"{self.file}: none of its {self.engine.num_optimization_profiles} profiles admits {shapes}")
+        raise EngineError(
+            f"{self.file}: none of its {self.engine.num_optimization_profiles} profiles admits {shapes}"
+        )
 
     def _admits(self, profile: int, name: str, value: Tensor) -> bool:
         least, _, most = self.engine.get_tensor_profile_shape(name, profile)
@@ -151,18 +174,27 @@ class TensorRTEngine(GraphEngine[Session]):
     """An engine file of either TensorRT as an engine that ``generate`` and ``diff`` run."""
 
     def __init__(
-        self, target: str, file: Path, folder: Path, device: Device | None, plugins: Path | None = None, on: str = "cuda"
+        self,
+        target: str,
+        file: Path,
+        folder: Path,
+        device: Device | None,
+        plugins: Path | None = None,
+        on: str = "cuda",
     ) -> None:
-        """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device that its tensors are on.
+        """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device that its
+        tensors are on.
 
         Raises:
-            NemoquantError: see ``enginefile.read_facts`` and ``check_device``; a missing extra or plugin library; an engine of another part.
+            NemoquantError: see ``enginefile.read_facts`` and ``check_device``; a missing extra or plugin
+                library; an engine of another part.
         """
         self.name = target
         facts = read_facts(file, folder, target)
         if facts["part"] != "main":
             raise UsageError(
-                f"{file} is the multi-token-prediction module; expected the main model's engine, {facts['checkpoint']}"
+                f"{file} is the multi-token-prediction module; expected the main model's engine, "
+                f"{facts['checkpoint']}"
             )
         drafts = None
         if facts["mtp"] is not None:
@@ -178,30 +210,40 @@ class TensorRTEngine(GraphEngine[Session]):
 
     def describe(self) -> dict[str, Any]:
         version = self.main.trt.__version__
-        return {"engine": self.name, "version": version, "device": f"sm_{self.facts['sm']}", "compute": self.facts["compute"]}
+        return {
+            "engine": self.name,
+            "version": version,
+            "device": f"sm_{self.facts['sm']}",
+            "compute": self.facts["compute"],
+        }
 
 
 def check_device(facts: dict[str, Any], file: Path, device: Device | None) -> None:
     """Raises UsageError where there is no GPU, or another one than the engine was built for."""
     if device is None:
         raise UsageError(
-            f"{file} runs on a GPU of SM {facts['sm']}, and no CUDA device is usable here; --engine onnxruntime runs on the CPU"
+            f"{file} runs on a GPU of SM {facts['sm']}, and no CUDA device is usable here; --engine "
+            f"onnxruntime runs on the CPU"
         )
     if device.sm != facts["sm"]:
         raise UsageError(
-            f"{file} was built for SM {facts['sm']}, and {device.name} is SM {device.sm}; build one for it with `nemoquant export trt`"
+            f"{file} was built for SM {facts['sm']}, and {device.name} is SM {device.sm}; build one for it "
+            f"with `nemoquant export trt`"
         )
 
 
 def check_shape(facts: dict[str, Any], file: Path, batch: int, total: int) -> None:
-    """Raises UsageError where a call is larger than the engine was built for; ``total`` are past and new positions."""
+    """Raises UsageError where a call is larger than the engine was built for; ``total`` are past and new
+    positions."""
     if total > facts["max_seq_len"]:
         raise UsageError(
-            f"{total:,} positions: {file} was built for {facts['max_seq_len']:,} at most; build it again with a larger --max-seq-len"
+            f"{total:,} positions: {file} was built for {facts['max_seq_len']:,} at most; build it again "
+            f"with a larger --max-seq-len"
         )
     if batch > facts["max_batch"]:
         raise UsageError(
-            f"{batch} sequences: {file} was built for {facts['max_batch']} at most; build it again with a larger --max-batch"
+            f"{batch} sequences: {file} was built for {facts['max_batch']} at most; build it again with a "
+            f"larger --max-batch"
         )
 
 

@@ -18,13 +18,16 @@ def load_engine(
         file: the engine file of ``rtx`` and ``trt``, which the others do not have.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
     Raises:
-        NemoquantError: a missing extra, a graph, shards or an engine file that are not what they should be, no GPU where one is needed.
+        NemoquantError: a missing extra, a graph, shards or an engine file that are not what they should be,
+            no GPU where one is needed.
     """
     if (file is not None) != (name in TARGETS):
         raise UsageError(
-            f"--engine {name} needs the engine file that `nemoquant export trt {path} FILE` wrote: --engine-file FILE"
+            f"--engine {name} needs the engine file that `nemoquant export trt {path} FILE` wrote: "
+            f"--engine-file FILE"
             if file is None
-            else f"--engine-file {file}: the engine {name} reads none; it goes with --engine rtx or --engine trt"
+            else f"--engine-file {file}: the engine {name} reads none; it goes with --engine rtx or "
+            f"--engine trt"
         )
     if name == "torch":
         import torch

@@ -7,10 +7,11 @@ IGNORED = ("cudaError 35",)  # no driver: a builder without a GPU says so once f
 
 
 def logger(trt: Any) -> Any:
-    """The logger of the module ``trt``, empty: it keeps ``errors`` and ``warnings``; the complaint that there is no GPU is neither.
+    """The logger of the module ``trt``, empty: it keeps ``errors`` and ``warnings``; the complaint that there
+    is no GPU is neither.
 
-    There is one a process. TensorRT keeps to the first that it is given for as long as anything made with it lives, and what is said
-    to a second one would be lost.
+    There is one a process. TensorRT keeps to the first that it is given for as long as anything made with it
+    lives, and what is said to a second one would be lost.
     """
     found = _logger(trt.ILogger)
     found.errors.clear()

@@ -1,4 +1,5 @@
-"""The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder, weights packed in memory as they are on disk."""
+"""The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder, weights packed in memory as they are
+on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def package() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingExtraError("the engine onnxruntime needs the extra `ort`: pip install 'nemoquant[ort]'") from None
+        raise MissingExtraError(
+            "the engine onnxruntime needs the extra `ort`: pip install 'nemoquant[ort]'"
+        ) from None
     return onnxruntime
 
 
@@ -41,7 +44,10 @@ class Graph:
         try:
             # constant folding would unpack every weight when the session starts
             self.session = runtime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"],
             )
         except Exception as error:  # its exceptions have no common base of their own
             raise CheckpointError(
@@ -62,8 +68,12 @@ class Graph:
     def run(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
         """All outputs by name. ``feeds`` are cast to the graph's dtypes."""
         batch = len(next(iter(feeds.values())))
-        given = {name: np.ascontiguousarray(value, NUMPY[self.inputs[name].type]) for name, value in feeds.items()}
-        return dict(zip(self.outputs, self.session.run(None, given | (state or self.empty_state(batch))), strict=True))
+        given = {
+            name: np.ascontiguousarray(value, NUMPY[self.inputs[name].type]) for name, value in feeds.items()
+        }
+        return dict(
+            zip(self.outputs, self.session.run(None, given | (state or self.empty_state(batch))), strict=True)
+        )
 
     def step(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> Step:
         """One call of the graph of a model that ends with the head."""
@@ -91,4 +101,9 @@ class OnnxRuntimeEngine(GraphEngine[Graph]):
         self.has_mtp = self.mtp is not None and "hidden_out" in self.main.outputs
 
     def describe(self) -> dict[str, Any]:
-        return {"engine": self.name, "version": package().__version__, "device": "cpu", "compute": self.main.facts["compute"]}
+        return {
+            "engine": self.name,
+            "version": package().__version__,
+            "device": "cpu",
+            "compute": self.main.facts["compute"],
+        }

@@ -1,7 +1,9 @@
-"""The two TensorRTs, which share one Python interface: what each is called, what it builds for, and what it needs.
+"""The two TensorRTs, which share one Python interface: their names, what they build for, what they need.
 
-rtx   TensorRT-RTX builds on any machine for the GPUs of desktops and laptops; the operators' bodies are in the graph
-trt   TensorRT builds on the GPU that the engine is for, with nemoquant's plugin library in the place of those bodies
+rtx   TensorRT-RTX builds on any machine for the GPUs of desktops and laptops; operators have their bodies in
+      the graph
+trt   TensorRT builds on the GPU that the engine is for; nemoquant's plugin library takes the place of those
+      bodies
 """
 
 import importlib
@@ -87,15 +89,22 @@ def target_sm(target: Target, sm: int | None, found: Device | None, path: Path) 
             raise UsageError(_needs_gpu(sm, path))
         if sm not in (None, found.sm):
             raise UsageError(
-                f"--sm {sm}: TensorRT builds for the GPU in the machine, {found.name}, SM {found.sm}; leave out --sm, or build on the other GPU"
+                f"--sm {sm}: TensorRT builds for the GPU in the machine, {found.name}, SM {found.sm}; leave "
+                f"out --sm, or build on the other GPU"
             )
         return found.sm
     if sm is None and found is None:
-        raise UsageError(f"--sm is needed where no GPU is found; {target.title} builds for SM {', '.join(map(str, target.sms))}")
+        raise UsageError(
+            f"--sm is needed where no GPU is found; {target.title} builds for SM "
+            f"{', '.join(map(str, target.sms))}"
+        )
     wanted = sm if sm is not None or found is None else found.sm
     assert wanted is not None
     if wanted in DATA_CENTRE:
-        raise UsageError(f"--sm {wanted}: {target.title} does not build for data-centre GPUs; they need TensorRT, --target trt")
+        raise UsageError(
+            f"--sm {wanted}: {target.title} does not build for data-centre GPUs; they need TensorRT, "
+            f"--target trt"
+        )
     if wanted not in target.sms:
         raise UsageError(f"--sm {wanted}: {target.title} builds for SM {', '.join(map(str, target.sms))}")
     return wanted
@@ -110,14 +119,17 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
     for name, (least, title) in LEAST_SM.items():
         if name in formats and sm < least:
             raise UsageError(
-                f"SM {sm}: {path} holds {title} outside of {target.title}'s plugins, which GPUs have from SM {least} on; choose another GPU or format"
+                f"SM {sm}: {path} holds {title} outside of {target.title}'s plugins, which GPUs have from "
+                f"SM {least} on; choose another GPU or format"
                 if target.sms is None
-                else f"--sm {sm}: {path} holds {title}, which GPUs have from SM {least} on; choose another GPU or format"
+                else f"--sm {sm}: {path} holds {title}, which GPUs have from SM {least} on; choose another "
+                f"GPU or format"
             )
 
 
 def plugin_library(given: Path | None) -> Path:
-    """nemoquant's plugins for TensorRT: ``given``, else the file that NEMOQUANT_PLUGINS names, else what `nemoquant plugins build` made.
+    """nemoquant's plugins for TensorRT: ``given``, else the file that NEMOQUANT_PLUGINS names, else what
+    `nemoquant plugins build` made.
 
     Raises:
         UsageError: there is no such file, or it was built from other sources than this version's.
@@ -127,15 +139,19 @@ def plugin_library(given: Path | None) -> Path:
         path = default_folder() / "libnemoquant_plugins.so"
         if not path.is_file():
             raise UsageError(
-                f"TensorRT needs nemoquant's plugin library; neither --plugins nor {PLUGINS} names it, and {path} is not there; "
+                f"TensorRT needs nemoquant's plugin library; neither --plugins nor {PLUGINS} names it, and "
+                f"{path} is not there; "
                 "build it with `nemoquant plugins build`"
             )
     if not path.is_file():
-        raise UsageError(f"{path}, the plugin library, does not exist; build it with `nemoquant plugins build`")
+        raise UsageError(
+            f"{path}, the plugin library, does not exist; build it with `nemoquant plugins build`"
+        )
     built = read_built(path.parent)
     if built and path.name in built.libraries and built.sources != sources_hash():
         raise UsageError(
-            f"{path} was built from other sources than this version's; build it again with `nemoquant plugins build`"
+            f"{path} was built from other sources than this version's; build it again with `nemoquant "
+            f"plugins build`"
         )
     return path
 
@@ -152,19 +168,24 @@ def load_plugins(trt: Any, library: Path) -> None:
         registry.load_library(str(library))
     except Exception as error:  # pybind raises what it likes
         raise UsageError(
-            f"{library} can't be loaded as a plugin library ({error}); build it with `nemoquant plugins build`"
+            f"{library} can't be loaded as a plugin library ({error}); build it with `nemoquant plugins "
+            f"build`"
         ) from None
     after = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
     if not any(namespace == "nemoquant" for _, _, namespace in after):
         raise UsageError(
-            f"{library} holds no plugin of the namespace nemoquant ({len(after - before)} others); build it with `nemoquant plugins build`"
+            f"{library} holds no plugin of the namespace nemoquant ({len(after - before)} others); build it "
+            f"with `nemoquant plugins build`"
         )
 
 
 def _needs_gpu(sm: int | None, path: Path) -> str:
     arch = f" --arch sm_{sm}a" if sm in (90, 100, 120) else ""
     return (
-        "--target trt: TensorRT builds on the GPU that the engine is for, and no CUDA device is usable here. There: "
-        f"pip install 'nemoquant[trt,plugins]' && nemoquant plugins build{arch} && nemoquant export trt {path} OUT --target trt. "
-        f"Here, `nemoquant export onnx {path} --dialect tensorrt` writes its graph, and --target rtx builds for SM 75 to 89, 120 and 121"
+        "--target trt: TensorRT builds on the GPU that the engine is for, and no CUDA device is usable "
+        "here. There: "
+        f"pip install 'nemoquant[trt,plugins]' && nemoquant plugins build{arch} && nemoquant export trt "
+        f"{path} OUT --target trt. "
+        f"Here, `nemoquant export onnx {path} --dialect tensorrt` writes its graph, and --target rtx builds "
+        f"for SM 75 to 89, 120 and 121"
     )

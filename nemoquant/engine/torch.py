@@ -27,7 +27,9 @@ class TorchEngine:
         return Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        logits, out, after = self.model.mtp_forward(torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap)
+        logits, out, after = self.model.mtp_forward(
+            torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap
+        )
         return Step(logits.numpy(), out.numpy(), after)
 
     def describe(self) -> dict[str, Any]:

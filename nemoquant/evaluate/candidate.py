@@ -12,13 +12,21 @@ from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.sources.source import Source
 
 TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-UNIMPORTANT = ("mamba_ssm_cache_dtype", "max_position_embeddings", "bos_token_id", "eos_token_ids", "mtp_layers", "mtp_modules")
+UNIMPORTANT = (
+    "mamba_ssm_cache_dtype",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_ids",
+    "mtp_layers",
+    "mtp_modules",
+)
 CACHE_ROLE = "kv_cache"
 
 
 @dataclass(frozen=True)
 class Module:
-    """What is measured as one: a tensor of the model, all experts of a layer and projection, or a layer's KV cache (no ``specs``).
+    """What is measured as one: a tensor of the model, all experts of a layer and projection, or a layer's KV
+    cache (no ``specs``).
 
     ``layer`` is None for embedding, final norm and head. ``taps`` are the names that its inputs go by.
     """
@@ -39,7 +47,8 @@ class Candidate(PackedCheckpoint):
         """Open it, and make sure that it can be compared with ``source``.
 
         Raises:
-            CheckpointError: or one of its kinds: it can't be opened, was made from another source, or has another tokenizer.
+            CheckpointError: or one of its kinds: it can't be opened, was made from another source, or has
+                another tokenizer.
         """
         super().__init__(path)
         self.source, self.name = source, name
@@ -54,7 +63,8 @@ class Candidate(PackedCheckpoint):
         keys = [k for k in ours if ours[k] != theirs[k] and k not in UNIMPORTANT]
         if keys:
             raise CheckpointError(
-                f"{self.path} is not of {self.source.path}: their configs differ in {listing(keys)}; expected a checkpoint made from it"
+                f"{self.path} is not of {self.source.path}: their configs differ in {listing(keys)}; "
+                f"expected a checkpoint made from it"
             )
         if self.manifest is None:
             return
@@ -66,8 +76,10 @@ class Candidate(PackedCheckpoint):
         for key, digest in here.items():
             if made_from.get(key) != digest:
                 raise CheckpointError(
-                    f"{self.path} was made from another source than {self.source.path}: {manifest.FILE} has {key} "
-                    f"{str(made_from.get(key))[:12]}, this source has {digest[:12]}; give the source that it was made from"
+                    f"{self.path} was made from another source than {self.source.path}: {manifest.FILE} has "
+                    f"{key} "
+                    f"{str(made_from.get(key))[:12]}, this source has {digest[:12]}; give the source that "
+                    f"it was made from"
                 )
 
     @cached_property
@@ -76,7 +88,11 @@ class Candidate(PackedCheckpoint):
         found: dict[str, list[TensorSpec]] = {}
         for spec in self.table:
             if not spec.role.startswith("mtp."):
-                name = spec.module if spec.expert is None else spec.module.replace(f".experts.{spec.expert}.", ".experts.")
+                name = (
+                    spec.module
+                    if spec.expert is None
+                    else spec.module.replace(f".experts.{spec.expert}.", ".experts.")
+                )
                 found.setdefault(name, []).append(spec)
         modules = []
         for name, specs in found.items():
@@ -85,14 +101,27 @@ class Candidate(PackedCheckpoint):
             inputs = {self.inputs[spec.module][0] if spec.module in self.inputs else None for spec in specs}
             if len(formats) > 1 or len(inputs) > 1:
                 raise CheckpointError(
-                    f"{self.path}: the experts of {name} have the formats {', '.join(formats)}, {len(taps)} of {len(specs)} with an "
+                    f"{self.path}: the experts of {name} have the formats {', '.join(formats)}, {len(taps)} "
+                    f"of {len(specs)} with an "
                     "input scale; expected one for all, engines run them as one operation"
                 )
-            modules.append(Module(name, first.layer, first.role, formats[0], inputs.pop(), specs=tuple(specs), taps=taps))
+            modules.append(
+                Module(name, first.layer, first.role, formats[0], inputs.pop(), specs=tuple(specs), taps=taps)
+            )
             if first.role == "attention.v_proj" and self.fp8_cache:
                 mixer = first.module.removesuffix(".v_proj")
                 caches = frozenset(f"{mixer}.{p}_proj.output" for p in "kv")
-                modules.append(Module(f"{mixer}.{CACHE_ROLE}", first.layer, CACHE_ROLE, "source", "fp8", specs=(), taps=caches))
+                modules.append(
+                    Module(
+                        f"{mixer}.{CACHE_ROLE}",
+                        first.layer,
+                        CACHE_ROLE,
+                        "source",
+                        "fp8",
+                        specs=(),
+                        taps=caches,
+                    )
+                )
         return modules
 
 
@@ -108,6 +137,7 @@ def _check_tokenizer(path: Path, source: Path) -> None:
         raise CheckpointError(f"{files[0]} or {files[1]} cannot be read as a tokenizer ({error})") from None
     if differing:
         raise CheckpointError(
-            f"{path} has another tokenizer than {source}: they differ in {', '.join(differing)}; expected the same, "
+            f"{path} has another tokenizer than {source}: they differ in {', '.join(differing)}; expected "
+            f"the same, "
             "its tokens would mean other words"
         )

@@ -1,4 +1,5 @@
-"""The measured figures go into the model card of a checkpoint that nemoquant wrote, and the card's new hash into its manifest."""
+"""The measured figures go into the model card of a checkpoint that nemoquant wrote, and the card's new hash
+into its manifest."""
 
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from nemoquant.pack.files import CARD
 
 
 def update_card(path: Path, candidate: Candidate, report: Report) -> list[str]:
-    """Write the figures into the card in the folder ``path``; returns warnings, where it was left as it is and why.
+    """Write the figures into the card in the folder ``path``; returns warnings, where it was left as it is
+    and why.
 
     A checkpoint that another tool wrote is not touched: its card is not ours.
     """

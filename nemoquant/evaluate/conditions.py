@@ -1,4 +1,5 @@
-"""``--fail-if 'kl > 0.02'``: a figure of a candidate, a comparison, a number. Nothing is evaluated but these."""
+"""``--fail-if 'kl > 0.02'``: a figure of a candidate, a comparison, a number. Nothing is evaluated but
+these."""
 
 import math
 import operator
@@ -48,19 +49,25 @@ class Condition:
             limit = math.nan
         if match is None or not math.isfinite(limit):
             raise UsageError(
-                f"--fail-if {text!r}: expected NAME OP NUMBER, OP one of {' '.join(OPERATORS)}, a finite number, such as 'kl > 0.02'"
+                f"--fail-if {text!r}: expected NAME OP NUMBER, OP one of {' '.join(OPERATORS)}, a finite "
+                f"number, such as 'kl > 0.02'"
             )
         if match[1] not in METRICS:
-            raise UsageError(f"--fail-if {text!r}: there is no figure {match[1]!r}; figures are {', '.join(METRICS)}")
+            raise UsageError(
+                f"--fail-if {text!r}: there is no figure {match[1]!r}; figures are {', '.join(METRICS)}"
+            )
         return Condition(match[1], match[2], limit)
 
     def failures(self, report: Report) -> list[str]:
-        """A line for each candidate that meets the condition, or whose figure is not a number, so that it can't be known."""
+        """A line for each candidate that meets the condition, or whose figure is not a number, so that it
+        can't be known."""
         lines = []
         for candidate in report.candidates:
             value = METRICS[self.metric](candidate)
             if value is None:
-                lines.append(f"{candidate.name}: {self.metric} is not known, so it can't be said to pass {self}")
+                lines.append(
+                    f"{candidate.name}: {self.metric} is not known, so it can't be said to pass {self}"
+                )
             elif OPERATORS[self.operator](value, self.limit):
                 lines.append(f"{candidate.name}: {self.metric} is {value:.6g}, {self}")
         return lines

@@ -14,11 +14,13 @@ from nemoquant.tokens.rows import Rows
 
 
 def check_engines(engines: Sequence[Engine], length: int) -> None:
-    """Raises UsageError where an engine admits no rows of that length; asked before hours of work, not after."""
+    """Raises UsageError where an engine admits no rows of that length; asked before hours of work, not
+    after."""
     for engine in engines:
         if engine.max_seq_len is not None and length > engine.max_seq_len:
             raise UsageError(
-                f"rows of {length:,} tokens: the {engine.name} engine was built for {engine.max_seq_len:,} at most; give --seq-len, or build it "
+                f"rows of {length:,} tokens: the {engine.name} engine was built for {engine.max_seq_len:,} "
+                f"at most; give --seq-len, or build it "
                 "again with a larger --max-seq-len"
             )
 
@@ -47,17 +49,27 @@ def run_engines(
             compare([reference.logits(at), logits], targets[row], [own, by_engine], at.start)
             compare([head.logits(at), logits], targets[row], [by_torch, beside], at.start)
         facts = engine.describe()
-        found.append(EngineRun(
-            engine=engine.name, version=facts["version"], device=facts["device"], compute=facts["compute"],
-            logits=summarize(by_engine, own), kl_from_torch=beside.kl[:, :-1].mean(),
-        ))  # fmt: skip
+        found.append(
+            EngineRun(
+                engine=engine.name,
+                version=facts["version"],
+                device=facts["device"],
+                compute=facts["compute"],
+                logits=summarize(by_engine, own),
+                kl_from_torch=beside.kl[:, :-1].mean(),
+            )
+        )
     return found
 
 
 def _check(engine: Engine, logits: Tensor, length: int) -> None:
     if len(logits) != length:
-        raise UsageError(f"the {engine.name} graph gives logits of {len(logits)} position; export it without --last-token-only")
+        raise UsageError(
+            f"the {engine.name} graph gives logits of {len(logits)} position; export it without "
+            f"--last-token-only"
+        )
     if not torch.isfinite(logits).all():
         raise UsageError(
-            f"the {engine.name} engine computes NaN or Inf on the given rows, the torch arithmetic does not; export it again"
+            f"the {engine.name} engine computes NaN or Inf on the given rows, the torch arithmetic does "
+            f"not; export it again"
         )

@@ -27,24 +27,30 @@ Shares = Callable[[int, str], None]  # how many of the candidates' shares of the
 
 
 class Head:
-    """What one model makes of its stream [rows, length, hidden] after the last layer; computed on ``device``, kept on the CPU."""
+    """What one model makes of its stream [rows, length, hidden] after the last layer; computed on ``device``,
+    kept on the CPU."""
 
-    def __init__(self, config: NemotronHConfig, weights: WeightSource, tap: Tap, stream: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, config: NemotronHConfig, weights: WeightSource, tap: Tap, stream: Tensor, device: torch.device
+    ) -> None:
         self.config, self.weights, self.tap = config, weights, tap
         self.model = ReferenceModel(config, weights, device=device)
         self.hidden = rms_norm(stream, weights("backbone.norm_f.")["weight"], config.norm_eps).flatten(0, 1)
         self.choice = np.zeros(len(self.hidden), np.int64)  # the likeliest next token of each position
 
     def logits(self, part: slice = slice(None), hidden: Tensor | None = None) -> Tensor:
-        """Of some of its positions, or of other hidden states [positions, hidden]: [positions, vocabulary] float32."""
+        """Of some of its positions, or of other hidden states [positions, hidden]: [positions, vocabulary]
+        float32."""
         x = (self.hidden if hidden is None else hidden)[part]
         return self.model.logits(x[None].to(self.model.device), self.tap)[0].cpu()
 
     def acceptance(self, ids: Tensor) -> float:
-        """Share of positions where the first MTP module's first choice is what the main model chooses next; NaN where it computes that.
+        """Share of positions where the first MTP module's first choice is what the main model chooses next;
+        NaN where it computes that.
 
-        At position t the module is given the hidden state of t and the token at t + 1, and its choice is compared with the main
-        model's at t + 1, as in speculative decoding with greedy verification. ids [rows, length]; ``choice`` must be filled.
+        At position t the module is given the hidden state of t and the token at t + 1, and its choice is
+        compared with the main model's at t + 1, as in speculative decoding with greedy verification. ids
+        [rows, length]; ``choice`` must be filled.
         """
         c, prefixes = self.config, mtp.layer_prefixes(self.config, 0)
         rows, length = ids.shape
@@ -54,17 +60,30 @@ class Head:
         for row in range(rows):
             one = slice(row, row + 1)
             tap = prefixed(self.tap, prefixes[0])
-            after, before = (t.to(self.model.device) for t in (embed(embeddings, ids[one, 1:]), hidden[one, :-1]))
+            after, before = (
+                t.to(self.model.device) for t in (embed(embeddings, ids[one, 1:]), hidden[one, :-1])
+            )
             x[one] = mtp.mtp_input(c, first, after, before, tap).cpu()
         for kind, prefix in zip(c.mtp_layers, prefixes, strict=True):
             y = torch.empty_like(x)
-            run_layer(c, kind, self.weights(prefix), x, prefixed(self.tap, prefix), into(y), device=self.model.device)
+            run_layer(
+                c,
+                kind,
+                self.weights(prefix),
+                x,
+                prefixed(self.tap, prefix),
+                into(y),
+                device=self.model.device,
+            )
             x = y
         drafted = mtp.mtp_output(c, self.weights(prefixes[-1]), x).flatten(0, 1)
         if not torch.isfinite(drafted).all():
             return math.nan
         expected = self.choice.reshape(rows, length)[:, 1:].reshape(-1)
-        accepted = sum(int((top1(self.logits(part, drafted)) == expected[part]).sum()) for part in _slices(c, len(drafted)))
+        accepted = sum(
+            int((top1(self.logits(part, drafted)) == expected[part]).sum())
+            for part in _slices(c, len(drafted))
+        )
         return accepted / len(drafted)
 
 
@@ -73,10 +92,14 @@ def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
 
 
-def heads_of(source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], device: torch.device) -> list[Head]:
+def heads_of(
+    source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], device: torch.device
+) -> list[Head]:
     """Of all models over their streams after the last layer, the reference's first."""
     checkpoint = source.checkpoint
-    heads = [Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0], device)]
+    heads = [
+        Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0], device)
+    ]
     pairs = zip(candidates, streams[1:], strict=True)
     return heads + [Head(source.config, c.weights, c.tap(), stream, device) for c, stream in pairs]
 
@@ -89,7 +112,8 @@ def compare_heads(
     Args:
         heads: the reference's first.
     Returns:
-        positions of the reference and of each candidate, the error of each candidate's logits, and the MTP acceptance of the
+        positions of the reference and of each candidate, the error of each candidate's logits, and the MTP
+            acceptance of the
         reference and of each candidate, None where one has no module.
     """
     config, ids = source.config, torch.from_numpy(rows.ids)
@@ -101,12 +125,14 @@ def compare_heads(
         logits = [head.logits(part) for head in heads]
         if not torch.isfinite(logits[0]).all():
             raise WeightError(
-                f"{source.path}: its final norm or head computes NaN or Inf; expected finite logits, is it damaged?"
+                f"{source.path}: its final norm or head computes NaN or Inf; expected finite logits, is it "
+                f"damaged?"
             )
         for candidate, own in zip(candidates, logits[1:], strict=True):
             if not torch.isfinite(own).all():
                 raise CheckpointError(
-                    f"{candidate.path}: the head computes NaN or Inf on the given rows; an engine would too, no figure can be given"
+                    f"{candidate.path}: the head computes NaN or Inf on the given rows; an engine would "
+                    f"too, no figure can be given"
                 )
         for head, own in zip(heads, logits, strict=True):
             head.choice[part] = top1(own)
@@ -117,5 +143,8 @@ def compare_heads(
     acceptance = [head.acceptance(ids) if has else None for head, has in zip(heads, has_mtp, strict=True)]
     for path, share in zip([source.path, *(c.path for c in candidates)], acceptance, strict=True):
         if share is not None and math.isnan(share):
-            raise CheckpointError(f"{path}: its multi-token-prediction module (mtp) computes NaN or Inf; expected finite weights")
+            raise CheckpointError(
+                f"{path}: its multi-token-prediction module (mtp) computes NaN or Inf; expected finite "
+                f"weights"
+            )
     return found[0], found[1:], energies, acceptance

@@ -1,6 +1,8 @@
-"""One layer over all rows: in batches of rows and segments of positions, so that memory follows neither rows nor their length.
+"""One layer over all rows: in batches of rows and segments of positions, so that memory follows neither rows
+nor their length.
 
-Streams, scan states and figures are on the CPU; a device sees one batch and segment at a time, and the weights as they are used.
+Streams, scan states and figures are on the CPU; a device sees one batch and segment at a time, and the
+weights as they are used.
 """
 
 import math
@@ -23,7 +25,9 @@ from nemoquant.model.reference import LayerState, layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights
 
 BATCH_BYTES = 384 << 20  # of a layer's intermediate values, about
-MOE_BATCH_BYTES = 2 << 30  # on a GPU, where a batch brings all experts' weights there: that takes longer than its products
+MOE_BATCH_BYTES = (
+    2 << 30
+)  # on a GPU, where a batch brings all experts' weights there: that takes longer than its products
 SEGMENT = 2048  # positions of a row that go through a layer at once; its state carries over
 
 Sink = Callable[[slice, slice, Tensor], None]  # rows, positions, what the layer put out there
@@ -54,7 +58,9 @@ def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int, device: torch.device) -> Iterator[slice]:
+def batches(
+    config: NemotronHConfig, kind: LayerKind, rows: int, length: int, device: torch.device
+) -> Iterator[slice]:
     """Slices of rows whose intermediate values fit ``BATCH_BYTES``, or ``MOE_BATCH_BYTES``."""
     c = config
     width = {  # float32 values a token, of what is alive at once
@@ -69,7 +75,14 @@ def batches(config: NemotronHConfig, kind: LayerKind, rows: int, length: int, de
 
 
 def run_layer(
-    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, tap: Tap, sink: Sink, *, device: torch.device
+    config: NemotronHConfig,
+    kind: LayerKind,
+    weights: Weights,
+    x: Tensor,
+    tap: Tap,
+    sink: Sink,
+    *,
+    device: torch.device,
 ) -> Tensor | None:
     """``layer_forward`` of x [rows, length, hidden] on ``device``; outputs go to ``sink``, on the CPU.
 
@@ -99,7 +112,8 @@ def into(out: Tensor) -> Sink:
 
 @torch.no_grad()
 def choices(config: NemotronHConfig, weights: Weights, x: Tensor, device: torch.device) -> NDArray[np.int64]:
-    """The experts that a MoE layer's router chooses for x [rows, length, hidden]: ids [rows * length, k], ascending in a row."""
+    """The experts that a MoE layer's router chooses for x [rows, length, hidden]: ids [rows * length, k],
+    ascending in a row."""
     norm, mixer = weights["norm.weight"], Scope(weights, "mixer.")
     tokens = x.flatten(0, 1)
     parts = (part.to(device) for part in torch.split(tokens, SEGMENT))
@@ -115,5 +129,7 @@ def routing(config: NemotronHConfig, reference: NDArray[np.int64], candidate: ND
         flipped=1 - same.mean() / count,
         tokens_with_flip=(same < count).mean(),
         tokens_per_expert=np.bincount(candidate.reshape(-1), minlength=config.n_routed_experts).tolist(),
-        tokens_per_expert_reference=np.bincount(reference.reshape(-1), minlength=config.n_routed_experts).tolist(),
+        tokens_per_expert_reference=np.bincount(
+            reference.reshape(-1), minlength=config.n_routed_experts
+        ).tolist(),
     )

@@ -1,4 +1,5 @@
-"""Figures from logits: KL, perplexity, agreement. Log-probabilities and sums in float64, a slice of positions at a time."""
+"""Figures from logits: KL, perplexity, agreement. Log-probabilities and sums in float64, a slice of positions
+at a time."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ HISTOGRAM_EDGES = [10.0 ** (e / 4) for e in range(-36, 9)]  # 1e-9 to 100 nats, 
 
 
 class Positions:
-    """One model's figures at each position, float64 [rows, length]; the last of a row, which predicts nothing known, is left out
-    of every summary.
+    """One model's figures at each position, float64 [rows, length]; the last of a row, which predicts nothing
+    known, is left out of every summary.
 
     Attributes:
         nll: negative log likelihood of the token that came, nats.
@@ -29,7 +30,12 @@ class Positions:
 
     def __init__(self, rows: int, length: int) -> None:
         shape = rows, length
-        self.nll, self.kl, self.top1_same, self.top5_same = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self.nll, self.kl, self.top1_same, self.top5_same = (
+            np.zeros(shape),
+            np.zeros(shape),
+            np.zeros(shape),
+            np.zeros(shape),
+        )
 
     @property
     def perplexity(self) -> float | None:
@@ -45,7 +51,8 @@ def top1(logits: Tensor) -> NDArray[np.int64]:
 
 
 def top(logits: Tensor, count: int) -> NDArray[np.int64]:
-    """logits [positions, vocabulary] -> ids of the ``count`` likeliest tokens in ascending order, ties to the lower ids."""
+    """logits [positions, vocabulary] -> ids of the ``count`` likeliest tokens in ascending order, ties to the
+    lower ids."""
     count = min(count, logits.shape[-1])
     least = logits.topk(count, -1).values[:, -1:]
     taken = (logits >= least).numpy()
@@ -59,7 +66,8 @@ def top(logits: Tensor, count: int) -> NDArray[np.int64]:
 
 
 def shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many ids each row of ``a`` [n, k] has in common with the same row of ``b``; ids are distinct in a row."""
+    """How many ids each row of ``a`` [n, k] has in common with the same row of ``b``; ids are distinct in a
+    row."""
     both = np.sort(np.concatenate([a, b], 1), 1)
     count: NDArray[np.int64] = (both[:, 1:] == both[:, :-1]).sum(1)
     return count

@@ -1,8 +1,8 @@
 """What each module of a candidate costs: its weights' and inputs' noise, and its measured effect.
 
-The effect of a module is measured, not estimated: its layer is run with this module as the candidate has it and all else as the
-source has it, on the reference's input, and the residual stream after the layer is compared. So modules of one layer are told
-apart, and an error counts by what reaches the rest of the model.
+The effect of a module is measured, not estimated: its layer is run with this module as the candidate has it
+and all else as the source has it, on the reference's input, and the residual stream after the layer is
+compared. So modules of one layer are told apart, and an error counts by what reaches the rest of the model.
 """
 
 import math
@@ -63,10 +63,13 @@ def weight_noise(candidate: Candidate, spec: TensorSpec) -> Noise:
     source.release([spec.name])
     candidate.checkpoint.release(stored.parts.values())
     if not math.isfinite(found.signal):
-        raise WeightError(f"{source.path}: {spec.name} has NaN or Inf; expected finite weights, is the source damaged?")
+        raise WeightError(
+            f"{source.path}: {spec.name} has NaN or Inf; expected finite weights, is the source damaged?"
+        )
     if not math.isfinite(found.error):
         raise CheckpointError(
-            f"{candidate.path}: {spec.name} decodes to NaN or Inf; an engine would compute with that, quantize again"
+            f"{candidate.path}: {spec.name} decodes to NaN or Inf; an engine would compute with that, "
+            f"quantize again"
         )
     return found
 
@@ -117,8 +120,14 @@ class ModuleNoise:
 
     def _cache_bytes(self, candidate: Candidate) -> int:
         """Of the scales of a KV cache."""
-        names = [kv_scale_name(tap.removesuffix(".output")) for tap in self.module.taps if tap.endswith(".output")]
-        return sum(candidate.checkpoint.tensors[name].nbytes for name in names if name in candidate.checkpoint.tensors)
+        names = [
+            kv_scale_name(tap.removesuffix(".output")) for tap in self.module.taps if tap.endswith(".output")
+        ]
+        return sum(
+            candidate.checkpoint.tensors[name].nbytes
+            for name in names
+            if name in candidate.checkpoint.tensors
+        )
 
     def _experts(self) -> Experts:
         by_expert = [self.inputs.get(spec.module) for spec in self.module.specs]
@@ -138,10 +147,14 @@ def _quantized(parts: list[Noise]) -> Quantized | None:
         total += part
     if not total.count:
         return None
-    return Quantized(sqnr_db=total.sqnr_db, saturated=total.saturated / total.count, flushed=total.flushed / total.count)
+    return Quantized(
+        sqnr_db=total.sqnr_db, saturated=total.saturated / total.count, flushed=total.flushed / total.count
+    )
 
 
-def effects(candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: PackedWeights, run: Run) -> list[Measured]:
+def effects(
+    candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: PackedWeights, run: Run
+) -> list[Measured]:
     """Measure those that differ, one at a time.
 
     Args:

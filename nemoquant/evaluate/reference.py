@@ -1,8 +1,10 @@
-"""The source's side of a diff: the residual stream after each layer, computed, or read from a cache that an earlier run wrote.
+"""The source's side of a diff: the residual stream after each layer, computed, or read from a cache that an
+earlier run wrote.
 
-The cache is a safetensors file: ``hidden.I`` [rows, length, hidden] F32 before layer I (the last one after all layers) and
-``ssm_state.I`` of the Mamba-2 layers. Logits follow from the last by one product with the head, and would be larger by
-vocabulary / hidden size (32 times for Super). Its metadata say what it was made from; another source or other tokens are refused.
+The cache is a safetensors file: ``hidden.I`` [rows, length, hidden] F32 before layer I (the last one after
+all layers) and ``ssm_state.I`` of the Mamba-2 layers. Logits follow from the last by one product with the
+head, and would be larger by vocabulary / hidden size (32 times for Super). Its metadata say what it was made
+from; another source or other tokens are refused.
 """
 
 import json
@@ -34,7 +36,8 @@ SCHEMA = "1"
 
 @dataclass(frozen=True)
 class Stage:
-    """The stream after the embedding (``layer`` None) or a layer; ``ssm_state`` of a Mamba-2 layer after the last position."""
+    """The stream after the embedding (``layer`` None) or a layer; ``ssm_state`` of a Mamba-2 layer after the
+    last position."""
 
     layer: int | None
     hidden: Tensor
@@ -47,10 +50,12 @@ def embed(weights: Weights, ids: Tensor) -> Tensor:
 
 
 def stream(source: Source, rows: Rows, cache: Path | None, device: Device) -> Generator[Stage, None, None]:
-    """The stages in order. A cache that does not exist yet is written on the way, and is there when the last stage was taken.
+    """The stages in order. A cache that does not exist yet is written on the way, and is there when the last
+    stage was taken.
 
     Raises:
-        CheckpointError: the cache is not of this source and these rows; WeightError where the source computes NaN or Inf.
+        CheckpointError: the cache is not of this source and these rows; WeightError where the source computes
+            NaN or Inf.
         OutputError: the cache can't be written.
     """
     if cache is None:
@@ -73,7 +78,8 @@ def _computed(source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
         weights.release()
         if not torch.isfinite(y).all():
             raise WeightError(
-                f"{source.path}: layer {i} ({kind}) computes NaN or Inf; expected finite activations, is the source damaged?"
+                f"{source.path}: layer {i} ({kind}) computes NaN or Inf; expected finite activations, is "
+                f"the source damaged?"
             )
         yield Stage(i, y, state)
         x = y
@@ -85,7 +91,9 @@ def _layout(source: Source, rows: Rows) -> list[tuple[str, str, tuple[int, ...]]
     for i, kind in enumerate(c.layers):
         table.append((f"hidden.{i + 1}", "F32", (count, length, c.hidden_size)))
         if kind == "mamba":
-            table.append((f"ssm_state.{i}", "F32", (count, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)))
+            table.append(
+                (f"ssm_state.{i}", "F32", (count, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size))
+            )
     return table
 
 
@@ -103,7 +111,9 @@ def _made_from(source: Source, rows: Rows, device: Device) -> dict[str, str]:
 def _written(cache: Path, source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
     partial = cache.parent / (cache.name + ".partial")
     try:
-        with ShardWriter(partial, _layout(source, rows), METADATA | _made_from(source, rows, device)) as writer:
+        with ShardWriter(
+            partial, _layout(source, rows), METADATA | _made_from(source, rows, device)
+        ) as writer:
             for stage in _computed(source, rows, device):
                 writer.write(stage.hidden.numpy())
                 if stage.ssm_state is not None:
@@ -112,11 +122,14 @@ def _written(cache: Path, source: Source, rows: Rows, device: Device) -> Iterato
         partial.rename(cache)
     except FileExistsError:
         raise OutputError(
-            f"{partial} exists, left by a run that was killed or still writing; remove it, or give another cache"
+            f"{partial} exists, left by a run that was killed or still writing; remove it, or give another "
+            f"cache"
         ) from None
     except OSError as error:
         _forget(partial)
-        raise OutputError(f"{cache}: {error.strerror or error}; give another place for the reference cache") from None
+        raise OutputError(
+            f"{cache}: {error.strerror or error}; give another place for the reference cache"
+        ) from None
     except BaseException:
         _forget(partial)
         raise
@@ -128,8 +141,8 @@ def _forget(partial: Path) -> None:
 
 
 def check_cache(cache: Path, source: Source, rows: Rows, device: Device) -> None:
-    """Make sure that an existing cache is of this source, these rows and this device (a model against itself has no error), or that
-    a new one can be written.
+    """Make sure that an existing cache is of this source, these rows and this device (a model against itself
+    has no error), or that a new one can be written.
 
     Raises:
         CheckpointError, HeaderError: it is not a cache, or not of these; the message names what differs.
@@ -137,7 +150,10 @@ def check_cache(cache: Path, source: Source, rows: Rows, device: Device) -> None
     """
     if not cache.exists():
         if not cache.parent.is_dir():
-            raise OutputError(f"{cache}: {cache.parent} is not a folder; make it, or give another place for the reference cache")
+            raise OutputError(
+                f"{cache}: {cache.parent} is not a folder; make it, or give another place for the reference "
+                f"cache"
+            )
         return
     tensors, metadata = read_header(cache)
     expected = _made_from(source, rows, device)
@@ -149,10 +165,14 @@ def check_cache(cache: Path, source: Source, rows: Rows, device: Device) -> None
                 "device": "was computed on another device (--device)",
             }
             raise CheckpointError(
-                f"{cache} {what.get(key, f'was made from another source than {source.path}')}: its {key.replace('_', ' ')} differ; "
-                "expected a reference cache of this source and these rows, give another file or remove this one"
+                f"{cache} {what.get(key, f'was made from another source than {source.path}')}: its "
+                f"{key.replace('_', ' ')} differ; "
+                "expected a reference cache of this source and these rows, give another file or remove this "
+                "one"
             )
-    if {t.name: (t.dtype, t.shape) for t in tensors.values()} != {n: (d, s) for n, d, s in _layout(source, rows)}:
+    if {t.name: (t.dtype, t.shape) for t in tensors.values()} != {
+        n: (d, s) for n, d, s in _layout(source, rows)
+    }:
         raise CheckpointError(f"{cache} lacks tensors that a reference cache has; remove it")
 
 
@@ -167,4 +187,6 @@ def _read(cache: Path, source: Source, rows: Rows, device: Device) -> Iterator[S
 
     yield Stage(None, load("hidden.0"), None)
     for i in range(len(source.config.layers)):
-        yield Stage(i, load(f"hidden.{i + 1}"), load(f"ssm_state.{i}") if f"ssm_state.{i}" in tensors else None)
+        yield Stage(
+            i, load(f"hidden.{i + 1}"), load(f"ssm_state.{i}") if f"ssm_state.{i}" in tensors else None
+        )

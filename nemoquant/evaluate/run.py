@@ -1,9 +1,10 @@
 """The diff: reference and candidates side by side over the same rows, a layer at a time, then the head.
 
-For each layer the source's weights are read once: by the reference (unless it comes from a cache), and beside each candidate's for
-the noise of its weights. A candidate runs its layer twice: on its own stream, which shows the error that has built up, and
-on the reference's input, which shows the layer's own. What waits in memory is one residual stream for each model and one more, the
-scan states of one layer, and the working set of a layer over a batch of rows (``layers.py``).
+For each layer the source's weights are read once: by the reference (unless it comes from a cache), and beside
+each candidate's for the noise of its weights. A candidate runs its layer twice: on its own stream, which
+shows the error that has built up, and on the reference's input, which shows the layer's own. What waits in
+memory is one residual stream for each model and one more, the scan states of one layer, and the working set
+of a layer over a batch of rows (``layers.py``).
 """
 
 import math
@@ -49,7 +50,8 @@ class Side:
         self.modules: list[schema.Module] = []
 
     def noise(self, layer: int | None, *roles: str) -> list[ModuleNoise]:
-        """Of the modules of a layer, or of those outside the layers with these roles: their weights' noise."""
+        """Of the modules of a layer, or of those outside the layers with these roles: their weights'
+        noise."""
         found = []
         for module in self.candidate.modules:
             if module.layer == layer and (layer is not None or module.role in roles):
@@ -71,7 +73,8 @@ class Side:
         """Raises CheckpointError where NaN or Inf came up, before a report would have to hold them."""
         if not all(energy.finite for energy in energies):
             raise CheckpointError(
-                f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would too, no figure can be given: "
+                f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would "
+                f"too, no figure can be given: "
                 "look at its scales there, or calibrate again"
             )
 
@@ -103,9 +106,13 @@ def diff(
     before = torch.empty(0)
     with closing(stream(source, rows, cache, device)) as stages:
         for done, stage in enumerate(stages):
-            what = "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
+            what = (
+                "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
+            )
             for number, side in enumerate(sides):
-                progress("diff", done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}")
+                progress(
+                    "diff", done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}"
+                )
                 if stage.layer is None:
                     _embedding(side, rows, stage)
                 else:
@@ -154,15 +161,25 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
     side.check_finite("the embedding", energy)
     effect = Energy()
     effect.add(sample(side.hidden), sample(stage.hidden))
-    side.modules += [noise.measured(side.candidate, effect.result().relative) for noise in found if noise.differs]
-    side.layers.append(schema.Layer(
-        name="embedding", kind="embedding", elements_by_format=side.elements(found), stream=energy.result(), alone=energy.result(),
-        routing=None, ssm_state=None,
-    ))  # fmt: skip
+    side.modules += [
+        noise.measured(side.candidate, effect.result().relative) for noise in found if noise.differs
+    ]
+    side.layers.append(
+        schema.Layer(
+            name="embedding",
+            kind="embedding",
+            elements_by_format=side.elements(found),
+            stream=energy.result(),
+            alone=energy.result(),
+            routing=None,
+            ssm_state=None,
+        )
+    )
 
 
 def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) -> None:
-    """One layer of one candidate, ``what`` in words. ``before`` and ``stage.hidden`` are the reference's stream around it."""
+    """One layer of one candidate, ``what`` in words. ``before`` and ``stage.hidden`` are the reference's
+    stream around it."""
     assert stage.layer is not None
     config, candidate, prefix = source.config, side.candidate, f"backbone.layers.{stage.layer}."
     kind = config.layers[stage.layer]
@@ -179,30 +196,49 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
     side.check_finite(what, alone)
     flips = None
     if kind == "moe":
-        expected, chosen = choices(config, original, before, side.device), choices(config, weights, side.hidden, side.device)
+        expected, chosen = (
+            choices(config, original, before, side.device),
+            choices(config, weights, side.hidden, side.device),
+        )
         flips = routing(config, expected, chosen)
     after = torch.empty_like(side.hidden)
-    state = run_layer(config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after), device=side.device)
+    state = run_layer(
+        config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after), device=side.device
+    )
     side.hidden = after
-    for ours, theirs in zip(after, stage.hidden, strict=True):  # a row at a time: a difference of whole streams would be one more
+    for ours, theirs in zip(
+        after, stage.hidden, strict=True
+    ):  # a row at a time: a difference of whole streams would be one more
         error.add(ours, theirs)
     if state is not None and stage.ssm_state is not None:
         state_error.add(state, stage.ssm_state)
     side.check_finite(what, error, state_error)
     x = sample(before).to(side.device)
     side.modules += effects(
-        candidate, found, original, weights, lambda mixed, tap: layer_forward(config, kind, mixed, x, None, prefixed(tap, prefix))[0].cpu()
-    )  # fmt: skip
+        candidate,
+        found,
+        original,
+        weights,
+        lambda mixed, tap: layer_forward(config, kind, mixed, x, None, prefixed(tap, prefix))[0].cpu(),
+    )
     original.release()
     weights.release()
-    side.layers.append(schema.Layer(
-        name=str(stage.layer), kind=kind, elements_by_format=side.elements(found), stream=error.result(), alone=alone.result(),
-        routing=flips, ssm_state=None if state is None else state_error.result(),
-    ))  # fmt: skip
+    side.layers.append(
+        schema.Layer(
+            name=str(stage.layer),
+            kind=kind,
+            elements_by_format=side.elements(found),
+            stream=error.result(),
+            alone=alone.result(),
+            routing=flips,
+            ssm_state=None if state is None else state_error.result(),
+        )
+    )
 
 
 def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) -> None:
-    """Final norm and head: alone on the reference's stream ``before`` them, and the effect of each on the logits."""
+    """Final norm and head: alone on the reference's stream ``before`` them, and the effect of each on the
+    logits."""
     candidate, found = side.candidate, side.noise(None, "norm", "lm_head")
     original, weights = LayerWeights(source.checkpoint, ""), candidate.weights("")
     by_tap = {tap: noise for noise in found for tap in noise.module.taps}
@@ -218,10 +254,17 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
         alone.add(run(weights, recording), run(original, identity))
     side.check_finite("the head", alone, logits)
     side.modules += effects(candidate, found, original, weights, run)
-    side.layers.append(schema.Layer(
-        name="head", kind="head", elements_by_format=side.elements(found), stream=logits.result(), alone=alone.result(),
-        routing=None, ssm_state=None,
-    ))  # fmt: skip
+    side.layers.append(
+        schema.Layer(
+            name="head",
+            kind="head",
+            elements_by_format=side.elements(found),
+            stream=logits.result(),
+            alone=alone.result(),
+            routing=None,
+            ssm_state=None,
+        )
+    )
 
 
 def _reference(source: Source, perplexity: float | None, acceptance: float | None) -> schema.Reference:
@@ -239,7 +282,11 @@ def _reference(source: Source, perplexity: float | None, acceptance: float | Non
 
 
 def _candidate(
-    side: Side, reference: schema.Reference, logits: schema.Logits, acceptance: float | None, run: schema.EngineRun | None
+    side: Side,
+    reference: schema.Reference,
+    logits: schema.Logits,
+    acceptance: float | None,
+    run: schema.EngineRun | None,
 ) -> schema.Candidate:
     candidate = side.candidate
     size = sum(info.nbytes for info in candidate.checkpoint.tensors.values())
@@ -248,11 +295,21 @@ def _candidate(
     elements = sum(module.elements for module in quantized)
     plan = candidate.manifest["plan"] if candidate.manifest else {}
     changed = [module.name for module in side.modules if module.format == "changed"]
-    mtp = [s for s in candidate.source.table if s.role.startswith("mtp.") and candidate.has_mtp and s.name in candidate.stored]
-    changed += [s.name for s in mtp if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error]
+    mtp = [
+        s
+        for s in candidate.source.table
+        if s.role.startswith("mtp.") and candidate.has_mtp and s.name in candidate.stored
+    ]
+    changed += [
+        s.name
+        for s in mtp
+        if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error
+    ]
     warnings = list(candidate.warnings)
     if changed:
-        warnings.append(f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}")
+        warnings.append(
+            f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}"
+        )
     return schema.Candidate(
         name=candidate.name,
         recipe=plan.get("recipe", {}).get("name"),
@@ -261,7 +318,9 @@ def _candidate(
         bytes=size,
         compression=reference.bytes / size,
         bits_per_weight=8 * size / reference.parameters,
-        bits_per_quantized_weight=8 * sum(module.bytes for module in quantized) / elements if elements else None,
+        bits_per_quantized_weight=8 * sum(module.bytes for module in quantized) / elements
+        if elements
+        else None,
         logits=logits,
         mtp_acceptance=acceptance,
         engine=run,

@@ -1,4 +1,5 @@
-"""Number formats: what a plan must know of each, without arrays. The arithmetic is in the modules of the same names.
+"""Number formats: what a plan must know of each, without arrays. The arithmetic is in the modules of the same
+names.
 
     fp8    E4M3 codes of the weight's own shape, one fp32 scale
     nvfp4  E2M1 codes, two a byte; an E4M3 scale for each 16 of the input dimension; one fp32 scale
@@ -25,7 +26,8 @@ class PackedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """``weight_bits`` counts the codes alone, without scales. ``block`` is the number of inputs that share a block scale."""
+    """``weight_bits`` counts the codes alone, without scales. ``block`` is the number of inputs that share a
+    block scale."""
 
     name: str
     weight_bits: int
@@ -41,7 +43,8 @@ class Format:
         return None
 
     def packed_tensors(self, shape: tuple[int, int]) -> tuple[PackedTensor, ...]:
-        """What a weight [out, in] becomes, in the order in which it is written. Raises ValueError if it is ``indivisible``."""
+        """What a weight [out, in] becomes, in the order in which it is written. Raises ValueError if it is
+        ``indivisible``."""
         problem = self.indivisible(shape)
         if problem is not None:
             raise ValueError(f"format {self.name}: {problem}")

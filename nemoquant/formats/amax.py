@@ -1,4 +1,5 @@
-"""The largest magnitude of a weight, from its bits: as integers, magnitudes keep their order, Inf above them, NaN on top."""
+"""The largest magnitude of a weight, from its bits: as integers, magnitudes keep their order, Inf above them,
+NaN on top."""
 
 import numpy as np
 
@@ -11,7 +12,8 @@ _CHUNK = 1 << 17  # elements that stay in the cache between the two passes
 def amax(weight: Weight | gpu.OnGpu, device: Device = "cpu") -> np.float32:
     """max |w| of a weight [out, in] (uint16 bf16 patterns or float32, C-contiguous) as fp32, exact.
 
-    NaN if any element is NaN, else inf if any is Inf; 0.0 of an empty weight. Raises ValueError for a wrong dtype or layout.
+    NaN if any element is NaN, else inf if any is Inf; 0.0 of an empty weight. Raises ValueError for a wrong
+    dtype or layout.
     """
     if gpu.chosen(device):
         weight = gpu.put(weight)
@@ -23,7 +25,11 @@ def amax(weight: Weight | gpu.OnGpu, device: Device = "cpu") -> np.float32:
     largest = 0
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        positive = int(chunk.view(f"i{bits.itemsize}").max())  # the sign bit makes every negative value a negative integer
-        negative = int(chunk.max()) & magnitude_mask  # and the largest unsigned one; with no negative value, the same as above
+        positive = int(
+            chunk.view(f"i{bits.itemsize}").max()
+        )  # the sign bit makes every negative value a negative integer
+        negative = (
+            int(chunk.max()) & magnitude_mask
+        )  # and the largest unsigned one; with no negative value, the same as above
         largest = max(largest, positive, negative)
     return np.uint32(largest << int(shift)).view(np.float32)

@@ -2,7 +2,8 @@
 
     decode_scale = amax / 448        codes = e4m3(w / decode_scale)
 
-both divided in fp32, the quotient rounded once. (Model Optimizer 0.47 divides a bf16 weight in bf16, and so rounds twice.)
+both divided in fp32, the quotient rounded once. (Model Optimizer 0.47 divides a bf16 weight in bf16, and so
+rounds twice.)
 """
 
 import numpy as np
@@ -28,17 +29,21 @@ _encode_one = e4m3.encode_one
 
 
 def decode_scale(amax: float | np.float32) -> np.float32:
-    """``amax / 448`` in fp32; 1.0 where ``is_degenerate(amax)``. Raises ValueError if amax is negative, Inf or NaN."""
+    """``amax / 448`` in fp32; 1.0 where ``is_degenerate(amax)``. Raises ValueError if amax is negative, Inf
+    or NaN."""
     return tensor_scale(amax, e4m3.MAX)[0]
 
 
 def is_degenerate(amax: float | np.float32) -> bool:
-    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as ``zeros(shape)``."""
+    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as
+    ``zeros(shape)``."""
     return tensor_scale(amax, e4m3.MAX)[1]
 
 
 @kernel
-def _encode(bits: NDArray[np.unsignedinteger], shift: np.uint32, decode_scale: np.float32, codes: Codes) -> None:
+def _encode(
+    bits: NDArray[np.unsignedinteger], shift: np.uint32, decode_scale: np.float32, codes: Codes
+) -> None:
     for i in range(bits.shape[0]):
         codes[i] = _encode_one(np.float32(widen(bits[i], shift) / decode_scale))
 
@@ -50,12 +55,16 @@ def _decode(codes: Codes, decode_scale: np.float32, values: Floats) -> None:
 
 
 def encode(
-    weight: Weight | gpu.OnGpu, decode_scale: float | np.float32, out: Codes | None = None, device: Device = "cpu"
+    weight: Weight | gpu.OnGpu,
+    decode_scale: float | np.float32,
+    out: Codes | None = None,
+    device: Device = "cpu",
 ) -> Codes:
     """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> uint8 E4M3 codes [out, in].
 
-    ``out`` is a uint8 buffer [out, in] to write into and return. What exceeds 448 scales saturates: a scale that a group shares
-    comes from the largest amax in it. Raises ValueError for a wrong dtype, layout or buffer, or a scale that is not positive.
+    ``out`` is a uint8 buffer [out, in] to write into and return. What exceeds 448 scales saturates: a scale
+    that a group shares comes from the largest amax in it. Raises ValueError for a wrong dtype, layout or
+    buffer, or a scale that is not positive.
     """
     if gpu.chosen(device):
         weight = gpu.put(weight)
@@ -69,13 +78,16 @@ def encode(
 
 
 def zeros(shape: tuple[int, int], out: Codes | None = None) -> Codes:
-    """The codes of a degenerate weight [out, in]: all 0x00. (Divided by the scale 1.0, tiny negatives would give 0x80.)"""
+    """The codes of a degenerate weight [out, in]: all 0x00. (Divided by the scale 1.0, tiny negatives would
+    give 0x80.)"""
     codes = output(out, tuple(shape), "out")
     codes.fill(0)
     return codes
 
 
-def decode(codes: Codes, decode_scale: float | np.float32, out: Floats | None = None, device: Device = "cpu") -> Floats:
+def decode(
+    codes: Codes, decode_scale: float | np.float32, out: Floats | None = None, device: Device = "cpu"
+) -> Floats:
     """uint8 E4M3 codes of any shape -> ``value * decode_scale``, float32 of that shape, one fp32 rounding.
 
     ``out`` is a float32 buffer of that shape to write into and return.

@@ -1,13 +1,13 @@
 """The formats' kernels on a GPU, the same bytes. Behind ``device="cuda"`` of ``fp8``, ``nvfp4`` and ``amax``.
 
-What a weight costs: its bytes go up once (:func:`put`), and its largest magnitude and its codes are made of that one copy; codes and block
-scales come back in one piece. Each thread has a lane for this: a stream, pinned memory here and memory there for one weight at a time, kept
-from weight to weight, because asking for pinned memory halts the device. Two launches and two waits a weight; while one thread waits, others
-copy.
+What a weight costs: its bytes go up once (:func:`put`), and its largest magnitude and its codes are made of
+that one copy; codes and block scales come back in one piece. Each thread has a lane for this: a stream,
+pinned memory here and memory there for one weight at a time, kept from weight to weight, because asking for
+pinned memory halts the device. Two launches and two waits a weight; while one thread waits, others copy.
 
-With the variable TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests alone, and a lane's memory is all here.
-(They were run in that interpreter only, and compiled for SM 80, 90 and 120; no GPU was at hand so far: streams and pinned memory have not been
-run at all.)
+With the variable TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests
+alone, and a lane's memory is all here. (They were run in that interpreter only, and compiled for SM 80, 90
+and 120; no GPU was at hand so far: streams and pinned memory have not been run at all.)
 """
 
 import importlib.util
@@ -27,7 +27,10 @@ from nemoquant.formats.rounding import Codes, Weight, weight_bits
 
 _METHODS = {"max": 0, "four_over_six": 1, "mse": 2, "activations": 3}
 _LANES, _BLOCK_LANES = 1024, 128
-_SIGNED = {np.dtype(np.uint16): "int16", np.dtype(np.uint32): "int32"}  # with unsigned ones torch can do little
+_SIGNED = {
+    np.dtype(np.uint16): "int16",
+    np.dtype(np.uint32): "int32",
+}  # with unsigned ones torch can do little
 
 
 def chosen(device: str) -> bool:
@@ -44,17 +47,21 @@ def chosen(device: str) -> bool:
         raise ValueError(f"device: got {device!r}, expected cpu or cuda")
     torch_device(device)
     if importlib.util.find_spec("triton") is None:
-        raise MissingExtraError("device cuda needs Triton, which torch for CUDA brings along: pip install triton")
+        raise MissingExtraError(
+            "device cuda needs Triton, which torch for CUDA brings along: pip install triton"
+        )
     return True
 
 
 def check(device: str) -> None:
     """Make sure that ``device``, a user's word, can compute, before a run reads anything.
 
-    A GPU is woken up: what that takes of this process's memory is there from now on, and seen by whoever plans with the rest.
+    A GPU is woken up: what that takes of this process's memory is there from now on, and seen by whoever
+    plans with the rest.
 
     Raises:
-        UsageError, MissingExtraError: it is neither cpu nor cuda, or as :func:`chosen`; or the GPU can't be used, with the reason.
+        UsageError, MissingExtraError: it is neither cpu nor cuda, or as :func:`chosen`; or the GPU can't be
+            used, with the reason.
     """
     if device not in get_args(Device):
         raise UsageError(f"device is {device!r}; expected cpu or cuda")
@@ -66,7 +73,9 @@ def check(device: str) -> None:
         torch.empty(1, device=torch_device(device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device: got cuda, but torch can't use the GPU ({reason}); free it, or take device cpu") from None
+        raise UsageError(
+            f"device: got cuda, but torch can't use the GPU ({reason}); free it, or take device cpu"
+        ) from None
 
 
 def torch_device(device: str) -> Any:
@@ -81,7 +90,8 @@ def torch_device(device: str) -> Any:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError(
-            f"device: got cuda, but torch finds no CUDA GPU here (torch {torch.__version__}); expected one, or take device cpu"
+            f"device: got cuda, but torch finds no CUDA GPU here (torch {torch.__version__}); expected one, "
+            f"or take device cpu"
         )
     return torch.device("cuda")
 
@@ -110,18 +120,22 @@ class _Lane:
             self.stream.synchronize()
 
     def memory(self, name: str, nbytes: int, *, here: bool = False) -> Any:
-        """The first ``nbytes`` of the buffer of that name, on the GPU, or pinned ``here``. It grows to the largest that was asked for."""
+        """The first ``nbytes`` of the buffer of that name, on the GPU, or pinned ``here``. It grows to the
+        largest that was asked for."""
         import torch
 
         found = self._memory.get((name, here))
         if found is None or found.numel() < nbytes:
             with self.running():
-                kind: dict[str, Any] = {"pin_memory": self.stream is not None} if here else {"device": self.device}
+                kind: dict[str, Any] = (
+                    {"pin_memory": self.stream is not None} if here else {"device": self.device}
+                )
                 found = self._memory[name, here] = torch.empty(nbytes, dtype=torch.uint8, **kind)
         return found[:nbytes]
 
     def send(self, name: str, array: NDArray[Any]) -> Any:
-        """A flat array's copy on the GPU, in the buffer of that name: uint16 or uint32 as signed integers of the same bits."""
+        """A flat array's copy on the GPU, in the buffer of that name: uint16 or uint32 as signed integers of
+        the same bits."""
         import torch
 
         staged, there = self.memory(name, array.nbytes, here=True), self.memory(name, array.nbytes)
@@ -154,7 +168,8 @@ def _lane() -> _Lane:
 
 @dataclass(frozen=True)
 class OnGpu:
-    """A weight [out, in] on the GPU, in its thread's lane: as good as the array, until that thread puts the next one there.
+    """A weight [out, in] on the GPU, in its thread's lane: as good as the array, until that thread puts the
+    next one there.
 
     ``bits`` are flat patterns, int16 or int32; see ``rounding.weight_bits`` for ``shift``.
     """
@@ -174,7 +189,9 @@ def put(weight: "Weight | OnGpu") -> OnGpu:
     return OnGpu(lane.send("weight", bits), int(shift), weight.shape, lane)
 
 
-_launching = threading.Lock()  # the first launch compiles, and the interpreter changes Triton's own module while it runs
+_launching = (
+    threading.Lock()
+)  # the first launch compiles, and the interpreter changes Triton's own module while it runs
 
 
 def _launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
@@ -197,7 +214,12 @@ def amax(weight: OnGpu) -> np.float32:
     with lane.running():
         largest.zero_()
         _launch(
-            triton_kernels.amax_kernel, size, _LANES, weight=weight.bits, shift=weight.shift, largest=largest.view(torch.int32)
+            triton_kernels.amax_kernel,
+            size,
+            _LANES,
+            weight=weight.bits,
+            shift=weight.shift,
+            largest=largest.view(torch.int32),
         )
     found: np.float32 = lane.receive(largest).view(np.float32)[0]
     return found
@@ -221,7 +243,9 @@ def fp8_encode(weight: OnGpu, decode_scale: np.float32, codes: Codes) -> None:
     codes.reshape(-1)[:] = lane.receive(found)
 
 
-def nvfp4_encode(weight: OnGpu, global_scale: np.float32, method: str, packed: Codes, block_scales: Codes) -> None:
+def nvfp4_encode(
+    weight: OnGpu, global_scale: np.float32, method: str, packed: Codes, block_scales: Codes
+) -> None:
     import torch
 
     from nemoquant.formats import triton_kernels
@@ -248,8 +272,8 @@ def nvfp4_encode(weight: OnGpu, global_scale: np.float32, method: str, packed: C
 
 
 def _tables(global_scale: np.float32) -> NDArray[np.uint32]:
-    """What depends on the scale alone: ``nvfp4_blocks.thresholds`` [128, 8] without their signs, at which the kernel looks itself, then d by
-    E4M3 code [128] as bits."""
+    """What depends on the scale alone: ``nvfp4_blocks.thresholds`` [128, 8] without their signs, at which the
+    kernel looks itself, then d by E4M3 code [128] as bits."""
     reached = np.empty((128, 8), np.uint32)
     nvfp4_blocks.thresholds(np.uint32(0), global_scale, reached)
     scales = (e4m3.VALUES[:128] * global_scale).view(np.uint32)
@@ -296,7 +320,8 @@ def fp8_rounded(values: Any, decode_scale: np.float32) -> Any:
 
 
 def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
-    """A float32 tensor [..., in] on the GPU through codes and back, with block scales of its own: ``nvfp4.encode_activations`` and ``decode``."""
+    """A float32 tensor [..., in] on the GPU through codes and back, with block scales of its own:
+    ``nvfp4.encode_activations`` and ``decode``."""
     import torch
 
     from nemoquant.formats import triton_kernels

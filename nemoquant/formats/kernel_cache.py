@@ -1,10 +1,12 @@
 """Compiled kernels on disk: a folder for each state of the sources of ``nemoquant/formats``.
 
-numba's own cache watches the one file that a kernel stands in. A kernel calls helpers of other files and has their machine code inside, so
-an edited helper left stale kernels there. Here the folder's name is the hash of every source file of this package (and numba's version): an
-edit of any of them, a comment too, compiles anew. All virtual environments and clones of a user that have the same sources share a folder:
+numba's own cache watches the one file that a kernel stands in. A kernel calls helpers of other files and has
+their machine code inside, so an edited helper left stale kernels there. Here the folder's name is the hash of
+every source file of this package (and numba's version): an edit of any of them, a comment too, compiles anew.
+All virtual environments and clones of a user that have the same sources share a folder:
 
-    $NUMBA_CACHE_DIR/nemoquant-kernels, else ($XDG_CACHE_HOME or ~/.cache)/nemoquant/kernels, else a private folder for temporary files
+    $NUMBA_CACHE_DIR/nemoquant-kernels, else ($XDG_CACHE_HOME or ~/.cache)/nemoquant/kernels, else a private
+    folder for temporary files
 
 Where none of them can be written, kernels are compiled in every process. Nothing here raises or prints.
 """
@@ -131,7 +133,8 @@ class _Cache(FunctionCache):
     _impl_class = _Implementation
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """None too where a file is damaged: unpickled, that can raise anything. The index is begun anew then."""
+        """None too where a file is damaged: unpickled, that can raise anything. The index is begun anew
+        then."""
         try:
             return super().load_overload(sig, target_context)
         except Exception:
@@ -140,7 +143,8 @@ class _Cache(FunctionCache):
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """One process at a time: numba numbers data files by what it finds in the index, so that two could take one number.
+        """One process at a time: numba numbers data files by what it finds in the index, so that two could
+        take one number.
 
         Nothing is kept where the disk is full, or where the folder was removed meanwhile.
         """

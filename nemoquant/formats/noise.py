@@ -1,4 +1,5 @@
-"""What quantization did to a tensor: energy of its values and of their errors, and how many values were clipped or lost.
+"""What quantization did to a tensor: energy of its values and of their errors, and how many values were
+clipped or lost.
 
 SQNR = 10 log10(sum of w^2 / sum of (w - decoded)^2) dB
 saturated: decoded to the largest value that its scale can represent, and larger than that
@@ -55,7 +56,9 @@ def decibels(signal: float, error: float) -> float | None:
 
 
 @kernel
-def _add(value: np.float32, decoded: np.float32, limit: np.float32, lane: int, sums: NDArray[np.float64]) -> None:
+def _add(
+    value: np.float32, decoded: np.float32, limit: np.float32, lane: int, sums: NDArray[np.float64]
+) -> None:
     wide = np.float64(value)
     difference = wide - np.float64(decoded)
     magnitude = abs(value)
@@ -68,9 +71,15 @@ def _add(value: np.float32, decoded: np.float32, limit: np.float32, lane: int, s
 
 @kernel
 def _measure(
-    bits: NDArray[np.unsignedinteger], shift: np.uint32, decoded: Floats, limit: np.float32, sums: NDArray[np.float64]
+    bits: NDArray[np.unsignedinteger],
+    shift: np.uint32,
+    decoded: Floats,
+    limit: np.float32,
+    sums: NDArray[np.float64],
 ) -> None:
-    for start in range(0, bits.shape[0] // _LANES * _LANES, _LANES):  # of constant length inside, without branches: vectors
+    for start in range(
+        0, bits.shape[0] // _LANES * _LANES, _LANES
+    ):  # of constant length inside, without branches: vectors
         for lane in range(_LANES):
             _add(widen(bits[start + lane], shift), decoded[start + lane], limit, lane, sums)
     for i in range(bits.shape[0] // _LANES * _LANES, bits.shape[0]):
@@ -78,11 +87,13 @@ def _measure(
 
 
 def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise:
-    """Compare ``values`` [rows, in] (uint16 bf16 patterns or float32, C-contiguous) with what they were decoded to.
+    """Compare ``values`` [rows, in] (uint16 bf16 patterns or float32, C-contiguous) with what they were
+    decoded to.
 
     Args:
         decoded: float32 of that shape.
-        limit: the largest magnitude that values of this tensor can be decoded to; what is larger counts as saturated.
+        limit: the largest magnitude that values of this tensor can be decoded to; what is larger counts as
+            saturated.
     Raises:
         ValueError: wrong dtypes or layouts, or shapes that do not belong together.
     """
@@ -104,7 +115,7 @@ def fp8_limit(decode_scale: float | np.float32) -> float:
 def nvfp4_limit(global_decode_scale: float | np.float32) -> float:
     """The largest magnitude that an NVFP4 tensor can hold: in a block with the largest scale.
 
-    A block's own scale is rounded to the nearest E4M3 value, so that its largest value may be clipped by up to a sixteenth: part of
-    the format, and of the error, but no saturation.
+    A block's own scale is rounded to the nearest E4M3 value, so that its largest value may be clipped by up
+    to a sixteenth: part of the format, and of the error, but no saturation.
     """
     return _BEYOND_ROUNDING * e2m1.MAX * e4m3.MAX * float(global_decode_scale)

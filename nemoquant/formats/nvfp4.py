@@ -1,4 +1,4 @@
-"""NVFP4: E2M1 codes in blocks of 16 along the input dimension, one E4M3 scale a block, one fp32 scale a tensor.
+"""NVFP4: E2M1 codes in blocks of 16 along the input dimension, one E4M3 scale a block, one fp32 a tensor.
 
     value = code * d,    d = fp32(block_scale * global_decode_scale)
     codes = e2m1(w / d), divided in fp32, the quotient rounded once
@@ -6,19 +6,22 @@
 The three methods differ in how a block gets its scale; a block of zeros gets 1.0 in all of them.
 
 max            global_decode_scale = amax / (6 * 448),
-               block_scale = e4m3(clamp(block_amax / (6 * global_decode_scale), 2^-9, 448)).
-               Source: NVIDIA, "Pretraining large language models with NVFP4", 2025 (arXiv 2509.25149); Model Optimizer's bytes.
-mse            the same global scale; of the 126 positive finite E4M3 values the one with the least error, ties to the smaller.
-four_over_six  global_decode_scale = amax / (6 * 256); block_scale as in max (M = 6), or from 6/4 of the block amax (M = 4): the
-               largest value lands on 6 or on 4. The one with less error, ties to M = 6.
+               block_scale = e4m3(clamp(block_amax / (6 * global_decode_scale), 2^-9, 448)). Source: NVIDIA,
+               "Pretraining large language models with NVFP4", 2025 (arXiv 2509.25149); Model Optimizer's
+               bytes.
+mse            the same global scale; of the 126 positive finite E4M3 values the one with the least error,
+               ties to the smaller.
+four_over_six  global_decode_scale = amax / (6 * 256); block_scale as in max (M = 6), or from 6/4 of the block
+               amax (M = 4): the largest value lands on 6 or on 4. The one with less error, ties to M = 6.
                Source: Cook et al., "Four over six", 2025 (arXiv 2512.02010).
 
 The error of a block is the float64 sum, in index order, of (w - code * d)^2.
 
-Activations are encoded at run time (``encode_activations``): the global scale is the calibrated ``input_scale``, the block's scale is
-e4m3(block_amax / (6 * global)) without the lower bound: it may round to zero, and the whole block with it, as in the kernels of
-vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``). What exceeds 448 * 6 global scales is clipped.
-(Model Optimizer's fake quantizer also drops blocks whose scale is below 1e-5.)
+Activations are encoded at run time (``encode_activations``): the global scale is the calibrated
+``input_scale``, the block's scale is e4m3(block_amax / (6 * global)) without the lower bound: it may round to
+zero, and the whole block with it, as in the kernels of vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``). What
+exceeds 448 * 6 global scales is clipped. (Model Optimizer's fake quantizer also drops blocks whose scale is
+below 1e-5.)
 """
 
 from typing import Literal, TypeAlias
@@ -57,7 +60,8 @@ _write_codes = nvfp4_blocks.write_codes
 
 
 def global_decode_scale(amax: float | np.float32, method: Method = "max") -> np.float32:
-    """``amax / (6 * 448)`` in fp32, or ``amax / (6 * 256)`` for four_over_six; 1.0 where ``is_degenerate(amax, method)``.
+    """``amax / (6 * 448)`` in fp32, or ``amax / (6 * 256)`` for four_over_six; 1.0 where
+    ``is_degenerate(amax, method)``.
 
     Raises ValueError if amax is negative, Inf or NaN, or the method is unknown.
     """
@@ -65,7 +69,8 @@ def global_decode_scale(amax: float | np.float32, method: Method = "max") -> np.
 
 
 def is_degenerate(amax: float | np.float32, method: Method = "max") -> bool:
-    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as ``zeros(shape)``."""
+    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as
+    ``zeros(shape)``."""
     return tensor_scale(amax, _largest(method))[1]
 
 
@@ -87,19 +92,35 @@ def _block_scales(
     magnitudes: Bits,
     codes: Codes,
 ) -> None:
-    """Each block's largest magnitude and the scale that follows from it, a tile at a time; ``words``, ``scratch`` as for ``largest``."""
+    """Each block's largest magnitude and the scale that follows from it, a tile at a time; ``words``,
+    ``scratch`` as for ``largest``."""
     onto = np.float32(np.float32(6) * global_scale)
     for start in range(0, codes.shape[0], TILE):
         end = min(start + TILE, codes.shape[0])
         _largest_magnitudes(pairs[8 * start : 8 * end], words, scratch, magnitudes[start:end])
-        _scale_codes(magnitudes[start:end], shift, np.float32(1), onto=onto, least=least, zeros=zeros, codes=codes[start:end])
+        _scale_codes(
+            magnitudes[start:end],
+            shift,
+            np.float32(1),
+            onto=onto,
+            least=least,
+            zeros=zeros,
+            codes=codes[start:end],
+        )
 
 
 @kernel
 def _write(
-    bits: Bits, shift: np.uint32, global_scale: np.float32, words: Bits, scratch: Bits, scales: Codes, packed: Codes
+    bits: Bits,
+    shift: np.uint32,
+    global_scale: np.float32,
+    words: Bits,
+    scratch: Bits,
+    scales: Codes,
+    packed: Codes,
 ) -> None:
-    """The codes under these block scales, a tile at a time; ``words`` and ``scratch`` as for ``write_codes``."""
+    """The codes under these block scales, a tile at a time; ``words`` and ``scratch`` as for
+    ``write_codes``."""
     reached = np.empty((128, 8), bits.dtype)
     _thresholds(shift, global_scale, reached)
     for start in range(0, scales.shape[0], TILE):
@@ -107,7 +128,9 @@ def _write(
         _write_codes(bits[start:end], scales[start:end], reached, words, scratch, packed[8 * start : 8 * end])
 
 
-def _encode(values: Weight, global_scale: np.float32, method: Method | None, packed: Codes, block_scales: Codes) -> None:
+def _encode(
+    values: Weight, global_scale: np.float32, method: Method | None, packed: Codes, block_scales: Codes
+) -> None:
     """Weights by a method, or activations where it is None; what is written to are flat rows."""
     flat_bits, shift = weight_bits(values)
     bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(_PAIR[flat_bits.dtype])
@@ -149,9 +172,15 @@ def _multiply(values: Floats, scales: Floats) -> None:
 
 
 @kernel
-def _decode(packed: Codes, block_scales: Codes, global_scale: np.float32, pairs: NDArray[np.uint64], values: Floats) -> None:
+def _decode(
+    packed: Codes, block_scales: Codes, global_scale: np.float32, pairs: NDArray[np.uint64], values: Floats
+) -> None:
     """``pairs`` [8 n] and ``values`` [16 n] are the same memory."""
-    scales, scratch, spread = np.empty(TILE, np.float32), np.empty(4 * TILE, np.uint64), np.empty(8 * TILE, np.uint64)
+    scales, scratch, spread = (
+        np.empty(TILE, np.float32),
+        np.empty(4 * TILE, np.uint64),
+        np.empty(8 * TILE, np.uint64),
+    )
     for start in range(0, block_scales.shape[0], TILE):
         end = min(start + TILE, block_scales.shape[0])
         _decode_pairs(packed[8 * start : 8 * end], pairs[8 * start : 8 * end])
@@ -168,11 +197,12 @@ def encode(
     out: tuple[Codes, Codes] | None = None,
     device: Device = "cpu",
 ) -> tuple[Codes, Codes]:
-    """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> codes [out, in/2], E4M3 scales [out, in/16].
+    """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> codes [out, in/2], E4M3
+    scales [out, in/16].
 
-    Both are uint8, the codes packed two a byte. ``out`` is a pair of buffers of these shapes to write into and return. The scale
-    must be the one of the same method. Raises ValueError for a wrong dtype, layout or buffer, an input dimension that 16 does not
-    divide, an unknown method, or a scale that is not positive.
+    Both are uint8, the codes packed two a byte. ``out`` is a pair of buffers of these shapes to write into
+    and return. The scale must be the one of the same method. Raises ValueError for a wrong dtype, layout or
+    buffer, an input dimension that 16 does not divide, an unknown method, or a scale that is not positive.
     """
     if gpu.chosen(device):
         weight = gpu.put(weight)
@@ -189,10 +219,11 @@ def encode(
 
 
 def encode_activations(values: Floats, global_decode_scale: float | np.float32) -> tuple[Codes, Codes]:
-    """A GEMM's input [tokens, in] (float32, C-contiguous) -> codes [tokens, in/2], E4M3 scales [tokens, in/16], both uint8.
+    """A GEMM's input [tokens, in] (float32, C-contiguous) -> codes [tokens, in/2], E4M3 scales [tokens,
+    in/16], both uint8.
 
-    NaN makes its block's scale, and so all of its block, NaN. Raises ValueError for a wrong dtype or layout, an input dimension that
-    16 does not divide, or a scale that is not positive.
+    NaN makes its block's scale, and so all of its block, NaN. Raises ValueError for a wrong dtype or layout,
+    an input dimension that 16 does not divide, or a scale that is not positive.
     """
     weight_bits(values)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
@@ -215,7 +246,9 @@ def zeros(shape: tuple[int, int], out: tuple[Codes, Codes] | None = None) -> tup
 def _outputs(shape: tuple[int, ...], out: tuple[Codes, Codes] | None) -> tuple[Codes, Codes]:
     rows, columns = shape
     if columns % BLOCK:
-        raise ValueError(f"weight: got shape {tuple(shape)}, expected an input dimension (the last) that {BLOCK} divides")
+        raise ValueError(
+            f"weight: got shape {tuple(shape)}, expected an input dimension (the last) that {BLOCK} divides"
+        )
     packed, block_scales = out if out is not None else (None, None)
     return (
         output(packed, (rows, columns // 2), "out[0] (packed codes)"),
@@ -230,7 +263,8 @@ def decode(
     out: Floats | None = None,
     device: Device = "cpu",
 ) -> Floats:
-    """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code * fp32(block * global)``.
+    """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code *
+    fp32(block * global)``.
 
     ``out`` is a float32 buffer [out, in] to write into and return.
     Raises ValueError for a wrong dtype, shapes that do not belong together, or a scale that is not positive.
@@ -239,10 +273,15 @@ def decode(
     rows, blocks = block_scales.shape
     if packed.shape != (rows, blocks * BLOCK // 2):
         raise ValueError(
-            f"packed: got shape {packed.shape}, expected {(rows, blocks * BLOCK // 2)} for scales {block_scales.shape}"
+            f"packed: got shape {packed.shape}, expected {(rows, blocks * BLOCK // 2)} for scales "
+            f"{block_scales.shape}"
         )
     values = float_output(out, (rows, blocks * BLOCK))
-    codes, scales, row = flat(packed, np.uint8, "packed"), flat(block_scales, np.uint8, "block_scales"), values.reshape(-1)
+    codes, scales, row = (
+        flat(packed, np.uint8, "packed"),
+        flat(block_scales, np.uint8, "block_scales"),
+        values.reshape(-1),
+    )
     if gpu.chosen(device):
         values[...] = gpu.nvfp4_decoded(packed, block_scales, scale).cpu().numpy()
     else:

@@ -1,10 +1,13 @@
-"""What every NVFP4 encoding does with blocks of 16, a tile of blocks at a time: largest magnitudes, block scales, codes.
+"""What every NVFP4 encoding does with blocks of 16, a tile of blocks at a time: largest magnitudes, block
+scales, codes.
 
-Each step runs over the whole tile in one loop that becomes vectors, with scratch that stays in the first-level cache.
+Each step runs over the whole tile in one loop that becomes vectors, with scratch that stays in the
+first-level cache.
 
-Codes come without a division. ``e2m1(w / d)`` grows with |w|, so that it is a count: of the seven codes above 0, how many does |w|
-reach? What reaches them follows from d alone, and a tensor has only 126 of these (``thresholds``). Bit patterns of magnitudes keep
-their order, so that the comparison is one of integers, of 16 bits for bf16.
+Codes come without a division. ``e2m1(w / d)`` grows with |w|, so that it is a count: of the seven codes above
+0, how many does |w| reach? What reaches them follows from d alone, and a tensor has only 126 of these
+(``thresholds``). Bit patterns of magnitudes keep their order, so that the comparison is one of integers, of
+16 bits for bf16.
 """
 
 import numpy as np
@@ -21,7 +24,9 @@ Halves = NDArray[np.uint32]
 Words = NDArray[np.uint64]
 
 _E4M3 = e4m3.VALUES
-_MIDPOINTS: Floats = np.array([0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)  # [code]: between it and the code below
+_MIDPOINTS: Floats = np.array(
+    [0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32
+)  # [code]: between it and the code below
 _encode_e2m1 = e2m1.encode_one
 _encode_e4m3 = e4m3.encode_one
 _INFINITY = np.uint32(0x7F800000)
@@ -29,14 +34,16 @@ _INFINITY = np.uint32(0x7F800000)
 
 @kernel
 def _reaches(bits: np.uint32, scale: np.float32, code: int) -> bool:
-    """Whether the magnitude with these bits has at least this code; for code 0, whether its quotient keeps a sign."""
+    """Whether the magnitude with these bits has at least this code; for code 0, whether its quotient keeps a
+    sign."""
     quotient = np.float32(float_of(bits) / scale)
     return bool(quotient > np.float32(0)) if code == 0 else bool(_encode_e2m1(quotient) >= np.uint8(code))
 
 
 @kernel
 def _least_reaching(scale: np.float32, code: int) -> np.uint32:
-    """The bits of the smallest float32 that ``_reaches`` the code, by bisection; those of Inf if no finite one does."""
+    """The bits of the smallest float32 that ``_reaches`` the code, by bisection; those of Inf if no finite
+    one does."""
     low, high = np.uint32(0), _INFINITY  # low never reaches: 0 / scale is 0
     guess = bits_of(np.float32(_MIDPOINTS[code] * scale))
     if np.uint32(8) < guess < np.uint32(_INFINITY - np.uint32(8)):  # start close, where that is right
@@ -58,10 +65,12 @@ def _least_reaching(scale: np.float32, code: int) -> np.uint32:
 
 @kernel
 def thresholds(shift: np.uint32, global_scale: np.float32, reached: Bits) -> None:
-    """``reached[s, c]`` = the least magnitude, as a pattern of the weight's type, that under block scale s has a code of c or more.
+    """``reached[s, c]`` = the least magnitude, as a pattern of the weight's type, that under block scale s
+    has a code of c or more.
 
-    [128, 8], of the dtype of the weight's bits. Column 0 is with the sign bit: the least pattern of a negative whose sign counts (a
-    quotient may underflow to zero). A pattern above all finite ones stands for "never", as in row 0, the scale 0.
+    [128, 8], of the dtype of the weight's bits. Column 0 is with the sign bit: the least pattern of a
+    negative whose sign counts (a quotient may underflow to zero). A pattern above all finite ones stands for
+    "never", as in row 0, the scale 0.
     """
     part = reached.dtype.type
     sign = np.uint64(1) << np.uint64(31 - shift)
@@ -115,7 +124,8 @@ def twice(numbers: Halves, pairs: Words) -> None:
 
 @kernel
 def spread(numbers: Halves, scratch: Words, pairs: Words) -> None:
-    """Each of [n] numbers 16 times, by doubling, which is vectors all the way. ``scratch`` [>= 4 n], ``pairs`` [>= 8 n]."""
+    """Each of [n] numbers 16 times, by doubling, which is vectors all the way. ``scratch`` [>= 4 n],
+    ``pairs`` [>= 8 n]."""
     n = numbers.shape[0]
     twice(numbers, scratch[:n])
     twice(scratch.view(np.uint32)[: 2 * n], pairs[: 2 * n])
@@ -125,9 +135,16 @@ def spread(numbers: Halves, scratch: Words, pairs: Words) -> None:
 
 @kernel
 def scale_codes(
-    magnitudes: Bits, shift: np.uint32, factor: np.float32, onto: np.float32, least: np.float32, zeros: np.uint8, codes: Codes
+    magnitudes: Bits,
+    shift: np.uint32,
+    factor: np.float32,
+    onto: np.float32,
+    least: np.float32,
+    zeros: np.uint8,
+    codes: Codes,
 ) -> None:
-    """``codes[b]`` = E4M3 of ``max(amax / onto, least)``, with amax = ``factor`` times block b's largest magnitude; ``zeros`` where that is 0.
+    """``codes[b]`` = E4M3 of ``max(amax / onto, least)``, with amax = ``factor`` times block b's largest
+    magnitude; ``zeros`` where that is 0.
 
     With ``onto`` = 6 global scales, this puts amax on 6.
     """
@@ -140,7 +157,9 @@ def scale_codes(
 
 
 @kernel
-def write_codes(bits: Bits, scale_codes: Codes, reached: Bits, words: Bits, scratch: Bits, packed: Codes) -> None:
+def write_codes(
+    bits: Bits, scale_codes: Codes, reached: Bits, words: Bits, scratch: Bits, packed: Codes
+) -> None:
     """``packed[b]`` = the codes of block b, two a byte.
 
     Args:

@@ -1,20 +1,24 @@
-"""Block scales by least error, exact: fp32 estimates with a proven bound leave few scales, and those are compared in float64.
+"""Block scales by least error, exact: fp32 estimates with a proven bound leave few scales, and those are
+compared in float64.
 
-The error E(d) of a block under scale d is by definition a float64 sum in index order. Its estimate takes ``m * (1 / d)`` for ``m / d``,
-either neighbour where that falls beside a midpoint, and adds up in fp32. With u = 2^-24, and t the difference of one value:
+The error E(d) of a block under scale d is by definition a float64 sum in index order. Its estimate takes
+``m * (1 / d)`` for ``m / d``, either neighbour where that falls beside a midpoint, and adds up in fp32.
+With u = 2^-24, and t the difference of one value:
 
-    quotient      off by 2 u at most, and the definition's by u: beside a midpoint, at most 5, t moves by 20 u d at most
+    quotient      off by 2 u at most, and the definition's by u: beside a midpoint, at most 5, t moves by
+                  20 u d at most
     difference    code * d rounds by up to 6 u d, the subtraction by u t
     square, sum   17 u E
 
-    |estimate - E| <= sum of 2 |t| (26.1 u d + u |t|) + 17 u E <= 209 u d sqrt(E) + 19 u E <= 105 u d^2 + 124 u E
+    |estimate - E| <= sum of 2 |t| (26.1 u d + u |t|) + 17 u E
+                   <= 209 u d sqrt(E) + 19 u E <= 105 u d^2 + 124 u E
 
-as the sum of 16 |t| is at most 4 sqrt(E). ``_SLACK = 256 u`` times (d^2 + the estimate) bounds that twice over. It bounds as well the distance from
-F(d), the error in exact arithmetic with each value at its nearest code. So a scale cannot win if its estimate less its slack
-exceeds another's estimate plus slack.
+as the sum of 16 |t| is at most 4 sqrt(E). ``_SLACK = 256 u`` times (d^2 + the estimate) bounds that twice
+over. It bounds as well the distance from F(d), the error in exact arithmetic with each value at its nearest
+code. So a scale cannot win if its estimate less its slack exceeds another's estimate plus slack.
 
-Values and scales are multiplied by one power of two, that of the global scale, which keeps squares away from underflow and overflow.
-What overflows all the same is Inf or NaN, and excludes nothing.
+Values and scales are multiplied by one power of two, that of the global scale, which keeps squares away from
+underflow and overflow. What overflows all the same is Inf or NaN, and excludes nothing.
 """
 
 import numpy as np
@@ -22,7 +26,16 @@ from numpy.typing import NDArray
 
 from nemoquant.formats import e2m1, e4m3
 from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits, Halves, Words, scale_codes, spread, twice
-from nemoquant.formats.rounding import SMALLEST_NORMAL, Codes, Floats, bits_of, estimate, float_of, kernel, widen
+from nemoquant.formats.rounding import (
+    SMALLEST_NORMAL,
+    Codes,
+    Floats,
+    bits_of,
+    estimate,
+    float_of,
+    kernel,
+    widen,
+)
 
 Doubles = NDArray[np.float64]
 
@@ -35,7 +48,8 @@ _nearest_e2m1 = e2m1.nearest
 _BELOW = 5  # scales in the window below that of method max
 _WINDOW = 32  # scales in the window
 _LANES = 16  # of a vector of float32
-_STEP = 8  # block scales tried at once in float64: a vector; also the number of E4M3 values from one to its double
+# block scales tried at once in float64: a vector; also the number of E4M3 values from one to its double
+_STEP = 8
 _SLACK = np.float32(2.0**-16)
 _ANCHOR = np.uint32(22 << 23)  # of the exponent: 2^22 times as much
 
@@ -45,7 +59,8 @@ _ANCHOR = np.uint32(22 << 23)  # of the exponent: 2^22 times as much
 
 @kernel
 def _unit(global_scale: np.float32) -> np.float32:
-    """The power of two that brings the global scale to [1, 2), or near it where that power is no normal float32."""
+    """The power of two that brings the global scale to [1, 2), or near it where that power is no normal
+    float32."""
     exponent = min(max(np.uint32(bits_of(global_scale) >> np.uint32(23)), np.uint32(1)), np.uint32(253))
     return float_of(np.uint32(np.uint32(np.uint32(254) - exponent) << np.uint32(23)))
 
@@ -70,7 +85,8 @@ def _values(bits: Bits, shift: np.uint32, unit: np.float32, values: Floats) -> N
 
 @estimate
 def _square(value: np.float32, reciprocal: np.float32, scale: np.float32) -> np.float32:
-    """The squared error of a magnitude. For the anchor see ``e2m1.nearest``; here it follows from the exponent."""
+    """The squared error of a magnitude. For the anchor see ``e2m1.nearest``; here it follows from the
+    exponent."""
     quotient = np.float32(value * reciprocal)
     quotient = quotient if quotient < np.float32(6) else np.float32(6)
     binade = np.uint32(max(bits_of(quotient), np.uint32(0x3F800000)) & np.uint32(0x7F800000))
@@ -84,8 +100,8 @@ def _square(value: np.float32, reciprocal: np.float32, scale: np.float32) -> np.
 def _bounds(values: Floats, firsts: Codes, table: Floats, lower: Floats, upper: Floats) -> None:
     """Bounds of block b's error with scale ``firsts[b] + k`` in row b, column k of ``lower`` and ``upper``.
 
-    Scales are the lanes, and the loop over the block unrolls. ``table`` as in ``_scales``; ``lower`` and ``upper``, [2 n, 16], have two
-    rows a block, because LLVM makes vectors well of exactly 16.
+    Scales are the lanes, and the loop over the block unrolls. ``table`` as in ``_scales``; ``lower`` and
+    ``upper``, [2 n, 16], have two rows a block, because LLVM makes vectors well of exactly 16.
     """
     for row in range(2 * firsts.shape[0]):
         b, first = row >> 1, firsts[row >> 1] + ((row & 1) << 4)
@@ -105,7 +121,8 @@ def _smaller_of_pairs(pairs: Words, smaller: Halves) -> None:
 
 @kernel
 def _least(pairs: Words, words: Words, least: Halves) -> None:
-    """The least of each block's 32 numbers, which are not negative or NaN, by their bits: NaN counts as large.
+    """The least of each block's 32 numbers, which are not negative or NaN, by their bits: NaN counts as
+    large.
 
     Args:
         pairs: [16 n], the numbers in pairs.
@@ -122,8 +139,11 @@ def _least(pairs: Words, words: Words, least: Halves) -> None:
 
 
 @kernel
-def _winners(lower: Floats, ceilings: Halves, doubled: Words, scratch: Words, limits: Words, wins: Codes) -> None:
-    """``wins[32 b + k]`` = 1 where a lower bound does not exceed the block's least upper bound; also where either is NaN."""
+def _winners(
+    lower: Floats, ceilings: Halves, doubled: Words, scratch: Words, limits: Words, wins: Codes
+) -> None:
+    """``wins[32 b + k]`` = 1 where a lower bound does not exceed the block's least upper bound; also where
+    either is NaN."""
     twice(ceilings, doubled)
     spread(doubled.view(np.uint32), scratch, limits)
     limit = limits.view(np.float32)
@@ -136,9 +156,11 @@ def _winners(lower: Floats, ceilings: Halves, doubled: Words, scratch: Words, li
 
 @kernel
 def _errors(magnitudes: Floats, scales: Floats, errors: Doubles) -> None:
-    """``errors[k]`` = the error of a block with ``scales[k]``. Signs do not matter to it: rounding is symmetric.
+    """``errors[k]`` = the error of a block with ``scales[k]``. Signs do not matter to it: rounding is
+    symmetric.
 
-    The scales are the vector's lanes (the loop over the block unrolls), so that each lane keeps the order of its sum.
+    The scales are the vector's lanes (the loop over the block unrolls), so that each lane keeps the order of
+    its sum.
     """
     for k in range(scales.shape[0]):
         scale = scales[k]
@@ -154,8 +176,9 @@ def _errors(magnitudes: Floats, scales: Floats, errors: Doubles) -> None:
 def _error_below(magnitudes: Floats, scale: np.float32) -> np.float64:
     """A lower bound of the error of this scale *and of every larger one*.
 
-    What is at most a quarter of d rounds to zero and costs its square. These terms stand in the error's sum too, in the same
-    order, and rounded addition is monotone: leaving out the other terms cannot make the sum larger, not by a bit.
+    What is at most a quarter of d rounds to zero and costs its square. These terms stand in the error's sum
+    too, in the same order, and rounded addition is monotone: leaving out the other terms cannot make the sum
+    larger, not by a bit.
     """
     quarter = np.float64(0.25) * np.float64(scale)
     error = np.float64(0)
@@ -167,11 +190,13 @@ def _error_below(magnitudes: Floats, scale: np.float32) -> np.float64:
 
 @kernel
 def _search(magnitudes: Floats, amax: np.float32, center: int, scales: Floats, errors: Doubles) -> np.uint8:
-    """The E4M3 code, of all 126, with the least error; ties to the smaller. ``scales[code]`` is d, ``center`` method max's code.
+    """The E4M3 code, of all 126, with the least error; ties to the smaller. ``scales[code]`` is d, ``center``
+    method max's code.
 
-    Works outwards from the center, a vector of codes at a time, and stops in each direction where a bound proves that nothing
-    further can win: downwards the largest value is clipped and costs (amax - 6 d)^2 alone, more with every smaller d; upwards
-    ``_error_below``. A smaller scale wins ties, hence ``>`` downwards and ``>=`` upwards.
+    Works outwards from the center, a vector of codes at a time, and stops in each direction where a bound
+    proves that nothing further can win: downwards the largest value is clipped and costs (amax - 6 d)^2
+    alone, more with every smaller d; upwards ``_error_below``. A smaller scale wins ties, hence ``>``
+    downwards and ``>=`` upwards.
     """
     first = max(center - 3, 1)
     last = min(first + _STEP - 1, _LAST)
@@ -208,15 +233,19 @@ def _search(magnitudes: Floats, amax: np.float32, center: int, scales: Floats, e
 
 
 @kernel
-def _proven(first: int, upper: np.uint64, amax: np.float32, ceiling: np.float32, scales: Floats, unit: np.float32) -> bool:
+def _proven(
+    first: int, upper: np.uint64, amax: np.float32, ceiling: np.float32, scales: Floats, unit: np.float32
+) -> bool:
     """Whether nothing outside a window of scales can win.
 
-    ``upper``: the ``_winners`` among the window's upper eight, a byte each; ``ceiling``: its least upper bound, in units.
+    ``upper``: the ``_winners`` among the window's upper eight, a byte each; ``ceiling``: its least upper
+    bound, in units.
 
     Below it, amax is clipped and costs (amax - 6 d)^2 alone, more with every smaller d.
 
-    Above it, amax is below 3.5 d, and no code above 3. But 0, 0.5, 1, 1.5, 2 and 3 times d are E2M1 values times d / 2 too, the scale
-    eight codes before, and so F(d) >= F(d / 2). If none of the window's upper eight can win, nothing above can.
+    Above it, amax is below 3.5 d, and no code above 3. But 0, 0.5, 1, 1.5, 2 and 3 times d are E2M1 values
+    times d / 2 too, the scale eight codes before, and so F(d) >= F(d / 2). If none of the window's upper
+    eight can win, nothing above can.
     """
     if first > 1:
         clipped = (np.float64(amax) - np.float64(6) * np.float64(scales[first - 1])) * np.float64(unit)
@@ -237,7 +266,9 @@ def _least_of(magnitudes: Floats, first: int, wins: Codes, scales: Floats, error
 
 
 @kernel
-def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale: np.float32, codes: Codes) -> None:
+def choose_least_error(
+    bits: Bits, shift: np.uint32, largest: Bits, global_scale: np.float32, codes: Codes
+) -> None:
     """``codes[b]`` = the block scale of block b by method mse.
 
     Args:
@@ -248,12 +279,26 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
     scales, table = np.empty(_LAST + 1, np.float32), np.empty((3, _LAST + 1), np.float32)
     unit = _unit(global_scale)
     _scales(global_scale, unit, scales, table)
-    doubles = scales[_STEP] >= SMALLEST_NORMAL  # below, d rounds, and is not twice the d of eight codes before
+    doubles = (
+        scales[_STEP] >= SMALLEST_NORMAL
+    )  # below, d rounds, and is not twice the d of eight codes before
 
-    values, firsts, ceilings = np.empty(TILE * BLOCK, np.float32), np.empty(TILE, np.uint8), np.empty(TILE, np.float32)
+    values, firsts, ceilings = (
+        np.empty(TILE * BLOCK, np.float32),
+        np.empty(TILE, np.uint8),
+        np.empty(TILE, np.float32),
+    )
     lower, upper = np.empty((2 * TILE, _LANES), np.float32), np.empty((2 * TILE, _LANES), np.float32)
-    scratch, doubled, wins = np.empty(TILE * _LANES, np.uint64), np.empty(TILE, np.uint64), np.empty(TILE * _WINDOW, np.uint8)
-    pairs, least, words = upper.view(np.uint64).reshape(-1), ceilings.view(np.uint32), wins.view(np.uint64).reshape(-1, 4)
+    scratch, doubled, wins = (
+        np.empty(TILE * _LANES, np.uint64),
+        np.empty(TILE, np.uint64),
+        np.empty(TILE * _WINDOW, np.uint8),
+    )
+    pairs, least, words = (
+        upper.view(np.uint64).reshape(-1),
+        ceilings.view(np.uint32),
+        wins.view(np.uint64).reshape(-1, 4),
+    )
     magnitudes, errors = np.empty(BLOCK, np.float32), np.empty(_STEP, np.float64)
 
     for start in range(0, codes.shape[0], TILE):
@@ -263,14 +308,19 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
             firsts[b] = min(max(int(codes[start + b]) - _BELOW, 1), _LAST + 1 - _WINDOW)
         _bounds(values.reshape(-1, BLOCK), firsts[:n], table, lower, upper)
         _least(pairs[: n * _LANES], scratch, least[:n])
-        _winners(lower.reshape(-1), least[:n], doubled[:n], scratch, pairs, wins[: n * _WINDOW])  # upper is not needed any more
+        _winners(
+            lower.reshape(-1), least[:n], doubled[:n], scratch, pairs, wins[: n * _WINDOW]
+        )  # upper is not needed any more
 
         for b in range(n):
             if largest[start + b] == 0:
                 continue
             amax, first = widen(largest[start + b], shift), int(firsts[b])
             count, place = np.uint64(0), np.uint64(0)
-            for w in range(4):  # a flag is a byte: products bring their number, and the place of a single one, to the upper byte
+            for w in range(
+                4
+                # a flag is a byte: products bring their number, and a single one's place, to the upper byte
+            ):
                 count += np.uint64(np.uint64(words[b, w] * np.uint64(0x0101010101010101)) >> np.uint64(56))
                 place += np.uint64(np.uint64(words[b, w] * np.uint64(0x0001020304050607)) >> np.uint64(56))
                 place += np.uint64(8 * w) if words[b, w] != 0 else np.uint64(0)
@@ -281,7 +331,9 @@ def choose_least_error(bits: Bits, shift: np.uint32, largest: Bits, global_scale
                 for i in range(BLOCK):
                     magnitudes[i] = abs(widen(bits[start + b, i], shift))
                 if proven:
-                    codes[start + b] = _least_of(magnitudes, first, wins[b * _WINDOW : (b + 1) * _WINDOW], scales, errors)
+                    codes[start + b] = _least_of(
+                        magnitudes, first, wins[b * _WINDOW : (b + 1) * _WINDOW], scales, errors
+                    )
                 else:
                     codes[start + b] = _search(magnitudes, amax, int(codes[start + b]), scales, errors)
 
@@ -295,7 +347,8 @@ def _look_up(row: Floats, codes: Codes, numbers: Floats) -> None:
 
 @estimate
 def _squares(values: Floats, reciprocals: Floats, scales: Floats, squares: Floats) -> None:
-    """The estimated squared errors of flat magnitudes, each with its own scale: for one long loop, which becomes vectors."""
+    """The estimated squared errors of flat magnitudes, each with its own scale: for one long loop, which
+    becomes vectors."""
     for i in range(squares.shape[0]):
         squares[i] = _square(values[i], reciprocals[i], scales[i])
 
@@ -303,13 +356,17 @@ def _squares(values: Floats, reciprocals: Floats, scales: Floats, squares: Float
 @kernel
 def _sums_of_pairs(pairs: Words, sums: Floats) -> None:
     for i in range(sums.shape[0]):
-        low, high = float_of(np.uint32(pairs[i] & np.uint64(0xFFFFFFFF))), float_of(np.uint32(pairs[i] >> np.uint64(32)))
+        low, high = (
+            float_of(np.uint32(pairs[i] & np.uint64(0xFFFFFFFF))),
+            float_of(np.uint32(pairs[i] >> np.uint64(32))),
+        )
         sums[i] = np.float32(low + high)
 
 
 @kernel
 def _sums(pairs: Words, words: Words, sums: Floats) -> None:
-    """The sum of each block's 16 numbers. ``pairs`` [8 n], the numbers in pairs; ``words`` scratch [8 n]; ``sums`` [n]."""
+    """The sum of each block's 16 numbers. ``pairs`` [8 n], the numbers in pairs; ``words`` scratch [8 n];
+    ``sums`` [n]."""
     n, middle = sums.shape[0], words.shape[0] // 2
     floats = words.view(np.float32)
     _sums_of_pairs(pairs, floats[: 8 * n])
@@ -319,8 +376,11 @@ def _sums(pairs: Words, words: Words, sums: Floats) -> None:
 
 
 @kernel
-def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_scale: np.float32, codes: Codes) -> None:
-    """``codes[b]`` = the block scale of block b by method four_over_six: the one on entry (M = 6), or that of M = 4 for less error.
+def choose_four_over_six(
+    bits: Bits, shift: np.uint32, largest: Bits, global_scale: np.float32, codes: Codes
+) -> None:
+    """``codes[b]`` = the block scale of block b by method four_over_six: the one on entry (M = 6), or that of
+    M = 4 for less error.
 
     Arguments as in ``choose_least_error``.
     """
@@ -331,7 +391,11 @@ def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_sca
 
     values, squares = np.empty(TILE * BLOCK, np.float32), np.empty(TILE * BLOCK, np.float32)
     lanes, reciprocals = np.empty(TILE * BLOCK, np.float32), np.empty(TILE * BLOCK, np.float32)
-    pairs, scratch, fours = squares.view(np.uint64), np.empty(TILE * BLOCK // 2, np.uint64), np.empty(TILE, np.uint8)
+    pairs, scratch, fours = (
+        squares.view(np.uint64),
+        np.empty(TILE * BLOCK // 2, np.uint64),
+        np.empty(TILE, np.uint8),
+    )
     error_six, error_four = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     magnitudes, errors, pair = np.empty(BLOCK, np.float32), np.empty(2, np.float64), np.empty(2, np.float32)
 
@@ -340,7 +404,13 @@ def choose_four_over_six(bits: Bits, shift: np.uint32, largest: Bits, global_sca
         sixes = codes[start : start + n]
         _values(bits[start : start + n].reshape(-1), shift, unit, values[: n * BLOCK])
         scale_codes(
-            largest[start : start + n], shift, np.float32(1.5), onto=onto, least=_SMALLEST, zeros=np.uint8(_ONE), codes=fours
+            largest[start : start + n],
+            shift,
+            np.float32(1.5),
+            onto=onto,
+            least=_SMALLEST,
+            zeros=np.uint8(_ONE),
+            codes=fours,
         )
         for choice, sums in ((sixes, error_six), (fours[:n], error_four)):
             for row, spread_row in ((table[0], lanes), (table[1], reciprocals)):

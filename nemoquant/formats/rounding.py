@@ -1,10 +1,13 @@
-"""What the kernels share: how they are compiled, how a float32 and its bits turn into each other, and how arguments are checked.
+"""What the kernels share: how they are compiled, how a float32 and its bits turn into each other, and how
+arguments are checked.
 
-A weight enters every kernel as bit patterns and a shift: ``bits << shift`` are the bits of the float32 value, with shift 16 for
-bf16 (uint16) and 0 for float32 (uint32). So one kernel serves both, and no float copy of a tensor is made.
+A weight enters every kernel as bit patterns and a shift: ``bits << shift`` are the bits of the float32 value,
+with shift 16 for bf16 (uint16) and 0 for float32 (uint32). So one kernel serves both, and no float copy of a
+tensor is made.
 
-A trap of numba, for whoever edits a kernel: uint32 (op) uint32 and float32 (op) Python number are 64 bits wide. Every constant has its own
-``np.float32(...)`` or ``np.uint32(...)``, and every integer result is cut back, or results stop being fp32 (and loops stop being vectors).
+A trap of numba, for whoever edits a kernel: uint32 (op) uint32 and float32 (op) Python number are 64 bits
+wide. Every constant has its own ``np.float32(...)`` or ``np.uint32(...)``, and every integer result is cut
+back, or results stop being fp32 (and loops stop being vectors).
 """
 
 from collections.abc import Callable
@@ -26,12 +29,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kernel(function: F) -> F:
-    """Compile for the CPU: no GIL, sums in their order, and x / 0 is Inf or NaN as in numpy (a check would break up vectors)."""
+    """Compile for the CPU: no GIL, sums in their order, and x / 0 is Inf or NaN as in numpy (a check would
+    break up vectors)."""
     return cast(F, keep(numba.njit(nogil=True, fastmath=False, error_model="numpy")(function)))
 
 
 def estimate(function: F) -> F:
-    """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to keep within a bound."""
+    """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to keep within a
+    bound."""
     return cast(F, keep(numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(function)))
 
 
@@ -58,7 +63,9 @@ def weight_bits(weight: Weight) -> tuple[NDArray[np.unsignedinteger], np.uint32]
     """
     if weight.ndim != 2 or not weight.flags.c_contiguous:
         layout = "C-contiguous" if weight.flags.c_contiguous else "strided"
-        raise ValueError(f"weight: got a {layout} array of shape {weight.shape}, expected a C-contiguous [out, in]")
+        raise ValueError(
+            f"weight: got a {layout} array of shape {weight.shape}, expected a C-contiguous [out, in]"
+        )
     bits: NDArray[np.unsignedinteger]
     if weight.dtype == np.uint16:
         bits, shift = weight.view(np.uint16), np.uint32(16)
@@ -98,13 +105,18 @@ def _fitting(out: NDArray[Any], shape: tuple[int, ...], dtype: type[np.generic],
 
 
 def tensor_scale(amax: float | np.float32, largest: float) -> tuple[np.float32, bool]:
-    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number, so that 1.0 stands in for it.
+    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number, so that 1.0 stands
+    in for it.
 
-    Raises ValueError for an amax that is negative, Inf or NaN: those are errors of the checkpoint, to be told before any scale.
+    Raises ValueError for an amax that is negative, Inf or NaN: those are errors of the checkpoint, to be told
+    before any scale.
     """
     value = np.float32(amax)
     if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"amax: got {value}, expected a finite number that is not negative; check weights for NaN and Inf first")
+        raise ValueError(
+            f"amax: got {value}, expected a finite number that is not negative; check weights for NaN and "
+            f"Inf first"
+        )
     scale = np.float32(value / np.float32(largest))
     degenerate = bool(scale < SMALLEST_NORMAL)
     return (np.float32(1.0) if degenerate else scale), degenerate

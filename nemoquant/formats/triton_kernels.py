@@ -1,11 +1,12 @@
 """The kernels of this package for GPUs, in Triton: the same bytes as those for the CPU.
 
-Whatever rounds is either one IEEE operation (``div_rn``, a product, a float64 sum in index order; launches forbid fused multiply-add) or
-integer arithmetic on bit patterns. What depends on a block scale alone comes from the CPU's own tables: ``reached``, the
-``nvfp4_blocks.thresholds`` of float32, and ``scales``, d by E4M3 code. A block of 16 is one lane. The search is plain: all 126 scales.
+Whatever rounds is either one IEEE operation (``div_rn``, a product, a float64 sum in index order; launches
+forbid fused multiply-add) or integer arithmetic on bit patterns. What depends on a block scale alone comes
+from the CPU's own tables: ``reached``, the ``nvfp4_blocks.thresholds`` of float32, and ``scales``, d by E4M3
+code. A block of 16 is one lane. The search is plain: all 126 scales.
 
-A weight is flat patterns and a shift, as for the CPU: ``pattern << shift`` are the bits of the float32 value. Loads of uint16 come
-as such, of float32 as int32.
+A weight is flat patterns and a shift, as for the CPU: ``pattern << shift`` are the bits of the float32 value.
+Loads of uint16 come as such, of float32 as int32.
 """
 
 # mypy: ignore-errors
@@ -64,7 +65,9 @@ def fp8_encode_kernel(weight, shift, decode_scale, codes, count, LANES: tl.const
     mask = offsets < count
     value = (tl.load(weight + offsets, mask=mask, other=0).to(tl.int32) << shift).to(tl.float32, bitcast=True)
     quotient = tl.div_rn(value, tl.zeros_like(value) + decode_scale).to(tl.int32, bitcast=True)
-    tl.store(codes + offsets, (_e4m3(quotient & 0x7FFFFFFF) | ((quotient >> 24) & 0x80)).to(tl.uint8), mask=mask)
+    tl.store(
+        codes + offsets, (_e4m3(quotient & 0x7FFFFFFF) | ((quotient >> 24) & 0x80)).to(tl.uint8), mask=mask
+    )
 
 
 @triton.jit
@@ -97,9 +100,19 @@ def _scale_code(amax, onto):
 
 @triton.jit
 def nvfp4_encode_kernel(
-    weight, shift, onto, reached, scales, packed, block_scales, count, METHOD: tl.constexpr, LANES: tl.constexpr
+    weight,
+    shift,
+    onto,
+    reached,
+    scales,
+    packed,
+    block_scales,
+    count,
+    METHOD: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Blocks of a flat weight -> ``packed`` [8 count], ``block_scales`` [count]. ``onto``: 6 global scales."""
+    """Blocks of a flat weight -> ``packed`` [8 count], ``block_scales`` [count]. ``onto``: 6 global
+    scales."""
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = block < count
     first = block * 16
@@ -116,7 +129,11 @@ def nvfp4_encode_kernel(
     if METHOD == _FOUR_OVER_SIX:
         four = _scale_code(amax * 1.5, onto)
         error = _error(weight, first, shift, chosen, reached=reached, scales=scales, mask=mask)
-        chosen = tl.where(_error(weight, first, shift, four, reached=reached, scales=scales, mask=mask) < error, four, chosen)
+        chosen = tl.where(
+            _error(weight, first, shift, four, reached=reached, scales=scales, mask=mask) < error,
+            four,
+            chosen,
+        )
     if METHOD == _MSE:
         chosen = tl.zeros([LANES], tl.int32) + 1
         error = _error(weight, first, shift, chosen, reached=reached, scales=scales, mask=mask)
@@ -146,7 +163,9 @@ def nvfp4_decode_kernel(packed, block_scales, scales, values, count, LANES: tl.c
     offsets = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = offsets < count
     pair = tl.load(packed + offsets, mask=mask, other=0).to(tl.int32)
-    scale = tl.load(scales + tl.load(block_scales + offsets // 8, mask=mask, other=0).to(tl.int32), mask=mask, other=0.0)
+    scale = tl.load(
+        scales + tl.load(block_scales + offsets // 8, mask=mask, other=0).to(tl.int32), mask=mask, other=0.0
+    )
     for half in tl.static_range(2):
         code = (pair >> (4 * half)) & 15
         bits = _e2m1_value(code & 7).to(tl.int32, bitcast=True) | ((code & 8) << 28)

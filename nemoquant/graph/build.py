@@ -1,10 +1,10 @@
 """The graph of a whole model, of some of its layers, or of its multi-token-prediction module.
 
-Inputs: ``input_ids`` [batch, length] int64 (``hidden`` [batch, length, hidden] where the layers do not begin with the first one; MTP
-takes both, the token after each position and the main model's ``hidden`` of it), and for each layer i, by its index in the
-checkpoint, ``conv_state.i`` and ``ssm_state.i``, or ``past_key.i`` and ``past_value.i``. Outputs: ``logits`` (``hidden_out`` where the
-layers do not end with the last one, and where it is asked for), and ``present_...`` for each state. The same graph serves
-a prompt and single tokens.
+Inputs: ``input_ids`` [batch, length] int64 (``hidden`` [batch, length, hidden] where the layers do not begin
+with the first one; MTP takes both, the token after each position and the main model's ``hidden`` of it), and
+for each layer i, by its index in the checkpoint, ``conv_state.i`` and ``ssm_state.i``, or ``past_key.i`` and
+``past_value.i``. Outputs: ``logits`` (``hidden_out`` where the layers do not end with the last one, and where
+it is asked for), and ``present_...`` for each state. The same graph serves a prompt and single tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,8 @@ class GraphOptions:
     """What to build.
 
     Attributes:
-        compute: float32, float16 or bfloat16: dtype of activations; norms, router and scan are float32 in any case.
+        compute: float32, float16 or bfloat16: dtype of activations; norms, router and scan are float32 in any
+            case.
         last_token_only: logits of the last position only.
         layers: first layer and the one behind the last; None is all.
         with_hidden: also put out what the head and MTP are given.
@@ -53,7 +54,9 @@ class Builder:
         count = len(self.config.layers)
         self.first, self.end = options.layers or (0, count)
         if not 0 <= self.first < self.end <= count:
-            raise UsageError(f"--layers {self.first}:{self.end}: expected 0 <= first < end <= {count}, the model's layers")
+            raise UsageError(
+                f"--layers {self.first}:{self.end}: expected 0 <= first < end <= {count}, the model's layers"
+            )
         self.tape = Tape()
         self.weights = GraphWeights(opened, dialect)
         self.functions: dict[str, ir.Function] = {}
@@ -63,7 +66,11 @@ class Builder:
     def main(self) -> ir.Model:
         """The main model, or the layers that were asked for."""
         whole_start, whole_end = self.first == 0, self.end == len(self.config.layers)
-        x = self.embedded() if whole_start else self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
+        x = (
+            self.embedded()
+            if whole_start
+            else self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
+        )
         for i in range(self.first, self.end):
             x = self.layer(self.config.layers[i], f"backbone.layers.{i}.", x, i)
         outputs = []
@@ -71,7 +78,9 @@ class Builder:
             x = self.norm(x, "backbone.norm_f.weight")
             outputs.append(self.logits(x))
         if self.options.with_hidden or not whole_end:
-            outputs.append(self.output(x, "hidden_out", self.compute, "batch", "length", self.config.hidden_size))
+            outputs.append(
+                self.output(x, "hidden_out", self.compute, "batch", "length", self.config.hidden_size)
+            )
         return self.model("nemotron_h", outputs)
 
     def mtp(self) -> ir.Model:
@@ -80,7 +89,10 @@ class Builder:
         prefixes = mtp.layer_prefixes(self.config, 0)
         embedded = self.embedded()
         hidden = self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
-        parts = [self.norm(embedded, f"{prefixes[0]}enorm.weight"), self.norm(hidden, f"{prefixes[0]}hnorm.weight")]
+        parts = [
+            self.norm(embedded, f"{prefixes[0]}enorm.weight"),
+            self.norm(hidden, f"{prefixes[0]}hnorm.weight"),
+        ]
         joined = self.tape.reshape(self.tape.op("Concat", *parts, axis=-1), -1, 2 * self.config.hidden_size)
         x = self.tape.reshape_to(self.gemm(f"{prefixes[0]}eh_proj", joined), self.tape.op("Shape", hidden))
         for j, (kind, prefix) in enumerate(zip(self.config.mtp_layers, prefixes, strict=True)):
@@ -106,7 +118,10 @@ class Builder:
 
     def embedded(self) -> ir.Value:
         ids = self.input("input_ids", INT64, "batch", "length")
-        return self.tape.cast(self.tape.op("Gather", self.weights.plain("backbone.embeddings.weight"), ids, axis=0), self.compute)
+        return self.tape.cast(
+            self.tape.op("Gather", self.weights.plain("backbone.embeddings.weight"), ids, axis=0),
+            self.compute,
+        )
 
     def norm(self, x: ir.Value, weight: str) -> ir.Value:
         t = self.tape
@@ -126,13 +141,17 @@ class Builder:
         head = "backbone.embeddings" if self.config.tie_word_embeddings else "lm_head"
         y = self.gemm(head, t.reshape(hidden, -1, self.config.hidden_size))
         y = t.reshape_to(y, t.op("Concat", t.op("Shape", hidden, start=0, end=2), t.ints(-1), axis=0))
-        return self.output(y, "logits", self.compute, "batch", 1 if last else "length", self.config.vocab_size)
+        return self.output(
+            y, "logits", self.compute, "batch", 1 if last else "length", self.config.vocab_size
+        )
 
     def layer(self, kind: LayerKind, prefix: str, x: ir.Value, number: int) -> ir.Value:
         """A call of its layer function, with its state among the graph's inputs and outputs."""
         variant = self.variant(kind, f"{prefix}mixer.")
         self.function(variant.name, lambda: layer_function(self.config, self.dialect, variant, self.compute))
-        before = [self.input(f"{name}.{number}", *self.state_type(name, variant)) for name in state_names(kind)]
+        before = [
+            self.input(f"{name}.{number}", *self.state_type(name, variant)) for name in state_names(kind)
+        ]
         weights = [self.layer_weight(variant, prefix, name) for name in weight_names(self.config, variant)]
         x, *after = self.tape.ops(variant.name, 1 + len(before), x, *before, *weights, domain=LAYERS)
         for name, state, value in zip(state_names(kind), before, after, strict=True):
@@ -159,25 +178,33 @@ class Builder:
         projections = self.projections(kind)
         gemms = []
         for projection in projections:
-            module = projection.replace("experts.", "experts.0.", 1) if projection.startswith("experts.") else projection
+            module = (
+                projection.replace("experts.", "experts.0.", 1)
+                if projection.startswith("experts.")
+                else projection
+            )
             name = format_name(*self.opened.formats(mixer + module))
             gemms.append((projection, name))
             self.need(name)
             if projection == "experts.up_proj" and not self.dialect.has_plugins:
-                self.function(f"experts {name}", lambda name=name: self.dialect.routed_experts(name, self.compute))  # type: ignore[misc]
+                self.function(f"experts {name}", partial(self.dialect.routed_experts, name, self.compute))
         if kind == "mamba" and not self.dialect.has_plugins:
             c = self.config
             self.function("conv", lambda: ops.causal_conv1d(c.conv_kernel))
-            self.function("scan", lambda: ops.mamba2_scan(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size))
+            self.function(
+                "scan",
+                lambda: ops.mamba2_scan(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size),
+            )
         fp8_cache = kind == "attention" and f"{mixer}k_proj.output" in self.opened.inputs
         return Variant(kind, tuple(gemms), fp8_cache)
 
     def projections(self, kind: LayerKind) -> Sequence[str]:
         c = self.config
         if kind != "moe":
-            return {"mamba": ("in_proj", "out_proj"), "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}.get(
-                kind, ("up_proj", "down_proj")
-            )
+            return {
+                "mamba": ("in_proj", "out_proj"),
+                "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+            }.get(kind, ("up_proj", "down_proj"))
         latent = ("fc1_latent_proj", "fc2_latent_proj") if c.moe_latent_size else ()
         shared = ("shared_experts.up_proj", "shared_experts.down_proj") if c.n_shared_experts else ()
         return ("experts.up_proj", "experts.down_proj", *shared, *latent)
@@ -206,11 +233,17 @@ class Builder:
                 self.functions[key] = made
 
     def model(self, name: str, outputs: list[ir.Value]) -> ir.Model:
-        domains = {domain for domain in self.tape.domains if domain} | {f.domain for f in self.functions.values()}
+        domains = {domain for domain in self.tape.domains if domain} | {
+            f.domain for f in self.functions.values()
+        }
         graph = ir.Graph(
-            self.inputs, [*outputs, *self.states], nodes=self.tape.nodes, initializers=list(self.weights.values.values()),
-            opset_imports={"": OPSET, **dict.fromkeys(sorted(domains), 1)}, name=name,
-        )  # fmt: skip
+            self.inputs,
+            [*outputs, *self.states],
+            nodes=self.tape.nodes,
+            initializers=list(self.weights.values.values()),
+            opset_imports={"": OPSET, **dict.fromkeys(sorted(domains), 1)},
+            name=name,
+        )
         return ir.Model(
             graph,
             ir_version=IR_VERSION,

@@ -1,9 +1,11 @@
-"""What differs between the runtimes that a graph is for: how packed weights are unpacked, inputs rounded, and experts run.
+"""What differs between the runtimes of a graph: how weights are unpacked, inputs rounded, and experts run.
 
-onnxruntime   FLOAT8E4M3FN weights by DequantizeLinear, E2M1 codes as UINT8 unpacked by standard operators, caches in the compute dtype;
-              a Loop over the experts that were chosen, each with its own tokens
-tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; all experts over all tokens
-tensorrt      the same GEMMs; CausalConv1d, Mamba2Scan and RoutedExperts are plugin nodes without a body, packed codes enter them as INT8
+onnxruntime   FLOAT8E4M3FN weights by DequantizeLinear, E2M1 codes as UINT8 unpacked by standard operators,
+              caches in the compute dtype; a Loop over the experts that were chosen, each with its own tokens
+tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; all experts
+              over all tokens
+tensorrt      the same GEMMs; CausalConv1d, Mamba2Scan and RoutedExperts are plugin nodes without a body,
+              which packed codes enter as INT8
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +23,25 @@ from nemoquant.graph.tape import BF16, DOMAIN, FLOAT, HALF, Tape, function
 Parts = Mapping[str, ir.Value]
 
 FORMAT_NAMES = {
-    ("source", None): "bf16", ("fp8", "fp8"): "fp8", ("fp8", None): "w8a16", ("nvfp4", "nvfp4"): "nvfp4", ("nvfp4", None): "w4a16",
-}  # fmt: skip
+    ("source", None): "bf16",
+    ("fp8", "fp8"): "fp8",
+    ("fp8", None): "w8a16",
+    ("nvfp4", "nvfp4"): "nvfp4",
+    ("nvfp4", None): "w4a16",
+}
 COMPUTE = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
 DTYPES = {
-    "BF16": BF16, "F32": FLOAT, "F16": HALF, "F8_E4M3": F8, "U8": ir.DataType.UINT8,
-}  # fmt: skip
-# both values of a byte of E2M1 codes, doubled so that they are integers [256, 2]; and the values of E4M3 codes, exact in float16
-E2M1_PAIRS = np.stack([2 * e2m1.VALUES[np.arange(256) % 16], 2 * e2m1.VALUES[np.arange(256) // 16]], 1).astype(np.int8)
+    "BF16": BF16,
+    "F32": FLOAT,
+    "F16": HALF,
+    "F8_E4M3": F8,
+    "U8": ir.DataType.UINT8,
+}
+# both values of a byte of E2M1 codes, doubled so that they are integers [256, 2]; and the values of E4M3
+# codes, exact in float16
+E2M1_PAIRS = np.stack(
+    [2 * e2m1.VALUES[np.arange(256) % 16], 2 * e2m1.VALUES[np.arange(256) // 16]], 1
+).astype(np.int8)
 E4M3_VALUES = e4m3.VALUES.astype(np.float16)
 
 
@@ -60,11 +73,15 @@ class Dialect:
             UsageError: this dialect does not compute in it.
         """
         if name not in self.computes:
-            raise UsageError(f"--compute {name}: the {self.name} dialect computes in {' or '.join(self.computes)}{self.limit}")
+            raise UsageError(
+                f"--compute {name}: the {self.name} dialect computes in "
+                f"{' or '.join(self.computes)}{self.limit}"
+            )
         return COMPUTE[name]
 
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
-        """How a tensor of the file is typed in the graph; ``stacked`` are all experts of a layer and projection."""
+        """How a tensor of the file is typed in the graph; ``stacked`` are all experts of a layer and
+        projection."""
         if stacked and dtype == "F8_E4M3" and part in ("codes", "block_scales"):
             return ir.DataType.UINT8  # experts are gathered, and Gather takes no FP8
         return DTYPES[dtype]
@@ -91,8 +108,12 @@ class Dialect:
             return t.cast(t.op("DequantizeLinear", w["codes"], w["global_scale"]), compute)
         block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
         half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
-        pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)  # [out, in/2, 2]
-        blocks = t.reshape_to(t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0))
+        pairs = t.op(
+            "Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0
+        )  # [out, in/2, 2]
+        blocks = t.reshape_to(
+            t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0)
+        )
         values = t.op("Mul", blocks, t.unsqueeze(half, 2))  # exact: twice the code times half the scale
         return t.cast(t.reshape(values, t.size(w["codes"], 0), -1), compute)
 
@@ -109,41 +130,61 @@ class Dialect:
         codes = t.op("QuantizeLinear", t.cast(x, FLOAT), scale, output_dtype=int(F8))
         return t.cast(t.op("DequantizeLinear", codes, scale), compute)
 
-    def linear(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType, stacked: bool = False) -> ir.Value:
+    def linear(
+        self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType, stacked: bool = False
+    ) -> ir.Value:
         """x [tokens, in] in the compute dtype -> [tokens, out]."""
-        return t.op("Gemm", self.rounded(t, x, w, name, compute), self.decoded(t, w, name, compute, stacked), transB=1)
+        return t.op(
+            "Gemm", self.rounded(t, x, w, name, compute), self.decoded(t, w, name, compute, stacked), transB=1
+        )
 
     def cached(
         self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """New keys or values behind the past ones [B, heads, positions, size]: what attention reads, and what is kept."""
+        """New keys or values behind the past ones [B, heads, positions, size]: what attention reads, and what
+        is kept."""
         if scale is not None:
             x = self.fp8_round_trip(t, x, scale, compute)
         both = t.op("Concat", past, x, axis=2)
         return both, both
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
-        """The operator's body for one format; None where the runtime has a kernel. Sums in float32, in ascending order of experts."""
+        """The operator's body for one format; None where the runtime has a kernel. Sums in float32, in
+        ascending order of experts."""
 
         def one(
-            t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *, expert: ir.Value, weights: Parts, total: ir.Value
+            t: Tape,
+            x: ir.Value,
+            ids: ir.Value,
+            factors: ir.Value,
+            *,
+            expert: ir.Value,
+            weights: Parts,
+            total: ir.Value,
         ) -> ir.Value:
             hit = t.op("Equal", ids, expert)
-            factor = t.op("ReduceSum", t.op("Where", hit, factors, t.constant(np.float32(0))), t.ints(1), keepdims=1)  # [T, 1]
+            factor = t.op(
+                "ReduceSum", t.op("Where", hit, factors, t.constant(np.float32(0))), t.ints(1), keepdims=1
+            )  # [T, 1]
             rows = t.op("ReduceMax", t.cast(hit, ir.DataType.INT32), t.ints(1), keepdims=0)
             rows = t.reshape(t.op("NonZero", rows), -1)
             y = self.expert(t, t.op("Gather", x, rows, axis=0), weights, name, compute)
             y = t.op("Mul", t.cast(y, FLOAT), t.op("Gather", factor, rows, axis=0))
             return t.op("ScatterND", total, t.unsqueeze(rows, 1), y, reduction="add")
 
-        def record(t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value) -> list[ir.Value]:
+        def record(
+            t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value
+        ) -> list[ir.Value]:
             names = stack_names(name)
             chosen = t.op("Unique", t.reshape(ids, -1), sorted=1)
             start = t.op("ConstantOfShape", t.op("Shape", x), value=ir.tensor(np.zeros(1, np.float32)))
 
             def body(t: Tape, i: ir.Value, total: ir.Value) -> ir.Value:
                 expert = t.op("Gather", chosen, i, axis=0)
-                mine = {key: t.op("Gather", stack, expert, axis=0) for key, stack in zip(names, stacks, strict=True)}
+                mine = {
+                    key: t.op("Gather", stack, expert, axis=0)
+                    for key, stack in zip(names, stacks, strict=True)
+                }
                 return one(t, x, ids, factors, expert=expert, weights=mine, total=total)
 
             return [t.cast(t.loop(t.op("Size", chosen), start, body), compute)]
@@ -153,7 +194,9 @@ class Dialect:
     def expert(self, t: Tape, x: ir.Value, weights: Parts, name: str, compute: ir.DataType) -> ir.Value:
         """``down(relu(up(x))^2)`` with one expert's parts, ``up_...`` and ``down_...``."""
         up, down = ({part: weights[f"{p}_{part}"] for part in parts_of(name)} for p in ("up", "down"))
-        return self.linear(t, squared_relu(t, self.linear(t, x, up, name, compute, True)), down, name, compute, True)
+        return self.linear(
+            t, squared_relu(t, self.linear(t, x, up, name, compute, True)), down, name, compute, True
+        )
 
 
 def stack_names(name: str) -> list[str]:
@@ -197,7 +240,9 @@ class TensorRTRTX(Dialect):
         if name == "bf16":
             return t.cast(w["weight"], compute)
         if name in ("fp8", "w8a16"):
-            return t.op("DequantizeLinear", w["codes"], w["global_scale"], output_dtype=int(compute), **per_expert)
+            return t.op(
+                "DequantizeLinear", w["codes"], w["global_scale"], output_dtype=int(compute), **per_expert
+            )
         scales = t.op("DequantizeLinear", w["block_scales"], w["global_scale"], **per_expert)
         return t.cast(t.op("DequantizeLinear", w["codes"], scales, axis=-1, block_size=BLOCK), compute)
 
@@ -207,13 +252,22 @@ class TensorRTRTX(Dialect):
         if name != "nvfp4":
             return x
         codes, scales = t.ops(
-            "TRT_FP4DynamicQuantize", 2, x, w["input_scale"], domain="trt", axis=-1, block_size=BLOCK, scale_type=int(F8)
+            "TRT_FP4DynamicQuantize",
+            2,
+            x,
+            w["input_scale"],
+            domain="trt",
+            axis=-1,
+            block_size=BLOCK,
+            scale_type=int(F8),
         )
         scales = t.op("DequantizeLinear", scales, w["input_scale"])
         return t.cast(t.op("DequantizeLinear", codes, scales, axis=-1, block_size=BLOCK), compute)
 
     def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
-        codes = t.op("QuantizeLinear", x, scale, output_dtype=int(F8))  # no casts between: the pair is to melt into its GEMM
+        codes = t.op(
+            "QuantizeLinear", x, scale, output_dtype=int(F8)
+        )  # no casts between: the pair is to melt into its GEMM
         return t.op("DequantizeLinear", codes, scale, output_dtype=int(compute))
 
     def cached(
@@ -225,19 +279,27 @@ class TensorRTRTX(Dialect):
         return t.op("DequantizeLinear", both, scale, output_dtype=int(compute)), both
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
-        """All experts over all tokens as two batched products; a token's factor of an expert that it did not choose is zero.
+        """All experts over all tokens as two batched products; a token's factor of an expert that it did not
+        choose is zero.
 
-        The builder refuses NonZero, and takes a gather of packed codes for no data type that it can gather. A branch of its own for
-        few tokens would hold every weight a second time in the engine (measured). So a token costs all experts here.
+        The builder refuses NonZero, and takes a gather of packed codes for no data type that it can gather. A
+        branch of its own for few tokens would hold every weight a second time in the engine (measured). So a
+        token costs all experts here.
         """
 
-        def record(t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value) -> list[ir.Value]:
+        def record(
+            t: Tape, x: ir.Value, ids: ir.Value, factors: ir.Value, *stacks: ir.Value
+        ) -> list[ir.Value]:
             named = dict(zip(stack_names(name), stacks, strict=True))
             count = t.size(stacks[0], 0)
             none = t.op(
-                "ConstantOfShape", t.op("Concat", t.size(ids, 0), count, axis=0), value=ir.tensor(np.zeros(1, np.float32))
+                "ConstantOfShape",
+                t.op("Concat", t.size(ids, 0), count, axis=0),
+                value=ir.tensor(np.zeros(1, np.float32)),
             )
-            share = t.op("Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0])  # [E, T]
+            share = t.op(
+                "Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0]
+            )  # [E, T]
 
             def product(x: ir.Value, projection: str) -> ir.Value:
                 """x [1 or E, T, in] by [E, out, in]."""
@@ -245,7 +307,9 @@ class TensorRTRTX(Dialect):
                 matrices = t.op("Transpose", self.decoded(t, w, name, compute, True), perm=[0, 2, 1])
                 return t.op("MatMul", self.rounded(t, x, w, name, compute), matrices)
 
-            y = t.cast(product(squared_relu(t, product(t.unsqueeze(x, 0), "up")), "down"), FLOAT)  # [E, T, in]
+            y = t.cast(
+                product(squared_relu(t, product(t.unsqueeze(x, 0), "up")), "down"), FLOAT
+            )  # [E, T, in]
             total = t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(share, 2)), t.ints(0), keepdims=0)
             return [t.cast(total, compute)]
 
@@ -261,7 +325,9 @@ class TensorRT(TensorRTRTX):
 
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
         if stacked and part in ("codes", "block_scales"):
-            return ir.DataType.INT8  # the same bytes: TensorRT has no UINT8 inside a network, and no FP4 into a plugin
+            return (
+                ir.DataType.INT8
+            )  # the same bytes: TensorRT has no UINT8 inside a network, and no FP4 into a plugin
         return super().stored(part, dtype, stacked)
 
     def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:
@@ -269,7 +335,12 @@ class TensorRT(TensorRTRTX):
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
         known = spec(op)  # a plugin wants all of its attributes
-        return {**known.attributes, **attributes, "plugin_version": str(known.version), "plugin_namespace": known.domain}
+        return {
+            **known.attributes,
+            **attributes,
+            "plugin_version": str(known.version),
+            "plugin_namespace": known.domain,
+        }
 
     def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
         return spec("routed_experts").name, self.plugin("routed_experts", format=name, activation="relu2")

@@ -1,8 +1,10 @@
-"""Write graphs beside the shards that they point into; where that can't be, write a folder anew in which it can.
+"""Write graphs beside the shards that they point into; where that can't be, write a folder anew in which it
+can.
 
-ONNX lets external data lie only at or below the .onnx file, and refuses links. So ``DIR/model.onnx`` stands beside DIR's shards, and no
-byte of a weight is written. With another folder, shards that are links, or experts that do not lie back to back (a published
-checkpoint), the tensors are copied into OUT in the order that ``pack`` writes.
+ONNX lets external data lie only at or below the .onnx file, and refuses links. So ``DIR/model.onnx`` stands
+beside DIR's shards, and no byte of a weight is written. With another folder, shards that are links, or
+experts that do not lie back to back (a published checkpoint), the tensors are copied into OUT in the order
+that ``pack`` writes.
 """
 
 import json
@@ -44,9 +46,15 @@ class Exported:
 
 
 def export_onnx(
-    path: Path, out: Path | None, dialect: str, options: GraphOptions, *, mtp: bool = False, copy: bool = True,
+    path: Path,
+    out: Path | None,
+    dialect: str,
+    options: GraphOptions,
+    *,
+    mtp: bool = False,
+    copy: bool = True,
     progress: Progress = no_progress,
-) -> Exported:  # fmt: skip
+) -> Exported:
     """Write ``model.onnx`` (and ``mtp.onnx``) for the checkpoint in ``path``.
 
     Args:
@@ -64,9 +72,14 @@ def export_onnx(
         if reason is None:
             return _write_graphs(opened, dialect, options, mtp)
         if not copy:
-            raise UsageError(f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it")
+            raise UsageError(
+                f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
+            )
         if out is None:
-            raise UsageError(f"{path}: a graph can't stand beside its tensors, because {reason}; give an OUT folder for a copy")
+            raise UsageError(
+                f"{path}: a graph can't stand beside its tensors, because {reason}; give an OUT folder for "
+                f"a copy"
+            )
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         check_output(out, path, len(opened.checkpoint.tensors), size)
         with making(out) as folder:
@@ -90,7 +103,8 @@ def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
 
 
 def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
-    """Names of the tensors that the graph reads as one: a part of all experts of a layer and projection, in ascending order."""
+    """Names of the tensors that the graph reads as one: a part of all experts of a layer and projection, in
+    ascending order."""
     groups: dict[tuple[int | None, str, str], list[str]] = {}
     for spec in opened.table:
         if spec.expert is not None and spec.name in opened.stored:
@@ -100,7 +114,8 @@ def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
 
 
 def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """The checkpoint into an empty folder: as it is where experts lie back to back, else with its tensors in the order of ``pack``."""
+    """The checkpoint into an empty folder: as it is where experts lie back to back, else with its tensors in
+    the order of ``pack``."""
     if _views(opened):
         _copy_files(opened, folder, progress)
     else:
@@ -109,12 +124,18 @@ def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
 
 def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
     """No manifest: these are not the files that ``quantize`` wrote."""
-    tensors, total, done = opened.checkpoint.tensors, sum(i.nbytes for i in opened.checkpoint.tensors.values()), 0
+    tensors, total, done = (
+        opened.checkpoint.tensors,
+        sum(i.nbytes for i in opened.checkpoint.tensors.values()),
+        0,
+    )
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with ShardWriter(folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]) as writer:
+        with ShardWriter(
+            folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]
+        ) as writer:
             for name in names:
                 raw = opened.checkpoint.raw(name)
                 for start in range(0, raw.size, COPY_BYTES):
@@ -132,7 +153,8 @@ def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
 
 
 def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
-    """Names of tensors by file: a part of all experts of a layer and projection together, ``SHARD_BYTES`` or one such group."""
+    """Names of tensors by file: a part of all experts of a layer and projection together, ``SHARD_BYTES`` or
+    one such group."""
     tensors = opened.checkpoint.tensors
     groups = {group[0]: group for group in _expert_groups(opened)}
     grouped = {name for group in groups.values() for name in group}
@@ -152,11 +174,14 @@ def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
 
 
 def _views(opened: PackedCheckpoint) -> bool:
-    return all(stacked([opened.checkpoint.tensors[name] for name in group]) for group in _expert_groups(opened))
+    return all(
+        stacked([opened.checkpoint.tensors[name] for name in group]) for group in _expert_groups(opened)
+    )
 
 
 def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """Shards and what belongs to them, as they are; links are followed. Graphs stay behind: they are made anew."""
+    """Shards and what belongs to them, as they are; links are followed. Graphs stay behind: they are made
+    anew."""
     path = opened.path
     names = sorted({info.file.name for info in opened.checkpoint.tensors.values()})
     names += [name for name in (INDEX, *WRITTEN) if (path / name).is_file() and name != manifest.FILE]
@@ -168,7 +193,9 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
         progress("copy", done, total, "")
     if opened.manifest is not None:
         kept = {name: digest for name, digest in opened.manifest["files"].items() if (folder / name).exists()}
-        manifest.write_manifest(folder, {k: v for k, v in opened.manifest.items() if k != "sha256"} | {"files": kept})
+        manifest.write_manifest(
+            folder, {k: v for k, v in opened.manifest.items() if k != "sha256"} | {"files": kept}
+        )
 
 
 def _write_graphs(opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool) -> Exported:

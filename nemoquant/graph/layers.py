@@ -1,4 +1,5 @@
-"""A layer as an ONNX function, ``x + mixer(norm(x))`` with its state in and out: one for each kind and combination of formats."""
+"""A layer as an ONNX function, ``x + mixer(norm(x))`` with its state in and out: one for each kind and
+combination of formats."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ LAYERS = "nemoquant.layers"
 
 @dataclass(frozen=True)
 class Variant:
-    """What makes two layers of a kind need two functions: the format of each GEMM, by projection, and whether the cache is FP8."""
+    """What makes two layers of a kind need two functions: the format of each GEMM, by projection, and whether
+    the cache is FP8."""
 
     kind: LayerKind
     gemms: tuple[tuple[str, str], ...]
@@ -27,11 +29,16 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """``MoeLayer_nvfp4``; where formats are mixed, each is named: ``MoeLayer_experts_nvfp4_shared_experts_fp8``."""
+        """``MoeLayer_nvfp4``; where formats are mixed, each is named:
+        ``MoeLayer_experts_nvfp4_shared_experts_fp8``."""
         groups: dict[str, dict[str, None]] = {}
         for projection, name in self.gemms:
             groups.setdefault(name, {})[projection.split(".")[0].removesuffix("_proj")] = None
-        text = "_".join("_".join([*members, name]) for name, members in groups.items()) if len(groups) > 1 else next(iter(groups))
+        text = (
+            "_".join("_".join([*members, name]) for name, members in groups.items())
+            if len(groups) > 1
+            else next(iter(groups))
+        )
         return f"{self.kind.capitalize()}Layer_{text}" + ("_fp8_cache" if self.fp8_cache else "")
 
 
@@ -47,7 +54,14 @@ class Layer:
         compute: ir.DataType,
         weights: Mapping[str, ir.Value],
     ) -> None:
-        self.t, self.c, self.dialect, self.variant, self.compute, self.w = t, config, dialect, variant, compute, weights
+        self.t, self.c, self.dialect, self.variant, self.compute, self.w = (
+            t,
+            config,
+            dialect,
+            variant,
+            compute,
+            weights,
+        )
 
     def gemm(self, projection: str, x: ir.Value) -> ir.Value:
         """x [tokens, in] -> [tokens, out], both in the compute dtype."""
@@ -78,12 +92,20 @@ def state_names(kind: LayerKind) -> list[str]:
 
 
 def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
-    """Inputs of the function after x and state, by names relative to the layer's mixer (``norm`` is the layer's)."""
+    """Inputs of the function after x and state, by names relative to the layer's mixer (``norm`` is the
+    layer's)."""
     names = ["layer_norm"]
     for projection, name in variant.gemms:
         names += [f"{projection}.{part}" for part in parts_of(name)]
     if variant.kind == "mamba":
-        names += ["conv1d.weight", *(["conv1d.bias"] if config.use_conv_bias else []), "A_log", "D", "dt_bias", "norm.weight"]
+        names += [
+            "conv1d.weight",
+            *(["conv1d.bias"] if config.use_conv_bias else []),
+            "A_log",
+            "D",
+            "dt_bias",
+            "norm.weight",
+        ]
     if variant.kind == "attention" and variant.fp8_cache:
         names += ["k_scale", "v_scale"]
     if variant.kind == "moe":
@@ -91,7 +113,9 @@ def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
     return names
 
 
-def layer_function(config: NemotronHConfig, dialect: Dialect, variant: Variant, compute: ir.DataType) -> ir.Function:
+def layer_function(
+    config: NemotronHConfig, dialect: Dialect, variant: Variant, compute: ir.DataType
+) -> ir.Function:
     """(x, states, weights) -> (x + mixer(norm(x)), states)."""
     states, weights = state_names(variant.kind), weight_names(config, variant)
 
@@ -116,7 +140,9 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
         return t.reshape_to(value, t.op("Concat", shape, t.ints(*rest), axis=0))
 
     projected = positions(layer.gemm("in_proj", layer.flat(x)), -1)
-    z, xbc, dt = t.ops("Split", 3, projected, t.ints(c.mamba_inner, c.conv_channels, c.mamba_num_heads), axis=-1)
+    z, xbc, dt = t.ops(
+        "Split", 3, projected, t.ints(c.mamba_inner, c.conv_channels, c.mamba_num_heads), axis=-1
+    )
     weight = t.op("Squeeze", layer.f32("conv1d.weight"), t.ints(1))
     bias = (
         layer.f32("conv1d.bias")
@@ -174,12 +200,18 @@ def attention(layer: Layer, x: ir.Value, past_key: ir.Value, past_value: ir.Valu
     value, value_out = layer.dialect.cached(t, value, past_value, v_scale, layer.compute)
     length, total = t.size(query, 2), t.size(key, 2)
     scores = t.op(
-        "MatMul", t.reshape(query, 0, kv, group, length, size), t.op("Transpose", t.unsqueeze(key, 2), perm=[0, 1, 2, 4, 3])
+        "MatMul",
+        t.reshape(query, 0, kv, group, length, size),
+        t.op("Transpose", t.unsqueeze(key, 2), perm=[0, 1, 2, 4, 3]),
     )
     scores = t.op("Mul", t.cast(scores, FLOAT), t.constant(np.float32(size**-0.5)))
     zero, one = t.constant(np.int64(0)), t.constant(np.int64(1))
-    place = t.unsqueeze(t.op("Range", t.op("Squeeze", t.op("Sub", total, length)), t.op("Squeeze", total), one), 1)
-    future = t.op("Greater", t.unsqueeze(t.op("Range", zero, t.op("Squeeze", total), one), 0), place)  # [L, total]
+    place = t.unsqueeze(
+        t.op("Range", t.op("Squeeze", t.op("Sub", total, length)), t.op("Squeeze", total), one), 1
+    )
+    future = t.op(
+        "Greater", t.unsqueeze(t.op("Range", zero, t.op("Squeeze", total), one), 0), place
+    )  # [L, total]
     scores = t.op("Where", future, t.constant(np.float32(-np.inf)), scores)
     weights = t.cast(t.op("Softmax", scores, axis=-1), layer.compute)
     y = t.op("MatMul", weights, t.unsqueeze(value, 2))  # [B, kv, group, L, size]
@@ -203,7 +235,9 @@ def moe(layer: Layer, x: ir.Value) -> list[ir.Value]:
     if c.moe_latent_size:
         y = layer.gemm("fc2_latent_proj", y)
     if c.n_shared_experts:
-        shared = layer.gemm("shared_experts.down_proj", squared_relu(t, layer.gemm("shared_experts.up_proj", flat)))
+        shared = layer.gemm(
+            "shared_experts.down_proj", squared_relu(t, layer.gemm("shared_experts.up_proj", flat))
+        )
         y = t.op("Add", y, shared)
     return [y]
 
@@ -228,10 +262,27 @@ def close_groups(t: Tape, choice: ir.Value, c: NemotronHConfig) -> ir.Value:
     size = c.n_routed_experts // c.n_group
     grouped = t.reshape(choice, -1, c.n_group, size)
     best, _ = t.ops("TopK", 2, grouped, t.ints(min(2, size)), axis=-1)
-    _, open_groups = t.ops("TopK", 2, t.op("ReduceSum", best, t.ints(2), keepdims=0), t.ints(c.topk_group), axis=-1)
-    hot = t.op("OneHot", open_groups, t.constant(np.int64(c.n_group)), t.constant(np.array([0, 1], np.float32)), axis=-1)
+    _, open_groups = t.ops(
+        "TopK", 2, t.op("ReduceSum", best, t.ints(2), keepdims=0), t.ints(c.topk_group), axis=-1
+    )
+    hot = t.op(
+        "OneHot",
+        open_groups,
+        t.constant(np.int64(c.n_group)),
+        t.constant(np.array([0, 1], np.float32)),
+        axis=-1,
+    )
     is_open = t.op("Greater", t.op("ReduceSum", hot, t.ints(1), keepdims=0), t.constant(np.float32(0)))
-    return t.reshape(t.op("Where", t.unsqueeze(is_open, 2), grouped, t.constant(np.float32(-np.inf))), -1, c.n_routed_experts)
+    return t.reshape(
+        t.op("Where", t.unsqueeze(is_open, 2), grouped, t.constant(np.float32(-np.inf))),
+        -1,
+        c.n_routed_experts,
+    )
 
 
-MIXERS: dict[str, Callable[..., list[ir.Value]]] = {"mamba": mamba, "attention": attention, "moe": moe, "mlp": mlp}
+MIXERS: dict[str, Callable[..., list[ir.Value]]] = {
+    "mamba": mamba,
+    "attention": attention,
+    "moe": moe,
+    "mlp": mlp,
+}

@@ -1,4 +1,5 @@
-"""The operators' specifications, ``plugins/<op>/spec.yaml``: names and order of inputs, outputs and attributes."""
+"""The operators' specifications, ``plugins/<op>/spec.yaml``: names and order of inputs, outputs and
+attributes."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +14,8 @@ from nemoquant.shipped import plugin_folder
 class Spec:
     """One operator.
 
-    ``inputs`` are those that must be given; optional ones, which only a plugin reads, follow them and are not listed. ``formats`` of
-    RoutedExperts lists the parts of a projection by format; empty for the others.
+    ``inputs`` are those that must be given; optional ones, which only a plugin reads, follow them and are not
+    listed. ``formats`` of RoutedExperts lists the parts of a projection by format; empty for the others.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Recording ONNX nodes: of the graph itself, of functions, and of the bodies of loops.
 
-Every value has a name of its own in the whole model: subgraphs see the values around them by name, and ONNX allows no shadowing.
+Every value has a name of its own in the whole model: subgraphs see the values around them by name, and ONNX
+allows no shadowing.
 """
 
 import itertools
@@ -18,32 +19,52 @@ IR_VERSION = 11
 DOMAIN = "nemoquant"
 
 FLOAT, HALF, BF16, INT64, BOOL = (
-    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT64, ir.DataType.BOOL,
-)  # fmt: skip
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
+    ir.DataType.INT64,
+    ir.DataType.BOOL,
+)
 
 
 class Tape:
     """Nodes in the order in which they were asked for."""
 
     def __init__(self, name: str = "", parent: "Tape | None" = None) -> None:
-        """``name`` tells values and nodes of functions apart: TensorRT's parser, which inlines them, refuses a name that comes twice."""
+        """``name`` tells values and nodes of functions apart: TensorRT's parser, which inlines them, refuses
+        a name that comes twice."""
         self.nodes: list[ir.Node] = []
         self.name: str = name if parent is None else parent.name
         self._names: itertools.count[int] = itertools.count() if parent is None else parent._names
-        self.domains: set[str] = set() if parent is None else parent.domains  # that nodes here and in subgraphs need
+        self.domains: set[str] = (
+            set() if parent is None else parent.domains
+        )  # that nodes here and in subgraphs need
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """A node with one output."""
         return self.ops(kind, 1, *inputs, domain=domain, **attributes)[0]
 
-    def ops(self, kind: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> Sequence[ir.Value]:
-        """A node with several outputs; attributes that are :class:`ir.Attr` already (references, graphs) go in as they are."""
-        attrs = [a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(name, a) for name, a in attributes.items()]
+    def ops(
+        self, kind: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """A node with several outputs; attributes that are :class:`ir.Attr` already (references, graphs) go
+        in as they are."""
+        attrs = [
+            a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(name, a)
+            for name, a in attributes.items()
+        ]
         results = [ir.Value(name=f"{self.name}v{next(self._names)}") for _ in range(outputs)]
         self.domains.add(domain)
         self.nodes.append(
-            ir.Node(domain, kind, inputs, attributes=attrs, outputs=results, name=f"{self.name}{kind}_{next(self._names)}")
+            ir.Node(
+                domain,
+                kind,
+                inputs,
+                attributes=attrs,
+                outputs=results,
+                name=f"{self.name}{kind}_{next(self._names)}",
+            )
         )
         return results
 
@@ -62,7 +83,8 @@ class Tape:
         return self.constant(np.array(values, np.int64))
 
     def attribute(self, name: str, kind: str) -> ir.Value:
-        """An attribute of the function that is being recorded, as a value; ``kind`` is ``float`` or ``int``."""
+        """An attribute of the function that is being recorded, as a value; ``kind`` is ``float`` or
+        ``int``."""
         types = {"float": ir.AttributeType.FLOAT, "int": ir.AttributeType.INT}
         reference: dict[str, Any] = {f"value_{kind}": ir.RefAttr(f"value_{kind}", name, types[kind])}
         return self.op("Constant", **reference)
@@ -77,7 +99,10 @@ class Tape:
         """To ``dims``: numbers (-1 infers, 0 keeps), or int64 [1] values."""
         if all(isinstance(d, int) for d in dims):
             return self.op("Reshape", x, self.ints(*(d for d in dims if isinstance(d, int))))
-        parts = [d if not isinstance(d, int) else self.ints(d) if d else self.size(x, i) for i, d in enumerate(dims)]
+        parts = [
+            d if not isinstance(d, int) else self.ints(d) if d else self.size(x, i)
+            for i, d in enumerate(dims)
+        ]
         return self.reshape_to(x, self.op("Concat", *parts, axis=0))
 
     def reshape_to(self, x: ir.Value, shape: ir.Value) -> ir.Value:
@@ -94,7 +119,9 @@ class Tape:
     def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
         return self.op("Unsqueeze", x, self.ints(*axes))
 
-    def loop(self, count: ir.Value, start: ir.Value, record: Callable[["Tape", ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    def loop(
+        self, count: ir.Value, start: ir.Value, record: Callable[["Tape", ir.Value, ir.Value], ir.Value]
+    ) -> ir.Value:
         """``count`` times ``value = record(tape, i, value)``, from ``start`` on."""
 
         def body(t: "Tape", i: ir.Value, going: ir.Value, value: ir.Value) -> list[ir.Value]:
@@ -103,16 +130,27 @@ class Tape:
             return [t.op("Identity", going), record(t, i, value)]
 
         return self.op(
-            "Loop", count, self.constant(np.bool_(True)), start, body=self.subgraph("body", ["i", "going", "value"], body)
+            "Loop",
+            count,
+            self.constant(np.bool_(True)),
+            start,
+            body=self.subgraph("body", ["i", "going", "value"], body),
         )
 
-    def subgraph(self, name: str, inputs: Sequence[str], record: Callable[..., Sequence[ir.Value]]) -> ir.Attr:
+    def subgraph(
+        self, name: str, inputs: Sequence[str], record: Callable[..., Sequence[ir.Value]]
+    ) -> ir.Attr:
         """A graph attribute (``body``, ``then_branch``): ``record(tape, *inputs)`` returns its outputs."""
         tape = Tape(parent=self)
         values = [ir.Value(name=f"{self.name}{hint}_{next(self._names)}") for hint in inputs]
         outputs = list(record(tape, *values))
-        outputs = [tape.op("Identity", out) if out in values or out.producer() not in tape.nodes else out for out in outputs]
-        return ir.AttrGraph(name, ir.Graph(values, outputs, nodes=tape.nodes, name=name, opset_imports={"": OPSET}))
+        outputs = [
+            tape.op("Identity", out) if out in values or out.producer() not in tape.nodes else out
+            for out in outputs
+        ]
+        return ir.AttrGraph(
+            name, ir.Graph(values, outputs, nodes=tape.nodes, name=name, opset_imports={"": OPSET})
+        )
 
 
 Recorder = Callable[..., Sequence[ir.Value]]  # (tape, *inputs) -> outputs
@@ -120,14 +158,19 @@ Recorder = Callable[..., Sequence[ir.Value]]  # (tape, *inputs) -> outputs
 
 def function(op: Spec, record: Recorder, *, name: str = "", inputs: Sequence[str] = ()) -> ir.Function:
     """The body of an operator; ``name`` and further ``inputs`` where a format has its own."""
-    attributes = [ir.convenience.convert_attribute(key, value) for key, value in op.attributes.items() if key not in ("format",)]
+    attributes = [
+        ir.convenience.convert_attribute(key, value)
+        for key, value in op.attributes.items()
+        if key not in ("format",)
+    ]
     return make_function(op.domain, name or op.name, [*op.inputs, *inputs], record, attributes)
 
 
 def make_function(
     domain: str, name: str, inputs: Sequence[str], record: Recorder, attributes: Sequence[ir.Attr] = ()
 ) -> ir.Function:
-    """A function of the model. (No overloads: ONNX Runtime does not find them from inside another function.)"""
+    """A function of the model. (No overloads: ONNX Runtime does not find them from inside another
+    function.)"""
     tape = Tape(f"{name}/")
     values = [ir.Value(name=hint) for hint in inputs]
     outputs = list(record(tape, *values))

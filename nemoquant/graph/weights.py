@@ -39,18 +39,23 @@ class GraphWeights:
     def experts(self, mixer: str, projection: str, part: str) -> ir.Value:
         """One part of all experts of a layer and projection, [E, ...]."""
         count = self.opened.config.n_routed_experts
-        infos = [self.opened.checkpoint.tensors[self._part_name(f"{mixer}experts.{e}.{projection}", part)] for e in range(count)]
+        infos = [
+            self.opened.checkpoint.tensors[self._part_name(f"{mixer}experts.{e}.{projection}", part)]
+            for e in range(count)
+        ]
         name = f"{mixer}experts.{projection}.{part}"
         if not stacked(infos):
             raise CheckpointError(
-                f"{self.opened.path}: the experts of {name} do not lie back to back, so that no view of them exists; "
+                f"{self.opened.path}: the experts of {name} do not lie back to back, so that no view of "
+                f"them exists; "
                 "export to another folder, where they are written anew"
             )
         if part == "input_scale" and self.dialect.one_input_scale:
             values = {float(self.opened.scalar(info.name)) for info in infos}
             if len(values) > 1:
                 raise CheckpointError(
-                    f"{self.opened.path}: the experts of {name} have {len(values)} input scales; the {self.dialect.name} dialect takes one "
+                    f"{self.opened.path}: the experts of {name} have {len(values)} input scales; the "
+                    f"{self.dialect.name} dialect takes one "
                     "for all, quantize without --no-scale-groups"
                 )
             return self._value(name, part, infos[:1], None)
@@ -82,5 +87,7 @@ class GraphWeights:
             name=name,
             base_dir=self.opened.path,
         )
-        value = self.values[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=dims, const_value=tensor)
+        value = self.values[name] = ir.Value(
+            name=name, type=ir.TensorType(dtype), shape=dims, const_value=tensor
+        )
         return value

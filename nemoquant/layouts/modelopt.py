@@ -1,4 +1,5 @@
-"""The ModelOpt unified layout, written and read: names of tensors, and the two config files that describe them to engines.
+"""The ModelOpt unified layout, written and read: names of tensors, and the two config files that describe
+them to engines.
 
 This is the only file that knows these names. In this layout every stored scale is a decode scale:
 
@@ -24,13 +25,19 @@ from nemoquant.planning.plan import Plan, Row
 
 LEGACY = "hf_quant_config.json"  # the older of the two config files
 SECTION = "quantization_config"  # of config.json, the newer one
-PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
+PRODUCER = (
+    "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
+)
 LAYOUT_VERSION = "0.47.0"  # the Model Optimizer whose layout this is, byte for byte in the tests
 _SUFFIX = {
-    ("fp8", "codes"): "weight", ("fp8", "global_scale"): "weight_scale",
-    ("nvfp4", "codes"): "weight", ("nvfp4", "block_scales"): "weight_scale", ("nvfp4", "global_scale"): "weight_scale_2",
-    ("fp8", "input_scale"): "input_scale", ("nvfp4", "input_scale"): "input_scale",
-}  # fmt: skip
+    ("fp8", "codes"): "weight",
+    ("fp8", "global_scale"): "weight_scale",
+    ("nvfp4", "codes"): "weight",
+    ("nvfp4", "block_scales"): "weight_scale",
+    ("nvfp4", "global_scale"): "weight_scale_2",
+    ("fp8", "input_scale"): "input_scale",
+    ("nvfp4", "input_scale"): "input_scale",
+}
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # what a `weight` of that dtype is
 
@@ -42,14 +49,16 @@ def tensor_name(row: Row, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """How one tensor of the model lies in a file of this layout: its format, and the names of its parts by kind."""
+    """How one tensor of the model lies in a file of this layout: its format, and the names of its parts by
+    kind."""
 
     format: str
     parts: dict[str, str]
 
 
 def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
-    """The reverse of ``tensor_name``: what holds the tensor ``spec``, told by dtypes and shapes, whoever wrote the file.
+    """The reverse of ``tensor_name``: what holds the tensor ``spec``, told by dtypes and shapes, whoever
+    wrote the file.
 
     Raises:
         CheckpointError: it is missing, or its parts are not those of FP8 per tensor or NVFP4 in this layout.
@@ -73,7 +82,9 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
         if found is None:
             raise CheckpointError(f"{name} is missing; {spec.name} is {info.dtype} and needs it")
         if dtype != found.dtype or (found.shape or (1,)) != (shape or (1,)):
-            raise CheckpointError(f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
+            raise CheckpointError(
+                f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
+            )
         parts[kind] = name
     return Stored(format, parts)
 
@@ -139,8 +150,9 @@ def _group(kind: str) -> dict[str, Any]:
 def excluded_modules(plan: Plan) -> list[str]:
     """Modules that stay as the source, by names that hit nothing else in any consumer.
 
-    vLLM matches an entry as a substring too, so there are no layer prefixes (``layers.1`` would hit 10 to 19): whole module
-    names, one for all experts of a layer. ``mtp*`` stands for the multi-token-prediction modules.
+    vLLM matches an entry as a substring too, so there are no layer prefixes (``layers.1`` would hit 10 to
+    19): whole module names, one for all experts of a layer. ``mtp*`` stands for the multi-token-prediction
+    modules.
     """
     names: dict[str, None] = {}
     for row in plan.rows:
@@ -170,7 +182,8 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
 
 
 def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its own quantization, in the terms of config.json's ``SECTION``; empty if nothing."""
+    """What a checkpoint says of its own quantization, in the terms of config.json's ``SECTION``; empty if
+    nothing."""
     declared = raw.get(SECTION)
     return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
 
@@ -186,17 +199,23 @@ def _legacy_quantization(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
         bits = {"kv_cache_scheme": {"num_bits": 8}} if found.get("kv_cache_quant_algo") == "FP8" else {}
-        return {"quant_algo": found.get("quant_algo"), "quantized_layers": found.get("quantized_layers"), **bits}
+        return {
+            "quant_algo": found.get("quant_algo"),
+            "quantized_layers": found.get("quantized_layers"),
+            **bits,
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def declared_algorithm(declared: Mapping[str, Any]) -> Any:
-    """The name of the whole checkpoint's algorithm in :func:`declared_quantization`; None if there is none."""
+    """The name of the whole checkpoint's algorithm in :func:`declared_quantization`; None if there is
+    none."""
     return declared.get("quant_algo")
 
 
 def declares_quantized_input(declared: Mapping[str, Any], module: str) -> bool:
-    """Whether :func:`declared_quantization` says that the input of a module's GEMM is quantized, so that a scale is needed."""
+    """Whether :func:`declared_quantization` says that the input of a module's GEMM is quantized, so that a
+    scale is needed."""
     entry = (declared.get("quantized_layers") or {}).get(module)
     return declared_algorithm(entry if isinstance(entry, dict) else declared) in ("FP8", "NVFP4")

@@ -12,7 +12,8 @@ from nemoquant.model.taps import Tap, Weights, linear
 
 @dataclass(frozen=True)
 class KVState:
-    """What an attention layer keeps: keys and values [batch, kv_heads, past, head_dim], as the taps returned them."""
+    """What an attention layer keeps: keys and values [batch, kv_heads, past, head_dim], as the taps returned
+    them."""
 
     key: Tensor
     value: Tensor
@@ -31,11 +32,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     mask = None
     if 1 < length < total:
         mask = torch.ones(length, total, dtype=torch.bool, device=query.device).tril_(total - length)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=length == total > 1, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=length == total > 1, enable_gqa=True
+    )
 
 
-def forward(config: NemotronHConfig, weights: Weights, x: Tensor, state: KVState | None, tap: Tap) -> tuple[Tensor, KVState]:
-    """x [batch, length, hidden], already normalised -> (y of that shape, state with ``length`` more positions)."""
+def forward(
+    config: NemotronHConfig, weights: Weights, x: Tensor, state: KVState | None, tap: Tap
+) -> tuple[Tensor, KVState]:
+    """x [batch, length, hidden], already normalised -> (y of that shape, state with ``length`` more
+    positions)."""
     batch, length, _ = x.shape
     flat = x.flatten(0, 1)
 

@@ -1,7 +1,7 @@
 """The architecture that a ``config.json`` of ``model_type: nemotron_h`` describes, in one spelling.
 
-The family's configs spell the layer schedule in three ways and several scalars in two; this is the only place that knows.
-Nothing here reads weights.
+The family's configs spell the layer schedule in three ways and several scalars in two; this is the only place
+that knows. Nothing here reads weights.
 """
 
 import json
@@ -17,8 +17,13 @@ LayerKind = Literal["mamba", "moe", "attention", "mlp"]
 
 PATTERN_LETTERS: dict[str, LayerKind] = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 BLOCK_NAMES: dict[str, LayerKind] = {
-    "mamba": "mamba", "moe": "moe", "attention": "attention", "mlp": "mlp", "linear_attention": "mamba", "full_attention": "attention",
-}  # fmt: skip
+    "mamba": "mamba",
+    "moe": "moe",
+    "attention": "attention",
+    "mlp": "mlp",
+    "linear_attention": "mamba",
+    "full_attention": "attention",
+}
 
 # canonical name -> other spellings found in published configs
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -42,9 +47,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
 class NemotronHConfig:
     """Sizes and constants of one Nemotron-H model. Sizes of a kind of layer that the schedule lacks are 0.
 
-    ``layers`` is the schedule of the main model, ``mtp_layers`` that of each of ``mtp_modules`` multi-token-prediction modules
-    (empty when there are none). ``moe_latent_size`` is 0 for models whose routed experts see the full hidden state.
-    ``time_step_limit`` bounds dt after softplus: ``(0, inf)`` where the config is silent, as serving engines do.
+    ``layers`` is the schedule of the main model, ``mtp_layers`` that of each of ``mtp_modules``
+    multi-token-prediction modules (empty when there are none). ``moe_latent_size`` is 0 for models whose
+    routed experts see the full hidden state. ``time_step_limit`` bounds dt after softplus: ``(0, inf)`` where
+    the config is silent, as serving engines do.
     """
 
     layers: tuple[LayerKind, ...]
@@ -113,7 +119,8 @@ def layer_pattern(layers: Sequence[LayerKind]) -> str:
 
 
 def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
-    """Read ``config.json`` (or the folder that holds it): the parsed config, and its raw keys as the file has them.
+    """Read ``config.json`` (or the folder that holds it): the parsed config, and its raw keys as the file has
+    them.
 
     Raises:
         ConfigError: the file is missing, is not JSON, or does not describe a Nemotron-H model.
@@ -122,11 +129,17 @@ def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist; expected a Nemotron-H checkpoint folder or its config.json") from None
+        raise ConfigError(
+            f"{file} does not exist; expected a Nemotron-H checkpoint folder or its config.json"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON ({error}); expected a Nemotron-H config.json") from None
+        raise ConfigError(
+            f"{file} cannot be read as JSON ({error}); expected a Nemotron-H config.json"
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds a JSON {type(raw).__name__}, expected an object with `model_type: nemotron_h`")
+        raise ConfigError(
+            f"{file} holds a JSON {type(raw).__name__}, expected an object with `model_type: nemotron_h`"
+        )
     return parse_config(raw, str(file)), raw
 
 
@@ -140,7 +153,8 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Nemotro
 
 
 def _plain(value: Any) -> Any:
-    """A value in one spelling: ``{"__float__": "Infinity"}`` as the number, layer kinds by our names, in lists too."""
+    """A value in one spelling: ``{"__float__": "Infinity"}`` as the number, layer kinds by our names, in
+    lists too."""
     if isinstance(value, dict) and set(value) == {"__float__"}:
         return _plain(value["__float__"])
     if isinstance(value, list | tuple):
@@ -158,8 +172,11 @@ class _Parser:
         return ConfigError(f"{self.source}: {message}")
 
     def find(self, name: str) -> Any:
-        """The value under the canonical name or one of its aliases; None when absent. Two that disagree are an error."""
-        found = {key: self.raw[key] for key in (name, *ALIASES.get(name, ())) if self.raw.get(key) is not None}
+        """The value under the canonical name or one of its aliases; None when absent. Two that disagree are
+        an error."""
+        found = {
+            key: self.raw[key] for key in (name, *ALIASES.get(name, ())) if self.raw.get(key) is not None
+        }
         values = [_plain(value) for value in found.values()]
         if any(v != values[0] for v in values[1:]):
             raise self.fail(f"{found} contradict each other; expected one value, remove the wrong key")
@@ -202,7 +219,10 @@ class _Parser:
         spelled: list[tuple[LayerKind, ...]] = []
         if pattern is not None:
             if not isinstance(pattern, str) or not pattern:
-                raise self.fail(f"`{pattern_key}` is {pattern!r}; expected a string of the letters {' '.join(PATTERN_LETTERS)}")
+                raise self.fail(
+                    f"`{pattern_key}` is {pattern!r}; expected a string of the letters "
+                    f"{' '.join(PATTERN_LETTERS)}"
+                )
             unknown = sorted(set(pattern) - PATTERN_LETTERS.keys())
             if unknown:
                 place = pattern.index(unknown[0])
@@ -212,15 +232,21 @@ class _Parser:
                 )
             spelled.append(tuple(PATTERN_LETTERS[letter] for letter in pattern))
         if blocks is not None:
-            bad = [b for b in blocks if not isinstance(b, str) or b not in BLOCK_NAMES] if isinstance(blocks, list) else blocks
+            bad = (
+                [b for b in blocks if not isinstance(b, str) or b not in BLOCK_NAMES]
+                if isinstance(blocks, list)
+                else blocks
+            )
             if bad or not blocks:
                 raise self.fail(
-                    f"`{list_key}` has the unknown layer kind {bad!r}; expected a list of {listing(list(BLOCK_NAMES), 9)}"
+                    f"`{list_key}` has the unknown layer kind {bad!r}; expected a list of "
+                    f"{listing(list(BLOCK_NAMES), 9)}"
                 )
             spelled.append(tuple(BLOCK_NAMES[b] for b in blocks))
         if len(set(spelled)) > 1:
             raise self.fail(
-                f"`{pattern_key}` and `{list_key}` describe different layers; expected the same schedule, remove the wrong one"
+                f"`{pattern_key}` and `{list_key}` describe different layers; expected the same schedule, "
+                f"remove the wrong one"
             )
         return spelled[0]
 
@@ -231,7 +257,9 @@ class _Parser:
         if not isinstance(value, list | tuple) or len(value) != 2:
             raise self.fail(f"`time_step_limit` is {value!r}; expected a pair of numbers")
         low, high = (
-            default if v is None else _Parser({"time_step_limit": v}, self.source).number("time_step_limit", default)
+            default
+            if v is None
+            else _Parser({"time_step_limit": v}, self.source).number("time_step_limit", default)
             for v, default in zip(value, (0.0, math.inf), strict=True)
         )
         if not 0 <= low < high:
@@ -241,7 +269,8 @@ class _Parser:
     def parse(self) -> NemotronHConfig:
         if self.raw.get("model_type") != "nemotron_h":
             raise self.fail(
-                f"`model_type` is {self.raw.get('model_type')!r}, expected 'nemotron_h'; nemoquant quantizes the Nemotron-H family only"
+                f"`model_type` is {self.raw.get('model_type')!r}, expected 'nemotron_h'; nemoquant "
+                f"quantizes the Nemotron-H family only"
             )
         layers = self.schedule("hybrid_override_pattern", "layers_block_type")
         if layers is None:
@@ -249,19 +278,24 @@ class _Parser:
         declared = self.raw.get("num_hidden_layers")
         if declared is not None and declared != len(layers):
             raise self.fail(
-                f"`num_hidden_layers` is {declared!r}, but the layer schedule has {len(layers)} layers; expected the same"
+                f"`num_hidden_layers` is {declared!r}, but the layer schedule has {len(layers)} layers; "
+                f"expected the same"
             )
         for key in ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"):
             if self.raw.get(key):
                 raise self.fail(
-                    f"`{key}` is {self.raw[key]!r}, expected false; no published model of this family has biases in its projections"
+                    f"`{key}` is {self.raw[key]!r}, expected false; no published model of this family has "
+                    f"biases in its projections"
                 )
         for key, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
             if self.raw.get(key, expected) != expected:
-                raise self.fail(f"`{key}` is {self.raw[key]!r}, expected {expected!r}, the only one that this family has")
+                raise self.fail(
+                    f"`{key}` is {self.raw[key]!r}, expected {expected!r}, the only one that this family has"
+                )
         if self.raw.get("sliding_window") is not None:
             raise self.fail(
-                f"`sliding_window` is {self.raw['sliding_window']!r}, expected null; this family attends to the whole context"
+                f"`sliding_window` is {self.raw['sliding_window']!r}, expected null; this family attends to "
+                f"the whole context"
             )
         modules = self.integer("num_nextn_predict_layers", 0, minimum=0)
         mtp = self.schedule("mtp_hybrid_override_pattern", "mtp_layers_block_type") or ("attention", "moe")
@@ -326,7 +360,9 @@ class _Parser:
             "n_shared_experts": shared,
             "moe_latent_size": self.integer("moe_latent_size", 0, minimum=0) if present else 0,
             "moe_intermediate_size": self.integer("moe_intermediate_size") if present else 0,
-            "moe_shared_expert_intermediate_size": self.integer("moe_shared_expert_intermediate_size") if shared else 0,
+            "moe_shared_expert_intermediate_size": self.integer("moe_shared_expert_intermediate_size")
+            if shared
+            else 0,
             "routed_scaling_factor": self.number("routed_scaling_factor", 1.0),
             "norm_topk_prob": self.flag("norm_topk_prob", True),
             "n_group": self.integer("n_group", 1),
@@ -340,14 +376,18 @@ class _Parser:
             ("n_routed_experts", "n_group", c.n_routed_experts, c.n_group),
         ):
             if b and a % b:
-                raise self.fail(f"`{whole}` is {a}, which `{part}` = {b} does not divide; expected a multiple")
+                raise self.fail(
+                    f"`{whole}` is {a}, which `{part}` = {b} does not divide; expected a multiple"
+                )
         if c.num_experts_per_tok > c.n_routed_experts:
             raise self.fail(
-                f"`num_experts_per_tok` is {c.num_experts_per_tok}, more than the {c.n_routed_experts} experts of a layer"
+                f"`num_experts_per_tok` is {c.num_experts_per_tok}, more than the {c.n_routed_experts} "
+                f"experts of a layer"
             )
         open_experts = c.topk_group * (c.n_routed_experts // c.n_group)
         if c.n_routed_experts and (c.topk_group > c.n_group or c.num_experts_per_tok > open_experts):
             raise self.fail(
-                f"`topk_group` is {c.topk_group} of `n_group` = {c.n_group} groups, which hold {open_experts} experts for "
+                f"`topk_group` is {c.topk_group} of `n_group` = {c.n_group} groups, which hold "
+                f"{open_experts} experts for "
                 f"`num_experts_per_tok` = {c.num_experts_per_tok}; expected enough of them"
             )

@@ -1,4 +1,5 @@
-"""The Mamba-2 block: a projection, a short causal convolution, a selective state-space scan, a gated norm, a projection.
+"""The Mamba-2 block: a projection, a short causal convolution, a selective state-space scan, a gated norm, a
+projection.
 
 For each head with its group's B and C (Dao and Gu 2024, arXiv:2405.21060):
 
@@ -6,14 +7,16 @@ For each head with its group's B and C (Dao and Gu 2024, arXiv:2405.21060):
     state_t = exp(dt_t * A) * state_{t-1} + dt_t * x_t (outer) B_t           A = -exp(A_log)
     y_t = state_t @ C_t + D * x_t
 
-Several positions at once are computed in chunks by matrix products (section 6 of the paper): within a chunk as masked
-attention, across chunks by carrying the state. The states of a group's heads are the rows of one matrix, so that one product
-with the group's B or C serves them all, and B and C are never repeated. Memory follows batch * heads * CHUNK^2.
+Several positions at once are computed in chunks by matrix products (section 6 of the paper): within a chunk
+as masked attention, across chunks by carrying the state. The states of a group's heads are the rows of one
+matrix, so that one product with the group's B or C serves them all, and B and C are never repeated. Memory
+follows batch * heads * CHUNK^2.
 
-Between the two projections all is float32; the running sums of dt * A are float64, because the products need differences of
-them, and after one strong decay a float32 sum would have lost the weak ones that follow.
+Between the two projections all is float32; the running sums of dt * A are float64, because the products need
+differences of them, and after one strong decay a float32 sum would have lost the weak ones that follow.
 
-On CUDA, kernels built by `nemoquant plugins build` take over the convolution and the scan (``ops/library.py`` says so once).
+On CUDA, kernels built by `nemoquant plugins build` take over the convolution and the scan (``ops/library.py``
+says so once).
 """
 
 from dataclasses import dataclass
@@ -27,15 +30,17 @@ from nemoquant.model.norm import gated_group_norm
 from nemoquant.model.taps import Tap, Weights, linear
 from nemoquant.ops.library import serves
 
-CHUNK = 64  # positions; on two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
+CHUNK = (
+    64  # positions; on two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
+)
 
 
 @dataclass(frozen=True)
 class MambaState:
     """What a Mamba-2 layer keeps.
 
-    ``conv`` [batch, channels, conv_kernel - 1]: the last inputs of the convolution, in the compute dtype, oldest first.
-    ``ssm`` [batch, heads, head_dim, state]: float32.
+    ``conv`` [batch, channels, conv_kernel - 1]: the last inputs of the convolution, in the compute dtype,
+    oldest first. ``ssm`` [batch, heads, head_dim, state]: float32.
     """
 
     conv: Tensor
@@ -72,7 +77,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -
     taps = weight.to(x.device).float()[:, 0].mT.contiguous()  # [kernel, channels]
     full = torch.cat([state.to(x).mT, x], 1)
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for start in range(0, length, CHUNK):  # one dtype in a block that fits the caches: six times as fast as bf16 times float32
+    for start in range(
+        0, length, CHUNK
+    ):  # one dtype in a block that fits the caches: six times as fast as bf16 times float32
         part = y[:, start : start + CHUNK]
         block = full[:, start : start + part.shape[1] + kernel - 1].float()
         torch.mul(block[:, : part.shape[1]], taps[0], out=part)
@@ -139,7 +146,8 @@ def chunk(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Ten
 
     1. Within the chunk: y_t = sum over s <= t of (C_t . B_s) * exp(decay_t - decay_s) * dt_s * x_s.
     2. From before it: y_t += exp(decay_t) * state @ C_t.
-    3. The state after it: exp(decay_q) * state + sum over s of exp(decay_q - decay_s) * dt_s * x_s (outer) B_s.
+    3. The state after it: exp(decay_q) * state + sum over s of exp(decay_q - decay_s) * dt_s * x_s (outer)
+       B_s.
 
     No exponent is positive, whatever the decays: those of s > t are -inf before exp.
 
@@ -156,7 +164,9 @@ def chunk(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Ten
     future = torch.ones(q, q, dtype=torch.bool, device=x.device).triu_(1)
     mixing = (decay[..., :, None] - decay[..., None, :]).float().masked_fill_(future, -torch.inf).exp_()
     mixing.mul_((c @ b.mT)[:, :, None])  # [batch, groups, h, t, s]
-    heads_first = torch.mul(x.permute(0, 2, 3, 1, 4), dt[..., None], out=x.new_empty(batch, groups, h, q, width))
+    heads_first = torch.mul(
+        x.permute(0, 2, 3, 1, 4), dt[..., None], out=x.new_empty(batch, groups, h, q, width)
+    )
     within = (mixing @ heads_first).permute(0, 3, 1, 2, 4)
     before = (c @ state.mT).view(batch, groups, q, h, width).transpose(1, 2)
     y = torch.addcmul(within, before, decay.exp().float().movedim(-1, 1)[..., None])
@@ -168,12 +178,16 @@ def chunk(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Ten
     return y, added.addcmul_(state, kept)
 
 
-def step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def step(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """``scan`` for one position, as the recurrence is written; ``dt`` [batch, 1, heads] is final."""
     batch, heads, width, size = state.shape
     groups = b.shape[2]
     x, dt = x[:, 0].float(), dt[:, 0]
-    written = (x * dt[..., None]).view(batch, groups, -1, 1) * b[:, 0].float()[:, :, None]  # [batch, groups, rows, state]
+    written = (x * dt[..., None]).view(batch, groups, -1, 1) * b[:, 0].float()[
+        :, :, None
+    ]  # [batch, groups, rows, state]
     state = torch.addcmul(written.view_as(state), state, torch.exp(dt * a)[..., None, None])
     y = (state.view(batch, groups, -1, size) @ c[:, 0].float()[..., None]).view(batch, heads, width)
     return torch.addcmul(y, x, d[:, None])[:, None], state
@@ -182,7 +196,8 @@ def step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, stat
 def forward(
     config: NemotronHConfig, weights: Weights, x: Tensor, state: MambaState | None, tap: Tap
 ) -> tuple[Tensor, MambaState]:
-    """x [batch, length, hidden], already normalised -> (y of that shape, the state after the last position)."""
+    """x [batch, length, hidden], already normalised -> (y of that shape, the state after the last
+    position)."""
     batch, length, _ = x.shape
     state = state or empty_state(config, batch, x)
     projected = linear("in_proj", x.flatten(0, 1), weights, tap).view(batch, length, -1)

@@ -11,6 +11,12 @@ def mlp(weights: Weights, x: Tensor, tap: Tap) -> Tensor:
     return linear("down_proj", squared_relu(linear("up_proj", x, weights, tap)), weights, tap)
 
 
-def forward(config: NemotronHConfig, weights: Weights, x: Tensor, state: None, tap: Tap) -> tuple[Tensor, None]:  # noqa: ARG001
+def forward(
+    config: NemotronHConfig,
+    weights: Weights,
+    x: Tensor,
+    state: None,
+    tap: Tap,
+) -> tuple[Tensor, None]:
     """x [batch, length, hidden], already normalised -> (y of that shape, no state)."""
     return mlp(weights, x.flatten(0, 1), tap).view_as(x), None

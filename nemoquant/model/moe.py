@@ -1,16 +1,18 @@
-"""The mixture-of-experts block: a sigmoid router, routed experts (behind a latent projection or not), and a shared expert.
+"""The mixture-of-experts block: a sigmoid router, routed experts (behind a latent projection or not), and a
+shared expert.
 
-The router scores in float32. ``e_score_correction_bias`` takes part in the choice and not in the weights (DeepSeek-V3's
-loss-free balancing, section 2.1.2 of arXiv:2412.19437); with ``n_group`` > 1 only the best ``topk_group`` groups of experts,
-by the sum of their two best scores, are open to a token. The result is
+The router scores in float32. ``e_score_correction_bias`` takes part in the choice and not in the weights
+(DeepSeek-V3's loss-free balancing, section 2.1.2 of arXiv:2412.19437); with ``n_group`` > 1 only the best
+``topk_group`` groups of experts, by the sum of their two best scores, are open to a token. The result is
 
     fc2_latent_proj(sum over chosen e of w_e * down_e(relu(up_e(fc1_latent_proj(x)))^2)) + shared_experts(x)
 
 without fc1 and fc2 where the config has no latent size.
 
-Where a kernel library serves the operator (``ops/library.py``), no tap looks and all weights are bf16, the routed experts are stacked
-on the device, as many as ``SLAB_BYTES`` hold, and computed in one call. Bringing them there takes most of the time either way (by
-estimate: 5.6 GB a layer of Super are hundreds of milliseconds, its products some ten): what the call saves is thousands of small launches.
+Where a kernel library serves the operator (``ops/library.py``), no tap looks and all weights are bf16, the
+routed experts are stacked on the device, as many as ``SLAB_BYTES`` hold, and computed in one call. Bringing
+them there takes most of the time either way (by estimate: 5.6 GB a layer of Super are hundreds of
+milliseconds, its products some ten): what the call saves is thousands of small launches.
 """
 
 from collections.abc import Sequence
@@ -60,12 +62,14 @@ def routed_experts(weights: Weights, x: Tensor, ids: Tensor, factors: Tensor, ta
     """The weighted sum of each token's experts; an expert that no token chose is neither read nor tapped.
 
     Args:
-        weights: holds ``experts.E.up_proj.weight`` [width, in] and ``experts.E.down_proj.weight`` [in, width].
+        weights: holds ``experts.E.up_proj.weight`` [width, in] and ``experts.E.down_proj.weight`` [in,
+            width].
         x: [tokens, in]. An expert's tap sees its tokens' rows in ascending order.
         ids: [tokens, k] int64.
         factors: [tokens, k] float32.
     Returns:
-        [tokens, in] in the dtype of ``x``, summed in float32 in ascending order of experts (by the operator: of each token's choices).
+        [tokens, in] in the dtype of ``x``, summed in float32 in ascending order of experts (by the operator:
+            of each token's choices).
     """
     counts = torch.bincount(ids.flatten()).tolist()
     if tap is identity and serves("routed_experts", x.device.type):
@@ -91,9 +95,13 @@ def _names(expert: int) -> tuple[str, str]:
 
 
 def _all_fit(weights: Weights, experts: Sequence[int]) -> bool:
-    """Whether the operator takes all these experts' weights as they are. (Looking them up reads nothing of them.)"""
+    """Whether the operator takes all these experts' weights as they are. (Looking them up reads nothing of
+    them.)"""
     found = (weights[name] for expert in experts for name in _names(expert))
-    return all(isinstance(w, Tensor) and w.dtype == torch.bfloat16 and not any(n % OPERATOR_STEP for n in w.shape) for w in found)
+    return all(
+        isinstance(w, Tensor) and w.dtype == torch.bfloat16 and not any(n % OPERATOR_STEP for n in w.shape)
+        for w in found
+    )
 
 
 def _by_operator(weights: Weights, experts: Sequence[int], x: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
@@ -102,21 +110,32 @@ def _by_operator(weights: Weights, experts: Sequence[int], x: Tensor, ids: Tenso
 
     shapes = [weights[name].shape for name in _names(experts[0])]
     size = max(1, SLAB_BYTES // sum(2 * shape.numel() for shape in shapes))
-    stacks = [torch.empty(min(size, len(experts)), *shape, dtype=torch.bfloat16, device=x.device) for shape in shapes]
+    stacks = [
+        torch.empty(min(size, len(experts)), *shape, dtype=torch.bfloat16, device=x.device)
+        for shape in shapes
+    ]
     total = torch.zeros_like(x, dtype=torch.float32)
     for start in range(0, len(experts), size):
         slab = experts[start : start + size]
         for place, expert in enumerate(slab):
             for stack, name in zip(stacks, _names(expert), strict=True):
                 stack[place].copy_(weights[name])
-        places = torch.full((experts[-1] + 1,), -1, dtype=torch.int64)  # of an expert in another slab: none, and it adds nothing
+        places = torch.full(
+            (experts[-1] + 1,), -1, dtype=torch.int64
+        )  # of an expert in another slab: none, and it adds nothing
         places[list(slab)] = torch.arange(len(slab))
         up, down = (stack[: len(slab)] for stack in stacks)
         total += operator(x, places.to(x.device)[ids], factors, [up], [down], "bf16")
     return total.to(x.dtype)
 
 
-def forward(config: NemotronHConfig, weights: Weights, x: Tensor, state: None, tap: Tap) -> tuple[Tensor, None]:  # noqa: ARG001
+def forward(
+    config: NemotronHConfig,
+    weights: Weights,
+    x: Tensor,
+    state: None,
+    tap: Tap,
+) -> tuple[Tensor, None]:
     """x [batch, length, hidden], already normalised -> (y of that shape, no state)."""
     flat = x.flatten(0, 1)
     ids, factors = route(config, weights, tap("gate", flat))

@@ -1,12 +1,14 @@
-"""Multi-token prediction: a module that guesses token t+2 from the main model's hidden state at t and token t+1.
+"""Multi-token prediction: guesses token t+2 from the main model's hidden state at t and token t+1.
 
-    x = eh_proj(concat(enorm(embedding of token t+1), hnorm(hidden_t)))     hidden: the main model's output after norm_f
+    x = eh_proj(concat(enorm(embedding of token t+1), hnorm(hidden_t)))
+        where hidden is the main model's output after norm_f
     x = the module's layers, with residuals that start at this x
     hidden' = final_layernorm(x), and the logits are the main model's lm_head of it
 
-As vLLM, SGLang and TensorRT-LLM do it: all three norms are RMS norms. The layers of module m are ``mtp.layers.{i}.`` with i
-from m * len(pattern); enorm, hnorm and eh_proj are stored under its first layer, final_layernorm under its last. The layers
-themselves are those of the main model: run them by ``reference.layer_forward``.
+As vLLM, SGLang and TensorRT-LLM do it: all three norms are RMS norms. The layers of module m are
+``mtp.layers.{i}.`` with i from m * len(pattern); enorm, hnorm and eh_proj are stored under its first layer,
+final_layernorm under its last. The layers themselves are those of the main model: run them by
+``reference.layer_forward``.
 """
 
 import torch
@@ -24,7 +26,9 @@ def layer_prefixes(config: NemotronHConfig, module: int) -> list[str]:
 
 
 @torch.no_grad()
-def mtp_input(config: NemotronHConfig, weights: Weights, embedded: Tensor, hidden: Tensor, tap: Tap = identity) -> Tensor:
+def mtp_input(
+    config: NemotronHConfig, weights: Weights, embedded: Tensor, hidden: Tensor, tap: Tap = identity
+) -> Tensor:
     """What the module's first layer is given.
 
     Args:
@@ -44,5 +48,6 @@ def mtp_input(config: NemotronHConfig, weights: Weights, embedded: Tensor, hidde
 
 @torch.no_grad()
 def mtp_output(config: NemotronHConfig, weights: Weights, x: Tensor) -> Tensor:
-    """``final_layernorm``, stored with the module's last layer, whose ``weights`` these are: what lm_head is given."""
+    """``final_layernorm``, stored with the module's last layer, whose ``weights`` these are: what lm_head is
+    given."""
     return rms_norm(x, weights["final_layernorm.weight"], config.norm_eps)

@@ -1,6 +1,8 @@
-"""RMS norms (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32 and rounded once to the compute dtype.
+"""RMS norms (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32 and rounded once to the compute
+dtype.
 
-Both work through blocks of rows, so that float32 intermediates stay in the caches, and small beside the layer.
+Both work through blocks of rows, so that float32 intermediates stay in the caches, and small beside the
+layer.
 """
 
 from collections.abc import Iterator
@@ -20,11 +22,14 @@ def blocks(rows: int, width: int) -> Iterator[slice]:
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(mean(x^2) + eps)`` over the last dimension, which is kept as 1."""
-    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
+    return torch.rsqrt(
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / sqrt(mean(x^2) + eps)``, the mean over the last dimension: x [..., D], weight [D] -> x's shape and dtype."""
+    """``weight * x / sqrt(mean(x^2) + eps)``, the mean over the last dimension: x [..., D], weight [D] -> x's
+    shape and dtype."""
     rows, factor = x.reshape(-1, x.shape[-1]), weight.to(x.device).float()
     y = torch.empty_like(rows)
     for part in blocks(*rows.shape):
@@ -34,7 +39,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """The norm before a Mamba-2 mixer's last projection: gate by ``silu(z)`` first, then one RMS for each group of channels.
+    """The norm before a Mamba-2 mixer's last projection: gate by ``silu(z)`` first, then one RMS for each
+    group of channels.
 
     Args:
         y: [..., D] float32, the scan's output.

@@ -1,9 +1,10 @@
 """The reference model: what a Nemotron-H checkpoint computes, one layer's weights at a time.
 
-``layer_forward`` is the unit that streams: calibration keeps the rows' hidden states itself and runs them through one layer
-after the other. ``ReferenceModel`` does the same for one batch of tokens. Compute is in one dtype, float32 or bfloat16, on
-one device; norms, the router, and all of a Mamba-2 mixer between its projections are float32 in either.
-Weights may lie in another dtype or on another device: each is converted when it is used, and forgotten.
+``layer_forward`` is the unit that streams: calibration keeps the rows' hidden states itself and runs them
+through one layer after the other. ``ReferenceModel`` does the same for one batch of tokens. Compute is in one
+dtype, float32 or bfloat16, on one device; norms, the router, and all of a Mamba-2 mixer between its
+projections are float32 in either. Weights may lie in another dtype or on another device: each is converted
+when it is used, and forgotten.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,13 +49,19 @@ def mixer_forward(
 
 @torch.no_grad()
 def layer_forward(
-    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, state: LayerState = None, tap: Tap = identity
+    config: NemotronHConfig,
+    kind: LayerKind,
+    weights: Weights,
+    x: Tensor,
+    state: LayerState = None,
+    tap: Tap = identity,
 ) -> tuple[Tensor, LayerState]:
     """One layer: ``x + mixer(norm(x))``.
 
     Args:
         weights: by names relative to the layer, as published: ``norm.weight``, ``mixer.in_proj.weight``,
-            ``mixer.experts.3.up_proj.weight``. Asked for one at a time, and for experts only when a token reached them.
+            ``mixer.experts.3.up_proj.weight``. Asked for one at a time, and for experts only when a token
+            reached them.
         x: [batch, length, hidden], float32 or bfloat16: the compute dtype. Not changed.
         state: of this layer, from the call on the positions before; None at the start of a sequence.
         tap: called by names relative to the layer, ``mixer.in_proj``.
@@ -70,9 +77,9 @@ class ReferenceModel:
     """The whole model over a source of weights.
 
     Args:
-        weights: called with a prefix (``backbone.embeddings.``, ``backbone.layers.3.``, ``backbone.norm_f.``, ``lm_head.``,
-            ``mtp.layers.0.``), returns the tensors under it by their names relative to it. Called again in each forward;
-            what it returns is dropped before the next call.
+        weights: called with a prefix (``backbone.embeddings.``, ``backbone.layers.3.``, ``backbone.norm_f.``,
+            ``lm_head.``, ``mtp.layers.0.``), returns the tensors under it by their names relative to it.
+            Called again in each forward; what it returns is dropped before the next call.
         dtype: the compute dtype, float32 or bfloat16.
         device: where the compute happens, wherever the weights are.
     """
@@ -92,8 +99,11 @@ class ReferenceModel:
         table = self.weights("backbone.embeddings.")["weight"]
         return F.embedding(tokens.to(table.device), table).to(self.device, self.dtype)
 
-    def hidden(self, tokens: Tensor, state: State | None = None, tap: Tap | None = None) -> tuple[Tensor, State]:
-        """The main model up to and with norm_f, which is what lm_head and MTP are given; arguments and state as in ``forward``.
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, tap: Tap | None = None
+    ) -> tuple[Tensor, State]:
+        """The main model up to and with norm_f, which is what lm_head and MTP are given; arguments and state
+        as in ``forward``.
 
         Returns:
             [batch, length, hidden] in the compute dtype, and the state after the last token.
@@ -104,7 +114,8 @@ class ReferenceModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """hidden [batch, length, hidden], after its norm -> [batch, length, vocabulary], same dtype; taps ``lm_head``."""
+        """hidden [batch, length, hidden], after its norm -> [batch, length, vocabulary], same dtype; taps
+        ``lm_head``."""
         head = "backbone.embeddings." if self.config.tie_word_embeddings else "lm_head."
         weights = {"lm_head.weight": self.weights(head)["weight"]}
         return linear("lm_head", hidden.flatten(0, 1), weights, tap or identity).view(*hidden.shape[:2], -1)
@@ -126,16 +137,23 @@ class ReferenceModel:
         return self.logits(hidden[:, -1:] if last_only else hidden, tap), state
 
     def mtp_forward(
-        self, tokens: Tensor, hidden: Tensor, state: State | None = None, tap: Tap | None = None, module: int = 0
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        state: State | None = None,
+        tap: Tap | None = None,
+        module: int = 0,
     ) -> tuple[Tensor, Tensor, State]:
         """One MTP module.
 
         Args:
             tokens: [batch, length] int64, the token *after* each position of ``hidden``.
-            hidden: [batch, length, hidden] from ``hidden()``; for a further step or module, what this returned.
+            hidden: [batch, length, hidden] from ``hidden()``; for a further step or module, what this
+                returned.
             state: of this module, from its call on the positions before.
         Returns:
-            logits of the token after ``tokens`` [batch, length, vocabulary], the hidden states [batch, length, hidden]
+            logits of the token after ``tokens`` [batch, length, vocabulary], the hidden states [batch,
+                length, hidden]
             that they were made from, and the module's state.
         """
         prefixes = mtp.layer_prefixes(self.config, module)
@@ -146,7 +164,12 @@ class ReferenceModel:
         return self.logits(hidden, tap), hidden, state
 
     def _layers(
-        self, kinds: Sequence[LayerKind], prefixes: Sequence[str], x: Tensor, state: State | None, tap: Tap | None
+        self,
+        kinds: Sequence[LayerKind],
+        prefixes: Sequence[str],
+        x: Tensor,
+        state: State | None,
+        tap: Tap | None,
     ) -> tuple[Tensor, State]:
         before = state.layers if state else (None,) * len(kinds)
         after: list[LayerState] = []

@@ -1,6 +1,7 @@
 """The tensor table of a Nemotron-H model: every tensor that a config calls for, with its role, in file order.
 
-Names are the published ones (``backbone.layers.3.mixer.experts.7.up_proj.weight``). Roles are what recipes speak of:
+Names are the published ones (``backbone.layers.3.mixer.experts.7.up_proj.weight``). Roles are what recipes
+speak of:
 
     embedding  lm_head  norm  conv1d
     ssm.A_log  ssm.D  ssm.dt_bias
@@ -18,10 +19,22 @@ from dataclasses import dataclass
 from nemoquant.model.config import LayerKind, NemotronHConfig
 
 LINEAR_ROLES = (
-    "mamba.in_proj", "mamba.out_proj", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
-    "experts.up_proj", "experts.down_proj", "shared_experts.up_proj", "shared_experts.down_proj",
-    "latent.fc1", "latent.fc2", "mlp.up_proj", "mlp.down_proj", "lm_head",
-)  # fmt: skip
+    "mamba.in_proj",
+    "mamba.out_proj",
+    "attention.q_proj",
+    "attention.k_proj",
+    "attention.v_proj",
+    "attention.o_proj",
+    "experts.up_proj",
+    "experts.down_proj",
+    "shared_experts.up_proj",
+    "shared_experts.down_proj",
+    "latent.fc1",
+    "latent.fc2",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "lm_head",
+)
 OTHER_ROLES = ("embedding", "norm", "conv1d", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router", "router.bias")
 MTP_ROLES = tuple(f"mtp.{role}" for role in ("eh_proj", "norm", *LINEAR_ROLES[:-1], *OTHER_ROLES[2:]))
 ROLES = (*LINEAR_ROLES, *OTHER_ROLES, *MTP_ROLES)
@@ -29,7 +42,8 @@ ROLES = (*LINEAR_ROLES, *OTHER_ROLES, *MTP_ROLES)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that the config calls for. ``dtype`` is what published bf16 checkpoints use: BF16, or F32 for the router's bias."""
+    """One tensor that the config calls for. ``dtype`` is what published bf16 checkpoints use: BF16, or F32
+    for the router's bias."""
 
     name: str
     role: str
@@ -119,7 +133,9 @@ def _moe(c: NemotronHConfig) -> Iterator[_Entry]:
         yield _weight("fc1_latent_proj", "latent.fc1", latent, hidden)
         yield _weight("fc2_latent_proj", "latent.fc2", hidden, latent)
     if c.n_shared_experts:
-        shared = c.moe_shared_expert_intermediate_size  # of all shared experts together, as transformers has it
+        shared = (
+            c.moe_shared_expert_intermediate_size
+        )  # of all shared experts together, as transformers has it
         yield _weight("shared_experts.up_proj", "shared_experts.up_proj", shared, hidden)
         yield _weight("shared_experts.down_proj", "shared_experts.down_proj", hidden, shared)
     for e in range(c.n_routed_experts):

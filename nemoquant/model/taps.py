@@ -1,13 +1,15 @@
 """Taps: the one way into every matrix product of the reference model.
 
-A tap is called with a module's name and the input of its product, and returns the tensor that is multiplied instead. An
-observer returns its argument, a fake quantizer returns a rounded one, and the model can't tell them apart. Names are those of
-the checkpoint's modules: relative to the mixer inside a block (``in_proj``), to the layer in ``layer_forward``
-(``mixer.in_proj``), and full in ``ReferenceModel`` (``backbone.layers.3.mixer.in_proj``). Beside the products there are
-``k_proj.output`` and ``v_proj.output``, keys and values as they enter the cache, and ``gate``, the router's input.
+A tap is called with a module's name and the input of its product, and returns the tensor that is multiplied
+instead. An observer returns its argument, a fake quantizer returns a rounded one, and the model can't tell
+them apart. Names are those of the checkpoint's modules: relative to the mixer inside a block (``in_proj``),
+to the layer in ``layer_forward`` (``mixer.in_proj``), and full in ``ReferenceModel``
+(``backbone.layers.3.mixer.in_proj``). Beside the products there are ``k_proj.output`` and ``v_proj.output``,
+keys and values as they enter the cache, and ``gate``, the router's input.
 
-A tap must return the shape, dtype and device that it was given. It may keep what it was given, but not change it in place:
-q, k and v (and the router, the shared expert and fc1) are given the same tensor one after the other.
+A tap must return the shape, dtype and device that it was given. It may keep what it was given, but not change
+it in place: q, k and v (and the router, the shared expert and fc1) are given the same tensor one after the
+other.
 """
 
 import threading
@@ -21,7 +23,9 @@ Tap = Callable[[str, Tensor], Tensor]
 Weights = Mapping[str, Tensor]
 
 PAD_ROWS = 16
-CAST_ELEMENTS = 1 << 24  # of a weight that is in another dtype than the compute: at most this much is converted at a time
+CAST_ELEMENTS = (
+    1 << 24
+)  # of a weight that is in another dtype than the compute: at most this much is converted at a time
 
 
 def identity(name: str, x: Tensor) -> Tensor:  # noqa: ARG001
@@ -38,7 +42,8 @@ def prefixed(tap: Tap | None, prefix: str) -> Tap:
 
 
 class Scope(Mapping[str, Tensor]):
-    """The weights under ``prefix``, by their shorter names. Looks up on demand: nothing is copied, nothing is read early."""
+    """The weights under ``prefix``, by their shorter names. Looks up on demand: nothing is copied, nothing is
+    read early."""
 
     def __init__(self, weights: Weights, prefix: str) -> None:
         self.weights, self.prefix = weights, prefix
@@ -68,11 +73,18 @@ def linear(name: str, x: Tensor, weights: Weights, tap: Tap) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``.
 
-    In bfloat16 on a CPU zeros fill the tokens up to a multiple of ``PAD_ROWS``: a kernel is compiled for each number of rows that is
-    new, which takes longer than the product itself where each expert gets another number of tokens.
+    In bfloat16 on a CPU zeros fill the tokens up to a multiple of ``PAD_ROWS``: a kernel is compiled for each
+    number of rows that is new, which takes longer than the product itself where each expert gets another
+    number of tokens.
     """
     count = x.shape[0]
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2 and count > PAD_ROWS and count % PAD_ROWS:
+    if (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.dim() == 2
+        and count > PAD_ROWS
+        and count % PAD_ROWS
+    ):
         return _product(F.pad(x, (0, 0, 0, -count % PAD_ROWS)), weight)[:count]
     return _product(x, weight)
 
@@ -93,14 +105,18 @@ _scratch = threading.local()
 
 
 def _converted(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight`` in the dtype and on the device of ``x``; on a CPU in this thread's scratch, which the next call overwrites.
+    """``weight`` in the dtype and on the device of ``x``; on a CPU in this thread's scratch, which the next
+    call overwrites.
 
-    (One expert after the other in fresh memory breaks the heap into pieces: up to half a gigabyte stayed, measured.)
+    (One expert after the other in fresh memory breaks the heap into pieces: up to half a gigabyte stayed,
+    measured.)
     """
     if not isinstance(weight, Tensor):  # a packed one decodes itself
         return weight.to(x)
     if x.device.type != "cpu":
-        return weight.to(x.device).to(x.dtype)  # crosses as it is, and grows there: torch alone would widen it first
+        return weight.to(x.device).to(
+            x.dtype
+        )  # crosses as it is, and grows there: torch alone would widen it first
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.dtype != x.dtype or buffer.numel() < weight.numel():
         buffer = _scratch.buffer = torch.empty(weight.numel(), dtype=x.dtype)

@@ -1,10 +1,11 @@
-"""Building the plugins and their kernels: CMake does it, here its tools and headers are found and its result is kept.
+"""Building the plugins and their kernels by CMake: its tools and headers, and what becomes of its result.
 
-OUT/libnemoquant_kernels.so   kernels behind a C interface, for torch and others
-OUT/libnemoquant_plugins.so   TensorRT plugins: trtexec --dynamicPlugins=..., or the registry's load_library
-OUT/libnemoquant_host.so, OUT/libnemoquant_plugins_host.so    the same sources run by an emulator on the CPU, for tests
-OUT/build.json (build_host.json)    what they were built from, and for what
-OUT/build.log (build_host.log)      everything the compilers said, with the registers and spills of every kernel
+OUT/libnemoquant_kernels.so        kernels with a C interface, for torch and others
+OUT/libnemoquant_plugins.so        TensorRT plugins: trtexec --dynamicPlugins, or the registry's load_library
+OUT/libnemoquant_host.so,
+OUT/libnemoquant_plugins_host.so   the same sources run by an emulator on the CPU, for tests
+OUT/build.json (build_host.json)   what they were built from, and for what
+OUT/build.log (build_host.log)     the compilers' output, with the registers and spills of every kernel
 """
 
 import hashlib
@@ -30,7 +31,8 @@ ARCHITECTURES = ("80", "90a", "100a", "120a")
 
 @dataclass(frozen=True)
 class Built:
-    """What ``build.json`` holds. ``sources`` is the sha256 of all sources; ``tensorrt`` the version of its headers, None without faces."""
+    """What ``build.json`` holds. ``sources`` is the sha256 of all sources; ``tensorrt`` the version of its
+    headers, None without faces."""
 
     nemoquant: str
     sources: str
@@ -56,7 +58,9 @@ def read_built(folder: Path, host: bool = False) -> Built | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         return Built(**data | {key: tuple(data[key]) for key in ("architectures", "gemm_architectures")})
     except (ValueError, TypeError, KeyError):
-        raise BuildError(f"{path} is not what `nemoquant plugins build` writes; remove it and build again") from None
+        raise BuildError(
+            f"{path} is not what `nemoquant plugins build` writes; remove it and build again"
+        ) from None
 
 
 def tensorrt_headers() -> Path | None:
@@ -83,7 +87,8 @@ def _headers(name: str, variable: str, package: str, inside: str) -> Path | None
         found = next((at for at in (Path(root), Path(root) / "include") if (at / name).is_file()), None)
         if found is None:
             raise BuildError(
-                f"{variable}={root}: no {name} there, nor in its include; expected a folder that has it, or no {variable}"
+                f"{variable}={root}: no {name} there, nor in its include; expected a folder that has it, or "
+                f"no {variable}"
             )
         return found
     spec = importlib.util.find_spec(package)
@@ -95,7 +100,8 @@ def tensorrt_version(headers: Path) -> str:
     """``10.14.1``."""
     text = (headers / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
     numbers = [
-        re.search(rf"#define (?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part}) (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")
+        re.search(rf"#define (?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part}) (\d+)", text)
+        for part in ("MAJOR", "MINOR", "PATCH")
     ]
     return ".".join(match[1] if match else "?" for match in numbers)
 
@@ -110,7 +116,8 @@ def parse_architectures(names: Sequence[str]) -> tuple[str, ...]:
     for part in found:
         if not re.fullmatch(r"\d{2,3}[af]?", part):
             raise UsageError(
-                f"--arch {part}: expected names as nvcc has them, such as sm_90a; the default is {', '.join(ARCHITECTURES)}"
+                f"--arch {part}: expected names as nvcc has them, such as sm_90a; the default is "
+                f"{', '.join(ARCHITECTURES)}"
             )
     return tuple(dict.fromkeys(found))
 
@@ -135,9 +142,11 @@ def build(
     """Compile, and put the libraries into ``out``.
 
     Args:
-        out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second build is quick.
+        out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second
+            build is quick.
         architectures: of :func:`parse_architectures`; nothing for the host.
-        gemm: those of them that CUTLASS's grouped products are built for, of :func:`gemm_architectures`. They have never run on a device.
+        gemm: those of them that CUTLASS's grouped products are built for, of :func:`gemm_architectures`. They
+            have never run on a device.
         jobs: compilers at once; default: the CPUs of this process.
         host: for the CPU by the emulator, instead of for GPUs.
         faces: the TensorRT plugins too, which need TensorRT's headers.
@@ -154,12 +163,20 @@ def build(
     headers, cutlass = tensorrt_headers() if faces else None, cutlass_headers() if gemm else None
     ninja = shutil.which("ninja")
     options = {
-        "NQ_HOST": _on(host), "NQ_FACES": _on(faces), "NQ_WERROR": _on(strict), "NQ_ARCHS": ";".join(architectures),
-        "NQ_GEMM_ARCHS": ";".join(gemm), "TENSORRT_ROOT": headers or "", "CUTLASS_ROOT": cutlass or "", "Python3_EXECUTABLE": sys.executable,
-    }  # fmt: skip
+        "NQ_HOST": _on(host),
+        "NQ_FACES": _on(faces),
+        "NQ_WERROR": _on(strict),
+        "NQ_ARCHS": ";".join(architectures),
+        "NQ_GEMM_ARCHS": ";".join(gemm),
+        "TENSORRT_ROOT": headers or "",
+        "CUTLASS_ROOT": cutlass or "",
+        "Python3_EXECUTABLE": sys.executable,
+    }
     work, log = out / "work" / _stem(host), out / f"{_stem(host)}.log"
     try:
-        _prepare(work, "\n".join(map(str, (folder, cmake, ninja, shutil.which("nvcc"), os.environ.get("CXX")))))
+        _prepare(
+            work, "\n".join(map(str, (folder, cmake, ninja, shutil.which("nvcc"), os.environ.get("CXX"))))
+        )
         log.write_text("", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{out}: {error.strerror or error}; choose another folder with --out") from None
@@ -168,7 +185,9 @@ def build(
     defined = [f"-D{name}={value}" for name, value in options.items()]
     _run([cmake, "-S", str(folder), "-B", str(work), *(["-G", "Ninja"] if ninja else []), *defined], log)
     progress("configure", 1, 1, "")
-    _run([cmake, "--build", str(work), "--parallel", str(jobs or len(os.sched_getaffinity(0)))], log, progress)
+    _run(
+        [cmake, "--build", str(work), "--parallel", str(jobs or len(os.sched_getaffinity(0)))], log, progress
+    )
     return _keep(
         work,
         out,
@@ -185,7 +204,8 @@ def _on(value: bool) -> str:
 
 
 def _prepare(work: Path, made_with: str) -> None:
-    """A folder for CMake: the last build's, so that what did not change is not compiled again, if that had the same sources and tools."""
+    """A folder for CMake: the last build's, so that what did not change is not compiled again, if that had
+    the same sources and tools."""
     note = work / "made_with.txt"
     if work.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == made_with):
         shutil.rmtree(work)  # CMake would refuse it, or go on with the old tools
@@ -204,21 +224,34 @@ def missing(host: bool = False, faces: bool = True, gemm: bool = False) -> str |
         BuildError: TENSORRT_ROOT or CUTLASS_ROOT is set and has no headers.
     """
     if shutil.which("cmake") is None:
-        return "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja, or the system's package"
+        return (
+            "cmake was not found on the PATH; expected CMake 3.22 or later: "
+            "pip install cmake ninja, or the system's package"
+        )
     if shutil.which("nvcc") is None:
-        why = "its headers of bfloat16 and half are needed on the host too" if host else "it compiles the kernels"
-        return f"nvcc was not found on the PATH; {why}: install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+        why = (
+            "its headers of bfloat16 and half are needed on the host too"
+            if host
+            else "it compiles the kernels"
+        )
+        return (
+            f"nvcc was not found on the PATH; {why}: "
+            "install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+        )
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         return "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"
     if faces and tensorrt_headers() is None:
         return (
-            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]' (its wheel "
-            "kernel-lens has them; --no-deps kernel-lens installs no more), or set TENSORRT_ROOT to a TensorRT; --kernels-only builds "
+            "TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install "
+            "'nemoquant[plugins]' (its wheel "
+            "kernel-lens has them; --no-deps kernel-lens installs no more), or set TENSORRT_ROOT to a "
+            "TensorRT; --kernels-only builds "
             "what torch uses, which needs none"
         )
     if gemm and cutlass_headers() is None:
         return (
-            "CUTLASS's headers were not found; --gemm-arch needs them: pip install --no-deps nvidia-cutlass (a wheel that has them), "
+            "CUTLASS's headers were not found; --gemm-arch needs them: pip install --no-deps nvidia-cutlass "
+            "(a wheel that has them), "
             "or set CUTLASS_ROOT to a checkout of CUTLASS 4"
         )
     return None
@@ -229,7 +262,12 @@ def _run(command: list[str], log: Path, progress: Progress | None = None) -> Non
     with (
         log.open("a", encoding="utf-8") as file,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         ) as process,
     ):
         assert process.stdout is not None
@@ -248,7 +286,12 @@ def _run(command: list[str], log: Path, progress: Progress | None = None) -> Non
         return
     lines = log.read_text(encoding="utf-8").splitlines()
     at = next(
-        (i for i, line in enumerate(lines) if re.search(r"\berror\b|\bfatal\b|CMake Error", line, re.IGNORECASE)), len(lines) - 1
+        (
+            i
+            for i, line in enumerate(lines)
+            if re.search(r"\berror\b|\bfatal\b|CMake Error", line, re.IGNORECASE)
+        ),
+        len(lines) - 1,
     )
     reason = " ".join(line.strip() for line in lines[at : at + 4])
     raise BuildError(f"the build failed: {reason[:600]}; the whole log is {log}")

@@ -1,7 +1,8 @@
-"""The operators for torch, ``torch.ops.nemoquant.*``: kernels on CUDA, on the CPU by the emulated host library where one was asked for.
+"""The operators for torch, ``torch.ops.nemoquant.*``: kernels on CUDA, on the CPU by the emulated host
+library where one was asked for.
 
-Names and order of arguments are those of ``plugins/<op>/spec.yaml``. Each has a fake kernel (shapes and dtypes without data), so that
-``torch.compile`` and ``torch.export`` trace it. None has a gradient.
+Names and order of arguments are those of ``plugins/<op>/spec.yaml``. Each has a fake kernel (shapes and
+dtypes without data), so that ``torch.compile`` and ``torch.export`` trace it. None has a gradient.
 """
 
 import math
@@ -31,7 +32,8 @@ def dtype_number(dtype: torch.dtype) -> int:
 
 
 def expect_shapes(op: str, sizes: dict[str, int], **given: tuple[Tensor | None, str]) -> None:
-    """``given`` are tensors with the letters of their dimensions, "B L C"; a digit behind a letter is subtracted ("K1" is K - 1).
+    """``given`` are tensors with the letters of their dimensions, "B L C"; a digit behind a letter is
+    subtracted ("K1" is K - 1).
 
     Raises:
         ValueError: a rank or a dimension differs; names the tensor, its shape and what was expected.
@@ -64,9 +66,13 @@ def library_for(device: torch.device) -> Kernels:
 def call(op: str, device: torch.device, **arguments: Any) -> None:
     """Start a kernel on the current stream of ``device``; tensors stand for their addresses."""
     library, on_cuda = library_for(device), device.type == "cuda"
-    plain = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    plain = {
+        name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
     size = library.workspace(op, **plain)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)  # the allocator keeps it until the stream is past the kernel
+    workspace = torch.empty(
+        size, dtype=torch.uint8, device=device
+    )  # the allocator keeps it until the stream is past the kernel
     if size:
         plain["workspace"] = workspace.data_ptr()
     with torch.cuda.device(device) if on_cuda else nullcontext():
@@ -80,7 +86,8 @@ def causal_conv1d(
     """Depthwise causal convolution over time from a state on, then silu.
 
     Args:
-        x: [batch, length, channels] float32, float16 or bfloat16; rows may lie apart (a slice of a wider tensor is not copied).
+        x: [batch, length, channels] float32, float16 or bfloat16; rows may lie apart (a slice of a wider
+            tensor is not copied).
         weight: [channels, kernel] float32, kernel 2 to 4; the last tap meets the current position.
         bias: [channels] float32, or None.
         state_in: [batch, channels, kernel - 1] like ``x``: the inputs before it, oldest first.
@@ -95,10 +102,17 @@ def causal_conv1d(
     batch, length, channels = x.shape
     kernel = weight.shape[-1]
     sizes = {"B": batch, "L": length, "C": channels, "K": kernel}
-    expect_shapes("causal_conv1d", sizes, weight=(weight, "C K"), bias=(bias, "C"), state_in=(state_in, "B C K1"))
-    if weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32) or state_in.dtype != x.dtype:
+    expect_shapes(
+        "causal_conv1d", sizes, weight=(weight, "C K"), bias=(bias, "C"), state_in=(state_in, "B C K1")
+    )
+    if (
+        weight.dtype != torch.float32
+        or (bias is not None and bias.dtype != torch.float32)
+        or state_in.dtype != x.dtype
+    ):
         raise ValueError(
-            f"causal_conv1d: weight is {weight.dtype}, bias {bias.dtype if bias is not None else None}, state_in {state_in.dtype}; "
+            f"causal_conv1d: weight is {weight.dtype}, bias {bias.dtype if bias is not None else None}, "
+            f"state_in {state_in.dtype}; "
             f"expected float32 weight and bias, and a state like x, {x.dtype}"
         )
     stride = x.stride(1) if length > 1 else max(x.stride(0), channels)
@@ -108,10 +122,22 @@ def causal_conv1d(
     y = torch.empty(batch, length, channels, dtype=y_dtype or torch.float32, device=x.device)
     state_out = torch.empty(state_in.shape, dtype=x.dtype, device=x.device)
     call(
-        "causal_conv1d", x.device, x=x, weight=weight.contiguous(), bias=None if bias is None else bias.contiguous(),
-        state_in=state_in.contiguous(), y=y, state_out=state_out, batch=batch, length=length, channels=channels, kernel=kernel,
-        x_stride=stride, dtype=dtype_number(x.dtype), y_dtype=dtype_number(y.dtype),
-    )  # fmt: skip
+        "causal_conv1d",
+        x.device,
+        x=x,
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        state_in=state_in.contiguous(),
+        y=y,
+        state_out=state_out,
+        batch=batch,
+        length=length,
+        channels=channels,
+        kernel=kernel,
+        x_stride=stride,
+        dtype=dtype_number(x.dtype),
+        y_dtype=dtype_number(y.dtype),
+    )
     return y, state_out
 
 
@@ -150,12 +176,14 @@ def mamba2_scan(
     """The selective state-space scan of Mamba-2 over any number of positions, from a state on.
 
     Args:
-        x: [batch, length, heads, head_dim] float32, float16 or bfloat16; B and C alike. Positions may lie apart.
+        x: [batch, length, heads, head_dim] float32, float16 or bfloat16; B and C alike. Positions may lie
+            apart.
         dt: [batch, length, heads], before bias and softplus; float32, float16 or bfloat16.
         A, D, dt_bias: [heads] float32; A is negative. Without D no skip, without dt_bias 0.
         B, C: [batch, length, groups, state].
         state_in: [batch, heads, head_dim, state] float32, float16 or bfloat16.
-        seed: int64 [1]; with ``rounding`` "stochastic" alone, which rounds a float16 state by Philox(counter = (index, step), key = seed).
+        seed: int64 [1]; with ``rounding`` "stochastic" alone, which rounds a float16 state by Philox(counter
+            = (index, step), key = seed).
         dt_min, dt_max: bounds of dt after softplus; None: no upper one.
         y_dtype: float32 (default), float16 or bfloat16.
     Returns:
@@ -169,28 +197,56 @@ def mamba2_scan(
     groups, size = B.shape[2:]
     sizes = {"B": batch, "L": length, "H": heads, "P": width, "G": groups, "N": size}
     expect_shapes(
-        "mamba2_scan", sizes, dt=(dt, "B L H"), A=(A, "H"), B=(B, "B L G N"), C=(C, "B L G N"), D=(D, "H"), dt_bias=(dt_bias, "H"),
+        "mamba2_scan",
+        sizes,
+        dt=(dt, "B L H"),
+        A=(A, "H"),
+        B=(B, "B L G N"),
+        C=(C, "B L G N"),
+        D=(D, "H"),
+        dt_bias=(dt_bias, "H"),
         state_in=(state_in, "B H P N"),
-    )  # fmt: skip
+    )
     if rounding not in ROUNDINGS:
         raise ValueError(f"mamba2_scan: rounding is {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
     floats = [t.dtype for t in (A, D, dt_bias) if t is not None]
     if {B.dtype, C.dtype} != {x.dtype} or set(floats) != {torch.float32}:
         raise ValueError(
-            f"mamba2_scan: x is {x.dtype}, B {B.dtype}, C {C.dtype}, A, D and dt_bias {floats}; expected B and C like x, the rest float32"
+            f"mamba2_scan: x is {x.dtype}, B {B.dtype}, C {C.dtype}, A, D and dt_bias {floats}; expected B "
+            f"and C like x, the rest float32"
         )
     x, B, C = (with_contiguous_positions(t) for t in (x, B, C))
     dt = dt if dt.stride(2) == 1 or heads == 1 else dt.contiguous()
     y = torch.empty(x.shape, dtype=y_dtype or torch.float32, device=x.device)
     state_out = torch.empty(state_in.shape, dtype=state_in.dtype, device=x.device)
     arguments: dict[str, Any] = {
-        "x": x, "b": B, "c": C, "dt": dt, "a": A.contiguous(), "d": None if D is None else D.contiguous(),
-        "dt_bias": None if dt_bias is None else dt_bias.contiguous(), "state_in": state_in.contiguous(), "y": y, "state_out": state_out,
-        "seed": seed, "step": step, "batch": batch, "length": length, "heads": heads, "head_dim": width, "groups": groups, "state": size,
-        "dtype": dtype_number(x.dtype), "dt_dtype": dtype_number(dt.dtype), "y_dtype": dtype_number(y.dtype),
-        "state_dtype": dtype_number(state_in.dtype), "rounding": ROUNDINGS[rounding], "philox_rounds": philox_rounds,
-        "dt_min": dt_min, "dt_max": math.inf if dt_max is None else dt_max,
-    }  # fmt: skip
+        "x": x,
+        "b": B,
+        "c": C,
+        "dt": dt,
+        "a": A.contiguous(),
+        "d": None if D is None else D.contiguous(),
+        "dt_bias": None if dt_bias is None else dt_bias.contiguous(),
+        "state_in": state_in.contiguous(),
+        "y": y,
+        "state_out": state_out,
+        "seed": seed,
+        "step": step,
+        "batch": batch,
+        "length": length,
+        "heads": heads,
+        "head_dim": width,
+        "groups": groups,
+        "state": size,
+        "dtype": dtype_number(x.dtype),
+        "dt_dtype": dtype_number(dt.dtype),
+        "y_dtype": dtype_number(y.dtype),
+        "state_dtype": dtype_number(state_in.dtype),
+        "rounding": ROUNDINGS[rounding],
+        "philox_rounds": philox_rounds,
+        "dt_min": dt_min,
+        "dt_max": math.inf if dt_max is None else dt_max,
+    }
     for name, tensor in (("x", x), ("b", B), ("c", C), ("dt", dt)):
         arguments |= {f"{name}_batch_stride": tensor.stride(0), f"{name}_position_stride": tensor.stride(1)}
     call("mamba2_scan", x.device, **arguments)
@@ -198,8 +254,14 @@ def mamba2_scan(
 
 
 def with_contiguous_positions(t: Tensor) -> Tensor:
-    """[batch, length, rows, size] as the scan wants it: each position contiguous, at multiples of 8 elements and 16 bytes."""
-    apart = t.stride(3) == 1 and t.stride(2) == t.shape[3] and t.stride(0) % 8 == t.stride(1) % 8 == 0 and t.data_ptr() % 16 == 0
+    """[batch, length, rows, size] as the scan wants it: each position contiguous, at multiples of 8 elements
+    and 16 bytes."""
+    apart = (
+        t.stride(3) == 1
+        and t.stride(2) == t.shape[3]
+        and t.stride(0) % 8 == t.stride(1) % 8 == 0
+        and t.data_ptr() % 16 == 0
+    )
     return t if apart else t.contiguous()
 
 
@@ -252,16 +314,20 @@ def routed_experts(
     """The weighted sum of each token's experts, ``down(relu(up(x))^2)``.
 
     Args:
-        x: [tokens, input] float32, float16 or bfloat16; bfloat16 is fastest. ``input`` and ``width`` are multiples of 32.
+        x: [tokens, input] float32, float16 or bfloat16; bfloat16 is fastest. ``input`` and ``width`` are
+            multiples of 32.
         expert_ids: [tokens, k] int64; what is no expert's index adds nothing to the result, see ``skipped``.
         expert_weights: [tokens, k] float32.
-        up, down: the parts of all experts' weights [experts, width, input] and [experts, input, width], in the order of
-            ``EXPERT_FORMATS[format]``: bfloat16 ``weight``; or ``codes`` (one byte each, or two E2M1 a byte), ``block_scales`` (E4M3
-            bytes [experts, out, in / 16]), ``global_scale`` and ``input_scale`` (float32 [experts]).
+        up, down: the parts of all experts' weights [experts, width, input] and [experts, input, width], in
+            the order of ``EXPERT_FORMATS[format]``: bfloat16 ``weight``; or ``codes`` (one byte each, or two
+            E2M1 a byte), ``block_scales`` (E4M3 bytes [experts, out, in / 16]), ``global_scale`` and
+            ``input_scale`` (float32 [experts]).
         format: bf16, w8a16, fp8, w4a16 or nvfp4.
-        products: how they are multiplied; "auto" takes the fastest there is, the others are for tests: "decoded" (``mma.sync``, FP4 decoded
-            to bfloat16), "native" (FP4 with block scales, format nvfp4 on SM120), "grouped" (CUTLASS, where it was built).
-        skipped: int32 [1], to which the number of ids that are no expert's is added, on the device and without waiting for it; or None.
+        products: how they are multiplied; "auto" takes the fastest there is, the others are for tests:
+            "decoded" (``mma.sync``, FP4 decoded to bfloat16), "native" (FP4 with block scales, format nvfp4
+            on SM120), "grouped" (CUTLASS, where it was built).
+        skipped: int32 [1], to which the number of ids that are no expert's is added, on the device and
+            without waiting for it; or None.
     Returns:
         [tokens, input] like ``x``; sums are float32.
     Raises:
@@ -271,49 +337,81 @@ def routed_experts(
     """
     if format not in EXPERT_FORMATS or activation != "relu2":
         raise ValueError(
-            f"routed_experts: format is {format!r}, activation {activation!r}; expected one of {', '.join(EXPERT_FORMATS)}, and relu2"
+            f"routed_experts: format is {format!r}, activation {activation!r}; expected one of "
+            f"{', '.join(EXPERT_FORMATS)}, and relu2"
         )
     if products not in EXPERT_PRODUCTS:
-        raise ValueError(f"routed_experts: products is {products!r}; expected one of {', '.join(EXPERT_PRODUCTS)}")
+        raise ValueError(
+            f"routed_experts: products is {products!r}; expected one of {', '.join(EXPERT_PRODUCTS)}"
+        )
     number, names = EXPERT_FORMATS[format]
     tokens, size = x.shape
     chosen = expert_ids.shape[-1]
     given = {"up": dict(zip(names, up, strict=False)), "down": dict(zip(names, down, strict=False))}
     if {len(up), len(down)} != {len(names)}:
-        raise ValueError(f"routed_experts: up has {len(up)} parts, down {len(down)}; {format} has {', '.join(names)}")
+        raise ValueError(
+            f"routed_experts: up has {len(up)} parts, down {len(down)}; {format} has {', '.join(names)}"
+        )
     experts, width = up[0].shape[:2]
     packed = 2 if "block_scales" in names else 1
     sizes = {"T": tokens, "k": chosen, "E": experts, "I": size, "M": width}
-    expect_shapes("routed_experts", sizes, expert_ids=(expert_ids, "T k"), expert_weights=(expert_weights, "T k"))
+    expect_shapes(
+        "routed_experts", sizes, expert_ids=(expert_ids, "T k"), expert_weights=(expert_weights, "T k")
+    )
     if expert_ids.dtype != torch.int64 or expert_weights.dtype != torch.float32:
         raise ValueError(
-            f"routed_experts: expert_ids is {expert_ids.dtype}, expert_weights {expert_weights.dtype}; expected int64 and float32"
+            f"routed_experts: expert_ids is {expert_ids.dtype}, expert_weights {expert_weights.dtype}; "
+            f"expected int64 and float32"
         )
-    if skipped is not None and (skipped.dtype != torch.int32 or skipped.shape != (1,) or skipped.device != x.device):
+    if skipped is not None and (
+        skipped.dtype != torch.int32 or skipped.shape != (1,) or skipped.device != x.device
+    ):
         raise ValueError(
-            f"routed_experts: skipped is {skipped.dtype} {list(skipped.shape)} on {skipped.device}; expected int32 [1] on {x.device}"
+            f"routed_experts: skipped is {skipped.dtype} {list(skipped.shape)} on {skipped.device}; "
+            f"expected int32 [1] on {x.device}"
         )
     arguments: dict[str, Tensor] = {}
     for projection, parts in given.items():
         out, into = (width, size) if projection == "up" else (size, width)
         shapes = {
-            "weight": (experts, out, into), "codes": (experts, out, into // packed), "block_scales": (experts, out, into // 16),
-            "global_scale": (experts,), "input_scale": (experts,),
-        }  # fmt: skip
+            "weight": (experts, out, into),
+            "codes": (experts, out, into // packed),
+            "block_scales": (experts, out, into // 16),
+            "global_scale": (experts,),
+            "input_scale": (experts,),
+        }
         for name, tensor in parts.items():
             label = f"routed_experts: {projection}'s {name} is {tensor.dtype} {list(tensor.shape)}"
             wanted = {"weight": "bfloat16", "codes": "bytes", "block_scales": "bytes"}.get(name, "float32")
-            right = tensor.dtype.itemsize == 1 if wanted == "bytes" else str(tensor.dtype) == f"torch.{wanted}"
+            right = (
+                tensor.dtype.itemsize == 1 if wanted == "bytes" else str(tensor.dtype) == f"torch.{wanted}"
+            )
             if tensor.shape != shapes[name] or not right:
                 raise ValueError(f"{label}; expected {wanted} {list(shapes[name])}")
-            arguments[projection if name in ("weight", "codes") else f"{projection}_{name}"] = tensor.contiguous()
+            arguments[projection if name in ("weight", "codes") else f"{projection}_{name}"] = (
+                tensor.contiguous()
+            )
     y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     if tokens:
         call(
-            "routed_experts", x.device, x=x.contiguous(), expert_ids=expert_ids.contiguous(), expert_weights=expert_weights.contiguous(),
-            y=y, tokens=tokens, chosen=chosen, experts=experts, input=size, width=width, dtype=dtype_number(x.dtype), format=number,
-            activation=0, products=EXPERT_PRODUCTS[products], skipped=skipped, **arguments,
-        )  # fmt: skip
+            "routed_experts",
+            x.device,
+            x=x.contiguous(),
+            expert_ids=expert_ids.contiguous(),
+            expert_weights=expert_weights.contiguous(),
+            y=y,
+            tokens=tokens,
+            chosen=chosen,
+            experts=experts,
+            input=size,
+            width=width,
+            dtype=dtype_number(x.dtype),
+            format=number,
+            activation=0,
+            products=EXPERT_PRODUCTS[products],
+            skipped=skipped,
+            **arguments,
+        )
     return y
 
 

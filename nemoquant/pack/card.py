@@ -1,4 +1,5 @@
-"""The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain words."""
+"""The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain
+words."""
 
 from nemoquant._version import __version__
 from nemoquant.layouts.modelopt import algorithm
@@ -18,15 +19,23 @@ LOADERS = {
         ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
     ],
     "W4A16_NVFP4": [
-        ("vLLM", "a release after May 2026 (its pull request #41769)", "SM 80 (Ampere) and later, by weight-only kernels"),
+        (
+            "vLLM",
+            "a release after May 2026 (its pull request #41769)",
+            "SM 80 (Ampere) and later, by weight-only kernels",
+        ),
     ],
     "MIXED_PRECISION": [
         ("vLLM", "0.17.1 (0.15.1 refuses it)", "NVFP4 experts want Blackwell; FP8 parts want SM 89 or later"),
         ("SGLang", "0.5.9", "Blackwell"),
         ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
     ],
-}  # fmt: skip
-NAMES = {"fp8": "FP8 (E4M3, one scale a tensor)", "nvfp4": "NVFP4 (E2M1, a scale for each 16 values)", "source": "as the source"}
+}
+NAMES = {
+    "fp8": "FP8 (E4M3, one scale a tensor)",
+    "nvfp4": "NVFP4 (E2M1, a scale for each 16 values)",
+    "source": "as the source",
+}
 
 
 COST = "- Cost in accuracy: "  # begins the line that diff replaces
@@ -56,7 +65,9 @@ def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
         entry = found.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
         entry[0] += 1
         entry[1] += row.bytes_out
-    return [(role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in found.items()]
+    return [
+        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in found.items()
+    ]
 
 
 def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:
@@ -87,16 +98,26 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
             for role, weights, inputs, count, total in role_table(plan)
         ),
         "",
-        *(f"- `{name}`: {text}" for name, text in NAMES.items() if any(row.format == name for row in plan.rows)),
+        *(
+            f"- `{name}`: {text}"
+            for name, text in NAMES.items()
+            if any(row.format == name for row in plan.rows)
+        ),
         "",
         "## What loads it",
         "",
-        "ModelOpt unified layout. Versions are from the engines' sources and release notes; none was run on this checkpoint.",
-        "`producer` in the config files says modelopt because engines look for that name; nemoquant wrote them.",
+        "ModelOpt unified layout. Versions are from the engines' sources and release notes; none was run on "
+        "this checkpoint.",
+        "`producer` in the config files says modelopt because engines look for that name; nemoquant wrote "
+        "them.",
         "",
         "| engine | from version | hardware |",
         "|---|---|---|",
-        *(f"| {engine} | {version} | {gpu} |" for kind in algorithms(plan) for engine, version, gpu in LOADERS[kind]),
+        *(
+            f"| {engine} | {version} | {gpu} |"
+            for kind in algorithms(plan)
+            for engine, version, gpu in LOADERS[kind]
+        ),
         "",
     ]
     if warnings:
@@ -104,7 +125,8 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
     lines += [
         "## Provenance",
         "",
-        f"Made by nemoquant {__version__}. `nemoquant.json` has the recipe, the plan's and every file's sha256; `nemoquant verify` checks them.",
+        f"Made by nemoquant {__version__}. `nemoquant.json` has the recipe, the plan's and every file's "
+        f"sha256; `nemoquant verify` checks them.",
     ]
     if copied:
         lines += ["", "Copied from the source: " + ", ".join(f"`{name}`" for name in copied) + "."]

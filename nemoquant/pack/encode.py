@@ -1,10 +1,12 @@
-"""From a source tensor's bytes to codes: chunks of rows, so that scratch memory does not follow the tensor's size.
+"""From a source tensor's bytes to codes: chunks of rows, so that scratch memory does not follow the tensor's
+size.
 
-Pure functions of a checkpoint and of rows of a plan: they run in any thread or process that can open the checkpoint. Pages that
-they touched are dropped before they return.
+Pure functions of a checkpoint and of rows of a plan: they run in any thread or process that can open the
+checkpoint. Pages that they touched are dropped before they return.
 
-With the device "cuda" codes are made on the GPU, the same bytes, one chunk of a thread at a time. The maximum of a weight of several chunks is
-found on the CPU all the same: reading a chunk for that takes no longer than to bring it on its way.
+With the device "cuda" codes are made on the GPU, the same bytes, one chunk of a thread at a time. The maximum
+of a weight of several chunks is found on the CPU all the same: reading a chunk for that takes no longer than
+to bring it on its way.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +31,8 @@ Part = tuple[Row, slice]
 
 
 class PackedWeight(NamedTuple):
-    """A whole weight: its decode scale, whether it is degenerate and so all zeros, and its codes and block scales in chunks."""
+    """A whole weight: its decode scale, whether it is degenerate and so all zeros, and its codes and block
+    scales in chunks."""
 
     scale: np.float32
     degenerate: bool
@@ -48,7 +51,8 @@ def _row_bytes(row: Row) -> int:
 
 @contextmanager
 def _reading(checkpoint: Checkpoint, row: Row, part: slice) -> Iterator[Array]:
-    """Some rows of a weight as the kernels take them: bf16 bit patterns or float32, mapped where the source has these."""
+    """Some rows of a weight as the kernels take them: bf16 bit patterns or float32, mapped where the source
+    has these."""
     array = checkpoint.array(row.name)[part]
     yield array.astype(np.float32) if array.dtype == np.float16 else array
     checkpoint.release_bytes(row.name, part.start * _row_bytes(row), part.stop * _row_bytes(row))
@@ -68,11 +72,15 @@ def check_finite(name: str, value: np.float32) -> np.float32:
     """``value``, a maximum, as it is; raises WeightError where it tells of NaN or Inf."""
     if not np.isfinite(value):
         what = "NaN" if np.isnan(value) else "Inf"
-        raise WeightError(f"{name} has {what}; expected finite weights, the source is damaged: download or convert it again")
+        raise WeightError(
+            f"{name} has {what}; expected finite weights, the source is damaged: download or convert it again"
+        )
     return value
 
 
-def encode(checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu") -> Encoded:
+def encode(
+    checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu"
+) -> Encoded:
     """Codes of some rows, and their block scales for NVFP4; a degenerate weight becomes zeros."""
     with _reading(checkpoint, row, part) as weight:
         return _codes(row, _on(device, weight), scale, degenerate)
@@ -91,7 +99,8 @@ def _codes(row: Row, weight: Array | gpu.OnGpu, scale: np.float32, degenerate: b
 
 
 def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[PackedWeight]:
-    """Whole weights that share no scale, such as experts: each one's maximum and codes while it is in the cache, or on the GPU."""
+    """Whole weights that share no scale, such as experts: each one's maximum and codes while it is in the
+    cache, or on the GPU."""
     return [_pack_weight(checkpoint, row, device) for row in rows]
 
 
@@ -99,7 +108,9 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> PackedWeig
     parts = slices(row)
     if len(parts) > 1:
         scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part) for part in parts))
-        return PackedWeight(scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts])
+        return PackedWeight(
+            scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts]
+        )
     with _reading(checkpoint, row, parts[0]) as array:
         weight = _on(device, array)
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
@@ -110,7 +121,9 @@ def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Array:
     """Bytes of an unquantized tensor, mapped, and known to be finite. The caller drops their pages."""
     raw = checkpoint.raw(row.name)[begin:end]
     values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
-    check_finite(row.name, bits_amax((values.astype(np.float32) if row.source_dtype == "F16" else values)[None]))
+    check_finite(
+        row.name, bits_amax((values.astype(np.float32) if row.source_dtype == "F16" else values)[None])
+    )
     return raw
 
 

@@ -1,4 +1,5 @@
-"""Names of the files that are written for every checkpoint, beside its shards and what comes along from the source."""
+"""Names of the files that are written for every checkpoint, beside its shards and what comes along from the
+source."""
 
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint import manifest

@@ -1,4 +1,5 @@
-"""The scalar scales of a plan: from weights' and activations' maxima, groups applied, degenerate cases defined and reported."""
+"""The scalar scales of a plan: from weights' and activations' maxima, groups applied, degenerate cases
+defined and reported."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class ActivationScales:
 
 
 def input_scale(amax: float, activation_format: str) -> np.float32:
-    """``amax / 448`` for FP8 inputs, ``amax / (6 * 448)`` for NVFP4; 1.0 when that would not be a normal fp32 number."""
+    """``amax / 448`` for FP8 inputs, ``amax / (6 * 448)`` for NVFP4; 1.0 when that would not be a normal fp32
+    number."""
     return fp8.decode_scale(amax) if activation_format == "fp8" else nvfp4.global_decode_scale(amax)
 
 
@@ -54,7 +56,9 @@ def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:
 
 def _input_scales(plan: Plan, scales: Scales | None, found: ActivationScales) -> None:
     groups: dict[str, list[Row]] = defaultdict(list)
-    layers: dict[str, float] = {}  # experts of a layer and projection: the largest of all, whatever the grouping
+    layers: dict[
+        str, float
+    ] = {}  # experts of a layer and projection: the largest of all, whatever the grouping
     amax = scales.input_amax if scales else {}
     rows = [row for row in plan.quantized if row.activation_format]
     for row in rows:
@@ -66,12 +70,15 @@ def _input_scales(plan: Plan, scales: Scales | None, found: ActivationScales) ->
         fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
         if not seen and fallback is None:
             raise CalibrationError(
-                f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with more rows"
+                f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with "
+                f"more rows"
             )
         largest = max(seen) if seen else fallback
         assert largest is not None and members[0].activation_format is not None
         if largest == 0:
-            found.warnings.append(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
+            found.warnings.append(
+                f"{group}: its input was zero in all calibration rows; input scale set to 1.0"
+            )
         scale = input_scale(largest, members[0].activation_format)
         found.inputs |= dict.fromkeys((row.module for row in members), scale)
 
@@ -86,5 +93,7 @@ def _cache_scales(plan: Plan, scales: Scales | None, found: ActivationScales) ->
     for module in kv_modules(plan):
         amax = scales.kv_amax[module] if scales else 0.0
         if amax == 0:
-            found.warnings.append(f"{module}: its output was zero in all calibration rows; cache scale set to 1.0")
+            found.warnings.append(
+                f"{module}: its output was zero in all calibration rows; cache scale set to 1.0"
+            )
         found.caches[module] = fp8.decode_scale(amax)

@@ -12,7 +12,8 @@ from nemoquant.planning.plan import Plan, Row
 
 @dataclass(frozen=True)
 class Entry:
-    """One output tensor; ``row`` and ``kind`` say what it holds (see ``Row.parts``; ``kv_scale`` for a cache scale)."""
+    """One output tensor; ``row`` and ``kind`` say what it holds (see ``Row.parts``; ``kv_scale`` for a cache
+    scale)."""
 
     name: str
     dtype: str
@@ -29,8 +30,8 @@ class Entry:
 class Unit:
     """Rows that are written together: one tensor, or all experts of one layer and projection.
 
-    ``entries`` are ordered by kind, then by row: the codes of all experts lie back to back, then their block scales, then the
-    scalars, so that each kind is one ``[E, ...]`` range of bytes.
+    ``entries`` are ordered by kind, then by row: the codes of all experts lie back to back, then their block
+    scales, then the scalars, so that each kind is one ``[E, ...]`` range of bytes.
     """
 
     rows: tuple[Row, ...]
@@ -54,7 +55,8 @@ class Shard:
 
 
 def units(plan: Plan) -> Iterator[Unit]:
-    """The plan's rows as units, in file order. Experts follow each other in numeric order, as the tensor table has them."""
+    """The plan's rows as units, in file order. Experts follow each other in numeric order, as the tensor
+    table has them."""
     cached = {f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"}
     run: list[Row] = []
     for row in plan.rows:
@@ -74,9 +76,13 @@ def _unit(rows: list[Row], cached: set[str]) -> Unit:
     kinds = [kind for kind, _, _ in rows[0].parts()]
     parts = [{kind: (dtype, shape) for kind, dtype, shape in row.parts()} for row in rows]
     entries = [
-        Entry(tensor_name(row, kind), *part[kind], row, kind) for kind in kinds for row, part in zip(rows, parts, strict=True)
+        Entry(tensor_name(row, kind), *part[kind], row, kind)
+        for kind in kinds
+        for row, part in zip(rows, parts, strict=True)
     ]
-    entries += [Entry(kv_scale_name(row.module), "F32", (), row, "kv_scale") for row in rows if row.module in cached]
+    entries += [
+        Entry(kv_scale_name(row.module), "F32", (), row, "kv_scale") for row in rows if row.module in cached
+    ]
     return Unit(tuple(rows), tuple(entries))
 
 
@@ -90,4 +96,7 @@ def shards(plan: Plan, limit: int = SHARD_BYTES) -> list[Shard]:
             used = 0
         groups[-1].append(unit)
         used += unit.nbytes
-    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
+    return [
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    ]

@@ -1,12 +1,14 @@
-"""Verify: read a written checkpoint again and hold it against its plan, which is resolved anew from its own manifest.
+"""Verify: read a written checkpoint again and hold it against its plan, which is resolved anew from its own
+manifest.
 
 1. the manifest is unchanged, every file in it exists and has its sha256, and no file is unknown (a warning)
 2. the recipe and the config give the plan whose hash the manifest names
 3. names, dtypes, shapes and order of all tensors are those of the plan, the index fits, data begins at a page
-4. every scalar scale is finite and positive, every block scale is a positive number, and the scales of inputs and caches are those
-   that follow from the scales file
+4. every scalar scale is finite and positive, every block scale is a positive number, and the scales of inputs
+   and caches are those that follow from the scales file
 5. both config files are those that the plan calls for, and the source's own keys are all there
-6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give the same bytes
+6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give
+   the same bytes
 """
 
 import json
@@ -42,12 +44,19 @@ COMPARE_BYTES = 16 << 20
 
 
 class Report:
-    """What verify found: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts what was looked at."""
+    """What verify found: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts what was looked
+    at."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self.checked: dict[str, int] = {"files": 0, "tensors": 0, "scales": 0, "compared_with_source": 0, "encoded_again": 0}
+        self.checked: dict[str, int] = {
+            "files": 0,
+            "tensors": 0,
+            "scales": 0,
+            "compared_with_source": 0,
+            "encoded_again": 0,
+        }
 
     @property
     def ok(self) -> bool:
@@ -63,11 +72,14 @@ class Report:
         return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
 
 
-def verify(out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = no_progress) -> Report:
+def verify(
+    out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = no_progress
+) -> Report:
     """Check the checkpoint in ``out``; problems are collected, not raised.
 
     Args:
-        source: what it was made from, for step 6; ``encode_again`` False leaves out the second half of that step.
+        source: what it was made from, for step 6; ``encode_again`` False leaves out the second half of that
+            step.
     Raises:
         CheckpointError: it can't be checked at all, because its manifest can't be used.
     """
@@ -86,7 +98,9 @@ def verify(out: Path, source: Source | None = None, *, encode_again: bool = True
 
     rest = Report()
     with ThreadPoolExecutor(_threads()) as pool:  # files are hashed while their content is looked at
-        found = [pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()]
+        found = [
+            pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()
+        ]
         try:
             plan = _plan_again(out, manifest, rest)
             layout = shards(plan, manifest["shard_bytes"])
@@ -129,12 +143,17 @@ def _check_file(path: Path, digest: str, count: Count) -> str | None:
 def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
     config, _ = load_config(out)
     dtypes = manifest["source"]["dtypes"]
-    table = [replace(spec, dtype=dtypes["others"].get(spec.name, dtypes["usual"])) for spec in tensor_table(config)]
+    table = [
+        replace(spec, dtype=dtypes["others"].get(spec.name, dtypes["usual"])) for spec in tensor_table(config)
+    ]
     settings = manifest["plan"]
-    plan = resolve(parse_recipe(settings["recipe"]), config, table, assumed=False, scale_groups=settings["scale_groups"])
+    plan = resolve(
+        parse_recipe(settings["recipe"]), config, table, assumed=False, scale_groups=settings["scale_groups"]
+    )
     if plan.sha256 != settings["sha256"]:
         report.problems.append(
-            f"the recipe and config.json give the plan {plan.sha256[:12]}, the manifest names {settings['sha256'][:12]}"
+            f"the recipe and config.json give the plan {plan.sha256[:12]}, the manifest names "
+            f"{settings['sha256'][:12]}"
         )
     return plan
 
@@ -153,13 +172,17 @@ def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, repor
         if [(t.name, t.dtype, t.shape) for t in found] != [(e.name, e.dtype, e.shape) for e in expected]:
             report.problems.append(f"{shard.file}: {_first_difference({t.name: t for t in found}, expected)}")
         elif found and found[0].start % ALIGNMENT:
-            report.problems.append(f"{shard.file}: data begins at byte {found[0].start}, expected a multiple of {ALIGNMENT}")
+            report.problems.append(
+                f"{shard.file}: data begins at byte {found[0].start}, expected a multiple of {ALIGNMENT}"
+            )
     index = _json(out / INDEX)
     if index.get("weight_map") != {e.name: shard.file for shard in layout for e in shard.entries}:
         report.problems.append(f"{INDEX}: its weight_map is not the plan's")
     total = sum(e.nbytes for shard in layout for e in shard.entries)
     if index.get("metadata") != {"total_size": total}:
-        report.problems.append(f"{INDEX}: its metadata are {index.get('metadata')}, expected total_size {total}")
+        report.problems.append(
+            f"{INDEX}: its metadata are {index.get('metadata')}, expected total_size {total}"
+        )
     if set(checkpoint.tensors) != {e.name for shard in layout for e in shard.entries}:
         report.problems.append(f"{INDEX}: tensors missing or extra")
     return len(report.problems) == before
@@ -183,11 +206,16 @@ def _activation_scales(out: Path, plan: Plan) -> dict[tuple[str, str], np.float3
     scales = Scales.load(out / SCALES_FILE)
     scales.check(plan, out / SCALES_FILE)
     found = activation_scales(plan, scales)
-    return {(m, "input_scale"): v for m, v in found.inputs.items()} | {(m, "kv_scale"): v for m, v in found.caches.items()}
+    return {(m, "input_scale"): v for m, v in found.inputs.items()} | {
+        (m, "kv_scale"): v for m, v in found.caches.items()
+    }
 
 
 def _check_scales(
-    layout: list[Shard], checkpoint: Checkpoint, activations: dict[tuple[str, str], np.float32], report: Report
+    layout: list[Shard],
+    checkpoint: Checkpoint,
+    activations: dict[tuple[str, str], np.float32],
+    report: Report,
 ) -> None:
     for e in (e for shard in layout for e in shard.entries if e.kind not in ("source", "codes")):
         values = checkpoint.array(e.name)
@@ -197,7 +225,9 @@ def _check_scales(
             bad = int(np.count_nonzero(~(np.isfinite(values) & (values > 0))))
         if bad:
             report.problems.append(f"{e.name}: {bad} of {values.size} scales are not finite and positive")
-        elif e.kind in ("input_scale", "kv_scale") and values[()] != (expected := activations[e.row.module, e.kind]):
+        elif e.kind in ("input_scale", "kv_scale") and values[()] != (
+            expected := activations[e.row.module, e.kind]
+        ):
             report.problems.append(f"{e.name} is {values[()]}, {SCALES_FILE} gives {expected}")
         checkpoint.release([e.name])
         report.checked["scales"] += values.size
@@ -211,7 +241,9 @@ def _check_configs(out: Path, plan: Plan, source: Source | None, report: Report)
     if _json(out / LEGACY) != legacy:
         report.problems.append(f"{LEGACY} is not what the plan calls for")
     if source is not None and written != source.raw_config:
-        changed = sorted(k for k in written.keys() | source.raw_config.keys() if written.get(k) != source.raw_config.get(k))
+        changed = sorted(
+            k for k in written.keys() | source.raw_config.keys() if written.get(k) != source.raw_config.get(k)
+        )
         report.problems.append(f"config.json: keys differ from the source's: {', '.join(changed)}")
 
 
@@ -247,9 +279,13 @@ def _compare(
     def problem(entries: dict[str, dict[str, Entry]], row: Row) -> str | None:
         if row.format == "source":
             return (
-                None if _equal_bytes(original, written, row) else f"{row.name} differs from the source; expected the same bytes"
+                None
+                if _equal_bytes(original, written, row)
+                else f"{row.name} differs from the source; expected the same bytes"
             )
-        if again and not _encodes_to(row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written):
+        if again and not _encodes_to(
+            row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written
+        ):
             return f"{row.module}: encoding the source's weight again gives other bytes"
         return None
 
@@ -280,9 +316,14 @@ def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
     return a.size == b.size
 
 
-def _encodes_to(row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint) -> bool:
-    """Whether the source's weight gives the stored scales and codes; its per-tensor scale is that of its ``group``."""
-    scale, degenerate = weight_scale(row, max(amax(source, member, part) for member in group for part in slices(member)))
+def _encodes_to(
+    row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint
+) -> bool:
+    """Whether the source's weight gives the stored scales and codes; its per-tensor scale is that of its
+    ``group``."""
+    scale, degenerate = weight_scale(
+        row, max(amax(source, member, part) for member in group for part in slices(member))
+    )
     if written.array(entries["global_scale"].name)[()] != scale:
         return False
     codes = written.array(entries["codes"].name)
@@ -291,6 +332,10 @@ def _encodes_to(row: Row, group: list[Row], entries: dict[str, Entry], source: C
         expected, expected_scales = encode(source, row, part, scale, degenerate)
         if not np.array_equal(codes[part], expected):
             return False
-        if block_scales is not None and expected_scales is not None and not np.array_equal(block_scales[part], expected_scales):
+        if (
+            block_scales is not None
+            and expected_scales is not None
+            and not np.array_equal(block_scales[part], expected_scales)
+        ):
             return False
     return True

@@ -27,23 +27,32 @@ class Workers(Protocol):
     group_bytes: int
     device: Device
 
-    def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(
+        self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
         """Begin ``function(checkpoint, *args)`` wherever there is room."""
 
-    def here(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def here(
+        self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
         """Begin it in a thread of this process: its result is a map of the source, or not worth the way."""
 
 
 class Threads:
-    """Threads of this process, each with a chunk on the GPU where that is the device. Use as a context manager."""
+    """Threads of this process, each with a chunk on the GPU where that is the device. Use as a context
+    manager."""
 
     group_bytes = CHUNK_BYTES
 
-    def __init__(self, checkpoint: Checkpoint, threads: int, ahead: int | None = None, device: Device = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, threads: int, ahead: int | None = None, device: Device = "cpu"
+    ) -> None:
         self.checkpoint, self.ahead, self.device = checkpoint, ahead or AHEAD * threads, device
         self._pool = ThreadPoolExecutor(threads, "encode")
 
-    def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(
+        self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
         return self._pool.submit(function, self.checkpoint, *args, **kwargs)
 
     here = submit

@@ -1,9 +1,11 @@
-"""Plan and scales in, shards out, as a pipeline: weights are read and encoded ahead, hashed and written in the background.
+"""Plan and scales in, shards out, as a pipeline: weights are read and encoded ahead, hashed and written in
+the background.
 
-    encode (threads; the kernels hold no lock)  ->  this thread, which puts results in file order  ->  hash  ->  write
+    encode (threads; the kernels hold no lock) -> this thread, which puts results in file order -> hash ->
+    write
 
-Each step has a bounded number of pieces waiting, a few megabytes each, so that one waits for the slowest step only. What is in
-memory: these pieces, and the block scales of one unit.
+Each step has a bounded number of pieces waiting, a few megabytes each, so that one waits for the slowest step
+only. What is in memory: these pieces, and the block scales of one unit.
 """
 
 from collections import deque
@@ -18,14 +20,27 @@ import numpy as np
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.pack.encode import Array, Encoded, PackedWeight, Part, amax, copy, encode, groups, pack_weights, slices
+from nemoquant.pack.encode import (
+    Array,
+    Encoded,
+    PackedWeight,
+    Part,
+    amax,
+    copy,
+    encode,
+    groups,
+    pack_weights,
+    slices,
+)
 from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.progress import Count
 
-Step = tuple[Future[Any] | None, Callable[[Any], None]]  # work in a thread, and what this one does with its result
+Step = tuple[
+    Future[Any] | None, Callable[[Any], None]
+]  # work in a thread, and what this one does with its result
 COPY_BYTES = 4 << 20
 
 
@@ -34,10 +49,13 @@ class Packer:
 
     Attributes:
         warnings: what is to be known of the scales.
-        zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as zeros with scale 1.0.
+        zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as
+            zeros with scale 1.0.
     """
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, progress: Count) -> None:
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, progress: Count
+    ) -> None:
         """Raises CalibrationError where ``scales`` do not say enough."""
         self.checkpoint, self.workers, self.progress = checkpoint, workers, progress
         self.scales = activation_scales(plan, scales)
@@ -54,7 +72,9 @@ class Packer:
         Raises:
             WeightError: NaN or Inf in a tensor, quantized or not.
         """
-        with ShardWriter(path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True) as writer:
+        with ShardWriter(
+            path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True
+        ) as writer:
             waiting: deque[Step] = deque()
             try:
                 for step in self._steps(shard, writer):
@@ -77,7 +97,9 @@ class Packer:
                     yield from self._copy(row, writer)
             else:
                 yield from self._quantize(unit, writer)
-            caches = [self.scales.caches[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"]
+            caches = [
+                self.scales.caches[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"
+            ]
             if caches:
                 yield None, partial(_write_scalars, writer, caches)
 
@@ -116,7 +138,9 @@ class Packer:
             for blocks in block_scales:
                 writer.write(blocks)
             _write_scalars(writer, scales)
-            _write_scalars(writer, [self.scales.inputs[row.module] for row in unit.rows if row.activation_format])
+            _write_scalars(
+                writer, [self.scales.inputs[row.module] for row in unit.rows if row.activation_format]
+            )
 
         if len(unit.rows) > 1:
             for rows in groups(unit.rows, self.workers.group_bytes):
@@ -132,12 +156,15 @@ class Packer:
         yield None, end
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
-        """The scale of one weight, from the maximum of its group; its chunks go to the threads first for that, then for the codes."""
+        """The scale of one weight, from the maximum of its group; its chunks go to the threads first for
+        that, then for the codes."""
         members = self._groups[row.weight_group] if row.weight_group else [row]
         parts: list[Part] = [(member, part) for member in members for part in slices(member)]
         found = list(self._map(amax, parts))
         scale, degenerate = weight_scale(row, max(found))
-        if degenerate or not any(value for (member, _), value in zip(parts, found, strict=True) if member is row):
+        if degenerate or not any(
+            value for (member, _), value in zip(parts, found, strict=True) if member is row
+        ):
             self.zero_weights.append(row.module)  # perhaps its group has a scale all the same
         return scale, degenerate
 

@@ -1,4 +1,5 @@
-"""The plan: one frozen row a tensor, and the sizes that follow from the rows. Later stages read it and match no names."""
+"""The plan: one frozen row a tensor, and the sizes that follow from the rows. Later stages read it and match
+no names."""
 
 import hashlib
 import json
@@ -20,9 +21,10 @@ SCALAR_BYTES = 4
 class Row:
     """What becomes of one tensor of the source.
 
-    ``format`` is ``source`` (kept bit for bit), ``fp8`` or ``nvfp4``. ``activation_format`` is the format of the GEMM's input at
-    run time, None when it stays as it is. Rows that share ``weight_group`` share their per-tensor weight scale, rows that share
-    ``input_group`` their input scale; None means a scale of its own. ``reason`` names the recipe's rule.
+    ``format`` is ``source`` (kept bit for bit), ``fp8`` or ``nvfp4``. ``activation_format`` is the format of
+    the GEMM's input at run time, None when it stays as it is. Rows that share ``weight_group`` share their
+    per-tensor weight scale, rows that share ``input_group`` their input scale; None means a scale of its own.
+    ``reason`` names the recipe's rule.
     """
 
     name: str
@@ -52,11 +54,13 @@ class Row:
         return self.elements * ITEM_SIZE[self.source_dtype]
 
     def parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """What is written for this row: (kind, safetensors dtype, shape), kind one of ``source``, ``codes``, ``block_scales``,
-        ``global_scale``, ``input_scale``."""
+        """What is written for this row: (kind, safetensors dtype, shape), kind one of ``source``, ``codes``,
+        ``block_scales``, ``global_scale``, ``input_scale``."""
         if self.format == "source":
             return [("source", self.source_dtype, self.shape)]
-        parts: list[tuple[str, str, tuple[int, ...]]] = list(FORMATS[self.format].packed_tensors((self.shape[0], self.shape[1])))
+        parts: list[tuple[str, str, tuple[int, ...]]] = list(
+            FORMATS[self.format].packed_tensors((self.shape[0], self.shape[1]))
+        )
         return parts + [("input_scale", "F32", ())] * (self.activation_format is not None)
 
     @property
@@ -66,7 +70,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows, in file order, with the recipe that made them. ``assumed``: dtypes come from the config alone, not from headers."""
+    """All rows, in file order, with the recipe that made them. ``assumed``: dtypes come from the config
+    alone, not from headers."""
 
     recipe: Recipe
     config: NemotronHConfig
@@ -77,7 +82,11 @@ class Plan:
     @property
     def kv_layers(self) -> list[int]:
         """Attention layers whose K and V caches are FP8 and therefore get scales."""
-        return [i for i, kind in enumerate(self.config.layers) if kind == "attention" and self.recipe.kv_cache == "fp8"]
+        return [
+            i
+            for i, kind in enumerate(self.config.layers)
+            if kind == "attention" and self.recipe.kv_cache == "fp8"
+        ]
 
     @cached_property
     def quantized(self) -> list[Row]:
@@ -124,7 +133,8 @@ class Plan:
         return {"source": 2 * values, "planned": values if self.recipe.kv_cache == "fp8" else 2 * values}
 
     def ssm_state_bytes_per_sequence(self) -> dict[str, int]:
-        """Scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``; the plan does not change it."""
+        """Scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``; the plan does not
+        change it."""
         c = self.config
         item = 4 if c.mamba_ssm_cache_dtype == "float32" else 2
         size = c.count("mamba") * c.mamba_inner * c.ssm_state_size * item
@@ -133,7 +143,9 @@ class Plan:
     @cached_property
     def sha256(self) -> str:
         """Identity of the plan: the recipe, the grouping and every row."""
-        digest = hashlib.sha256(json.dumps([SCHEMA, self.recipe.dump(), self.scale_groups], sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps([SCHEMA, self.recipe.dump(), self.scale_groups], sort_keys=True).encode()
+        )
         for row in self.rows:
             digest.update(json.dumps(asdict(row), sort_keys=True).encode())
         return digest.hexdigest()

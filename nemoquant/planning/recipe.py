@@ -50,9 +50,14 @@ class Rule(BaseModel):
             raise ValueError("`layers` goes with `roles`; a name pattern says its layers itself")
         if self.scales != "max" and self.format != "nvfp4":
             raise ValueError(f"`scales: {self.scales}` goes with `format: nvfp4` only")
-        if self.activations not in (None, self.format) and not (self.format == "nvfp4" and self.activations == "none"):
+        if self.activations not in (None, self.format) and not (
+            self.format == "nvfp4" and self.activations == "none"
+        ):
             allowed = {"source": "no `activations`", "fp8": "fp8", "nvfp4": "nvfp4 or none"}[self.format]
-            raise ValueError(f"`activations: {self.activations}` does not go with `format: {self.format}`; expected {allowed}")
+            raise ValueError(
+                f"`activations: {self.activations}` does not go with `format: {self.format}`; expected "
+                f"{allowed}"
+            )
         return self
 
     @property
@@ -99,10 +104,13 @@ def load_recipe(name_or_path: str) -> Recipe:
         data = yaml.load(path.read_text(encoding="utf-8"), _Strict)  # a SafeLoader
     except FileNotFoundError:
         raise RecipeError(
-            f"recipe {name_or_path!r} is neither a file nor a preset; presets are {listing(list(shipped), 20)}"
+            f"recipe {name_or_path!r} is neither a file nor a preset; presets are "
+            f"{listing(list(shipped), 20)}"
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(
+            f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
     return parse_recipe(data, name_or_path)
 
 
@@ -116,7 +124,9 @@ def parse_recipe(data: object, source: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(_problem(e) for e in error.errors())
-        raise RecipeError(f"recipe {source}: {problems}; `nemoquant recipes show fp8` prints a valid one") from None
+        raise RecipeError(
+            f"recipe {source}: {problems}; `nemoquant recipes show fp8` prints a valid one"
+        ) from None
 
 
 def _problem(error: Any) -> str:
@@ -129,7 +139,9 @@ def _problem(error: Any) -> str:
     where = ", ".join(part for part in (rule, f"`{key}`" if key else "") if part) or "recipe"
     message = error["msg"].removeprefix("Value error, ")
     message = message.removesuffix(" or instance of Rule").removesuffix(" or instance of Recipe")
-    return f"{where}: {message}" + ("" if isinstance(error["input"], dict) else f", got {_short(error['input'])}")
+    return f"{where}: {message}" + (
+        "" if isinstance(error["input"], dict) else f", got {_short(error['input'])}"
+    )
 
 
 def _short(value: object) -> str:
@@ -145,5 +157,7 @@ class _Strict(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {listing(twice)} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {listing(twice)} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)

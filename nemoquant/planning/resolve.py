@@ -1,9 +1,12 @@
-"""Resolve a recipe against a tensor table. This is the only place that matches names; every later stage reads the rows.
+"""Resolve a recipe against a tensor table. This is the only place that matches names; every later stage reads
+the rows.
 
 Order of checks, each an error that lists what it found:
 
-1. a role in the recipe that the family does not have (a role that this config lacks is fine: it matches nothing)
-2. a name pattern, or a layer of a rule, that matches nothing; a rule that matches only what earlier rules took
+1. a role in the recipe that the family does not have (a role that this config lacks is fine: it matches
+   nothing)
+2. a name pattern, or a layer of a rule, that matches nothing; a rule that matches only what earlier rules
+   took
 3. a tensor that no rule covers
 4. a tensor that must not be quantized
 5. an input dimension that the format's block does not divide
@@ -34,7 +37,12 @@ _REASONS = {
 
 
 def resolve(
-    recipe: Recipe, config: NemotronHConfig, table: list[TensorSpec], *, assumed: bool, scale_groups: bool = True
+    recipe: Recipe,
+    config: NemotronHConfig,
+    table: list[TensorSpec],
+    *,
+    assumed: bool,
+    scale_groups: bool = True,
 ) -> Plan:
     """The plan for ``table`` (dtypes as the source has them, or assumed from a bare config).
 
@@ -42,14 +50,17 @@ def resolve(
         RecipeError: the recipe does not fit; the message lists what does not.
     """
     claims = _claim(recipe, table)
-    rows = [_row(spec, rule, number, scale_groups) for spec, (number, rule) in zip(table, claims, strict=True)]
+    rows = [
+        _row(spec, rule, number, scale_groups) for spec, (number, rule) in zip(table, claims, strict=True)
+    ]
     _check_allowed(rows)
     _check_divisible(rows)
     _check_fused(rows)
     plan = Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
     if not plan.quantized and not plan.kv_layers:
         raise RecipeError(
-            f"recipe {recipe.name} quantizes nothing in this model, which has none of the roles that it gives a format; "
+            f"recipe {recipe.name} quantizes nothing in this model, which has none of the roles that it "
+            f"gives a format; "
             "expected at least one tensor or the KV cache, choose another recipe"
         )
     return plan
@@ -64,7 +75,9 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
     for rule in recipe.rules:
         unknown = [g for g in rule.roles if not any(_pattern([g]).fullmatch(role) for role in ROLES)]
         if unknown:
-            raise RecipeError(f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}")
+            raise RecipeError(
+                f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}"
+            )
     claims: list[tuple[int, Rule] | None] = [None] * len(table)
     gone: set[str] = set()  # roles that earlier rules take in all layers
     for number, rule in enumerate(recipe.rules, 1):
@@ -76,7 +89,8 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
         dead = roles <= gone if rule.roles and rule.layers is None else not taken
         if dead:
             raise RecipeError(
-                f"recipe {recipe.name}: rule {number} ({rule}) does nothing: earlier rules take all {len(matched)} tensors that it "
+                f"recipe {recipe.name}: rule {number} ({rule}) does nothing: earlier rules take all "
+                f"{len(matched)} tensors that it "
                 "matches; the first match wins, move it up or remove it"
             )
         if rule.layers is None:
@@ -86,7 +100,8 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
     uncovered = [spec.name for spec, claim in zip(table, claims, strict=True) if claim is None]
     if uncovered:
         raise RecipeError(
-            f"recipe {recipe.name}: no rule covers {len(uncovered)} tensors: {listing(uncovered)}; end the rules with "
+            f"recipe {recipe.name}: no rule covers {len(uncovered)} tensors: {listing(uncovered)}; end the "
+            f"rules with "
             '`- roles: ["*"]` and `format: source`'
         )
     return [claim for claim in claims if claim is not None]
@@ -106,20 +121,24 @@ def _matches(rule: Rule, table: list[TensorSpec]) -> list[int]:
     return [i for i, s in enumerate(table) if s.role in wanted and (layers is None or s.layer in layers)]
 
 
-def _check_matched(recipe: Recipe, rule: Rule, number: int, table: list[TensorSpec], matched: list[int]) -> None:
+def _check_matched(
+    recipe: Recipe, rule: Rule, number: int, table: list[TensorSpec], matched: list[int]
+) -> None:
     where = f"recipe {recipe.name}: rule {number}"
     for glob in rule.names:
         pattern = _pattern([glob])
         if not any(pattern.fullmatch(table[i].name) or pattern.fullmatch(table[i].module) for i in matched):
             raise RecipeError(
-                f"{where}: the name pattern {glob!r} matches none of the {len(table):,} tensors; names look like "
+                f"{where}: the name pattern {glob!r} matches none of the {len(table):,} tensors; names look "
+                f"like "
                 f"{table[min(len(table) - 1, 2)].name!r}"
             )
     if rule.layers is not None:
         empty = sorted(set(rule.layers) - {table[i].layer for i in matched})
         if empty:
             raise RecipeError(
-                f"{where}: layers {listing(empty)} have no tensor of the roles {listing(rule.roles)}; expected layers that have them, "
+                f"{where}: layers {listing(empty)} have no tensor of the roles {listing(rule.roles)}; "
+                f"expected layers that have them, "
                 "is the recipe for another model?"
             )
 
@@ -162,7 +181,8 @@ def _check_allowed(rows: list[Row]) -> None:
         if row.format != "source" and row.role not in LINEAR_ROLES:
             why = next(text for prefix, text in _REASONS.items() if row.role.startswith(prefix))
             raise RecipeError(
-                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why}; give it `format: source` ({row.reason})"
+                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why}; give it "
+                f"`format: source` ({row.reason})"
             )
 
 
@@ -174,7 +194,9 @@ def _check_divisible(rows: list[Row]) -> None:
             if problem:
                 problems.append(f"{row.name}: {problem}")
     if problems:
-        raise RecipeError(f"{len(problems)} tensors don't fit their format: {listing(problems, 3)}; give them fp8 or source")
+        raise RecipeError(
+            f"{len(problems)} tensors don't fit their format: {listing(problems, 3)}; give them fp8 or source"
+        )
 
 
 def _check_fused(rows: list[Row]) -> None:
@@ -188,12 +210,14 @@ def _check_fused(rows: list[Row]) -> None:
         if len(formats) > 1:
             got = ", ".join(f"{name} {form}" for form, name in formats.items())
             raise RecipeError(
-                f"{group} run as one fused operation in vLLM, SGLang and TensorRT-LLM, but got {got}; expected one format"
+                f"{group} run as one fused operation in vLLM, SGLang and TensorRT-LLM, but got {got}; "
+                f"expected one format"
             )
 
 
 def _fused_format(row: Row) -> str:
-    """What must be the same in all of a fused operation; ``scales`` too where the weights share their scale."""
+    """What must be the same in all of a fused operation; ``scales`` too where the weights share their
+    scale."""
     words = [row.format]
     if row.format == "nvfp4" and row.activation_format is None:
         words.append("weights only")

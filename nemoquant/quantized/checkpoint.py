@@ -1,7 +1,8 @@
-"""A checkpoint opened for computing: quantized by nemoquant or another tool in the ModelOpt layout, or not quantized at all.
+"""A checkpoint opened for computing: quantized by nemoquant or another tool in the ModelOpt layout, or not
+quantized at all.
 
-How each tensor is stored is told by the file itself, not by a plan, so that any tool's output can be opened. Its weights are decoded
-as they are used; its taps round GEMM inputs and the KV cache as an engine would.
+How each tensor is stored is told by the file itself, not by a plan, so that any tool's output can be opened.
+Its weights are decoded as they are used; its taps round GEMM inputs and the KV cache as an engine would.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -37,7 +38,8 @@ class PackedCheckpoint:
     Attributes:
         config, raw_config, table: what its config.json calls for.
         stored: tensor of the model -> how it lies in the file; MTP tensors that the file lacks are absent.
-        inputs: tap -> (format, decode scale): what is rounded at run time, GEMM inputs and ``...k_proj.output``, ``...v_proj.output``.
+        inputs: tap -> (format, decode scale): what is rounded at run time, GEMM inputs and
+            ``...k_proj.output``, ``...v_proj.output``.
         fp8_cache: whether the KV cache is FP8.
         manifest: nemoquant.json, None where another tool wrote the checkpoint.
         warnings: what a user should know of it.
@@ -73,8 +75,13 @@ class PackedCheckpoint:
                 dtype = self.checkpoint.tensors[spec.name].dtype
                 if found.format == "source" and dtype not in FLOAT_DTYPES:
                     problems.append(f"{spec.name} is {dtype}")
-                elif found.format != "source" and spec.role.removeprefix("mtp.") not in (*LINEAR_ROLES, "eh_proj"):
-                    problems.append(f"{spec.name} ({spec.role}) is {dtype}, expected a floating dtype: it is no GEMM")
+                elif found.format != "source" and spec.role.removeprefix("mtp.") not in (
+                    *LINEAR_ROLES,
+                    "eh_proj",
+                ):
+                    problems.append(
+                        f"{spec.name} ({spec.role}) is {dtype}, expected a floating dtype: it is no GEMM"
+                    )
             except CheckpointError as error:
                 if spec.role.startswith("mtp.") and spec.name not in self.checkpoint.tensors:
                     no_mtp += 1
@@ -82,11 +89,14 @@ class PackedCheckpoint:
                     problems.append(str(error))
         if problems:
             raise TensorTableError(
-                f"{self.path}: {len(problems)} tensors are not as expected: {listing(problems)}; expected the ModelOpt layout "
+                f"{self.path}: {len(problems)} tensors are not as expected: {listing(problems)}; expected "
+                f"the ModelOpt layout "
                 "with FP8 per tensor or NVFP4, or unquantized tensors"
             )
         if no_mtp:
-            self.warnings.append(f"it lacks {no_mtp} multi-token-prediction tensors: no acceptance is measured")
+            self.warnings.append(
+                f"it lacks {no_mtp} multi-token-prediction tensors: no acceptance is measured"
+            )
         return stored
 
     @property
@@ -100,7 +110,9 @@ class PackedCheckpoint:
         """A scale per tensor; raises CheckpointError where it is no positive finite number."""
         value = np.float32(self.checkpoint.array(name).reshape(())[()])
         if not (np.isfinite(value) and value > 0):
-            raise CheckpointError(f"{self.path}: {name} is {value}; expected a positive finite scale, engines would compute NaN")
+            raise CheckpointError(
+                f"{self.path}: {name} is {value}; expected a positive finite scale, engines would compute NaN"
+            )
         return value
 
     def _read_input_scales(self, declared: Mapping[str, Any]) -> None:
@@ -117,7 +129,8 @@ class PackedCheckpoint:
                 unscaled.append(spec.module)
         if unscaled:
             raise CheckpointError(
-                f"{self.path}: {len(unscaled)} modules are declared to have quantized inputs and lack `input_scale`: {listing(unscaled)}; "
+                f"{self.path}: {len(unscaled)} modules are declared to have quantized inputs and lack "
+                f"`input_scale`: {listing(unscaled)}; "
                 "engines read it as zero, calibrate again"
             )
 
@@ -133,30 +146,40 @@ class PackedCheckpoint:
                 self.inputs[f"{spec.module}.output"] = "fp8", self.scalar(name) if stored else np.float32(1)
         if self.fp8_cache and missing:
             self.warnings.append(
-                f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines take 1.0, as here"
+                f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines "
+                f"take 1.0, as here"
             )
         if found and not self.fp8_cache:
-            self.warnings.append(f"it has {found} KV cache scales but declares no FP8 cache: engines ignore them, as here")
+            self.warnings.append(
+                f"it has {found} KV cache scales but declares no FP8 cache: engines ignore them, as here"
+            )
 
     def _check_extra(self) -> None:
         known = {name for stored in self.stored.values() for name in stored.parts.values()}
-        known |= {kv_scale_name(s.module) for s in self.table if s.role in ("attention.k_proj", "attention.v_proj")}
+        known |= {
+            kv_scale_name(s.module) for s in self.table if s.role in ("attention.k_proj", "attention.v_proj")
+        }
         extra = [name for name in self.checkpoint.tensors if name not in known]
         if extra:
             raise TensorTableError(
-                f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change what an engine computes, "
+                f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change "
+                f"what an engine computes, "
                 "expected the ModelOpt layout with FP8 per tensor or NVFP4"
             )
 
     def formats(self, module: str) -> tuple[str, str | None]:
         """The format of a module's weight, and that of its input at run time."""
-        return self.stored[f"{module}.weight"].format, self.inputs[module][0] if module in self.inputs else None
+        return self.stored[f"{module}.weight"].format, self.inputs[module][
+            0
+        ] if module in self.inputs else None
 
     def weights(self, prefix: str) -> "PackedWeights":
         """The tensors under a prefix, as ``ReferenceModel`` and ``layer_forward`` take them."""
         return PackedWeights(self, prefix)
 
-    def tap(self, only: Collection[str] | None = None, record: Callable[[str, Noise], None] | None = None) -> Tap:
+    def tap(
+        self, only: Collection[str] | None = None, record: Callable[[str, Noise], None] | None = None
+    ) -> Tap:
         """A tap, by full names, that rounds what an engine rounds.
 
         Args:

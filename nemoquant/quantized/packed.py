@@ -1,8 +1,9 @@
-"""Quantized weights and activations as a consumer has them: decoded when they are used, in slices of rows, in threads.
+"""Quantized weights and activations as a consumer has them: decoded when they are used, in slices of rows, in
+threads.
 
-The arithmetic is that of the formats: a weight is ``code * scale`` in fp32; an input is encoded with its calibrated scale (NVFP4
-with block scales of its own, at run time) and decoded again. What is multiplied is float32. On a GPU all that happens there
-(``formats/gpu.py``): of a weight only codes and scales cross.
+The arithmetic is that of the formats: a weight is ``code * scale`` in fp32; an input is encoded with its
+calibrated scale (NVFP4 with block scales of its own, at run time) and decoded again. What is multiplied is
+float32. On a GPU all that happens there (``formats/gpu.py``): of a weight only codes and scales cross.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from nemoquant.formats import fp8, gpu, noise, nvfp4
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Codes, Floats, Weight
 
-PIECE_ELEMENTS = 1 << 18  # of a tensor that one thread works on at a time: in the caches from encoding to the sums
+PIECE_ELEMENTS = (
+    1 << 18
+)  # of a tensor that one thread works on at a time: in the caches from encoding to the sums
 
 
 @cache
@@ -27,7 +30,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _in_pieces(function: Callable[[slice], Noise | None], rows: int, width: int) -> list[Noise | None]:
-    """``function`` of slices that cover ``rows`` rows, in as many threads as torch uses; the results in order."""
+    """``function`` of slices that cover ``rows`` rows, in as many threads as torch uses; the results in
+    order."""
     step = max(1, PIECE_ELEMENTS // max(1, width))
     pieces = [slice(start, start + step) for start in range(0, rows, step)]
     if len(pieces) < 2:
@@ -45,7 +49,8 @@ def _total(parts: list[Noise | None]) -> Noise:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out, in] of a quantized checkpoint, mapped; ``taps.product`` takes it for a tensor of a foreign dtype.
+    """A weight [out, in] of a quantized checkpoint, mapped; ``taps.product`` takes it for a tensor of a
+    foreign dtype.
 
     Attributes:
         codes: uint8 [out, in] (fp8) or [out, in/2] (nvfp4).
@@ -121,7 +126,9 @@ def plain_noise(weight: Weight, other: Weight) -> Noise:
 
     def piece(rows: slice) -> Noise:
         part = other[rows]
-        values = part if part.dtype == np.float32 else torch.from_numpy(part).view(torch.bfloat16).float().numpy()
+        values = (
+            part if part.dtype == np.float32 else torch.from_numpy(part).view(torch.bfloat16).float().numpy()
+        )
         return noise.measure(weight[rows], np.ascontiguousarray(values), np.inf)
 
     return _total(_in_pieces(piece, *weight.shape))
@@ -131,7 +138,8 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
     """``x`` [..., in] float32 through codes and back, as a new tensor, and what that did to it.
 
     Args:
-        format: ``fp8`` (``code = e4m3(x / scale)``) or ``nvfp4`` (``scale`` is the global one; blocks of 16 get theirs here).
+        format: ``fp8`` (``code = e4m3(x / scale)``) or ``nvfp4`` (``scale`` is the global one; blocks of 16
+            get theirs here).
     """
     if gpu.computes(x.device):
         rounded: Tensor = (gpu.fp8_rounded if format == "fp8" else gpu.nvfp4_rounded)(x, scale)
@@ -153,7 +161,8 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
 
 
 def _noise_there(values: Tensor, decoded: Tensor, limit: float) -> Noise:
-    """``noise.measure`` of float32 tensors where they are; differences are rounded to float32 before their squares are summed in float64."""
+    """``noise.measure`` of float32 tensors where they are; differences are rounded to float32 before their
+    squares are summed in float64."""
     magnitude = values.abs()
     sums = [
         torch.linalg.vector_norm(values, dtype=torch.float64).square(),

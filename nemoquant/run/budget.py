@@ -1,4 +1,5 @@
-"""How a run keeps below its memory: from the sizes of what it holds, rows at once and how far packing reads ahead.
+"""How a run keeps below its memory: from the sizes of what it holds, rows at once and how far packing reads
+ahead.
 
 Memory is a promise: with ``--memory`` both are chosen to stay below it.
 """
@@ -17,8 +18,12 @@ from nemoquant.planning.plan import Plan
 from nemoquant.units import size
 
 DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
-BASE_STEP = 256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
-LANE = 3 * CHUNK_BYTES  # pinned for a thread that feeds a GPU: a chunk, as float32 if it is float16, and its codes
+BASE_STEP = (
+    256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
+)
+LANE = (
+    3 * CHUNK_BYTES
+)  # pinned for a thread that feeds a GPU: a chunk, as float32 if it is float16, and its codes
 PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and what became of it
 BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
 
@@ -45,7 +50,13 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def budget(
-    plan: Plan, batch: Batch | None, *, memory: int | None, row_batch: RowBatch | None, threads: int, device: Device = "cpu"
+    plan: Plan,
+    batch: Batch | None,
+    *,
+    memory: int | None,
+    row_batch: RowBatch | None,
+    threads: int,
+    device: Device = "cpu",
 ) -> Budget:
     """Choose the row batch and how far to read ahead.
 
@@ -59,7 +70,9 @@ def budget(
     if batch is not None:
         import torch  # noqa: F401  it belongs to what the process holds before it begins
 
-    held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
+    held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (
+        len(plan.rows) + plan.tensors_out
+    )
     limit = memory or DEFAULT_MEMORY
     waiting = pack_bytes(plan) + (threads * LANE if device == "cuda" else 0)
     ahead = max(1, min(AHEAD * threads, (limit - held - waiting) // PIECE))
@@ -72,17 +85,23 @@ def budget(
         row_batch = row_batch or pick_row_batch(plan.config, batch, limit - held - weights)
         for kind in sorted(set(plan.config.layers)):
             part = batch.of(min(batch.rows, rows_of(row_batch, kind)))
-            what = f"{part.rows} calibration row{'s' * (part.rows > 1)} of {part.length} tokens in a layer of kind {kind}"
+            row_count = f"{part.rows} calibration row{'s' * (part.rows > 1)}"
+            what = f"{row_count} of {part.length} tokens in a layer of kind {kind}"
             needed[what] = held + weights + batch_bytes(plan.config, kind, part)
     most = max(needed, key=lambda what: needed[what])
     if memory is not None and needed[most] > memory:
-        hint = ", or shorter rows" * (batch is not None) + ", or a smaller --row-batch" * (given and batch is not None)
-        raise UsageError(f"--memory is {size(memory)}, but {most} needs {size(needed[most])}; give more{hint}")
+        hint = ", or shorter rows" * (batch is not None) + ", or a smaller --row-batch" * (
+            given and batch is not None
+        )
+        raise UsageError(
+            f"--memory is {size(memory)}, but {most} needs {size(needed[most])}; give more{hint}"
+        )
     return Budget(needed[most], row_batch if batch else None, ahead)
 
 
 def pack_bytes(plan: Plan) -> int:
-    """What packing holds beside the plan and the pieces in work: pieces that wait to be hashed and written, one unit's block scales."""
+    """What packing holds beside the plan and the pieces in work: pieces that wait to be hashed and written,
+    one unit's block scales."""
     blocks: dict[object, int] = {}  # of experts of a layer and projection together, else of a tensor
     for row in plan.quantized:
         scales = [math.prod(shape) for kind, _, shape in row.parts() if kind == "block_scales"]

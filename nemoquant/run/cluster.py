@@ -1,11 +1,13 @@
 """A run spread over a Ray cluster (extra ``ray``): the same pure functions, called on other machines.
 
-Packing sends groups of whole weights, experts of one layer and projection, and chunks of larger ones; calibration sends a layer's
-batches of rows. Arguments and results travel through Ray's object store; this process puts them in order, writes the output and
-keeps the state for ``--resume``. A task whose worker or node is lost runs again, and gives the same bytes: every task computes with one
-thread, whatever the cluster's size.
+Packing sends groups of whole weights, experts of one layer and projection, and chunks of larger ones;
+calibration sends a layer's batches of rows. Arguments and results travel through Ray's object store; this
+process puts them in order, writes the output and keeps the state for ``--resume``. A task whose worker or
+node is lost runs again, and gives the same bytes: every task computes with one thread, whatever the cluster's
+size.
 
-Each node needs nemoquant of this version and the source under the same path; both are checked by each worker before its first task.
+Each node needs nemoquant of this version and the source under the same path; both are checked by each worker
+before its first task.
 """
 
 import importlib.util
@@ -50,7 +52,8 @@ class Cluster:
         self._ray, self.checkpoint = ray, checkpoint
         self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._source = (str(checkpoint.path.resolve()), manifest.weights_fingerprint(checkpoint), __version__)
-        # lost with its node: run again, for as long as there are nodes; spread, because each node has its own disk and memory
+        # lost with its node: run again, for as long as there are nodes; spread, because each node has its own
+        # disk and memory
         options = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
         self._call = ray.remote(**options)(_call)
         self._observe = ray.remote(**options)(_observe)
@@ -73,7 +76,9 @@ class Cluster:
         shared = self._ray.put(config)
         waiting: deque[Any] = deque()
         for states in batches:
-            waiting.append(self._observe.remote(self._source, shared, layer, to_wire(states), device, observers))
+            waiting.append(
+                self._observe.remote(self._source, shared, layer, to_wire(states), device, observers)
+            )
             if len(waiting) > AHEAD * self.processors:
                 yield self._observed(waiting.popleft())
         while waiting:
@@ -99,7 +104,9 @@ class Cluster:
         except exceptions.RayTaskError as error:
             raise error.cause from error
         except exceptions.RayError as error:
-            raise UsageError(f"the Ray cluster failed ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+            raise UsageError(
+                f"the Ray cluster failed ({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from None
 
 
 class RayFuture(Future[T]):
@@ -129,7 +136,9 @@ class RayWorkers:
         self._threads = Threads(cluster.checkpoint, threads)
         self.here = self._threads.submit
 
-    def submit(self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(
+        self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
         assert not kwargs
         return RayFuture(self.cluster, self.cluster.begin(function, args))
 
@@ -142,7 +151,8 @@ class RayWorkers:
 
 @contextmanager
 def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
-    """Connect to the cluster at ``address`` (``auto`` is one that runs here), or start one on this machine for the run.
+    """Connect to the cluster at ``address`` (``auto`` is one that runs here), or start one on this machine
+    for the run.
 
     A connection that the caller has already is used, and left as it is.
 
@@ -181,7 +191,12 @@ def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: t
 
 
 def _observe(
-    source: tuple[str, str, str], config: NemotronHConfig, layer: int, states: Wire, device: str, observers: Observers
+    source: tuple[str, str, str],
+    config: NemotronHConfig,
+    layer: int,
+    states: Wire,
+    device: str,
+    observers: Observers,
 ) -> tuple[Any, ...]:
     output, *rest = observe(_opened(source), config, layer, from_wire(states), device, observers)
     return (to_wire(output), *rest)
@@ -189,15 +204,19 @@ def _observe(
 
 @lru_cache(maxsize=1)
 def _opened(source: tuple[str, str, str]) -> Checkpoint:
-    """The source, opened once a worker; raises CheckpointError where it is another one there, or nemoquant is."""
+    """The source, opened once a worker; raises CheckpointError where it is another one there, or nemoquant
+    is."""
     path, fingerprint, version = source
     torch.set_num_threads(1)
     if version != __version__:
-        raise CheckpointError(f"a node of the cluster has nemoquant {__version__}; expected {version}, as here")
+        raise CheckpointError(
+            f"a node of the cluster has nemoquant {__version__}; expected {version}, as here"
+        )
     checkpoint = Checkpoint(Path(path))
     if manifest.weights_fingerprint(checkpoint) != fingerprint:
         raise CheckpointError(
-            f"{path} is another checkpoint on a node of the cluster; expected the same one under this path everywhere"
+            f"{path} is another checkpoint on a node of the cluster; expected the same one under this path "
+            f"everywhere"
         )
     return checkpoint
 

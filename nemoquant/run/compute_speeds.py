@@ -27,7 +27,8 @@ def compute_speeds(
     threads: int,
     device: Device,
 ) -> tuple[float, float, float]:
-    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`, with so many threads, or on a GPU."""
+    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`, with so many threads, or
+    on a GPU."""
     c, tokens = config, batch.length
     like = torch.empty(0, dtype=getattr(torch, batch.dtype), device=torch_device(device))
     before = torch.get_num_threads()
@@ -46,7 +47,8 @@ def compute_speeds(
 
 
 def _product(tokens: int, width: int, out: int, weights: int, like: Tensor) -> float:
-    """flop/s over a few weights, so that they do not all lie in a cache; ``like`` has their dtype and device."""
+    """flop/s over a few weights, so that they do not all lie in a cache; ``like`` has their dtype and
+    device."""
     x = like.new_ones(tokens, width)
     matrices = like.new_ones(weights, out, width)
     _seconds(lambda: product(x, matrices[0]), like)  # compiled for this shape

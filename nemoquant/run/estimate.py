@@ -1,4 +1,5 @@
-"""What a run will need, said before it starts: time and disk, from a short measurement and from sizes. Time is an estimate."""
+"""What a run will need, said before it starts: time and disk, from a short measurement and from sizes. Time
+is an estimate."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -36,7 +37,9 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """The figures, as JSON data."""
         data = asdict(self) | {"seconds": self.seconds}
-        data["speeds"]["encode"] = {" ".join(filter(None, key)): rate for key, rate in self.speeds.encode.items()}
+        data["speeds"]["encode"] = {
+            " ".join(filter(None, key)): rate for key, rate in self.speeds.encode.items()
+        }
         return data
 
 
@@ -57,10 +60,13 @@ def estimate(
         folder: an existing one on OUT's disk.
         batch: all rows of the calibration, None where nothing is calibrated.
         threads: of one batch of the calibration.
-        processors: for packing, and for batches beside each other where there are more than ``threads``; None is ``threads``.
+        processors: for packing, and for batches beside each other where there are more than ``threads``; None
+            is ``threads``.
         device: of calibration and packing.
     """
-    speeds = measure(checkpoint, plan, folder, batch, row_batch=chosen.row_batch or 1, threads=threads, device=device)
+    speeds = measure(
+        checkpoint, plan, folder, batch, row_batch=chosen.row_batch or 1, threads=threads, device=device
+    )
     disk = plan.bytes_out + BYTES_PER_TENSOR * plan.tensors_out + MARGIN
     processors = processors or threads
     calibrate = 0.0
@@ -93,7 +99,8 @@ def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Sp
 
 
 def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
-    """The slowest of reading, encoding, hashing and writing; or the processors' time for all of them, shared out."""
+    """The slowest of reading, encoding, hashing and writing; or the processors' time for all of them, shared
+    out."""
     encode = sum(row.bytes_in / speeds.encode[row.format, row.scale_method] for row in plan.quantized)
     copied = sum(row.bytes_in for row in plan.rows if row.format == "source") / speeds.read
     hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / speeds.sync
@@ -103,9 +110,14 @@ def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
 
 def expectation(found: Estimate) -> str:
     """An estimate in a line."""
-    stages = [(n, t) for n, t in (("calibrate", found.calibrate), ("pack", found.pack), ("verify", found.verify)) if t]
+    stages = [
+        (n, t)
+        for n, t in (("calibrate", found.calibrate), ("pack", found.pack), ("verify", found.verify))
+        if t
+    ]
     text = (
-        f"{duration(found.seconds)} ({', '.join(f'{name} {duration(t)}' for name, t in stages)}), {size(found.memory)} of memory, "
+        f"{duration(found.seconds)} ({', '.join(f'{name} {duration(t)}' for name, t in stages)}), "
+        f"{size(found.memory)} of memory, "
         f"{size(found.disk)} of disk"
     )
     return text + (f"; rows at once: {row_batches(found.row_batch)}" if found.row_batch else "")
@@ -113,4 +125,8 @@ def expectation(found: Estimate) -> str:
 
 def row_batches(row_batch: RowBatch) -> str:
     """A row batch for people."""
-    return str(row_batch) if isinstance(row_batch, int) else ", ".join(f"{n} ({kind})" for kind, n in row_batch.items())
+    return (
+        str(row_batch)
+        if isinstance(row_batch, int)
+        else ", ".join(f"{n} ({kind})" for kind, n in row_batch.items())
+    )

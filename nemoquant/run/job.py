@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What a run gave: what verify checked, names of the source's files that were not copied, warnings, the calibration's summary."""
+    """What a run gave: what verify checked, names of the source's files that were not copied, warnings, the
+    calibration's summary."""
 
     verified: dict[str, int]
     skipped: list[str]
@@ -43,7 +44,8 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is kept informed: of progress, in words, and of what the run will need; ``expected`` None measures nothing."""
+    """Who is kept informed: of progress, in words, and of what the run will need; ``expected`` None measures
+    nothing."""
 
     progress: Progress = no_progress
     say: Callable[[str], None] = lambda text: None
@@ -55,7 +57,8 @@ class Prepared:
     """What a run works with, known before its first byte is written.
 
     Attributes:
-        origin: what the scales come from, an earlier run's file or rows to calibrate on; None where nothing is needed.
+        origin: what the scales come from, an earlier run's file or rows to calibrate on; None where nothing
+            is needed.
         batch: all rows to calibrate on, and their dtype; None where nothing is calibrated.
         budget: how the run keeps below its memory.
     """
@@ -68,14 +71,18 @@ class Prepared:
 class Job:
     """A run of ``quantize`` over an opened source."""
 
-    def __init__(self, source: Source, plan: Plan, out: Path, options: RunOptions, listener: Listener) -> None:
+    def __init__(
+        self, source: Source, plan: Plan, out: Path, options: RunOptions, listener: Listener
+    ) -> None:
         """Raises OutputError where the state of an earlier run can't be read."""
         self.source, self.plan, self.out, self.listener = source, plan, out, listener
         self.output = Output(source, plan, options.shard_bytes)
         self.earlier = earlier(out) if options.resume else None
         self.options = _with_earlier_dtype(options, self.earlier)
         began = self.earlier.identity if self.earlier and not self.earlier.calibrated else {}
-        self.threads: int = options.threads or (options.engine != "ray" and began.get("threads")) or usable_threads()
+        self.threads: int = (
+            options.threads or (options.engine != "ray" and began.get("threads")) or usable_threads()
+        )
         self.calibration_threads = 1 if options.engine == "ray" else self.threads
 
     @cached_property
@@ -91,7 +98,9 @@ class Job:
         """
         if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
             needed = self.plan.bytes_out + self._hidden_bytes()
-            check_output(self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume)
+            check_output(
+                self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume
+            )
         self.output.side_files  # noqa: B018  raises where one can't be read
 
     def _hidden_bytes(self) -> int:
@@ -221,7 +230,8 @@ class Job:
             yield cluster
 
     def _done(self, found: Unfinished, identity: dict[str, Any]) -> Outcome:
-        """The earlier run was killed after it had given the folder its name: only its state is left to remove."""
+        """The earlier run was killed after it had given the folder its name: only its state is left to
+        remove."""
         check_identity(found, identity)
         scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
         warnings = manifest.read_manifest(self.out)["warnings"]
@@ -259,7 +269,8 @@ class Job:
     def _scales(
         self, run: Unfinished, prepared: Prepared, weights: str, cluster: "Cluster | None"
     ) -> tuple[Scales | None, list[str]]:
-        """Calibrate, or take the results of an earlier run; with warnings. Those of a run are repeated with its file."""
+        """Calibrate, or take the results of an earlier run; with warnings. Those of a run are repeated with
+        its file."""
         origin = prepared.origin
         if origin is None:
             return None, []
@@ -289,7 +300,9 @@ class Job:
             hidden.unlink()
         return scales, warnings
 
-    def _calibrate(self, run: Unfinished, rows: Rows, prepared: Prepared, cluster: "Cluster | None") -> Scales:
+    def _calibrate(
+        self, run: Unfinished, rows: Rows, prepared: Prepared, cluster: "Cluster | None"
+    ) -> Scales:
         import torch
 
         from nemoquant.calibrate.hidden import InFiles
@@ -302,12 +315,16 @@ class Job:
         assert row_batch is not None
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         begin, at = None, run.calibration
-        hidden = InFiles(run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0)
+        hidden = InFiles(
+            run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
+        )
         if at:
             begin = Between(at["layers"], at["dead_rows"], at["collected"])
             alive = [row for row in range(len(rows.ids)) if row not in begin.dead]
             if not hidden.holds(alive, at["hidden_sha256"]):
-                self.listener.say(f"the hidden states in {run.state} are damaged: calibrating from the first layer on")
+                self.listener.say(
+                    f"the hidden states in {run.state} are damaged: calibrating from the first layer on"
+                )
                 begin = run.calibration = None
 
         def keep(between: Between) -> None:

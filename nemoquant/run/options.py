@@ -1,6 +1,7 @@
 """What one quantize run can be told: ``RunOptions``, and a table of what is to be known of each option.
 
-The command line takes flags and defaults from the table, ``--resume`` takes from it what may change. Nothing else knows a flag.
+The command line takes flags and defaults from the table, ``--resume`` takes from it what may change. Nothing
+else knows a flag.
 """
 
 import os
@@ -28,14 +29,18 @@ class RunOptions:
         scales: the scales file of an earlier run, instead of calibrating.
         device: ``cpu`` or ``cuda``, of calibration and of packing, whose bytes are the same on either.
         dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
-        row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, kind by kind of layer.
-        memory: bytes that the run may take at its peak, packing included; None is no promise, and rows for 4 GB at once.
+        row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, kind by kind of
+            layer.
+        memory: bytes that the run may take at its peak, packing included; None is no promise, and rows for 4
+            GB at once.
         threads: for calibration and packing; None is all that this process may use.
         shard_bytes: largest output file.
-        scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False for comparisons.
+        scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False
+            for comparisons.
         engine: ``local``, this process; ``ray``, a cluster (extra ``ray``).
         address: of the Ray cluster, ``auto`` for one that runs here; None starts one on this machine.
-        resume: continue with what an earlier run with the same options left in OUT.partial; begin anew where there is nothing.
+        resume: continue with what an earlier run with the same options left in OUT.partial; begin anew where
+            there is nothing.
     """
 
     data: PathLike | None = None
@@ -59,7 +64,9 @@ class RunOptions:
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
         if (self.threads is not None and self.threads < 1) or self.shard_bytes < 1:
-            raise UsageError(f"threads is {self.threads}, shard_bytes {self.shard_bytes}; expected at least 1 of each")
+            raise UsageError(
+                f"threads is {self.threads}, shard_bytes {self.shard_bytes}; expected at least 1 of each"
+            )
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"device is {self.device!r}; expected cpu or cuda")
         if self.dtype not in (None, "float32", "bfloat16"):
@@ -67,9 +74,13 @@ class RunOptions:
         if self.engine not in ("local", "ray"):
             raise UsageError(f"engine is {self.engine!r}; expected local or ray")
         if self.address is not None and self.engine != "ray":
-            raise UsageError(f"an address ({self.address}) goes with --engine ray only; give both, or neither")
+            raise UsageError(
+                f"an address ({self.address}) goes with --engine ray only; give both, or neither"
+            )
         if self.engine == "ray" and self.device != "cpu":
-            raise UsageError(f"engine ray computes on processors only, device is {self.device!r}; expected cpu")
+            raise UsageError(
+                f"engine ray computes on processors only, device is {self.device!r}; expected cpu"
+            )
 
     def unused_where_nothing_is_calibrated(self) -> list[str]:
         """Flags of the options that say where scales come from, as far as they were given."""
@@ -90,7 +101,8 @@ class Option:
     Attributes:
         default: of the field.
         flag: its name on the command line.
-        resume: whether it may be another one when a run is continued: never, once calibration is over, or always.
+        resume: whether it may be another one when a run is continued: never, once calibration is over, or
+            always.
         shown: its value in a message, as the command line spells it.
     """
 
@@ -111,7 +123,11 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "memory": ("--memory", "free"),
     "threads": ("--threads", "once calibrated"),
     "shard_bytes": ("--shard-size", "fixed", lambda value: shown(value if value is None else value / 1e9)),
-    "scale_groups": ("--no-scale-groups", "fixed", lambda value: shown(value if value is None else not value)),
+    "scale_groups": (
+        "--no-scale-groups",
+        "fixed",
+        lambda value: shown(value if value is None else not value),
+    ),
     "engine": ("--engine", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),
     "resume": ("--resume", "free"),

@@ -1,4 +1,5 @@
-"""How fast this machine is at what a run consists of: a measurement of a few tenths of a second, on the source's own bytes.
+"""How fast this machine is at what a run consists of: a measurement of a few tenths of a second, on the
+source's own bytes.
 
 torch is loaded only where something is calibrated.
 """
@@ -32,10 +33,13 @@ class Speeds:
     Attributes:
         read: bytes/s of the source, from the page cache or from disk, as it lies now, one thread.
         write: bytes/s into a file beside OUT.
-        sync: the same with the disk waited for, if the output is too large for the page cache; else ``write``.
+        sync: the same with the disk waited for, if the output is too large for the page cache; else
+            ``write``.
         hash: bytes/s of sha256.
-        encode: bytes/s of source, one thread, by format and scale method; with a GPU a thread's share of what they all get out of it.
-        product, expert: flop/s of a matrix product with all tokens of a batch, and with an expert's share of them.
+        encode: bytes/s of source, one thread, by format and scale method; with a GPU a thread's share of what
+            they all get out of it.
+        product, expert: flop/s of a matrix product with all tokens of a batch, and with an expert's share of
+            them.
         mixer: seconds a token of a Mamba-2 layer beside its products.
     """
 
@@ -78,7 +82,16 @@ def measure(
         product, expert, mixer = compute_speeds(
             checkpoint, plan.config, batch, row_batch=row_batch, threads=threads, device=device
         )
-    return Speeds(read=read, write=write, sync=sync, hash=digest, encode=encode, product=product, expert=expert, mixer=mixer)
+    return Speeds(
+        read=read,
+        write=write,
+        sync=sync,
+        hash=digest,
+        encode=encode,
+        product=product,
+        expert=expert,
+        mixer=mixer,
+    )
 
 
 def _read(checkpoint: Checkpoint, rows: Iterable[Row]) -> float:
@@ -103,7 +116,11 @@ def _write(folder: Path, *, wait: bool) -> tuple[float, float, float]:
     with tempfile.TemporaryFile(dir=folder) as f:
         write = seconds(lambda: os.write(f.fileno(), data.data))
         sync = write + (seconds(lambda: os.fsync(f.fileno())) if wait else 0.0)
-    return data.size / write, data.size / sync, data.size / seconds(lambda: hashlib.sha256(data.data).digest())
+    return (
+        data.size / write,
+        data.size / sync,
+        data.size / seconds(lambda: hashlib.sha256(data.data).digest()),
+    )
 
 
 def _encodings(plan: Plan) -> dict[Encoding, Row]:
@@ -118,7 +135,8 @@ def _encodings(plan: Plan) -> dict[Encoding, Row]:
 
 
 def _encode(checkpoint: Checkpoint, row: Row, device: Device, threads: int) -> float:
-    """bytes/s of source; the first rows of a large weight stand for it. A GPU gets one from each thread, as in packing."""
+    """bytes/s of source; the first rows of a large weight stand for it. A GPU gets one from each thread, as
+    in packing."""
     from dataclasses import replace
 
     count = max(1, min(row.shape[0], SAMPLE_BYTES * row.shape[0] // max(1, row.bytes_in)))

@@ -1,10 +1,11 @@
-"""A run that can be continued: what ``OUT.partial`` holds beside the output's own files, and what becomes of it in the end.
+"""A run that can be continued: what ``OUT.partial`` holds beside the output, and what becomes of it.
 
-    OUT.partial/nemoquant_resume/state.json    options; calibrated layers and what they gave; shards with their sha256
-    OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the calibration rows, before and after the layer in work
+    OUT.partial/nemoquant_resume/state.json    options; calibrated layers and their results; shards, sha256
+    OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the rows, before and after the layer in work
 
-``state.json`` is written beside its place and renamed, after each layer and each shard, so that a kill at any moment leaves the
-last one whole. Nothing else is trusted: hidden states and shards are held against the hashes in it before a run goes on with them.
+``state.json`` is written beside its place and renamed, after each layer and each shard, so that a kill at any
+moment leaves the last one whole. Nothing else is trusted: hidden states and shards are held against the
+hashes in it before a run uses them.
 
     fails before a layer or shard is finished   all that was made is removed
     fails, is interrupted or killed later       OUT.partial stays, --resume goes on
@@ -44,7 +45,8 @@ class Unfinished:
 
     Attributes:
         folder: where the output's files are written.
-        identity: what decides the output's bytes: ``FACTS``, and options by their fields of :class:`RunOptions`.
+        identity: what decides the output's bytes: ``FACTS``, and options by their fields of
+            :class:`RunOptions`.
         calibration: JSON data of the layers that were calibrated, None before the first.
         calibrated: whether the scales file is written and final.
         shards: file name -> {"sha256", "zero_weights"}.
@@ -75,13 +77,18 @@ class Unfinished:
     def describe(self) -> str:
         """How far it came, in a few words."""
         layers = (
-            "calibrated" if self.calibrated else f"{self.calibration['layers']} layers calibrated" if self.calibration else ""
+            "calibrated"
+            if self.calibrated
+            else f"{self.calibration['layers']} layers calibrated"
+            if self.calibration
+            else ""
         )
         shards = f"{len(self.shards)} shards written" if self.shards else ""
         return ", ".join(filter(None, (layers, shards))) or "nothing finished yet"
 
     def finished_shards(self) -> dict[str, dict[str, Any]]:
-        """Shards of an earlier run that still are what they were; the others are forgotten, and packed again."""
+        """Shards of an earlier run that still are what they were; the others are forgotten, and packed
+        again."""
         self.shards = {
             file: entry
             for file, entry in self.shards.items()
@@ -111,7 +118,8 @@ def load(folder: Path) -> Unfinished | None:
 
 
 def earlier(out: Path) -> Unfinished | None:
-    """What an earlier run left for ``--resume``: in OUT.partial, or in OUT when it was killed as good as done."""
+    """What an earlier run left for ``--resume``: in OUT.partial, or in OUT when it was killed as good as
+    done."""
     return load(partial_of(out)) or load(out)
 
 
@@ -130,7 +138,8 @@ def check_identity(found: Unfinished, identity: Identity) -> None:
             changed.append(f"{option.flag} was {option.shown(was)} and is {option.shown(now)}")
     if changed:
         raise UsageError(
-            f"{found.folder} was begun with other options: {'; '.join(changed)}; give the same ones to --resume, or remove the folder"
+            f"{found.folder} was begun with other options: {'; '.join(changed)}; give the same ones to "
+            f"--resume, or remove the folder"
         )
 
 
@@ -140,20 +149,28 @@ def check_files(folder: Path, known: set[str]) -> None:
     Raises:
         OutputError: names what is strange.
     """
-    strange = sorted(path.name for path in folder.iterdir() if path.name.removesuffix(".partial") not in known | {FOLDER})
+    strange = sorted(
+        path.name for path in folder.iterdir() if path.name.removesuffix(".partial") not in known | {FOLDER}
+    )
     if strange:
-        raise OutputError(f"{folder} holds {listing(strange)}, which no run writes there; move it away, or choose another output")
+        raise OutputError(
+            f"{folder} holds {listing(strange)}, which no run writes there; move it away, or choose another "
+            f"output"
+        )
 
 
 @contextmanager
 def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) -> Iterator[Unfinished]:
-    """Yields the run's state in OUT.partial; when the body ends well that becomes OUT. See the top of this file.
+    """Yields the run's state in OUT.partial; when the body ends well that becomes OUT. See the top of this
+    file.
 
     Args:
         known: names of the files that the run may write.
-        resume: go on with what is there, if it was begun with the same options; else OUT.partial must not exist.
+        resume: go on with what is there, if it was begun with the same options; else OUT.partial must not
+            exist.
     Raises:
-        OutputError: it can't be made or written, holds other files, another run is at it, or OUT came to be meanwhile.
+        OutputError: it can't be made or written, holds other files, another run is at it, or OUT came to be
+            meanwhile.
         UsageError: other options than before.
         Interrupted: for a KeyboardInterrupt of the body, with how to go on.
     """
@@ -165,7 +182,9 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
         if resume and partial.exists():
             check_files(partial, known)
             if any(partial.iterdir()) and not (partial / FOLDER).is_dir():
-                raise OutputError(f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it")
+                raise OutputError(
+                    f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it"
+                )
         else:
             partial.mkdir(parents=True)
         (partial / FOLDER).mkdir(exist_ok=True)
@@ -173,7 +192,9 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
             found = load(partial)
             if found is None:
                 if len(list(partial.iterdir())) > 1:
-                    raise OutputError(f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it")
+                    raise OutputError(
+                        f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it"
+                    )
                 ours = True  # made above, or by a run that was killed before it had written anything
                 found = Unfinished(partial, identity)
                 found.save()
@@ -190,27 +211,34 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
             with suppress(OSError):  # only what is empty; innermost first
                 folder.rmdir()
         _tell(
-            error, out, f"{partial} is kept ({run.describe()}): --resume goes on from there" if keep and run is not None else ""
+            error,
+            out,
+            f"{partial} is kept ({run.describe()}): --resume goes on from there"
+            if keep and run is not None
+            else "",
         )
         raise
     try:
         partial.rename(out)
     except OSError as error:
         raise OutputError(
-            f"{partial} is finished and verified, but can't be renamed to {out} ({error.strerror}); make room there, then --resume"
+            f"{partial} is finished and verified, but can't be renamed to {out} ({error.strerror}); make "
+            f"room there, then --resume"
         ) from None
     finish(out)
 
 
 def finish(out: Path) -> None:
-    """Remove what only an unfinished run needs from an OUT that has its name; the state last, so that a kill leaves that or nothing."""
+    """Remove what only an unfinished run needs from an OUT that has its name; the state last, so that a kill
+    leaves that or nothing."""
     for path in sorted((out / FOLDER).iterdir(), key=lambda path: path.name == STATE):
         path.unlink()
     (out / FOLDER).rmdir()
 
 
 def _tell(error: BaseException, out: Path, kept: str) -> None:
-    """Add to an error what is left of the run, where there is something; interrupts and errors of the system become ours."""
+    """Add to an error what is left of the run, where there is something; interrupts and errors of the system
+    become ours."""
     if isinstance(error, NemoquantError):
         error.kept = kept
     elif isinstance(error, KeyboardInterrupt | OSError):
@@ -234,7 +262,9 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError(f"{folder.parent} is being written by another run; wait for it, or choose another output") from None
+        raise OutputError(
+            f"{folder.parent} is being written by another run; wait for it, or choose another output"
+        ) from None
     else:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""What a run writes: shards, both config files, index, side files, scales file, card and manifest; then it is verified."""
+"""What a run writes: shards, both config files, index, side files, scales file, card and manifest; then it is
+verified."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ from nemoquant.sources.source import Source
 
 
 class Written(NamedTuple):
-    """What came of it: what verify checked, names of the source's files that were not copied, and all warnings."""
+    """What came of it: what verify checked, names of the source's files that were not copied, and all
+    warnings."""
 
     verified: dict[str, int]
     skipped: list[str]
@@ -80,7 +82,9 @@ class Output:
         for name, data in config_files(self.plan, self.source.raw_config).items():
             _write_json(folder / name, data)
         weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
-        _write_json(folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map})
+        _write_json(
+            folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
+        )
         if scales is not None:
             (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
         copied, skipped = self.side_files
@@ -88,18 +92,26 @@ class Output:
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
         (folder / CARD).write_text(text, encoding="utf-8")
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
-        names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE)
+        names = sorted(
+            path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
+        )
         files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
         manifest.write_manifest(folder, self._manifest(scales, warnings, files))
         report = verify(folder, self.source, encode_again=False, progress=progress)
         if not report.ok:
-            raise VerificationError(f"what was written is not what was planned: {'; '.join(report.problems[:3])}")
+            raise VerificationError(
+                f"what was written is not what was planned: {'; '.join(report.problems[:3])}"
+            )
         run.verified = report.checked
         run.save()
         return Written(report.checked, skipped, warnings)
 
     def _pack(
-        self, run: Unfinished, scales: Scales | None, workers: AbstractContextManager[Workers], progress: Progress
+        self,
+        run: Unfinished,
+        scales: Scales | None,
+        workers: AbstractContextManager[Workers],
+        progress: Progress,
     ) -> list[str]:
         """Write the shards that are missing; returns warnings, of all shards."""
         done = 0
@@ -126,7 +138,8 @@ class Output:
             return packer.warnings
         return [
             *packer.warnings,
-            f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: {listing(zero)}",
+            f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives "
+            f"one: {listing(zero)}",
         ]
 
     def _manifest(self, scales: Scales | None, warnings: list[str], files: dict[str, str]) -> dict[str, Any]:
@@ -138,7 +151,8 @@ class Output:
                 "tensor_table_sha256": manifest.tensor_table_sha256(self.source.checkpoint.tensors),
                 "dtypes": manifest.pack_dtypes(self.source.table),
             },
-            "plan": self.plan.summary() | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
+            "plan": self.plan.summary()
+            | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
             "calibration": None if scales is None else scales.settings,
             "shard_bytes": self.shard_bytes,
             "warnings": warnings,

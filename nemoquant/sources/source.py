@@ -25,7 +25,8 @@ class BareConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with weights: its config, the tensor table with the dtypes of the file, and the opened checkpoint."""
+    """A folder with weights: its config, the tensor table with the dtypes of the file, and the opened
+    checkpoint."""
 
     path: Path
     config: NemotronHConfig
@@ -38,8 +39,8 @@ def open_source(path: Path) -> Source | BareConfig:
     """Read the config, and all headers where ``path`` is a folder; no weight is touched.
 
     Raises:
-        CheckpointError: or one of its kinds: not a Nemotron-H checkpoint, already quantized, tensors missing, extra or misshapen,
-            or of a dtype that is no float.
+        CheckpointError: or one of its kinds: not a Nemotron-H checkpoint, already quantized, tensors missing,
+            extra or misshapen, or of a dtype that is no float.
     """
     config, raw = load_config(path)
     table = tensor_table(config)
@@ -47,14 +48,17 @@ def open_source(path: Path) -> Source | BareConfig:
         return BareConfig(path, config, raw, table)
     where = quantized_by(path, raw)
     if where is not None:
-        raise CheckpointError(f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from")
+        raise CheckpointError(
+            f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from"
+        )
     checkpoint = Checkpoint(path)
     check_table(path, table, checkpoint.tensors)
     table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in table]
     wrong = [f"{spec.name} {spec.dtype}" for spec in table if spec.dtype not in FLOAT_DTYPES]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected {', '.join(FLOAT_DTYPES)}"
+            f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected "
+            f"{', '.join(FLOAT_DTYPES)}"
         )
     return Source(path, config, raw, table, checkpoint)
 

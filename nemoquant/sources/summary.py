@@ -27,7 +27,9 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     declared = modelopt.declared_quantization(path, raw)
     fp8_cache = modelopt.declares_fp8_cache(declared)
-    per_token = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
+    per_token = (
+        config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
+    )
     tokens = context or config.max_position_embeddings
     item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
     counts, bytes_by_dtype = Counter(d for d, _ in stored), Counter[str]()
@@ -51,10 +53,17 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "quantization": modelopt.declared_algorithm(declared),
         "weights": {modelopt.WEIGHT_FORMATS.get(dtype, dtype): weights[dtype] for dtype in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
-        "ssm_state_bytes_per_sequence": config.count("mamba") * config.mamba_inner * config.ssm_state_size * item,
+        "ssm_state_bytes_per_sequence": config.count("mamba")
+        * config.mamba_inner
+        * config.ssm_state_size
+        * item,
     }
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:
     """Parameters that one token uses: of routed experts, its top k of all."""
-    return elements * config.num_experts_per_tok // config.n_routed_experts if spec.expert is not None else elements
+    return (
+        elements * config.num_experts_per_tok // config.n_routed_experts
+        if spec.expert is not None
+        else elements
+    )

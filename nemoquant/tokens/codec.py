@@ -29,11 +29,13 @@ class TextCodec:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a checkpoint folder (``tokenizers.Tokenizer``); raises CalibrationError where it can't be read."""
+    """The tokenizer of a checkpoint folder (``tokenizers.Tokenizer``); raises CalibrationError where it can't
+    be read."""
     file = model / "tokenizer.json"
     if not file.exists():
         raise CalibrationError(
-            f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or `input_ids` in .jsonl)"
+            f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or "
+            f"`input_ids` in .jsonl)"
         )
     from tokenizers import Tokenizer
 
@@ -44,7 +46,8 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
-    """Renders messages with the checkpoint's template, in jinja's sandbox: a template is data from a stranger."""
+    """Renders messages with the checkpoint's template, in jinja's sandbox: a template is data from a
+    stranger."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -55,12 +58,20 @@ def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
         raise CalibrationError(f"{settings} cannot be read ({error}); expected JSON") from None
     source = file.read_text(encoding="utf-8") if file.exists() else names.get("chat_template")
     if not isinstance(source, str):
-        raise CalibrationError(f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`")
+        raise CalibrationError(
+            f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`"
+        )
     # as transformers renders: `break` and `continue` exist, and JSON is not escaped for HTML
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     tokens = {
-        k: names[k]["content"] if isinstance(names[k], dict) else names[k] for k in ("bos_token", "eos_token") if names.get(k)
+        k: names[k]["content"] if isinstance(names[k], dict) else names[k]
+        for k in ("bos_token", "eos_token")
+        if names.get(k)
     }
 
     def refuse(message: str) -> None:
@@ -74,9 +85,14 @@ def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
     def render(messages: list[Any], where: str) -> str:
         try:
             return compiled.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, raise_exception=refuse, **tokens
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                raise_exception=refuse,
+                **tokens,
             )
-        except Exception as error:  # a template is a program: whatever it raises is its own, or jinja's word on it
+        except (
+            Exception
+        ) as error:  # a template is a program: whatever it raises is its own, or jinja's word on it
             raise CalibrationError(f"{where}: the chat template refuses its messages ({error})") from None
 
     return render

@@ -1,10 +1,11 @@
 """Calibration rows: text or token ids from a file, as one matrix of tokens.
 
-Documents are taken in file order, each followed by the eos token, and cut into rows without overlap; what is left of the
-last row is dropped and counted.
+Documents are taken in file order, each followed by the eos token, and cut into rows without overlap; what is
+left of the last row is dropped and counted.
 
     .txt       one document
-    .jsonl     one document a line: {"text": ...}, {"messages": [...]} through the chat template, or {"input_ids": [...]}
+    .jsonl     one document a line: {"text": ...}, {"messages": [...]} through the chat template,
+               or {"input_ids": [...]}
     .parquet   the same by columns (extra `parquet`)
     .npy       integer array [rows, length], taken as it is
 """
@@ -50,7 +51,9 @@ class Rows:
     @property
     def sha256(self) -> str:
         """Identity of the tokens, whatever file they came from."""
-        return hashlib.sha256(np.ascontiguousarray(self.ids).tobytes() + repr(self.ids.shape).encode()).hexdigest()
+        return hashlib.sha256(
+            np.ascontiguousarray(self.ids).tobytes() + repr(self.ids.shape).encode()
+        ).hexdigest()
 
 
 def load_rows(
@@ -60,7 +63,8 @@ def load_rows(
     rows: int = DEFAULT_ROWS,
     length: int = DEFAULT_LENGTH,
 ) -> Rows:
-    """The first ``rows`` rows of ``length`` tokens of a file; ``model`` is the folder that holds the tokenizer.
+    """The first ``rows`` rows of ``length`` tokens of a file; ``model`` is the folder that holds the
+    tokenizer.
 
     Raises:
         CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
@@ -68,17 +72,20 @@ def load_rows(
     """
     if not path.is_file():
         raise CalibrationError(
-            f"{path} {'is not a file' if path.exists() else 'does not exist'}; expected .txt, .jsonl, .parquet or .npy"
+            f"{path} {'is not a file' if path.exists() else 'does not exist'}; expected .txt, .jsonl, "
+            f".parquet or .npy"
         )
     ids = _array(path) if path.suffix == ".npy" else _cut(path, model, config, rows, length)
     if ids.ids.size and not (ids.ids.min() >= 0 and ids.ids.max() < config.vocab_size):
         raise CalibrationError(
-            f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to {config.vocab_size - 1}; is the tokenizer this model's?"
+            f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to "
+            f"{config.vocab_size - 1}; is the tokenizer this model's?"
         )
     warnings = []
     if len(ids.ids) < rows and path.suffix != ".npy":
         warnings.append(
-            f"{ids.source} holds {len(ids.ids)} rows of {length} tokens, {rows} were asked for; all of them were used"
+            f"{ids.source} holds {len(ids.ids)} rows of {length} tokens, {rows} were asked for; all of them "
+            f"were used"
         )
     if ids.dropped:
         warnings.append(f"{ids.source}: its last {ids.dropped} tokens do not fill a row and were left out")
@@ -92,9 +99,13 @@ def _array(path: Path) -> Rows:
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of arrays")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(f"{path} cannot be read as a numpy array ({error}); expected integers [rows, length]") from None
+        raise CalibrationError(
+            f"{path} cannot be read as a numpy array ({error}); expected integers [rows, length]"
+        ) from None
     if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
-        raise CalibrationError(f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]")
+        raise CalibrationError(
+            f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]"
+        )
     return Rows(array.astype(np.int64), path.name, 0)
 
 
@@ -115,7 +126,8 @@ def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: in
     count = min(rows, len(stream) // length)
     if not count:
         raise CalibrationError(
-            f"{path} holds {len(stream)} tokens, less than one row of {length}; give more text or a smaller --seq-len"
+            f"{path} holds {len(stream)} tokens, less than one row of {length}; give more text or a smaller "
+            f"--seq-len"
         )
     rest = len(stream) - count * length if count < rows else 0
     return Rows(np.array(stream[: count * length], np.int64).reshape(count, length), path.name, rest)
@@ -138,8 +150,13 @@ def _documents(path: Path, model: Path) -> Iterator[Iterable[list[int]]]:
             template = template or chat_template(model)
             text = template(document["messages"], where)
         if not isinstance(text, str):
-            kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in sorted(document.items())) or "nothing"
-            raise CalibrationError(f"{where}: has {kinds}; expected `text` (str), `messages` (list) or `input_ids` (list)")
+            kinds = (
+                ", ".join(f"{key} ({type(value).__name__})" for key, value in sorted(document.items()))
+                or "nothing"
+            )
+            raise CalibrationError(
+                f"{where}: has {kinds}; expected `text` (str), `messages` (list) or `input_ids` (list)"
+            )
         tokenizer = tokenizer or load_tokenizer(model)
         yield map(partial(_encode, tokenizer), _pieces(text))
 
@@ -152,7 +169,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def _pieces(text: str) -> Iterator[str]:
     """A long text cut between lines, so that no more of it is tokenized than rows need.
 
-    The cut is after a single line break between two other characters: no tokenizer of this family joins tokens across one.
+    The cut is after a single line break between two other characters: no tokenizer of this family joins
+    tokens across one.
     """
     start = 0
     while len(text) - start > PIECE_CHARS:
@@ -175,13 +193,16 @@ def _raw_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         document = json.loads(line)
                         if not isinstance(document, dict):
                             raise CalibrationError(
-                                f"{path.name}, line {number}: a JSON {type(document).__name__}, expected an object"
+                                f"{path.name}, line {number}: a JSON {type(document).__name__}, expected an "
+                                f"object"
                             )
                         yield number, document
         elif path.suffix == ".parquet":
             yield from _parquet(path)
         else:
-            raise CalibrationError(f"{path}: unknown kind {path.suffix!r}; expected .txt, .jsonl, .parquet or .npy")
+            raise CalibrationError(
+                f"{path}: unknown kind {path.suffix!r}; expected .txt, .jsonl, .parquet or .npy"
+            )
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{path.name}: not JSON ({error}); expected one JSON object a line") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +214,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise MissingExtraError(f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'") from None
+        raise MissingExtraError(
+            f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'"
+        ) from None
     try:
         rows = (row for batch in parquet.ParquetFile(path).iter_batches(64) for row in batch.to_pylist())
         yield from enumerate(rows, 1)

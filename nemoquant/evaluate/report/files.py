@@ -16,15 +16,21 @@ def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = 
     Args:
         checkpoints: folders that no report may be written into.
     Raises:
-        OutputError: a folder is missing, not writable or a checkpoint, or the place is taken by a folder; UsageError for one name twice.
+        OutputError: a folder is missing, not writable or a checkpoint, or the place is taken by a folder;
+            UsageError for one name twice.
     """
     wanted = [path for path in files.values() if path is not None]
     for i, path in enumerate(wanted):
         folder = path.absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError(f"{path}: {folder} is not a folder that can be written; make it, or choose another place")
+            raise OutputError(
+                f"{path}: {folder} is not a folder that can be written; make it, or choose another place"
+            )
         if folder.resolve() in [checkpoint.resolve() for checkpoint in checkpoints]:
-            raise OutputError(f"{path}: {folder} is a checkpoint, whose files are listed in its manifest; choose another place")
+            raise OutputError(
+                f"{path}: {folder} is a checkpoint, whose files are listed in its manifest; choose another "
+                f"place"
+            )
         if path.is_dir():
             raise OutputError(f"{path} is a folder; expected a file name")
         if path.absolute() in [other.absolute() for other in wanted[:i]]:
@@ -32,7 +38,8 @@ def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = 
 
 
 def write_files(report: Report, files: Mapping[str, Path | None]) -> None:
-    """Write the report as ``html``, ``json`` and ``markdown``, as far as they are wanted; a file that was there is replaced.
+    """Write the report as ``html``, ``json`` and ``markdown``, as far as they are wanted; a file that was
+    there is replaced.
 
     Raises:
         OutputError: one can't be written.
@@ -43,7 +50,9 @@ def write_files(report: Report, files: Mapping[str, Path | None]) -> None:
         try:
             replace_text(path, _text(kind, report))
         except OSError as error:
-            raise OutputError(f"{path}: {error.strerror or error}; the report can't be written there") from None
+            raise OutputError(
+                f"{path}: {error.strerror or error}; the report can't be written there"
+            ) from None
 
 
 def _text(kind: str, report: Report) -> str:

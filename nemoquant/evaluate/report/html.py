@@ -1,12 +1,15 @@
-"""The report as one HTML page that opens anywhere: style, script, plotly.js and data are inside, and it asks the network for nothing.
+"""The report as one HTML page that opens anywhere: style, script, plotly.js and data are inside, and it asks
+the network for nothing.
 
-Jinja writes what is words: header, summary, warnings, how to read it. ``report.js`` draws what can be selected, sorted or
-hovered, from data that stands in the page as JSON.
+Jinja writes what is words: header, summary, warnings, how to read it. ``report.js`` draws what can be
+selected, sorted or hovered, from data that stands in the page as JSON.
 
-1. Everything in a report is untrusted text (names of folders, tensors, recipes). Jinja escapes; the JSON cannot end its element;
-   the script writes text nodes only; and a Content-Security-Policy runs the two scripts whose hashes it names and nothing else.
-2. The data is reduced to what the page shows, so that a model of 88 layers and 512 experts stays below 6 MB, plotly.js included:
-   floats have six digits, experts become their worst and their median, expert load is the difference from the reference's.
+1. Everything in a report is untrusted text (names of folders, tensors, recipes). Jinja escapes; the JSON
+   cannot end its element; the script writes text nodes only; and a Content-Security-Policy runs the two
+   scripts whose hashes it names and nothing else.
+2. The data is reduced to what the page shows, so that a model of 88 layers and 512 experts stays below 6 MB,
+   plotly.js included: floats have six digits, experts become their worst and their median, expert load is the
+   difference from the reference's.
 3. The same report gives the same bytes: no time, no random ids.
 """
 
@@ -33,15 +36,28 @@ PARTS = {
     "in_proj": "input projection",
     "out_proj": "output projection",
 }
-OWNERS = {"experts": "routed experts'", "shared_experts": "shared experts'", "mamba": "Mamba's", "attention": "attention's", "mlp": "the MLP's",
-          "latent": "the latent"}  # fmt: skip
+OWNERS = {
+    "experts": "routed experts'",
+    "shared_experts": "shared experts'",
+    "mamba": "Mamba's",
+    "attention": "attention's",
+    "mlp": "the MLP's",
+    "latent": "the latent",
+}
 
 
 def render(report: Report) -> str:
     """The whole page."""
-    scripts = [(files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"), (HERE / "report.js").read_text()]
+    scripts = [
+        (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"),
+        (HERE / "report.js").read_text(),
+    ]
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["size"] = size
     return environment.get_template("report.html.j2").render(
@@ -49,7 +65,8 @@ def render(report: Report) -> str:
         summaries=[summary(candidate, report.reference) for candidate in report.candidates],
         percent=percent,
         perplexity=perplexity,
-        warnings=[("", text) for text in report.warnings] + [(c.name, text) for c in report.candidates for text in c.warnings],
+        warnings=[("", text) for text in report.warnings]
+        + [(c.name, text) for c in report.candidates for text in c.warnings],
         style=Markup((HERE / "report.css").read_text()),
         scripts=[Markup(script) for script in scripts],
         hashes=Markup(" ".join(f"'sha256-{_sha256(script)}'" for script in scripts)),
@@ -63,7 +80,8 @@ def _sha256(script: str) -> str:
 
 
 def script_json(value: object) -> str:
-    """JSON that can stand in a script element. Outside ASCII (U+2028 too) json escapes by itself; markup is escaped here."""
+    """JSON that can stand in a script element. Outside ASCII (U+2028 too) json escapes by itself; markup is
+    escaped here."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -84,7 +102,10 @@ def summary(candidate: Candidate, reference: Reference) -> tuple[str, str]:
         f"{candidate.bits_per_weight:.2f} bits a weight, {_smaller(candidate.compression)}",
     ]
     if candidate.mtp_acceptance is not None and reference.mtp_acceptance is not None:
-        parts.append(f"MTP acceptance {percent(candidate.mtp_acceptance)} instead of {percent(reference.mtp_acceptance)}")
+        parts.append(
+            f"MTP acceptance {percent(candidate.mtp_acceptance)} instead of "
+            f"{percent(reference.mtp_acceptance)}"
+        )
     worst = next((m for m in candidate.modules if m.name in candidate.worst_modules[:1]), None)
     rest = "; ".join(parts) + "." + (f" The largest error comes from {place(worst)}." if worst else "")
     return f"{figure(logits.kl.mean)} nats from bf16 on average", rest + through
@@ -149,7 +170,10 @@ def page_data(report: Report) -> dict[str, Any]:
     """What the script needs, and no more."""
     return {
         "mtp": _round(report.reference.mtp_acceptance),
-        "loads": [layer.routing and layer.routing.tokens_per_expert_reference for layer in report.candidates[0].layers],
+        "loads": [
+            layer.routing and layer.routing.tokens_per_expert_reference
+            for layer in report.candidates[0].layers
+        ],
         "candidates": [_candidate(candidate) for candidate in report.candidates],
     }
 
@@ -157,17 +181,27 @@ def page_data(report: Report) -> dict[str, Any]:
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     logits = candidate.logits
     scalars = {
-        "kl": logits.kl.mean, "kl_median": logits.kl.median, "kl_p99": logits.kl.p99, "kl_max": logits.kl.max,
-        "perplexity": logits.perplexity, "ratio": logits.perplexity_ratio,
-        "top1": logits.top1_agreement, "top5": logits.top5_agreement, "mtp": candidate.mtp_acceptance,
-        "bits": candidate.bits_per_weight, "compression": candidate.compression,
-    }  # fmt: skip
+        "kl": logits.kl.mean,
+        "kl_median": logits.kl.median,
+        "kl_p99": logits.kl.p99,
+        "kl_max": logits.kl.max,
+        "perplexity": logits.perplexity,
+        "ratio": logits.perplexity_ratio,
+        "top1": logits.top1_agreement,
+        "top5": logits.top5_agreement,
+        "mtp": candidate.mtp_acceptance,
+        "bits": candidate.bits_per_weight,
+        "compression": candidate.compression,
+    }
     return {
         "name": candidate.name,
         "identical": identical(candidate),
         "bytes": candidate.bytes,
         **_rounded(scalars),
-        "histogram": {"edges": [_round(edge) for edge in logits.kl_histogram.edges], "counts": logits.kl_histogram.counts},
+        "histogram": {
+            "edges": [_round(edge) for edge in logits.kl_histogram.edges],
+            "counts": logits.kl_histogram.counts,
+        },
         "positions": [[part.first, part.last, _round(part.kl)] for part in logits.kl_by_position],
         "layers": packed([_layer(layer) for layer in candidate.layers]),
         "modules": packed([_module(module) for module in candidate.modules]),
@@ -184,7 +218,9 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "flipped": routing.flipped if routing else None,
         "flipped_tokens": routing.tokens_with_flip if routing else None,
     }
-    pairs = zip(routing.tokens_per_expert, routing.tokens_per_expert_reference, strict=True) if routing else ()
+    pairs = (
+        zip(routing.tokens_per_expert, routing.tokens_per_expert_reference, strict=True) if routing else ()
+    )
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -210,7 +246,11 @@ def _module(module: Module) -> dict[str, Any]:
 
 def _noise(prefix: str, found: Quantized | None) -> dict[str, float | None]:
     names = (f"{prefix}_db", f"{prefix}_saturated", f"{prefix}_flushed")
-    return dict(zip(names, (found.sqnr_db, found.saturated, found.flushed), strict=True)) if found else dict.fromkeys(names)
+    return (
+        dict(zip(names, (found.sqnr_db, found.saturated, found.flushed), strict=True))
+        if found
+        else dict.fromkeys(names)
+    )
 
 
 def _experts(experts: Experts | None) -> dict[str, Any]:
@@ -218,7 +258,11 @@ def _experts(experts: Experts | None) -> dict[str, Any]:
     if experts is None or experts.worst_expert is None:
         return dict.fromkeys(("expert", "expert_db", "expert_median_db"))
     known = [value for value in experts.weight_sqnr_db if value is not None]
-    return {"expert": experts.worst_expert, "expert_db": _round(min(known)), "expert_median_db": _round(statistics.median(known))}
+    return {
+        "expert": experts.worst_expert,
+        "expert_db": _round(min(known)),
+        "expert_median_db": _round(statistics.median(known)),
+    }
 
 
 def packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

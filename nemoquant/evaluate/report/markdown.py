@@ -1,4 +1,5 @@
-"""The report as Markdown, for a terminal and for pull requests; and the sentence that goes into a model card."""
+"""The report as Markdown, for a terminal and for pull requests; and the sentence that goes into a model
+card."""
 
 from collections.abc import Iterable
 
@@ -14,8 +15,10 @@ def markdown(report: Report) -> str:
     lines = [
         f"# Accuracy of {_text(r.name)}, quantized",
         "",
-        f"{d.rows} rows of {d.seq_len:,} tokens of {code(d.source)}, {d.predicted_positions:,} predicted positions; "
-        f"bf16 source {size(r.bytes)}, perplexity {_number(r.perplexity, '.3f')}; nemoquant {report.nemoquant}.",
+        f"{d.rows} rows of {d.seq_len:,} tokens of {code(d.source)}, {d.predicted_positions:,} predicted "
+        f"positions; "
+        f"bf16 source {size(r.bytes)}, perplexity {_number(r.perplexity, '.3f')}; nemoquant "
+        f"{report.nemoquant}.",
         "",
         *table(report),
     ]
@@ -29,7 +32,20 @@ def markdown(report: Report) -> str:
 
 def table(report: Report) -> Iterable[str]:
     """Main figures, a line for each checkpoint."""
-    header = ["", "KL mean", "median", "99%", "perplexity", "change", "top-1", "top-5", "MTP accepts", "bits", "size", "smaller"]
+    header = [
+        "",
+        "KL mean",
+        "median",
+        "99%",
+        "perplexity",
+        "change",
+        "top-1",
+        "top-5",
+        "MTP accepts",
+        "bits",
+        "size",
+        "smaller",
+    ]
     yield "| " + " | ".join(header) + " |"
     yield "|---" + "|---:" * (len(header) - 1) + "|"
     r = report.reference
@@ -38,11 +54,26 @@ def table(report: Report) -> Iterable[str]:
     for c in report.candidates:
         logits, kl = c.logits, c.logits.kl
         change = None if logits.perplexity_ratio is None else logits.perplexity_ratio - 1
-        yield "| " + " | ".join([
-            _text(c.name), f"{kl.mean:.5f}", f"{kl.median:.5f}", f"{kl.p99:.5f}", _number(logits.perplexity, ".3f"), _number(change, "+.2%"),
-            f"{logits.top1_agreement:.2%}", f"{logits.top5_agreement:.2%}", _number(c.mtp_acceptance, ".1%"), f"{c.bits_per_weight:.2f}",
-            size(c.bytes), f"{c.compression:.2f} x",
-        ]) + " |"  # fmt: skip
+        yield (
+            "| "
+            + " | ".join(
+                [
+                    _text(c.name),
+                    f"{kl.mean:.5f}",
+                    f"{kl.median:.5f}",
+                    f"{kl.p99:.5f}",
+                    _number(logits.perplexity, ".3f"),
+                    _number(change, "+.2%"),
+                    f"{logits.top1_agreement:.2%}",
+                    f"{logits.top5_agreement:.2%}",
+                    _number(c.mtp_acceptance, ".1%"),
+                    f"{c.bits_per_weight:.2f}",
+                    size(c.bytes),
+                    f"{c.compression:.2f} x",
+                ]
+            )
+            + " |"
+        )
 
 
 def _candidate(c: Candidate) -> Iterable[str]:
@@ -50,8 +81,10 @@ def _candidate(c: Candidate) -> Iterable[str]:
     yield ""
     if c.engine is not None:
         yield (
-            f"Through {c.engine.engine} {c.engine.version} ({c.engine.compute}, {c.engine.device}): KL {c.engine.logits.kl.mean:.5f}, "
-            f"{c.engine.kl_from_torch:.2g} from the torch arithmetic; top-1 {c.engine.logits.top1_agreement:.2%}."
+            f"Through {c.engine.engine} {c.engine.version} ({c.engine.compute}, {c.engine.device}): KL "
+            f"{c.engine.logits.kl.mean:.5f}, "
+            f"{c.engine.kl_from_torch:.2g} from the torch arithmetic; top-1 "
+            f"{c.engine.logits.top1_agreement:.2%}."
         )
         yield ""
     if not c.worst_modules:
@@ -73,11 +106,20 @@ def _candidate(c: Candidate) -> Iterable[str]:
 
 
 def _module_line(m: Module) -> str:
-    worst = "" if m.experts is None or m.experts.worst_expert is None else f" (lowest SQNR: expert {m.experts.worst_expert})"
+    worst = (
+        ""
+        if m.experts is None or m.experts.worst_expert is None
+        else f" (lowest SQNR: expert {m.experts.worst_expert})"
+    )
     cells = [
-        code(m.name) + worst, m.format, m.input_format or "-", f"{m.effect:.3%}", _number(m.weight.sqnr_db if m.weight else None, ".1f", " dB"),
-        _number(m.input.sqnr_db if m.input else None, ".1f", " dB"), _number(m.input.saturated if m.input else None, ".3%"),
-    ]  # fmt: skip
+        code(m.name) + worst,
+        m.format,
+        m.input_format or "-",
+        f"{m.effect:.3%}",
+        _number(m.weight.sqnr_db if m.weight else None, ".1f", " dB"),
+        _number(m.input.sqnr_db if m.input else None, ".1f", " dB"),
+        _number(m.input.saturated if m.input else None, ".3%"),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -90,9 +132,12 @@ def cost_sentence(candidate: Candidate, data: Data, reference_perplexity: float 
     logits = candidate.logits
     change = "" if logits.perplexity_ratio is None else f" ({logits.perplexity_ratio - 1:+.2%})"
     return (
-        f"KL {logits.kl.mean:.5f} nats from the bf16 source (median {logits.kl.median:.5f}, 99% {logits.kl.p99:.5f}), perplexity "
-        f"{_number(logits.perplexity, '.3f')} instead of {_number(reference_perplexity, '.3f')}{change}, the same likeliest token at "
-        f"{logits.top1_agreement:.2%} of {data.predicted_positions:,} positions ({data.rows} rows of {data.seq_len:,} tokens of "
+        f"KL {logits.kl.mean:.5f} nats from the bf16 source (median {logits.kl.median:.5f}, 99% "
+        f"{logits.kl.p99:.5f}), perplexity "
+        f"{_number(logits.perplexity, '.3f')} instead of {_number(reference_perplexity, '.3f')}{change}, "
+        f"the same likeliest token at "
+        f"{logits.top1_agreement:.2%} of {data.predicted_positions:,} positions ({data.rows} rows of "
+        f"{data.seq_len:,} tokens of "
         f"{code(data.source)}). Measure it on your task too."
     )
 
