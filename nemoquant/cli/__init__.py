@@ -91,6 +91,6 @@ def main() -> None:
       nemoquant verify OUT --against MODEL
       nemoquant diff MODEL OUT --html report.html
 
-    \b Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize
-    --resume` goes on).
-    """
+    \b
+    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize --resume` goes on).
+    """  # noqa: E501  a paragraph of the help that click does not wrap

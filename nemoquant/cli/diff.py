@@ -106,8 +106,9 @@ def command(
     Each is run with the arithmetic that it will have in an engine: weights decoded, GEMM inputs and KV cache
     rounded. The summary goes to standard output, and the main figures into OUT's model card.
 
-    \b Figures for --fail-if: kl kl_median kl_p99 kl_max perplexity perplexity_ratio top1 top5 mtp_acceptance
-    flipped bits_per_weight; comparisons > >= < <=.
+    \b
+    Figures for --fail-if: kl kl_median kl_p99 kl_max perplexity perplexity_ratio top1 top5 mtp_acceptance flipped
+    bits_per_weight; comparisons > >= < <=.
 
     \b
     Examples:
@@ -115,7 +116,7 @@ def command(
       nemoquant diff MODEL OUT-fp8 OUT-nvfp4 --html report.html
       nemoquant diff MODEL OUT --data chats.jsonl --rows 64 --seq-len 2048 --json report.json
       nemoquant diff MODEL OUT --fail-if 'kl > 0.02' --fail-if 'top1 < 0.9'
-    """
+    """  # noqa: E501  help that click does not wrap
     from nemoquant import api
     from nemoquant.evaluate.conditions import Condition
     from nemoquant.evaluate.report.files import check_files, write_files

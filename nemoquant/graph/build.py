@@ -9,6 +9,7 @@ it is asked for), and ``present_...`` for each state. The same graph serves a pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
