@@ -2,7 +2,7 @@
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from plugin_build import needs_compiler
+from support.packed_weights import packed
+from support.plugin_build import needs_compiler
+from support.scan_call import aligned
+from support.single_op import single_op
 
 from nemoquant.errors import EngineError
 from nemoquant.formats import fp8, nvfp4
@@ -22,7 +25,7 @@ from nemoquant.graph.tape import FLOAT
 from nemoquant.ops.abi import DTYPES
 from nemoquant.ops.library import Kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -102,15 +105,6 @@ def natively(case: Case) -> Case:
     return replace(case, products=NATIVE, tile=case.tile if case.tile != 8 else 32)
 
 
-def aligned(values: Array) -> Array:
-    """A copy that begins at a multiple of 16 bytes."""
-    space = np.zeros(values.nbytes + 16, np.uint8)
-    start = -space.ctypes.data % 16
-    made = space[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
-    made[...] = values
-    return made
-
-
 @dataclass
 class Given:
     """Arrays of a case: ``parts`` as the operator takes them, ``decoded`` float32 [E, out, in] by projection."""
@@ -122,18 +116,6 @@ class Given:
     factors: NDArray[np.float32]
     parts: Arrays
     decoded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-
-
-def packed(format: str, weight: NDArray[np.float32], scale: np.float32) -> tuple[Arrays, NDArray[np.float32]]:
-    """One expert's weight [out, in]: its parts, and the values that they stand for."""
-    if format == "bf16":
-        part = weight.astype(ml_dtypes.bfloat16)
-        return {"weight": part}, part.astype(np.float32)
-    if "8" in format:
-        codes = fp8.encode(weight, scale)
-        return {"codes": codes, "global_scale": scale}, fp8.decode(codes, scale)
-    codes, blocks = nvfp4.encode(weight, scale)
-    return {"codes": codes, "block_scales": blocks, "global_scale": scale}, nvfp4.decode(codes, blocks, scale)
 
 
 def pack(given: Given, weights: dict[str, Array], scales: dict[str, Array], input_scales: dict[str, Array]) -> None:
@@ -423,7 +405,7 @@ def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)")
 @pytest.mark.parametrize("name", ["the base", "33 tokens an expert, tile 32", "several experts, tile 64"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_onnx_function(format: str, name: str, kernels: Kernels, single_op: Callable[..., Any]) -> None:
+def test_the_onnx_function(format: str, name: str, kernels: Kernels) -> None:
     """The body in ``graph/dialects.py``, run by ONNX Runtime on the same arrays: within 1e-6 of each other where no code flipped.
 
     At most a token in twenty has one that did (see test_rounded_inputs).
