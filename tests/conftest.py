@@ -1,5 +1,13 @@
 """Fixtures of several rooms: the synthetic checkpoint and what is made of it; the demo model in each preset."""
 
+# ruff: noqa: E402 - a worker's threads are set before anything loads torch
+
+import os
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of pytest -n
+if WORKER:  # one thread for each, and for the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +22,25 @@ from support.tampering import changed_copy
 
 from nemoquant.api import CalibrationOptions, diff, export_onnx, quantize
 from nemoquant.evaluate.schema import Report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist is to keep the order below, instead of starting with what has most tests."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``pytest -n 2 --dist loadgroup``: one worker runs a file's tests, and makes the file's fixtures once.
+
+    What files share is made once under a lock (``once``, and the host libraries). Files with slow tests go first, so
+    that no worker is left with one at the end.
+    """
+    if WORKER:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
@@ -81,7 +108,8 @@ def compare(token_rows: Path) -> Callable[..., Report]:
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Makes a folder once in a session, whichever worker asks first. What changes such a folder copies it first."""
-    return Once(tmp_path_factory.getbasetemp() / "once")
+    base = tmp_path_factory.getbasetemp()
+    return Once((base.parent if WORKER else base) / "once")
 
 
 @pytest.fixture(scope="session")
