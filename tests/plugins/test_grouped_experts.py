@@ -12,21 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from support.expert_call import BASE, NUMPY, ROWS, Case, Given, arguments, exact_numbers, given, mixture, replace_tokens
+from support.norms import relative_error as distance
 from support.plugin_build import HERE, PLUGINS, compile_once, cuda_headers, host_folder, needs_compiler
-from test_routed_experts import (
-    BASE,
-    NUMPY,
-    ROWS,
-    Case,
-    Given,
-    aligned,
-    arguments,
-    distance,
-    exact_numbers,
-    given,
-    mixture,
-    replace_tokens,
-)
+from support.scan_call import aligned
 
 from nemoquant.errors import EngineError
 from nemoquant.ops.build import cutlass_headers

@@ -74,6 +74,6 @@ def compile_once(command: list[str | Path], library: Path, source: Path) -> None
     """Run a compiler for a library, unless it is there and newer than its source."""
     with building(library.parent):
         if not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
-            partial = library.with_suffix(".partial")
-            subprocess.run([*command, "-o", partial], check=True)
-            partial.replace(library)
+            unfinished = library.with_suffix(".unfinished")
+            subprocess.run([*command, "-o", unfinished], check=True)
+            unfinished.replace(library)
