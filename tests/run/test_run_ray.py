@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from support.commands import nemoquant
@@ -58,7 +59,11 @@ def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
 
 
 @needs_ray
-def test_a_cluster_that_is_not_there(source, tmp_path):
+def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
+    """Whatever clusters others have on this machine, which Ray finds by its processes and a file in /tmp."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))  # Ray clears its own cache
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: None)
     result = nemoquant(
         "quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", "--address", "auto", code=2
     )
