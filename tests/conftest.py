@@ -1,68 +1,46 @@
-"""What several stages use: the synthetic checkpoint (a layer of each kind and more, latent experts, MTP, two shards), and operators alone."""
+"""Fixtures of several rooms: the synthetic checkpoint and what is made of it; the demo model in each preset."""
 
-import json
-from collections.abc import Callable, Mapping
+# ruff: noqa: E402 - a worker's threads are set before anything loads torch
+
+import os
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of pytest -n
+if WORKER:  # one thread for each, and for the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from support.once import Once
+from support.places import DEMO
+from support.synthetic import CONFIG, random_tensors, write_checkpoint, write_rows
+from support.tampering import changed_copy
 
-from nemoquant.model.config import parse_config
-from nemoquant.model.roles import tensor_table
-
-DEMO = Path(__file__).resolve().parents[1] / "calib/demo_model"
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16",
-    "hybrid_override_pattern": "M*E-ME", "num_hidden_layers": 6, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
-    "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "conv_kernel": 4, "chunk_size": 32, "use_conv_bias": True,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_latent_size": 32, "moe_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 80, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
-    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+from nemoquant.api import RunOptions, diff, export_onnx, quantize
+from nemoquant.evaluate.schema import Report
 
 
-def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights scaled by fan-in, so that activations stay O(1); bf16, the router's bias fp32."""
-    g = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for spec in tensor_table(parse_config(raw)):
-        if spec.role.endswith("norm"):
-            value = torch.rand(spec.shape, generator=g) + 0.5
-        elif spec.role.endswith("ssm.A_log"):
-            value = torch.rand(spec.shape, generator=g) * 2.5
-        elif spec.role.endswith("router.bias"):
-            value = torch.zeros(spec.shape)  # so that every expert gets tokens
-        elif spec.role.endswith("ssm.dt_bias"):
-            value = torch.rand(spec.shape, generator=g) * 4 - 5
-        else:
-            value = torch.randn(spec.shape, generator=g) / spec.shape[-1] ** 0.5
-        tensors[spec.name] = value.to(torch.float32 if spec.dtype == "F32" else torch.bfloat16)
-    return tensors
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist is to keep the order below, instead of starting with what has most tests."""
+    config.option.loadscopereorder = False
 
 
-def write_checkpoint(folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 2) -> Path:
-    """Write config, index and shards as published checkpoints have them."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
-    names = list(tensors)
-    weight_map = {}
-    for i in range(shards):
-        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({n: tensors[n].contiguous() for n in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    )
-    return folder
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``pytest -n 2 --dist loadgroup``: one worker runs a file's tests, and makes the file's fixtures once.
+
+    What files share is made once under a lock (``once``, and the host libraries). Files with slow tests go first, so
+    that no worker is left with one at the end.
+    """
+    if WORKER:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
@@ -89,59 +67,77 @@ def source(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def token_rows(tmp_path: Path) -> Path:
-    """Calibration tokens for it, [8, 32], as .npy: it has no tokenizer."""
-    path = tmp_path / "rows.npy"
-    np.save(path, np.random.default_rng(0).integers(3, CONFIG["vocab_size"], (8, 32)))
-    return path
+    """Calibration tokens for it, [8, 32]."""
+    return write_rows(tmp_path / "rows.npy")
+
+
+@pytest.fixture
+def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Quantizes ``source`` (or the folder given) and returns the new folder, which is named like the preset."""
+
+    def make(
+        preset: str = "nvfp4",
+        name: str | None = None,
+        of: Path = source,
+        scales: Path | None = None,
+        **options: Any,
+    ) -> Path:
+        given = {"data": token_rows, "dtype": "float32", "scales": scales, "threads": 1, **options}
+        return quantize(of, tmp_path / (name or Path(preset).stem), preset, RunOptions(**given)).out
+
+    return make
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., Path]:
+    """Copies a folder with ``edit`` done to its tensors (a dict by name) and ``config`` put into its config.json."""
+    return lambda folder, edit, name="changed", **config: changed_copy(folder, tmp_path / name, edit, **config)
+
+
+@pytest.fixture
+def compare(token_rows: Path) -> Callable[..., Report]:
+    """Runs the diff through the API, over all of ``token_rows``, one thread, cards left alone."""
+
+    def run(source: Path, *candidates: Path, **options: Any) -> Report:
+        return diff(source, candidates, **{"data": token_rows, "threads": 1, "card": False, **options})
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def single_op() -> Callable[..., Callable[[Mapping[str, Any]], list[Any]]]:
-    """Wraps one function of the nemoquant domain in a graph that only calls it, checks that, and returns what runs it.
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder once in a session, whichever worker asks first. What changes such a folder copies it first."""
+    base = tmp_path_factory.getbasetemp()
+    return Once((base.parent if WORKER else base) / "once")
 
-    ``example`` gives the inputs' dtypes and ranks; every axis is symbolic. ``stored`` are initializers by input. ``helpers`` are
-    functions that it calls.
-    """
-    import onnx
-    import onnx_ir as ir
-    import onnxruntime
 
-    def make(
-        function: Any, example: Mapping[str, Any], stored: Mapping[str, Any] | None = None, helpers: Any = (), **attributes: Any
-    ) -> Callable[[Mapping[str, Any]], list[Any]]:
-        stored = stored or {}
-        inputs = {
-            name: ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.from_numpy(value.dtype)),
-                shape=ir.Shape([f"{name}_{axis}" for axis in range(value.ndim)]),
-            )
-            for name, value in example.items()
-        }
-        kept = {name: ir.Value(name=name, const_value=ir.tensor(value, name=name)) for name, value in stored.items()}
-        for value in kept.values():
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), value.const_value.shape
-        known = inputs | kept
-        results = [ir.Value(name=f"result_{i}") for i in range(len(function.outputs))]
-        node = ir.Node(
-            function.domain, function.name, [known[value.name] for value in function.inputs], outputs=results,
-            attributes=[ir.convenience.convert_attribute(key, value) for key, value in attributes.items()],
-        )  # fmt: skip
-        imports = {"": 23, function.domain: 1}
-        graph = ir.Graph(inputs.values(), results, nodes=[node], initializers=kept.values(), opset_imports=imports, name="one")
-        proto = ir.to_proto(ir.Model(graph, ir_version=11, functions=[*helpers, function]))
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-        for result, found in zip(proto.graph.output, inferred.graph.output, strict=True):
-            result.type.CopyFrom(found.type)
-            if not result.type.tensor_type.HasField("shape"):  # what a Loop carries: as many axes as the first input
-                for axis in range(next(iter(example.values())).ndim):
-                    result.type.tensor_type.shape.dim.add().dim_param = f"{result.name}_{axis}"
-        onnx.checker.check_model(proto, full_check=True)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
-        )
-        return lambda feeds: session.run(None, dict(feeds))
+@pytest.fixture(scope="session")
+def demo(once: Once) -> Callable[[str], Path]:
+    """The demo model's folder in a preset (``bf16``: a copy of the source), with both graphs; calibrated once."""
+
+    def make(preset: str) -> Path:
+        def build(out: Path) -> None:
+            if preset == "bf16":
+                export_onnx(DEMO, out, mtp=True)
+                return
+            options = RunOptions(threads=1)
+            if preset != "nvfp4-w4a16":
+                scales = None if preset == "nvfp4" else make("nvfp4") / "nemoquant_scales.json"
+                options = RunOptions(rows=4, seq_len=128, dtype="float32", scales=scales, threads=1)
+            quantize(DEMO, out, preset, options)
+            export_onnx(out, mtp=True)
+
+        return once(f"demo/{preset}", build)
+
+    return make
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[..., Path]:
+    """A folder of one's own with the same files; ``graphs`` False leaves these out (and out of no manifest)."""
+
+    def make(folder: Path, name: str = "copy", graphs: bool = True) -> Path:
+        ignored = shutil.ignore_patterns() if graphs else shutil.ignore_patterns("*.onnx")
+        return Path(shutil.copytree(folder, tmp_path / name, ignore=ignored))
 
     return make

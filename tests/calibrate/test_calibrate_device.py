@@ -1,10 +1,10 @@
-"""Calibration on a device that only looks like one (tests/elsewhere.py): no product is left on the CPU, and the scales are the CPU's."""
+"""Calibration on a device that only looks like one (tests/support/elsewhere.py): no product is left on the CPU, and the scales are the CPU's."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from elsewhere import ELSEWHERE, Elsewhere
+from support.elsewhere import ELSEWHERE, Elsewhere
 
 from nemoquant.api import open_source
 from nemoquant.calibrate.observers import AmaxCollector
@@ -14,7 +14,7 @@ from nemoquant.tokens.rows import load_rows
 
 
 def test_layers_are_on_the_device(source: Path, token_rows: Path) -> None:
-    """Within 1e-5 (DESIGN.md, "Reproducible"): sums in another order."""
+    """Within 1e-5 (docs/design.md, "Reproducible"): sums in another order."""
     opened = open_source(source)
     rows = load_rows(token_rows, source, opened.config, 8, 32)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from measured import child, large_checkpoint, needs_proc
+from support.measured import child, large_checkpoint, needs_proc
 
 from nemoquant.api import RunOptions, quantize
 from nemoquant.calibrate.batch import Batch

@@ -92,7 +92,7 @@ def test_values_are_float32(source):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_batch(dtype, source):
     one, four = run(source, tokens(), dtype=dtype, row_batch=1), run(source, tokens(), dtype=dtype, row_batch=4)
-    if dtype == torch.float32:  # DESIGN.md, "Reproducible": within 1e-5
+    if dtype == torch.float32:  # docs/design.md, "Reproducible": within 1e-5
         assert one.input_amax == pytest.approx(four.input_amax, rel=1e-5)
         assert one.kv_amax == pytest.approx(four.kv_amax, rel=1e-5)
         assert one.tokens_per_expert == four.tokens_per_expert

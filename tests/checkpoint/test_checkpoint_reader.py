@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.measured import needs_proc
 
+from nemoquant.checkpoint.header import encode_header
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, HeaderError
@@ -395,3 +397,18 @@ def test_layer_weights_hold_few_pages(large: Path, monkeypatch: pytest.MonkeyPat
             assert smaps(large / "model.safetensors", "Rss")[0] <= (16 << 20) + MARGIN
         weights.release()
         assert smaps(large / "model.safetensors", "Rss")[0] <= MARGIN
+
+
+@needs_proc
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
+    """A sparse file: mapped privately and writable, it must not be counted as memory that is promised."""
+    rows = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * 65536)
+    header = encode_header([("a", "BF16", (rows, 65536)), ("b", "BF16", (16,))], {})
+    with (tmp_path / "model.safetensors").open("wb") as f:
+        f.write(header)
+        f.truncate(len(header) + 2 * rows * 65536)
+        f.seek(0, 2)
+        f.write(b"\x80\x3f" * 16)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.array("b").tolist() == [0x3F80] * 16
+        assert checkpoint.array("a").shape == (rows, 65536)

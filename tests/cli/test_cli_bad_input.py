@@ -1,7 +1,7 @@
-"""Each bad input of the issue's list: its exit code, its one line on standard error, and nothing left behind.
+"""Each bad input that docs/design.md, "Bad input", lists: its exit code, its one line on standard error, and nothing left behind.
 
 OUT lies two folders deep that do not exist: they must not be made either. Where a layer or a shard was finished, OUT.partial stays for
-``--resume`` and the line says so: tests/pack/test_pack_resume.py goes on from there.
+``--resume`` and the line says so: tests/run/test_run_resume.py goes on from there.
 """
 
 import json
@@ -12,18 +12,14 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from support.commands import error_line, invoke, nemoquant
+from support.files import edit_json, tree
+from support.synthetic import replaced
 
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.cli import main
 
 EXPERT = "backbone.layers.2.mixer.experts.3.up_proj.weight"
 RECIPE = "name: mine\nsummary: s\nrules:\n{rules}\n- {{roles: ['*'], format: source}}\n"
-
-
-def tree(folder):
-    """Every path below, with the content of files."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture
@@ -34,27 +30,22 @@ def refused(tmp_path, token_rows):
         out = tmp_path / "new/deeper/out" if out is None else out
         options = [*(["--calib", calib] if calib else []), *(["--fmt", fmt] if fmt else []), *options]
         before = tree(tmp_path)
-        result = CliRunner().invoke(main, [str(a) for a in ["quantize", source, out, *options, "--threads", 1]])
-        assert result.exit_code == code, (result.output, result.exception)
-        assert isinstance(result.exception, SystemExit), "a message, not a traceback"
+        result = nemoquant("quantize", source, out, *options, "--threads", 1, code=code)
         lines = [
             line
             for line in result.stderr.splitlines()
             if not line.startswith(("calibrate: done", "pack: done", "verify: done", "expected: "))
             and " tensors quantized, " not in line
         ]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        missing = [part for part in parts if part not in lines[0]]
-        assert not missing, f"{missing} not in {lines[0]}"
+        line = error_line("\n".join(lines), parts)
         assert result.stdout == ""
-        assert ("out.partial is kept (" in lines[0]) is kept, lines[0]
+        assert ("out.partial is kept (" in line) is kept, line
         after = tree(tmp_path)
         if kept:
             assert "new/deeper/out.partial/nemoquant_resume/state.json" in after
             after = {name: data for name, data in after.items() if not name.startswith("new")}
         assert after == before
-        return lines[0]
+        return line
 
     return check
 
@@ -62,24 +53,17 @@ def refused(tmp_path, token_rows):
 # The checkpoint.
 
 
-def replace(name, change):
-    def edit(tensors):
-        tensors[name] = change(tensors[name])
-
-    return edit
-
-
 @pytest.mark.parametrize(
     ("edit", "parts"),
     [
         (lambda t: t.pop(EXPERT), ["1 missing", EXPERT, "config.json calls for"]),
         (lambda t: t.update(stranger=torch.zeros(2)), ["1 extra", "stranger", "config.json calls for"]),
-        (replace(EXPERT, lambda w: w[:, :-1]), ["1 misshapen", f"{EXPERT} is [48, 31], expected [48, 32]"]),
+        (replaced(EXPERT, lambda w: w[:, :-1]), ["1 misshapen", f"{EXPERT} is [48, 31], expected [48, 32]"]),
         (
             lambda t: [t.pop(n) for n in list(t) if ".experts." in n and n.startswith("mtp.")] and None,
             ["16 missing: mtp.layers.1.mixer.experts.0.up_proj.weight", "and 11 more"],
         ),
-        (replace(EXPERT, lambda w: w.to(torch.float8_e4m3fn)), [f"{EXPERT} F8_E4M3", "not floating", "expected BF16, F16, F32"]),
+        (replaced(EXPERT, lambda w: w.to(torch.float8_e4m3fn)), [f"{EXPERT} F8_E4M3", "not floating", "expected BF16, F16, F32"]),
     ],
     ids=["missing", "extra", "wrong shape", "many missing", "not floating"],
 )
@@ -127,8 +111,7 @@ def test_nan_and_inf_in_weights(preset, name, value, make_checkpoint, refused):
     ids=["model_type", "letter", "count", "quantized", "no number"],
 )
 def test_configs_that_cannot_be_used(changes, parts, source, refused):
-    file = source / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    edit_json(source / "config.json", lambda data: data.update(changes))
     refused(source, parts=parts)
 
 
@@ -140,8 +123,7 @@ def test_a_source_that_is_already_quantized(source, quantized_by_command, refuse
 
 @pytest.fixture
 def quantized_by_command(source, tmp_path):
-    made = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "out"), "--recipe", "nvfp4-w4a16"])
-    assert made.exit_code == 0, made.output
+    nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16")
     return tmp_path / "out"
 
 
@@ -327,10 +309,7 @@ def test_no_gpu(source, refused):
 
 @pytest.fixture
 def scales(source, token_rows, tmp_path):
-    made = CliRunner().invoke(
-        main, ["quantize", str(source), str(tmp_path / "first"), "--fmt", "fp8", "--calib", str(token_rows)]
-    )
-    assert made.exit_code == 0, made.output
+    nemoquant("quantize", source, tmp_path / "first", "--fmt", "fp8", "--calib", token_rows)
     return tmp_path / "first/nemoquant_scales.json"
 
 
@@ -435,16 +414,14 @@ def test_an_interrupt(stage, kept, source, refused, monkeypatch):
 def test_an_unforeseen_error_leaves_nothing_either(source, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
     before = tree(tmp_path)
-    result = CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "a/b"), "--recipe", "nvfp4-w4a16"])
+    result = invoke("quantize", source, tmp_path / "a/b", "--recipe", "nvfp4-w4a16")
     assert isinstance(result.exception, ZeroDivisionError)
     assert tree(tmp_path) == before
 
 
 def test_an_unforeseen_error_says_what_is_kept(source, token_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
-    result = CliRunner().invoke(
-        main, ["quantize", str(source), str(tmp_path / "a/b"), "--fmt", "fp8", "--calib", str(token_rows)]
-    )
+    result = invoke("quantize", source, tmp_path / "a/b", "--fmt", "fp8", "--calib", token_rows)
     assert isinstance(result.exception, ZeroDivisionError)
     assert result.exception.__notes__ == [f"{tmp_path}/a/b.partial is kept (calibrated): --resume goes on from there"]
     assert (tmp_path / "a/b.partial/nemoquant_scales.json").exists()
@@ -453,6 +430,6 @@ def test_an_unforeseen_error_says_what_is_kept(source, token_rows, tmp_path, mon
 def test_parents_that_existed_stay(source, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
-    CliRunner().invoke(main, ["quantize", str(source), str(tmp_path / "a/b/c"), "--recipe", "nvfp4-w4a16"])
+    invoke("quantize", source, tmp_path / "a/b/c", "--recipe", "nvfp4-w4a16")
     assert (tmp_path / "a").is_dir()
     assert list((tmp_path / "a").iterdir()) == []

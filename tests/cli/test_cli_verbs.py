@@ -2,25 +2,17 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from support.commands import error_line, nemoquant
+from support.places import NANO, SUPER
+from support.processes import run_python
 
 from nemoquant._version import __version__
-from nemoquant.cli import VERBS, main
+from nemoquant.cli import VERBS
 from nemoquant.cli.shared import progress_bars
-from nemoquant.units import size
-
-CONFIG = Path(__file__).resolve().parents[1] / "configs/super-120b-a12b.json"
-
-
-def nemoquant(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.fixture
@@ -208,8 +200,8 @@ def test_bars_on_a_terminal(slow, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["inspect", CONFIG],
-        ["plan", CONFIG.with_name("nano-30b-a3b.json"), "--fmt", "nvfp4"],
+        ["inspect", SUPER],
+        ["plan", NANO, "--fmt", "nvfp4"],
         ["recipes", "list"],
         ["recipes", "show", "nvfp4"],
         ["recipes", "show", "super-nvfp4-published"],
@@ -227,7 +219,7 @@ def test_json_of_the_other_verbs(arguments):
 
 
 def test_golden_figures_of_super():
-    text = nemoquant("inspect", CONFIG, "--context", 1_048_576).stdout
+    text = nemoquant("inspect", SUPER, "--context", 1_048_576).stdout
     assert "42,683, 247,222,108,160 bytes" in text
     assert "8,192 B a token, 8.59 GB at 1,048,576 tokens" in text
 
@@ -246,14 +238,6 @@ def test_inspect_of_a_quantized_checkpoint(quantize, tmp_path):
     assert {"BF16", "F32", "F8_E4M3", "U8"} == set(found["dtypes"])
 
 
-@pytest.mark.parametrize("count", [0, 999, 1000, 1_500_000, 5 * 10**9, 247_222_108_160, 2 * 10**12])
-def test_sizes_for_people(count):
-    shown = {
-        0: "0 B", 999: "999 B", 1000: "1.00 kB", 1_500_000: "1.50 MB", 5 * 10**9: "5.00 GB", 247_222_108_160: "247.22 GB", 2 * 10**12: "2.00 TB",
-    }  # fmt: skip
-    assert size(count) == shown[count]
-
-
 # What it loads.
 
 LIGHT = """
@@ -266,8 +250,7 @@ print([m for m in ("torch", "numpy", "numba", "pydantic", "safetensors", "jinja2
 
 
 def test_importing_the_command_line_loads_nothing_heavy():
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert run_python(LIGHT).stdout == "[]\n"
 
 
 WITHOUT_TORCH = """
@@ -281,25 +264,16 @@ print([m for m in ("torch", "numba", "tokenizers", "jinja2") if m in sys.modules
 
 
 def test_planning_and_inspecting_load_no_torch():
-    small = str(CONFIG.with_name("nano-30b-a3b.json"))
-    for arguments in (["plan", small, "--fmt", "fp8"], ["inspect", small]):
-        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, check=True)
-        assert done.stdout == "[]\n", arguments
+    for arguments in (["plan", NANO, "--fmt", "fp8"], ["inspect", NANO]):
+        assert run_python(WITHOUT_TORCH, *arguments).stdout == "[]\n", arguments
 
 
 def test_exit_codes_of_a_real_process(tmp_path):
     """The console script's entry point, not a runner: code 2, one line, no traceback."""
     code = "from nemoquant.cli import main; main(prog_name='nemoquant')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "quantize", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--fmt", "fp8"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
+    done = run_python(code, "quantize", tmp_path / "nowhere", tmp_path / "out", "--fmt", "fp8", code=2)
     assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    error_line(done.stderr)
 
 
 # What would else be silent, or found only after hours.

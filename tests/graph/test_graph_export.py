@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from safetensors.torch import load_file
+from support.commands import check_parts, error_line, nemoquant
+from support.files import tree
+from support.oracle_tensors import read
+from support.places import DEMO
 
 from nemoquant.api import RunOptions, export_onnx, quantize, verify
-from nemoquant.cli import main
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.errors import CheckpointError, OutputError, UsageError
@@ -25,13 +26,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"
 )
 
-DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
 INDEX = "model.safetensors.index.json"
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below, with the content of files."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def proto(path: Path) -> Any:
@@ -71,15 +66,9 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
     def check(*arguments: Any, parts: list[str], code: int = 2) -> str:
         before = tree(tmp_path)
-        result = CliRunner().invoke(main, ["export", "onnx", *(str(a) for a in arguments)])
-        assert result.exit_code == code, (result.output, result.exception)
-        assert isinstance(result.exception, SystemExit), "a message, not a traceback"
-        lines = result.stderr.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        missing = [part for part in parts if part not in lines[0]]
-        assert not missing, f"{missing} not in {lines[0]}"
+        line = error_line(nemoquant("export", "onnx", *arguments, code=code).stderr, parts)
         assert tree(tmp_path) == before
-        return lines[0]
+        return line
 
     return check
 
@@ -134,7 +123,7 @@ def test_entries_point_at_the_bytes(preset: str, demo: Callable[[str], Path]) ->
     import onnx
 
     folder = demo(preset)
-    tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    tensors = read(folder)
     files = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     used: Counter[str] = Counter()
     sizes = {onnx.TensorProto.BFLOAT16: 2, onnx.TensorProto.FLOAT: 4, onnx.TensorProto.UINT8: 1, onnx.TensorProto.FLOAT8E4M3FN: 1}
@@ -314,8 +303,8 @@ def test_a_published_layout_is_written_anew(tmp_path: Path, refused: Callable[..
     published = Path(shutil.copytree(DEMO, tmp_path / "published"))
     refused(published, parts=[str(published), "experts do not lie back to back", "give an OUT folder"])
     made = export_onnx(published, tmp_path / "out", mtp=True)
-    old = {name: t for file in published.glob("*.safetensors") for name, t in load_file(file).items()}
-    new = {name: t for file in made.folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    old = read(published)
+    new = read(made.folder)
     assert sorted(new) == sorted(old)
     for name, tensor in old.items():
         assert (new[name].dtype, new[name].shape) == (tensor.dtype, tensor.shape)
@@ -331,8 +320,8 @@ def test_a_published_layout_is_written_anew(tmp_path: Path, refused: Callable[..
 @pytest.mark.parametrize("name", ["two shards", "bf16 source"])
 def test_the_synthetic_source_is_written_anew(name: str, source: Path, tmp_path: Path) -> None:
     made = export_onnx(source, tmp_path / name)
-    old = {n: t for file in source.glob("*.safetensors") for n, t in load_file(file).items()}
-    new = {n: t for file in made.folder.glob("*.safetensors") for n, t in load_file(file).items()}
+    old = read(source)
+    new = read(made.folder)
     assert all(torch.equal(new[n].view(torch.uint8), t.view(torch.uint8)) for n, t in old.items())
     assert len(new) == len(old)
 
@@ -347,9 +336,7 @@ def test_no_copy_names_the_reason(quantized: Callable[..., Path], tmp_path: Path
     refused(folder, tmp_path / "out", "--no-copy", parts=["the graph is to stand in", "--no-copy forbids it"])
     refused(links, "--no-copy", parts=[f"{shard} is a link", "--no-copy forbids it"])
     refused(published, "--no-copy", parts=["experts do not lie back to back", "--no-copy forbids it"])
-    result = CliRunner().invoke(main, ["export", "onnx", str(folder), "--no-copy"])
-    assert result.exit_code == 0
-    assert "no tensor copied" in result.stdout
+    assert "no tensor copied" in nemoquant("export", "onnx", folder, "--no-copy").stdout
 
 
 def test_a_copy_that_fails_leaves_nothing(
@@ -509,8 +496,7 @@ def test_the_engine_refuses(
     damage(folder)
     with pytest.raises(CheckpointError) as caught:
         OnnxRuntimeEngine(folder)
-    missing = [part for part in parts if part not in str(caught.value)]
-    assert not missing, f"{missing} not in {caught.value}"
+    check_parts(parts, str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -559,15 +545,12 @@ def test_some_layers_are_no_model(quantized: Callable[..., Path]) -> None:
 
 def test_onnxruntime_missing(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = CliRunner().invoke(main, ["generate", str(demo("nvfp4")), "--prompt", "Once", "--engine", "onnxruntime"])
-    assert result.exit_code == 3
+    result = nemoquant("generate", demo("nvfp4"), "--prompt", "Once", "--engine", "onnxruntime", code=3)
     assert "extra `ort`" in result.stderr
 
 
 def test_json_figures(quantized: Callable[..., Path]) -> None:
     folder = quantized()
-    result = CliRunner().invoke(main, ["export", "onnx", str(folder), "--mtp", "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    found = json.loads(nemoquant("export", "onnx", folder, "--mtp", "--json").stdout)
     assert found["graphs"] == {name: (folder / name).stat().st_size for name in ("model.onnx", "mtp.onnx")}
     assert (found["folder"], found["dialect"], found["copied_bytes"]) == (str(folder), "onnxruntime", 0)

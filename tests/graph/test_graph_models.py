@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.norms import relative_error as error
+from support.places import DEMO
 from torch import Tensor
 
 from nemoquant.api import RunOptions, diff, export_onnx, quantize
@@ -34,19 +36,13 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"
 )
 
-DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
 ROWS, LENGTH = 16, 32
-SAME = 1e-4  # what DESIGN.md asks for; measured at most 5.1e-7 where no inputs are quantized
+SAME = 1e-4  # docs/design.md, "Numbers"; measured at most 5.1e-7 where no inputs are quantized
 WHOLE_INPUTS = ["bf16", "nvfp4-w4a16"]
 QUANTIZED_INPUTS = ["fp8", "nvfp4", "nvfp4-full"]
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
-
-
-def error(found: Any, expected: Any) -> float:
-    """Norm of the difference over the norm."""
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
 
 
 def row_errors(found: Any, expected: Any) -> NDArray[np.float64]:

@@ -10,6 +10,10 @@ import pytest
 import torch
 import yaml
 from numpy.typing import NDArray
+from support import scan_call
+from support.norms import relative_error as error
+from support.packed_weights import packed
+from support.single_op import single_op
 
 from nemoquant.formats import e4m3, fp8, nvfp4
 from nemoquant.graph import ops
@@ -24,11 +28,6 @@ pytestmark = pytest.mark.skipif(
 
 CHUNK = 64
 Arrays = dict[str, NDArray[Any]]
-
-
-def error(found: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Norm of the difference over the norm."""
-    return float(np.linalg.norm(found.astype(np.float64) - truth) / np.linalg.norm(truth))
 
 
 def first_differences(found: NDArray[Any], expected: NDArray[Any]) -> str:
@@ -50,41 +49,14 @@ FLOOR = 3e-7
 
 
 def scan_inputs(o: dict[str, Any]) -> Arrays:
-    g = np.random.default_rng(0)
-
-    def normal(*shape: int) -> NDArray[np.float32]:
-        return g.standard_normal(shape).astype(np.float32)
-
-    batch, length, heads, width, groups, size = (o[key] for key in ("batch", "length", "heads", "width", "groups", "size"))
-    made = {
-        "x": normal(batch, length, heads, width),
-        "dt": normal(batch, length, heads) * np.float32(o["spread"]),
-        "A": -g.random(heads, np.float32) * np.float32(o["a"]) - np.float32(0.01),
-        "B": normal(batch, length, groups, size),
-        "C": normal(batch, length, groups, size),
-        "D": normal(heads),
-        "dt_bias": normal(heads) + np.float32(o["bias"]),
-        "state_in": normal(batch, heads, width, size) * np.float32(o["state"]),
-    }
-    if o["decays"] == "strong, then weak":  # dt * A about -100 at every seventh position, about -0.01 at the others
-        made["A"][:], made["dt_bias"][:] = -8.0, 0.0
-        made["dt"] = np.log(np.expm1(0.00125 * (0.5 + g.random(made["dt"].shape)))).astype(np.float32)
-        made["dt"][:, 3::7] = 12.5
-    return made
+    """Those of the kernel's tests, by the names of the operator."""
+    made = scan_call.inputs(**{key: value for key, value in o.items() if key not in ("low", "high", "chunk")})
+    return {name.upper() if len(name) == 1 and name != "x" else name: value for name, value in made.items()}
 
 
 def recurrence(given: Arrays, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Position by position in float64, by the definition."""
-    x, dt, a, b, c, d, bias, state = (value.astype(np.float64) for value in given.values())
-    dt = np.clip(np.logaddexp(0, dt + bias), low, high)
-    heads_per_group = x.shape[2] // b.shape[2]
-    b, c = np.repeat(b, heads_per_group, 2), np.repeat(c, heads_per_group, 2)
-    y = np.empty_like(x)
-    for t in range(x.shape[1]):
-        written = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
-        state = np.exp(dt[:, t] * a)[..., None, None] * state + written
-        y[:, t] = (state * c[:, t, :, None]).sum(-1) + d[:, None] * x[:, t]
-    return y, state
+    return scan_call.recurrence({name if len(name) > 1 else name.lower(): value for name, value in given.items()}, low, high)
 
 
 def torch_scan(given: Arrays, low: float, high: float) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -93,9 +65,9 @@ def torch_scan(given: Arrays, low: float, high: float) -> tuple[NDArray[Any], ND
     return y.numpy(), after.numpy()
 
 
-def scan_of(single_op: Callable[..., Any], o: dict[str, Any], given: Arrays, **attributes: Any) -> Callable[[Arrays], list[Any]]:
+def scan_of(o: dict[str, Any], given: Arrays, **attributes: Any) -> Callable[[Arrays], list[Any]]:
     function = ops.mamba2_scan(o["heads"], o["width"], o["groups"], o["size"])
-    return single_op(function, given, **attributes)  # type: ignore[no-any-return]
+    return single_op(function, given, **attributes)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +95,10 @@ def scan_of(single_op: Callable[..., Any], o: dict[str, Any], given: Arrays, **a
         pytest.param({"decays": "strong, then weak", "length": 3 * CHUNK + 5}, id="the same over several chunks"),
     ],
 )
-def test_scan_is_the_recurrence(change: dict[str, Any], single_op: Callable[..., Any]) -> None:
+def test_scan_is_the_recurrence(change: dict[str, Any]) -> None:
     o = {**BASE, **change}
     given = scan_inputs(o)
-    run = scan_of(single_op, o, given, chunk_size=o["chunk"], dt_min=o["low"], dt_max=o["high"])
+    run = scan_of(o, given, chunk_size=o["chunk"], dt_min=o["low"], dt_max=o["high"])
     for found, truth, torchs in zip(
         run(given), recurrence(given, o["low"], o["high"]), torch_scan(given, o["low"], o["high"]), strict=True
     ):
@@ -134,18 +106,18 @@ def test_scan_is_the_recurrence(change: dict[str, Any], single_op: Callable[...,
         assert error(found, truth) < max(2 * error(torchs, truth), FLOOR)
 
 
-def test_scan_without_attributes_has_the_specified_ones(single_op: Callable[..., Any]) -> None:
+def test_scan_without_attributes_has_the_specified_ones() -> None:
     given = scan_inputs(BASE)
-    plain = scan_of(single_op, BASE, given)(given)
-    named = scan_of(single_op, BASE, given, chunk_size=64, dt_min=0.0, dt_max=math.inf)(given)
+    plain = scan_of(BASE, given)(given)
+    named = scan_of(BASE, given, chunk_size=64, dt_min=0.0, dt_max=math.inf)(given)
     assert [first_differences(a, b) for a, b in zip(plain, named, strict=True)] == ["", ""]
 
 
-def test_scan_may_be_cut_anywhere(single_op: Callable[..., Any]) -> None:
+def test_scan_may_be_cut_anywhere() -> None:
     """Two calls that hand the state on, for every cut, give what one call gives."""
     o = {**BASE, "length": 2 * CHUNK + 5, "width": 8}
     given = scan_inputs(o)
-    run = scan_of(single_op, o, given)
+    run = scan_of(o, given)
     truth = recurrence(given, 0.0, math.inf)
     limit = [max(2 * error(found, true), FLOOR) for found, true in zip(torch_scan(given, 0.0, math.inf), truth, strict=True)]
     worst = [0.0, 0.0]
@@ -174,9 +146,7 @@ def test_scan_may_be_cut_anywhere(single_op: Callable[..., Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_convolution(
-    length: int, kernel: int, batch: int, scale: float, dtype: type[np.floating[Any]], single_op: Callable[..., Any]
-) -> None:
+def test_convolution(length: int, kernel: int, batch: int, scale: float, dtype: type[np.floating[Any]]) -> None:
     g = np.random.default_rng(0)
     given = {
         "x": (g.standard_normal((batch, length, 5)) * scale).astype(dtype),
@@ -257,7 +227,7 @@ def zeros() -> NDArray[np.float32]:
         pytest.param(values(16, 64), 1.3e-38, id="the smallest scale"),
     ],
 )
-def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: float, single_op: Callable[..., Any]) -> None:
+def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: float) -> None:
     """Bit for bit, save that negatives in a block whose scale rounds to zero come out as -0 here and as +0 there."""
     decode_scale = np.array(scale, np.float32)
     given = {"x": x, "decode_scale": decode_scale}
@@ -269,7 +239,7 @@ def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: f
     assert first_differences(np.where(vanished, np.float32(0), found), expected) == ""
 
 
-def test_nan_stays_in_its_block(single_op: Callable[..., Any]) -> None:
+def test_nan_stays_in_its_block() -> None:
     """At its own place at least: ONNX Runtime's ReduceMax passes over a NaN, where the format makes all of its block NaN."""
     x, scale = values(4, 64), np.array(0.001, np.float32)
     run = single_op(ops.nvfp4_dynamic_quant_dequant(), {"x": x, "decode_scale": scale})
@@ -281,7 +251,7 @@ def test_nan_stays_in_its_block(single_op: Callable[..., Any]) -> None:
     assert first_differences(found, clean) == ""
 
 
-def test_nvfp4_round_trip_in_float16(single_op: Callable[..., Any]) -> None:
+def test_nvfp4_round_trip_in_float16() -> None:
     """Computed in float32 and rounded to the input's dtype at the end."""
     x, scale = values(16, 64).astype(np.float16), np.array(0.00177, np.float32)
     found = single_op(ops.nvfp4_dynamic_quant_dequant(), {"x": x, "decode_scale": scale})({"x": x, "decode_scale": scale})[0]
@@ -324,20 +294,6 @@ def mixture(
     return y
 
 
-def packed(name: str, weight: NDArray[np.float32], scale: np.float32) -> tuple[Arrays, NDArray[np.float32]]:
-    """One expert's weight [out, in]: its parts, and the values that the formats decode them to."""
-    if name == "bf16":
-        import ml_dtypes
-
-        part = weight.astype(ml_dtypes.bfloat16)
-        return {"weight": part}, part.astype(np.float32)
-    if "8" in name:
-        codes = fp8.encode(weight, scale)
-        return {"codes": codes, "global_scale": scale}, fp8.decode(codes, scale)
-    codes, blocks = nvfp4.encode(weight, scale)
-    return {"codes": codes, "block_scales": blocks, "global_scale": scale}, nvfp4.decode(codes, blocks, scale)
-
-
 def stacks(
     name: str, weights: dict[str, NDArray[np.float32]], scales: dict[str, Any], input_scales: dict[str, Any]
 ) -> tuple[Arrays, dict[str, NDArray[np.float32]]]:
@@ -355,9 +311,7 @@ def stacks(
     return parts, decoded
 
 
-def experts_of(
-    single_op: Callable[..., Any], name: str, x: Any, ids: Any, factors: Any, parts: Arrays, compute: Any = FLOAT
-) -> NDArray[Any]:
+def experts_of(name: str, x: Any, ids: Any, factors: Any, parts: Arrays, compute: Any = FLOAT) -> NDArray[Any]:
     given = {"x": x, "expert_ids": ids, "expert_weights": factors}
     helpers = [ops.nvfp4_dynamic_quant_dequant()] if name == "nvfp4" else []
     run = single_op(Dialect().routed_experts(name, compute), given, parts, helpers, activation="relu2")
@@ -366,14 +320,14 @@ def experts_of(
 
 @pytest.mark.parametrize("ids", ROUTINGS)
 @pytest.mark.parametrize("name", ["bf16", "w8a16", "w4a16"])
-def test_experts_with_whole_inputs(name: str, ids: NDArray[np.int64], single_op: Callable[..., Any]) -> None:
+def test_experts_with_whole_inputs(name: str, ids: NDArray[np.int64]) -> None:
     """Random weights. float32 sums of 32 and 48 products round by about 1e-7; measured at most 2.8e-7."""
     g = np.random.default_rng(2)
     weights = {"up": values(EXPERTS, WIDTH, INPUT) / 6, "down": values(EXPERTS, INPUT, WIDTH) / 7}
     scales = {p: (w.__abs__().max((1, 2)) / (448 if "8" in name else 2688)).astype(np.float32) for p, w in weights.items()}
     parts, decoded = stacks(name, weights, scales, {})
     x, factors = values(len(ids), INPUT), g.random(ids.shape, np.float32)
-    found = experts_of(single_op, name, x, ids, factors, parts)
+    found = experts_of(name, x, ids, factors, parts)
     truth = mixture(x, ids, factors, decoded["up"], decoded["down"], lambda projection, v: v)
     assert found.dtype == np.float32
     assert error(found, truth) < 5e-7
@@ -388,7 +342,7 @@ def round_trip(name: str, v: NDArray[np.float64], scale: np.float32) -> NDArray[
 
 @pytest.mark.parametrize("ids", ROUTINGS)
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
-def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64], single_op: Callable[..., Any]) -> None:
+def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64]) -> None:
     """Small integers and powers of two, so that every sum is exact in any order, no code can flip, and equality is asked.
 
     Inputs saturate, and experts have scales of their own; the hidden values are no multiples of the scale and must be rounded.
@@ -417,18 +371,18 @@ def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64], single
             x[mine], only, factor, decoded["up"], decoded["down"],
             lambda projection, v, e=e: round_trip(name, v, input_scales[projection][e]),
         )  # fmt: skip
-    found = experts_of(single_op, name, x, ids, factors, parts)
+    found = experts_of(name, x, ids, factors, parts)
     assert (expected == expected.astype(np.float32)).all(), "the test's own numbers must be exact"
     assert first_differences(found + 0, expected.astype(np.float32) + 0) == ""
 
 
-def test_experts_in_float16(single_op: Callable[..., Any]) -> None:
+def test_experts_in_float16() -> None:
     """bf16 weights, float16 products: the error stays below twice that of torch in float16."""
     ids = choices(9, 3, [*range(EXPERTS)])
     weights = {"up": values(EXPERTS, WIDTH, INPUT) / 6, "down": values(EXPERTS, INPUT, WIDTH) / 7}
     parts, decoded = stacks("bf16", weights, dict.fromkeys(weights, np.ones(EXPERTS, np.float32)), {})
     x, factors = values(9, INPUT).astype(np.float16), np.random.default_rng(2).random(ids.shape, np.float32)
-    found = experts_of(single_op, "bf16", x, ids, factors, parts, HALF)
+    found = experts_of("bf16", x, ids, factors, parts, HALF)
     truth = mixture(x, ids, factors, decoded["up"], decoded["down"], lambda projection, v: v)
     up, down = (torch.from_numpy(decoded[p]).half() for p in ("up", "down"))
     torchs = torch.zeros(9, INPUT)

@@ -19,6 +19,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx_ir.passes.common import InlinePass
+from support.norms import relative_error as error
+from support.synthetic import synthetic_checkpoint, write_rows
 
 import nemoquant
 from nemoquant.graph.build import Builder, GraphOptions
@@ -55,16 +57,8 @@ class TRT_FP4DynamicQuantize(OpRun):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The synthetic checkpoint in a preset, made once."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("synthetic_checkpoint", Path(__file__).parents[1] / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    synthetic = module_from_spec(spec)
-    spec.loader.exec_module(synthetic)
     base = tmp_path_factory.mktemp("rtx")
-    source = synthetic.write_checkpoint(base / "source", synthetic.CONFIG, synthetic.random_tensors(synthetic.CONFIG))
-    np.save(base / "rows.npy", np.random.default_rng(0).integers(3, 96, (8, 32)))
+    source, rows = synthetic_checkpoint(base / "source"), write_rows(base / "rows.npy")
 
     def make(preset: str) -> Path:
         out = base / preset
@@ -72,7 +66,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             return out
         if preset == "bf16":
             return nemoquant.export_onnx(source, out).folder
-        options = nemoquant.RunOptions(data=base / "rows.npy", dtype="float32", threads=1)
+        options = nemoquant.RunOptions(data=rows, dtype="float32", threads=1)
         return nemoquant.quantize(source, out, preset, options).out
 
     return make
@@ -271,12 +265,6 @@ def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
                 assert np.array_equal(decoded, expected_cache.numpy())
             else:
                 assert error(torch.from_numpy(cache), expected_cache) < 1e-5
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm."""
-    assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm())
 
 
 def place(tap: str) -> tuple[str, int | None]:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from measured import child
+from support.measured import child
+from support.places import SUPER
 
 import nemoquant
 from nemoquant.checkpoint.header import ITEM_SIZE, encode_header
 from nemoquant.layouts.modelopt import quantization_sections
 from nemoquant.pack.shards import shards
-
-CONFIG = Path(__file__).resolve().parents[1] / "configs/super-120b-a12b.json"
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,9 +36,9 @@ print([time.monotonic() - began, memory()])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``quantize --fmt nvfp4`` would write it: 78.7 GB of files, a few megabytes of disk."""
-    plan = nemoquant.plan(CONFIG, "nvfp4")
+    plan = nemoquant.plan(SUPER, "nvfp4")
     out = tmp_path_factory.mktemp("super")
-    raw = json.loads(CONFIG.read_text())
+    raw = json.loads(SUPER.read_text())
     section, legacy = quantization_sections(plan)
     (out / "config.json").write_text(json.dumps(raw | {"quantization_config": section}))
     (out / "hf_quant_config.json").write_text(json.dumps(legacy))
@@ -90,7 +89,7 @@ def test_the_whole_graph(dialect: str, folder: Path) -> None:
         if name == "model.onnx":
             calls = Counter(node.op_type.split("_")[0] for node in model.graph.node if node.domain == "nemoquant.layers")
             assert calls == {"MambaLayer": 40, "MoeLayer": 40, "AttentionLayer": 8}
-    plan = nemoquant.plan(CONFIG, "nvfp4")
+    plan = nemoquant.plan(SUPER, "nvfp4")
     mtp = sum(row.bytes_out for row in plan.rows if row.role.startswith("mtp."))
     # every byte of the main model once (RTX reads one input scale for all experts of a projection: 4 bytes each are left out)
     left_out = 4 * 2 * 40 * 511 if dialect == "tensorrt_rtx" else 0

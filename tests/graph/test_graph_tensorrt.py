@@ -7,22 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 import yaml
-from click.testing import CliRunner
+from support.commands import nemoquant as command
+from support.places import PLUGINS
 
 import nemoquant
-from nemoquant.cli import main
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 NODES = {"CausalConv1d": "causal_conv1d", "Mamba2Scan": "mamba2_scan", "RoutedExperts": "routed_experts"}
-
-
-@pytest.fixture
-def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
-    def make(preset: str = "fp8") -> Path:
-        options = nemoquant.RunOptions(data=token_rows, dtype="float32", threads=1)
-        return nemoquant.quantize(source, tmp_path / preset, preset, options).out
-
-    return make
 
 
 @pytest.fixture
@@ -72,8 +62,7 @@ def test_the_engine_is_refused_with_what_it_needs(
     quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemoquant.engine.targets.device", lambda: None)
-    result = CliRunner().invoke(main, ["export", "trt", str(quantized()), str(tmp_path / "e"), "--target", "trt", "--sm", "100"])
-    assert result.exit_code == 2
+    result = command("export", "trt", quantized("fp8"), tmp_path / "e", "--target", "trt", "--sm", 100, code=2)
     assert "no CUDA device is usable here" in result.stderr
     assert "nemoquant plugins build --arch sm_100a && nemoquant export trt" in result.stderr
     assert "--dialect tensorrt" in result.stderr

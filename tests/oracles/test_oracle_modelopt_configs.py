@@ -16,9 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import modelopt_run
 import pytest
-from oracle_tensors import is_scale, read
+from support import modelopt_run
+from support.oracle_tensors import is_scale, read
 
 pytestmark = modelopt_run.MARKS
 

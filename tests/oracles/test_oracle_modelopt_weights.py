@@ -3,10 +3,10 @@
 The scales of activations have their own file; here Model Optimizer loads the model in bfloat16, as users do.
 """
 
-import modelopt_run
 import pytest
 import torch
-from oracle_tensors import equal, expert_projection, raw, read, weights
+from support import modelopt_run
+from support.oracle_tensors import equal, expert_projection, raw, read, weights
 from torch import Tensor
 
 pytestmark = modelopt_run.MARKS

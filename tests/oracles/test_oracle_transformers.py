@@ -17,11 +17,11 @@ import json
 import shutil
 from pathlib import Path
 
-import modelopt_run
 import pytest
 import torch
-from oracle_tensors import decode, read, sqnr, weights
 from safetensors.torch import save_file
+from support import modelopt_run
+from support.oracle_tensors import decode, read, sqnr, weights
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(

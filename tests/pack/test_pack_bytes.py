@@ -4,14 +4,11 @@ import json
 import re
 
 import numpy as np
-import pack_oracle
 import pytest
 import torch
-from click.testing import CliRunner
-from pack_oracle import PRESETS, read
-from safetensors.torch import load_file
-
-from nemoquant.cli import main
+from support import oracle_tensors, pack_oracle
+from support.commands import nemoquant
+from support.pack_oracle import PRESETS, read, scales_of
 
 EXPERTS = 12  # numerically 9 < 10, as text not
 
@@ -23,11 +20,9 @@ def differences(found, expected):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_bytes_by_the_command_line(preset, make_checkpoint, token_rows, tmp_path, scales_of):
+def test_bytes_by_the_command_line(preset, make_checkpoint, token_rows, tmp_path):
     source, out = make_checkpoint(n_routed_experts=EXPERTS), tmp_path / "out"
-    arguments = ["quantize", source, out, "--recipe", preset, "--calib", token_rows, "--threads", "1"]
-    made = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert made.exit_code == 0, made.output
+    nemoquant("quantize", source, out, "--recipe", preset, "--calib", token_rows, "--threads", 1)
     found = read(out)
     assert differences(found, pack_oracle.expected(source, preset, scales_of(out))) == []
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -37,7 +32,7 @@ def test_bytes_by_the_command_line(preset, make_checkpoint, token_rows, tmp_path
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_bytes_by_the_api_without_scale_groups(preset, source, quantized, scales_of):
+def test_bytes_by_the_api_without_scale_groups(preset, source, quantized):
     out = quantized(preset, scale_groups=False)
     assert differences(read(out), pack_oracle.expected(source, preset, scales_of(out), groups=False)) == []
 
@@ -72,25 +67,15 @@ def test_groups_share_their_scales_and_only_they_do(quantized):
 def test_safetensors_loads_it_and_it_decodes_near_the_source(source, quantized):
     """Against what nobody here wrote: the safetensors library. SQNR floors: 4-bit codes with a scale for each 16 values give
     about 20 dB for normal weights, FP8 about 31 dB; half a bit (3 dB) of slack."""
-    out, original = quantized("nvfp4"), {}
-    loaded = {}
-    for file in sorted(out.glob("*.safetensors")):
-        loaded |= load_file(file)
-    for file in sorted(source.glob("*.safetensors")):
-        original |= load_file(file)
-
-    def sqnr(weight, decoded):
-        noise = (weight.double() - decoded.double()).square().sum()
-        return float(10 * torch.log10(weight.double().square().sum() / noise))
-
+    loaded, original = oracle_tensors.read(quantized("nvfp4")), oracle_tensors.read(source)
     quantized_weights = 0
     for name, weight in original.items():
         module = name.removesuffix(".weight")
         if loaded[name].dtype == torch.uint8:
             scales = loaded[f"{module}.weight_scale"], loaded[f"{module}.weight_scale_2"]
-            assert sqnr(weight, pack_oracle.decode_nvfp4(loaded[name], *scales)) > 17
+            assert oracle_tensors.sqnr(weight, pack_oracle.decode_nvfp4(loaded[name], *scales)) > 17
         elif loaded[name].dtype == torch.float8_e4m3fn:
-            assert sqnr(weight, loaded[name].float() * loaded[f"{module}.weight_scale"]) > 28
+            assert oracle_tensors.sqnr(weight, loaded[name].float() * loaded[f"{module}.weight_scale"]) > 28
         else:
             assert loaded[name].dtype == weight.dtype
             assert torch.equal(loaded[name], weight)
@@ -101,7 +86,7 @@ def test_safetensors_loads_it_and_it_decodes_near_the_source(source, quantized):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["F32", "F16"])
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
-def test_sources_of_other_dtypes(dtype, preset, make_checkpoint, quantized, scales_of):
+def test_sources_of_other_dtypes(dtype, preset, make_checkpoint, quantized):
     def convert(tensors):
         g = torch.Generator().manual_seed(1)
         for name, t in tensors.items():  # values that bf16 does not have

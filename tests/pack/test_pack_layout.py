@@ -3,10 +3,10 @@
 import json
 import re
 
-import pack_oracle
 import pytest
 import torch
-from pack_oracle import read
+from support import pack_oracle
+from support.pack_oracle import read
 
 EXPERTS = 12  # as text, 10 would come before 9
 EXPERT = re.compile(r"(.+\.mixer\.experts)\.\d+\.(\w+)\.\w+")

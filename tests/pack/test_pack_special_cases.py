@@ -1,12 +1,12 @@
-"""Weights and inputs without magnitude, and the files beside the tensors."""
+"""Weights and inputs without magnitude."""
 
 import json
 
 import numpy as np
-import pack_oracle
 import pytest
 import torch
-from pack_oracle import read
+from support import pack_oracle
+from support.pack_oracle import read, scales_of
 
 from nemoquant.api import RunOptions, quantize
 
@@ -61,7 +61,7 @@ def test_just_above_underflow_is_an_ordinary_weight(make_checkpoint, token_rows,
 
 
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
-def test_a_zero_weight_in_a_group_takes_the_groups_scale(preset, make_checkpoint, token_rows, tmp_path, scales_of):
+def test_a_zero_weight_in_a_group_takes_the_groups_scale(preset, make_checkpoint, token_rows, tmp_path):
     source = make_checkpoint("q", lambda tensors: tensors["backbone.layers.1.mixer.q_proj.weight"].zero_())
     out = run(source, token_rows, tmp_path, preset).out
     found = {name: (t.dtype, t.shape, t.data) for name, t in read(out).items()}
@@ -91,29 +91,3 @@ def test_zero_inputs(preset, make_checkpoint, token_rows, tmp_path):
     attention = [f"backbone.layers.1.mixer.{p}_proj" for p in ("qkv", "o", "k", "v")]
     assert sorted(told) == sorted([*attention, *zero[4:]])
     assert tensors["backbone.layers.2.mixer.shared_experts.up_proj.input_scale"].tensor().item() != 1.0
-
-
-SIDE_FILES = {  # name -> whether it is copied
-    "generation_config.json": True, "tokenizer.json": True, "tokenizer_config.json": True, "tokenizer.model": True,
-    "chat_template.jinja": True, "special_tokens_map.json": True, "LICENSE": True, "NOTICE.txt": True, "modeling_made_up.py": True,
-    "other.py": False, "evil.sh": False, "README.md": False, "training_args.bin": False, ".gitattributes": False, "vocab.txt": False,
-}  # fmt: skip
-
-
-def test_side_files_by_allow_list(make_checkpoint, token_rows, tmp_path):
-    source = make_checkpoint("source", auto_map={"AutoModelForCausalLM": "made/up--modeling_made_up.Model", "X": ["a.B", None]})
-    for name in SIDE_FILES:
-        (source / name).write_text("raise SystemExit('imported')\n" if name.endswith(".py") else f"{name}\n")
-    (source / "tokenizer_parts").mkdir()
-    result = run(source, token_rows, tmp_path, "nvfp4-w4a16")
-    for name, copied in SIDE_FILES.items():
-        if name != "README.md":
-            assert (result.out / name).exists() == copied, name
-        if copied:
-            assert (result.out / name).read_bytes() == (source / name).read_bytes()
-    assert (result.out / "README.md").read_text() != "README.md\n", "the card is ours"
-    skipped = sorted([name for name, copied in SIDE_FILES.items() if not copied] + ["tokenizer_parts/"])
-    assert sorted(result.skipped_files) == skipped
-    manifest = json.loads((result.out / "nemoquant.json").read_text())
-    assert sorted(manifest["skipped_side_files"]) == skipped
-    assert set(manifest["files"]) == {p.name for p in result.out.iterdir()} - {"nemoquant.json"}

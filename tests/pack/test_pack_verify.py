@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from pack_oracle import PRESETS, read
+from support.commands import invoke, nemoquant
+from support.files import edit_json
+from support.pack_oracle import PRESETS, read
+from support.tampering import overwrite, sign
 
 from nemoquant.api import RunOptions, plan, quantize, verify
-from nemoquant.checkpoint.manifest import FILE, file_sha256, write_manifest
-from nemoquant.cli import main
+from nemoquant.checkpoint.manifest import FILE
 
 IN_PROJ, EXPERT = "backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.experts.3.up_proj"
 ONE_FILE = "model-00001-of-00001.safetensors"
@@ -25,30 +26,9 @@ def out(quantized):
     return quantized("nvfp4")
 
 
-def sign(out):
-    """A manifest that names the files as they are now."""
-    data = json.loads((out / FILE).read_text())
-    data["files"] = {p.name: file_sha256(p) for p in sorted(out.iterdir()) if p.name != FILE}
-    write_manifest(out, data)
-
-
-def overwrite(out, name, data, at=0):
-    """Change bytes of a tensor where they lie."""
-    stored = read(out)[name]
-    with (out / stored.file).open("r+b") as f:
-        f.seek(stored.start + at)
-        f.write(data)
-
-
-def edit_json(path, change):
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
 def command(out, *more):
     """(exit code, parsed report) of ``nemoquant verify --json``"""
-    result = CliRunner().invoke(main, ["verify", str(out), "--json", *(str(a) for a in more)])
+    result = invoke("verify", out, "--json", *more)
     return result.exit_code, json.loads(result.stdout) if result.stdout else result.stderr
 
 
@@ -345,13 +325,11 @@ def test_against_what_is_no_source(what, source, out, tmp_path):
 
 
 def test_plain_report(out, source):
-    result = CliRunner().invoke(main, ["verify", str(out), "--against", str(source)])
-    assert result.exit_code == 0
+    result = nemoquant("verify", out, "--against", source)
     assert result.stdout.startswith(f"{out}: ok (")
     shutil.rmtree(out / "nothing", ignore_errors=True)
     (out / "README.md").unlink()
-    result = CliRunner().invoke(main, ["verify", str(out)])
-    assert result.exit_code == 1
+    result = nemoquant("verify", out, code=1)
     assert result.stdout.startswith(f"{out}: FAILED (")
     assert "problem: README.md is missing; the manifest lists it\n" in result.stderr
 

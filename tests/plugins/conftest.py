@@ -1,8 +1,8 @@
 """The host libraries, for every test of the plugins."""
 
 import pytest
-from plugin_build import harness, host_folder
-from trt_caller import Caller
+from support.plugin_build import harness, host_folder
+from support.trt_caller import Caller
 
 from nemoquant.ops.library import Kernels
 

@@ -1,6 +1,5 @@
 """CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, states cut anywhere, refusals."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from plugin_build import needs_compiler, needs_tensorrt_headers
-from trt_caller import Caller, Tensor, field
+from support.norms import relative_error as distance
+from support.plugin_build import needs_compiler, needs_tensorrt_headers
+from support.single_op import single_op
+from support.trt_caller import Caller, Tensor, field
 
 from nemoquant.errors import EngineError
 from nemoquant.graph import ops
 from nemoquant.ops.abi import DTYPES
 from nemoquant.ops.library import Kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -130,11 +131,6 @@ def torch_conv(a: Given, dtype: torch.dtype) -> torch.Tensor:
     return torch.nn.functional.silu(y).mT
 
 
-def distance(got: Array, wanted: torch.Tensor) -> float:
-    """Norm of the difference over the norm."""
-    return float(np.linalg.norm(got.astype(np.float64) - wanted.numpy()) / wanted.norm())
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_against_float64(name: str, kernels: Kernels) -> None:
     """float32 results: within twice torch's error in float32. 16 bits: within 2% of the error of rounding the exact result once.
@@ -209,7 +205,7 @@ def test_the_ends_of_silu(y_dtype: str, kernels: Kernels) -> None:
     assert (np.abs(y[:-2] - exact[:-2]) <= limit * np.maximum(np.abs(exact[:-2]), 1e-30 / limit)).all()
 
 
-def test_the_onnx_function(kernels: Kernels, single_op: Callable[..., Any]) -> None:
+def test_the_onnx_function(kernels: Kernels) -> None:
     """The body in ``graph/ops.py``, run by ONNX Runtime: the kernel errs at most twice as much; the states are the same bits."""
     a = given(replace(BASE, dtype="float32", y_dtype="float32"))
     feeds = {"x": a.x, "weight": a.weight, "bias": a.bias, "state_in": a.state}

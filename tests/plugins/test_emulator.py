@@ -4,15 +4,15 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.plugin_build import HERE, PLUGINS, cuda_headers
+from support.scan_call import aligned
 
-HERE = Path(__file__).resolve().parent
-COMMON = HERE.parents[1] / "plugins/common"
+COMMON = PLUGINS / "common"
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(
@@ -28,14 +28,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
     Stacks are switched by hand on x86-64, and by the C library elsewhere.
     """
-    assert NVCC
     library = tmp_path_factory.mktemp("emulator") / "emulator.so"
-    tried = subprocess.run([NVCC, "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True).stderr
-    top = next(line.split("=", 1)[1] for line in tried.splitlines() if line.startswith("#$ TOP="))
-    headers = Path(top) / "include"
     subprocess.run(
         ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DNQ_HOST",
-         *(["-DNQ_UCONTEXT"] if request.param == "ucontext" else []), f"-isystem{headers}", "-x", "c++",
+         *(["-DNQ_UCONTEXT"] if request.param == "ucontext" else []), f"-isystem{cuda_headers()}", "-x", "c++",
          HERE / "emulator_kernels.cu", COMMON / "last_error.cpp", "-o", library],
         check=True,
     )  # fmt: skip
@@ -54,14 +50,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def whole_numbers(*shape: int) -> NDArray[np.float32]:
     """Sums of them are exact in any order."""
     return np.random.default_rng(0).integers(-50, 50, shape).astype(np.float32)
-
-
-def aligned(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A copy at a multiple of 16 bytes."""
-    space = np.empty(values.size + 4, np.float32)
-    start = -space.ctypes.data % 16 // 4
-    space[start : start + values.size] = values
-    return space[start : start + values.size]
 
 
 def test_barriers_shared_memory_and_atomics(run: Run) -> None:

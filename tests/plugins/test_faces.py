@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import yaml
 from numpy.typing import NDArray
-from plugin_build import OPERATORS, PLUGINS, harness, host_folder, needs_compiler, needs_tensorrt_headers
-from trt_caller import BUILD, DATA_TYPES, HWC8, RUNTIME, Caller, Creator, Field, Plugin, Tensor, field
+from support.plugin_build import OPERATORS, PLUGINS, harness, host_folder, needs_compiler, needs_tensorrt_headers
+from support.trt_caller import BUILD, DATA_TYPES, HWC8, RUNTIME, Caller, Creator, Field, Plugin, Tensor, field
 
-pytestmark = [needs_compiler, needs_tensorrt_headers]
+pytestmark = [needs_compiler, needs_tensorrt_headers, pytest.mark.slow]
 
 NUMPY = {
     "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8, "int64": np.int64, "int32": np.int32,

@@ -12,27 +12,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from plugin_build import HERE, PLUGINS, cuda_headers, host_folder, needs_compiler
-from test_routed_experts import (
-    BASE,
-    NUMPY,
-    ROWS,
-    Case,
-    Given,
-    aligned,
-    arguments,
-    distance,
-    exact_numbers,
-    given,
-    mixture,
-    replace_tokens,
-)
+from support.expert_call import BASE, NUMPY, ROWS, Case, Given, arguments, exact_numbers, given, mixture, replace_tokens
+from support.norms import relative_error as distance
+from support.plugin_build import HERE, PLUGINS, compile_once, cuda_headers, host_folder, needs_compiler
+from support.scan_call import aligned
 
 from nemoquant.errors import EngineError
 from nemoquant.ops.build import cutlass_headers
 from nemoquant.ops.library import Kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 AUTO, DECODED, GROUPED = 0, 1, 3  # enum nemoquant_experts_products
 SM90, SM100 = 90, 100
@@ -63,12 +52,11 @@ def library() -> Kernels:
     """As the host library, built as where both architectures' products are, which the stand-in gives."""
     path = host_folder() / "libnemoquant_grouped_host.so"
     ours = [HERE / "grouped_products.cpp", PLUGINS / "common/emulator.cpp", PLUGINS / "common/last_error.cpp"]
-    if not path.is_file() or path.stat().st_mtime < ours[0].stat().st_mtime:
-        options = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared",
-                   "-fvisibility=hidden", "-DNQ_HOST", f"-isystem{cuda_headers()}"]  # fmt: skip
-        sources = [PLUGINS / "routed_experts" / name for name in SOURCES]
-        built = [f"-DNQ_HAVE_SM{name}" for name in ("90A", "100A", "120A")]
-        subprocess.run(["g++", *options, *built, *ours, "-x", "c++", *sources, "-o", path], check=True)
+    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
+               "-shared", "-fvisibility=hidden", "-DNQ_HOST", f"-isystem{cuda_headers()}"]  # fmt: skip
+    sources = [PLUGINS / "routed_experts" / name for name in SOURCES]
+    built = [f"-DNQ_HAVE_SM{name}" for name in ("90A", "100A", "120A")]
+    compile_once(["g++", *options, *built, *ours, "-x", "c++", *sources], path, ours[0])
     return Kernels(path)
 
 

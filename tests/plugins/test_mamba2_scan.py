@@ -1,18 +1,19 @@
 """The scan's kernels, run by the host emulator: against float64, the ONNX function, torch, transformers; every path, every refusal."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plugin_build import host_folder, needs_compiler
-from scan_call import DTYPES, Array, Arrays, Refused, Scan, error, inputs, pieces, recurrence
+from support.norms import relative_error as error
+from support.plugin_build import host_folder, needs_compiler
+from support.scan_call import DTYPES, Array, Arrays, Refused, Scan, inputs, pieces, recurrence
+from support.single_op import single_op
 
 from nemoquant.model import mamba2
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 CHUNK = 64
 # Torch keeps running sums in float64. In float32 after one strong decay a little more is lost; measured at most 2.5e-7.
@@ -126,7 +127,7 @@ def test_inputs_that_may_be_left_out(length: int, scan: Scan) -> None:
 # Oracles that nobody here wrote.
 
 
-def test_scan_is_the_onnx_function(single_op: Callable[..., Any], scan: Scan) -> None:
+def test_scan_is_the_onnx_function(scan: Scan) -> None:
     from nemoquant.graph import ops
 
     given = inputs(length=2 * CHUNK + 9)

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.plugin_build import HERE, PLUGINS, cuda_headers
 
-HERE = Path(__file__).resolve().parent
-COMMON = HERE.parents[1] / "plugins/common"
+COMMON = PLUGINS / "common"
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(
@@ -27,13 +27,10 @@ OUTPUT = {BY_CHANCE: np.uint16, TO_E4M3: np.uint8, TO_E2M1: np.uint8, PAIR: np.u
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    assert NVCC
     path = tmp_path_factory.mktemp("numeric") / "numeric.so"
-    tried = subprocess.run([NVCC, "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True).stderr
-    top = next(line.split("=", 1)[1] for line in tried.splitlines() if line.startswith("#$ TOP="))
     subprocess.run(
         ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DNQ_HOST",
-         f"-isystem{top}/include", "-x", "c++", HERE / "numeric_kernels.cu", COMMON / "last_error.cpp", "-o", path],
+         f"-isystem{cuda_headers()}", "-x", "c++", HERE / "numeric_kernels.cu", COMMON / "last_error.cpp", "-o", path],
         check=True,
     )  # fmt: skip
     return ctypes.CDLL(str(path))
@@ -250,7 +247,6 @@ def test_bytes_by_their_numbers(numbers: Callable[..., Array]) -> None:
 @pytest.mark.parametrize(("arch", "option", "used"), [("100a", True, True), ("100a", False, False), ("120a", True, False)])
 def test_the_conversion_instruction_is_an_option_of_sm100(arch: str, option: bool, used: bool, tmp_path: Path) -> None:
     """Compiled and assembled: no device that has it was at hand."""
-    assert NVCC
     source = tmp_path / "pair.cu"
     source.write_text(
         '#include "numeric.cuh"\n'

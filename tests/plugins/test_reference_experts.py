@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from plugin_build import host_folder, needs_compiler
+from support.norms import relative_error as error
+from support.plugin_build import host_folder, needs_compiler
 from torch import Tensor
 
 from nemoquant.api import diff
@@ -15,7 +16,7 @@ from nemoquant.model.taps import identity
 from nemoquant.ops import library
 from nemoquant.ops.library import Kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 EXPERTS, CHOSEN, SIZE, WIDTH, TOKENS = 7, 3, 64, 96, 11
 
@@ -65,10 +66,6 @@ def by_definition(given: dict[str, Tensor], x: Tensor, ids: Tensor, factors: Ten
             up, down = (given[f"experts.{expert}.{p}_proj.weight"].double() for p in ("up", "down"))
             total[t] += factor * (down @ torch.relu(up @ x[t].double()).square())
     return total
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(

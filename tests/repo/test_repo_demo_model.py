@@ -1,20 +1,18 @@
 """The demo model is what its manifest says, and good enough to test quantization with: every kind of block matters."""
 
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.places import CALIB, DEMO
 
+from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.sources.source import open_source
 from nemoquant.tokens.rows import load_rows
 
-CALIB = Path(__file__).resolve().parents[2] / "calib"
-DEMO = CALIB / "demo_model"
 MANIFEST = json.loads((DEMO / "manifest.json").read_text())
 SOURCE = open_source(DEMO)
 
@@ -29,8 +27,17 @@ def rows():
     return torch.from_numpy(load_rows(CALIB / "data/evaluation.jsonl", DEMO, SOURCE.config, 8, 512).ids)
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+@pytest.fixture(scope="module")
+def forward(model, rows):
+    """Hidden states of the rows, and the experts that their tokens went to."""
+    reached = set()
+
+    def tap(name, x):
+        if ".experts." in name:
+            reached.add(name.rsplit(".", 1)[0])
+        return x
+
+    return model.hidden(rows, tap=tap)[0], reached
 
 
 def percent(text: str) -> float:
@@ -38,7 +45,7 @@ def percent(text: str) -> float:
 
 
 def test_files_are_those_that_were_measured():
-    assert {name: sha256(DEMO / name) for name in MANIFEST["files"]} == MANIFEST["files"]
+    assert {name: file_sha256(DEMO / name) for name in MANIFEST["files"]} == MANIFEST["files"]
 
 
 def test_it_is_small_and_has_every_kind_of_block():
@@ -59,14 +66,14 @@ def test_calibration_evaluation_and_training_share_no_work():
     calibration, evaluation = data["calibration.jsonl"], data["evaluation.jsonl"]
     assert not set(calibration["works"]) & set(evaluation["works"])
     for name in ("calibration.jsonl", "evaluation.jsonl"):
-        assert sha256(CALIB / "data" / name) == data[name]["sha256"]
+        assert file_sha256(CALIB / "data" / name) == data[name]["sha256"]
         works = {json.loads(line)["work"] for line in (CALIB / "data" / name).read_text().splitlines()}
         assert works <= set(data[name]["works"])
 
 
-def test_perplexity_is_what_the_manifest_says(model, rows):
+def test_perplexity_is_what_the_manifest_says(model, rows, forward):
     """On eight of the rows, recomputed; the manifest's figure is over all of them, so it is only near."""
-    logits, _ = model.forward(rows)
+    logits = model.logits(forward[0])
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), rows[:, 1:].flatten())
     claimed = MANIFEST["evaluation"]["perplexity"]
     assert loss.exp().item() == pytest.approx(claimed, rel=0.25)
@@ -82,21 +89,14 @@ def test_every_block_matters():
     assert {k: v for k, v in singles.items() if v < 0.01} == {}
 
 
-def test_every_expert_gets_tokens(model, rows):
-    reached = set()
-
-    def tap(name, x):
-        if ".experts." in name:
-            reached.add(name.rsplit(".", 1)[0])
-        return x
-
-    model.hidden(rows, tap=tap)
+def test_every_expert_gets_tokens(forward):
+    _, reached = forward
     assert len(reached) == SOURCE.config.n_routed_experts * SOURCE.config.count("moe")
     assert min(min(counts) for counts in MANIFEST["tokens per expert, 32 calibration rows"].values()) > 0
 
 
-def test_multi_token_prediction_is_far_above_chance(model, rows):
-    hidden, _ = model.hidden(rows)
+def test_multi_token_prediction_is_far_above_chance(model, rows, forward):
+    hidden, _ = forward
     logits, _, _ = model.mtp_forward(rows[:, 1:-1], hidden[:, :-2])
     right = (logits.argmax(-1) == rows[:, 2:]).double().mean().item()
     likeliest = (torch.bincount(rows[:, 2:].flatten()).max() / rows[:, 2:].numel()).item()

@@ -1,27 +1,18 @@
 """Every shipped preset that fits the demo model quantizes it, and the result verifies against it, every code encoded again."""
 
-from pathlib import Path
-
 import pytest
+from support.places import DEMO
 
 import nemoquant
 from nemoquant.planning.recipe import presets
 
-DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
 PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # that one fits Super only
 
 
-@pytest.fixture(scope="module")
-def scales(tmp_path_factory):
-    """Calibrated once: the file serves every recipe."""
-    out = tmp_path_factory.mktemp("fp8") / "out"
-    nemoquant.quantize(DEMO, out, "fp8", nemoquant.RunOptions(rows=16))
-    return out / "nemoquant_scales.json"
-
-
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset(preset, scales, tmp_path):
-    out = tmp_path / preset
+def test_preset(preset, demo, tmp_path):
+    """Calibrated once, for the graphs' tests too: a scales file serves every recipe."""
+    out, scales = tmp_path / preset, demo("nvfp4") / "nemoquant_scales.json"
     needed = nemoquant.plan(DEMO, preset).needs_calibration
     result = nemoquant.quantize(DEMO, out, preset, nemoquant.RunOptions(scales=scales) if needed else None)
     assert result.warnings == []

@@ -5,8 +5,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).resolve().parents[2] / "nemoquant"
+from support.places import PACKAGE
 
 # From the top; names on one line may import each other. `solve` (solved weights) has its place after `calibrate`.
 ORDER = (

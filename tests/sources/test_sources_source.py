@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import edit_json
+from support.places import NANO
 
 from nemoquant.errors import CheckpointError, ConfigError, TensorTableError
 from nemoquant.sources.source import BareConfig, Source, open_source
 
 Make = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_a_folder(source: Path) -> None:
@@ -25,7 +26,7 @@ def test_a_folder(source: Path) -> None:
 
 
 def test_a_bare_config() -> None:
-    opened = open_source(CONFIGS / "nano-30b-a3b.json")
+    opened = open_source(NANO)
     assert isinstance(opened, BareConfig)
     assert len(opened.table) == 6243
 
@@ -42,8 +43,7 @@ def test_dtypes_are_those_of_the_headers(make_checkpoint: Make) -> None:
 
 
 def set_config(folder: Path, **changes: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    edit_json(folder / "config.json", lambda data: data.update(changes))
 
 
 def test_already_quantized_by_its_config(source: Path) -> None:

@@ -1,0 +1,170 @@
+"""``nemoquant demo``: the whole toolchain on the trained model, in one go, whole or not at all."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from support.commands import invoke, nemoquant
+from support.files import tree
+
+from nemoquant.api import verify
+from nemoquant.demo import PRESETS, REPORTS, demo
+from nemoquant.errors import OutputError, VerificationError
+from nemoquant.evaluate.report.markdown import markdown, table
+from nemoquant.evaluate.schema import Report
+from nemoquant.shipped import demo_model
+
+ROWS = 4
+WITH_GRAPHS = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx_ir"))
+WITH_ENGINE = WITH_GRAPHS and importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """(folder, result of the command), run once; in one thread, because threads that wait for a core that is taken take it too."""
+    out = tmp_path_factory.mktemp("demo") / "shown"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda pid: {0})
+        return out, invoke("demo", "--out", out, "--rows", ROWS)
+
+
+@pytest.fixture(scope="module")
+def report(shown):
+    return Report.model_validate_json((shown[0] / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_it_runs(shown):
+    out, result = shown
+    assert result.exit_code == 0, (result.output, result.exception)
+    engine = ["nvfp4-sm120.engine", "nvfp4-sm120.engine.json"] if WITH_ENGINE else []
+    assert sorted(p.name for p in out.iterdir()) == sorted([*PRESETS, *REPORTS.values(), *engine])
+    assert [p.name for p in out.parent.iterdir()] == ["shown"]
+    told = [line for line in result.stderr.splitlines() if not line.startswith(("calibrate: ", "pack: ", "verify: ", "diff: "))]
+    assert told[0] == f"source: {demo_model()}"
+    assert [line.split(": ")[0] for line in told[1:]] == [*PRESETS, "graphs", *(["engine"] if WITH_GRAPHS else [])]
+    assert all(line.endswith(" bits a weight; verified against the source.") for line in told[1 : 1 + len(PRESETS)])
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(f"{out / 'report.html'}: open it in a browser. All of it took ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WITH_GRAPHS, reason="needs onnx and onnxruntime (extra: ort)")
+def test_each_was_run_through_its_graph(shown, report):
+    """Weights only: nothing to flip, the runtimes agree to rounding. Rounded inputs: flips, well below the cost of the format."""
+    for candidate in report.candidates:
+        run = candidate.engine
+        assert run is not None
+        assert (run.engine, run.compute, run.device) == ("onnxruntime", "float32", "cpu")
+        limit = 1e-9 if candidate.name == "nvfp4-w4a16" else 0.25 * candidate.logits.kl.mean  # a tenth was measured on 32 rows
+        assert 0 <= run.kl_from_torch < limit, candidate.name
+        assert all((shown[0] / candidate.name / name).exists() for name in ("model.onnx", "mtp.onnx"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_checkpoint_verifies(preset, shown):
+    """With the figures in its card."""
+    found = verify(shown[0] / preset, demo_model())
+    assert (found["ok"], found["problems"], found["warnings"]) == (True, [], [])
+    card = (shown[0] / preset / "README.md").read_text()
+    assert f"({ROWS} rows of 512 tokens of `evaluation.jsonl`)" in card
+
+
+@pytest.mark.slow
+def test_the_reports_are_of_one_run(shown, report):
+    out, result = shown
+    assert (out / "report.md").read_text() == markdown(report)
+    assert "\n".join(table(report)) in result.stdout
+    page = (out / "report.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    assert all(preset in page for preset in PRESETS)
+    assert report.warnings == []
+    assert [c.warnings for c in report.candidates] == [[]] * len(PRESETS)
+
+
+@pytest.mark.slow
+def test_it_shows_what_it_should(report):
+    assert tuple(c.name for c in report.candidates) == PRESETS
+    assert (report.data.source, report.data.rows, report.data.seq_len) == ("evaluation.jsonl", ROWS, 512)
+    assert report.reference.pattern == "MEM*EMEM*E"
+    kl = {c.name: c.logits.kl.mean for c in report.candidates}
+    assert 0 < kl["fp8"] < kl["nvfp4"] < kl["nvfp4-full"]
+    bits = {c.name: c.bits_per_weight for c in report.candidates}
+    assert bits["nvfp4-full"] < bits["nvfp4"] < bits["fp8"] < report.reference.bits_per_weight
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused(shown):
+    out, _ = shown
+    before = tree(out.parent)
+    result = invoke("demo", "--out", out, "--rows", ROWS)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
+    )
+    assert result.stdout == ""
+    assert tree(out.parent) == before
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def an_output(_, out, *__, **___):
+    """In the place of ``quantize``, where it is not looked at."""
+    out.mkdir()
+    (out / "nemoquant_scales.json").write_text("{}")
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    out, seen = tmp_path / "new/deeper/out", []
+
+    def stop(*_):
+        seen.append(out.with_name("out.partial").is_dir())
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        demo(out, rows=1, progress=stop)
+    assert seen == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemoquant.api.quantize", an_output)
+    monkeypatch.setattr("nemoquant.api.verify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path / "out", rows=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_through_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemoquant.api.quantize", interrupt)
+    result = invoke("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "error: interrupted; nothing was kept"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_does_not_verify_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemoquant.api.quantize", an_output)
+    monkeypatch.setattr("nemoquant.api.verify", lambda *a, **k: {"ok": False, "problems": ["config.json is missing"]})
+    with pytest.raises(VerificationError, match=r"fp8: config\.json is missing"):
+        demo(tmp_path / "out", rows=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_where_it_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file is not a folder; choose another output"):
+        demo(tmp_path / "file/out")
+    with pytest.raises(OutputError, match="overlaps the source"):
+        demo(demo_model() / "out")
+    assert tree(tmp_path) == {"file": b"mine"}
+    assert not Path(demo_model() / "out").exists()
+
+
+def test_no_rows(tmp_path):
+    result = nemoquant("demo", "--out", tmp_path / "out", "--rows", 0, code=2)
+    assert "'--rows': 0 is not in the range x>=1" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,394 @@
+"""The operators for torch over the host library: schemas and fake kernels by torch's own check, values by the reference model, refusals."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.norms import relative_error as error
+from support.plugin_build import host_folder, needs_compiler
+
+from nemoquant.errors import BuildError, EngineError
+from nemoquant.graph.spec import spec
+from nemoquant.model import mamba2
+from nemoquant.ops import library
+from nemoquant.ops.abi import structure
+from nemoquant.ops.functional import EXPERT_FORMATS, causal_conv1d, mamba2_scan, routed_experts
+from nemoquant.ops.library import Kernels
+
+HOST = "libnemoquant_host.so"
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test decides anew what is used, and finds nothing of this user's."""
+    monkeypatch.setattr(library, "_used", {})
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
+
+
+@pytest.fixture
+def host() -> None:
+    """CPU tensors go through the emulated kernels."""
+    library.use(host_folder() / HOST, "cpu")
+
+
+def conv_arguments(dtype: torch.dtype = torch.float32, length: int = 5, bias: bool = True) -> list[Any]:
+    g = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g)
+
+    return [made(2, length, 12).to(dtype), made(12, 4), made(12) if bias else None, made(2, 12, 3).to(dtype)]
+
+
+def scan_arguments(dtype: torch.dtype = torch.float32, length: int = 5, state: torch.dtype = torch.float32) -> list[Any]:
+    g = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g)
+
+    return [
+        made(2, length, 4, 16).to(dtype), made(2, length, 4).to(dtype), -torch.rand(4, generator=g) - 0.1, made(2, length, 2, 16).to(dtype),
+        made(2, length, 2, 16).to(dtype), made(4), made(4), made(2, 4, 16, 16).to(state),
+    ]  # fmt: skip
+
+
+def expert_arguments(format: str = "bf16", dtype: torch.dtype = torch.float32, tokens: int = 5) -> list[Any]:
+    """Four experts of 32 by 64; codes are any bytes but NaN."""
+    g = torch.Generator().manual_seed(0)
+    parts: dict[str, list[torch.Tensor]] = {"up": [], "down": []}
+    for projection, out, into in (("up", 64, 32), ("down", 32, 64)):
+        for name in EXPERT_FORMATS[format][1]:
+            width = {"weight": into, "codes": into // 2 if "4" in format else into, "block_scales": into // 16}.get(name)
+            if width is None:
+                made = torch.rand(4, generator=g) + 0.5
+            elif name == "weight":
+                made = torch.randn(4, out, width, generator=g).bfloat16()
+            else:
+                made = torch.randint(0, 0x50, (4, out, width), generator=g, dtype=torch.uint8)
+            parts[projection].append(made)
+    ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(tokens)])
+    return [
+        torch.randn(tokens, 32, generator=g).to(dtype),
+        ids,
+        torch.rand(tokens, 2, generator=g),
+        parts["up"],
+        parts["down"],
+        format,
+    ]
+
+
+# torch's own check.
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "length", "bias", "y_dtype"),
+    [
+        (torch.float32, 5, True, None),
+        (torch.bfloat16, 5, True, None),
+        (torch.bfloat16, 5, True, torch.bfloat16),
+        (torch.float16, 1, True, torch.float16),
+        (torch.float32, 5, False, None),
+    ],
+)
+@pytest.mark.usefixtures("host")
+def test_opcheck_of_the_convolution(dtype: torch.dtype, length: int, bias: bool, y_dtype: torch.dtype | None) -> None:
+    torch.library.opcheck(torch.ops.nemoquant.causal_conv1d.default, (*conv_arguments(dtype, length, bias), y_dtype))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "length", "state", "more"),
+    [
+        (torch.float32, 5, torch.float32, {}),
+        (torch.bfloat16, 5, torch.float16, {"y_dtype": torch.bfloat16}),
+        (torch.bfloat16, 1, torch.float16, {"rounding": "stochastic", "seed": torch.tensor([7]), "step": 3}),
+        (torch.float16, 5, torch.bfloat16, {"dt_min": 0.01, "dt_max": 0.1}),
+    ],
+)
+@pytest.mark.usefixtures("host")
+def test_opcheck_of_the_scan(dtype: torch.dtype, length: int, state: torch.dtype, more: dict[str, Any]) -> None:
+    torch.library.opcheck(torch.ops.nemoquant.mamba2_scan.default, tuple(scan_arguments(dtype, length, state)), more)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "dtype", "tokens"),
+    [
+        ("bf16", torch.float32, 5),
+        ("w8a16", torch.bfloat16, 5),
+        ("fp8", torch.bfloat16, 1),
+        ("w4a16", torch.float16, 5),
+        ("nvfp4", torch.bfloat16, 5),
+    ],
+)
+@pytest.mark.usefixtures("host")
+def test_opcheck_of_the_experts(format: str, dtype: torch.dtype, tokens: int) -> None:
+    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, tuple(expert_arguments(format, dtype, tokens)))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
+def test_experts_count_the_ids_that_are_none() -> None:
+    """Added up over calls, and a mutation that torch knows of."""
+    skipped = torch.zeros(1, dtype=torch.int32)
+    given = expert_arguments()
+    given[1][2, 1], given[1][3, 0] = -1, 4
+    for _ in range(2):
+        routed_experts(*given, skipped=skipped)
+    assert skipped.tolist() == [4]
+    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, tuple(given), {"skipped": skipped})
+
+
+def test_formats_of_the_experts_are_those_of_the_specification() -> None:
+    assert {name: parts for name, (_, parts) in EXPERT_FORMATS.items()} == spec("routed_experts").formats
+
+
+# The reference forward.
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7])
+def test_the_reference_model_goes_through_the_kernels(dtype: torch.dtype, length: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Convolution and scan give what torch gives, to float32's rounding: both compute in it from the same inputs."""
+    x, weight, bias, state = conv_arguments(dtype, length)
+    scan = scan_arguments(torch.float32, length)
+    scan = [*scan[:1], scan[1].to(dtype), *scan[2:7], (0.0, math.inf), scan[7]]
+
+    def run() -> list[torch.Tensor]:
+        return [*mamba2.causal_conv(x, weight[:, None], bias, state), *mamba2.scan(*scan)]
+
+    wanted = run()
+    called = []
+
+    class Counting(Kernels):
+        def call(self, op: str, **arguments: Any) -> None:  # type: ignore[override]
+            called.append(op)
+            super().call(op, **arguments)
+
+    library._used["cpu"] = Counting(host_folder() / HOST)
+    got = run()
+    assert called == ["causal_conv1d", "mamba2_scan"]
+    assert [t.dtype for t in got] == [t.dtype for t in wanted]
+    assert max(map(error, got, wanted)) < 1e-6
+    assert got[1].equal(wanted[1])
+    assert capfd.readouterr().err == ""  # the CPU is only used where it was asked for
+
+
+def test_without_a_library_torch_computes() -> None:
+    assert not library.serves("causal_conv1d", "cpu")
+    x, weight, bias, state = conv_arguments()
+    with pytest.raises(BuildError, match=r"no kernels for tensors on cpu; build them: nemoquant plugins build --host"):
+        causal_conv1d(x, weight, bias, state)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
+def test_views_are_not_copied_and_odd_strides_are() -> None:
+    """A slice of a wide projection, as the model has it, goes in as it lies; the results are those of the copy in any case."""
+    x, weight, bias, state = conv_arguments(torch.bfloat16, 6)
+    wanted = causal_conv1d(x, weight, bias, state)
+    wide = torch.randn(2, 6, 40, dtype=torch.bfloat16)
+    wide[:, :, 16:28] = x
+    for view in (wide[:, :, 16:28], x.mT.contiguous().mT, torch.stack([x, x])[1], x.flip(0).flip(0)):
+        assert all(a.equal(b) for a, b in zip(causal_conv1d(view, weight, bias, state), wanted, strict=True))
+    one = x[:, :1].contiguous()
+    broadcast = one[:1].expand(2, 1, 12)
+    same = causal_conv1d(broadcast, weight, bias, state)
+    assert same[0].equal(causal_conv1d(broadcast.contiguous(), weight, bias, state)[0])
+    s = scan_arguments()
+    wide = torch.randn(2, 5, 4 * 16 + 2 * 32 + 8)
+    parts = [
+        wide[:, :, :64].unflatten(2, (4, 16)),
+        wide[:, :, 64:96].unflatten(2, (2, 16)),
+        wide[:, :, 96:128].unflatten(2, (2, 16)),
+    ]
+    through = mamba2_scan(parts[0], s[1], s[2], parts[1], parts[2], *s[5:])
+    copies = [p.contiguous() for p in parts]
+    assert through[0].equal(mamba2_scan(copies[0], s[1], s[2], copies[1], copies[2], *s[5:])[0])
+
+
+# Refusals.
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weight": torch.zeros(12, 3)}, r"causal_conv1d: state_in is \[2, 12, 3\]; expected \[2, 12, 2\] \(B C K1\)"),
+        ({"bias": torch.zeros(3)}, r"causal_conv1d: bias is \[3\]; expected \[12\] \(C\)"),
+        ({"weight": torch.zeros(12, 4).half()}, r"weight is torch.float16, .*expected float32 weight"),
+        ({"state_in": torch.zeros(2, 12, 3).half()}, r"state_in torch.float16; expected .* like x, torch.float32"),
+        ({"x": torch.zeros(2, 5, 12).double(), "state_in": torch.zeros(2, 12, 3).double()}, r"no kernel knows torch.float64"),
+    ],
+)
+@pytest.mark.usefixtures("host")
+def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> None:
+    given = dict(zip(("x", "weight", "bias", "state_in"), conv_arguments(), strict=True)) | change
+    with pytest.raises(ValueError, match=says):
+        causal_conv1d(**given)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"format": "fp4"},
+            r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4",
+        ),
+        ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
+        ({"skipped": torch.zeros(1)}, r"skipped is torch.float32 \[1\] on cpu; expected int32 \[1\] on cpu"),
+        ({"skipped": torch.zeros(2, dtype=torch.int32)}, r"skipped is torch.int32 \[2\] on cpu; expected int32 \[1\]"),
+        ({"products": "fast"}, r"products is 'fast'; expected one of auto, decoded, native, grouped"),
+        ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
+        ({"down": []}, r"routed_experts: up has 1 parts, down 0; bf16 has weight"),
+        ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),
+        ({"expert_ids": torch.zeros(5, 2, dtype=torch.int32)}, r"expert_ids is torch.int32, .*; expected int64 and float32"),
+        ({"expert_weights": torch.zeros(5, 2).half()}, r"expert_weights torch.float16; expected int64 and float32"),
+        (
+            {"down": [torch.zeros(4, 32, 32).bfloat16()]},
+            r"down's weight is torch.bfloat16 \[4, 32, 32\]; expected bfloat16 \[4, 32, 64\]",
+        ),
+        ({"up": [torch.zeros(4, 64, 32)]}, r"up's weight is torch.float32 \[4, 64, 32\]; expected bfloat16 \[4, 64, 32\]"),
+        ({"x": torch.zeros(5, 32).double()}, r"no kernel knows torch.float64"),
+    ],
+)
+@pytest.mark.usefixtures("host")
+def test_experts_that_do_not_go_together(change: dict[str, Any], says: str) -> None:
+    names = ("x", "expert_ids", "expert_weights", "up", "down", "format")
+    with pytest.raises(ValueError, match=says):
+        routed_experts(**dict(zip(names, expert_arguments(), strict=True)) | change)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
+def test_experts_of_no_token_are_no_call() -> None:
+    x, ids, weights, *rest = expert_arguments(dtype=torch.bfloat16)
+    assert routed_experts(x[:0], ids[:0], weights[:0], *rest).shape == (0, 32)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
+def test_a_kernel_that_refuses_gives_its_reason() -> None:
+    x, weight, bias, _ = conv_arguments()
+    with pytest.raises(
+        EngineError, match=r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps.*NEMOQUANT_KERNELS=none lets torch compute"
+    ):
+        causal_conv1d(x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
+
+
+# Which library.
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_libraries_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"missing.so is not there; expected a library made by `nemoquant plugins build`"):
+        Kernels(tmp_path / "missing.so")
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(BuildError, match=r"text.so can't be loaded: .*; build it again"):
+        Kernels(tmp_path / "text.so")
+    stale = tmp_path / HOST
+    shutil.copy(host_folder() / HOST, stale)
+    facts = json.loads((host_folder() / "build_host.json").read_text())
+    (tmp_path / "build_host.json").write_text(json.dumps(facts | {"sources": "0" * 64}))
+    with pytest.raises(BuildError, match="was built from other sources than this version of nemoquant has; build it again"):
+        Kernels(stale)
+    (tmp_path / "build_host.json").write_text("{}")
+    with pytest.raises(BuildError, match=r"build_host.json is not what `nemoquant plugins build` writes"):
+        Kernels(stale)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_which_library_serves_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """What was named, else what was built; said once. The host library stands for one of a device: nothing is run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "nemoquant/plugins"
+    folder.mkdir(parents=True)
+
+    def found(**environment: str) -> tuple[Kernels | None, str]:
+        library._used.clear()
+        library.load.cache_clear()
+        monkeypatch.delenv(library.VARIABLE, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        one = library.kernels("cuda")
+        assert library.kernels("cuda") is one
+        return one, capfd.readouterr().err
+
+    assert found() == (None, "CUDA kernels: none are built, torch computes; `nemoquant plugins build` makes them\n")
+    built = folder / "libnemoquant_kernels.so"
+    shutil.copy(host_folder() / HOST, built)
+    facts = json.loads((host_folder() / "build_host.json").read_text()) | {"host": False}
+
+    def write(**changes: Any) -> None:
+        (folder / "build.json").write_text(json.dumps(facts | changes))
+
+    write(architectures=["80", "90a"])
+    one, said = found()
+    assert one is not None and one.path == built
+    assert said == f"CUDA kernels: {built}\n"
+    assert found(NEMOQUANT_KERNELS="none") == (None, "CUDA kernels: NEMOQUANT_KERNELS=none, torch computes\n")
+    one, said = found(NEMOQUANT_KERNELS=str(host_folder() / HOST))
+    assert one is not None and one.path == host_folder() / HOST
+    with pytest.raises(BuildError, match=r"missing.so is not there"):
+        found(NEMOQUANT_KERNELS=str(tmp_path / "missing.so"))
+
+    write(architectures=["100a"])
+    one, said = found()
+    assert one is None
+    assert said == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
+    with pytest.raises(BuildError, match="was built for sm_100a, not for this device, SM 90; build it again"):
+        found(NEMOQUANT_KERNELS=str(built))
+    write(sources="0" * 64)
+    one, said = found()
+    assert one is None
+    assert "torch computes: " in said and "other sources" in said
+
+
+@pytest.mark.parametrize(
+    ("built", "device", "runs"),
+    [
+        ((), (9, 0), True),  # nothing says for what it was built
+        (("80",), (8, 0), True),
+        (("80",), (8, 9), True),  # the same major number, a later minor one
+        (("86",), (8, 0), False),
+        (("80",), (9, 0), False),
+        (("90a",), (9, 0), True),
+        (("100a",), (10, 3), False),  # architecture-specific
+        (("80", "120a"), (12, 0), True),
+        (("120a",), (12, 1), False),
+    ],
+)
+def test_what_a_library_runs_on(built: tuple[str, ...], device: tuple[int, int], runs: bool) -> None:
+    one = Kernels.__new__(Kernels)
+    one.architectures = built
+    assert one.runs_on(*device) == runs
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d", "mamba2_scan"])
+def test_structures_are_read_from_the_headers(op: str) -> None:
+    """As gcc lays them out for a 64-bit machine: pointers and int64 are 8 bytes, int32 and float are 4."""
+    fields = dict(structure(op)._fields_)
+    assert len(fields) == len(structure(op)._fields_)
+    assert {"y", "state_in", "state_out", "batch", "length", "dtype", "y_dtype"} <= set(fields)
+    assert {fields[name].__name__ for name in ("y", "batch", "dtype")} == {"c_void_p", "c_long", "c_int"}

@@ -1,0 +1,80 @@
+"""Runs that were killed, and gone on with: the same bytes as of a run that was not, and nothing else.
+
+The kills are SIGKILL in the middle of writes, of renames and between them (tests/support/killed_runs.py).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.files import tree
+from support.places import SUPPORT
+
+from nemoquant.run.unfinished import FOLDER, STATE
+
+
+@pytest.fixture
+def killed(source, token_rows, tmp_path):
+    """Runs quantize in a child that may be killed: (name, preset, ...) -> the answer of killed_runs.py."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, SUPPORT / "killed_runs.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+
+        def run(name, preset, *, kill_at=None, resume=False):
+            request = {
+                "out": str(tmp_path / name), "preset": preset, "kill_at": kill_at, "resume": resume, "source": str(source),
+                "data": str(token_rows), "shard_bytes": 30_000,
+            }  # fmt: skip
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
+def test_killed_at_ten_random_points(preset, killed, tmp_path):
+    """Each run is killed, gone on with and killed once more, and gone on with to its end."""
+    whole = killed("whole", preset)
+    assert (whole["status"], whole["error"]) == (0, None)
+    expected = tree(tmp_path / "whole")
+    assert sum(name.endswith(".safetensors") for name in expected) >= 5, "several shards, or resuming them is not tested"
+    choose = random.Random(preset)
+    for point in sorted(choose.sample(range(1, whole["events"] + 1), 10)):
+        name = f"killed-{point}"
+        assert killed(name, preset, kill_at=point)["status"] == signal.SIGKILL, point
+        again = killed(name, preset, kill_at=choose.randint(1, whole["events"]), resume=True)
+        assert again["status"] in (0, signal.SIGKILL), (point, again)
+        if again["status"]:
+            again = killed(name, preset, resume=True)
+        assert (again["status"], again.get("error")) == (0, None), point
+        found = tree(tmp_path / name)
+        assert found.keys() == expected.keys(), point
+        assert [n for n in found if found[n] != expected[n]] == [], point
+        assert not (tmp_path / f"{name}.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_kill_behind_the_rename(killed, tmp_path):
+    """OUT has its name, its state is not removed yet: --resume finishes that, whether or not there is anything else to do."""
+    events = killed("whole", "nvfp4")["events"]
+    expected = tree(tmp_path / "whole")
+    for back in range(5):  # the last events are removals in OUT
+        name = f"late-{back}"
+        assert killed(name, "nvfp4", kill_at=events - back)["status"] == signal.SIGKILL
+        if (tmp_path / name / FOLDER / STATE).exists():
+            assert killed(name, "nvfp4", resume=True)["error"] is None
+            assert tree(tmp_path / name) == expected
+            return
+    raise AssertionError("no kill fell between the rename and the end")

@@ -1,0 +1,117 @@
+"""A run spread over two Ray nodes, one of which is lost in the middle: the bytes of the run in one process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from support.commands import nemoquant
+from support.files import changed_files
+from support.places import SUPPORT
+from support.processes import run_python
+
+from nemoquant.api import RunOptions, quantize
+from nemoquant.errors import CheckpointError, UsageError
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (extra: ray)")
+
+
+@pytest.mark.slow
+@needs_ray
+def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
+    source, folder = make_checkpoint(n_routed_experts=16), tmp_path / "runs"
+    folder.mkdir()
+    options = RunOptions(data=token_rows, dtype="float32", row_batch=1, threads=1, shard_bytes=60_000)
+    whole = quantize(source, tmp_path / "whole", "nvfp4", options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    arguments = [sys.executable, SUPPORT / "ray_runs.py", source, token_rows, folder, "nvfp4"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["said"] == ["Ray: 2 processors"]
+    for name in ("two", "calibrate", "pack"):  # a row at a time and one thread: even the calibrated scales are the same
+        assert changed_files(folder / name, whole.out) == [], name
+    for stage in ("calibrate", "pack"):
+        node, tasks = report[stage]["lost"], report[stage]["tasks"]
+        begun = {name for what, name, where in tasks if what == "begin" and where == node}
+        ended_elsewhere = {name for what, name, where in tasks if what == "end" and where != node}
+        assert begun & ended_elsewhere, f"{stage}: no task of the lost node ran again"
+        assert begun - ended_elsewhere, f"{stage}: the lost node finished nothing before"
+
+
+@pytest.mark.slow
+@needs_ray
+def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
+    """NaN in an expert: found on a node, told as it is without a cluster. Through the command line, which starts a cluster for it."""
+    import torch
+
+    name = "backbone.layers.2.mixer.experts.3.up_proj.weight"
+    source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(torch.nan))
+    code = "from nemoquant.cli import main; main()"
+    arguments = ["quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray"]
+    done = run_python(code, *arguments, code=2)
+    assert f"error: {name} has NaN; expected finite weights" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+@needs_ray
+def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
+    """Whatever clusters others have on this machine, which Ray finds by its processes and a file in /tmp."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))  # Ray clears its own cache
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: None)
+    result = nemoquant(
+        "quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", "--address", "auto", code=2
+    )
+    assert "error: no Ray cluster at auto (" in result.stderr
+    assert "start one by `ray start --head`" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_without_the_extra(source, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a))
+    result = nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", code=3)
+    assert "--engine ray needs the extra `ray`: pip install 'nemoquant[ray]'" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_options_of_the_engine(source, tmp_path):
+    with pytest.raises(UsageError, match="engine is 'spark'; expected local or ray"):
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(engine="spark"))
+    with pytest.raises(UsageError, match=r"an address \(auto\) goes with --engine ray only"):
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(address="auto"))
+    with pytest.raises(UsageError, match="engine ray computes on processors only, device is 'cuda'; expected cpu"):
+        quantize(source, tmp_path / "out", "fp8", RunOptions(engine="ray", device="cuda"))
+
+
+def test_a_node_with_another_source_or_version(source, make_checkpoint):
+    """What a worker does before its first task, called here."""
+    from nemoquant.checkpoint.manifest import weights_fingerprint
+    from nemoquant.checkpoint.reader import Checkpoint
+    from nemoquant.run.cluster import _opened
+
+    other = make_checkpoint("other", seed=1)
+    with Checkpoint(source) as checkpoint:
+        fingerprint = weights_fingerprint(checkpoint)
+    with pytest.raises(CheckpointError, match="is another checkpoint on a node of the cluster; expected the same one"):
+        _opened((str(other), fingerprint, __import__("nemoquant").__version__))
+    with pytest.raises(CheckpointError, match=r"a node of the cluster has nemoquant .*; expected 0\.0\.0, as here"):
+        _opened((str(source), fingerprint, "0.0.0"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_on_the_wire(dtype):
+    import torch
+
+    from nemoquant.run.cluster import from_wire, to_wire
+
+    states = torch.randn(2, 3, 4).to(getattr(torch, dtype))
+    again = from_wire(to_wire(states[:, ::2]))
+    assert again.dtype == states.dtype
+    assert again.equal(states[:, ::2])
+    again.zero_()

@@ -1,0 +1,304 @@
+"""Runs that were interrupted or failed, and gone on with: the bytes of a run that was not, and what is refused.
+
+tests/run/test_run_killed.py kills them in the middle of a write.
+"""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from support.files import tree
+
+from nemoquant.api import RunOptions, quantize
+from nemoquant.errors import Interrupted, OutputError, UsageError, WeightError
+from nemoquant.run.unfinished import FOLDER, STATE
+
+SHARD_BYTES = 30_000
+
+
+@pytest.fixture
+def begun(source, token_rows, tmp_path, monkeypatch):
+    """Begins a run of ``source`` into ``out`` that an interrupt ends: after ``layers`` layers or ``shards`` shards."""
+    from nemoquant.calibrate import run
+    from nemoquant.pack import write
+
+    def begin(*, layers=None, shards=None, of=source, rows=token_rows, **options):
+        count, layer, packed = 0, run._Run.layer, write.Packer.write
+        with monkeypatch.context() as patch:
+
+            def counted(function, limit):
+                def call(*arguments):
+                    nonlocal count
+                    count += 1
+                    if count > limit:
+                        raise KeyboardInterrupt
+                    return function(*arguments)
+
+                return call
+
+            if layers is not None:
+                patch.setattr(run._Run, "layer", counted(layer, layers))
+            else:
+                patch.setattr(write.Packer, "write", counted(packed, shards))
+            with pytest.raises(Interrupted) as error:
+                make(of, rows, tmp_path / "out", **options)
+        return str(error.value)
+
+    return begin
+
+
+def make(source, token_rows, out, preset="nvfp4", *, resume=False, said=None, calibration=None, **options):
+    calibration = {"data": token_rows, "dtype": "float32", **(calibration or {})}
+    options = RunOptions(**calibration, resume=resume, **{"threads": 1, "shard_bytes": SHARD_BYTES, **options})
+    said = [] if said is None else said
+    return quantize(source, out, preset, options, say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ({"layers": 1}, "1 layers calibrated"),
+        ({"layers": 4}, "4 layers calibrated"),
+        ({"shards": 0}, "calibrated"),
+        ({"shards": 2}, "calibrated, 2 shards written"),
+    ],
+)
+def test_an_interrupted_run_is_gone_on_with(where, says, begun, source, token_rows, tmp_path):
+    whole = make(source, token_rows, tmp_path / "whole")
+    assert begun(**where) == f"{tmp_path}/out.partial is kept ({says}): --resume goes on from there"
+    said = []
+    again = make(source, token_rows, tmp_path / "out", resume=True, said=said)
+    assert said == [f"going on with {tmp_path}/out.partial: {says}"]
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert (again.warnings, again.calibration, again.verified) == (whole.warnings, whole.calibration, whole.verified)
+
+
+def test_what_is_finished_is_not_done_again(begun, source, token_rows, tmp_path, monkeypatch):
+    from nemoquant.calibrate import run
+
+    begun(shards=2)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert len(before) == 2
+    monkeypatch.setattr(run._Run, "layer", lambda *arguments: 1 / 0)
+    make(source, token_rows, tmp_path / "out", resume=True)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_rows_with_nan_are_remembered(make_checkpoint, begun, tmp_path):
+    """Packing refuses the embedding that made them; the scales file tells of the calibration before that."""
+
+    def edit(tensors):
+        tensors["backbone.embeddings.weight"][95] = torch.nan
+
+    poisoned, rows = make_checkpoint("poisoned", edit), tmp_path / "nan.npy"
+    ids = np.random.default_rng(1).integers(3, 95, (20, 16))
+    ids[4, 7] = 95
+    np.save(rows, ids)
+    begun(layers=3, of=poisoned, rows=rows)
+    for name, resume in (("whole", False), ("out", True)):
+        with pytest.raises(WeightError, match=r"backbone\.embeddings\.weight has NaN.*is kept"):
+            make(poisoned, rows, tmp_path / name, resume=resume)
+    kept = [(tmp_path / f"{name}.partial/nemoquant_scales.json").read_bytes() for name in ("whole", "out")]
+    assert kept[0] == kept[1]
+    assert json.loads(kept[0])["non_finite_rows"] == 1
+    assert json.loads(kept[0])["warnings"][0] == "1 calibration rows came to NaN or Inf and were left out"
+
+
+def test_zero_weights_are_remembered(make_checkpoint, token_rows, tmp_path, monkeypatch):
+    from nemoquant.pack import write
+
+    def edit(tensors):
+        tensors["backbone.layers.0.mixer.in_proj.weight"].zero_()  # in the first shards
+        tensors["backbone.layers.5.mixer.experts.3.up_proj.weight"].zero_()  # in the last ones
+
+    source = make_checkpoint("zeros", edit)
+    whole = make(source, token_rows, tmp_path / "whole")
+    assert "2 weights are zero" in whole.warnings[-1]
+    packed, count = write.Packer.write, 0
+
+    def some(*arguments):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return packed(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(write.Packer, "write", some)
+        make(source, token_rows, tmp_path / "out")
+    assert make(source, token_rows, tmp_path / "out", resume=True).warnings == whole.warnings
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"preset": "fp8"}, r"the recipe was nvfp4 \(\w{12}\) and is fp8 \(\w{12}\)"),
+        ({"scale_groups": False}, "--no-scale-groups was False and is True"),
+        ({"shard_bytes": 60_000}, "--shard-size was 3e-05 and is 6e-05"),
+        ({"threads": 2}, "--threads was 1 and is 2"),
+        ({"calibration": {"row_batch": 3}}, r"--row-batch was 8 \(attention\), 8 \(mamba\), 8 \(mlp\), 8 \(moe\) and is 3"),
+        ({"calibration": {"dtype": "bfloat16"}}, "--compute was float32 and is bfloat16"),
+    ],
+)
+def test_options_that_matter_must_be_the_same(change, says, begun, source, token_rows, tmp_path):
+    begun(layers=2)
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match=rf"out\.partial was begun with other options: .*{says}.*give the same ones to --resume"):
+        make(source, token_rows, tmp_path / "out", resume=True, **change)
+    assert tree(tmp_path) == before
+
+
+def test_other_rows_or_another_source_are_refused(begun, source, token_rows, tmp_path, make_checkpoint):
+    begun(layers=2)
+    np.save(tmp_path / "other.npy", np.load(token_rows)[:4])
+    says = r"--calib was 8 rows of 32 tokens of rows\.npy \(\w+\) and is 4 rows of 32 tokens of other\.npy"
+    with pytest.raises(UsageError, match=says):
+        make(source, tmp_path / "other.npy", tmp_path / "out", resume=True)
+    first = quantize(source, tmp_path / "first", "nvfp4", RunOptions(data=token_rows, threads=1))
+    with pytest.raises(UsageError, match=r"--calib was 8 rows.* and is not given.*--scales was not given and is \w{12}"):
+        make(source, token_rows, tmp_path / "out", resume=True, calibration={"scales": first.out / "nemoquant_scales.json"})
+    other = make_checkpoint("other", seed=1)
+    with pytest.raises(UsageError, match=r"SRC's weights was \w{12} and is \w{12}"):
+        make(other, token_rows, tmp_path / "out", resume=True)
+
+
+def test_threads_are_free_once_calibration_is_over(begun, source, token_rows, tmp_path):
+    make(source, token_rows, tmp_path / "whole")
+    begun(shards=2)
+    make(source, token_rows, tmp_path / "out", resume=True, threads=2)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_threads_not_given_are_those_of_before(begun, source, token_rows, tmp_path):
+    make(source, token_rows, tmp_path / "whole")
+    begun(layers=2)
+    make(source, token_rows, tmp_path / "out", resume=True, threads=None)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_hidden_states_go_when_calibration_is_over(begun, tmp_path):
+    begun(shards=1)
+    assert [p.name for p in (tmp_path / "out.partial" / FOLDER).iterdir()] == [STATE]
+
+
+def test_damaged_hidden_states_are_computed_again(begun, source, token_rows, tmp_path):
+    make(source, token_rows, tmp_path / "whole")
+    begun(layers=3)
+    for file in (tmp_path / "out.partial" / FOLDER).glob("hidden.*"):
+        data = bytearray(file.read_bytes())
+        data[1000] ^= 1
+        file.write_bytes(data)
+    said = []
+    make(source, token_rows, tmp_path / "out", resume=True, said=said)
+    assert "hidden states" in said[1]
+    assert "are damaged: calibrating from the first layer on" in said[1]
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_damaged_shard_is_packed_again(begun, source, token_rows, tmp_path):
+    make(source, token_rows, tmp_path / "whole")
+    begun(shards=3)
+    shards = sorted((tmp_path / "out.partial").glob("*.safetensors"))
+    data = bytearray(shards[0].read_bytes())
+    data[-1] ^= 1
+    shards[0].write_bytes(data)
+    shards[1].unlink()
+    make(source, token_rows, tmp_path / "out", resume=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 3}', '{"schema": 2, "identity": {}}'])
+def test_a_state_that_cannot_be_read(content, begun, source, token_rows, tmp_path):
+    begun(layers=2)
+    (tmp_path / "out.partial" / FOLDER / STATE).write_text(content)
+    with pytest.raises(OutputError, match=rf"{STATE} can't be read .*remove .*out\.partial and begin again"):
+        make(source, token_rows, tmp_path / "out", resume=True)
+
+
+def test_a_folder_of_somebody_else(source, token_rows, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial holds mine, which no run writes there; move it away"):
+        make(source, token_rows, tmp_path / "out", resume=True)
+    (partial / "mine").rename(partial / "config.json")
+    with pytest.raises(OutputError, match=rf"out\.partial has files but no {FOLDER}/{STATE}"):
+        make(source, token_rows, tmp_path / "out", resume=True)
+    assert tree(partial) == {"config.json": b"mine"}
+
+
+def test_strange_files_in_a_folder_of_ours(begun, source, token_rows, tmp_path):
+    begun(layers=2)
+    (tmp_path / "out.partial/notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds notes\.txt"):
+        make(source, token_rows, tmp_path / "out", resume=True)
+    assert (tmp_path / "out.partial/notes.txt").read_text() == "mine"
+
+
+def test_nothing_to_go_on_with(source, token_rows, tmp_path):
+    make(source, token_rows, tmp_path / "whole")
+    (tmp_path / "b.partial").mkdir()  # killed before its first file
+    for name in ("a", "b"):
+        said = []
+        make(source, token_rows, tmp_path / name, resume=True, said=said)
+        assert said == ["nothing to go on with, beginning anew"]
+        assert tree(tmp_path / name) == tree(tmp_path / "whole")
+
+
+def test_two_runs_at_once(begun, source, token_rows, tmp_path):
+    import fcntl
+
+    begun(layers=2)
+    handle = os.open(tmp_path / "out.partial" / FOLDER, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        before = tree(tmp_path)
+        with pytest.raises(OutputError, match=r"out\.partial is being written by another run; wait for it"):
+            make(source, token_rows, tmp_path / "out", resume=True)
+        assert tree(tmp_path) == before
+    finally:
+        os.close(handle)
+    make(source, token_rows, tmp_path / "out", resume=True)
+
+
+def test_an_out_that_came_to_be_meanwhile(source, token_rows, tmp_path, monkeypatch):
+    from nemoquant.run import write as run
+
+    verify = run.verify
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "verify", lambda *a, **k: ((tmp_path / "out").write_text("mine"), verify(*a, **k))[1])
+        with pytest.raises(OutputError, match=r"out\.partial is finished and verified, but can't be renamed to .*out"):
+            make(source, token_rows, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+    (tmp_path / "out").unlink()
+    make(source, token_rows, tmp_path / "whole")
+    make(source, token_rows, tmp_path / "out", resume=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, monkeypatch):
+    """The disk has room for the rest, not for the whole."""
+    import shutil
+    from collections import namedtuple
+
+    begun(shards=3)
+    written = sum(p.stat().st_size for p in (tmp_path / "out.partial").glob("*.safetensors"))
+    needed = quantize(source, tmp_path / "dry", "nvfp4", RunOptions(data=token_rows), dry_run=True).plan
+    free = needed.bytes_out + 600 * needed.tensors_out + (64 << 20) - written
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, free))
+    make(source, token_rows, tmp_path / "out", resume=True)
+
+
+def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_rows, tmp_path, monkeypatch):
+    """``demo`` quantizes into a folder of its own, which goes when anything in it fails."""
+    from nemoquant.checkpoint.folder import making
+    from nemoquant.run import write as run
+
+    monkeypatch.setattr(run, "verify", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:
+        make(source, token_rows, folder / "out")
+    assert not (tmp_path / "demo.partial").exists()
