@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from plugin_build import host_folder, needs_compiler
+from support.plugin_build import host_folder, needs_compiler
 
 from bench.gpu import environment, logs
 from bench.gpu.cases import Case, Run
