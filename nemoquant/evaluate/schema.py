@@ -1,8 +1,7 @@
-"""The report of ``nemoquant diff`` as data: what its JSON holds. HTML, Markdown and the model card are drawn
-from it.
+"""The report of ``nemoquant diff`` as data: what its JSON holds. HTML, Markdown and the model card are drawn from it.
 
-NaN and Infinity never occur. A figure that is not a finite number is null: an SQNR where there is no error at
-all, a mean over nothing. ``docs/diff.schema.json`` is made from these classes, and a test holds it to them.
+NaN and Infinity never occur. A figure that is not a finite number is null: an SQNR where there is no error at all, a
+mean over nothing. ``docs/diff.schema.json`` is made from these classes, and a test holds it to them.
 """
 
 from typing import Annotated
@@ -59,8 +58,7 @@ class Error(_Part):
 
 
 class Kl(_Part):
-    """KL(reference || candidate) of a position's next-token distribution, in nats, over the whole
-    vocabulary."""
+    """KL(reference || candidate) of a position's next-token distribution, in nats, over the whole vocabulary."""
 
     mean: NotNegative
     median: NotNegative
@@ -69,8 +67,7 @@ class Kl(_Part):
 
 
 class Histogram(_Part):
-    """Positions by KL: ``counts[i]`` of them in [edges[i], edges[i + 1]); the first bin holds all below, the
-    last all above."""
+    """Positions by KL: ``counts[i]`` of them in [edges[i], edges[i + 1]); the first bin holds all below, the last all above."""
 
     edges: list[float]
     counts: list[int]
@@ -142,8 +139,7 @@ class Quantized(_Part):
 
 
 class Experts(_Part):
-    """The routed experts of a layer and projection one by one, by index; inputs are null for an expert that
-    no token reached."""
+    """The routed experts of a layer and projection one by one, by index; inputs are null for an expert that no token reached."""
 
     weight_sqnr_db: list[float | None]
     input_sqnr_db: list[float | None]
@@ -153,8 +149,7 @@ class Experts(_Part):
 
 
 class Module(_Part):
-    """A tensor, all experts of a layer and projection, or an attention layer's KV cache, that is not as the
-    source has it."""
+    """A tensor, all experts of a layer and projection, or an attention layer's KV cache, that is not as the source has it."""
 
     name: str
     layer: int | None
