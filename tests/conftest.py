@@ -1,4 +1,5 @@
-"""Fixtures of several rooms: the synthetic checkpoint and what is made of it; the demo model in each preset."""
+"""Fixtures of several rooms: the synthetic checkpoint and what is made of it; the demo model in each
+preset."""
 
 # ruff: noqa: E402 - a worker's threads are set before anything loads torch
 
@@ -31,10 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n 2 --dist loadgroup``: one worker runs a file's tests, and makes the file's fixtures once.
+    """For ``pytest -n 2 --dist loadgroup``: one worker runs a file's tests, and makes the file's fixtures
+    once.
 
-    What files share is made once under a lock (``once``, and the host libraries). Files with slow tests go first, so
-    that no worker is left with one at the end.
+    What files share is made once under a lock (``once``, and the host libraries). Files with slow tests go
+    first, so that no worker is left with one at the end.
     """
     if WORKER:
         for item in items:
@@ -45,10 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a checkpoint: config keys changed by name, ``edit`` changes the tensors before they are written."""
+    """Makes a checkpoint: config keys changed by name, ``edit`` changes the tensors before they are
+    written."""
 
     def make(
-        name: str = "source", edit: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None, seed: int = 0, **changes: Any
+        name: str = "source",
+        edit: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None,
+        seed: int = 0,
+        **changes: Any,
     ) -> Path:
         raw = {k: v for k, v in {**CONFIG, **changes}.items() if v is not None}
         raw["num_hidden_layers"] = len(raw["hybrid_override_pattern"])
@@ -73,7 +79,8 @@ def token_rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Quantizes ``source`` (or the folder given) and returns the new folder, which is named like the preset."""
+    """Quantizes ``source`` (or the folder given) and returns the new folder, which is named like the
+    preset."""
 
     def make(
         preset: str = "nvfp4",
@@ -90,8 +97,11 @@ def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., P
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
-    """Copies a folder with ``edit`` done to its tensors (a dict by name) and ``config`` put into its config.json."""
-    return lambda folder, edit, name="changed", **config: changed_copy(folder, tmp_path / name, edit, **config)
+    """Copies a folder with ``edit`` done to its tensors (a dict by name) and ``config`` put into its
+    config.json."""
+    return lambda folder, edit, name="changed", **config: changed_copy(
+        folder, tmp_path / name, edit, **config
+    )
 
 
 @pytest.fixture
@@ -106,14 +116,16 @@ def compare(token_rows: Path) -> Callable[..., Report]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Makes a folder once in a session, whichever worker asks first. What changes such a folder copies it first."""
+    """Makes a folder once in a session, whichever worker asks first. What changes such a folder copies it
+    first."""
     base = tmp_path_factory.getbasetemp()
     return Once((base.parent if WORKER else base) / "once")
 
 
 @pytest.fixture(scope="session")
 def demo(once: Once) -> Callable[[str], Path]:
-    """The demo model's folder in a preset (``bf16``: a copy of the source), with both graphs; calibrated once."""
+    """The demo model's folder in a preset (``bf16``: a copy of the source), with both graphs; calibrated
+    once."""
 
     def make(preset: str) -> Path:
         def build(out: Path) -> None:
@@ -134,7 +146,8 @@ def demo(once: Once) -> Callable[[str], Path]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[..., Path]:
-    """A folder of one's own with the same files; ``graphs`` False leaves these out (and out of no manifest)."""
+    """A folder of one's own with the same files; ``graphs`` False leaves these out (and out of no
+    manifest)."""
 
     def make(folder: Path, name: str = "copy", graphs: bool = True) -> Path:
         ignored = shutil.ignore_patterns() if graphs else shutil.ignore_patterns("*.onnx")

@@ -1,4 +1,5 @@
-"""Calibration on a device that only looks like one (tests/support/elsewhere.py): no product is left on the CPU, and the scales are the CPU's."""
+"""Calibration on a device that only looks like one (tests/support/elsewhere.py): no product is left on the
+CPU, and the scales are the CPU's."""
 
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def test_layers_are_on_the_device(source: Path, token_rows: Path) -> None:
 
     def run(device: str) -> Scales:
         amax = AmaxCollector(opened.config, Scales())
-        calibrate(opened.checkpoint, opened.config, rows, [amax], device=device, dtype=torch.float32, row_batch=4)
+        calibrate(
+            opened.checkpoint, opened.config, rows, [amax], device=device, dtype=torch.float32, row_batch=4
+        )
         return amax.scales
 
     expected, device = run("cpu"), Elsewhere()

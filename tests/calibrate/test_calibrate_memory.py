@@ -1,4 +1,5 @@
-"""Memory that is promised: what a batch of rows takes against measured peaks, and whole runs under ``--memory``.
+"""Memory that is promised: what a batch of rows takes against measured peaks, and whole runs under
+``--memory``.
 
 Peaks are read from /proc in processes of their own, where torch and the kernels were warmed up first.
 """
@@ -16,12 +17,31 @@ from nemoquant.errors import UsageError
 from nemoquant.model.config import parse_config
 
 CONFIG = {
-    "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "num_hidden_layers": 4, "vocab_size": 4096, "hidden_size": 1024,
-    "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096,
-    "mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4, "chunk_size": 64,
-    "n_routed_experts": 64, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_latent_size": 512, "moe_intermediate_size": 1024,
-    "moe_shared_expert_intermediate_size": 2048, "routed_scaling_factor": 1.0, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "ME*-",
+    "num_hidden_layers": 4,
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "moe_latent_size": 512,
+    "moe_intermediate_size": 1024,
+    "moe_shared_expert_intermediate_size": 2048,
+    "routed_scaling_factor": 1.0,
+    "eos_token_id": 2,
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -76,13 +96,16 @@ def large(tmp_path_factory) -> Path:
 
 
 def test_what_a_batch_takes_is_what_was_promised(large):
-    """Never more than promised (what the heap keeps in pieces is allowed 16 MB), and not so much less that the promise is worthless."""
+    """Never more than promised (what the heap keeps in pieces is allowed 16 MB), and not so much less that
+    the promise is worthless."""
     config = parse_config(CONFIG)
     table = []
     for kind, rows, length, dtype, peak in child(LAYERS, large, json.dumps([(4, 512), (1, 2048)])):
         batch = Batch(rows, length, dtype)
         converted = weight_bytes(config, batch.item_size) - weight_bytes(config, 2)
-        table.append((kind, rows, length, dtype, peak / 1e6, (batch_bytes(config, kind, batch) + converted) / 1e6))
+        table.append(
+            (kind, rows, length, dtype, peak / 1e6, (batch_bytes(config, kind, batch) + converted) / 1e6)
+        )
     print(*table, sep="\n")
     assert [row for row in table if row[4] > row[5] + 16] == []
     assert [row for row in table if row[4] < 0.3 * row[5] and row[5] > 100] == []
@@ -104,10 +127,14 @@ def test_a_whole_run_keeps_below_its_memory(preset, large, tmp_path):
 
 def test_too_little_memory_is_refused(large, tmp_path):
     options = RunOptions(data=large.parent / "rows.npy", memory=300_000_000)
-    with pytest.raises(UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d [MG]B; give more, or shorter rows$"):
+    with pytest.raises(
+        UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d [MG]B; give more, or shorter rows$"
+    ):
         quantize(large, tmp_path / "out", "fp8", options)
     options = RunOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=16)
-    says = r"but 16 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
+    says = (
+        r"but 16 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
+    )
     with pytest.raises(UsageError, match=says):
         quantize(large, tmp_path / "out", "fp8", options)
     assert not list(tmp_path.iterdir())
@@ -120,4 +147,6 @@ def test_batches_follow_the_memory():
     small, large = (pick_row_batch(config, batch, memory) for memory in (100_000_000, 400_000_000))
     assert small["mamba"] < large["mamba"] < 32
     assert set(pick_row_batch(config, batch, 10**12).values()) == {32}
-    assert set(pick_row_batch(config, batch.of(1000), 10**12).values()) == {64}, "no more tokens than make products faster"
+    assert set(pick_row_batch(config, batch.of(1000), 10**12).values()) == {64}, (
+        "no more tokens than make products faster"
+    )

@@ -1,4 +1,5 @@
-"""Observers from outside: a second quantity beside the maxima, whose arrays live for a layer, then lie in a file that resume finds."""
+"""Observers from outside: a second quantity beside the maxima, whose arrays live for a layer, then lie in a
+file that resume finds."""
 
 import hashlib
 
@@ -66,7 +67,8 @@ def tokens():
 
 
 def run(source, folder, *, begin=None, current=0, stop_after=None):
-    """Scales, the moments' collector, and what ``keep`` was last called with, with the number of the hidden states' file."""
+    """Scales, the moments' collector, and what ``keep`` was last called with, with the number of the hidden
+    states' file."""
     folder.mkdir(exist_ok=True)
     opened, last = open_weights(source, ""), []
     amax, moments = AmaxCollector(opened.config, Scales()), MomentsInFiles(folder)
@@ -79,9 +81,16 @@ def run(source, folder, *, begin=None, current=0, stop_after=None):
 
     try:
         calibrate(
-            opened.checkpoint, opened.config, tokens(), [amax, moments], dtype=torch.float32, row_batch=2, hidden=hidden,
-            begin=begin, keep=keep,
-        )  # fmt: skip
+            opened.checkpoint,
+            opened.config,
+            tokens(),
+            [amax, moments],
+            dtype=torch.float32,
+            row_batch=2,
+            hidden=hidden,
+            begin=begin,
+            keep=keep,
+        )
     except KeyboardInterrupt:
         assert stop_after is not None
     finally:
@@ -90,7 +99,8 @@ def run(source, folder, *, begin=None, current=0, stop_after=None):
 
 
 def test_a_second_observer_sees_what_the_model_computes(source, tmp_path):
-    """All rows at once through the reference model, against batches of two, within the rule for reordered sums."""
+    """All rows at once through the reference model, against batches of two, within the rule for reordered
+    sums."""
     scales, moments, _ = run(source, tmp_path / "all")
     expected = Moments()
     opened = open_weights(source, "")

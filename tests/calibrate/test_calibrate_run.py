@@ -1,4 +1,5 @@
-"""Maxima against the reference model with a recording tap of the test's own; coverage, batches, rows with NaN, the scales file."""
+"""Maxima against the reference model with a recording tap of the test's own; coverage, batches, rows with
+NaN, the scales file."""
 
 import json
 import re
@@ -36,7 +37,8 @@ def run(folder, rows, **options):
 
 
 def record(folder, rows):
-    """All rows at once through ReferenceModel over weights that the safetensors library read: name -> amax, name -> tokens."""
+    """All rows at once through ReferenceModel over weights that the safetensors library read: name -> amax,
+    name -> tokens."""
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -70,7 +72,11 @@ def test_maxima_are_those_of_the_reference_model(make_checkpoint):
     kv = {name.removesuffix(".output"): value for name, value in amax.items() if name.endswith(".output")}
     inputs = {name: value for name, value in amax.items() if not name.endswith((".output", ".gate"))}
     assert len(kv) == 2
-    assert {"backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.experts.0.down_proj", "lm_head"} <= inputs.keys()
+    assert {
+        "backbone.layers.0.mixer.in_proj",
+        "backbone.layers.2.mixer.experts.0.down_proj",
+        "lm_head",
+    } <= inputs.keys()
     # the batches differ, so sums are in another order: fp32 rounding
     assert scales.input_amax == pytest.approx(inputs, rel=1e-6)
     assert scales.kv_amax == pytest.approx(kv, rel=1e-6)
@@ -91,7 +97,10 @@ def test_values_are_float32(source):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_batch(dtype, source):
-    one, four = run(source, tokens(), dtype=dtype, row_batch=1), run(source, tokens(), dtype=dtype, row_batch=4)
+    one, four = (
+        run(source, tokens(), dtype=dtype, row_batch=1),
+        run(source, tokens(), dtype=dtype, row_batch=4),
+    )
     if dtype == torch.float32:  # docs/design.md, "Reproducible": within 1e-5
         assert one.input_amax == pytest.approx(four.input_amax, rel=1e-5)
         assert one.kv_amax == pytest.approx(four.kv_amax, rel=1e-5)
@@ -105,10 +114,13 @@ def test_the_same_settings_give_the_same_bytes(source):
 
 
 def test_bfloat16_is_near_float32(source):
-    """A maximum of values rounded to 8 bits at each of some 20 operations: 5% is far above that, and far below a missed layer."""
+    """A maximum of values rounded to 8 bits at each of some 20 operations: 5% is far above that, and far
+    below a missed layer."""
     a, b = run(source, tokens(), dtype=torch.bfloat16), run(source, tokens())
     shared = [n for n in b.input_amax if ".experts." not in n]  # rounding sends some tokens to other experts
-    assert {n: a.input_amax[n] for n in shared} == pytest.approx({n: b.input_amax[n] for n in shared}, rel=0.05)
+    assert {n: a.input_amax[n] for n in shared} == pytest.approx(
+        {n: b.input_amax[n] for n in shared}, rel=0.05
+    )
 
 
 # Coverage of experts.
@@ -120,7 +132,8 @@ def balanced(tensors):
 
 
 def without_expert(tensors, layer=2, expert=5):
-    """Router's bias: sigmoid scores are in (0, 1), so -10 keeps an expert out of every top 2, and 0 lets all others in."""
+    """Router's bias: sigmoid scores are in (0, 1), so -10 keeps an expert out of every top 2, and 0 lets all
+    others in."""
     balanced(tensors)
     tensors[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"][expert] = -10.0
 
@@ -143,7 +156,8 @@ def test_an_expert_that_no_token_reached(make_checkpoint, token_rows, tmp_path):
         return made.warnings, inputs
 
     told = [
-        "1 of 16 experts got no calibration token (layer 2 expert 5); each has the largest input scale of its layer and projection, "
+        "1 of 16 experts got no calibration token (layer 2 expert 5); each has the largest input scale of "
+        "its layer and projection, "
         "give more rows to see them"
     ]
     warnings, inputs = result("grouped")
@@ -159,13 +173,18 @@ def test_an_expert_that_no_token_reached(make_checkpoint, token_rows, tmp_path):
 def test_experts_of_a_whole_layer_that_no_token_reached(source, tmp_path):
     """It cannot happen to a router, but to a scales file."""
     scales = run(source, tokens())
-    for name in [n for n in scales.input_amax if n.startswith("backbone.layers.2.mixer.experts.") and n.endswith("up_proj")]:
+    for name in [
+        n
+        for n in scales.input_amax
+        if n.startswith("backbone.layers.2.mixer.experts.") and n.endswith("up_proj")
+    ]:
         del scales.input_amax[name]
     (tmp_path / FILE).write_text(scales.dump())
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(
         CalibrationError,
-        match=r"backbone\.layers\.2\.mixer\.experts\.up_proj: no calibration token reached it, .*calibrate with more rows",
+        match=r"backbone\.layers\.2\.mixer\.experts\.up_proj: no calibration token reached it, .*calibrate "
+        r"with more rows",
     ):
         quantize(source, tmp_path / "out", "nvfp4", RunOptions(scales=tmp_path / FILE))
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -194,13 +213,17 @@ def test_rows_with_nan_are_counted_and_left_out(bad, row_batch, make_checkpoint)
     clean = Rows(np.delete(with_token_95(bad).ids, bad, 0), "rows", 0)
     without = run(source, clean, row_batch=row_batch)
     assert with_them.non_finite_rows == len(bad)
-    assert with_them.input_amax == pytest.approx(without.input_amax, rel=1e-5)  # other rows stand together in a batch
+    assert with_them.input_amax == pytest.approx(
+        without.input_amax, rel=1e-5
+    )  # other rows stand together in a batch
     assert with_them.kv_amax == pytest.approx(without.kv_amax, rel=1e-5)
     assert with_them.tokens_per_expert == without.tokens_per_expert
 
 
 def test_too_many_rows_with_nan(make_checkpoint):
-    with pytest.raises(CalibrationError, match=r"layer 3 \(mlp\): NaN or Inf in 4 of 20 rows \(0, 1, 2, 3\), more than 10%"):
+    with pytest.raises(
+        CalibrationError, match=r"layer 3 \(mlp\): NaN or Inf in 4 of 20 rows \(0, 1, 2, 3\), more than 10%"
+    ):
         run(make_checkpoint("huge", huge), with_token_95([]))  # stopped after the first four
 
 
@@ -238,8 +261,14 @@ def test_scales_file_round_trip_is_exact(source, tmp_path):
         (lambda d: d.update(input_amax=[1]), "is not a scales file"),
         (lambda d: d["input_amax"].update(lm_head="much"), "is not a scales file"),
         (lambda d: d["input_amax"].update(lm_head=None), "is not a scales file"),
-        (lambda d: d["input_amax"].update(lm_head=float("nan")), "maxima of lm_head are negative or not finite"),
-        (lambda d: d["input_amax"].update(lm_head=float("inf")), "maxima of lm_head are negative or not finite"),
+        (
+            lambda d: d["input_amax"].update(lm_head=float("nan")),
+            "maxima of lm_head are negative or not finite",
+        ),
+        (
+            lambda d: d["input_amax"].update(lm_head=float("inf")),
+            "maxima of lm_head are negative or not finite",
+        ),
         (lambda d: d["input_amax"].update(lm_head=-1.0), "maxima of lm_head are negative or not finite"),
     ],
 )
@@ -274,6 +303,11 @@ def test_observer():
     tap("l.mixer.experts.11.up_proj", x[:1])
     tap("l.mixer.experts.11.down_proj", torch.zeros(3, 2))
     tap("bf16", torch.tensor([[-7.0]], dtype=torch.bfloat16))
-    amax = {"m.in_proj": 3.0, "l.mixer.experts.11.up_proj": 3.0, "l.mixer.experts.11.down_proj": 0.0, "bf16": 7.0}
+    amax = {
+        "m.in_proj": 3.0,
+        "l.mixer.experts.11.up_proj": 3.0,
+        "l.mixer.experts.11.down_proj": 0.0,
+        "bf16": 7.0,
+    }
     assert observer.collect() == (amax, {11: 3})
     assert AmaxObserver().collect() == ({}, {})

@@ -88,7 +88,10 @@ def test_an_error_of_a_stage_is_the_writers(stage, tmp_path):
         def close(self):
             pass
 
-    with pytest.raises(OSError, match="broken"), ShardWriter(tmp_path / "x", TENSORS, background=True) as writer:
+    with (
+        pytest.raises(OSError, match="broken"),
+        ShardWriter(tmp_path / "x", TENSORS, background=True) as writer,
+    ):
         writer._file.close()
         setattr(writer, stage, Broken())
         for _, _, shape in TENSORS:

@@ -21,7 +21,8 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes header (an object, or text as it is) and data: 8 bytes of size, little endian, then the JSON, then the data."""
+    """Writes header (an object, or text as it is) and data: 8 bytes of size, little endian, then the JSON,
+    then the data."""
 
     def write(header: Any, data: bytes = b"", size: int | None = None) -> Path:
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -65,11 +66,29 @@ def test_empty_tensors_lie_between_others(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [("BOOL", 1), ("U8", 1), ("I8", 1), ("F8_E5M2", 1), ("F8_E4M3", 1), ("F8_E8M0", 1), ("I16", 2), ("U16", 2), ("F16", 2),
-     ("BF16", 2), ("I32", 4), ("U32", 4), ("F32", 4), ("F64", 8), ("I64", 8), ("U64", 8)],
-)  # fmt: skip
+    [
+        ("BOOL", 1),
+        ("U8", 1),
+        ("I8", 1),
+        ("F8_E5M2", 1),
+        ("F8_E4M3", 1),
+        ("F8_E8M0", 1),
+        ("I16", 2),
+        ("U16", 2),
+        ("F16", 2),
+        ("BF16", 2),
+        ("I32", 4),
+        ("U32", 4),
+        ("F32", 4),
+        ("F64", 8),
+        ("I64", 8),
+        ("U64", 8),
+    ],
+)
 def test_item_sizes(make: Make, dtype: str, size: int) -> None:
-    assert read_header(make({"t": tensor(0, 3 * size, dtype, [3])}, bytes(3 * size)))[0]["t"].nbytes == 3 * size
+    assert (
+        read_header(make({"t": tensor(0, 3 * size, dtype, [3])}, bytes(3 * size)))[0]["t"].nbytes == 3 * size
+    )
 
 
 ONE = tensor(0, 4)
@@ -77,36 +96,96 @@ WRONG: dict[str, tuple[Any, bytes, str]] = {
     "not JSON": (b"{", b"", "some.safetensors: header is not valid JSON"),
     "not UTF-8": (b'{"\xff":1}', b"", "some.safetensors: header is not valid JSON"),
     "no text at all": (b"", b"", "some.safetensors: header is not valid JSON"),
-    "nested beyond reason": (b"[" * 100_000, b"", "some.safetensors: header is not valid JSON (maximum recursion"),
+    "nested beyond reason": (
+        b"[" * 100_000,
+        b"",
+        "some.safetensors: header is not valid JSON (maximum recursion",
+    ),
     "a list": ([], b"", "some.safetensors: header is a JSON list, expected an object"),
     "a string": ("x", b"", "some.safetensors: header is a JSON str, expected an object"),
     "a tensor named twice": (b'{"t":{},"t":{}}', b"", "header is not valid JSON (duplicate key 't')"),
     "a key of an entry twice": (
-        b'{"t":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"0", "(duplicate key 'dtype')",
+        b'{"t":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}',
+        b"0",
+        "(duplicate key 'dtype')",
     ),
-    "an entry that is no object": ({"t": 3}, b"", "tensor 't' has the entry 3, expected dtype, shape and data_offsets"),
+    "an entry that is no object": (
+        {"t": 3},
+        b"",
+        "tensor 't' has the entry 3, expected dtype, shape and data_offsets",
+    ),
     "a key too few": ({"t": {"dtype": "U8", "shape": []}}, b"", "tensor 't' has the entry"),
     "a key too many": ({"t": ONE | {"more": 1}}, b"0000", "tensor 't' has the entry"),
-    "an unknown dtype": ({"t": ONE | {"dtype": "F4"}}, b"0000", "tensor 't' has dtype 'F4', expected one of BOOL, U8,"),
-    "a dtype that is a list": ({"t": ONE | {"dtype": ["U8"]}}, b"0000", "tensor 't' has dtype ['U8'], expected one of"),
-    "a negative size": ({"t": ONE | {"shape": [-4]}}, b"0000", "tensor 't' has shape [-4], expected a list of sizes"),
-    "a fractional size": ({"t": ONE | {"shape": [4.0]}}, b"0000", "tensor 't' has shape [4.0], expected"),
-    "a size that is a flag": ({"t": ONE | {"shape": [True, 4]}}, b"0000", "tensor 't' has shape [True, 4], expected"),
-    "a shape that is a number": ({"t": ONE | {"shape": 4}}, b"0000", "tensor 't' has shape 4, expected"),
-    "sizes too long to print": ({"t": ONE | {"shape": [10**4000, 10**4000]}}, b"0000", "tensor 't' has shape [1000"),
-    "sizes whose product is": ({"t": ONE | {"shape": [2**62] * 300}}, b"0000", "tensor 't' has shape [4611"),
-    "one offset": ({"t": ONE | {"data_offsets": [0]}}, b"0000", "tensor 't' has data_offsets [0], expected [begin, end]"),
-    "offsets backwards": ({"t": ONE | {"data_offsets": [4, 0]}}, b"0000", "tensor 't' has data_offsets [4, 0], expected"),
-    "a negative offset": ({"t": ONE | {"data_offsets": [-4, 0]}}, b"0000", "tensor 't' has data_offsets [-4, 0], expected"),
-    "an offset that is text": ({"t": ONE | {"data_offsets": ["0", 4]}}, b"0000", "tensor 't' has data_offsets ['0', 4]"),
-    "a size unlike its shape": (
-        {"t": ONE | {"shape": [3], "dtype": "F16"}}, b"0000", "tensor 't' has 4 bytes, expected 6 for F16 [3]",
+    "an unknown dtype": (
+        {"t": ONE | {"dtype": "F4"}},
+        b"0000",
+        "tensor 't' has dtype 'F4', expected one of BOOL, U8,",
     ),
-    "an overlap": ({"a": tensor(0, 4), "t": tensor(2, 6)}, b"000000", "tensor 't' overlaps the tensor before it"),
-    "the same bytes twice": ({"a": tensor(0, 4), "t": tensor(0, 4)}, b"0000", "tensor 't' overlaps the tensor before it"),
-    "a hole": ({"a": tensor(0, 4), "t": tensor(7, 9)}, b"000000000", "tensor 't' leaves a hole of 3 bytes before it"),
+    "a dtype that is a list": (
+        {"t": ONE | {"dtype": ["U8"]}},
+        b"0000",
+        "tensor 't' has dtype ['U8'], expected one of",
+    ),
+    "a negative size": (
+        {"t": ONE | {"shape": [-4]}},
+        b"0000",
+        "tensor 't' has shape [-4], expected a list of sizes",
+    ),
+    "a fractional size": ({"t": ONE | {"shape": [4.0]}}, b"0000", "tensor 't' has shape [4.0], expected"),
+    "a size that is a flag": (
+        {"t": ONE | {"shape": [True, 4]}},
+        b"0000",
+        "tensor 't' has shape [True, 4], expected",
+    ),
+    "a shape that is a number": ({"t": ONE | {"shape": 4}}, b"0000", "tensor 't' has shape 4, expected"),
+    "sizes too long to print": (
+        {"t": ONE | {"shape": [10**4000, 10**4000]}},
+        b"0000",
+        "tensor 't' has shape [1000",
+    ),
+    "sizes whose product is": ({"t": ONE | {"shape": [2**62] * 300}}, b"0000", "tensor 't' has shape [4611"),
+    "one offset": (
+        {"t": ONE | {"data_offsets": [0]}},
+        b"0000",
+        "tensor 't' has data_offsets [0], expected [begin, end]",
+    ),
+    "offsets backwards": (
+        {"t": ONE | {"data_offsets": [4, 0]}},
+        b"0000",
+        "tensor 't' has data_offsets [4, 0], expected",
+    ),
+    "a negative offset": (
+        {"t": ONE | {"data_offsets": [-4, 0]}},
+        b"0000",
+        "tensor 't' has data_offsets [-4, 0], expected",
+    ),
+    "an offset that is text": (
+        {"t": ONE | {"data_offsets": ["0", 4]}},
+        b"0000",
+        "tensor 't' has data_offsets ['0', 4]",
+    ),
+    "a size unlike its shape": (
+        {"t": ONE | {"shape": [3], "dtype": "F16"}},
+        b"0000",
+        "tensor 't' has 4 bytes, expected 6 for F16 [3]",
+    ),
+    "an overlap": (
+        {"a": tensor(0, 4), "t": tensor(2, 6)},
+        b"000000",
+        "tensor 't' overlaps the tensor before it",
+    ),
+    "the same bytes twice": (
+        {"a": tensor(0, 4), "t": tensor(0, 4)},
+        b"0000",
+        "tensor 't' overlaps the tensor before it",
+    ),
+    "a hole": (
+        {"a": tensor(0, 4), "t": tensor(7, 9)},
+        b"000000000",
+        "tensor 't' leaves a hole of 3 bytes before it",
+    ),
     "a hole at the front": ({"t": tensor(1, 3)}, b"000", "tensor 't' leaves a hole of 1 bytes before it"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -121,13 +200,16 @@ def test_refused(make: Make, case: str) -> None:
 @pytest.mark.parametrize("cut", [1, 1000])
 def test_data_beyond_the_file(make: Make, cut: int) -> None:
     with pytest.raises(
-        HeaderError, match=r"some\.safetensors: its tensors end at byte 2,0\d\d, but the file has .* may be truncated"
+        HeaderError,
+        match=r"some\.safetensors: its tensors end at byte 2,0\d\d, but the file has .* may be truncated",
     ):
         read_header(make({"t": tensor(0, 2000)}, bytes(2000 - cut)))
 
 
 def test_trailing_bytes(make: Make) -> None:
-    with pytest.raises(HeaderError, match=r"some\.safetensors: its tensors end at byte \d+, but the file has \d+"):
+    with pytest.raises(
+        HeaderError, match=r"some\.safetensors: its tensors end at byte \d+, but the file has \d+"
+    ):
         read_header(make({"t": tensor(0, 4)}, bytes(5)))
 
 
@@ -135,12 +217,16 @@ def test_trailing_bytes(make: Make) -> None:
 def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "some.safetensors"
     file.write_bytes(content)
-    with pytest.raises(HeaderError, match=r"some\.safetensors: header size .* does not fit .* the download may be incomplete"):
+    with pytest.raises(
+        HeaderError, match=r"some\.safetensors: header size .* does not fit .* the download may be incomplete"
+    ):
         read_header(file)
 
 
 def test_a_header_larger_than_the_file(make: Make) -> None:
-    with pytest.raises(HeaderError, match=r"some\.safetensors: header size 3 does not fit the file's 10 bytes"):
+    with pytest.raises(
+        HeaderError, match=r"some\.safetensors: header size 3 does not fit the file's 10 bytes"
+    ):
         read_header(make(b"{}", size=3))
 
 
@@ -149,7 +235,10 @@ def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
     with file.open("wb") as f:
         f.write(struct.pack("<Q", 100_000_001))
         f.truncate(200_000_000)  # sparse: it takes no room
-    with pytest.raises(HeaderError, match=r"some\.safetensors: header size is 100,000,001; expected at most 100,000,000 bytes"):
+    with pytest.raises(
+        HeaderError,
+        match=r"some\.safetensors: header size is 100,000,001; expected at most 100,000,000 bytes",
+    ):
         read_header(file)
 
 
@@ -158,13 +247,33 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_header(tmp_path / "gone.safetensors")
 
 
-GOOD = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"F16","shape":[1,2],"data_offsets":[4,8]}}'
-PIECES = [b"[", b"]", b"{", b"}", b'"', b"0", b"9", b"-", b"1e9", b"null", b"\xff", b",", b'"U8"', b"1" * 5000]
+GOOD = (
+    b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},'
+    b'"b":{"dtype":"F16","shape":[1,2],"data_offsets":[4,8]}}'
+)
+PIECES = [
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b'"',
+    b"0",
+    b"9",
+    b"-",
+    b"1e9",
+    b"null",
+    b"\xff",
+    b",",
+    b'"U8"',
+    b"1" * 5000,
+]
 
 
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32), edits=st.integers(1, 4))
-def test_no_damage_escapes_as_another_error(tmp_path_factory: pytest.TempPathFactory, seed: int, edits: int) -> None:
+def test_no_damage_escapes_as_another_error(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, edits: int
+) -> None:
     rng, text = random.Random(seed), bytearray(GOOD)
     for _ in range(edits):
         at = rng.randrange(len(text))
@@ -183,7 +292,9 @@ def test_no_damage_escapes_as_another_error(tmp_path_factory: pytest.TempPathFac
 # --- encode_header
 
 
-@pytest.mark.parametrize("longest", [1, 3_850, *range(3_870, 3_960), 9_000])  # passes the 4096 step byte by byte
+@pytest.mark.parametrize(
+    "longest", [1, 3_850, *range(3_870, 3_960), 9_000]
+)  # passes the 4096 step byte by byte
 def test_data_begin_at_a_multiple_of_4096(longest: int) -> None:
     header = encode_header([("n" * longest, "F32", (2, 3))], {"format": "pt"})
     (size,) = struct.unpack("<Q", header[:8])
@@ -205,7 +316,9 @@ def test_offsets_follow_the_given_order() -> None:
 
 
 def test_safetensors_reads_it_back(tmp_path: Path) -> None:
-    header = encode_header([("one", "F32", (2, 2)), ("zwei é", "U8", (3,)), ("scalar", "F32", ())], {"format": "pt"})
+    header = encode_header(
+        [("one", "F32", (2, 2)), ("zwei é", "U8", (3,)), ("scalar", "F32", ())], {"format": "pt"}
+    )
     data = np.array([1, 2, 3, 4], "<f4").tobytes() + b"\x07\x08\x09" + np.array(-0.5, "<f4").tobytes()
     file = tmp_path / "x.safetensors"
     file.write_bytes(header + data)
@@ -218,7 +331,9 @@ def test_safetensors_reads_it_back(tmp_path: Path) -> None:
         assert f.get_tensor("scalar") == -0.5
     ours, metadata = read_header(file)
     assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {
-        "one": ("F32", (2, 2)), "zwei é": ("U8", (3,)), "scalar": ("F32", ()),
-    }  # fmt: skip
+        "one": ("F32", (2, 2)),
+        "zwei é": ("U8", (3,)),
+        "scalar": ("F32", ()),
+    }
     assert ours["one"].start == len(header)
     assert metadata == {"format": "pt"}

@@ -30,7 +30,11 @@ def write(file: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
     """A safetensors file by hand: dtype, shape and bytes by name, back to back."""
     entries, data = {}, b""
     for name, (dtype, shape, content) in tensors.items():
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        entries[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
         data += content
     text = json.dumps(entries).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -89,40 +93,69 @@ def test_shards_of_a_hub_cache_are_links(two_shards: Path) -> None:
 
 def test_neither_index_nor_single_file(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors; expected"):
+    with pytest.raises(
+        CheckpointError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors; expected"
+    ):
         Checkpoint(tmp_path)
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file is not a folder; expected a checkpoint folder with config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"file is not a folder; expected a checkpoint folder with config\.json"
+    ):
         Checkpoint(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
     "shard",
-    ["sub/model.safetensors", "../model.safetensors", "/etc/model.safetensors", "..", ".", "", "a\\b.safetensors", "model.bin"],
+    [
+        "sub/model.safetensors",
+        "../model.safetensors",
+        "/etc/model.safetensors",
+        "..",
+        ".",
+        "",
+        "a\\b.safetensors",
+        "model.bin",
+    ],
 )
 def test_shard_names_are_plain(two_shards: Path, shard: str) -> None:
     write_index(two_shards, {"a": FIRST, "b": FIRST, "c": shard})
     with pytest.raises(CheckpointError) as error:
         Checkpoint(two_shards)
-    assert f"{INDEX} names the shard {shard!r}; expected a plain file name ending in .safetensors" in str(error.value)
+    assert f"{INDEX} names the shard {shard!r}; expected a plain file name ending in .safetensors" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": 1}}', "[" * 100_000, "\xff"],
+    [
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": null}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 100_000,
+        "\xff",
+    ],
 )
 def test_an_index_that_is_none(two_shards: Path, text: str) -> None:
     (two_shards / INDEX).write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=r"index\.json cannot be read \(.*\); expected JSON with a `weight_map`"):
+    with pytest.raises(
+        CheckpointError, match=r"index\.json cannot be read \(.*\); expected JSON with a `weight_map`"
+    ):
         Checkpoint(two_shards)
 
 
 def test_a_missing_shard(two_shards: Path) -> None:
     (two_shards / SECOND).unlink()
-    with pytest.raises(CheckpointError, match=rf"{SECOND} does not exist, but {INDEX} names it; download the shard"):
+    with pytest.raises(
+        CheckpointError, match=rf"{SECOND} does not exist, but {INDEX} names it; download the shard"
+    ):
         Checkpoint(two_shards)
 
 
@@ -190,8 +223,13 @@ def test_the_spelling_of_transformers_5(make_checkpoint: Make) -> None:
     assert source.checkpoint is not None
     with source.checkpoint as checkpoint:
         assert checkpoint.tensors["mtp.layers.1.mixer.experts.7.down_proj.weight"].shape == (32, 48)
-        assert len(checkpoint.aliases) == 3 * 16 + 1  # two MoE layers and MTP's, two projections, 8 experts; the embedding
-        assert checkpoint.aliases["backbone.layers.2.mixer.experts.5.up_proj.weight"] == "backbone.layers.2.mixer.experts.up_proj"
+        assert (
+            len(checkpoint.aliases) == 3 * 16 + 1
+        )  # two MoE layers and MTP's, two projections, 8 experts; the embedding
+        assert (
+            checkpoint.aliases["backbone.layers.2.mixer.experts.5.up_proj.weight"]
+            == "backbone.layers.2.mixer.experts.up_proj"
+        )
         assert checkpoint.aliases["backbone.embeddings.weight"] == "backbone.embedding.weight"
         assert checkpoint.array("backbone.layers.5.mixer.experts.3.down_proj.weight").shape == (32, 48)
 
@@ -206,7 +244,8 @@ def test_a_tensor_in_both_spellings(make_checkpoint: Make) -> None:
         tensors["backbone.embedding.weight"] = tensors["backbone.embeddings.weight"] + 1
 
     with pytest.raises(
-        CheckpointError, match=r"two tensors are named 'backbone\.embeddings\.weight' \(one in .*\); expected each once"
+        CheckpointError,
+        match=r"two tensors are named 'backbone\.embeddings\.weight' \(one in .*\); expected each once",
     ):
         Checkpoint(make_checkpoint(edit=both))
 
@@ -230,9 +269,14 @@ def test_arrays_have_the_bytes_of_their_dtypes(tmp_path: Path) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         got = {name: checkpoint.array(name) for name in checkpoint.tensors}
     assert {n: (a.dtype.name, a.shape) for n, a in got.items()} == {
-        "f32": ("float32", (2, 1)), "bf16": ("uint16", (3,)), "f16": ("float16", (2,)), "e4m3": ("uint8", (2,)),
-        "u8": ("uint8", (1, 2)), "scalar": ("float32", ()), "none": ("float32", (0, 4)),
-    }  # fmt: skip
+        "f32": ("float32", (2, 1)),
+        "bf16": ("uint16", (3,)),
+        "f16": ("float16", (2,)),
+        "e4m3": ("uint8", (2,)),
+        "u8": ("uint8", (1, 2)),
+        "scalar": ("float32", ()),
+        "none": ("float32", (0, 4)),
+    }
     assert got["f32"].tolist() == [[1], [-2]]
     assert got["bf16"].tolist() == [0x3F80, 0x8000, 0x7FC0]
     assert got["f16"].tolist() == [1, -2]
@@ -246,13 +290,19 @@ def test_a_dtype_without_array(tmp_path: Path, dtype: str) -> None:
     write(tmp_path / "model.safetensors", {"t": (dtype, [0], b"")})
     with Checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError) as error:
         checkpoint.array("t")
-    assert str(error.value) == f"model.safetensors: tensor 't' has dtype {dtype}; expected one of BF16, F16, F32, U8, F8_E4M3"
+    assert (
+        str(error.value)
+        == f"model.safetensors: tensor 't' has dtype {dtype}; expected one of BF16, F16, F32, U8, F8_E4M3"
+    )
 
 
 @pytest.mark.parametrize("pad", range(4))
 def test_misaligned_data(tmp_path: Path, pad: int) -> None:
     values = np.arange(5, dtype="<f4")
-    write(tmp_path / "model.safetensors", {"pad": ("U8", [pad], bytes(pad)), "x": ("F32", [5], values.tobytes())})
+    write(
+        tmp_path / "model.safetensors",
+        {"pad": ("U8", [pad], bytes(pad)), "x": ("F32", [5], values.tobytes())},
+    )
     with Checkpoint(tmp_path) as checkpoint:
         array = checkpoint.array("x")
     assert array.flags.aligned
@@ -344,7 +394,9 @@ def test_threads_share_one_map(large: Path) -> None:
         checkpoint, barrier = Checkpoint(large), threading.Barrier(count)
         held: list[Any] = []
 
-        def read(checkpoint: Checkpoint = checkpoint, barrier: threading.Barrier = barrier, held: list[Any] = held) -> None:
+        def read(
+            checkpoint: Checkpoint = checkpoint, barrier: threading.Barrier = barrier, held: list[Any] = held
+        ) -> None:
             barrier.wait()
             held.append(checkpoint.raw("a"))
 
@@ -388,7 +440,10 @@ def test_layer_weights(source: Path) -> None:
 
 
 def test_layer_weights_hold_few_pages(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(large / "model.safetensors", {n: ("BF16", [4 << 20], bytes(8 << 20)) for n in ("l.a", "l.b", "l.c", "l.d")})
+    write(
+        large / "model.safetensors",
+        {n: ("BF16", [4 << 20], bytes(8 << 20)) for n in ("l.a", "l.b", "l.c", "l.d")},
+    )
     monkeypatch.setattr("nemoquant.checkpoint.weights.HELD_BYTES", 16 << 20)
     with Checkpoint(large) as checkpoint:
         weights = LayerWeights(checkpoint, "l.")

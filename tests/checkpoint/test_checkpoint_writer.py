@@ -28,7 +28,9 @@ from nemoquant.model.roles import TensorSpec
 
 def test_a_shard_to_the_byte(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    with ShardWriter(file, [("u", "U8", (2, 2)), ("s", "F32", ()), ("h", "BF16", (3,)), ("e", "F32", (0,))]) as writer:
+    with ShardWriter(
+        file, [("u", "U8", (2, 2)), ("s", "F32", ()), ("h", "BF16", (3,)), ("e", "F32", (0,))]
+    ) as writer:
         writer.write(np.array([[1, 2], [3, 4]], np.uint8))
         writer.write(np.array(1, np.float32))
         writer.write(np.array([0x3F80, 0x8000], np.uint16))
@@ -71,7 +73,10 @@ def test_too_few_bytes(tmp_path: Path) -> None:
 
 
 def test_an_error_inside_is_not_covered_up(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="mine"), ShardWriter(tmp_path / "x.safetensors", [("t", "U8", (3,))]) as writer:
+    with (
+        pytest.raises(KeyError, match="mine"),
+        ShardWriter(tmp_path / "x.safetensors", [("t", "U8", (3,))]) as writer,
+    ):
         raise KeyError("mine")
     assert writer.sha256 == ""
 
@@ -96,7 +101,9 @@ def test_the_identity_of_a_tensor_table() -> None:
     expected = hashlib.sha256(b'[["a", "BF16", [2, 3]], ["b", "F32", []]]').hexdigest()
     assert tensor_table_sha256(TABLE) == expected
     moved = {
-        "a": TensorInfo("fused", "BF16", (2, 3), Path("2"), 0, 12),  # in another file and order, under another name there
+        "a": TensorInfo(
+            "fused", "BF16", (2, 3), Path("2"), 0, 12
+        ),  # in another file and order, under another name there
         "b": TensorInfo("b", "F32", (), Path("3"), 0, 4),
     }
     assert tensor_table_sha256(moved) == expected
@@ -117,7 +124,10 @@ def test_another_tensor_table(changed: dict[str, TensorInfo]) -> None:
 
 
 def test_dtypes_in_short() -> None:
-    table = [TensorSpec(name, "norm", (1,), dtype=dtype) for name, dtype in (("a", "F32"), ("b", "BF16"), ("c", "BF16"))]
+    table = [
+        TensorSpec(name, "norm", (1,), dtype=dtype)
+        for name, dtype in (("a", "F32"), ("b", "BF16"), ("c", "BF16"))
+    ]
     assert pack_dtypes(table) == {"usual": "BF16", "others": {"a": "F32"}}
     assert pack_dtypes(table[:1]) == {"usual": "F32", "others": {}}
 
@@ -125,9 +135,14 @@ def test_dtypes_in_short() -> None:
 # --- the manifest
 
 DATA: dict[str, Any] = {
-    "schema": 1, "nemoquant": "0.1.0", "files": {"b": "22", "a": "11"}, "notes": ["é", 0.5, None],
-    "plan": {}, "source": {}, "shard_bytes": 5,
-}  # fmt: skip
+    "schema": 1,
+    "nemoquant": "0.1.0",
+    "files": {"b": "22", "a": "11"},
+    "notes": ["é", 0.5, None],
+    "plan": {},
+    "source": {},
+    "shard_bytes": 5,
+}
 CANONICAL = b"""{
  "files": {
   "a": "11",
@@ -185,7 +200,9 @@ def test_tampering_is_refused(tmp_path: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert text.count(old) == 1
     file.write_text(text.replace(old, new))
-    with pytest.raises(CheckpointError, match=r"nemoquant\.json was changed after it was written: its sha256 does not fit"):
+    with pytest.raises(
+        CheckpointError, match=r"nemoquant\.json was changed after it was written: its sha256 does not fit"
+    ):
         read_manifest(tmp_path)
 
 

@@ -1,7 +1,9 @@
-"""Each bad input that docs/design.md, "Bad input", lists: its exit code, its one line on standard error, and nothing left behind.
+"""Each bad input that docs/design.md, "Bad input", lists: its exit code, its one line on standard error, and
+nothing left behind.
 
-OUT lies two folders deep that do not exist: they must not be made either. Where a layer or a shard was finished, OUT.partial stays for
-``--resume`` and the line says so: tests/run/test_run_resume.py goes on from there.
+OUT lies two folders deep that do not exist: they must not be made either. Where a layer or a shard was
+finished, OUT.partial stays for ``--resume`` and the line says so: tests/run/test_run_resume.py goes on from
+there.
 """
 
 import json
@@ -24,7 +26,8 @@ RECIPE = "name: mine\nsummary: s\nrules:\n{rules}\n- {{roles: ['*'], format: sou
 
 @pytest.fixture
 def refused(tmp_path, token_rows):
-    """Runs ``nemoquant quantize SRC OUT ...`` and checks how it is refused; the message is asserted by its parts."""
+    """Runs ``nemoquant quantize SRC OUT ...`` and checks how it is refused; the message is asserted by its
+    parts."""
 
     def check(source, *options, parts, code=2, out=None, fmt="nvfp4", calib=token_rows, kept=False):
         out = tmp_path / "new/deeper/out" if out is None else out
@@ -63,7 +66,10 @@ def refused(tmp_path, token_rows):
             lambda t: [t.pop(n) for n in list(t) if ".experts." in n and n.startswith("mtp.")] and None,
             ["16 missing: mtp.layers.1.mixer.experts.0.up_proj.weight", "and 11 more"],
         ),
-        (replaced(EXPERT, lambda w: w.to(torch.float8_e4m3fn)), [f"{EXPERT} F8_E4M3", "not floating", "expected BF16, F16, F32"]),
+        (
+            replaced(EXPERT, lambda w: w.to(torch.float8_e4m3fn)),
+            [f"{EXPERT} F8_E4M3", "not floating", "expected BF16, F16, F32"],
+        ),
     ],
     ids=["missing", "extra", "wrong shape", "many missing", "not floating"],
 )
@@ -86,7 +92,9 @@ def test_tensors_that_do_not_fit_the_config(edit, parts, make_checkpoint, refuse
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
 def test_nan_and_inf_in_weights(preset, name, value, make_checkpoint, refused):
     source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
-    in_layer_0 = ".layers.0.mixer.in_proj" in name or (name.endswith("A_log") and value != -torch.inf)  # exp(-inf) is finite
+    in_layer_0 = ".layers.0.mixer.in_proj" in name or (
+        name.endswith("A_log") and value != -torch.inf
+    )  # exp(-inf) is finite
     kept = preset == "nvfp4" and not in_layer_0  # some layer was calibrated before it came up
     parts = [f"{name} has ", "expected finite weights", "download or convert it again"]
     line = refused(source, "--recipe", preset, fmt=None, parts=parts, kept=kept)
@@ -116,7 +124,10 @@ def test_configs_that_cannot_be_used(changes, parts, source, refused):
 
 
 def test_a_source_that_is_already_quantized(source, quantized_by_command, refused):
-    refused(quantized_by_command, parts=["out is already quantized", "expected the bf16 checkpoint that it was made from"])
+    refused(
+        quantized_by_command,
+        parts=["out is already quantized", "expected the bf16 checkpoint that it was made from"],
+    )
     (source / "hf_quant_config.json").write_text("{}")
     refused(source, parts=["source is already quantized", "it has hf_quant_config.json"])
 
@@ -127,10 +138,14 @@ def quantized_by_command(source, tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("what", ["nowhere", "a file", "no config", "no weights", "a bare config", "half a shard", "no JSON"])
+@pytest.mark.parametrize(
+    "what", ["nowhere", "a file", "no config", "no weights", "a bare config", "half a shard", "no JSON"]
+)
 def test_sources_that_are_none(what, source, tmp_path, refused):
     if what == "nowhere":
-        refused(tmp_path / "nowhere", parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"])
+        refused(
+            tmp_path / "nowhere", parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"]
+        )
     elif what == "a file":
         refused(source / "model-00001-of-00002.safetensors", parts=["cannot be read as JSON"])
     elif what == "no config":
@@ -141,7 +156,9 @@ def test_sources_that_are_none(what, source, tmp_path, refused):
             file.unlink()
         refused(source, parts=["has neither model.safetensors.index.json nor model.safetensors"])
     elif what == "a bare config":
-        refused(source / "config.json", parts=["is a config.json; quantize needs the folder with the weights"])
+        refused(
+            source / "config.json", parts=["is a config.json; quantize needs the folder with the weights"]
+        )
     elif what == "half a shard":
         file = source / "model-00002-of-00002.safetensors"
         file.write_bytes(file.read_bytes()[:5000])
@@ -157,17 +174,38 @@ def test_sources_that_are_none(what, source, tmp_path, refused):
 @pytest.mark.parametrize(
     ("rules", "parts"),
     [
-        ("- {roles: [experts.*], format: nvfp4, speed: fast}", ["mine.yaml", "unknown key `speed` in rule 1"]),
-        ("- {roles: [experts.*], format: int4}", ["rule 1, `format`", "'source', 'fp8' or 'nvfp4'", "got 'int4'"]),
-        ("- {names: ['backbone.layers.9.*'], format: fp8}", ["rule 1", "name pattern 'backbone.layers.9.*' matches none of the"]),
+        (
+            "- {roles: [experts.*], format: nvfp4, speed: fast}",
+            ["mine.yaml", "unknown key `speed` in rule 1"],
+        ),
+        (
+            "- {roles: [experts.*], format: int4}",
+            ["rule 1, `format`", "'source', 'fp8' or 'nvfp4'", "got 'int4'"],
+        ),
+        (
+            "- {names: ['backbone.layers.9.*'], format: fp8}",
+            ["rule 1", "name pattern 'backbone.layers.9.*' matches none of the"],
+        ),
         ("- {roles: [expert.*], format: fp8}", ["no role matches expert.*", "roles are"]),
-        ("- {roles: [experts.*], layers: [0], format: fp8}", ["rule 1", "layers 0 have no tensor of the roles experts.*"]),
-        ("- {roles: [ssm.A_log], format: fp8}", ["backbone.layers.0.mixer.A_log", "can't be given the format fp8", "recurrence"]),
-        ("- {roles: [router], format: fp8}", ["backbone.layers.2.mixer.gate.weight", "can't be given the format fp8", "rounded router"]),
-        ("- {roles: [experts.*], format: fp8, activations: none}", ["`activations: none` does not go with `format: fp8`"]),
+        (
+            "- {roles: [experts.*], layers: [0], format: fp8}",
+            ["rule 1", "layers 0 have no tensor of the roles experts.*"],
+        ),
+        (
+            "- {roles: [ssm.A_log], format: fp8}",
+            ["backbone.layers.0.mixer.A_log", "can't be given the format fp8", "recurrence"],
+        ),
+        (
+            "- {roles: [router], format: fp8}",
+            ["backbone.layers.2.mixer.gate.weight", "can't be given the format fp8", "rounded router"],
+        ),
+        (
+            "- {roles: [experts.*], format: fp8, activations: none}",
+            ["`activations: none` does not go with `format: fp8`"],
+        ),
     ],
     ids=["key", "format", "pattern", "role", "layer", "ssm", "router", "activations"],
-)  # fmt: skip
+)
 def test_recipes_that_do_not_fit(rules, parts, source, tmp_path, refused):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(RECIPE.format(rules=rules))
@@ -175,7 +213,13 @@ def test_recipes_that_do_not_fit(rules, parts, source, tmp_path, refused):
 
 
 def test_a_recipe_that_is_none(source, tmp_path, refused):
-    refused(source, "--recipe", "fp9", fmt=None, parts=["recipe 'fp9' is neither a file nor a preset", "presets are"])
+    refused(
+        source,
+        "--recipe",
+        "fp9",
+        fmt=None,
+        parts=["recipe 'fp9' is neither a file nor a preset", "presets are"],
+    )
     (tmp_path / "x.yaml").write_text("rules: [")
     refused(source, "--recipe", tmp_path / "x.yaml", fmt=None, parts=["x.yaml cannot be read as YAML"])
 
@@ -183,7 +227,13 @@ def test_a_recipe_that_is_none(source, tmp_path, refused):
 def test_no_rule_covers_a_tensor(source, tmp_path, refused):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("name: mine\nsummary: s\nrules:\n- {roles: [experts.*], format: fp8}\n")
-    refused(source, "--recipe", recipe, fmt=None, parts=["no rule covers", "backbone.embeddings.weight", "end the rules with"])
+    refused(
+        source,
+        "--recipe",
+        recipe,
+        fmt=None,
+        parts=["no rule covers", "backbone.embeddings.weight", "end the rules with"],
+    )
 
 
 def test_an_indivisible_dimension(make_checkpoint, refused):
@@ -201,7 +251,12 @@ def test_an_indivisible_dimension(make_checkpoint, refused):
 
 @pytest.mark.parametrize("given", [[], ["--fmt", "fp8", "--recipe", "fp8"]])
 def test_one_of_fmt_and_recipe(given, source, refused):
-    refused(source, *given, fmt=None, parts=["got neither" if not given else "got both", "--fmt and --recipe", "expected one"])
+    refused(
+        source,
+        *given,
+        fmt=None,
+        parts=["got neither" if not given else "got both", "--fmt and --recipe", "expected one"],
+    )
 
 
 # The output.
@@ -243,7 +298,9 @@ def test_a_partial_folder_is_left_untouched(source, tmp_path, refused):
     partial.mkdir()
     (partial / "mine").write_text("mine")
     refused(
-        source, out=tmp_path / "out", parts=["out.partial exists, left by a run that did not end; --resume goes on with it, or"]
+        source,
+        out=tmp_path / "out",
+        parts=["out.partial exists, left by a run that did not end; --resume goes on with it, or"],
     )
     assert (partial / "mine").read_text() == "mine"
 
@@ -254,7 +311,9 @@ def test_a_parent_that_is_a_file(source, tmp_path, refused):
 
 
 def test_too_little_disk(source, refused, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 10**9, 1_000_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 10**9, 1_000_000)
+    )
     refused(source, parts=["0.07 GB needed, 0.00 GB free on its disk; make room or choose another disk"])
 
 
@@ -265,7 +324,11 @@ def test_too_little_disk(source, refused, monkeypatch):
     ("name", "content", "parts"),
     [
         ("x.txt", "", ["x.txt holds no text", "expected at least one row of 512 tokens"]),
-        ("x.jsonl", '{"input_ids": [5, 6]}\n', ["x.jsonl holds 3 tokens, less than one row of 512", "give more text or a smaller --seq-len"]),
+        (
+            "x.jsonl",
+            '{"input_ids": [5, 6]}\n',
+            ["x.jsonl holds 3 tokens, less than one row of 512", "give more text or a smaller --seq-len"],
+        ),
         ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
         ("x.jsonl", '{"input_ids": [5]}\nhello\n', ["x.jsonl: not JSON", "expected one JSON object a line"]),
         ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
@@ -274,7 +337,7 @@ def test_too_little_disk(source, refused, monkeypatch):
         ("missing.txt", None, ["missing.txt does not exist"]),
     ],
     ids=["empty", "short", "suffix", "JSON", "ids", "no tokenizer", "no template", "missing"],
-)  # fmt: skip
+)
 def test_calibration_data(name, content, parts, source, tmp_path, refused):
     path = tmp_path / name
     if content is not None:
@@ -327,9 +390,21 @@ def test_scales_of_another_model(make_checkpoint, scales, refused):
         parts=["has the maxima of", "modules that this model lacks", "is it of another model?"],
     )
     longer = make_checkpoint("longer", hybrid_override_pattern="M*E-MEM")
-    refused(longer, "--scales", scales, calib=None, parts=["lacks the maxima of 2 modules", "backbone.layers.6.mixer.in_proj"])
+    refused(
+        longer,
+        "--scales",
+        scales,
+        calib=None,
+        parts=["lacks the maxima of 2 modules", "backbone.layers.6.mixer.in_proj"],
+    )
     shorter = make_checkpoint("shorter", hybrid_override_pattern="M*E-M")
-    refused(shorter, "--scales", scales, calib=None, parts=["modules that this model lacks: backbone.layers.5.mixer."])
+    refused(
+        shorter,
+        "--scales",
+        scales,
+        calib=None,
+        parts=["modules that this model lacks: backbone.layers.5.mixer."],
+    )
 
 
 def test_damaged_scales(source, scales, tmp_path, refused):
@@ -351,9 +426,13 @@ def test_damaged_scales(source, scales, tmp_path, refused):
 
 
 def test_activations_that_overflow(make_checkpoint, refused):
-    source = make_checkpoint("huge", lambda tensors: tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e25))
+    source = make_checkpoint(
+        "huge", lambda tensors: tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e25)
+    )
     refused(
-        source, parts=["layer 3 (mlp): NaN or Inf in", "of 8 rows", "more than 10%", "expected finite activations"], kept=True
+        source,
+        parts=["layer 3 (mlp): NaN or Inf in", "of 8 rows", "more than 10%", "expected finite activations"],
+        kept=True,
     )
 
 
@@ -384,7 +463,12 @@ def test_a_write_error(shards, fmt, source, refused, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "kept"),
-    [("embed", None), ("calibrate", "2 layers calibrated"), ("pack", "calibrated"), ("verify", "calibrated, 1 shards written")],
+    [
+        ("embed", None),
+        ("calibrate", "2 layers calibrated"),
+        ("pack", "calibrated"),
+        ("verify", "calibrated, 1 shards written"),
+    ],
 )
 def test_an_interrupt(stage, kept, source, refused, monkeypatch):
     from nemoquant.calibrate import run
@@ -407,7 +491,11 @@ def test_an_interrupt(stage, kept, source, refused, monkeypatch):
         "verify": (verify, "_check_tensors"),
     }
     monkeypatch.setattr(*place[stage], interrupt)
-    says = f"out.partial is kept ({kept}): --resume goes on from there" if kept else "interrupted; nothing was kept"
+    says = (
+        f"out.partial is kept ({kept}): --resume goes on from there"
+        if kept
+        else "interrupted; nothing was kept"
+    )
     refused(source, code=130, parts=["error: interrupted; ", says], kept=kept is not None)
 
 
@@ -423,7 +511,9 @@ def test_an_unforeseen_error_says_what_is_kept(source, token_rows, tmp_path, mon
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
     result = invoke("quantize", source, tmp_path / "a/b", "--fmt", "fp8", "--calib", token_rows)
     assert isinstance(result.exception, ZeroDivisionError)
-    assert result.exception.__notes__ == [f"{tmp_path}/a/b.partial is kept (calibrated): --resume goes on from there"]
+    assert result.exception.__notes__ == [
+        f"{tmp_path}/a/b.partial is kept (calibrated): --resume goes on from there"
+    ]
     assert (tmp_path / "a/b.partial/nemoquant_scales.json").exists()
 
 

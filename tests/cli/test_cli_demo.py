@@ -21,7 +21,8 @@ WITH_ENGINE = WITH_GRAPHS and importlib.util.find_spec("tensorrt_rtx") is not No
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """(folder, result of the command), run once; in one thread, because threads that wait for a core that is taken take it too."""
+    """(folder, result of the command), run once; in one thread, because threads that wait for a core that is
+    taken take it too."""
     out = tmp_path_factory.mktemp("demo") / "shown"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.sched_getaffinity", lambda pid: {0})
@@ -40,10 +41,20 @@ def test_it_runs(shown):
     engine = ["nvfp4-sm120.engine", "nvfp4-sm120.engine.json"] if WITH_ENGINE else []
     assert sorted(p.name for p in out.iterdir()) == sorted([*PRESETS, *REPORTS.values(), *engine])
     assert [p.name for p in out.parent.iterdir()] == ["shown"]
-    told = [line for line in result.stderr.splitlines() if not line.startswith(("calibrate: ", "pack: ", "verify: ", "diff: "))]
+    told = [
+        line
+        for line in result.stderr.splitlines()
+        if not line.startswith(("calibrate: ", "pack: ", "verify: ", "diff: "))
+    ]
     assert told[0] == f"source: {demo_model()}"
-    assert [line.split(": ")[0] for line in told[1:]] == [*PRESETS, "graphs", *(["engine"] if WITH_GRAPHS else [])]
-    assert all(line.endswith(" bits a weight; verified against the source.") for line in told[1 : 1 + len(PRESETS)])
+    assert [line.split(": ")[0] for line in told[1:]] == [
+        *PRESETS,
+        "graphs",
+        *(["engine"] if WITH_GRAPHS else []),
+    ]
+    assert all(
+        line.endswith(" bits a weight; verified against the source.") for line in told[1 : 1 + len(PRESETS)]
+    )
     last = result.stdout.splitlines()[-1]
     assert last.startswith(f"{out / 'report.html'}: open it in a browser. All of it took ")
 
@@ -51,12 +62,15 @@ def test_it_runs(shown):
 @pytest.mark.slow
 @pytest.mark.skipif(not WITH_GRAPHS, reason="needs onnx and onnxruntime (extra: ort)")
 def test_each_was_run_through_its_graph(shown, report):
-    """Weights only: nothing to flip, the runtimes agree to rounding. Rounded inputs: flips, well below the cost of the format."""
+    """Weights only: nothing to flip, the runtimes agree to rounding. Rounded inputs: flips, well below the
+    cost of the format."""
     for candidate in report.candidates:
         run = candidate.engine
         assert run is not None
         assert (run.engine, run.compute, run.device) == ("onnxruntime", "float32", "cpu")
-        limit = 1e-9 if candidate.name == "nvfp4-w4a16" else 0.25 * candidate.logits.kl.mean  # a tenth was measured on 32 rows
+        limit = (
+            1e-9 if candidate.name == "nvfp4-w4a16" else 0.25 * candidate.logits.kl.mean
+        )  # a tenth was measured on 32 rows
         assert 0 <= run.kl_from_torch < limit, candidate.name
         assert all((shown[0] / candidate.name / name).exists() for name in ("model.onnx", "mtp.onnx"))
 
@@ -101,7 +115,8 @@ def test_a_second_run_is_refused(shown):
     result = invoke("demo", "--out", out, "--rows", ROWS)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"error: {out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
+        f"error: {out} exists; expected a new folder, nothing is overwritten: remove it or choose another "
+        f"name"
     )
     assert result.stdout == ""
     assert tree(out.parent) == before
@@ -148,7 +163,9 @@ def test_an_interrupt_through_the_command_line(tmp_path, monkeypatch):
 
 def test_an_output_that_does_not_verify_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("nemoquant.api.quantize", an_output)
-    monkeypatch.setattr("nemoquant.api.verify", lambda *a, **k: {"ok": False, "problems": ["config.json is missing"]})
+    monkeypatch.setattr(
+        "nemoquant.api.verify", lambda *a, **k: {"ok": False, "problems": ["config.json is missing"]}
+    )
     with pytest.raises(VerificationError, match=r"fp8: config\.json is missing"):
         demo(tmp_path / "out", rows=1)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""The verb's manners: exit codes, what goes where, Markdown from strangers' words, the model card, the schema."""
+"""The verb's manners: exit codes, what goes where, Markdown from strangers' words, the model card, the
+schema."""
 
 import json
 import re
@@ -39,7 +40,9 @@ def test_output_for_people(run, source, quantized):
     result = run(quantized("fp8"), quantized("nvfp4-w4a16"))
     lines = result.stdout.splitlines()
     assert lines[0] == "# Accuracy of source, quantized"
-    assert lines[2].startswith("8 rows of 32 tokens of `rows.npy`, 248 predicted positions; bf16 source 422.29 kB, perplexity 1")
+    assert lines[2].startswith(
+        "8 rows of 32 tokens of `rows.npy`, 248 predicted positions; bf16 source 422.29 kB, perplexity 1"
+    )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header, bf16, fp8, w4a16 = rows[0], rows[2], rows[3], rows[4]
     assert {len(row) for row in rows[:5]} == {12}
@@ -47,13 +50,19 @@ def test_output_for_people(run, source, quantized):
     report = Report.model_validate_json(run("--json", "-", source).stdout)
     assert bf16[header.index("perplexity")] == f"{report.reference.perplexity:.3f}"
     assert float(fp8[header.index("KL mean")]) > float(w4a16[header.index("KL mean")]) > 0
-    assert [line for line in lines if line.startswith("## ")] == ["## fp8: what hurts", "## nvfp4-w4a16: what hurts"]
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## fp8: what hurts",
+        "## nvfp4-w4a16: what hurts",
+    ]
     worst = [
         next(line for line in lines[lines.index(f"## {name}: what hurts") :] if "backbone" in line)
         for name in ("fp8", "nvfp4-w4a16")
     ]
     assert worst[0].startswith("| `backbone.layers.0.mixer.in_proj` | fp8 | fp8 | ")
-    assert re.match(r"\| `backbone.layers.\d.mixer.experts.up_proj` \(lowest SQNR: expert \d\) \| nvfp4 \| - \| ", worst[1])
+    assert re.match(
+        r"\| `backbone.layers.\d.mixer.experts.up_proj` \(lowest SQNR: expert \d\) \| nvfp4 \| - \| ",
+        worst[1],
+    )
     assert re.fullmatch(r"diff: done in \d+\.\d s\n", result.stderr)
 
 
@@ -84,7 +93,13 @@ def test_files(run, quantized, tmp_path):
         f"{k}: {p}" for k, p in files.items()
     ]
     assert files["json"].read_text() == run(out, "--no-card", "--json", "-").stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["nvfp4", "report.json", "report.markdown", "rows.npy", "source"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "nvfp4",
+        "report.json",
+        "report.markdown",
+        "rows.npy",
+        "source",
+    ]
 
 
 def test_html(run, quantized, tmp_path):
@@ -105,7 +120,9 @@ def test_files_are_written_beside_json_on_stdout(run, source, tmp_path):
 def test_warnings_are_shown(run, source, changed):
     other = changed(source, lambda t: t["lm_head.weight"].mul_(2))
     text = run(other).stdout
-    assert text.endswith("## Warnings\n\n- changed: 1 tensors are not quantized and yet differ from the source's: lm_head\n")
+    assert text.endswith(
+        "## Warnings\n\n- changed: 1 tensors are not quantized and yet differ from the source's: lm_head\n"
+    )
 
 
 def test_fewer_rows_than_asked_for_are_told(run, source, tmp_path):
@@ -124,7 +141,16 @@ def test_fewer_rows_than_asked_for_are_told(run, source, tmp_path):
 def test_a_condition_that_is_met_fails(run, quantized, tmp_path):
     out = quantized("nvfp4")
     result = run(
-        out, "--fail-if", "kl > 0.001", "--fail-if", "top1 >= 0", "--fail-if", "kl>100", "--json", tmp_path / "r.json", code=1
+        out,
+        "--fail-if",
+        "kl > 0.001",
+        "--fail-if",
+        "top1 >= 0",
+        "--fail-if",
+        "kl>100",
+        "--json",
+        tmp_path / "r.json",
+        code=1,
     )
     kl = json.loads((tmp_path / "r.json").read_text())["candidates"][0]["logits"]["kl"]["mean"]
     failed = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
@@ -136,11 +162,20 @@ def test_a_condition_that_is_met_fails(run, quantized, tmp_path):
 
 def test_only_those_that_meet_it_are_named(run, source, quantized):
     result = run(source, quantized("nvfp4"), "--fail-if", "kl > 0", code=1)
-    assert [line.split(": ")[1] for line in result.stderr.splitlines() if line.startswith("failed: ")] == ["nvfp4"]
+    assert [line.split(": ")[1] for line in result.stderr.splitlines() if line.startswith("failed: ")] == [
+        "nvfp4"
+    ]
 
 
 def test_conditions_that_are_not_met(run, source):
-    conditions = ("kl > 0", "kl_max>0", "top1 < 1", "  flipped   >= 0.5 ", "bits_per_weight > 17", "perplexity_ratio > 1")
+    conditions = (
+        "kl > 0",
+        "kl_max>0",
+        "top1 < 1",
+        "  flipped   >= 0.5 ",
+        "bits_per_weight > 17",
+        "perplexity_ratio > 1",
+    )
     result = run(source, *(x for c in conditions for x in ("--fail-if", c)))
     assert "failed" not in result.stderr
 
@@ -158,8 +193,8 @@ def test_a_figure_that_is_not_known_fails(run, source, changed):
 
     result = run(changed(source, drop), "--fail-if", "mtp_acceptance < 0.1", code=1)
     assert (
-        "failed: changed: mtp_acceptance is not known, so it can't be said to pass --fail-if 'mtp_acceptance < 0.1'\n"
-        in result.stderr
+        "failed: changed: mtp_acceptance is not known, so it can't be said to pass --fail-if "
+        "'mtp_acceptance < 0.1'\n" in result.stderr
     )
 
 
@@ -171,14 +206,26 @@ def test_help_names_every_figure():
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_figure_can_be_held(metric, run, quantized):
     result = run(quantized("nvfp4"), "--fail-if", f"{metric} >= 0", code=1)
-    assert re.search(rf"^failed: nvfp4: {metric} is [\d.e-]+, --fail-if '{metric} >= 0'$", result.stderr, re.MULTILINE)
+    assert re.search(
+        rf"^failed: nvfp4: {metric} is [\d.e-]+, --fail-if '{metric} >= 0'$", result.stderr, re.MULTILINE
+    )
 
 
 # Strangers' words in Markdown.
 
 
 @pytest.mark.parametrize(
-    "name", ["a|b", "a`b`c", "<script>alert(1)<script>", "[click](x)", "*loud*", "back\\slash", "two\nlines", "a|`<b>"]
+    "name",
+    [
+        "a|b",
+        "a`b`c",
+        "<script>alert(1)<script>",
+        "[click](x)",
+        "*loud*",
+        "back\\slash",
+        "two\nlines",
+        "a|`<b>",
+    ],
 )
 def test_names_are_no_markup(name, run, quantized):
     out = quantized("nvfp4", name=name.replace("/", ""))
@@ -227,16 +274,21 @@ def test_the_card_gets_the_figures(preset, run, source, quantized):
     logits = report.candidates[0].logits
     sentence = cost(out)
     for figure in (
-        f"KL {logits.kl.mean:.5f} nats", f"median {logits.kl.median:.5f}", f"99% {logits.kl.p99:.5f}",
-        f"perplexity {logits.perplexity:.3f} instead of {report.reference.perplexity:.3f} ({logits.perplexity_ratio - 1:+.2%})",
+        f"KL {logits.kl.mean:.5f} nats",
+        f"median {logits.kl.median:.5f}",
+        f"99% {logits.kl.p99:.5f}",
+        f"perplexity {logits.perplexity:.3f} instead of {report.reference.perplexity:.3f} "
+        f"({logits.perplexity_ratio - 1:+.2%})",
         f"{logits.top1_agreement:.2%} of 248 positions (8 rows of 32 tokens of `rows.npy`)",
-    ):  # fmt: skip
+    ):
         assert figure in sentence
     changed = {name for name, content in tree(out).items() if content != before[name]}
     assert changed == {"README.md", FILE}
-    assert [a for a, b in zip(card.split("\n"), (out / "README.md").read_text().split("\n"), strict=True) if a != b] == [
-        line for line in card.split("\n") if line.startswith(COST)
-    ]
+    assert [
+        a
+        for a, b in zip(card.split("\n"), (out / "README.md").read_text().split("\n"), strict=True)
+        if a != b
+    ] == [line for line in card.split("\n") if line.startswith(COST)]
     assert verified(out, source) == (True, [], [])
     assert report.warnings == []
 
@@ -266,7 +318,10 @@ def test_an_edited_card_is_left_alone(run, quantized):
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words.\n")
     before = tree(out)
     result = run(out, sound)
-    assert f"- {out}/README.md was changed after it was written; it is left as it is\n" in result.stdout.replace("\\", "")
+    assert (
+        f"- {out}/README.md was changed after it was written; it is left as it is\n"
+        in result.stdout.replace("\\", "")
+    )
     assert tree(out) == before
     assert cost(sound).startswith("KL "), "the other one's is written"
 
@@ -291,13 +346,16 @@ def test_a_card_that_cannot_be_read(content, run, quantized):
     card.unlink() if content is None else card.write_bytes(content)
     before = tree(out)
     (warning,) = json.loads(run(out, "--json", "-").stdout)["warnings"]
-    assert warning.startswith(f"{card} can't be given the figures (") and warning.endswith("); it is left as it is")
+    assert warning.startswith(f"{card} can't be given the figures (") and warning.endswith(
+        "); it is left as it is"
+    )
     assert tree(out) == before
 
 
 @pytest.mark.parametrize("name", ["README.md", FILE])
 def test_a_folder_that_cannot_be_written(name, run, quantized, source, monkeypatch):
-    """Written beside and renamed; where the second file fails, the first must not have changed alone. Root may write anywhere."""
+    """Written beside and renamed; where the second file fails, the first must not have changed alone. Root
+    may write anywhere."""
     replace = manifest.replace_text
 
     def denied(path, text):
@@ -353,7 +411,8 @@ from click.testing import CliRunner
 from nemoquant.cli import main
 for verb in ("diff", "demo"):
     assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0
-print([m for m in ("torch", "numpy", "numba", "pydantic", "safetensors", "jinja2", "tokenizers", "rich", "plotly") if m in sys.modules])
+heavy = "torch numpy numba pydantic safetensors jinja2 tokenizers rich plotly".split()
+print([m for m in heavy if m in sys.modules])
 """
 
 
@@ -364,7 +423,10 @@ def test_help_loads_nothing_heavy():
 
 
 def test_bad_usage_is_found_before_torch_is_loaded(tmp_path):
-    code = "import sys\nfrom nemoquant.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom nemoquant.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    print('torch' in sys.modules)"
+    )
     done = run_python(code, "diff", tmp_path, tmp_path, "--fail-if", "nope > 1", code=2)
     assert done.stdout == "False\n"
     assert done.stderr.startswith("error: --fail-if 'nope > 1'")

@@ -1,4 +1,5 @@
-"""Each bad input of a diff: its exit code, its one line on standard error, and nothing changed or left behind."""
+"""Each bad input of a diff: its exit code, its one line on standard error, and nothing changed or left
+behind."""
 
 import json
 import math
@@ -18,7 +19,9 @@ from nemoquant.api import diff
 from nemoquant.checkpoint.manifest import FILE, read_manifest, write_manifest
 from nemoquant.errors import UsageError
 
-IN_PROJ, O_PROJ, K_PROJ = (f"backbone.layers.{i}.mixer.{name}" for i, name in ((0, "in_proj"), (1, "o_proj"), (1, "k_proj")))
+IN_PROJ, O_PROJ, K_PROJ = (
+    f"backbone.layers.{i}.mixer.{name}" for i, name in ((0, "in_proj"), (1, "o_proj"), (1, "k_proj"))
+)
 EXPERT = "backbone.layers.2.mixer.experts.3.up_proj"
 
 
@@ -28,7 +31,8 @@ def run(*arguments):
 
 @pytest.fixture
 def refused(tmp_path, token_rows):
-    """Runs ``nemoquant diff SRC OUT... ...`` and checks how it is refused; the message is asserted by its parts."""
+    """Runs ``nemoquant diff SRC OUT... ...`` and checks how it is refused; the message is asserted by its
+    parts."""
 
     def check(source, *arguments, parts, code=2, data=token_rows):
         arguments = [*arguments, *(["--data", data] if data else [])]
@@ -64,7 +68,11 @@ def usage(tmp_path):
     ("name", "content", "parts"),
     [
         ("x.txt", "", ["x.txt holds no text", "expected at least one row of 512 tokens"]),
-        ("x.jsonl", '{"input_ids": [5, 6]}\n', ["x.jsonl holds 3 tokens, less than one row of 512", "smaller --seq-len"]),
+        (
+            "x.jsonl",
+            '{"input_ids": [5, 6]}\n',
+            ["x.jsonl holds 3 tokens, less than one row of 512", "smaller --seq-len"],
+        ),
         ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
         ("x.jsonl", '{"input_ids": [5]}\nhello\n', ["x.jsonl: not JSON", "expected one JSON object a line"]),
         ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
@@ -86,7 +94,10 @@ def test_data(name, content, parts, source, tmp_path, refused):
 @pytest.mark.parametrize(
     ("array", "parts"),
     [
-        (np.zeros((4, 1), np.int64), ["x.npy has rows of one token; expected at least 2, the first one predicts the second"]),
+        (
+            np.zeros((4, 1), np.int64),
+            ["x.npy has rows of one token; expected at least 2, the first one predicts the second"],
+        ),
         (np.zeros((0, 8), np.int64), ["x.npy holds int64 of shape [0, 8]; expected integers [rows, length]"]),
         (np.zeros((4, 8)), ["x.npy holds float64 of shape [4, 8]"]),
         (np.full((4, 8), 96), ["token ids from 96 to 96, expected 0 to 95"]),
@@ -99,13 +110,20 @@ def test_arrays(array, parts, source, tmp_path, refused):
 
 
 def test_no_tokenizer_for_the_shipped_text(source, refused):
-    refused(source, source, data=None, parts=["source/tokenizer.json does not exist; text needs the model's tokenizer"])
+    refused(
+        source,
+        source,
+        data=None,
+        parts=["source/tokenizer.json does not exist; text needs the model's tokenizer"],
+    )
 
 
 def test_parquet_without_its_extra(source, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "x.parquet").write_bytes(b"")
-    refused(source, source, data=tmp_path / "x.parquet", code=3, parts=["x.parquet needs the extra `parquet`"])
+    refused(
+        source, source, data=tmp_path / "x.parquet", code=3, parts=["x.parquet needs the extra `parquet`"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,9 @@ def test_parquet_without_its_extra(source, tmp_path, refused, monkeypatch):
 def test_counts(option, value, least, source, usage):
     usage(source, source, option, value, parts=[f"'{option}'", f"{value} is not in the range x>={least}"])
     name = option.strip("-").replace("-", "_")
-    with pytest.raises(UsageError, match=f"{name.split('_')[0]}.* {value}.*; expected at least 1 row, 2 tokens, 1 thread"):
+    with pytest.raises(
+        UsageError, match=f"{name.split('_')[0]}.* {value}.*; expected at least 1 row, 2 tokens, 1 thread"
+    ):
         diff(source, [source], **{name: value})
 
 
@@ -135,16 +155,26 @@ def test_the_same_candidate_twice(source, quantized, tmp_path, refused):
     refused(source, out, tmp_path / "link", parts=[f"{tmp_path / 'link'} is given twice"])
 
 
-@pytest.mark.parametrize("what", ["nowhere", "a file", "a bare config", "no config", "no weights", "half a shard", "no index"])
+@pytest.mark.parametrize(
+    "what", ["nowhere", "a file", "a bare config", "no config", "no weights", "half a shard", "no index"]
+)
 def test_candidates_that_are_none(what, source, quantized, tmp_path, refused):
     out = quantized("fp8")
     shard = next(out.glob("*.safetensors"))
     if what == "nowhere":
-        refused(source, tmp_path / "nowhere", parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"])
+        refused(
+            source,
+            tmp_path / "nowhere",
+            parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"],
+        )
     elif what == "a file":
         refused(source, shard, parts=[str(shard), "cannot be read as JSON"])
     elif what == "a bare config":
-        refused(source, out / "config.json", parts=[f"{out}/config.json is a config.json", "the folder with the weights"])
+        refused(
+            source,
+            out / "config.json",
+            parts=[f"{out}/config.json is a config.json", "the folder with the weights"],
+        )
     elif what == "no config":
         (out / "config.json").unlink()
         refused(source, out, parts=["config.json does not exist"])
@@ -160,14 +190,24 @@ def test_candidates_that_are_none(what, source, quantized, tmp_path, refused):
 
 
 def test_one_bad_candidate_of_several(source, quantized, tmp_path, refused):
-    refused(source, quantized("fp8"), tmp_path / "nowhere", quantized("nvfp4"), parts=["nowhere does not exist"])
+    refused(
+        source, quantized("fp8"), tmp_path / "nowhere", quantized("nvfp4"), parts=["nowhere does not exist"]
+    )
 
 
 def test_sources_that_are_none(source, quantized, tmp_path, refused):
     out = quantized("fp8")
-    refused(tmp_path / "nowhere", out, parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"])
-    refused(source / "config.json", out, parts=["source/config.json is a config.json", "the folder with the weights"])
-    refused(out, source, parts=["fp8 is already quantized", "expected the bf16 checkpoint that it was made from"])
+    refused(
+        tmp_path / "nowhere", out, parts=["nowhere does not exist", "expected a Nemotron-H checkpoint folder"]
+    )
+    refused(
+        source / "config.json",
+        out,
+        parts=["source/config.json is a config.json", "the folder with the weights"],
+    )
+    refused(
+        out, source, parts=["fp8 is already quantized", "expected the bf16 checkpoint that it was made from"]
+    )
 
 
 # Whether they belong together.
@@ -186,7 +226,9 @@ def test_sources_that_are_none(source, quantized, tmp_path, refused):
 def test_a_model_of_other_sizes(changes, names, source, make_checkpoint, quantized, refused):
     other = quantized("nvfp4-w4a16", of=make_checkpoint("other", **changes))
     line = refused(
-        source, other, parts=[f"{other} is not of {source}: their configs differ in ", "expected a checkpoint made from it"]
+        source,
+        other,
+        parts=[f"{other} is not of {source}: their configs differ in ", "expected a checkpoint made from it"],
     )
     assert all(name in line for name in names)
 
@@ -198,7 +240,11 @@ def test_an_output_of_another_source(source, make_checkpoint, quantized, refused
     refused(
         source,
         out,
-        parts=[f"{out} was made from another source than {source}", "config_sha256", "give the source that it was made from"],
+        parts=[
+            f"{out} was made from another source than {source}",
+            "config_sha256",
+            "give the source that it was made from",
+        ],
     )
     wide = make_checkpoint("wide", lambda t: t.update({f"{IN_PROJ}.weight": t[f"{IN_PROJ}.weight"].float()}))
     out = quantized("fp8", name="of-wide", of=wide)
@@ -211,7 +257,11 @@ def test_a_manifest_that_names_another_source(key, source, quantized, refused):
     data = read_manifest(out)
     data["source"][key] = "0123456789abcdef" * 4
     write_manifest(out, data)
-    refused(source, out, parts=[f"{out} was made from another source", f"{FILE} has {key} 0123456789ab, this source has "])
+    refused(
+        source,
+        out,
+        parts=[f"{out} was made from another source", f"{FILE} has {key} 0123456789ab, this source has "],
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"schema": 1}'])
@@ -221,13 +271,21 @@ def test_manifests_that_cannot_be_used(content, source, quantized, refused):
     refused(
         source,
         out,
-        parts=[f"{out / FILE}", "expected JSON" if content == "{" else "expected 1" if content == "{}" else "was changed"],
+        parts=[
+            f"{out / FILE}",
+            "expected JSON" if content == "{" else "expected 1" if content == "{}" else "was changed",
+        ],
     )
 
 
 def save_tokenizer(folder, vocabulary, **more):
-    data = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "model": {
-        "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}} | more  # fmt: skip
+    data = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    } | more
     (folder / "tokenizer.json").write_text(json.dumps(data, indent=2))
 
 
@@ -245,7 +303,12 @@ def test_another_tokenizer(vocabulary, more, part, source, quantized, refused):
     out = quantized("fp8")
     save_tokenizer(out, vocabulary, **more)
     refused(
-        source, out, parts=[f"{out} has another tokenizer than {source}: they differ in {part}; expected the same", "other words"]
+        source,
+        out,
+        parts=[
+            f"{out} has another tokenizer than {source}: they differ in {part}; expected the same",
+            "other words",
+        ],
     )
 
 
@@ -274,7 +337,10 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
 @pytest.mark.parametrize(
     ("edit", "parts"),
     [
-        (lambda t: t.pop(f"{IN_PROJ}.weight"), ["1 tensors are not as expected", f"{IN_PROJ}.weight is missing"]),
+        (
+            lambda t: t.pop(f"{IN_PROJ}.weight"),
+            ["1 tensors are not as expected", f"{IN_PROJ}.weight is missing"],
+        ),
         (lambda t: t.pop("backbone.norm_f.weight"), ["backbone.norm_f.weight is missing"]),
         (
             lambda t: t.pop(f"{IN_PROJ}.weight_scale"),
@@ -300,7 +366,10 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
             replaced(f"{EXPERT}.weight_scale", lambda t: t[:, :1]),
             [f"{EXPERT}.weight_scale is F8_E4M3 [48, 1], expected F8_E4M3 [48, 2]"],
         ),
-        (replaced(f"{EXPERT}.weight", lambda t: t[:, :-1]), [f"{EXPERT}.weight is U8 [48, 15], expected U8 [48, 16]"]),
+        (
+            replaced(f"{EXPERT}.weight", lambda t: t[:, :-1]),
+            [f"{EXPERT}.weight is U8 [48, 15], expected U8 [48, 16]"],
+        ),
         (
             replaced("backbone.norm_f.weight", lambda t: t[:-1]),
             ["backbone.norm_f.weight is BF16 [63], expected BF16 [64]"],
@@ -317,7 +386,11 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
         ),
         (
             lambda t: [t.pop(n) for n in list(t) if n.endswith("up_proj.weight_scale")],
-            ["19 tensors are not as expected", "and 14 more", "expected the ModelOpt layout with FP8 per tensor or NVFP4"],
+            [
+                "19 tensors are not as expected",
+                "and 14 more",
+                "expected the ModelOpt layout with FP8 per tensor or NVFP4",
+            ],
         ),
         (
             lambda t: [t.pop(name) for name in ("mtp.layers.0.norm.weight", "backbone.norm_f.weight")],
@@ -325,10 +398,22 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
         ),
     ],
     ids=[
-        "weight missing", "norm missing", "scale missing", "global scale missing", "scale dtype", "scales by channel", "block scale dtype",
-        "block scale shape", "codes shape", "norm shape", "integers", "quantized embedding", "many", "MTP and another",
+        "weight missing",
+        "norm missing",
+        "scale missing",
+        "global scale missing",
+        "scale dtype",
+        "scales by channel",
+        "block scale dtype",
+        "block scale shape",
+        "codes shape",
+        "norm shape",
+        "integers",
+        "quantized embedding",
+        "many",
+        "MTP and another",
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(edit, parts, source, quantized, changed, refused):
     out = changed(quantized("nvfp4"), edit)
     refused(source, out, parts=[f"{out}: ", *parts])
@@ -336,11 +421,21 @@ def test_tensors_that_do_not_fit(edit, parts, source, quantized, changed, refuse
 
 @pytest.mark.parametrize(
     "name",
-    ["stranger", f"{IN_PROJ}.bias", f"{IN_PROJ}.pre_quant_scale", f"{IN_PROJ}.weight_scale_2", "backbone.norm_f.weight_scale"],
+    [
+        "stranger",
+        f"{IN_PROJ}.bias",
+        f"{IN_PROJ}.pre_quant_scale",
+        f"{IN_PROJ}.weight_scale_2",
+        "backbone.norm_f.weight_scale",
+    ],
 )
 def test_tensors_of_unknown_meaning(name, source, quantized, changed, refused):
     out = changed(quantized("nvfp4"), lambda t: t.update({name: torch.ones(1)}))
-    refused(source, out, parts=[f"{out}: 1 tensors of unknown meaning: {name}; they may change what an engine computes"])
+    refused(
+        source,
+        out,
+        parts=[f"{out}: 1 tensors of unknown meaning: {name}; they may change what an engine computes"],
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])
@@ -360,9 +455,13 @@ def test_scales_that_are_no_scales(name, value, source, quantized, refused):
     refused(source, out, parts=[f"{out}: {name} is {np.float32(value)}; expected a positive finite scale"])
 
 
-@pytest.mark.parametrize(("preset", "module"), [("fp8", IN_PROJ), ("nvfp4", EXPERT), ("nvfp4", O_PROJ), ("nvfp4-full", EXPERT)])
+@pytest.mark.parametrize(
+    ("preset", "module"), [("fp8", IN_PROJ), ("nvfp4", EXPERT), ("nvfp4", O_PROJ), ("nvfp4-full", EXPERT)]
+)
 @pytest.mark.parametrize("where", ["both", "config.json", "hf_quant_config.json"])
-def test_inputs_that_are_declared_and_lack_their_scale(where, preset, module, source, quantized, changed, refused):
+def test_inputs_that_are_declared_and_lack_their_scale(
+    where, preset, module, source, quantized, changed, refused
+):
     """Wherever it is declared: older tools write the second file alone."""
     out = changed(quantized(preset), lambda t: t.pop(f"{module}.input_scale"))
     if where == "config.json":
@@ -370,9 +469,13 @@ def test_inputs_that_are_declared_and_lack_their_scale(where, preset, module, so
     elif where == "hf_quant_config.json":
         edit_json(out / "config.json", lambda config: config.pop("quantization_config"))
     refused(
-        source, out,
-        parts=[f"{out}: 1 modules are declared to have quantized inputs and lack `input_scale`: {module}", "calibrate again"],
-    )  # fmt: skip
+        source,
+        out,
+        parts=[
+            f"{out}: 1 modules are declared to have quantized inputs and lack `input_scale`: {module}",
+            "calibrate again",
+        ],
+    )
 
 
 def test_experts_of_several_formats(source, quantized, changed, refused):
@@ -383,26 +486,50 @@ def test_experts_of_several_formats(source, quantized, changed, refused):
 
     out = changed(quantized("fp8"), mix)
     refused(
-        source, out,
-        parts=[f"{out}: the experts of backbone.layers.2.mixer.experts.up_proj have the formats fp8, source", "expected one for all"],
-    )  # fmt: skip
+        source,
+        out,
+        parts=[
+            f"{out}: the experts of backbone.layers.2.mixer.experts.up_proj have the formats fp8, source",
+            "expected one for all",
+        ],
+    )
 
 
 # What they compute.
 
 BAD = {  # what -> (tensor of the NVFP4 output, new bytes from the old, where it is seen)
-    "a weight scale that overflows": (f"{IN_PROJ}.weight_scale", lambda data: np.float32(3e38).tobytes(), IN_PROJ),
-    "a global scale that overflows": (f"{EXPERT}.weight_scale_2", lambda data: np.float32(1e37).tobytes(), EXPERT),
+    "a weight scale that overflows": (
+        f"{IN_PROJ}.weight_scale",
+        lambda data: np.float32(3e38).tobytes(),
+        IN_PROJ,
+    ),
+    "a global scale that overflows": (
+        f"{EXPERT}.weight_scale_2",
+        lambda data: np.float32(1e37).tobytes(),
+        EXPERT,
+    ),
     "NaN among FP8 codes": (f"{O_PROJ}.weight", lambda data: b"\x7f" + data[1:], O_PROJ),
     "NaN among block scales": (f"{EXPERT}.weight_scale", lambda data: b"\x7f" * len(data), EXPERT),
-    "a NaN norm": ("backbone.layers.3.norm.weight", lambda data: b"\xc0\x7f" * (len(data) // 2), "backbone.layers.3.norm"),
-    "a NaN router": ("backbone.layers.2.mixer.gate.weight", lambda data: b"\xc0\x7f" * (len(data) // 2), "mixer.gate"),
-    "a NaN embedding": ("backbone.embeddings.weight", lambda data: b"\xc0\x7f" * (len(data) // 2), "embedding"),
+    "a NaN norm": (
+        "backbone.layers.3.norm.weight",
+        lambda data: b"\xc0\x7f" * (len(data) // 2),
+        "backbone.layers.3.norm",
+    ),
+    "a NaN router": (
+        "backbone.layers.2.mixer.gate.weight",
+        lambda data: b"\xc0\x7f" * (len(data) // 2),
+        "mixer.gate",
+    ),
+    "a NaN embedding": (
+        "backbone.embeddings.weight",
+        lambda data: b"\xc0\x7f" * (len(data) // 2),
+        "embedding",
+    ),
     "a NaN final norm": ("backbone.norm_f.weight", lambda data: b"\xc0\x7f" * (len(data) // 2), "head"),
     "a NaN head": ("lm_head.weight", lambda data: data[:-2] + b"\xc0\x7f", "head"),
     "an infinite head": ("lm_head.weight", lambda data: data[:-2] + b"\x80\x7f", "head"),
     "a NaN MTP norm": ("mtp.layers.0.enorm.weight", lambda data: b"\xc0\x7f" * (len(data) // 2), "mtp"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -415,7 +542,12 @@ def test_a_candidate_that_computes_nan(what, source, quantized, refused):
 
 
 @pytest.mark.parametrize(
-    "what", [w for w, (name, *_) in BAD.items() if name.startswith(("backbone.layers.3", "lm_head", "backbone.norm_f"))]
+    "what",
+    [
+        w
+        for w, (name, *_) in BAD.items()
+        if name.startswith(("backbone.layers.3", "lm_head", "backbone.norm_f"))
+    ],
 )
 def test_a_source_that_computes_nan(what, source, make_checkpoint, refused):
     name, change, place = BAD[what]
@@ -451,9 +583,17 @@ def test_report_folders_that_are_none(kind, source, tmp_path, token_rows, refuse
         tmp_path / "no/report",
         parts=[f"{tmp_path}/no/report: {tmp_path}/no is not a folder that can be written; make it"],
     )
-    refused(source, source, kind, token_rows / "report", parts=[f"{token_rows} is not a folder that can be written"])
+    refused(
+        source,
+        source,
+        kind,
+        token_rows / "report",
+        parts=[f"{token_rows} is not a folder that can be written"],
+    )
     usage(source, source, kind, tmp_path, parts=[f"'{kind}'", "is a directory"])
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # someone else's folder: root may write anywhere
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: path != tmp_path
+    )  # someone else's folder: root may write anywhere
     refused(
         source,
         source,
@@ -489,9 +629,23 @@ def test_reports_are_refused_before_the_work(source, tmp_path, monkeypatch, refu
 
 @pytest.mark.parametrize(
     "condition",
-    ["kl", "kl > x", "kl == 1", "kl > nan", "kl > inf", "kl > 1e999", '__import__("os") > 1', "", "> 1", "kl > 1 > 2", "1 < kl", "kl => 1",
-     "kl > 1; top1 < 1", "kl.mean > 1"],
-)  # fmt: skip
+    [
+        "kl",
+        "kl > x",
+        "kl == 1",
+        "kl > nan",
+        "kl > inf",
+        "kl > 1e999",
+        '__import__("os") > 1',
+        "",
+        "> 1",
+        "kl > 1 > 2",
+        "1 < kl",
+        "kl => 1",
+        "kl > 1; top1 < 1",
+        "kl.mean > 1",
+    ],
+)
 def test_conditions_that_are_none(condition, source, refused):
     refused(
         source,
@@ -515,7 +669,15 @@ def test_figures_that_do_not_exist(name, source, refused):
 
 
 def test_the_second_condition_is_read_before_the_work_too(source, refused):
-    refused(source, source, "--fail-if", "kl > 1", "--fail-if", "kl", parts=["--fail-if 'kl': expected NAME OP NUMBER"])
+    refused(
+        source,
+        source,
+        "--fail-if",
+        "kl > 1",
+        "--fail-if",
+        "kl",
+        parts=["--fail-if 'kl': expected NAME OP NUMBER"],
+    )
 
 
 # In the middle.
@@ -533,9 +695,18 @@ def test_an_interrupt_changes_nothing(at, source, quantized, tmp_path, refused, 
             raise KeyboardInterrupt
 
     real = work.diff
-    monkeypatch.setattr(work, "diff", lambda source, sides, rows, cache, *_, **__: real(source, sides, rows, cache, stop))
+    monkeypatch.setattr(
+        work, "diff", lambda source, sides, rows, cache, *_, **__: real(source, sides, rows, cache, stop)
+    )
     out = quantized("fp8")
-    files = ["--json", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--reference-cache", tmp_path / "cache"]
+    files = [
+        "--json",
+        tmp_path / "r.json",
+        "--markdown",
+        tmp_path / "r.md",
+        "--reference-cache",
+        tmp_path / "cache",
+    ]
     if at == 8:
         files = files[:-2]  # the cache is whole by then, and kept
     refused(source, out, *files, code=130, parts=["interrupted; nothing was kept"])
@@ -559,4 +730,6 @@ def test_a_report_that_cannot_be_written(source, tmp_path, token_rows, monkeypat
 def test_the_order_of_messages(source, tmp_path, refused):
     """Cheap checks come first: nothing is read of a candidate whose source is none."""
     shutil.rmtree(source)
-    assert re.search(r"source/?\S* does not exist", refused(source, tmp_path / "nowhere", parts=["does not exist"]))
+    assert re.search(
+        r"source/?\S* does not exist", refused(source, tmp_path / "nowhere", parts=["does not exist"])
+    )

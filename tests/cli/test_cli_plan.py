@@ -38,30 +38,75 @@ def test_plan_as_json(source: Path) -> None:
     found = data("plan", source, "--fmt", "nvfp4")
     rows = found.pop("rows")
     assert list(found) == [
-        "schema", "recipe", "sha256", "source_dtypes", "tensors_in", "bytes_in", "tensors_out", "bytes_out", "compression",
-        "bits_per_weight", "bits_per_quantized_weight", "kv_cache_bytes_per_token", "ssm_state_bytes_per_sequence", "formats",
+        "schema",
+        "recipe",
+        "sha256",
+        "source_dtypes",
+        "tensors_in",
+        "bytes_in",
+        "tensors_out",
+        "bytes_out",
+        "compression",
+        "bits_per_weight",
+        "bits_per_quantized_weight",
+        "kv_cache_bytes_per_token",
+        "ssm_state_bytes_per_sequence",
+        "formats",
         "needs_calibration",
-    ]  # fmt: skip
-    assert (found["schema"], found["recipe"], found["source_dtypes"], found["needs_calibration"]) == (1, "nvfp4", "headers", True)
+    ]
+    assert (found["schema"], found["recipe"], found["source_dtypes"], found["needs_calibration"]) == (
+        1,
+        "nvfp4",
+        "headers",
+        True,
+    )
     assert found["tensors_in"] == len(rows) == sum(found["formats"].values())
     assert found["compression"] == found["bytes_in"] / found["bytes_out"]
     assert found["kv_cache_bytes_per_token"] == {"source": 2 * 2 * 16 * 2, "planned": 2 * 2 * 16}
-    assert found["ssm_state_bytes_per_sequence"] == {"source": 2 * 4 * 16 * 16 * 4, "planned": 2 * 4 * 16 * 16 * 4}
+    assert found["ssm_state_bytes_per_sequence"] == {
+        "source": 2 * 4 * 16 * 16 * 4,
+        "planned": 2 * 4 * 16 * 16 * 4,
+    }
     by_name = {row.pop("name"): row for row in rows}
     assert by_name["backbone.layers.2.mixer.experts.3.up_proj.weight"] == {
-        "role": "experts.up_proj", "layer": 2, "expert": 3, "shape": [48, 32], "source_dtype": "BF16", "format": "nvfp4",
-        "scale_method": "max", "activation_format": "nvfp4", "reason": "rule 1: roles experts.*",
+        "role": "experts.up_proj",
+        "layer": 2,
+        "expert": 3,
+        "shape": [48, 32],
+        "source_dtype": "BF16",
+        "format": "nvfp4",
+        "scale_method": "max",
+        "activation_format": "nvfp4",
+        "reason": "rule 1: roles experts.*",
         "scale_group": {"weight": None, "input": "backbone.layers.2.mixer.experts.up_proj"},
-    }  # fmt: skip
+    }
     assert by_name["backbone.layers.1.mixer.k_proj.weight"] == {
-        "role": "attention.k_proj", "layer": 1, "expert": None, "shape": [32, 64], "source_dtype": "BF16", "format": "fp8",
-        "scale_method": "max", "activation_format": "fp8", "reason": "rule 3: roles attention.*",
-        "scale_group": {"weight": "backbone.layers.1.mixer.qkv_proj", "input": "backbone.layers.1.mixer.qkv_proj"},
-    }  # fmt: skip
+        "role": "attention.k_proj",
+        "layer": 1,
+        "expert": None,
+        "shape": [32, 64],
+        "source_dtype": "BF16",
+        "format": "fp8",
+        "scale_method": "max",
+        "activation_format": "fp8",
+        "reason": "rule 3: roles attention.*",
+        "scale_group": {
+            "weight": "backbone.layers.1.mixer.qkv_proj",
+            "input": "backbone.layers.1.mixer.qkv_proj",
+        },
+    }
     assert by_name["backbone.layers.5.mixer.gate.e_score_correction_bias"] == {
-        "role": "router.bias", "layer": 5, "expert": None, "shape": [8], "source_dtype": "F32", "format": "source",
-        "scale_method": None, "activation_format": None, "reason": "rule 5: roles *", "scale_group": {"weight": None, "input": None},
-    }  # fmt: skip
+        "role": "router.bias",
+        "layer": 5,
+        "expert": None,
+        "shape": [8],
+        "source_dtype": "F32",
+        "format": "source",
+        "scale_method": None,
+        "activation_format": None,
+        "reason": "rule 5: roles *",
+        "scale_group": {"weight": None, "input": None},
+    }
 
 
 def test_golden_figures_through_the_command_line() -> None:
@@ -100,7 +145,11 @@ def test_a_recipe_file(source: Path, tmp_path: Path) -> None:
 def test_plan_for_people() -> None:
     result = command("plan", NANO, "--fmt", "nvfp4")
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert lines[0] == "nvfp4: Routed experts NVFP4 (W4A4), shared experts, attention and Mamba projections FP8, KV cache FP8."
+    assert (
+        lines[0]
+        == "nvfp4: Routed experts NVFP4 (W4A4), shared experts, attention and Mamba projections FP8, KV "
+        "cache FP8."
+    )
     assert "experts.up_proj nvfp4 nvfp4 2,944 8,261,688,320" in lines  # 2,944 x (1856 x 2688 x 9/16 + 8)
     assert "shared_experts.down_proj fp8 fp8 23 229,490,872" in lines  # 23 x (2688 x 3712 + 8)
     assert "embedding source - 1 704,643,072" in lines
@@ -109,7 +158,10 @@ def test_plan_for_people() -> None:
     assert "bits per weight 4.925" in lines
     assert "KV cache per token 6,144 B as the source, 3,072 B planned" in lines
     assert "calibration needed for activation scales" in lines
-    assert lines[-1] == "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
+    assert (
+        lines[-1]
+        == "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
+    )
 
 
 def test_plan_writes_nothing(source: Path) -> None:
@@ -145,11 +197,23 @@ def test_an_estimate_needs_weights(source: Path) -> None:
 def test_inspect_as_json() -> None:
     found = data("inspect", SUPER)
     assert list(found) == [
-        "source", "layers", "parameters", "parameters_without_mtp", "active_parameters", "tensors", "bytes", "dtypes", "quantization", "weights",
-        "kv_cache", "ssm_state_bytes_per_sequence",
-    ]  # fmt: skip
+        "source",
+        "layers",
+        "parameters",
+        "parameters_without_mtp",
+        "active_parameters",
+        "tensors",
+        "bytes",
+        "dtypes",
+        "quantization",
+        "weights",
+        "kv_cache",
+        "ssm_state_bytes_per_sequence",
+    ]
     assert (found["tensors"], found["bytes"]) == (42_683, 247_222_108_160)
-    assert data("inspect", SUPER, "--context", "1048576")["kv_cache"]["bytes_at_context"] == 8 << 30  # 8 GiB, as published
+    assert (
+        data("inspect", SUPER, "--context", "1048576")["kv_cache"]["bytes_at_context"] == 8 << 30
+    )  # 8 GiB, as published
 
 
 def test_inspect_for_people(source: Path) -> None:
@@ -160,7 +224,9 @@ def test_inspect_for_people(source: Path) -> None:
     assert "KV cache 8,192 B a token, 2.15 GB at 262,144 tokens" in lines
     assert "SSM state 167.77 MB a sequence" in lines
     assert "quantization none" in lines
-    assert "pattern M*E-ME" in [" ".join(line.split()) for line in invoke("inspect", source).stdout.splitlines()]
+    assert "pattern M*E-ME" in [
+        " ".join(line.split()) for line in invoke("inspect", source).stdout.splitlines()
+    ]
 
 
 # --- recipes
@@ -169,9 +235,13 @@ def test_inspect_for_people(source: Path) -> None:
 def test_recipes_list() -> None:
     listed = data("recipes", "list")
     assert {r["name"]: r["kv_cache"] for r in listed} == {
-        "fp8": "fp8", "fp8-published": "fp8", "nvfp4": "fp8", "nvfp4-full": "fp8", "nvfp4-w4a16": "source",
+        "fp8": "fp8",
+        "fp8-published": "fp8",
+        "nvfp4": "fp8",
+        "nvfp4-full": "fp8",
+        "nvfp4-w4a16": "source",
         "super-nvfp4-published": "fp8",
-    }  # fmt: skip
+    }
     text = invoke("recipes", "list").stdout
     assert all(r["name"] in text and r["summary"] in text for r in listed)
 
@@ -196,11 +266,20 @@ def test_recipes_show_prints_a_recipe_that_plans(source: Path, tmp_path: Path) -
             ["plan", "/no/such", "--fmt", "fp8"],
             "/no/such does not exist; expected a Nemotron-H checkpoint folder or its config.json",
         ),
-        (["inspect", "/no/such"], "/no/such does not exist; expected a Nemotron-H checkpoint folder or its config.json"),
+        (
+            ["inspect", "/no/such"],
+            "/no/such does not exist; expected a Nemotron-H checkpoint folder or its config.json",
+        ),
         (["plan", CONFIGS, "--fmt", "fp8"], f"{CONFIGS}/config.json does not exist; expected"),
         (["plan", NANO], "got neither of --fmt and --recipe; expected one, such as --fmt fp8"),
-        (["plan", NANO, "--fmt", "fp8", "--recipe", "fp8"], "got both of --fmt and --recipe; expected one, such as --fmt fp8"),
-        (["plan", NANO, "--recipe", "fp9"], "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8,"),
+        (
+            ["plan", NANO, "--fmt", "fp8", "--recipe", "fp8"],
+            "got both of --fmt and --recipe; expected one, such as --fmt fp8",
+        ),
+        (
+            ["plan", NANO, "--recipe", "fp9"],
+            "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8,",
+        ),
         (["plan", NANO, "--recipe", ""], "recipe  cannot be read as YAML"),
         (["recipes", "show", "fp9"], "recipe 'fp9' is neither a file nor a preset; presets are"),
         (
@@ -222,7 +301,10 @@ def test_wrong_input(args: list[str | Path], message: str) -> None:
         ("{'model_type': 1}", "cannot be read as JSON (Expecting property name"),
         ("[1]", "holds a JSON list, expected an object with `model_type: nemotron_h`"),
         ('{"model_type": "llama"}', "`model_type` is 'llama', expected 'nemotron_h'"),
-        ('{"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}', "has the unknown layer letter 'X' at layer 1"),
+        (
+            '{"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}',
+            "has the unknown layer letter 'X' at layer 1",
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", [["plan", "--fmt", "fp8"], ["inspect"]], ids=["plan", "inspect"])
@@ -235,12 +317,18 @@ def test_a_wrong_config(tmp_path: Path, verb: list[str], text: str, message: str
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("- roles: ['*']\n  format: int4", "rule 1, `format`: Input should be 'source', 'fp8' or 'nvfp4', got 'int4'"),
+        (
+            "- roles: ['*']\n  format: int4",
+            "rule 1, `format`: Input should be 'source', 'fp8' or 'nvfp4', got 'int4'",
+        ),
         (
             f"- roles: [router]\n  format: fp8\n{REST}",
             "(role router) can't be given the format fp8: a rounded router sends tokens",
         ),
-        (f"- names: [nothing]\n  format: fp8\n{REST}", "the name pattern 'nothing' matches none of the 6,243 tensors"),
+        (
+            f"- names: [nothing]\n  format: fp8\n{REST}",
+            "the name pattern 'nothing' matches none of the 6,243 tensors",
+        ),
         ("- roles: [norm", "cannot be read as YAML"),
     ],
 )
@@ -252,8 +340,9 @@ def test_a_wrong_recipe(tmp_path: Path, rule: str, message: str) -> None:
 def test_an_incomplete_checkpoint(source: Path) -> None:
     (source / "model-00002-of-00002.safetensors").unlink()
     for verb in (["plan", "--fmt", "fp8"], ["inspect"]):
-        assert "model-00002-of-00002.safetensors does not exist, but model.safetensors.index.json names it" in refusal(
-            *verb, source
+        assert (
+            "model-00002-of-00002.safetensors does not exist, but model.safetensors.index.json names it"
+            in refusal(*verb, source)
         )
 
 
@@ -284,7 +373,10 @@ def run(code: str, *args: str) -> str:
 
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
-    assert run(f"import sys, nemoquant, nemoquant.cli; print([m for m in {HEAVY} if m in sys.modules])") == "[]\n"
+    assert (
+        run(f"import sys, nemoquant, nemoquant.cli; print([m for m in {HEAVY} if m in sys.modules])")
+        == "[]\n"
+    )
 
 
 def test_planning_loads_no_torch() -> None:
@@ -297,7 +389,8 @@ def test_planning_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["-h"], ["--version"], ["plan", "--help"], ["recipes", "--help"], ["quantize", "--help"]]
+    "args",
+    [["--help"], ["-h"], ["--version"], ["plan", "--help"], ["recipes", "--help"], ["quantize", "--help"]],
 )
 def test_help_works_without_the_heavy_packages(args: list[str]) -> None:
     code = f"""
@@ -345,7 +438,8 @@ def test_names_that_the_api_lacks() -> None:
 
 
 def test_a_format_that_no_tensor_gets_is_said(make_checkpoint: Callable[..., Path]) -> None:
-    """`nvfp4` gives NVFP4 to routed experts alone: a model without them gets none, which nobody would guess from the option."""
+    """`nvfp4` gives NVFP4 to routed experts alone: a model without them gets none, which nobody would guess
+    from the option."""
     dense = make_checkpoint("dense", hybrid_override_pattern="M-*-", num_nextn_predict_layers=0)
     result = command("plan", dense, "--fmt", "nvfp4")
     assert "warning: no tensor of this model got the format nvfp4" in result.stderr

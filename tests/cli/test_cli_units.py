@@ -10,9 +10,16 @@ from nemoquant.units import duration, size
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("4G", 4e9), ("4GB", 4e9), ("500M", 5e8), ("1.5g", 1.5e9), ("2GiB", 2**31), ("1000", 1000), ("2 TB", 2e12), ("64k", 64e3),
+        ("4G", 4e9),
+        ("4GB", 4e9),
+        ("500M", 5e8),
+        ("1.5g", 1.5e9),
+        ("2GiB", 2**31),
+        ("1000", 1000),
+        ("2 TB", 2e12),
+        ("64k", 64e3),
     ],
-)  # fmt: skip
+)
 def test_sizes(text, count):
     assert Bytes().convert(text, None, None) == count
 
@@ -34,7 +41,12 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize("count", [0, 999, 1000, 1_500_000, 5 * 10**9, 247_222_108_160, 2 * 10**12])
 def test_sizes_for_people(count):
     shown = {
-        0: "0 B", 999: "999 B", 1000: "1.00 kB", 1_500_000: "1.50 MB", 5 * 10**9: "5.00 GB",
-        247_222_108_160: "247.22 GB", 2 * 10**12: "2.00 TB",
-    }  # fmt: skip
+        0: "0 B",
+        999: "999 B",
+        1000: "1.00 kB",
+        1_500_000: "1.50 MB",
+        5 * 10**9: "5.00 GB",
+        247_222_108_160: "247.22 GB",
+        2 * 10**12: "2.00 TB",
+    }
     assert size(count) == shown[count]

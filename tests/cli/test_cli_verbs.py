@@ -23,7 +23,9 @@ def quantize(source, token_rows, tmp_path):
     )
 
 
-@pytest.mark.parametrize("verb", [(), *((v,) for v in VERBS), ("recipes", "list"), ("recipes", "show")], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [(), *((v,) for v in VERBS), ("recipes", "list"), ("recipes", "show")], ids=" ".join
+)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(verb, flag):
     text = nemoquant(*verb, flag).stdout
@@ -38,7 +40,9 @@ def test_help(verb, flag):
 def test_the_help_of_the_group_names_every_verb_and_exit_code():
     text = nemoquant("--help").stdout
     assert all(f"  {verb} " in text and summary in text for verb, summary in VERBS.items())
-    assert "Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted" in text
+    assert (
+        "Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted" in text
+    )
 
 
 def test_version():
@@ -47,14 +51,19 @@ def test_version():
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("quantise", "Did you mean 'quantize'?"), ("verfy", "Did you mean 'verify'?"), ("xyz", f"Commands are {', '.join(VERBS)}.")],
+    [
+        ("quantise", "Did you mean 'quantize'?"),
+        ("verfy", "Did you mean 'verify'?"),
+        ("xyz", f"Commands are {', '.join(VERBS)}."),
+    ],
 )
 def test_unknown_commands_get_a_suggestion(word, hint):
     assert f"No such command '{word}'. {hint}" in nemoquant(word, code=2).stderr
 
 
 @pytest.mark.parametrize(
-    "arguments", [["quantize"], ["quantize", "a", "b", "--fmt", "int4"], ["verify"], ["plan", "a", "--nonsense"]]
+    "arguments",
+    [["quantize"], ["quantize", "a", "b", "--fmt", "int4"], ["verify"], ["plan", "a", "--nonsense"]],
 )
 def test_usage_errors(arguments):
     result = nemoquant(*arguments, code=2)
@@ -71,7 +80,10 @@ def test_output_for_people(quantize, tmp_path):
     assert calibrated.startswith("calibrated on 8 rows of 32 tokens (rows.npy, ")
     assert "; 16 of 16 experts reached, the least used got " in calibrated
     assert made.startswith(f"{tmp_path / 'out'}: nvfp4, ")
-    assert re.search(r"bits a weight, verified, [\d.]+ s \(expected [\d.]+ s\), .*B of memory at most \(expected .*B\)$", made)
+    assert re.search(
+        r"bits a weight, verified, [\d.]+ s \(expected [\d.]+ s\), .*B of memory at most \(expected .*B\)$",
+        made,
+    )
 
 
 def test_json_is_alone_on_stdout(quantize, tmp_path, source):
@@ -90,7 +102,9 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert report["warnings"] == []
     assert report["skipped_side_files"] == ["notes.txt"]
     assert (
-        report["verified"]["tensors"] == report["tensors_out"] == len(plan["rows"]) + report["tensors_out"] - report["tensors_in"]
+        report["verified"]["tensors"]
+        == report["tensors_out"]
+        == len(plan["rows"]) + report["tensors_out"] - report["tensors_in"]
     )
 
 
@@ -100,11 +114,13 @@ def test_what_is_left_behind_is_told(quantize, source):
 
 
 def test_warnings_go_to_stderr(make_checkpoint, token_rows, tmp_path):
-    source = make_checkpoint("zero", lambda tensors: tensors["backbone.layers.0.mixer.in_proj.weight"].zero_())
+    source = make_checkpoint(
+        "zero", lambda tensors: tensors["backbone.layers.0.mixer.in_proj.weight"].zero_()
+    )
     result = nemoquant("quantize", source, tmp_path / "out", "--fmt", "fp8", "--calib", token_rows)
     assert (
-        "warning: 1 weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: backbone.layers.0.mixer.in_proj\n"
-        in result.stderr
+        "warning: 1 weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: "
+        "backbone.layers.0.mixer.in_proj\n" in result.stderr
     )
     assert "warning:" not in result.stdout
 
@@ -125,18 +141,36 @@ def test_dry_run_writes_nothing(recipe, more, quantize, tmp_path):
 
 
 def test_dry_run_checks_the_data_and_the_output(quantize, source, tmp_path):
-    assert "does not exist" in nemoquant(
-        "quantize", source, tmp_path / "out", "--fmt", "fp8", "--calib", tmp_path / "no.npy", "--dry-run", code=2
-    ).stderr  # fmt: skip
+    assert (
+        "does not exist"
+        in nemoquant(
+            "quantize",
+            source,
+            tmp_path / "out",
+            "--fmt",
+            "fp8",
+            "--calib",
+            tmp_path / "no.npy",
+            "--dry-run",
+            code=2,
+        ).stderr
+    )
     (tmp_path / "out").mkdir()
     assert "exists; expected a new folder" in quantize("--fmt", "fp8", "--dry-run", code=2).stderr
 
 
 def test_options_reach_the_manifest(quantize, tmp_path):
-    quantize("--fmt", "fp8", "--compute", "float32", "--row-batch", 2, "--shard-size", 0.00003, "--no-scale-groups")
+    quantize(
+        "--fmt", "fp8", "--compute", "float32", "--row-batch", 2, "--shard-size", 0.00003, "--no-scale-groups"
+    )
     manifest = json.loads((tmp_path / "out/nemoquant.json").read_text())
     settings = manifest["calibration"]
-    assert (settings["dtype"], settings["row_batch"], settings["threads"], settings["device"]) == ("float32", 2, 1, "cpu")
+    assert (settings["dtype"], settings["row_batch"], settings["threads"], settings["device"]) == (
+        "float32",
+        2,
+        1,
+        "cpu",
+    )
     assert (settings["rows"], settings["seq_len"], settings["data"]) == (8, 32, "rows.npy")
     assert manifest["shard_bytes"] == 30_000
     assert manifest["plan"]["scale_groups"] is False
@@ -150,7 +184,9 @@ def test_plain_progress_when_not_a_terminal(quantize):
     result = quantize("--fmt", "fp8")
     plan, expected, *stages = result.stderr.splitlines()
     assert re.match(
-        r"expected: [\d.]+ s \(calibrate .* s, pack .* s, verify .* s\), .*B of memory, .*B of disk; rows at once: ", expected
+        r"expected: [\d.]+ s \(calibrate .* s, pack .* s, verify .* s\), .*B of memory, .*B of disk; rows "
+        r"at once: ",
+        expected,
     )
     assert plan.startswith("fp8: ")
     assert plan.endswith(" tensors quantized, activations calibrated")
@@ -227,7 +263,9 @@ def test_golden_figures_of_super():
 def test_a_shown_recipe_is_a_recipe(source, tmp_path):
     shown = tmp_path / "mine.yaml"
     shown.write_text(nemoquant("recipes", "show", "nvfp4").stdout)
-    mine, theirs = (json.loads(nemoquant("plan", source, "--recipe", r, "--json").stdout) for r in (shown, "nvfp4"))
+    mine, theirs = (
+        json.loads(nemoquant("plan", source, "--recipe", r, "--json").stdout) for r in (shown, "nvfp4")
+    )
     assert mine == theirs
 
 
@@ -245,7 +283,8 @@ import sys
 import nemoquant, nemoquant.cli
 from click.testing import CliRunner
 assert CliRunner().invoke(nemoquant.cli.main, ["--help"]).exit_code == 0
-print([m for m in ("torch", "numpy", "numba", "pydantic", "safetensors", "jinja2", "tokenizers", "rich", "yaml") if m in sys.modules])
+heavy = "torch numpy numba pydantic safetensors jinja2 tokenizers rich yaml".split()
+print([m for m in heavy if m in sys.modules])
 """
 
 
@@ -285,7 +324,10 @@ def test_a_changed_preset_should_not_pass_for_it(quantize, tmp_path):
     (tmp_path / "mine.yaml").write_text(preset.replace("format: nvfp4", "format: fp8"))
     assert "warning" not in quantize("--recipe", tmp_path / "same.yaml", "--dry-run").stderr
     told = quantize("--recipe", tmp_path / "mine.yaml", "--dry-run").stderr
-    assert "mine.yaml calls itself nvfp4 but differs from that preset; give it a `name` and `summary` of its own" in told
+    assert (
+        "mine.yaml calls itself nvfp4 but differs from that preset; give it a `name` and `summary` of its own"
+        in told
+    )
 
 
 def test_options_without_effect_are_named(quantize):
@@ -301,9 +343,12 @@ def test_what_cannot_be_read_or_written_is_found_before_the_work(quantize, sourc
     monkeypatch.setattr("os.access", lambda path, mode: path not in closed)
     error = quantize("--fmt", "fp8", code=2).stderr
     assert (
-        error
-        == f"error: {source}/tokenizer.json cannot be read (permission denied); it belongs to the checkpoint: make it readable\n"
+        error == f"error: {source}/tokenizer.json cannot be read (permission denied); it belongs to the "
+        f"checkpoint: make it readable\n"
     )
     closed.clear()
     closed.add(tmp_path.resolve())
-    assert f"{tmp_path} is not writable; choose another output" in quantize("--fmt", "fp8", "--dry-run", code=2).stderr
+    assert (
+        f"{tmp_path} is not writable; choose another output"
+        in quantize("--fmt", "fp8", "--dry-run", code=2).stderr
+    )

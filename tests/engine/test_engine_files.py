@@ -1,7 +1,9 @@
-"""Engine files loaded and run: what is checked before a GPU is touched, and, over a stand-in for the runtime, how calls are made.
+"""Engine files loaded and run: what is checked before a GPU is touched, and, over a stand-in for the runtime,
+how calls are made.
 
-No GPU is at hand here, so no TensorRT ever runs. The stand-in has the part of its Python interface that the runner uses (held to the names
-of the real module), reads and writes raw addresses as it does, and computes with ONNX Runtime; the oracle is the onnxruntime engine.
+No GPU is at hand here, so no TensorRT ever runs. The stand-in has the part of its Python interface that the
+runner uses (held to the names of the real module), reads and writes raw addresses as it does, and computes
+with ONNX Runtime; the oracle is the onnxruntime engine.
 """
 
 import ctypes
@@ -69,7 +71,9 @@ class Context:
             array = np.empty(self.shapes[name], kind)
             ctypes.memmove(array.ctypes.data, self.addresses[name], array.nbytes)
             feeds[name] = array
-        for name, value in zip(self.engine.graph.outputs, self.engine.graph.session.run(None, feeds), strict=True):
+        for name, value in zip(
+            self.engine.graph.outputs, self.engine.graph.session.run(None, feeds), strict=True
+        ):
             assert value.shape == self.get_tensor_shape(name)
             ctypes.memmove(self.addresses[name], np.ascontiguousarray(value).ctypes.data, value.nbytes)
         return True
@@ -84,7 +88,10 @@ class Engine:
         self.graph, self.limits, self.chosen = Graph(path, 1), limits, []
         values = {v.name: v for v in (*self.graph.session.get_inputs(), *self.graph.session.get_outputs())}
         self.dims = {name: value.shape for name, value in values.items()}
-        self.kinds = {name: {"tensor(float)": np.float32, "tensor(int64)": np.int64}[v.type] for name, v in values.items()}
+        self.kinds = {
+            name: {"tensor(float)": np.float32, "tensor(int64)": np.int64}[v.type]
+            for name, v in values.items()
+        }
         self.num_io_tensors = len(values)
 
     def get_tensor_name(self, index: int) -> str:
@@ -127,16 +134,32 @@ def stand_in(limits: tuple[int, int]) -> Any:
 
 
 def write_engine(file: Path, folder: Path, data: bytes | None = None, **changed: Any) -> Path:
-    """An engine file for the graph ``model.onnx`` (or ``mtp.onnx``) of ``folder``, with the facts that the builder writes."""
+    """An engine file for the graph ``model.onnx`` (or ``mtp.onnx``) of ``folder``, with the facts that the
+    builder writes."""
     part = changed.get("part", "main")
     data = str(folder / ("model.onnx" if part == "main" else "mtp.onnx")).encode() if data is None else data
     manifest = folder / "nemoquant.json"
     facts = {
-        "schema": 2, "runtime": "tensorrt", "version": "0", "sm": 100, "compute": "float32", "max_seq_len": 64, "max_batch": 3, "part": "main",
-        "last_token_only": False, "with_hidden": True, "strip_weights": False, "weight_streaming": False, "plugins": None, "mtp": None,
-        "checkpoint": folder.name, "plan": json.loads(manifest.read_text())["plan"]["sha256"] if manifest.exists() else None,
-        "config": file_sha256(folder / "config.json"), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-    } | changed  # fmt: skip
+        "schema": 2,
+        "runtime": "tensorrt",
+        "version": "0",
+        "sm": 100,
+        "compute": "float32",
+        "max_seq_len": 64,
+        "max_batch": 3,
+        "part": "main",
+        "last_token_only": False,
+        "with_hidden": True,
+        "strip_weights": False,
+        "weight_streaming": False,
+        "plugins": None,
+        "mtp": None,
+        "checkpoint": folder.name,
+        "plan": json.loads(manifest.read_text())["plan"]["sha256"] if manifest.exists() else None,
+        "config": file_sha256(folder / "config.json"),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    } | changed
     file.write_bytes(data)
     file.with_name(file.name + ".json").write_text(json.dumps(facts))
     return file
@@ -157,17 +180,23 @@ def loaded(
 
 
 def test_calls_carry_their_state(loaded: Callable[..., tuple[gpu.TensorRTEngine, Path]]) -> None:
-    """A prompt, single tokens, a batch: the same arrays in, so the same bytes out as ONNX Runtime gives by itself."""
+    """A prompt, single tokens, a batch: the same arrays in, so the same bytes out as ONNX Runtime gives by
+    itself."""
     engine, folder = loaded("nvfp4")
     beside = OnnxRuntimeEngine(folder, 1)
     tokens = np.random.default_rng(0).integers(0, 2048, (3, 12))
     ours, theirs = None, None
     for start, end in ((0, 7), (7, 8), (8, 9), (9, 12)):
-        step, expected = engine.forward(tokens[:, start:end], ours), beside.forward(tokens[:, start:end], theirs)
+        step, expected = (
+            engine.forward(tokens[:, start:end], ours),
+            beside.forward(tokens[:, start:end], theirs),
+        )
         assert np.array_equal(step.logits, expected.logits)
         assert np.array_equal(step.hidden, expected.hidden)
         ours, theirs = step.state, expected.state
-        assert {name: value.numpy().tobytes() for name, value in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
+        assert {name: value.numpy().tobytes() for name, value in ours.items()} == {
+            k: v.tobytes() for k, v in theirs.items()
+        }
     assert engine.main.engine.chosen == [1, 0, 1], "a profile is chosen by the shapes, and kept while it fits"
     assert engine.describe() == {"engine": "trt", "version": "0", "device": "sm_100", "compute": "float32"}
 
@@ -177,7 +206,9 @@ def test_drafts(loaded: Callable[..., tuple[gpu.TensorRTEngine, Path]]) -> None:
     found = []
     for running in (engine, OnnxRuntimeEngine(folder, 1)):
         drafts = Drafts()
-        tokens = list(generate(running, [5, 6, 7], max_tokens=24, stop=set(), sampler=Sampler(), mtp=2, drafts=drafts))
+        tokens = list(
+            generate(running, [5, 6, 7], max_tokens=24, stop=set(), sampler=Sampler(), mtp=2, drafts=drafts)
+        )
         found.append((tokens, drafts))
     assert found[0] == found[1]
     assert found[0][1].accepted > 0
@@ -187,11 +218,16 @@ def test_larger_than_it_was_built_for(loaded: Callable[..., tuple[gpu.TensorRTEn
     engine, _ = loaded()
     step = engine.forward(np.zeros((1, 60), np.int64))
     engine.forward(np.zeros((1, 4), np.int64), step.state)
-    with pytest.raises(UsageError, match=r"65 positions: .*model.engine was built for 64 at most.*--max-seq-len"):
+    with pytest.raises(
+        UsageError, match=r"65 positions: .*model.engine was built for 64 at most.*--max-seq-len"
+    ):
         engine.forward(np.zeros((1, 5), np.int64), step.state)
     with pytest.raises(UsageError, match=r"4 sequences: .*model.engine was built for 3 at most.*--max-batch"):
         engine.forward(np.zeros((4, 5), np.int64))
-    with pytest.raises(UsageError, match=r"10 tokens of the prompt and 55 new ones .* are 65; the trt engine was built for 64"):
+    with pytest.raises(
+        UsageError,
+        match=r"10 tokens of the prompt and 55 new ones .* are 65; the trt engine was built for 64",
+    ):
         next(generate(engine, [1] * 10, max_tokens=55, stop=set(), sampler=Sampler()))
 
 
@@ -201,20 +237,32 @@ def test_a_diff_asks_before_it_computes(
     engine, folder = loaded("fp8")
     monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments: engine)
     arguments: dict[str, Any] = {"engine": "trt", "rows": 2, "card": False, "threads": 1}
-    with pytest.raises(UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"):
+    with pytest.raises(
+        UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"
+    ):
         nemoquant.diff(DEMO, [folder], seq_len=65, engine_files=[tmp_path / "model.engine"], **arguments)
     with pytest.raises(UsageError, match="2 engine files for 1 checkpoints"):
         nemoquant.diff(DEMO, [folder], seq_len=16, engine_files=["a", "b"], **arguments)
-    found = nemoquant.diff(DEMO, [folder], seq_len=32, engine_files=[tmp_path / "model.engine"], **arguments).candidates[0]
+    found = nemoquant.diff(
+        DEMO, [folder], seq_len=32, engine_files=[tmp_path / "model.engine"], **arguments
+    ).candidates[0]
     assert found.engine is not None
     assert found.engine.engine == "trt"
     assert 0 < found.engine.kl_from_torch < found.logits.kl.mean
 
 
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("another plan", {"plan": "0" * 64}, ["built for the plan 000000000000", "was written by", "build it again"]),
+    (
+        "another plan",
+        {"plan": "0" * 64},
+        ["built for the plan 000000000000", "was written by", "build it again"],
+    ),
     ("another config", {"config": "0" * 64}, ["another config.json"]),
-    ("the other TensorRT", {"runtime": "tensorrt_rtx"}, ["is for TensorRT-RTX, expected TensorRT", "--engine rtx"]),
+    (
+        "the other TensorRT",
+        {"runtime": "tensorrt_rtx"},
+        ["is for TensorRT-RTX, expected TensorRT", "--engine rtx"],
+    ),
     ("changed", {"sha256": "0" * 64}, ["was changed after it was built"]),
     ("shorter", {"bytes": 5}, ["was changed after it was built"]),
     ("no length", {"max_seq_len": "long"}, ["not as this version writes it (max_seq_len)"]),
@@ -224,22 +272,30 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("another GPU", {"sm": 90}, ["built for SM 90", "is SM 100"]),
     ("no engine", {"data": b"nothing"}, ["can't load", "this is no engine"]),
     ("no plugins", {"plugins": {"file": "x", "sha256": ""}}, ["plugin library", "nemoquant plugins build"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changed", "parts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_refusals(
-    changed: dict[str, Any], parts: list[str], demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, Any],
+    parts: list[str],
+    demo: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(targets.Target, "package", lambda self: stand_in((64, 3)))
     monkeypatch.setattr(targets, "PLUGINS", "NEMOQUANT_NO_SUCH_VARIABLE")
     file = write_engine(tmp_path / "model.engine", demo("fp8"), **changed)
     with pytest.raises(NemoquantError) as error:
-        gpu.TensorRTEngine("trt", file, demo("fp8"), GPU, tmp_path / "no.so" if changed.get("plugins") else None, on="cpu")
+        gpu.TensorRTEngine(
+            "trt", file, demo("fp8"), GPU, tmp_path / "no.so" if changed.get("plugins") else None, on="cpu"
+        )
     check_parts(parts, str(error.value))
 
 
-def test_refusals_of_the_command_line(demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_of_the_command_line(
+    demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before a GPU is asked for, and then that there is none."""
     monkeypatch.setattr("nemoquant.engine.load.device", lambda: None)
     folder, file = demo("fp8"), tmp_path / "model.engine"
@@ -256,7 +312,13 @@ def test_refusals_of_the_command_line(demo: Callable[[str], Path], tmp_path: Pat
         (tmp_path / "model.engine.json").write_text(text)
         refused("--engine", "trt", "--engine-file", file, part="is not as `export trt` writes it")
     write_engine(file, folder)
-    refused("--engine", "trt", "--engine-file", file, part="runs on a GPU of SM 100, and no CUDA device is usable here")
+    refused(
+        "--engine",
+        "trt",
+        "--engine-file",
+        file,
+        part="runs on a GPU of SM 100, and no CUDA device is usable here",
+    )
 
 
 @needs_rtx
@@ -267,17 +329,25 @@ def test_the_stand_in_has_only_what_the_runtime_has() -> None:
         public = {name for name in vars(ours) if not name.startswith("_")}
         assert not public - set(dir(theirs))
     used = [
-        (tensorrt_rtx.ICudaEngine, "weight_streaming_budget_v2 get_weight_streaming_automatic_budget create_engine_inspector num_layers"),
-        (tensorrt_rtx.OnnxParserRefitter, "refit_from_bytes"), (tensorrt_rtx.Refitter, "refit_cuda_engine"),
-        (tensorrt_rtx.EngineInspector, "get_layer_information"), (tensorrt_rtx.LayerInformationFormat, "JSON"),
-        (tensorrt_rtx.IPluginRegistry, "load_library all_creators"), (tensorrt_rtx.BuilderFlag, "STRIP_PLAN WEIGHT_STREAMING"),
-    ]  # fmt: skip
+        (
+            tensorrt_rtx.ICudaEngine,
+            "weight_streaming_budget_v2 get_weight_streaming_automatic_budget create_engine_inspector "
+            "num_layers",
+        ),
+        (tensorrt_rtx.OnnxParserRefitter, "refit_from_bytes"),
+        (tensorrt_rtx.Refitter, "refit_cuda_engine"),
+        (tensorrt_rtx.EngineInspector, "get_layer_information"),
+        (tensorrt_rtx.LayerInformationFormat, "JSON"),
+        (tensorrt_rtx.IPluginRegistry, "load_library all_creators"),
+        (tensorrt_rtx.BuilderFlag, "STRIP_PLAN WEIGHT_STREAMING"),
+    ]
     assert not [(kind, name) for kind, names in used for name in names.split() if not hasattr(kind, name)]
 
 
 @pytest.fixture
 def disguised(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
-    """TensorRT-RTX in TensorRT's place, told the GPU that TensorRT would find: the builder's other half, up to the plugins."""
+    """TensorRT-RTX in TensorRT's place, told the GPU that TensorRT would find: the builder's other half, up
+    to the plugins."""
 
     def make() -> list[Any]:
         import tensorrt_rtx
@@ -293,7 +363,8 @@ def disguised(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
                 return config
 
         module = SimpleNamespace(
-            **{n: getattr(tensorrt_rtx, n) for n in dir(tensorrt_rtx) if not n.startswith("_")} | {"Builder": Builder}
+            **{n: getattr(tensorrt_rtx, n) for n in dir(tensorrt_rtx) if not n.startswith("_")}
+            | {"Builder": Builder}
         )
         module.__version__ = "0"
         monkeypatch.setattr(targets.Target, "package", lambda self: module)
@@ -308,8 +379,11 @@ def disguised(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
 
 @needs_rtx
 @pytest.mark.slow
-def test_the_other_half_of_the_builder(disguised: Callable[[], list[Any]], demo: Callable[[str], Path], tmp_path: Path) -> None:
-    """Two profiles; the GPU of the machine; the plugins named in the facts. (TensorRT-RTX has no timing cache.)"""
+def test_the_other_half_of_the_builder(
+    disguised: Callable[[], list[Any]], demo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two profiles; the GPU of the machine; the plugins named in the facts. (TensorRT-RTX has no timing
+    cache.)"""
     configs = disguised()
     library = tmp_path / "plugins.so"
     library.write_bytes(b"plugins")
@@ -331,7 +405,9 @@ def test_a_timing_cache_of_another_gpu(tmp_path: Path) -> None:
     trt = SimpleNamespace(ProfilingVerbosity=SimpleNamespace(DETAILED=2))
     options = build.EngineOptions("trt", timing_cache=tmp_path / "tactics")
     (tmp_path / "tactics").write_bytes(b"something else")
-    with pytest.raises(UsageError, match="tactics was made by another TensorRT or for another GPU; name another file"):
+    with pytest.raises(
+        UsageError, match="tactics was made by another TensorRT or for another GPU; name another file"
+    ):
         build._config(trt, builder, None, {}, options, 100)
     assert (given, config.profiling_verbosity) == ([b"something else"], 2)
 
@@ -344,12 +420,20 @@ def test_a_timing_cache_of_another_gpu(tmp_path: Path) -> None:
         ({"sm": 100}, None, "nemoquant plugins build --arch sm_100a && nemoquant export trt"),
         ({"target": "rtx"}, None, "--sm is needed where no GPU is found"),
         ({"target": "rtx"}, GPU, "--sm 100: TensorRT-RTX does not build for data-centre GPUs"),
-        ({"target": "rtx", "sm": 120, "weight_streaming": True}, None, "--weight-streaming: only TensorRT has that"),
+        (
+            {"target": "rtx", "sm": 120, "weight_streaming": True},
+            None,
+            "--weight-streaming: only TensorRT has that",
+        ),
         ({"plugins": Path("no.so")}, GPU, "no.so, the plugin library, does not exist"),
     ],
 )
 def test_what_can_be_built_where(
-    options: dict[str, Any], device: Device | None, part: str, demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    device: Device | None,
+    part: str,
+    demo: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(targets.Target, "package", lambda self: stand_in((64, 3)))
     with pytest.raises(UsageError) as error:
@@ -358,10 +442,14 @@ def test_what_can_be_built_where(
 
 
 def test_formats_that_the_gpu_lacks(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts are decoded by the plugin, so W4A16 experts need no FP4 GPU under TensorRT; GEMMs of the runtime's own do."""
+    """Experts are decoded by the plugin, so W4A16 experts need no FP4 GPU under TensorRT; GEMMs of the
+    runtime's own do."""
     monkeypatch.setattr(targets.Target, "package", lambda self: stand_in((64, 3)))
     hopper = Device("a stand-in", 90)
-    for preset, part in (("nvfp4-full", "holds NVFP4 outside of TensorRT's plugins"), ("nvfp4-w4a16", "plugin library")):
+    for preset, part in (
+        ("nvfp4-full", "holds NVFP4 outside of TensorRT's plugins"),
+        ("nvfp4-w4a16", "plugin library"),
+    ):
         with pytest.raises(UsageError) as error:
             build.build(demo(preset), build.EngineOptions("trt", plugins=Path("no.so")), hopper)
         assert part in str(error.value)
@@ -384,7 +472,8 @@ def test_a_module_of_its_own_and_nothing_left_behind(
         nemoquant.export_engine(demo("fp8"), out, target="rtx", sm=89, mtp=True)
     left = sorted(tmp_path.iterdir())
     monkeypatch.setattr(
-        "nemoquant.engine.export.replace_text", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "nemoquant.engine.export.replace_text",
+        lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left")),
     )
     with pytest.raises(NemoquantError, match="No space left"):
         nemoquant.export_engine(demo("fp8"), tmp_path / "other", target="rtx", sm=89, max_seq_len=256)
@@ -392,7 +481,9 @@ def test_a_module_of_its_own_and_nothing_left_behind(
 
 
 @needs_rtx
-def test_an_engine_that_was_built_says_all_that_loading_needs(demo: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_engine_that_was_built_says_all_that_loading_needs(
+    demo: Callable[[str], Path], tmp_path: Path
+) -> None:
     nemoquant.export_engine(demo("fp8"), tmp_path / "e", target="rtx", sm=89, max_seq_len=256)
     with pytest.raises(UsageError, match="runs on a GPU of SM 89, and no CUDA device is usable here"):
         gpu.TensorRTEngine("rtx", tmp_path / "e", demo("fp8"), None)

@@ -1,4 +1,5 @@
-"""``nemoquant generate``: the same text from every engine, drafts that change nothing but the speed, and refusals."""
+"""``nemoquant generate``: the same text from every engine, drafts that change nothing but the speed, and
+refusals."""
 
 import importlib.util
 import json
@@ -58,7 +59,10 @@ def test_it_stops_at_the_end_of_sequence(folder: Path, copied: Callable[..., Pat
     tokens = list(generate(engine, [5, 6, 7], max_tokens=6, stop=set(), sampler=Sampler()))
     assert len(tokens) == 6
     third = next(i for i, t in enumerate(tokens) if i >= 2 and t not in tokens[:i])
-    assert list(generate(engine, [5, 6, 7], max_tokens=6, stop={tokens[third]}, sampler=Sampler())) == tokens[:third]
+    assert (
+        list(generate(engine, [5, 6, 7], max_tokens=6, stop={tokens[third]}, sampler=Sampler()))
+        == tokens[:third]
+    )
     own = copied(folder)
     full = run(own, "--max-tokens", 8).stderr
     codes = TorchEngine(own).opened.config.eos_token_ids
@@ -72,12 +76,15 @@ def test_it_stops_at_the_end_of_sequence(folder: Path, copied: Callable[..., Pat
 
 
 def test_a_temperature_is_reproducible_by_its_seed(folder: Path) -> None:
-    one, again, other = (run(folder, "--max-tokens", 16, "--temperature", 1.0, "--seed", seed).stdout for seed in (1, 1, 2))
+    one, again, other = (
+        run(folder, "--max-tokens", 16, "--temperature", 1.0, "--seed", seed).stdout for seed in (1, 1, 2)
+    )
     assert one == again != other
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """Two tokens with odds 3 to 1 at temperature 1, and 9 to 1 at 0.5: shares of 20,000 within four standard deviations."""
+    """Two tokens with odds 3 to 1 at temperature 1, and 9 to 1 at 0.5: shares of 20,000 within four standard
+    deviations."""
     logits = np.log(np.array([0.75, 0.25], np.float32))
     for temperature, share in ((1.0, 0.75), (0.5, 0.9)):
         sampler = Sampler(temperature, seed=3)
@@ -86,7 +93,8 @@ def test_sampling_follows_the_distribution() -> None:
 
 
 class Counting:
-    """A fake engine whose next token is last + 1, and whose module guesses that, but wrongly after the tokens in ``wrong``.
+    """A fake engine whose next token is last + 1, and whose module guesses that, but wrongly after the tokens
+    in ``wrong``.
 
     Its state is the list of tokens that it has seen, so that a state that was not cut back shows.
     """
@@ -100,7 +108,9 @@ class Counting:
         before = state or []
         assert before == list(range(7, 7 + len(before))), "a rejected draft stayed in the state"
         assert not before or tokens[0, 0] == before[-1] + 1
-        return Step(self._logits(tokens + 1), tokens[..., None].astype(np.float32), [*before, *tokens[0].tolist()])
+        return Step(
+            self._logits(tokens + 1), tokens[..., None].astype(np.float32), [*before, *tokens[0].tolist()]
+        )
 
     def draft(self, tokens: Any, hidden: Any, state: Any = None) -> Step:
         assert tokens.shape == hidden.shape[:2]
@@ -117,10 +127,14 @@ class Counting:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("wrong", [set(), set(range(1000)), {13, 14, 20}], ids=["all right", "all wrong", "some wrong"])
+@pytest.mark.parametrize(
+    "wrong", [set(), set(range(1000)), {13, 14, 20}], ids=["all right", "all wrong", "some wrong"]
+)
 def test_drafts_change_nothing(count: int, wrong: set[int]) -> None:
     drafts = Drafts()
-    tokens = generate(Counting(wrong), [7, 8, 9], max_tokens=30, stop=set(), sampler=Sampler(), mtp=count, drafts=drafts)
+    tokens = generate(
+        Counting(wrong), [7, 8, 9], max_tokens=30, stop=set(), sampler=Sampler(), mtp=count, drafts=drafts
+    )
     assert list(tokens) == list(range(10, 40))
     assert drafts.drafted > 0
     assert drafts.rate == {0: 1.0, 1000: 0.0}.get(len(wrong), drafts.rate)
@@ -149,10 +163,14 @@ def test_chat_goes_through_the_template(folder: Path, copied: Callable[..., Path
     """With the answer about to begin."""
     own = copied(folder, graphs=False)
     (own / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt "
+        "%}answer:{% endif %}"
     )
     from nemoquant.tokens.codec import TextCodec
 
     codec = TextCodec(own)
     assert codec.chat("Hello") == codec.encode("user: Hello\nanswer:")
-    assert f"{len(codec.chat('Hello'))} tokens in, 4 out" in run(own, "--chat", "--max-tokens", 4, prompt="Hello").stderr
+    assert (
+        f"{len(codec.chat('Hello'))} tokens in, 4 out"
+        in run(own, "--chat", "--max-tokens", 4, prompt="Hello").stderr
+    )

@@ -23,13 +23,22 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("preset", "sm", "compute"),
     mostly_slow(
-        [("fp8", 89, "float16"), ("fp8", 120, "bfloat16"), ("nvfp4", 120, "bfloat16"), ("nvfp4-full", 120, "float16"),
-         ("nvfp4-w4a16", 120, "bfloat16"), ("bf16", 89, "bfloat16")],
+        [
+            ("fp8", 89, "float16"),
+            ("fp8", 120, "bfloat16"),
+            ("nvfp4", 120, "bfloat16"),
+            ("nvfp4-full", 120, "float16"),
+            ("nvfp4-w4a16", 120, "bfloat16"),
+            ("bf16", 89, "bfloat16"),
+        ],
         ("nvfp4", 120, "bfloat16"),
     ),
-)  # fmt: skip
-def test_engines_are_built(preset: str, sm: int, compute: str, demo: Callable[[str], Path], tmp_path: Path) -> None:
-    """One engine for prompts and single tokens; formats stay what they are; the facts beside the file are those of the file."""
+)
+def test_engines_are_built(
+    preset: str, sm: int, compute: str, demo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One engine for prompts and single tokens; formats stay what they are; the facts beside the file are
+    those of the file."""
     folder, out = demo(preset), tmp_path / "model.engine"
     facts = nemoquant.export_engine(folder, out, target="rtx", sm=sm, compute=compute, max_seq_len=1024)
     assert json.loads((tmp_path / "model.engine.json").read_text()) == json.loads(json.dumps(facts))
@@ -39,23 +48,37 @@ def test_engines_are_built(preset: str, sm: int, compute: str, demo: Callable[[s
     assert ("FP4" in types) == preset.startswith("nvfp4")
     assert ("FP8" in types) == (preset != "bf16")
     manifest = folder / "nemoquant.json"
-    assert facts["plan"] == (json.loads(manifest.read_text())["plan"]["sha256"] if manifest.exists() else None)
+    assert facts["plan"] == (
+        json.loads(manifest.read_text())["plan"]["sha256"] if manifest.exists() else None
+    )
     assert facts["inputs"]["input_ids"] == ["batch", "length"]
     assert facts["outputs"][0] == "logits"
-    assert [w for w in facts["warnings"] if "Int64 binding" not in w] == [], "the one left says that token ids are int64"
+    assert [w for w in facts["warnings"] if "Int64 binding" not in w] == [], (
+        "the one left says that token ids are int64"
+    )
 
 
-def test_weights_stand_in_an_engine_once_and_packed(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
-    """A branch for few tokens beside one for many held all experts twice; unpacked they would be four times as large."""
+def test_weights_stand_in_an_engine_once_and_packed(
+    tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    """A branch for few tokens beside one for many held all experts twice; unpacked they would be four times
+    as large."""
     source = make_checkpoint(
-        hybrid_override_pattern="E", n_routed_experts=64, num_experts_per_tok=4, moe_latent_size=256, moe_intermediate_size=1024,
-        num_nextn_predict_layers=0, mtp_hybrid_override_pattern=None,
-    )  # fmt: skip
+        hybrid_override_pattern="E",
+        n_routed_experts=64,
+        num_experts_per_tok=4,
+        moe_latent_size=256,
+        moe_intermediate_size=1024,
+        num_nextn_predict_layers=0,
+        mtp_hybrid_override_pattern=None,
+    )
     out = nemoquant.quantize(source, tmp_path / "out", "nvfp4-w4a16", nemoquant.RunOptions(threads=1)).out
     packed = nemoquant.inspect(out)["bytes"]
     assert packed > 18e6
     facts = nemoquant.export_engine(out, tmp_path / "model.engine", target="rtx", sm=120)
-    assert packed < facts["bytes"] < 1.15 * packed + 2e6, facts["bytes"] / packed  # measured: 1.02 and kernels
+    assert packed < facts["bytes"] < 1.15 * packed + 2e6, (
+        facts["bytes"] / packed
+    )  # measured: 1.02 and kernels
 
 
 def refused(*arguments: object, parts: list[str], code: int = 2) -> None:
@@ -82,7 +105,9 @@ def test_refusals(demo: Callable[[str], Path], copied: Callable[..., Path], tmp_
     assert not list(tmp_path.glob("e*"))
 
 
-def test_without_the_extra(demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra(
+    demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = demo("fp8")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     refused(folder, tmp_path / "e", "--sm", 89, parts=["pip install 'nemoquant[rtx]'"], code=3)

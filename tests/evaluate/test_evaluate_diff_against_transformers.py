@@ -1,8 +1,10 @@
-"""``diff`` of weights alone against transformers: two models in float32, one of the source's weights, one of weights decoded here.
+"""``diff`` of weights alone against transformers: two models in float32, one of the source's weights, one of
+weights decoded here.
 
-Nothing of nemoquant computes what is expected: the checkpoint is read by the safetensors library and decoded from a table, transformers'
-NemotronHForCausalLM computes hidden states and logits, and the figures are their formulas in float64. Rows have 64 tokens, one
-chunk: transformers' torch path is wrong beyond it (its issue 47246).
+Nothing of nemoquant computes what is expected: the checkpoint is read by the safetensors library and decoded
+from a table, transformers' NemotronHForCausalLM computes hidden states and logits, and the figures are their
+formulas in float64. Rows have 64 tokens, one chunk: transformers' torch path is wrong beyond it (its issue
+47246).
 """
 
 import importlib.util
@@ -27,14 +29,16 @@ from nemoquant.shipped import evaluation_data
 from nemoquant.tokens.rows import load_rows
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs transformers (extra: modelopt), which computes the logits"
+    importlib.util.find_spec("transformers") is None,
+    reason="needs transformers (extra: modelopt), which computes the logits",
 )
 
 ROWS, LENGTH = 16, 64
 
-# Two float32 models on the same weights have logits that differ by 1e-6 of their size. KL is about the square of logits' differences,
-# here 0.1: 2e-5 of it at a position, less in the mean. Measured: mean 7e-7, median 6e-7, p99 8e-6, max 1.2e-5; perplexity 4e-8;
-# residual streams, whose errors are sums over 200000 values, 3e-8.
+# Two float32 models on the same weights have logits that differ by 1e-6 of their size. KL is about the square
+# of logits' differences, here 0.1: 2e-5 of it at a position, less in the mean. Measured: mean 7e-7, median
+# 6e-7, p99 8e-6, max 1.2e-5; perplexity 4e-8; residual streams, whose errors are sums over 200000 values,
+# 3e-8.
 KL, PERPLEXITY, STREAM = 1e-4, 1e-6, 1e-6
 
 
@@ -45,7 +49,8 @@ def dense(folder: Path) -> dict[str, Tensor]:
 
 @dataclass
 class Outputs:
-    """What transformers computes: logits [rows, length, vocabulary], and the stream [rows, length, hidden] after each layer; float64."""
+    """What transformers computes: logits [rows, length, vocabulary], and the stream [rows, length, hidden]
+    after each layer; float64."""
 
     logits: Tensor
     streams: list[Tensor]
@@ -64,7 +69,9 @@ def outputs(tensors: dict[str, Tensor], folder: Path, tokens: Tensor) -> Outputs
     model = load(folder, torch.float32)
     streams: list[Tensor] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, __, out: streams.append((out[0] if isinstance(out, tuple) else out).double()))
+        layer.register_forward_hook(
+            lambda _, __, out: streams.append((out[0] if isinstance(out, tuple) else out).double())
+        )
     return Outputs(model(tokens, use_cache=False).logits.double(), streams)
 
 
@@ -123,7 +130,10 @@ def test_kl_by_position(compared: Compared) -> None:
 
 def test_perplexities(compared: Compared) -> None:
     following = compared.tokens[:, 1:, None]
-    expected = [float((-x.log_probabilities.gather(-1, following)).mean().exp()) for x in (compared.source, compared.candidate)]
+    expected = [
+        float((-x.log_probabilities.gather(-1, following)).mean().exp())
+        for x in (compared.source, compared.candidate)
+    ]
     found, reference = compared.report.candidates[0].logits, compared.report.reference
     assert reference.perplexity == pytest.approx(expected[0], rel=PERPLEXITY)
     assert found.perplexity == pytest.approx(expected[1], rel=PERPLEXITY)
@@ -144,12 +154,17 @@ def test_likeliest_tokens(compared: Compared) -> None:
 
 def test_the_stream_after_every_layer(compared: Compared) -> None:
     kinds = json.loads((DEMO / "config.json").read_text())["hybrid_override_pattern"]
-    layers = [layer for layer in compared.report.candidates[0].layers if layer.name not in ("embedding", "head")]
+    layers = [
+        layer for layer in compared.report.candidates[0].layers if layer.name not in ("embedding", "head")
+    ]
     assert len(layers) == len(kinds) == len(compared.source.streams)
     for i, layer in enumerate(layers):
         first, second = compared.source.streams[i], compared.candidate.streams[i]
         expected = float((second - first).norm() / first.norm())
-        assert (layer.name, expected == 0) == (str(i), "E" not in kinds[: i + 1])  # up to the first experts all is equal
+        assert (layer.name, expected == 0) == (
+            str(i),
+            "E" not in kinds[: i + 1],
+        )  # up to the first experts all is equal
         assert layer.stream.relative == pytest.approx(expected, rel=STREAM, abs=0), f"layer {i}, {layer.kind}"
 
 

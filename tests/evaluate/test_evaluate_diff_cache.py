@@ -89,7 +89,13 @@ def test_other_rows(source, compare, cache, token_rows, tmp_path, refused):
     compare(source, source, reference_cache=cache)
     other = tmp_path / "other.npy"
     np.save(other, np.load(token_rows)[:, ::-1])
-    refused(str(cache), "made from other rows (--data, --rows, --seq-len)", "tokens differ", "remove this one", data=other)
+    refused(
+        str(cache),
+        "made from other rows (--data, --rows, --seq-len)",
+        "tokens differ",
+        "remove this one",
+        data=other,
+    )
     np.save(other, np.load(token_rows)[:4])
     refused("tokens differ", data=other)
 
@@ -121,11 +127,20 @@ def test_another_source(what, part, source, make_checkpoint, compare, cache, tok
     compare(source, source, reference_cache=cache)
     other = {
         "training": lambda: make_checkpoint("other", seed=1),
-        "matrix": lambda: make_checkpoint("other", lambda t: t[IN_PROJ].mul_(2)),  # its norms and SSM parameters are the same
+        "matrix": lambda: make_checkpoint(
+            "other", lambda t: t[IN_PROJ].mul_(2)
+        ),  # its norms and SSM parameters are the same
         "config": lambda: make_checkpoint("other", layer_norm_epsilon=1e-6),
         "tensor table": lambda: make_checkpoint("other", lambda t: t.update({IN_PROJ: t[IN_PROJ].float()})),
     }[what]()
-    refused(str(cache), "made from another source", part, "give another file or remove this one", of=other, data=token_rows)
+    refused(
+        str(cache),
+        "made from another source",
+        part,
+        "give another file or remove this one",
+        of=other,
+        data=token_rows,
+    )
 
 
 def test_files_that_are_no_cache(source, cache, token_rows, refused):
@@ -157,7 +172,9 @@ def test_a_cache_without_a_tensor(source, compare, cache, token_rows, refused):
 def test_places_where_none_can_be(source, cache, tmp_path, token_rows, refused):
     cache.mkdir()
     refused(str(cache), "cannot be read", kind=HeaderError, data=token_rows)
-    with pytest.raises(OutputError, match="nowhere is not a folder; make it, or give another place for the reference cache"):
+    with pytest.raises(
+        OutputError, match="nowhere is not a folder; make it, or give another place for the reference cache"
+    ):
         diff(source, [source], data=token_rows, threads=1, reference_cache=tmp_path / "nowhere/cache")
     assert not (tmp_path / "nowhere").exists()
 
@@ -206,7 +223,9 @@ def test_a_full_disk(source, compare, cache, monkeypatch):
 
     monkeypatch.setattr(ShardWriter, "write", full)
     before = sorted(cache.parent.iterdir())
-    with pytest.raises(OutputError, match="No space left on device; give another place for the reference cache") as told:
+    with pytest.raises(
+        OutputError, match="No space left on device; give another place for the reference cache"
+    ) as told:
         compare(source, source, reference_cache=cache)
     assert str(cache) in str(told.value)
     assert sorted(cache.parent.iterdir()) == before
@@ -215,7 +234,10 @@ def test_a_full_disk(source, compare, cache, monkeypatch):
 def test_what_another_run_writes_is_left_to_it(source, compare, cache):
     partial = cache.with_name(cache.name + ".partial")
     partial.write_text("half of it")
-    with pytest.raises(OutputError, match=r"partial exists, left by a run that was killed or still writing; remove it, or give"):
+    with pytest.raises(
+        OutputError,
+        match=r"partial exists, left by a run that was killed or still writing; remove it, or give",
+    ):
         compare(source, source, reference_cache=cache)
     assert partial.read_text() == "half of it"
     assert not cache.exists()

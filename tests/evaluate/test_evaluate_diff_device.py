@@ -1,4 +1,5 @@
-"""The diff on a GPU: on a device that only looks like one (tests/support/elsewhere.py), and through Triton's interpreter in a process of its own."""
+"""The diff on a GPU: on a device that only looks like one (tests/support/elsewhere.py), and through Triton's
+interpreter in a process of its own."""
 
 import importlib.util
 import json
@@ -25,11 +26,20 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear")
 
 
 def differences(a: Any, b: Any, rel: float = 1e-5, where: str = "") -> list[str]:
-    """Where two reports differ by more than ``rel`` of a figure (by default what the rounding of sums does), or 1e-9 where it is next to nothing."""
+    """Where two reports differ by more than ``rel`` of a figure (by default what the rounding of sums does),
+    or 1e-9 where it is next to nothing."""
     if isinstance(a, dict):
-        return [d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), rel, f"{where}.{key}")]
+        return [
+            d
+            for key in a.keys() | b.keys()
+            for d in differences(a.get(key), b.get(key), rel, f"{where}.{key}")
+        ]
     if isinstance(a, list):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, rel, f"{where}[{i}]")]
+        return [
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, rel, f"{where}[{i}]")
+        ]
     if isinstance(a, float) and isinstance(b, float):
         return [] if a == pytest.approx(b, rel=rel, abs=1e-9) else [f"{where}: {a}, {b}"]
     return [] if a == b else [f"{where}: {a}, {b}"]
@@ -37,7 +47,8 @@ def differences(a: Any, b: Any, rel: float = 1e-5, where: str = "") -> list[str]
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
-    """ "cuda" is the device of tests/support/elsewhere.py, and the Triton kernels' work is done by the CPU's."""
+    """ "cuda" is the device of tests/support/elsewhere.py, and the Triton kernels' work is done by the
+    CPU's."""
     made, round_trip = Elsewhere(), packed.fake_quantize
 
     def rounded(format: str) -> Callable[..., torch.Tensor]:
@@ -46,12 +57,15 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
     monkeypatch.setattr(gpu, "check", lambda device: None)
     monkeypatch.setattr(gpu, "computes", lambda device: device == ELSEWHERE)
     monkeypatch.setattr(gpu, "fp8_decoded", lambda *parts: torch.from_numpy(fp8.decode(*parts)).to(ELSEWHERE))
-    monkeypatch.setattr(gpu, "nvfp4_decoded", lambda *parts: torch.from_numpy(nvfp4.decode(*parts)).to(ELSEWHERE))
+    monkeypatch.setattr(
+        gpu, "nvfp4_decoded", lambda *parts: torch.from_numpy(nvfp4.decode(*parts)).to(ELSEWHERE)
+    )
     monkeypatch.setattr(gpu, "fp8_rounded", rounded("fp8"))
     monkeypatch.setattr(gpu, "nvfp4_rounded", rounded("nvfp4"))
     for module in ("run", "reference"):
         monkeypatch.setattr(
-            f"nemoquant.evaluate.{module}.torch_device", lambda name: ELSEWHERE if name == "cuda" else torch.device(name)
+            f"nemoquant.evaluate.{module}.torch_device",
+            lambda name: ELSEWHERE if name == "cuda" else torch.device(name),
         )
     return made
 
@@ -59,8 +73,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 def test_all_products_are_on_the_device(
     device: Elsewhere, source: Path, quantized: Callable[..., Path], compare: Callable[..., Report]
 ) -> None:
-    """Layers of each kind, the head, the multi-token prediction, effects of modules; and all figures are those of the CPU: where inputs are rounded
-    but for a code or two that fall to the other side (0.07% of an expert's effect, seen), because sums are in another order."""
+    """Layers of each kind, the head, the multi-token prediction, effects of modules; and all figures are
+    those of the CPU: where inputs are rounded but for a code or two that fall to the other side (0.07% of an
+    expert's effect, seen), because sums are in another order."""
     candidates = [quantized("nvfp4-w4a16"), source, quantized("nvfp4-full")]
     expected = compare(source, *candidates)
     with device:
@@ -75,7 +90,9 @@ def test_all_products_are_on_the_device(
     assert found.candidates[1].logits.kl.max == 0, "the source against itself"
 
 
-def test_a_tied_head(device: Elsewhere, make_checkpoint: Callable[..., Path], compare: Callable[..., Report]) -> None:
+def test_a_tied_head(
+    device: Elsewhere, make_checkpoint: Callable[..., Path], compare: Callable[..., Report]
+) -> None:
     """Where the head is the embedding, which is looked up on the CPU."""
     tied = make_checkpoint("tied", tie_word_embeddings=True)
     with device:
@@ -83,11 +100,14 @@ def test_a_tied_head(device: Elsewhere, make_checkpoint: Callable[..., Path], co
     assert [(op, device.here[op]) for op in PRODUCTS if device.here[op]] == []
 
 
-def test_a_cache_of_another_device(device: Elsewhere, source: Path, compare: Callable[..., Report], tmp_path: Path) -> None:
+def test_a_cache_of_another_device(
+    device: Elsewhere, source: Path, compare: Callable[..., Report], tmp_path: Path
+) -> None:
     """It would give a model an error against itself."""
     cache = tmp_path / "cache"
     compare(source, source, reference_cache=cache)
-    says = r"cache was computed on another device \(--device\): its device differ; .*give another file or remove this one"
+    says = r"cache was computed on another device \(--device\): its device differ; .*give another file"
+    says += " or remove this one"
     with device, pytest.raises(CheckpointError, match=says):
         compare(source, source, reference_cache=cache, device="cuda")
     with device:
@@ -97,7 +117,8 @@ def test_a_cache_of_another_device(device: Elsewhere, source: Path, compare: Cal
 
 
 def test_rows_at_once(source: Path) -> None:
-    """On a GPU more of them in a MoE layer, whose weights cross once a batch; by hand for segments of 2,048 tokens of this model."""
+    """On a GPU more of them in a MoE layer, whose weights cross once a batch; by hand for segments of 2,048
+    tokens of this model."""
     config, length = api.open_source(source).config, 1 << 14
     values = {"mamba": 3 * 64 + 4 * 128, "moe": 2 * 80 + 4 * 32}
     for kind, there in (("mamba", 384 << 20), ("moe", 2 << 30)):
@@ -120,7 +141,8 @@ print(api.diff(source, candidates, data=rows, device="cuda", threads=1, card=Fal
 def test_through_the_kernels(
     source: Path, quantized: Callable[..., Path], compare: Callable[..., Report], token_rows: Path
 ) -> None:
-    """The same figures with weights decoded and inputs rounded by Triton, interpreted: one row of 8 tokens."""
+    """The same figures with weights decoded and inputs rounded by Triton, interpreted: one row of 8
+    tokens."""
     candidates = [quantized("nvfp4-full"), quantized("fp8")]
     np.save(token_rows, np.load(token_rows)[:1, :8])
     done = run_python(PROGRAM, source, token_rows, *candidates, TRITON_INTERPRET="1")
@@ -138,6 +160,8 @@ def test_an_unknown_device(source: Path, compare: Callable[..., Report]) -> None
 def test_without_a_gpu_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
-    result = CliRunner().invoke(main, ["diff", str(tmp_path / "none"), str(tmp_path / "out"), "--device", "cuda"])
+    result = CliRunner().invoke(
+        main, ["diff", str(tmp_path / "none"), str(tmp_path / "out"), "--device", "cuda"]
+    )
     assert result.exit_code == 2
     assert "device: got cuda, but torch finds no CUDA GPU here (torch " in result.stderr

@@ -1,7 +1,8 @@
-"""``diff``'s figures by layer and module against a straight computation: the reference model over weights decoded here, with taps
-written here, one call a layer, on all rows at once.
+"""``diff``'s figures by layer and module against a straight computation: the reference model over weights
+decoded here, with taps written here, one call a layer, on all rows at once.
 
-What is multiplied is the same to the bit, so that the figures differ by how sums and differences are rounded alone.
+What is multiplied is the same to the bit, so that the figures differ by how sums and differences are rounded
+alone.
 """
 
 import math
@@ -29,9 +30,11 @@ from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import ReferenceModel, layer_forward
 from nemoquant.model.taps import Scope, Tap, identity, prefixed
 
-# Sums of float64: n squares, n below 10^6, in another order, differ by n 2^-53 at the very most, and a logarithm by less.
+# Sums of float64: n squares, n below 10^6, in another order, differ by n 2^-53 at the very most, and a
+# logarithm by less.
 FLOAT64 = 1e-10
-# diff subtracts streams in float32: each difference is off by 2^-24 of it at most, error and signal each. Measured: 2e-9.
+# diff subtracts streams in float32: each difference is off by 2^-24 of it at most, error and signal each.
+# Measured: 2e-9.
 DIFFERENCE = 2.0**-23
 
 ROWS, LENGTH, EFFECT_ROWS = 6, 40, 4
@@ -98,7 +101,10 @@ class Straight:
         for name, scale in self.tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "input_scale":
-                found[module] = ("nvfp4" if self.tensors[module + ".weight"].dtype == torch.uint8 else "fp8"), scale
+                found[module] = (
+                    ("nvfp4" if self.tensors[module + ".weight"].dtype == torch.uint8 else "fp8"),
+                    scale,
+                )
             if kind in ("k_scale", "v_scale"):
                 found[module + ".output"] = "fp8", scale
         return found
@@ -113,7 +119,9 @@ class Straight:
             form, scale = self.rounded[name]
             y = (round_fp8 if form == "fp8" else round_nvfp4)(x, scale)
             if keep:
-                self.sums.setdefault(name, Sums()).add(x, y, float(scale) * (448 if form == "fp8" else 2688) * (1 + 2.0**-20))
+                self.sums.setdefault(name, Sums()).add(
+                    x, y, float(scale) * (448 if form == "fp8" else 2688) * (1 + 2.0**-20)
+                )
             return y
 
         return through
@@ -121,14 +129,19 @@ class Straight:
     def layer(self, i: int, x: Tensor, tap: Tap) -> tuple[Tensor, Tensor | None]:
         """The stream after layer i, and the scan's state."""
         prefix = f"backbone.layers.{i}."
-        y, state = layer_forward(self.config, self.config.layers[i], self.scope(prefix), x, None, prefixed(tap, prefix))
+        y, state = layer_forward(
+            self.config, self.config.layers[i], self.scope(prefix), x, None, prefixed(tap, prefix)
+        )
         return y, getattr(state, "ssm", None)
 
     def choices(self, i: int, x: Tensor) -> list[set[int]]:
         """The experts of each token: the largest of sigmoid plus bias."""
         layer = self.scope(f"backbone.layers.{i}.")
         normed = rms_norm(x, layer["norm.weight"], self.config.norm_eps).flatten(0, 1)
-        scores = torch.sigmoid(normed @ layer["mixer.gate.weight"].mT) + layer["mixer.gate.e_score_correction_bias"]
+        scores = (
+            torch.sigmoid(normed @ layer["mixer.gate.weight"].mT)
+            + layer["mixer.gate.e_score_correction_bias"]
+        )
         return [set(ids) for ids in scores.topk(self.config.num_experts_per_tok).indices.tolist()]
 
     def logits(self, x: Tensor, tap: Tap) -> Tensor:
@@ -254,7 +267,9 @@ def test_the_stream(run: Run) -> None:
     for i in layer_numbers(run):
         expected = relative(run.own_streams[i + 1], run.streams[i + 1])
         assert layer_of(run, str(i)).stream.relative == pytest.approx(expected, rel=DIFFERENCE), i
-        assert layer_of(run, str(i)).stream.sqnr_db == pytest.approx(-20 * math.log10(expected), abs=20 * DIFFERENCE), i
+        assert layer_of(run, str(i)).stream.sqnr_db == pytest.approx(
+            -20 * math.log10(expected), abs=20 * DIFFERENCE
+        ), i
 
 
 def test_each_layer_alone(run: Run) -> None:
@@ -310,8 +325,8 @@ def parts(run: Run, module: Module) -> set[str]:
 
 
 def test_the_effect_of_every_module(run: Run) -> None:
-    """Its layer with this module's weights and rounded inputs, all else the source's, on the source's stream of four rows; of the
-    head, the logits."""
+    """Its layer with this module's weights and rounded inputs, all else the source's, on the source's stream
+    of four rows; of the head, the logits."""
     modules = run.report.candidates[0].modules
     for module in modules:
         names = parts(run, module)
@@ -332,7 +347,9 @@ def test_the_effect_of_every_module(run: Run) -> None:
 def test_every_module_that_is_not_the_sources_is_there_once(run: Run) -> None:
     names = [name for module in run.report.candidates[0].modules for name in parts(run, module)]
     stored = {
-        n.removesuffix(".weight") for n, t in run.candidate.tensors.items() if t.dtype in (torch.uint8, torch.float8_e4m3fn)
+        n.removesuffix(".weight")
+        for n, t in run.candidate.tensors.items()
+        if t.dtype in (torch.uint8, torch.float8_e4m3fn)
     }
     assert sorted(names) == sorted(name for name in stored if not name.endswith("_scale"))
     caches = [module.name for module in run.report.candidates[0].modules if module.role == "kv_cache"]
@@ -360,7 +377,10 @@ def test_the_noise_of_every_module(run: Run) -> None:
                 assert found is None
                 continue
             assert found is not None
-            total = {key: sum(getattr(s, key) for s in sums) for key in ("signal", "error", "saturated", "flushed", "count")}
+            total = {
+                key: sum(getattr(s, key) for s in sums)
+                for key in ("signal", "error", "saturated", "flushed", "count")
+            }
             assert found.sqnr_db == pytest.approx(Sums(**total).db, rel=FLOAT64), module.name
             assert found.flushed == total["flushed"] / total["count"], module.name
             assert found.saturated == total["saturated"] / total["count"], module.name
@@ -376,18 +396,24 @@ def test_the_noise_of_every_module(run: Run) -> None:
 def test_sizes_of_modules(run: Run) -> None:
     for module in run.report.candidates[0].modules:
         names = parts(run, module)
-        kinds = [f"{name}.{kind}" for name in names for kind in ("weight", "weight_scale", "weight_scale_2", "input_scale")]
+        kinds = [
+            f"{name}.{kind}"
+            for name in names
+            for kind in ("weight", "weight_scale", "weight_scale_2", "input_scale")
+        ]
         if module.role == "kv_cache":
             mixer = module.name.removesuffix(".kv_cache")
             kinds = [f"{mixer}.k_proj.k_scale", f"{mixer}.v_proj.v_scale"]
         stored = [run.candidate.tensors[kind] for kind in kinds if kind in run.candidate.tensors]
         assert module.bytes == sum(t.numel() * t.element_size() for t in stored), module.name
-        assert module.elements == sum(run.source.tensors[name + ".weight"].numel() for name in names), module.name
+        assert module.elements == sum(run.source.tensors[name + ".weight"].numel() for name in names), (
+            module.name
+        )
 
 
 def test_acceptance_of_multi_token_prediction(run: Run) -> None:
-    """At t the module is given the main model's hidden state of t and the token at t + 1; its choice is held against the main
-    model's own at t + 1."""
+    """At t the module is given the main model's hidden state of t and the token at t + 1; its choice is held
+    against the main model's own at t + 1."""
     for model, tap, found in (
         (run.source, identity, run.report.reference.mtp_acceptance),
         (run.candidate, run.candidate.tap(), run.report.candidates[0].mtp_acceptance),
@@ -417,21 +443,25 @@ def test_logits(run: Run) -> None:
 
 # Batches and segments.
 
-# Products of other sizes, and a scan in other chunks, round differently: 1e-7 of the stream, whose errors here are 0.1 of it.
-# Measured: 5e-6, for KL.
+# Products of other sizes, and a scan in other chunks, round differently: 1e-7 of the stream, whose errors
+# here are 0.1 of it. Measured: 5e-6, for KL.
 FLOAT32 = 1e-4
 
 
 def numbers(data: Any) -> dict[str, float | None]:
     """Every figure of a report, by its path."""
-    return {path: leaf for path, leaf in leaves(data).items() if leaf is None or isinstance(leaf, (int, float))}
+    return {
+        path: leaf for path, leaf in leaves(data).items() if leaf is None or isinstance(leaf, (int, float))
+    }
 
 
 CUTS = [
     pytest.param({"BATCH_BYTES": 1}, id="a row at a time"),
     pytest.param({"SEGMENT": 7}, id="seven positions at a time"),
     pytest.param({"BATCH_BYTES": 1, "SEGMENT": 1}, id="a row and a position at a time"),
-    pytest.param({"BATCH_BYTES": 300_000, "SEGMENT": 33}, id="some rows, one of them short, and 33 positions of 40"),
+    pytest.param(
+        {"BATCH_BYTES": 300_000, "SEGMENT": 33}, id="some rows, one of them short, and 33 positions of 40"
+    ),
 ]
 
 
@@ -447,18 +477,26 @@ def test_batches_and_segments_do_not_matter(
     """For weights alone: a rounded input that a last bit moves to the next code would be another number."""
     for name, value in cut.items():
         monkeypatch.setattr(layers, name, value)
-    report = nemoquant.diff(source, [weights_only.folder], data=source.parent / "rows.npy", card=False, threads=1)
+    report = nemoquant.diff(
+        source, [weights_only.folder], data=source.parent / "rows.npy", card=False, threads=1
+    )
     expected, found = numbers(weights_only.report.model_dump()), numbers(report.model_dump())
     assert found.keys() == expected.keys()
-    error = {key: abs(found[key] / value - 1) for key, value in expected.items() if value and ".sqnr_db" not in key}
+    error = {
+        key: abs(found[key] / value - 1) for key, value in expected.items() if value and ".sqnr_db" not in key
+    }
     print(cut, f"{max(error.values()):.1e}", max(error, key=lambda key: error[key]))
     assert {key: value for key, value in error.items() if value > FLOAT32} == {}
-    assert {key for key, value in expected.items() if not value} == {key for key, value in found.items() if not value}
+    assert {key for key, value in expected.items() if not value} == {
+        key for key, value in found.items() if not value
+    }
 
 
-def test_noise_of_inputs_is_of_all_batches_and_segments(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Last bits of the stream differ, and move a value in a hundred thousand to the next code: measured 7e-5 dB at most. Of the last
-    segment alone, a module's noise is another by 0.1 dB and more."""
+def test_noise_of_inputs_is_of_all_batches_and_segments(
+    run: Run, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last bits of the stream differ, and move a value in a hundred thousand to the next code: measured 7e-5
+    dB at most. Of the last segment alone, a module's noise is another by 0.1 dB and more."""
     monkeypatch.setattr(layers, "BATCH_BYTES", 1)
     monkeypatch.setattr(layers, "SEGMENT", 7)
     report = nemoquant.diff(source, [run.folder], data=source.parent / "rows.npy", card=False, threads=1)

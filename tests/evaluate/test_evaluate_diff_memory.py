@@ -1,8 +1,10 @@
-"""Bounded memory: 0.8 GB of source, beside it the source itself and a quantized output, in a fraction of that.
+"""Bounded memory: 0.8 GB of source, beside it the source itself and a quantized output, in a fraction of
+that.
 
-Peak is VmHWM of a process of its own, above that of a process that imports the same modules, compiles the kernels and runs a small
-diff. Above it come the pages of weights that both sides hold at a time (``HELD_BYTES``: 67 MB each), and some 50 MB of arrays: weights
-decoded or widened to float32 (17 MB for Mamba-2's in_proj), the streams and logits of the rows.
+Peak is VmHWM of a process of its own, above that of a process that imports the same modules, compiles the
+kernels and runs a small diff. Above it come the pages of weights that both sides hold at a time
+(``HELD_BYTES``: 67 MB each), and some 50 MB of arrays: weights decoded or widened to float32 (17 MB for
+Mamba-2's in_proj), the streams and logits of the rows.
 """
 
 from pathlib import Path

@@ -22,7 +22,9 @@ from nemoquant.model.roles import tensor_table
 ROWS, LENGTH, CHOSEN = 8, 32, 2  # of token_rows; experts of a token
 PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 LAYER = "backbone.layers.{}.mixer."
-IN_PROJ, O_PROJ, K_PROJ = (LAYER.format(i) + name for i, name in ((0, "in_proj"), (1, "o_proj"), (1, "k_proj")))
+IN_PROJ, O_PROJ, K_PROJ = (
+    LAYER.format(i) + name for i, name in ((0, "in_proj"), (1, "o_proj"), (1, "k_proj"))
+)
 
 
 def strict(report):
@@ -69,7 +71,11 @@ def test_the_source_is_no_different_from_itself(source, compare):
             assert (entry["routing"]["flipped"], entry["routing"]["tokens_with_flip"]) == (0, 0)
     assert (found["modules"], found["worst_modules"], found["warnings"]) == ([], [], [])
     assert (found["bytes"], found["compression"], found["recipe"]) == (report.reference.bytes, 1, None)
-    assert (list(found["formats"]), found["bits_per_quantized_weight"], found["kv_cache"]) == (["source"], None, "source")
+    assert (list(found["formats"]), found["bits_per_quantized_weight"], found["kv_cache"]) == (
+        ["source"],
+        None,
+        "source",
+    )
     assert report.warnings == []
 
 
@@ -91,7 +97,7 @@ PERTURBED = {  # tensor -> module and layer that must be found
     LAYER.format(3) + "up_proj.weight": (LAYER.format(3) + "up_proj", "3"),
     "backbone.norm_f.weight": ("backbone.norm_f", "head"),
     "lm_head.weight": ("lm_head", "head"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PERTURBED)
@@ -100,8 +106,12 @@ def test_a_changed_tensor_is_found(name, source, make_checkpoint, compare):
     signal = {}
 
     def double(tensors):
-        group = {name.replace(".experts.6.", f".experts.{e}.") for e in range(8)}  # all experts, or the one tensor
-        signal["module"], signal["tensor"] = (sum(tensors[n].double().square().sum() for n in some) for some in (group, [name]))
+        group = {
+            name.replace(".experts.6.", f".experts.{e}.") for e in range(8)
+        }  # all experts, or the one tensor
+        signal["module"], signal["tensor"] = (
+            sum(tensors[n].double().square().sum() for n in some) for some in (group, [name])
+        )
         tensors[name] = tensors[name] * 2
 
     report = compare(source, make_checkpoint("other", double))
@@ -111,7 +121,9 @@ def test_a_changed_tensor_is_found(name, source, make_checkpoint, compare):
     (only,) = found.modules
     assert (only.format, only.input_format, only.input) == ("changed", None, None)
     assert only.effect > 0
-    assert only.weight.sqnr_db == pytest.approx(10 * math.log10(signal["module"] / signal["tensor"]), abs=1e-9)  # sums of float64
+    assert only.weight.sqnr_db == pytest.approx(
+        10 * math.log10(signal["module"] / signal["tensor"]), abs=1e-9
+    )  # sums of float64
     names = [entry.name for entry in found.layers]
     at = names.index(place)
     exact = {entry.name for entry in found.layers if entry.stream.relative == 0}
@@ -140,19 +152,24 @@ def test_the_changed_expert_is_named(source, make_checkpoint, compare):
     ],
 )
 def test_a_changed_router_flips_choices(name, change, source, make_checkpoint, compare):
-    (found,) = compare(source, make_checkpoint("other", lambda t: change(t[LAYER.format(2) + name]))).candidates
+    (found,) = compare(
+        source, make_checkpoint("other", lambda t: change(t[LAYER.format(2) + name]))
+    ).candidates
     assert [m.name for m in found.modules] == [LAYER.format(2) + name.removesuffix(".weight")]
     routing = layer(found, "2").routing
     assert routing.flipped > 0.3
     assert routing.tokens_with_flip >= routing.flipped
-    assert sum(routing.tokens_per_expert) == sum(routing.tokens_per_expert_reference) == ROWS * LENGTH * CHOSEN
+    assert (
+        sum(routing.tokens_per_expert) == sum(routing.tokens_per_expert_reference) == ROWS * LENGTH * CHOSEN
+    )
     assert routing.tokens_per_expert != routing.tokens_per_expert_reference
     if "bias" in name:
         assert routing.tokens_per_expert[0] == ROWS * LENGTH, "the expert that everyone chooses"
 
 
 def test_the_effect_is_what_reaches_the_stream(source, make_checkpoint, compare, tmp_path):
-    """With one module changed and all rows among those that effects are measured on, effect and stream are one number."""
+    """With one module changed and all rows among those that effects are measured on, effect and stream are
+    one number."""
     data = tmp_path / "few.npy"
     np.save(data, np.random.default_rng(1).integers(3, 96, (EFFECT_ROWS, LENGTH)))
     for name, place in ((IN_PROJ, "0"), (LAYER.format(2) + "experts.3.up_proj", "2"), ("lm_head", "head")):
@@ -181,13 +198,16 @@ DAMAGE = {  # what -> preset, tensor, change, the module that must be the worst
     "FP8 codes of o_proj": ("fp8", f"{O_PROJ}.weight", flipped(0x80), O_PROJ),
     "NVFP4 codes": ("nvfp4-full", f"{IN_PROJ}.weight", flipped(0x88), IN_PROJ),
     "NVFP4 codes of one expert": (
-        "nvfp4", LAYER.format(5) + "experts.6.down_proj.weight", flipped(0x88), LAYER.format(5) + "experts.down_proj",
+        "nvfp4",
+        LAYER.format(5) + "experts.6.down_proj.weight",
+        flipped(0x88),
+        LAYER.format(5) + "experts.down_proj",
     ),
     "NVFP4 block scales": ("nvfp4-full", f"{IN_PROJ}.weight_scale", lambda data: bytes(len(data)), IN_PROJ),
     "weight scale": ("nvfp4", f"{IN_PROJ}.weight_scale", scaled(4), IN_PROJ),
     "input scale": ("nvfp4", f"{IN_PROJ}.input_scale", scaled(1 / 64), IN_PROJ),
     "KV cache scale": ("nvfp4", f"{K_PROJ}.k_scale", scaled(1 / 256), LAYER.format(1) + "kv_cache"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -207,7 +227,10 @@ def test_damage_is_the_worst_module_by_far(what, source, quantized, compare):
         if one.layer != worst.layer:
             assert one == other, "other layers are measured as before"
         elif one.name != expected:
-            assert (one.weight, one.effect) == (other.weight, other.effect)  # its input may come from the damaged one
+            assert (one.weight, one.effect) == (
+                other.weight,
+                other.effect,
+            )  # its input may come from the damaged one
     if what == "input scale":
         assert worst.weight == before.weight
         assert worst.input.saturated > 0.5 > before.input.saturated
@@ -233,7 +256,11 @@ def test_what_a_preset_rounds_is_what_is_measured(preset, source, quantized, com
     rows = {}  # module -> formats of weight and input
     for row in made.rows:
         if row.format != "source":
-            name = row.module if row.expert is None else row.module.replace(f".experts.{row.expert}.", ".experts.")
+            name = (
+                row.module
+                if row.expert is None
+                else row.module.replace(f".experts.{row.expert}.", ".experts.")
+            )
             rows[name] = (row.format, row.activation_format)
     cache = LAYER.format(1) + "kv_cache"
     if made.kv_layers:
@@ -268,7 +295,10 @@ def test_figures_add_up(preset, source, quantized, compare):
     assert found.bits_per_weight == 8 * size / elements
     assert found.compression == report.reference.bytes / size
     assert report.reference.parameters == elements
-    assert (report.reference.pattern, report.reference.bytes) == ("M*E-ME", compare(source, source).candidates[0].bytes)
+    assert (report.reference.pattern, report.reference.bytes) == (
+        "M*E-ME",
+        compare(source, source).candidates[0].bytes,
+    )
     if preset != "source":
         made = nemoquant.plan(source, preset)
         assert found.bits_per_weight == made.bits_per_weight
@@ -277,13 +307,19 @@ def test_figures_add_up(preset, source, quantized, compare):
             assert by_format[name] == sum(m.elements for m in found.modules if m.format == name)
             assert by_format[name] == sum(math.prod(row.shape) for row in made.rows if row.format == name)
     positions = ROWS * (LENGTH - 1)
-    assert (report.data.rows, report.data.seq_len, report.data.predicted_positions) == (ROWS, LENGTH, positions)
+    assert (report.data.rows, report.data.seq_len, report.data.predicted_positions) == (
+        ROWS,
+        LENGTH,
+        positions,
+    )
     histogram = found.logits.kl_histogram
     assert len(histogram.edges) == len(histogram.counts) + 1
     assert sum(histogram.counts) == positions
     ranges = [(r.first, r.last) for r in found.logits.kl_by_position]
     assert ranges == [(i, i) for i in range(LENGTH - 1)]
-    assert np.mean([r.kl for r in found.logits.kl_by_position]) == pytest.approx(found.logits.kl.mean, rel=1e-12)
+    assert np.mean([r.kl for r in found.logits.kl_by_position]) == pytest.approx(
+        found.logits.kl.mean, rel=1e-12
+    )
     for entry in found.layers:
         if entry.routing:
             assert sum(entry.routing.tokens_per_expert) == ROWS * LENGTH * CHOSEN
@@ -323,7 +359,9 @@ def test_threads_change_nothing_that_matters(source, quantized, compare):
     a, b = numbers(strict(one)), numbers(strict(two))
     assert a.keys() == b.keys()
     assert len(a) > 300
-    far = {place: (a[place], b[place]) for place in a if abs(a[place] - b[place]) > 1e-6 * max(1, abs(a[place]))}
+    far = {
+        place: (a[place], b[place]) for place in a if abs(a[place] - b[place]) > 1e-6 * max(1, abs(a[place]))
+    }
     assert far == {}, "at most the order of sums differs"
 
 
@@ -357,7 +395,7 @@ OTHERS = {
     "one MLP": {"hybrid_override_pattern": "-", "num_nextn_predict_layers": 0},
     "no latent": {"moe_latent_size": None},
     "no shared experts": {"n_shared_experts": 0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)
@@ -370,7 +408,10 @@ def test_other_models(what, make_checkpoint, quantized, compare):
     assert found.logits.kl.mean > 0
     assert found.modules and found.warnings == []
     has_mtp = "MTP" not in what and OTHERS[what].get("num_nextn_predict_layers", 1)
-    assert all((value is not None) == bool(has_mtp) for value in (report.reference.mtp_acceptance, found.mtp_acceptance))
+    assert all(
+        (value is not None) == bool(has_mtp)
+        for value in (report.reference.mtp_acceptance, found.mtp_acceptance)
+    )
     kinds = {entry.kind for entry in found.layers}
     assert ("moe" in kinds, "mamba" in kinds, "attention" in kinds) == tuple(
         letter in report.reference.pattern for letter in "EM*"
@@ -395,13 +436,20 @@ def test_mtp_weights_may_be_missing(source, quantized, changed, compare):
             del tensors[name]
 
     out = quantized("fp8")
-    whole, (found,) = compare(source, out).candidates[0], compare(source, changed(out, drop, "fp8-no-mtp")).candidates
-    assert found.warnings == [f"it lacks {mtp_tensors(source)} multi-token-prediction tensors: no acceptance is measured"]
+    whole, (found,) = (
+        compare(source, out).candidates[0],
+        compare(source, changed(out, drop, "fp8-no-mtp")).candidates,
+    )
+    assert found.warnings == [
+        f"it lacks {mtp_tensors(source)} multi-token-prediction tensors: no acceptance is measured"
+    ]
     assert found.mtp_acceptance is None
     assert found.logits == whole.logits
     assert found.modules == whole.modules
     assert found.bytes < whole.bytes
-    foreign = changed(out, drop, "foreign", num_nextn_predict_layers=0)  # its config may say so, as other tools write it
+    foreign = changed(
+        out, drop, "foreign", num_nextn_predict_layers=0
+    )  # its config may say so, as other tools write it
     (foreign / "nemoquant.json").unlink()
     (other,) = compare(source, foreign).candidates
     assert figures(other) | {"warnings": []} == figures(found) | {"recipe": None, "warnings": []}
@@ -430,7 +478,9 @@ def trained(tmp_path_factory) -> Report:
         options = nemoquant.RunOptions(rows=4, seq_len=256, dtype="float32", scales=given, threads=1)
         out = nemoquant.quantize(DEMO, folder / preset, preset, options).out
         scales = scales or out / "nemoquant_scales.json"
-    return nemoquant.diff(DEMO, [folder / preset for preset in PRESETS], rows=6, seq_len=256, threads=1, card=False)
+    return nemoquant.diff(
+        DEMO, [folder / preset for preset in PRESETS], rows=6, seq_len=256, threads=1, card=False
+    )
 
 
 @pytest.mark.slow
@@ -467,7 +517,9 @@ def modelopt_fp8(tmp_path_factory):
     """(source, Model Optimizer's FP8 of it, rows) of the synthetic checkpoint."""
     folder = tmp_path_factory.mktemp("modelopt")
     source, rows = synthetic_checkpoint(folder / "source"), write_rows(folder / "rows.npy", (ROWS, LENGTH))
-    theirs = modelopt_run.run(source, folder / "theirs", "fp8", torch.from_numpy(np.load(rows)), torch.float32)
+    theirs = modelopt_run.run(
+        source, folder / "theirs", "fp8", torch.from_numpy(np.load(rows)), torch.float32
+    )
     return source, theirs, rows
 
 
@@ -487,7 +539,9 @@ class TestModelOptimizer:
         assert {(m.name, m.format, m.input_format) for m in ours.modules} == {
             (m.name, m.format, m.input_format) for m in other.modules
         }
-        alone = [m.name for m in ours.modules if m.weight and not m.name.endswith(("q_proj", "k_proj", "v_proj"))]
+        alone = [
+            m.name for m in ours.modules if m.weight and not m.name.endswith(("q_proj", "k_proj", "v_proj"))
+        ]
         assert len(alone) >= 12, "those whose scale is not shared with another tensor's"
         for name in alone:
             assert module(ours, name).weight == module(other, name).weight, name

@@ -1,4 +1,5 @@
-"""Figures from logits: against the formulas written once more in numpy, and by hand where a choice could go two ways."""
+"""Figures from logits: against the formulas written once more in numpy, and by hand where a choice could go
+two ways."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from nemoquant.evaluate import metrics
 from nemoquant.evaluate.layers import routing
 from nemoquant.evaluate.metrics import HISTOGRAM_EDGES, Positions, compare, shared, summarize, top, top1
 
-# Both sides are float64. A log-probability of size 30 has an error of a few 2^-53 x 30 = 3e-15, the sum over the vocabulary adds
-# as many roundings as it has terms; measured: 4e-15 of log-probabilities and of KL.
+# Both sides are float64. A log-probability of size 30 has an error of a few 2^-53 x 30 = 3e-15, the sum over
+# the vocabulary adds as many roundings as it has terms; measured: 4e-15 of log-probabilities and of KL.
 FLOAT64 = 1e-12
 
 
@@ -29,7 +30,9 @@ def kl_of(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-def random_logits(rows: int, length: int, vocabulary: int, models: int = 2, seed: int = 0) -> list[np.ndarray]:
+def random_logits(
+    rows: int, length: int, vocabulary: int, models: int = 2, seed: int = 0
+) -> list[np.ndarray]:
     """The reference's, and others that are nearer and nearer to it."""
     rng = np.random.default_rng(seed)
     first = rng.standard_normal((rows, length, vocabulary)) * 6
@@ -38,7 +41,8 @@ def random_logits(rows: int, length: int, vocabulary: int, models: int = 2, seed
 
 
 def run(logits: list[np.ndarray], tokens: np.ndarray | None = None) -> list[Positions]:
-    """All positions of [rows, length, vocabulary] at once; the tokens that came are ``tokens`` [rows, length]."""
+    """All positions of [rows, length, vocabulary] at once; the tokens that came are ``tokens`` [rows,
+    length]."""
     rows, length, vocabulary = logits[0].shape
     targets = np.zeros((rows, length), np.int64) if tokens is None else np.roll(tokens, -1, 1)
     out = [Positions(rows, length) for _ in logits]
@@ -78,7 +82,10 @@ def test_the_summary() -> None:
     reference, found = run(logits, tokens)
     result = summarize(found, reference)
     kl = kl_of(*logits)[:, :-1]
-    nll = [-np.take_along_axis(log_softmax(x), np.roll(tokens, -1, 1)[..., None], -1)[:, :-1].mean() for x in logits]
+    nll = [
+        -np.take_along_axis(log_softmax(x), np.roll(tokens, -1, 1)[..., None], -1)[:, :-1].mean()
+        for x in logits
+    ]
     ordered = np.sort(kl.ravel())  # 117 values: the median is the 59th, and 0.99 x 116 = 114.84
     assert result.kl.mean == pytest.approx(kl.mean(), rel=FLOAT64)
     assert result.kl.median == pytest.approx(ordered[58], rel=FLOAT64)
@@ -112,9 +119,12 @@ def test_the_last_position_of_a_row_counts_nowhere() -> None:
 
 
 def test_two_tokens() -> None:
-    """p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 log 2 + 1/2 log 2/3 = log(2 / sqrt 3). And the other way round: 3/4 log 3 - log 2."""
+    """p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 log 2 + 1/2 log 2/3 = log(2 / sqrt 3). And the other way
+    round: 3/4 log 3 - log 2."""
     even, odd = hand([0.0, 0.0]), hand([0.0, math.log(3.0)])
-    log3 = float(np.float32(math.log(3.0)))  # the logit is a float32: 2^-25 of it, and so of KL, is its rounding
+    log3 = float(
+        np.float32(math.log(3.0))
+    )  # the logit is a float32: 2^-25 of it, and so of KL, is its rounding
     assert run([even, odd])[1].kl[0, 0] == pytest.approx(math.log(2 / math.sqrt(3)), rel=1e-6)
     assert run([odd, even])[1].kl[0, 0] == pytest.approx(0.75 * log3 - math.log(2), rel=1e-6)
     assert run([even, odd], np.array([[0]]))[1].nll[0, 0] == pytest.approx(math.log(4), rel=1e-6)
@@ -146,21 +156,26 @@ def test_kl_is_never_negative() -> None:
 
 
 def test_a_token_that_the_candidate_rules_out_costs_what_it_is_worth() -> None:
-    assert run([hand([0.0, 0.0]), hand([0.0, -1000.0])])[1].kl[0, 0] == pytest.approx(500 - math.log(2), rel=FLOAT64)
+    assert run([hand([0.0, 0.0]), hand([0.0, -1000.0])])[1].kl[0, 0] == pytest.approx(
+        500 - math.log(2), rel=FLOAT64
+    )
 
 
 # Likeliest tokens.
 
 
 def test_ties_go_to_the_lower_id() -> None:
-    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [-1.0, -5.0, -1.0, -2.0], [0.0, -0.0, -1.0, 0.0]])
+    logits = torch.tensor(
+        [[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [-1.0, -5.0, -1.0, -2.0], [0.0, -0.0, -1.0, 0.0]]
+    )
     assert top1(logits).tolist() == [1, 0, 0, 0]
     assert top(logits, 2).tolist() == [[1, 2], [0, 1], [0, 2], [0, 1]]
     assert top(logits, 3).tolist() == [[0, 1, 2], [0, 1, 2], [0, 2, 3], [0, 1, 3]]
 
 
 def test_a_tie_at_the_fifth_place() -> None:
-    """Three tokens share the fifth place: the one with the lowest id has it, wherever the better ones stand."""
+    """Three tokens share the fifth place: the one with the lowest id has it, wherever the better ones
+    stand."""
     reference = [1.0, 9.0, 1.0, 8.0, 7.0, 1.0, 6.0, 0.0]
     same_four = [0.0, 9.0, 1.0, 8.0, 7.0, 1.0, 6.0, 0.0]
     assert top(torch.tensor([reference, same_four]), 5).tolist() == [[0, 1, 3, 4, 6], [1, 2, 3, 4, 6]]
@@ -234,7 +249,8 @@ def filled(kl: np.ndarray) -> Positions:
 
 
 def test_the_histogram() -> None:
-    """Below the first edge and at it: the first bin. At an edge: the bin above. From the last edge on: the last bin."""
+    """Below the first edge and at it: the first bin. At an edge: the bin above. From the last edge on: the
+    last bin."""
     edges = HISTOGRAM_EDGES
     below = [math.nextafter(edge, 0) for edge in (edges[1], edges[-1])]
     values = [0.0, 1e-300, 1e-12, edges[0], edges[1], below[0], 1.0, 2.0, below[1], edges[-1], 1e5]
@@ -252,7 +268,10 @@ def test_the_histogram_counts_every_position() -> None:
     kl = 10.0 ** np.random.default_rng(0).uniform(-14, 4, (5, 300))
     found = summarize(filled(kl), Positions(1, 2)).kl_histogram
     inner = np.array(found.edges[1:-1])  # numpy's own count, with open ends
-    expected = [int(((kl >= low) & (kl < high)).sum()) for low, high in zip([-1, *inner], [*inner, np.inf], strict=True)]
+    expected = [
+        int(((kl >= low) & (kl < high)).sum())
+        for low, high in zip([-1, *inner], [*inner, np.inf], strict=True)
+    ]
     assert found.counts == expected
     assert sum(found.counts) == 1500
 
@@ -285,7 +304,9 @@ def test_a_perplexity_that_is_no_number(nll: float, expected: float | None) -> N
     found, reference = Positions(1, 3), Positions(1, 3)
     found.nll[:] = nll
     assert found.perplexity == (None if expected is None else pytest.approx(expected, rel=FLOAT64))
-    assert summarize(found, reference).perplexity_ratio == (None if expected is None else pytest.approx(expected, rel=FLOAT64))
+    assert summarize(found, reference).perplexity_ratio == (
+        None if expected is None else pytest.approx(expected, rel=FLOAT64)
+    )
     assert (summarize(reference, found).perplexity_ratio is None) == (expected is None)
 
 

@@ -1,4 +1,5 @@
-"""The HTML report in a headless browser: it draws, sorts, selects and follows the theme; it runs nothing from a report and asks for nothing."""
+"""The HTML report in a headless browser: it draws, sorts, selects and follows the theme; it runs nothing from
+a report and asks for nothing."""
 
 import importlib.util
 import shutil
@@ -19,15 +20,21 @@ if TYPE_CHECKING:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
     "--disable-sync",
-]  # fmt: skip
+]
 PLOTS = ["alone", "stream", "histogram", "positions", "flips", "bits", "worst", "load"]
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs Chromium and playwright"
+        CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+        reason="needs Chromium and playwright",
     ),
 ]
 
@@ -69,7 +76,8 @@ class Watched:
 
 @pytest.fixture
 def show(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
-    """Opens a report. Whatever the test does, the page may say nothing on the console and ask for no other file."""
+    """Opens a report. Whatever the test does, the page may say nothing on the console and ask for no other
+    file."""
     opened: list[Watched] = []
 
     def open_(made: Report, width: int = 1280, scheme: Literal["light", "dark"] = "light") -> "Page":
@@ -87,7 +95,8 @@ def show(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
 def shared(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """One page for many tests: plotly.js takes a second to load."""
     watched = Watched(
-        browser.new_page(viewport={"width": 1280, "height": 900}), tmp_path_factory.mktemp("report") / "report.html"
+        browser.new_page(viewport={"width": 1280, "height": 900}),
+        tmp_path_factory.mktemp("report") / "report.html",
     )
     watched.open(report())
     return watched
@@ -129,11 +138,21 @@ def test_every_plot_has_its_traces(page: "Page") -> None:
     select_layer(page, 1)
     # candidate-0 is identical to the reference: it has no place on a log axis, and the notes say so
     assert {plot: drawn(page, plot) for plot in PLOTS} == {
-        "alone": 2, "stream": 2, "histogram": 2, "positions": 2, "flips": 2, "bits": 2, "worst": 2, "load": 2,
-    }  # fmt: skip
+        "alone": 2,
+        "stream": 2,
+        "histogram": 2,
+        "positions": 2,
+        "flips": 2,
+        "bits": 2,
+        "worst": 2,
+        "load": 2,
+    }
     note = "candidate-0: no error in any layer. A layer without an error is left out of the log axis."
     assert page.locator("#figure-alone .note").inner_text() == note
-    assert page.locator("#figure-bits .note").inner_text() == "candidate-0: KL is 0, which a log axis cannot show."
+    assert (
+        page.locator("#figure-bits .note").inner_text()
+        == "candidate-0: KL is 0, which a log axis cannot show."
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +202,10 @@ def test_text_sorts_and_only_one_column_at_a_time(page: "Page") -> None:
 
 def test_layers_sort_by_their_place_not_by_their_name(show: Open) -> None:
     page = show(report(pattern="M" * 12))
-    for expected in (["embedding", *map(str, range(12)), "head"], ["head", *map(str, reversed(range(12))), "embedding"]):
+    for expected in (
+        ["embedding", *map(str, range(12)), "head"],
+        ["head", *map(str, reversed(range(12))), "embedding"],
+    ):
         head(page, "layers", "Layer").locator("button").click()
         assert column(page, "layers", "Layer") == expected
 
@@ -219,7 +241,9 @@ def test_the_chosen_candidate_is_the_one_shown(page: "Page") -> None:
 
 def test_cells_are_coloured_by_error_or_by_format(page: "Page") -> None:
     background = "getComputedStyle(document.querySelectorAll('.cell')[{}]).backgroundColor"
-    assert page.evaluate(background.format(1)) != page.evaluate(background.format(6))  # errors of layers 0 and 5
+    assert page.evaluate(background.format(1)) != page.evaluate(
+        background.format(6)
+    )  # errors of layers 0 and 5
     page.locator("#colour label", has_text="Format").click()
     assert page.locator(".cell.format").count() == 8 and page.locator(".cell.heat").count() == 0
     assert page.locator("#legend").inner_text().split("\n")[:3] == ["bf16", "NVFP4", "FP8"]
@@ -312,5 +336,7 @@ def test_a_huge_model_renders_in_seconds_and_says_what_it_leaves_out(show: Open)
     assert drawn(page, "alone") == 4
     assert time.monotonic() - begin < 15  # about 2 s on an idle core
     assert page.locator("#modules tbody tr").count() == 200
-    assert page.locator("#modules .more").inner_text().startswith("The first 200 rows; 80 more are not shown.")
+    assert (
+        page.locator("#modules .more").inner_text().startswith("The first 200 rows; 80 more are not shown.")
+    )
     assert page.locator(".cell").count() == 90

@@ -1,4 +1,5 @@
-"""The HTML report as text: what it says, that nothing in a report can become markup, its size, that it is reproducible."""
+"""The HTML report as text: what it says, that nothing in a report can become markup, its size, that it is
+reproducible."""
 
 import base64
 import hashlib
@@ -61,8 +62,10 @@ def test_header_and_summary_are_in_plain_words() -> None:
         "Difference from source",
         "Measured on 4 rows x 64 tokens of text.jsonl: 252 predicted positions",
         "nemoquant 0.1.0, report 1",
-        "candidate-0 NVFP4 0 as source 9 Identical to the reference Every weight is the same, and so is every prediction.",
-        "0.05 nats from bf16 on average Agrees on the next token 95.0% of the time; perplexity 20.05 instead of 20.00 (+0.25%); "
+        "candidate-0 NVFP4 0 as source 9 Identical to the reference Every weight is the same, and so is "
+        "every prediction.",
+        "0.05 nats from bf16 on average Agrees on the next token 95.0% of the time; perplexity 20.05 "
+        "instead of 20.00 (+0.25%); "
         "8.05 bits a weight, 2 times smaller; MTP acceptance 65.0% instead of 70.0%. "
         "The largest error comes from shared experts' down projection in layer 3.",
     ):
@@ -86,7 +89,9 @@ def test_every_shape_of_report(shape: str) -> None:
     assert ("MTP acceptance" in found.text.split("How to read this")[1]) == (
         shape != "no MTP"
     )  # between its link and its section
-    assert ("figure-bits" in [attributes.get("id") for _, attributes in found.tags]) == (len(made.candidates) > 1)
+    assert ("figure-bits" in [attributes.get("id") for _, attributes in found.tags]) == (
+        len(made.candidates) > 1
+    )
 
 
 def test_a_huge_model_stays_below_six_megabytes() -> None:
@@ -129,7 +134,11 @@ def test_json_in_a_script_element() -> None:
 
 def test_only_scripts_whose_hash_the_policy_names_run() -> None:
     found = page(report())
-    policy = next(a["content"] for tag, a in found.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"]
+        for tag, a in found.tags
+        if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None and policy.startswith("default-src 'none'; script-src 'sha256-")
     for script in found.scripts[1:]:
         assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
@@ -145,7 +154,8 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "report.json"
     source.write_text(report().dump())
     code = (
-        "import hashlib, pathlib, sys\nfrom nemoquant.evaluate import schema\nfrom nemoquant.evaluate.report.html import render\n"
+        "import hashlib, pathlib, sys\nfrom nemoquant.evaluate import schema\nfrom "
+        "nemoquant.evaluate.report.html import render\n"
         "report = schema.Report.model_validate_json(pathlib.Path(sys.argv[1]).read_text())\n"
         "print(hashlib.sha256(render(report).encode()).hexdigest())"
     )
@@ -156,15 +166,24 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "text"),
     [
-        (0, "0%"), (1e-6, "under 0.001%"), (0.00012345, "0.0123%"), (0.0169, "1.69%"), (0.95, "95.0%"), (0.9238, "92.4%"),
-        (0.9997, "99.97%"), (0.99999, "over 99.99%"), (1, "100%"),
+        (0, "0%"),
+        (1e-6, "under 0.001%"),
+        (0.00012345, "0.0123%"),
+        (0.0169, "1.69%"),
+        (0.95, "95.0%"),
+        (0.9238, "92.4%"),
+        (0.9997, "99.97%"),
+        (0.99999, "over 99.99%"),
+        (1, "100%"),
     ],
-)  # fmt: skip
+)
 def test_percent(share: float, text: str) -> None:
     assert html.percent(share) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (0.013373, "0.0134"), (1.23e-7, "1.23e-7"), (2.5, "2.5")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (0.013373, "0.0134"), (1.23e-7, "1.23e-7"), (2.5, "2.5")]
+)
 def test_figure(value: float, text: str) -> None:
     assert html.figure(value) == text
 
@@ -200,5 +219,10 @@ def test_summary_without_perplexity() -> None:
     ],
 )
 def test_place(role: str, layer: int | None, words: str) -> None:
-    module = report().candidates[1].modules[0].model_copy(update={"role": role, "layer": layer, "name": "its.name"})
+    module = (
+        report()
+        .candidates[1]
+        .modules[0]
+        .model_copy(update={"role": role, "layer": layer, "name": "its.name"})
+    )
     assert html.place(module) == words

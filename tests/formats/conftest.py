@@ -14,7 +14,8 @@ ROWS, COLUMNS = 24, 160
 
 @pytest.fixture(scope="session")
 def to_bf16() -> Callable[[Floats], Bits]:
-    """Cuts float32 values to bf16 patterns; which way they round does not matter to weights that are random or exact."""
+    """Cuts float32 values to bf16 patterns; which way they round does not matter to weights that are random
+    or exact."""
     return lambda values: (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -24,7 +25,8 @@ def to_float() -> Callable[[Bits], Floats]:
 
 
 def _spread(kind: str, rng: np.random.Generator) -> Floats:
-    """Distributions that take a quantizer's different paths; float64 first, so that powers do not overflow."""
+    """Distributions that take a quantizer's different paths; float64 first, so that powers do not
+    overflow."""
     shape = (ROWS, COLUMNS)
     normal = rng.standard_normal(shape)
     values = {
@@ -39,7 +41,10 @@ def _spread(kind: str, rng: np.random.Generator) -> Floats:
         "constant": np.full(shape, -0.75),
         "near the smallest normal bf16": normal * 2.0**-105,
         "one value and zeros": np.eye(ROWS, COLUMNS) * 3,
-        "negative zeros and tiny negatives": np.where(rng.random(shape) < 0.5, -0.0, -1e-6 * rng.random(shape)) + np.eye(*shape),
+        "negative zeros and tiny negatives": np.where(
+            rng.random(shape) < 0.5, -0.0, -1e-6 * rng.random(shape)
+        )
+        + np.eye(*shape),
     }[kind]
     return values.astype(np.float32)
 

@@ -9,7 +9,15 @@ from hypothesis.extra.numpy import arrays
 from nemoquant.formats import e2m1
 
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-MIDPOINTS = [(0.25, 0, 1, 0), (0.75, 1, 2, 2), (1.25, 2, 3, 2), (1.75, 3, 4, 4), (2.5, 4, 5, 4), (3.5, 5, 6, 6), (5.0, 6, 7, 6)]
+MIDPOINTS = [
+    (0.25, 0, 1, 0),
+    (0.75, 1, 2, 2),
+    (1.25, 2, 3, 2),
+    (1.75, 3, 4, 4),
+    (2.5, 4, 5, 4),
+    (3.5, 5, 6, 6),
+    (5.0, 6, 7, 6),
+]
 
 
 def encode(*values: float) -> list[int]:
@@ -83,7 +91,10 @@ def test_unpack_then_pack_gives_the_bytes_back(packed: np.ndarray) -> None:
         (lambda: e2m1.decode(np.zeros(2, np.int64)), r"codes: got dtype int64, expected uint8"),
         (lambda: e2m1.decode(np.array([3, 16], np.uint8)), r"codes: got 16, expected 0 to 15"),
         (lambda: e2m1.pack(np.array([3, 16], np.uint8)), r"codes: got 16, expected 0 to 15"),
-        (lambda: e2m1.pack(np.zeros((2, 3), np.uint8)), r"got shape \(2, 3\), expected an even last dimension"),
+        (
+            lambda: e2m1.pack(np.zeros((2, 3), np.uint8)),
+            r"got shape \(2, 3\), expected an even last dimension",
+        ),
         (lambda: e2m1.unpack(np.zeros(2, np.int8)), r"packed: got dtype int8, expected uint8"),
     ],
 )

@@ -71,7 +71,10 @@ def test_every_midpoint_goes_to_the_even_code_and_its_neighbours_to_the_nearer()
         even = lower + (lower & 1)
         assert e4m3.encode(sign * middle).tolist() == (even | bit).tolist()
         assert e4m3.encode(sign * np.nextafter(middle, np.float32(0))).tolist() == (lower | bit).tolist()
-        assert e4m3.encode(sign * np.nextafter(middle, np.float32(np.inf))).tolist() == ((lower + 1) | bit).tolist()
+        assert (
+            e4m3.encode(sign * np.nextafter(middle, np.float32(np.inf))).tolist()
+            == ((lower + 1) | bit).tolist()
+        )
 
 
 def test_every_bf16_value_encodes_as_torch_casts_it() -> None:

@@ -28,7 +28,8 @@ def test_hand_written_codes() -> None:
 
 
 def test_the_quotient_is_rounded_once() -> None:
-    """1.0629 lies above 1.0625, midway between codes 0x38 and 0x39; rounded to bf16 first it would be 1.0625, and so 0x38."""
+    """1.0629 lies above 1.0625, midway between codes 0x38 and 0x39; rounded to bf16 first it would be 1.0625,
+    and so 0x38."""
     assert fp8.encode(np.array([[1.0629]], np.float32), 1.0).tolist() == [[0x39]]
     scale = np.float32(1.0) / np.float32(1.0629)
     assert fp8.encode(np.array([[0x3F80]], np.uint16), scale).tolist() == [[0x39]]
@@ -60,7 +61,9 @@ def test_an_amax_that_is_no_magnitude_is_refused(value: float) -> None:
 
 
 def test_a_degenerate_weight_is_all_zero_codes() -> None:
-    weight = np.full((2, 3), 0x8001, np.uint16)  # the smallest negative bf16: divided by 1.0 it would keep its sign
+    weight = np.full(
+        (2, 3), 0x8001, np.uint16
+    )  # the smallest negative bf16: divided by 1.0 it would keep its sign
     assert fp8.is_degenerate(amax(weight))
     assert fp8.encode(weight, fp8.decode_scale(amax(weight))).tolist() == [[0x80] * 3] * 2
     assert fp8.zeros(weight.shape).tolist() == [[0] * 3] * 2

@@ -42,7 +42,9 @@ def test_a_lane_keeps_its_memory_and_grows_to_the_largest_weight(lane: gpu._Lane
     assert lane.receive(third.bits.view(torch.uint8)).tobytes() == third.bits.numpy().tobytes()
 
 
-def test_pinned_memory_is_not_written_before_it_was_read(lane: gpu._Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_memory_is_not_written_before_it_was_read(
+    lane: gpu._Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a stream that does nothing until it is waited for, as a GPU that is far behind."""
 
     class Late:
@@ -60,11 +62,15 @@ def test_pinned_memory_is_not_written_before_it_was_read(lane: gpu._Lane, monkey
     monkeypatch.setattr(
         torch.Tensor,
         "copy_",
-        lambda there, here, non_blocking: stream.work.append(lambda: copy(there, here)) if non_blocking else None,
+        lambda there, here, non_blocking: (
+            stream.work.append(lambda: copy(there, here)) if non_blocking else None
+        ),
     )
     there = gpu.put(np.full((2, 16), 7, np.uint16)).bits.view(torch.uint8)
     gpu.put(np.full((2, 16), 9, np.uint16))
-    assert set(there.view(torch.int16).tolist()) == {7}, "the second one is on its way, the first one has come"
+    assert set(there.view(torch.int16).tolist()) == {7}, (
+        "the second one is on its way, the first one has come"
+    )
     assert set(lane.receive(there).view(np.uint16).tolist()) == {9}
     gpu.put(np.full((4, 16), 5, np.uint16))
     assert set(lane.receive(lane.memory("weight", 128)).view(np.uint16).tolist()) == {5}, "and when it grew"

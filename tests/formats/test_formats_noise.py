@@ -24,9 +24,14 @@ def plain(values: np.ndarray, decoded: np.ndarray, limit: np.float32) -> Noise:
 
 
 def assert_same(found: Noise, expected: Noise) -> None:
-    """Counts are exact. A float64 sum of n positive terms, each within 2^-53, is within n 2^-53 in whatever order."""
+    """Counts are exact. A float64 sum of n positive terms, each within 2^-53, is within n 2^-53 in whatever
+    order."""
     bound = max(1, expected.count) * 2.0**-53
-    assert (found.saturated, found.flushed, found.count) == (expected.saturated, expected.flushed, expected.count)
+    assert (found.saturated, found.flushed, found.count) == (
+        expected.saturated,
+        expected.flushed,
+        expected.count,
+    )
     assert found.signal == pytest.approx(expected.signal, rel=bound, abs=0)
     assert found.error == pytest.approx(expected.error, rel=bound, abs=0)
 
@@ -51,7 +56,9 @@ def test_every_element_counts_once(position: int) -> None:
     """33 = two whole vectors of 16 and one more."""
     values, decoded = np.zeros((1, 33), np.float32), np.zeros((1, 33), np.float32)
     values[0, position] = 3.0
-    assert noise.measure(values, decoded, 2.0) == Noise(signal=9.0, error=9.0, saturated=1, flushed=1, count=33)
+    assert noise.measure(values, decoded, 2.0) == Noise(
+        signal=9.0, error=9.0, saturated=1, flushed=1, count=33
+    )
 
 
 def test_a_tensor_through_a_format(bf16_weight, to_float) -> None:
@@ -71,7 +78,9 @@ def test_hand_made_counts() -> None:
 
 
 def test_what_lands_on_the_limit_is_not_saturated() -> None:
-    assert noise.measure(np.array([[5.0, -5.0]], np.float32), np.zeros((1, 2), np.float32), 5.0).saturated == 0
+    assert (
+        noise.measure(np.array([[5.0, -5.0]], np.float32), np.zeros((1, 2), np.float32), 5.0).saturated == 0
+    )
 
 
 LIMITS = [
@@ -82,7 +91,8 @@ LIMITS = [
 
 @pytest.mark.parametrize(("scale_of", "limit_of", "largest"), LIMITS)
 def test_amax_itself_is_not_saturated_and_a_little_more_is(scale_of, limit_of, largest: int) -> None:
-    """A scale is amax / largest in fp32, so that largest * scale, in fp32 too, is less than amax for 6 to 9% of all amax."""
+    """A scale is amax / largest in fp32, so that largest * scale, in fp32 too, is less than amax for 6 to 9%
+    of all amax."""
     amax = np.random.default_rng(0).uniform(1, 2, 1000).astype(np.float32)
     scales = [scale_of(a) for a in amax]
     below = sum(np.float32(largest) * s < a for a, s in zip(amax, scales, strict=True))
@@ -99,7 +109,8 @@ def test_the_limits_are_the_largest_decoded_values() -> None:
 
 
 def test_a_clipped_block_is_no_saturation() -> None:
-    """A block amax of 6 x 1.0625 gets the block scale 1.0 (a tie), and its largest value becomes 6: rounding, not saturation."""
+    """A block amax of 6 x 1.0625 gets the block scale 1.0 (a tie), and its largest value becomes 6: rounding,
+    not saturation."""
     values = np.full((1, 16), 6.375, np.float32)
     decoded = nvfp4.decode(*nvfp4.encode(values, 1.0), 1.0)
     assert decoded.max() == 6.0
@@ -125,7 +136,9 @@ def test_no_sqnr_where_it_is_no_finite_number(values: list[float], decoded: list
 
 def test_nan_and_inf_are_counted_alone() -> None:
     """NaN is neither above a limit nor flushed; Inf is above any finite one."""
-    found = noise.measure(np.array([[np.nan, np.inf, 1.0]], np.float32), np.array([[0.0, 448.0, 0.0]], np.float32), 448.0)
+    found = noise.measure(
+        np.array([[np.nan, np.inf, 1.0]], np.float32), np.array([[0.0, 448.0, 0.0]], np.float32), 448.0
+    )
     assert (found.saturated, found.flushed) == (1, 1)
 
 
@@ -147,7 +160,9 @@ def test_nan_and_inf_are_counted_alone() -> None:
 )
 def test_decibels(signal: float, error: float, expected: float | None) -> None:
     found = noise.decibels(signal, error)
-    assert found == (None if expected is None else pytest.approx(expected, abs=1e-9))  # two logarithms within 2^-52 of 3000
+    assert found == (
+        None if expected is None else pytest.approx(expected, abs=1e-9)
+    )  # two logarithms within 2^-52 of 3000
     assert Noise(signal, error).sqnr_db == found
 
 
@@ -180,7 +195,10 @@ def test_read_only_arrays_will_do() -> None:
         (lambda w: noise.measure(w[0], w[0], 1.0), "expected a C-contiguous"),
         (lambda w: noise.measure(w, w.T, 1.0), r"decoded: got shape \(3, 2\), expected \(2, 3\)"),
         (lambda w: noise.measure(w, w[:1], 1.0), r"decoded: got shape \(1, 3\), expected \(2, 3\)"),
-        (lambda w: noise.measure(w, w.astype(np.float64), 1.0), "decoded: got dtype float64, expected float32"),
+        (
+            lambda w: noise.measure(w, w.astype(np.float64), 1.0),
+            "decoded: got dtype float64, expected float32",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, message: str) -> None:

@@ -15,9 +15,12 @@ from nemoquant.formats.amax import amax
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("group", [1.0, 37.0, 1e-3], ids=["own scale", "scale of a larger group", "scale far too small"])
+@pytest.mark.parametrize(
+    "group", [1.0, 37.0, 1e-3], ids=["own scale", "scale of a larger group", "scale far too small"]
+)
 def test_bytes_are_those_of_the_plain_definition(bf16_weight, to_float, method, group: float) -> None:
-    """A scale that is too small saturates block scales at 448 and codes at 6; one from a group drives them towards 2^-9."""
+    """A scale that is too small saturates block scales at 448 and codes at 6; one from a group drives them
+    towards 2^-9."""
     values = to_float(bf16_weight)
     scale = nvfp4.global_decode_scale(amax(bf16_weight) * np.float32(group), method)
     expected = plain_encode(values, scale, method)
@@ -31,7 +34,9 @@ def test_bytes_are_those_of_the_plain_definition(bf16_weight, to_float, method, 
     exponent=st.integers(-24, 12),
     method=st.sampled_from(METHODS),
 )
-def test_any_float32_block_is_that_of_the_plain_definition(numbers: list[float], exponent: int, method) -> None:
+def test_any_float32_block_is_that_of_the_plain_definition(
+    numbers: list[float], exponent: int, method
+) -> None:
     values = np.array(numbers, np.float32).reshape(1, 32)
     scale = np.float32(2.0**exponent * 1.1)
     assert_same(nvfp4.encode(values, scale, method), plain_encode(values, scale, method))
@@ -80,16 +85,28 @@ def test_every_code_in_its_nibble() -> None:
     ("block", "method", "packed", "scale"),
     [
         pytest.param([6.0] + [4.5] * 15, "max", [0x67, *[0x66] * 7], 0x38, id="max: 4.5 becomes 4"),
-        pytest.param([6.0] + [4.5] * 15, "four_over_six", [0x56, *[0x55] * 7], 0x3C, id="scale 1.5: 4 and 3, no error"),
+        pytest.param(
+            [6.0] + [4.5] * 15, "four_over_six", [0x56, *[0x55] * 7], 0x3C, id="scale 1.5: 4 and 3, no error"
+        ),
         pytest.param([6.0] + [4.5] * 15, "mse", [0x56, *[0x55] * 7], 0x3C, id="mse finds the same"),
         pytest.param([6.0] * 16, "four_over_six", [0x77] * 8, 0x38, id="both without error: M = 6"),
         pytest.param([1.0] * 16, "mse", [0x66] * 8, 0x28, id="no error at 0.25, 0.5, 1 and 2: the smallest"),
         pytest.param([0.0] * 16, "max", [0] * 8, 0x38, id="zeros"),
         pytest.param([-0.0] * 16, "mse", [0] * 8, 0x38, id="negative zeros, mse"),
         pytest.param([0.0] * 16, "four_over_six", [0] * 8, 0x38, id="zeros, four over six"),
-        pytest.param([6 * 2.0**-9] + [0.0] * 15, "max", [0x07, *[0] * 7], 0x01, id="the smallest subnormal block scale"),
-        pytest.param([6 * 3 * 2.0**-9] + [0.0] * 15, "max", [0x07, *[0] * 7], 0x03, id="a subnormal block scale"),
-        pytest.param([6 * 2.0**-11] + [-1e-30] * 15, "max", [0x83, *[0x88] * 7], 0x01, id="below it: clamped; signs stay"),
+        pytest.param(
+            [6 * 2.0**-9] + [0.0] * 15, "max", [0x07, *[0] * 7], 0x01, id="the smallest subnormal block scale"
+        ),
+        pytest.param(
+            [6 * 3 * 2.0**-9] + [0.0] * 15, "max", [0x07, *[0] * 7], 0x03, id="a subnormal block scale"
+        ),
+        pytest.param(
+            [6 * 2.0**-11] + [-1e-30] * 15,
+            "max",
+            [0x83, *[0x88] * 7],
+            0x01,
+            id="below it: clamped; signs stay",
+        ),
         pytest.param([1e-30] * 16, "mse", [0] * 8, 0x01, id="all scales give zeros: the smallest"),
         pytest.param([6 * 448.0, -1e9] + [0.0] * 14, "max", [0xF7, *[0] * 7], 0x7E, id="saturated"),
         pytest.param([6 * 448.0, -1e9] + [0.0] * 14, "mse", [0xF7, *[0] * 7], 0x7E, id="saturated, mse"),
@@ -112,7 +129,8 @@ def test_decode_by_hand() -> None:
 
 
 def test_signal_to_noise_of_normal_weights(to_bf16, to_float) -> None:
-    """Floors in dB, half a dB or so below what is measured. The search includes the choice of max, so that it cannot be worse."""
+    """Floors in dB, half a dB or so below what is measured. The search includes the choice of max, so that it
+    cannot be worse."""
     weight = to_bf16(np.random.default_rng(3).standard_normal((64, 256)) * 0.02)
     values = to_float(weight).astype(np.float64)
     sqnr = {}
@@ -195,19 +213,37 @@ def test_out_is_filled_and_the_input_is_not_changed(method, to_bf16) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: nvfp4.encode(w[:, :24].copy(), 1.0), r"got shape \(2, 24\), expected an input dimension .* that 16 divides"),
+        (
+            lambda w: nvfp4.encode(w[:, :24].copy(), 1.0),
+            r"got shape \(2, 24\), expected an input dimension .* that 16 divides",
+        ),
         (lambda _: nvfp4.zeros((2, 24)), "that 16 divides"),
         (lambda w: nvfp4.encode(w.astype(np.float16), 1.0), "weight: got dtype float16"),
         (lambda w: nvfp4.encode(w[:, ::2], 1.0), "weight: got a strided array"),
         (lambda w: nvfp4.encode(w, 0.0), "global_decode_scale: got 0.0, expected a positive finite number"),
-        (lambda w: nvfp4.encode(w, 1.0, "best"), "method: got 'best', expected one of max, mse, four_over_six"),
+        (
+            lambda w: nvfp4.encode(w, 1.0, "best"),
+            "method: got 'best', expected one of max, mse, four_over_six",
+        ),
         (lambda _: nvfp4.global_decode_scale(1.0, "best"), "method: got 'best'"),
         (lambda _: nvfp4.global_decode_scale(np.inf), "amax: got inf, expected a finite number"),
         (lambda _: nvfp4.is_degenerate(np.nan), "amax: got nan"),
-        (lambda w: nvfp4.encode(w, 1.0, out=(np.empty((2, 16), np.uint8), np.empty((2, 3), np.uint8))), r"out\[1\]"),
-        (lambda w: nvfp4.encode(w, 1.0, out=(np.empty((2, 32), np.uint8), np.empty((2, 2), np.uint8))), r"out\[0\]"),
-        (lambda _: nvfp4.decode(np.zeros((2, 9), np.uint8), np.zeros((2, 1), np.uint8), 1.0), r"packed: got shape \(2, 9\)"),
-        (lambda _: nvfp4.decode(np.zeros((2, 8), np.uint8), np.zeros((2, 1), np.int8), 1.0), "block_scales: got dtype int8"),
+        (
+            lambda w: nvfp4.encode(w, 1.0, out=(np.empty((2, 16), np.uint8), np.empty((2, 3), np.uint8))),
+            r"out\[1\]",
+        ),
+        (
+            lambda w: nvfp4.encode(w, 1.0, out=(np.empty((2, 32), np.uint8), np.empty((2, 2), np.uint8))),
+            r"out\[0\]",
+        ),
+        (
+            lambda _: nvfp4.decode(np.zeros((2, 9), np.uint8), np.zeros((2, 1), np.uint8), 1.0),
+            r"packed: got shape \(2, 9\)",
+        ),
+        (
+            lambda _: nvfp4.decode(np.zeros((2, 8), np.uint8), np.zeros((2, 1), np.int8), 1.0),
+            "block_scales: got dtype int8",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, message: str) -> None:

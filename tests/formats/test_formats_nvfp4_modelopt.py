@@ -28,7 +28,9 @@ def test_codes_block_scales_and_global_scale(bf16_weight, oracle) -> None:
     np.testing.assert_array_equal(scales, block_scales.view(torch.uint8).numpy())
     np.testing.assert_array_equal(packed, theirs._quantized_data.numpy())
 
-    values = theirs.dequantize(torch.float32, scale=block_scales, double_scale=global_scale, block_sizes={-1: 16})
+    values = theirs.dequantize(
+        torch.float32, scale=block_scales, double_scale=global_scale, block_sizes={-1: 16}
+    )
     np.testing.assert_array_equal(nvfp4.decode(packed, scales, scale), values.numpy())
 
 

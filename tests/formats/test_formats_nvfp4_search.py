@@ -1,4 +1,5 @@
-"""NVFP4's shortcuts held against what they stand for: thresholds for quotients, bounds for errors, windows for all scales."""
+"""NVFP4's shortcuts held against what they stand for: thresholds for quotients, bounds for errors, windows
+for all scales."""
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ def bf16(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", SCALES, ids=IDS)
 @pytest.mark.parametrize(("dtype", "shift"), [(np.uint16, 16), (np.uint32, 0)], ids=["bf16", "float32"])
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning"
+)
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 def test_a_threshold_reaches_its_code_and_the_pattern_below_does_not(scale: float, dtype, shift: int) -> None:
     reached = np.zeros((128, 8), dtype)
@@ -66,9 +69,15 @@ def test_bounds_hold_and_are_twice_as_wide_as_proven(scale: float) -> None:
     unit = nvfp4_search._unit(np.float32(scale))
     nvfp4_search._scales(np.float32(scale), unit, scales, table)
     first = rng.integers(1, 96, 256).astype(np.uint8)
-    lattice = scales[first, None] * rng.integers(0, 28, (256, 16)) * np.float32(0.25)  # on midpoints, and beside them
-    nudged = np.nextafter(lattice, rng.choice([0, np.float32(np.inf)], lattice.shape).astype(np.float32), dtype=np.float32)
-    spread = scales[first, None] * (6 * rng.random((256, 16)) ** rng.integers(1, 6, (256, 1))).astype(np.float32)
+    lattice = (
+        scales[first, None] * rng.integers(0, 28, (256, 16)) * np.float32(0.25)
+    )  # on midpoints, and beside them
+    nudged = np.nextafter(
+        lattice, rng.choice([0, np.float32(np.inf)], lattice.shape).astype(np.float32), dtype=np.float32
+    )
+    spread = scales[first, None] * (6 * rng.random((256, 16)) ** rng.integers(1, 6, (256, 1))).astype(
+        np.float32
+    )
     for values in (lattice, nudged, spread):
         lower, upper = np.empty((512, 16), np.float32), np.empty((512, 16), np.float32)
         nvfp4_search._bounds(values * unit, first, table, lower, upper)
@@ -84,10 +93,13 @@ def test_bounds_hold_and_are_twice_as_wide_as_proven(scale: float) -> None:
 
 
 def lattices(rng: np.random.Generator, steps: np.ndarray, blocks: int) -> np.ndarray:
-    """Blocks whose values are codes times one scale, or lie halfway between: several scales have no error, or the same."""
+    """Blocks whose values are codes times one scale, or lie halfway between: several scales have no error, or
+    the same."""
     picked = rng.choice(steps, (blocks, 1))
     codes = np.where(
-        rng.random((blocks, 16)) < 0.8, rng.choice(E2M1, (blocks, 16)), rng.choice([0.25, 0.75, 2.5, 5], (blocks, 16))
+        rng.random((blocks, 16)) < 0.8,
+        rng.choice(E2M1, (blocks, 16)),
+        rng.choice([0.25, 0.75, 2.5, 5], (blocks, 16)),
     )
     return picked * codes * rng.choice([-1, 1], (blocks, 16))
 
@@ -108,7 +120,9 @@ def adversarial(rng: np.random.Generator, scale: np.float32) -> dict[str, np.nda
         "all equal": equal,
         "two sizes": np.where(rng.random((100, 16)) < 0.5, equal, equal / 8),
         "huge range": huge,
-        "below the smallest scale": rng.standard_normal((60, 16)) * float(steps[0]) * 10.0 ** -rng.integers(0, 4, (60, 1)),
+        "below the smallest scale": rng.standard_normal((60, 16))
+        * float(steps[0])
+        * 10.0 ** -rng.integers(0, 4, (60, 1)),
         "above the largest": rng.standard_normal((60, 16))
         * float(min(float(steps[-1]) * 6, 1e37))
         * rng.uniform(0.5, 8, (60, 1)),
@@ -119,7 +133,9 @@ def adversarial(rng: np.random.Generator, scale: np.float32) -> dict[str, np.nda
 
 @pytest.mark.parametrize("scale", SCALES, ids=IDS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning"
+)
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 def test_adversarial_blocks(scale: float, method) -> None:
     rng, scale = np.random.default_rng(1), np.float32(scale)

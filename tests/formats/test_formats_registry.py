@@ -7,7 +7,10 @@ from nemoquant.formats import FORMATS, fp8, nvfp4
 
 
 def test_fp8_tensors() -> None:
-    assert FORMATS["fp8"].packed_tensors((3, 50)) == (("codes", "F8_E4M3", (3, 50)), ("global_scale", "F32", ()))
+    assert FORMATS["fp8"].packed_tensors((3, 50)) == (
+        ("codes", "F8_E4M3", (3, 50)),
+        ("global_scale", "F32", ()),
+    )
     assert (FORMATS["fp8"].weight_bits, FORMATS["fp8"].block) == (8, None)
 
 
@@ -22,7 +25,9 @@ def test_nvfp4_tensors() -> None:
 
 def test_the_shapes_are_those_that_the_kernels_write() -> None:
     assert FORMATS["fp8"].packed_tensors((3, 64))[0].shape == fp8.zeros((3, 64)).shape
-    assert [t.shape for t in FORMATS["nvfp4"].packed_tensors((3, 64))[:2]] == [a.shape for a in nvfp4.zeros((3, 64))]
+    assert [t.shape for t in FORMATS["nvfp4"].packed_tensors((3, 64))[:2]] == [
+        a.shape for a in nvfp4.zeros((3, 64))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,5 +58,7 @@ def test_the_registry_is_frozen() -> None:
 
 
 def test_the_registry_alone_loads_no_arrays() -> None:
-    code = "import sys, nemoquant.formats; sys.exit(any(m in sys.modules for m in ('numpy', 'numba', 'torch')))"
+    code = (
+        "import sys, nemoquant.formats; sys.exit(any(m in sys.modules for m in ('numpy', 'numba', 'torch')))"
+    )
     run_python(code)

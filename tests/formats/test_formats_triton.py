@@ -1,7 +1,9 @@
-"""The GPU's kernels, in Triton's interpreter on the CPU: every byte that of the CPU's kernels, whose oracles are in the other tests here.
+"""The GPU's kernels, in Triton's interpreter on the CPU: every byte that of the CPU's kernels, whose oracles
+are in the other tests here.
 
-The interpreter must be chosen before Triton is imported, so that each case runs in a process of its own. Its compiler needs no GPU either:
-what it makes of the kernels is looked at for what would change bytes, fused multiply-adds, quick divisions, subnormal numbers made zero.
+The interpreter must be chosen before Triton is imported, so that each case runs in a process of its own. Its
+compiler needs no GPU either: what it makes of the kernels is looked at for what would change bytes, fused
+multiply-adds, quick divisions, subnormal numbers made zero.
 """
 
 import importlib.util
@@ -17,7 +19,9 @@ from nemoquant.errors import UsageError
 from nemoquant.formats import fp8, nvfp4
 from nemoquant.formats.amax import amax
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra: dev)")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton (extra: dev)"
+)
 
 PROGRAM = """
 import numpy as np
@@ -35,10 +39,12 @@ spreads = [
     np.where(np.arange(256) // 16 % 2 == 0, -0.0, normal),  # blocks of zeros, negative ones
     np.eye(*normal.shape) * 3,
 ]
-special = np.zeros((2, 64), np.float32)  # as inputs may be: NaN, Inf, a block that underflows, one below the least scale of weights, empty ones
+# as inputs may be: NaN, Inf, a block that underflows, one below the least scale of weights, empty ones
+special = np.zeros((2, 64), np.float32)
 special[0, [3, 20, 40]] = np.nan, -np.inf, -1e-30
 special[1, 16:32], special[1, 50] = np.linspace(-1e-3, 1e-3, 16), -0.0
-floats = np.concatenate(spreads).astype(np.float32)  # 96 blocks, so that one program takes them all: the interpreter is slow
+# 96 blocks, so that one program takes them all: the interpreter is slow
+floats = np.concatenate(spreads).astype(np.float32)
 for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (floats, 0.01))[:WEIGHTS]:
     case = f"{weight.dtype}, scale times {group}"
     largest = amax(weight)
@@ -46,7 +52,8 @@ for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (fl
     scale = fp8.decode_scale(largest * np.float32(group))
     codes = fp8.encode(weight, scale)
     np.testing.assert_array_equal(fp8.encode(weight, scale, device="cuda"), codes, err_msg=case)
-    np.testing.assert_array_equal(fp8.decode(codes, scale, device="cuda"), fp8.decode(codes, scale), err_msg=case)
+    decoded = fp8.decode(codes, scale)
+    np.testing.assert_array_equal(fp8.decode(codes, scale, device="cuda"), decoded, err_msg=case)
     for method in METHODS:
         scale = nvfp4.global_decode_scale(largest * np.float32(group), method)
         expected = nvfp4.encode(weight, scale, method)
@@ -58,8 +65,13 @@ for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (fl
 values = np.concatenate([floats.reshape(-1), special.reshape(-1)]).reshape(-1, 32)
 for scale in (fp8.decode_scale(largest), np.float32(3e-4), np.float32(1)):
     there = torch.from_numpy(values)
-    expected = fp8.decode(fp8.encode(values, scale), scale), nvfp4.decode(*nvfp4.encode_activations(values, scale), scale)
-    for name, theirs, ours in zip(("fp8", "nvfp4"), expected, (gpu.fp8_rounded(there, scale), gpu.nvfp4_rounded(there, scale))):
+    expected = {
+        "fp8": fp8.decode(fp8.encode(values, scale), scale),
+        "nvfp4": nvfp4.decode(*nvfp4.encode_activations(values, scale), scale),
+    }
+    rounded = {"fp8": gpu.fp8_rounded(there, scale), "nvfp4": gpu.nvfp4_rounded(there, scale)}
+    for name, theirs in expected.items():
+        ours = rounded[name]
         np.testing.assert_array_equal(ours.numpy(), theirs, err_msg=f"inputs, {name}, scale {scale}")
         assert (np.signbit(ours.numpy()) == np.signbit(theirs))[~np.isnan(theirs)].all(), name
 every = np.arange(256, dtype=np.uint8)
@@ -74,7 +86,8 @@ assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is se
     ("methods", "weights"), [(("max", "four_over_six"), 2), (("mse",), 1)], ids=["max, four_over_six", "mse"]
 )
 def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> None:
-    """bf16, then float32 with scales far too small; the search through all scales takes its time and gets bf16 alone. Inputs too."""
+    """bf16, then float32 with scales far too small; the search through all scales takes its time and gets
+    bf16 alone. Inputs too."""
     program = PROGRAM.replace("METHODS", repr(methods)).replace("WEIGHTS", str(weights))
     run_python(program, TRITON_INTERPRET="1")
 
@@ -87,24 +100,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from nemoquant.formats import gpu, triton_kernels as kernels
 
-ENCODE = dict(shift="i32", onto="fp32", reached="*i32", scales="*fp32", packed="*u8", block_scales="*u8", count="i32")
-cases = {method: (kernels.nvfp4_encode_kernel, dict(weight="*i32" if method == "activations" else "*i16") | ENCODE, dict(METHOD=number, LANES=128))
-         for method, number in gpu._METHODS.items()}
+BLOCKS = dict(packed="*u8", block_scales="*u8", scales="*fp32", count="i32")
+ENCODE = dict(shift="i32", onto="fp32", reached="*i32") | BLOCKS
+cases = {}
+for method, number in gpu._METHODS.items():
+    weight = dict(weight="*i32" if method == "activations" else "*i16")
+    cases[method] = kernels.nvfp4_encode_kernel, weight | ENCODE, dict(METHOD=number, LANES=128)
 one = dict(LANES=1024)
 cases["amax"] = kernels.amax_kernel, dict(weight="*i16", shift="i32", largest="*i32", count="i32"), one
-cases["fp8"] = kernels.fp8_encode_kernel, dict(weight="*i16", shift="i32", decode_scale="fp32", codes="*u8", count="i32"), one
-cases["fp8 decode"] = kernels.fp8_decode_kernel, dict(codes="*u8", table="*fp32", decode_scale="fp32", values="*fp32", count="i32"), one
-cases["nvfp4 decode"] = (
-    kernels.nvfp4_decode_kernel, dict(packed="*u8", block_scales="*u8", scales="*fp32", values="*fp32", count="i32"), one)
+FP8 = dict(decode_scale="fp32", codes="*u8", count="i32")
+cases["fp8"] = kernels.fp8_encode_kernel, dict(weight="*i16", shift="i32") | FP8, one
+cases["fp8 decode"] = kernels.fp8_decode_kernel, dict(table="*fp32", values="*fp32") | FP8, one
+cases["nvfp4 decode"] = kernels.nvfp4_decode_kernel, dict(values="*fp32") | BLOCKS, one
 disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 found = {}
 for name, (kernel, signature, constants) in cases.items():
-    source = ASTSource(fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        machine = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        command = [disassembler, "-c", file.name]
+        machine = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     divisions = set(re.findall(r"div\\.[a-z.0-9]+", made.asm["ptx"]))
     found[name] = {
         "ptx": [word for word in ("fma.", ".ftz", ".approx") if word in made.asm["ptx"]],
@@ -119,7 +137,8 @@ print(json.dumps(found))
 @needs_triton
 @pytest.mark.slow
 def test_what_they_compile_to_for_sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two roundings where two are defined. (Single-precision fused multiply-adds are in the division of IEEE, which is made of them.)"""
+    """Two roundings where two are defined. (Single-precision fused multiply-adds are in the division of IEEE,
+    which is made of them.)"""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = json.loads(run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).stdout)
     dividing = {"max", "four_over_six", "activations", "fp8"}
@@ -129,7 +148,9 @@ def test_what_they_compile_to_for_sm_90(tmp_path: Path, monkeypatch: pytest.Monk
         assert one["divisions"] == (["div.rn.f32"] if name in dividing else []), name
         assert one["fused"]["DFMA"] == 0, name
         assert name in dividing or one["fused"]["FFMA"] == 0, name
-        assert (one["double"] > 0) == (name in ("mse", "four_over_six")), f"{name}: errors are in float64, nothing else"
+        assert (one["double"] > 0) == (name in ("mse", "four_over_six")), (
+            f"{name}: errors are in float64, nothing else"
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal of a machine without a GPU")
@@ -146,7 +167,9 @@ def test_what_they_compile_to_for_sm_90(tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_a_gpu_the_device_is_refused(call, monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
-        UsageError, match=r"device: got cuda, but torch finds no CUDA GPU here \(torch .*\); expected one, or take device cpu"
+        UsageError,
+        match=r"device: got cuda, but torch finds no CUDA GPU here \(torch .*\); expected one, or take "
+        r"device cpu",
     ):
         call(np.ones((1, 16), np.float32))
 

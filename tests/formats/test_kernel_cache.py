@@ -1,7 +1,8 @@
-"""Compiled kernels on disk: an edit of any source compiles anew, equal sources share, and where nothing can be written all works still.
+"""Compiled kernels on disk: an edit of any source compiles anew, equal sources share, and where nothing can
+be written all works still.
 
-Each run is a process of its own over a copy of the package's formats, in which a helper (``e4m3.encode_one``) is edited. Its caller
-(``fp8.encode``) stands in another file, which numba alone would watch.
+Each run is a process of its own over a copy of the package's formats, in which a helper (``e4m3.encode_one``)
+is edited. Its caller (``fp8.encode``) stands in another file, which numba alone would watch.
 """
 
 import os
@@ -41,7 +42,9 @@ class Copy:
         (at / "nemoquant").mkdir(parents=True)
         (at / "nemoquant/__init__.py").touch()
         shutil.copy(PACKAGE / "errors.py", at / "nemoquant")
-        shutil.copytree(PACKAGE / "formats", at / "nemoquant/formats", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            PACKAGE / "formats", at / "nemoquant/formats", ignore=shutil.ignore_patterns("__pycache__")
+        )
 
     def edit_helper(self) -> None:
         path = self.at / "nemoquant/formats/e4m3.py"
@@ -50,11 +53,19 @@ class Copy:
         path.write_text(text.replace("(code | sign)", "((code ^ np.uint32(1)) | sign)"))
 
     def start(self, **environment: str | Path) -> subprocess.Popen[str]:
-        kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "PYTHONPATH")}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "PYTHONPATH")
+        }
         return subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", RUN], cwd=self.at, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-W", "error", "-c", RUN],
+            cwd=self.at,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**kept, "HOME": str(self.home), **{k: str(v) for k, v in environment.items()}},
-        )  # fmt: skip
+        )
 
     def run(self, **environment: str | Path) -> Ran:
         return finished(self.start(**environment))
@@ -103,7 +114,9 @@ def test_the_folder_can_be_chosen(make: Callable[[str], Copy], tmp_path: Path) -
     assert not copy.home.exists()
 
 
-def test_where_it_cannot_be_written_a_private_temporary_folder_serves(make: Callable[[str], Copy], tmp_path: Path) -> None:
+def test_where_it_cannot_be_written_a_private_temporary_folder_serves(
+    make: Callable[[str], Copy], tmp_path: Path
+) -> None:
     copy, temporary = make("one"), tmp_path / "temporary"
     temporary.mkdir()
     first = copy.run(XDG_CACHE_HOME="/dev/null", TMPDIR=temporary)

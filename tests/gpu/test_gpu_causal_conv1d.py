@@ -1,7 +1,8 @@
-"""CausalConv1d on a CUDA device: Super's and Nano's channels against float64, the host's bits, streams, strides, states that are cut.
+"""CausalConv1d on a CUDA device: Super's and Nano's channels against float64, the host's bits, streams,
+strides, states that are cut.
 
-Build the kernels first: `nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under compute-sanitizer:
-`compute-sanitizer python -m pytest tests/gpu/test_gpu_causal_conv1d.py`.
+Build the kernels first: `nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under
+compute-sanitizer: `compute-sanitizer python -m pytest tests/gpu/test_gpu_causal_conv1d.py`.
 """
 
 import pytest
@@ -11,7 +12,9 @@ from nemoquant.ops.functional import causal_conv1d
 from nemoquant.ops.library import serves
 
 AVAILABLE = torch.cuda.is_available() and serves("causal_conv1d", "cuda")
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build")
+pytestmark = pytest.mark.skipif(
+    not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build"
+)
 
 CHANNELS = {"Super": 10_240, "Nano": 6_144}
 
@@ -28,7 +31,9 @@ def given(
     return made(batch, length, channels).to(dtype), weight, bias, made(batch, channels, kernel - 1).to(dtype)
 
 
-def framework(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def framework(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, state: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """torch's convolution in ``dtype``."""
     full = torch.cat([state, x.mT], 2).to(dtype)
     y = torch.nn.functional.conv1d(full, weight.to(dtype)[:, None], bias.to(dtype), groups=x.shape[2])

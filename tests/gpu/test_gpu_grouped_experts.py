@@ -1,7 +1,8 @@
 """CUTLASS's grouped products of RoutedExperts on a CUDA device, against the decoded products and float64.
 
-Build them first: `nemoquant plugins build --arch sm_90a --gemm-arch sm_90a` on an H100 or H200, sm_100a on a B200. The tests of
-tests/plugins/test_grouped_experts.py hold for all that surrounds them; what is tested here has not been run when this was written.
+Build them first: `nemoquant plugins build --arch sm_90a --gemm-arch sm_90a` on an H100 or H200, sm_100a on a
+B200. The tests of tests/plugins/test_grouped_experts.py hold for all that surrounds them; what is tested here
+has not been run when this was written.
 """
 
 import pytest
@@ -55,7 +56,8 @@ def test_error_is_below_twice_that_of_a_framework(model: str, format: str, token
 
 
 def single_terms(format: str) -> Layer:
-    """Products whose sums have one term each, so that they are exact: one column of up a token, a permutation as down.
+    """Products whose sums have one term each, so that they are exact: one column of up a token, a permutation
+    as down.
 
     Sizes are no multiples of 64, 128 or a tile: 160 inputs, 224 wide, 4 experts.
     """
@@ -71,15 +73,21 @@ def single_terms(format: str) -> Layer:
                 parts[name] = (ones if is_down else values).bfloat16()
             elif name == "codes":
                 if format == "fp8":
-                    codes = torch.randint(0, 256, (experts, out, into), generator=g, device="cuda", dtype=torch.uint8)
+                    codes = torch.randint(
+                        0, 256, (experts, out, into), generator=g, device="cuda", dtype=torch.uint8
+                    )
                     finite = torch.where(codes & 0x7F == 0x7F, 0, codes)
                     parts[name] = torch.where(ones == 1, 0x38, 0).to(torch.uint8) if is_down else finite
                 else:
-                    codes = torch.randint(0, 256, (experts, out, into // 2), generator=g, device="cuda", dtype=torch.uint8)
+                    codes = torch.randint(
+                        0, 256, (experts, out, into // 2), generator=g, device="cuda", dtype=torch.uint8
+                    )
                     two = torch.where(ones == 1, 2, 0).to(torch.uint8).unflatten(2, (-1, 2))
                     parts[name] = two[..., 0] | two[..., 1] << 4 if is_down else codes
             elif name == "block_scales":
-                scales = torch.randint(0x20, 0x50, (experts, out, into // 16), generator=g, device="cuda", dtype=torch.uint8)
+                scales = torch.randint(
+                    0x20, 0x50, (experts, out, into // 16), generator=g, device="cuda", dtype=torch.uint8
+                )
                 parts[name] = torch.full_like(scales, 0x38) if is_down else scales
             else:
                 parts[name] = torch.rand(experts, generator=g, device="cuda") * 0.05 + 0.05
@@ -89,14 +97,17 @@ def single_terms(format: str) -> Layer:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @every_format
 def test_every_code_and_scale_is_where_it_belongs(format: str, dtype: torch.dtype) -> None:
-    """Bit for bit what the decoded products give, which have tests of their own: every input, every row, in tiles that are not full."""
+    """Bit for bit what the decoded products give, which have tests of their own: every input, every row, in
+    tiles that are not full."""
     if format == "bf16":
         dtype = torch.bfloat16
     one = single_terms(format)
     tokens = 450
     x = torch.zeros(tokens, 160, device="cuda", dtype=dtype)
     x[torch.arange(tokens), torch.arange(tokens) % 160] = 1
-    ids = torch.tensor([0, 2, 3], device="cuda").repeat(tokens // 3)[:, None].contiguous()  # one expert has no tokens
+    ids = (
+        torch.tensor([0, 2, 3], device="cuda").repeat(tokens // 3)[:, None].contiguous()
+    )  # one expert has no tokens
     weights = torch.ones(tokens, 1, device="cuda")
     y = grouped(one, x, ids, weights)
     assert y.count_nonzero() > y.numel() // 8  # half are negative before relu, and FP4 makes small ones zero
@@ -122,7 +133,9 @@ def test_all_tokens_on_one_expert(format: str) -> None:
     x, _, weights = given("nano", 3000, torch.bfloat16)
     ids, weights = torch.full((3000, 1), 77, device="cuda"), weights[:, :1].contiguous()
     exact = mixture(one, x, ids, weights, torch.float64)
-    assert error(grouped(one, x, ids, weights), exact) <= 2 * error(exact.bfloat16(), exact) + (0.004 if format == "bf16" else 0)
+    assert error(grouped(one, x, ids, weights), exact) <= 2 * error(exact.bfloat16(), exact) + (
+        0.004 if format == "bf16" else 0
+    )
 
 
 @every_format

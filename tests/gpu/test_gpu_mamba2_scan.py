@@ -1,7 +1,9 @@
-"""The scan's kernels on a GPU, through torch: at the published models' sizes against float64, against the host's bits, at a million tokens.
+"""The scan's kernels on a GPU, through torch: at the published models' sizes against float64, against the
+host's bits, at a million tokens.
 
 Needs `nemoquant plugins build`. Under compute-sanitizer (memcheck, racecheck, synccheck):
-    compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_gpu_mamba2_scan.py -k "base or cut or bits"
+    compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_gpu_mamba2_scan.py -k "base or cut or
+    bits"
 """
 
 import importlib.util
@@ -18,7 +20,9 @@ BUILT = (default_folder() / "libnemoquant_kernels.so").is_file()
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not BUILT, reason="needs a GPU, and the kernels: nemoquant plugins build"
 )
-has_mamba_ssm = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed")
+has_mamba_ssm = pytest.mark.skipif(
+    importlib.util.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed"
+)
 
 SUPER: dict[str, int] = {"heads": 128, "width": 64, "groups": 8, "size": 128}
 NANO = {**SUPER, "heads": 64}
@@ -27,9 +31,19 @@ BFLOAT16 = torch.bfloat16
 
 
 def inputs(
-    batch: int = 1, length: int = 333, heads: int = 128, width: int = 64, groups: int = 8, size: int = 128, *,
-    dtype: torch.dtype = BFLOAT16, state_dtype: torch.dtype = torch.float32, bias: float = -3.0, state: float = 1.0, device: str = "cuda",
-) -> dict[str, Tensor]:  # fmt: skip
+    batch: int = 1,
+    length: int = 333,
+    heads: int = 128,
+    width: int = 64,
+    groups: int = 8,
+    size: int = 128,
+    *,
+    dtype: torch.dtype = BFLOAT16,
+    state_dtype: torch.dtype = torch.float32,
+    bias: float = -3.0,
+    state: float = 1.0,
+    device: str = "cuda",
+) -> dict[str, Tensor]:
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -92,7 +106,8 @@ def pieces(given: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
 def test_scan_is_the_recurrence(change: dict[str, Any], dtype: torch.dtype) -> None:
-    """Below twice the rounding of the true result to the inputs' dtype; float32 below a few roundings of its sums."""
+    """Below twice the rounding of the true result to the inputs' dtype; float32 below a few roundings of its
+    sums."""
     given = inputs(**change, dtype=dtype)
     for y_dtype in (torch.float32, dtype):
         for found, true in zip(scan(given, y_dtype=y_dtype), recurrence(given), strict=True):
@@ -107,7 +122,9 @@ def test_states_of_every_dtype(state_dtype: torch.dtype, length: int) -> None:
     true = recurrence(given)[1]
     assert (
         error(state, true)
-        < 2 * max(error(true.to(kind), true) for kind in (state_dtype, BFLOAT16 if length > 1 else state_dtype)) + FLOOR
+        < 2
+        * max(error(true.to(kind), true) for kind in (state_dtype, BFLOAT16 if length > 1 else state_dtype))
+        + FLOOR
     )
 
 
@@ -129,14 +146,22 @@ def test_twice_the_same_call_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("seed", [None, 12345])
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("length", [1, 20])
-def test_steps_have_the_host_s_bits(length: int, dtype: torch.dtype, seed: int | None, tmp_path: Path) -> None:
-    """Decode, y and state, stochastic states too: the same bits here and in the emulator, so on every device."""
+def test_steps_have_the_host_s_bits(
+    length: int, dtype: torch.dtype, seed: int | None, tmp_path: Path
+) -> None:
+    """Decode, y and state, stochastic states too: the same bits here and in the emulator, so on every
+    device."""
     from nemoquant.ops.build import build
     from nemoquant.ops.library import use
 
     build(tmp_path, host=True, faces=False)
     given = inputs(
-        batch=2, length=length, heads=8, dtype=dtype, state_dtype=torch.float16 if seed else torch.float32, device="cpu"
+        batch=2,
+        length=length,
+        heads=8,
+        dtype=dtype,
+        state_dtype=torch.float16 if seed else torch.float32,
+        device="cpu",
     )
     options: dict[str, Any] = {"rounding": "stochastic"} if seed else {}
     more = {"seed": torch.tensor([seed])} if seed else {}
@@ -173,10 +198,12 @@ def test_a_captured_decode_step_takes_its_seed_from_memory() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9, reason="needs 40 GB of GPU memory"
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9,
+    reason="needs 40 GB of GPU memory",
 )
 def test_a_million_tokens() -> None:
-    """2^31 elements of x and more. Decays are strong, so that the last positions follow from the last thousand alone."""
+    """2^31 elements of x and more. Decays are strong, so that the last positions follow from the last
+    thousand alone."""
     given = inputs(length=2**20 + 7, heads=33, groups=1, bias=1.0)
     given["A"] -= 1.0
     assert given["x"].numel() > 2**31
@@ -191,7 +218,8 @@ def test_a_million_tokens() -> None:
 @pytest.mark.parametrize("shape", [SUPER, NANO], ids=["Super", "Nano"])
 @pytest.mark.parametrize("length", [1, 300, 4096])
 def test_error_is_below_twice_that_of_mamba_ssm(length: int, shape: dict[str, int]) -> None:
-    """Its Triton kernels on the same bf16 inputs: mamba_chunk_scan_combined, and selective_state_update for one position."""
+    """Its Triton kernels on the same bf16 inputs: mamba_chunk_scan_combined, and selective_state_update for
+    one position."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -199,16 +227,31 @@ def test_error_is_below_twice_that_of_mamba_ssm(length: int, shape: dict[str, in
     heads, width, size = shape["heads"], shape["width"], shape["size"]
     if length > 1:
         theirs = mamba_chunk_scan_combined(
-            given["x"], given["dt"], given["A"], given["B"], given["C"], 128, D=given["D"], dt_bias=given["dt_bias"],
-            initial_states=given["state_in"], dt_softplus=True, return_final_states=True,
-        )  # fmt: skip
+            given["x"],
+            given["dt"],
+            given["A"],
+            given["B"],
+            given["C"],
+            128,
+            D=given["D"],
+            dt_bias=given["dt_bias"],
+            initial_states=given["state_in"],
+            dt_softplus=True,
+            return_final_states=True,
+        )
     else:
         state = given["state_in"].clone()
         y = selective_state_update(
-            state, given["x"][:, 0], given["dt"][:, 0, :, None].expand(-1, -1, width), given["A"][:, None, None].expand(-1, width, size),
-            given["B"][:, 0], given["C"][:, 0], given["D"][:, None].expand(-1, width), dt_bias=given["dt_bias"][:, None].expand(-1, width),
+            state,
+            given["x"][:, 0],
+            given["dt"][:, 0, :, None].expand(-1, -1, width),
+            given["A"][:, None, None].expand(-1, width, size),
+            given["B"][:, 0],
+            given["C"][:, 0],
+            given["D"][:, None].expand(-1, width),
+            dt_bias=given["dt_bias"][:, None].expand(-1, width),
             dt_softplus=True,
-        )  # fmt: skip
+        )
         theirs = y.view(1, 1, heads, width), state
     for found, other, true in zip(scan(given, y_dtype=BFLOAT16), theirs, recurrence(given), strict=True):
         assert error(found, true) < max(2 * error(other, true), FLOOR)

@@ -1,4 +1,5 @@
-"""Packing and the diff on a CUDA device: the CPU's bytes from every kernel, from threads side by side, in whole files; the CPU's figures.
+"""Packing and the diff on a CUDA device: the CPU's bytes from every kernel, from threads side by side, in
+whole files; the CPU's figures.
 
 Its bodies were run in Triton's interpreter; no GPU was at hand.
 """
@@ -22,7 +23,13 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a CUDA device and T
 
 SHAPE = (2688, 1024)  # an expert of Super
 METHODS = ("max", "four_over_six", "mse")
-KINDS = ("normal", "all magnitudes", "a lattice, rich in ties", "near the smallest normal bf16", "empty blocks")
+KINDS = (
+    "normal",
+    "all magnitudes",
+    "a lattice, rich in ties",
+    "near the smallest normal bf16",
+    "empty blocks",
+)
 
 
 def weight(kind: str, dtype: str, seed: int = 0) -> NDArray[Any]:
@@ -64,7 +71,9 @@ def test_inputs(kind: str) -> None:
     values[0, 5], values[1, 20], values[2, 40] = np.nan, np.inf, -np.inf
     there = torch.from_numpy(values).to(gpu.torch_device("cuda"))
     for scale in (np.float32(0.01), np.float32(1e-4)):
-        np.testing.assert_array_equal(gpu.fp8_rounded(there, scale).cpu().numpy(), fp8.decode(fp8.encode(values, scale), scale))
+        np.testing.assert_array_equal(
+            gpu.fp8_rounded(there, scale).cpu().numpy(), fp8.decode(fp8.encode(values, scale), scale)
+        )
         expected = nvfp4.decode(*nvfp4.encode_activations(values, scale), scale)
         np.testing.assert_array_equal(gpu.nvfp4_rounded(there, scale).cpu().numpy(), expected)
 
@@ -90,14 +99,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_and_figures(source: Path, token_rows: Path, tmp_path: Path) -> None:
-    """Whole outputs with scales given, byte for byte; calibration there within 1e-5; the diff there within what flipped codes do."""
+    """Whole outputs with scales given, byte for byte; calibration there within 1e-5; the diff there within
+    what flipped codes do."""
     made: dict[str, Path] = {}
     for device in ("cpu", "cuda"):
         options = RunOptions(data=token_rows, dtype="float32", device=device, threads=4)
         made[device] = quantize(source, tmp_path / device, "nvfp4", options).out
     given = RunOptions(scales=made["cpu"] / "nemoquant_scales.json", device="cuda", threads=4)
     assert contents(quantize(source, tmp_path / "given", "nvfp4", given).out) == contents(made["cpu"])
-    reports = [diff(source, list(made.values()), data=token_rows, card=False, device=device) for device in ("cpu", "cuda")]
+    reports = [
+        diff(source, list(made.values()), data=token_rows, card=False, device=device)
+        for device in ("cpu", "cuda")
+    ]
     for one, two in zip(*(report.candidates for report in reports), strict=True):
         assert two.logits.kl.mean == pytest.approx(one.logits.kl.mean, rel=0.05)
     itself = diff(source, [source], data=token_rows, card=False, device="cuda", threads=4)

@@ -1,7 +1,8 @@
-"""RoutedExperts on a CUDA device: Super's and Nano's sizes against float64 in every format, the host's bits of decoding, streams, graphs.
+"""RoutedExperts on a CUDA device: Super's and Nano's sizes against float64 in every format, the host's bits
+of decoding, streams, graphs.
 
-Build the kernels first: `nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under compute-sanitizer:
-`compute-sanitizer python -m pytest tests/gpu/test_gpu_routed_experts.py -k "not super"`.
+Build the kernels first: `nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under
+compute-sanitizer: `compute-sanitizer python -m pytest tests/gpu/test_gpu_routed_experts.py -k "not super"`.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,19 @@ from nemoquant.ops.functional import EXPERT_FORMATS, library_for, routed_experts
 from nemoquant.ops.library import serves
 
 AVAILABLE = torch.cuda.is_available() and serves("routed_experts", "cuda")
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build")
+pytestmark = pytest.mark.skipif(
+    not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build"
+)
 
 # Native products of FP4 were built, and the device has them.
-NATIVE = AVAILABLE and torch.cuda.get_device_capability() == (12, 0) and library_for(torch.device("cuda")).runs_on(12, 0)
-needs_native = pytest.mark.skipif(not NATIVE, reason="needs a device of compute capability 12.0 and kernels built for sm_120a")
+NATIVE = (
+    AVAILABLE
+    and torch.cuda.get_device_capability() == (12, 0)
+    and library_for(torch.device("cuda")).runs_on(12, 0)
+)
+needs_native = pytest.mark.skipif(
+    not NATIVE, reason="needs a device of compute capability 12.0 and kernels built for sm_120a"
+)
 
 MODELS = {"super": (512, 22, 1024, 2688), "nano": (128, 6, 2688, 1856)}  # experts, k, input, width
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -42,7 +51,11 @@ class Layer:
             return codes.view(torch.float8_e4m3fn).double() * scale
         table = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float64, device="cuda")
         values = table[torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()]
-        return values * parts["block_scales"][expert].view(torch.float8_e4m3fn).double().repeat_interleave(16, 1) * scale
+        return (
+            values
+            * parts["block_scales"][expert].view(torch.float8_e4m3fn).double().repeat_interleave(16, 1)
+            * scale
+        )
 
     def rounded(self, projection: str, v: Tensor, expert: int) -> Tensor:
         """A product's inputs [n, in] float64, as the format has them."""
@@ -70,20 +83,28 @@ def e2m1(v: Tensor) -> Tensor:
 
 
 def layer(format: str, model: str) -> Layer:
-    """Random codes of every magnitude, block scales around 1, global scales so that hidden values have the spread of the inputs."""
+    """Random codes of every magnitude, block scales around 1, global scales so that hidden values have the
+    spread of the inputs."""
     experts, _, size, width = MODELS[model]
     g = torch.Generator("cuda").manual_seed(0)
     made = Layer(format, {}, {})
     for parts, out, into, hidden in ((made.up, width, size, False), (made.down, size, width, True)):
         for name in EXPERT_FORMATS[format][1]:
             if name == "weight":
-                parts[name] = torch.randn(experts, out, into, generator=g, device="cuda", dtype=torch.bfloat16) / into**0.5
+                parts[name] = (
+                    torch.randn(experts, out, into, generator=g, device="cuda", dtype=torch.bfloat16)
+                    / into**0.5
+                )
             elif name == "codes":
                 columns = into // 2 if "4" in format else into
-                codes = torch.randint(0, 256, (experts, out, columns), generator=g, device="cuda", dtype=torch.uint8)
+                codes = torch.randint(
+                    0, 256, (experts, out, columns), generator=g, device="cuda", dtype=torch.uint8
+                )
                 parts[name] = codes if "4" in format else torch.where(codes & 0x7F == 0x7F, 0, codes)
             elif name == "block_scales":
-                parts[name] = torch.randint(0x30, 0x41, (experts, out, into // 16), generator=g, device="cuda", dtype=torch.uint8)
+                parts[name] = torch.randint(
+                    0x30, 0x41, (experts, out, into // 16), generator=g, device="cuda", dtype=torch.uint8
+                )
             else:
                 spread = torch.rand(experts, generator=g, device="cuda") * 0.4 + 0.8
                 size_of_codes = 3.0 if "4" in format else 120.0
@@ -108,12 +129,16 @@ def mixture(one: Layer, x: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dt
         v = one.rounded("up", x[rows].double(), expert).to(dtype)
         hidden = torch.relu(v @ one.weight("up", expert).to(dtype).mT).square()
         v = one.rounded("down", hidden.double(), expert).to(dtype)
-        total.index_add_(0, rows, (v @ one.weight("down", expert).to(dtype).mT).double() * weights[rows, j, None].double())
+        total.index_add_(
+            0, rows, (v @ one.weight("down", expert).to(dtype).mT).double() * weights[rows, j, None].double()
+        )
     return total
 
 
 def run(one: Layer, x: Tensor, ids: Tensor, weights: Tensor, products: str = "auto") -> Tensor:
-    return routed_experts(x, ids, weights, list(one.up.values()), list(one.down.values()), one.format, products=products)
+    return routed_experts(
+        x, ids, weights, list(one.up.values()), list(one.down.values()), one.format, products=products
+    )
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -124,7 +149,8 @@ def error(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("format", EXPERT_FORMATS)
 @pytest.mark.parametrize("model", MODELS)
 def test_error_is_below_twice_that_of_a_framework(model: str, format: str, tokens: int) -> None:
-    """bfloat16 inputs. Codes of hidden values that flip count here: one of 59,136 moves a token by less than bfloat16 rounds."""
+    """bfloat16 inputs. Codes of hidden values that flip count here: one of 59,136 moves a token by less than
+    bfloat16 rounds."""
     one = layer(format, model)
     x, ids, weights = given(model, tokens, torch.bfloat16)
     exact = mixture(one, x, ids, weights, torch.float64)
@@ -140,9 +166,11 @@ def test_error_is_below_twice_that_of_a_framework(model: str, format: str, token
 @pytest.mark.parametrize("tokens", [1, 94, 745, 4096])
 @pytest.mark.parametrize("model", MODELS)
 def test_native_products(model: str, tokens: int) -> None:
-    """float32 in and out: 1e-4 of float64, and of the decoded products, but for tokens with a hidden code that flipped, one in twenty at most.
+    """float32 in and out: 1e-4 of float64, and of the decoded products, but for tokens with a hidden code
+    that flipped, one in twenty at most.
 
-    How many bits of a sum of 64 products are kept is not documented; sums of 128 are added in float32. With all of float32's it would be 1e-6.
+    How many bits of a sum of 64 products are kept is not documented; sums of 128 are added in float32. With
+    all of float32's it would be 1e-6.
     """
     one = layer("nvfp4", model)
     x, ids, weights = given(model, tokens, torch.float32)
@@ -156,7 +184,8 @@ def test_native_products(model: str, tokens: int) -> None:
 
 @needs_native
 def test_native_products_of_whole_numbers_are_exact() -> None:
-    """One block at a time is not zero, so that each code meets the scales of its own block in both operands: bit for bit, for each lane's place."""
+    """One block at a time is not zero, so that each code meets the scales of its own block in both operands:
+    bit for bit, for each lane's place."""
     g = torch.Generator("cuda").manual_seed(3)
     size, tokens = 512, 64
     codes = torch.randint(0, 256, (1, size, size // 2), generator=g, device="cuda", dtype=torch.uint8)
@@ -169,16 +198,28 @@ def test_native_products_of_whole_numbers_are_exact() -> None:
     rows = torch.arange(size, device="cuda")
     identity[0, rows, rows // 2] = torch.where(rows % 2 == 0, 0x2, 0x20).to(torch.uint8)
     ones = torch.full_like(blocks, 0x38)
-    made = Layer("nvfp4", {"codes": codes, "block_scales": blocks, "global_scale": one, "input_scale": one}, {
-        "codes": identity, "block_scales": ones, "global_scale": one, "input_scale": one,
-    })  # fmt: skip
+    made = Layer(
+        "nvfp4",
+        {"codes": codes, "block_scales": blocks, "global_scale": one, "input_scale": one},
+        {
+            "codes": identity,
+            "block_scales": ones,
+            "global_scale": one,
+            "input_scale": one,
+        },
+    )
     x = torch.zeros(tokens, size, device="cuda")
     table = torch.tensor(E2M1, device="cuda")
     for token in range(tokens):
         at = token % (size // 16) * 16
-        x[token, at : at + 16] = table[torch.randint(0, 8, (16,), generator=g, device="cuda")] * 2.0 ** (token % 3)
+        x[token, at : at + 16] = table[torch.randint(0, 8, (16,), generator=g, device="cuda")] * 2.0 ** (
+            token % 3
+        )
         x[token, at] = 6 * 2.0 ** (token % 3)  # so that the block's scale is that power
-    ids, weights = torch.zeros(tokens, 1, dtype=torch.int64, device="cuda"), torch.ones(tokens, 1, device="cuda")
+    ids, weights = (
+        torch.zeros(tokens, 1, dtype=torch.int64, device="cuda"),
+        torch.ones(tokens, 1, device="cuda"),
+    )
     exact = mixture(made, x, ids, weights, torch.float64)
     assert run(made, x, ids, weights, "native").double().equal(exact)
 
@@ -200,7 +241,8 @@ def test_native_products_keep_a_nan_with_its_token() -> None:
 @pytest.mark.parametrize("tokens", [1, 40, 600, 2000])
 @pytest.mark.parametrize("format", ["bf16", "w8a16", "w4a16"])
 def test_other_dtypes(format: str, tokens: int, dtype: torch.dtype) -> None:
-    """float16: within 2% of rounding the exact result once. float32: 1e-5, tensor cores add up with less than float32's care."""
+    """float16: within 2% of rounding the exact result once. float32: 1e-5, tensor cores add up with less than
+    float32's care."""
     one = layer(format, "nano")
     x, ids, weights = given("nano", tokens, dtype)
     exact = mixture(one, x, ids, weights, torch.float64)
@@ -210,7 +252,8 @@ def test_other_dtypes(format: str, tokens: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("format", ["w8a16", "w4a16"])
 def test_every_code_is_decoded(format: str) -> None:
-    """One column of codes through, subnormal ones too: y is (code * scale)^2, exactly. Both kernels: one token, and 300."""
+    """One column of codes through, subnormal ones too: y is (code * scale)^2, exactly. Both kernels: one
+    token, and 300."""
     byte = torch.arange(256, dtype=torch.uint8, device="cuda")
     packed = 2 if format == "w4a16" else 1
     up, down = (torch.zeros(1, 256, 256 // packed, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -230,7 +273,10 @@ def test_every_code_is_decoded(format: str) -> None:
     for tokens in (1, 300):
         x = torch.zeros(tokens, 256, device="cuda")
         x[:, 0] = 1
-        ids, weights = torch.zeros(tokens, 1, dtype=torch.int64, device="cuda"), torch.ones(tokens, 1, device="cuda")
+        ids, weights = (
+            torch.zeros(tokens, 1, dtype=torch.int64, device="cuda"),
+            torch.ones(tokens, 1, device="cuda"),
+        )
         y = routed_experts(x, ids, weights, [up, *scales[0], one], [down, *scales[1], one], format)
         assert y.equal((values.clamp(min=0) ** 2).expand(tokens, 256))
 
@@ -242,7 +288,9 @@ def test_ids_that_are_no_experts_add_nothing() -> None:
     ids[7, 2], weights[7, 2] = 128, torch.inf
     clean_ids, clean = ids.clamp(0, 127), torch.where(torch.isfinite(weights), weights, 0)
     skipped = torch.ones(1, dtype=torch.int32, device="cuda")
-    y = routed_experts(x, ids, weights, list(one.up.values()), list(one.down.values()), "nvfp4", skipped=skipped)
+    y = routed_experts(
+        x, ids, weights, list(one.up.values()), list(one.down.values()), "nvfp4", skipped=skipped
+    )
     assert y.equal(run(one, x, clean_ids, clean))
     assert (y[5] == 0).all()
     assert skipped.item() == 1 + 7  # all six of a token, one of another

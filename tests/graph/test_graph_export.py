@@ -1,4 +1,5 @@
-"""What an export writes, and does not write: graphs over the shards' own bytes; copies; refusals; what the engine refuses to load."""
+"""What an export writes, and does not write: graphs over the shards' own bytes; copies; refusals; what the
+engine refuses to load."""
 
 import importlib.util
 import json
@@ -62,7 +63,8 @@ def quantized(demo: Callable[[str], Path], copied: Callable[..., Path]) -> Calla
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """Runs ``nemoquant export onnx`` and checks how it is refused: one line, its exit code, and nothing written."""
+    """Runs ``nemoquant export onnx`` and checks how it is refused: one line, its exit code, and nothing
+    written."""
 
     def check(*arguments: Any, parts: list[str], code: int = 2) -> str:
         before = tree(tmp_path)
@@ -99,14 +101,22 @@ def test_no_weight_is_in_the_file(preset: str, graph: str, demo: Callable[[str],
     nodes = [*nested(model.graph.node), *(n for function in model.functions for n in nested(function.node))]
     sizes = [a.t.ByteSize() for node in nodes for a in node.attribute if a.HasField("t")]
     assert 0 < max(sizes) < 1000
-    assert not [n.name for n in nodes for a in n.attribute if a.t.external_data or len(a.floats) + len(a.ints) > 100]
+    assert not [
+        n.name for n in nodes for a in n.attribute if a.t.external_data or len(a.floats) + len(a.ints) > 100
+    ]
 
 
-PARTS = {"codes": "weight", "block_scales": "weight_scale", "global_scale": "weight_scale_2", "input_scale": "input_scale"}
+PARTS = {
+    "codes": "weight",
+    "block_scales": "weight_scale",
+    "global_scale": "weight_scale_2",
+    "input_scale": "input_scale",
+}
 
 
 def stored_names(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The tensors of the shards that an initializer stands for; ``...experts.up_proj.codes`` for those of all 16 experts."""
+    """The tensors of the shards that an initializer stands for; ``...experts.up_proj.codes`` for those of all
+    16 experts."""
     mixer, experts, rest = name.partition(".experts.")
     if name in tensors or not experts:
         return [name]
@@ -119,14 +129,20 @@ def stored_names(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-w4a16", "nvfp4-full"])
 def test_entries_point_at_the_bytes(preset: str, demo: Callable[[str], Path]) -> None:
-    """Through the offset lie the bytes that safetensors reads under the name; each tensor of the model is used once."""
+    """Through the offset lie the bytes that safetensors reads under the name; each tensor of the model is
+    used once."""
     import onnx
 
     folder = demo(preset)
     tensors = read(folder)
     files = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     used: Counter[str] = Counter()
-    sizes = {onnx.TensorProto.BFLOAT16: 2, onnx.TensorProto.FLOAT: 4, onnx.TensorProto.UINT8: 1, onnx.TensorProto.FLOAT8E4M3FN: 1}
+    sizes = {
+        onnx.TensorProto.BFLOAT16: 2,
+        onnx.TensorProto.FLOAT: 4,
+        onnx.TensorProto.UINT8: 1,
+        onnx.TensorProto.FLOAT8E4M3FN: 1,
+    }
     for graph in ("model.onnx", "mtp.onnx"):
         model = proto(folder / graph)
         found = places(model)
@@ -168,7 +184,9 @@ def test_entries_point_at_the_bytes(preset: str, demo: Callable[[str], Path]) ->
         ("bf16", {"MambaLayer_bf16": 4, "MoeLayer_bf16": 4, "AttentionLayer_bf16": 2}),
     ],
 )
-def test_one_function_for_each_kind_and_format(preset: str, expected: dict[str, int], demo: Callable[[str], Path]) -> None:
+def test_one_function_for_each_kind_and_format(
+    preset: str, expected: dict[str, int], demo: Callable[[str], Path]
+) -> None:
     """Ten layers are ten calls of three functions."""
     model = proto(demo(preset) / "model.onnx")
     layers = [f.name for f in model.functions if f.domain == "nemoquant.layers"]
@@ -180,15 +198,20 @@ def test_one_function_for_each_kind_and_format(preset: str, expected: dict[str, 
 
 
 def test_layers_of_one_kind_in_two_formats(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """A recipe by layers, weights only: each format has its function, and the whole computes what torch does."""
+    """A recipe by layers, weights only: each format has its function, and the whole computes what torch
+    does."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "name: mixed\nsummary: Two Mamba layers, two formats.\nrules:\n- {roles: [mamba.*], layers: [0], format: nvfp4, activations: none}\n"
+        "name: mixed\nsummary: Two Mamba layers, two formats.\nrules:\n- {roles: [mamba.*], layers: [0], "
+        "format: nvfp4, activations: none}\n"
         "- {roles: ['*'], format: source}\n"
     )
     out = quantize(make_checkpoint(), tmp_path / "mixed", str(recipe), RunOptions(threads=1)).out
     made = export_onnx(out)
-    assert [name for name in made.functions if name.startswith("MambaLayer")] == ["MambaLayer_w4a16", "MambaLayer_bf16"]
+    assert [name for name in made.functions if name.startswith("MambaLayer")] == [
+        "MambaLayer_w4a16",
+        "MambaLayer_bf16",
+    ]
     tokens = np.random.default_rng(1).integers(3, 96, (2, 20))
     found, expected = OnnxRuntimeEngine(out).forward(tokens).logits, TorchEngine(out).forward(tokens).logits
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)  # measured 1.2e-6
@@ -211,7 +234,11 @@ def test_only_graphs_and_the_manifest_are_written(quantized: Callable[..., Path]
     made = export_onnx(folder, mtp=True)
     after = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns, p.stat().st_size) for p in folder.iterdir()}
     assert (made.folder, made.copied_bytes) == (folder, 0)
-    assert {name for name in after if after[name] != before.get(name)} == {"model.onnx", "mtp.onnx", "nemoquant.json"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "model.onnx",
+        "mtp.onnx",
+        "nemoquant.json",
+    }
     assert set(before) <= set(after)
     report = verify(folder, DEMO)
     assert (report["ok"], report["problems"], report["warnings"]) == (True, [], [])
@@ -235,7 +262,9 @@ def test_the_same_bytes_each_time_and_anywhere(quantized: Callable[..., Path], t
     assert str(tmp_path).encode() not in (a / "model.onnx").read_bytes()
 
 
-def test_a_write_that_fails_leaves_no_graph(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_no_graph(
+    quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = quantized()
     before = tree(folder)
 
@@ -256,7 +285,9 @@ def test_out_is_a_whole_checkpoint(quantized: Callable[..., Path], tmp_path: Pat
     folder = quantized()
     made = export_onnx(folder, tmp_path / "new/deeper/out")
     assert made.copied_bytes > 1e6
-    assert sorted(p.name for p in made.folder.iterdir()) == sorted([*(p.name for p in folder.iterdir()), "model.onnx"])
+    assert sorted(p.name for p in made.folder.iterdir()) == sorted(
+        [*(p.name for p in folder.iterdir()), "model.onnx"]
+    )
     for file in folder.iterdir():
         assert file.name == "nemoquant.json" or (made.folder / file.name).read_bytes() == file.read_bytes()
     assert not (folder / "model.onnx").exists()
@@ -268,7 +299,14 @@ def test_out_is_a_whole_checkpoint(quantized: Callable[..., Path], tmp_path: Pat
 def test_a_copy_takes_every_side_file(quantized: Callable[..., Path], tmp_path: Path) -> None:
     """All that ``quantize`` may have copied from the source: by the same list."""
     folder = quantized()
-    names = ["tokenizer.model", "special_tokens_map.json", "chat_template.txt", "LICENSE", "LICENSE.txt", "NOTICE"]
+    names = [
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "chat_template.txt",
+        "LICENSE",
+        "LICENSE.txt",
+        "NOTICE",
+    ]
     for name in names:
         (folder / name).write_text(name)
     made = export_onnx(folder, tmp_path / "out")
@@ -289,17 +327,23 @@ def test_links_are_refused_in_place_and_followed_for_a_copy(
     assert verify(made.folder, DEMO)["ok"]
     tokens = np.arange(5, 15)[None]
     expected = TorchEngine(folder).forward(tokens).logits
-    assert np.median(np.abs(OnnxRuntimeEngine(made.folder).forward(tokens).logits - expected)) < 1e-3 * np.abs(expected).max()
+    assert (
+        np.median(np.abs(OnnxRuntimeEngine(made.folder).forward(tokens).logits - expected))
+        < 1e-3 * np.abs(expected).max()
+    )
 
 
-def test_hard_links_are_refused_too(quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_hard_links_are_refused_too(
+    quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folder = quantized()
     (tmp_path / "other.safetensors").hardlink_to(folder / "model-00001-of-00001.safetensors")
     refused(folder, parts=["is a link"])
 
 
 def test_a_published_layout_is_written_anew(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """Experts of one layer and projection lie back to back then, and every tensor keeps its name, dtype, shape and bytes."""
+    """Experts of one layer and projection lie back to back then, and every tensor keeps its name, dtype,
+    shape and bytes."""
     published = Path(shutil.copytree(DEMO, tmp_path / "published"))
     refused(published, parts=[str(published), "experts do not lie back to back", "give an OUT folder"])
     made = export_onnx(published, tmp_path / "out", mtp=True)
@@ -312,7 +356,13 @@ def test_a_published_layout_is_written_anew(tmp_path: Path, refused: Callable[..
     index = json.loads((made.folder / INDEX).read_text())
     assert sorted(index["weight_map"]) == sorted(old)
     assert index["metadata"]["total_size"] == made.copied_bytes == sum(t.nbytes for t in old.values())
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (made.folder / name).read_bytes() == (published / name).read_bytes()
     export_onnx(made.folder)  # in place from now on
 
@@ -326,7 +376,9 @@ def test_the_synthetic_source_is_written_anew(name: str, source: Path, tmp_path:
     assert len(new) == len(old)
 
 
-def test_no_copy_names_the_reason(quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_no_copy_names_the_reason(
+    quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folder, links = quantized(), tmp_path / "links"
     shutil.copytree(folder, links)
     shard = "model-00001-of-00001.safetensors"
@@ -354,7 +406,9 @@ def test_a_copy_that_fails_leaves_nothing(
 # Refusals.
 
 
-def test_out_must_be_new_and_elsewhere(quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_out_must_be_new_and_elsewhere(
+    quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folder = quantized(name="deep/quantized")
     (tmp_path / "there").mkdir()
     refused(folder, tmp_path / "there", parts=["there exists", "nothing is overwritten"])
@@ -381,19 +435,33 @@ def test_layers_that_make_no_sense(
     refused(quantized(), "--layers", layers, parts=parts)
 
 
-def test_bfloat16_is_not_for_onnxruntime(quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_bfloat16_is_not_for_onnxruntime(
+    quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
     folder = quantized()
     for out in ([], [tmp_path / "out"]):
-        refused(folder, *out, "--compute", "bfloat16", parts=["--compute bfloat16", "onnxruntime", "float32 or float16"])
+        refused(
+            folder,
+            *out,
+            "--compute",
+            "bfloat16",
+            parts=["--compute bfloat16", "onnxruntime", "float32 or float16"],
+        )
 
 
-def test_mtp_needs_the_module(make_checkpoint: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_mtp_needs_the_module(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
     """The config has none; or the file lacks its tensors, in which case the rest can be exported."""
     refused(
-        make_checkpoint("none", num_nextn_predict_layers=0), tmp_path / "out", "--mtp",
+        make_checkpoint("none", num_nextn_predict_layers=0),
+        tmp_path / "out",
+        "--mtp",
         parts=["has no multi-token-prediction module"],
-    )  # fmt: skip
-    lacking = make_checkpoint("lacking", lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")])
+    )
+    lacking = make_checkpoint(
+        "lacking", lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")]
+    )
     refused(lacking, tmp_path / "out", "--mtp", parts=["has no multi-token-prediction module"])
     assert export_onnx(lacking, tmp_path / "out").copied_bytes
 
@@ -417,16 +485,24 @@ def test_without_the_extra(
     refused(folder, parts=["extra `onnx`", "pip install 'nemoquant[onnx]'"], code=3)
 
 
-def test_experts_with_scales_of_their_own(source: Path, token_rows: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_experts_with_scales_of_their_own(
+    source: Path, token_rows: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     """``--no-scale-groups``: ONNX Runtime takes them, TensorRT-RTX has one input scale for all."""
     options = RunOptions(data=token_rows, dtype="float32", threads=1, scale_groups=False)
     folder = quantize(source, tmp_path / "out", "nvfp4", options).out
     refused(
-        folder, "--dialect", "tensorrt_rtx", parts=["experts.up_proj", "input scales", "takes one for all", "--no-scale-groups"]
+        folder,
+        "--dialect",
+        "tensorrt_rtx",
+        parts=["experts.up_proj", "input scales", "takes one for all", "--no-scale-groups"],
     )
     export_onnx(folder)
     tokens = np.random.default_rng(1).integers(3, 96, (2, 6))
-    found, expected = OnnxRuntimeEngine(folder).forward(tokens).logits, TorchEngine(folder).forward(tokens).logits
+    found, expected = (
+        OnnxRuntimeEngine(folder).forward(tokens).logits,
+        TorchEngine(folder).forward(tokens).logits,
+    )
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert np.median(errors) < 1e-4  # a flip may touch some positions
 
@@ -470,13 +546,28 @@ def set_metadata(folder: Path, **facts: Any) -> None:
     ("damage", "parts"),
     [
         (lambda f: (f / "model.onnx").unlink(), ["model.onnx does not exist", "nemoquant export onnx"]),
-        (lambda f: (f / "model.onnx").write_bytes(b"no protobuf \xff\xff"), ["cannot be read as ONNX", "export it again"]),
+        (
+            lambda f: (f / "model.onnx").write_bytes(b"no protobuf \xff\xff"),
+            ["cannot be read as ONNX", "export it again"],
+        ),
         (lambda f: (f / "model.onnx").write_bytes(b""), ["model.onnx", "export it again"]),
-        (lambda f: edited(f, lambda m: m.ClearField("metadata_props")), ["was not exported by nemoquant", "export it again"]),
+        (
+            lambda f: edited(f, lambda m: m.ClearField("metadata_props")),
+            ["was not exported by nemoquant", "export it again"],
+        ),
         (lambda f: (f / SHARD).unlink(), [SHARD, "is missing", "copy it there or export again"]),
-        (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]), [SHARD, "bytes, model.onnx was made for", "export it again"]),
-        (lambda f: overwrite(f / SHARD, 100_000, b"\x00\x01\x02\x03"), [SHARD, "was changed after model.onnx was made"]),
-        (lambda f: export_onnx(f, dialect="tensorrt_rtx"), ["tensorrt_rtx dialect, expected onnxruntime", "--dialect onnxruntime"]),
+        (
+            lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-1]),
+            [SHARD, "bytes, model.onnx was made for", "export it again"],
+        ),
+        (
+            lambda f: overwrite(f / SHARD, 100_000, b"\x00\x01\x02\x03"),
+            [SHARD, "was changed after model.onnx was made"],
+        ),
+        (
+            lambda f: export_onnx(f, dialect="tensorrt_rtx"),
+            ["tensorrt_rtx dialect, expected onnxruntime", "--dialect onnxruntime"],
+        ),
         (redirect("location", f"../{SHARD}"), [f"'../{SHARD}'", "expected a plain file name"]),
         (redirect("location", "/etc/passwd"), ["'/etc/passwd'", "expected a plain file name"]),
         (redirect("location", f"sub/{SHARD}"), [f"'sub/{SHARD}'", "expected a plain file name"]),
@@ -485,9 +576,24 @@ def set_metadata(folder: Path, **facts: Any) -> None:
         (redirect("length", "3"), ["model.onnx", "can't load it", "export it again"]),
         (lambda f: set_metadata(f, dialect="other"), ["other dialect", "expected onnxruntime"]),
     ],
-    ids=["no graph", "no protobuf", "empty file", "not ours", "no shard", "short shard", "changed shard", "dialect", "location above",
-         "location absolute", "location below", "location ..", "offset", "length", "unknown dialect"],
-)  # fmt: skip
+    ids=[
+        "no graph",
+        "no protobuf",
+        "empty file",
+        "not ours",
+        "no shard",
+        "short shard",
+        "changed shard",
+        "dialect",
+        "location above",
+        "location absolute",
+        "location below",
+        "location ..",
+        "offset",
+        "length",
+        "unknown dialect",
+    ],
+)
 def test_the_engine_refuses(
     damage: Callable[[Path], Any], parts: list[str], demo: Callable[[str], Path], copied: Callable[..., Path]
 ) -> None:
@@ -500,9 +606,12 @@ def test_the_engine_refuses(
 
 
 @pytest.mark.parametrize(
-    "text", ["no json", "[]", "{}", '{"dialect": "onnxruntime"}', '{"dialect": "onnxruntime", "files": {"a": 1}}']
+    "text",
+    ["no json", "[]", "{}", '{"dialect": "onnxruntime"}', '{"dialect": "onnxruntime", "files": {"a": 1}}'],
 )
-def test_metadata_that_are_no_facts(text: str, demo: Callable[[str], Path], copied: Callable[..., Path]) -> None:
+def test_metadata_that_are_no_facts(
+    text: str, demo: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
     folder = copied(demo("nvfp4-w4a16"))
 
     def change(model: Any) -> None:
@@ -514,7 +623,9 @@ def test_metadata_that_are_no_facts(text: str, demo: Callable[[str], Path], copi
 
 
 @pytest.mark.parametrize("inside", ["the graph", "a function", "a subgraph"])
-def test_constants_may_not_point_out_of_the_folder(inside: str, demo: Callable[[str], Path], copied: Callable[..., Path]) -> None:
+def test_constants_may_not_point_out_of_the_folder(
+    inside: str, demo: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
     """External data of a node's attribute, wherever the node stands."""
     import onnx
 
@@ -524,9 +635,13 @@ def test_constants_may_not_point_out_of_the_folder(inside: str, demo: Callable[[
         nodes = {
             "the graph": model.graph.node,
             "a function": model.functions[0].node,
-            "a subgraph": next(a.g.node for f in model.functions for n in f.node for a in n.attribute if a.HasField("g")),
+            "a subgraph": next(
+                a.g.node for f in model.functions for n in f.node for a in n.attribute if a.HasField("g")
+            ),
         }[inside]
-        tensor = onnx.TensorProto(name="out", data_type=onnx.TensorProto.FLOAT, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+        tensor = onnx.TensorProto(
+            name="out", data_type=onnx.TensorProto.FLOAT, dims=[1], data_location=onnx.TensorProto.EXTERNAL
+        )
         tensor.external_data.add(key="location", value="../secret")
         nodes.append(onnx.helper.make_node("Constant", [], ["out"], value=tensor))
 

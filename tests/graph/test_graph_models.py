@@ -1,8 +1,10 @@
-"""Graphs in ONNX Runtime against the torch forward of the same checkpoint: whole, by layers, in pieces and batches.
+"""Graphs in ONNX Runtime against the torch forward of the same checkpoint: whole, by layers, in pieces and
+batches.
 
-Graphs without quantized inputs agree within rounding. Where inputs are quantized, a sum that was taken in another order can carry a value
-across a rounding boundary: its code flips, and the flip is no error of either side. Two things are asked there instead: fed the
-same input, a layer may differ only where torch itself has a value within rounding of a boundary; and the whole model must stay near.
+Graphs without quantized inputs agree within rounding. Where inputs are quantized, a sum that was taken in
+another order can carry a value across a rounding boundary: its code flips, and the flip is no error of either
+side. Two things are asked there instead: fed the same input, a layer may differ only where torch itself has a
+value within rounding of a boundary; and the whole model must stay near.
 """
 
 import importlib.util
@@ -121,11 +123,15 @@ def test_greedy_tokens(preset: str, pair: Callable[[str], Pair], rows: Tokens) -
 
 
 @pytest.mark.parametrize("preset", QUANTIZED_INPUTS)
-def test_logits_with_quantized_inputs(preset: str, pair: Callable[[str], Pair], rows: Tokens, costs: dict[str, float]) -> None:
-    """Measured: mean KL 0.1% (fp8) to 1.0% (nvfp4-full) of the preset's own, and 3 to 8% of positions behind a flip.
+def test_logits_with_quantized_inputs(
+    preset: str, pair: Callable[[str], Pair], rows: Tokens, costs: dict[str, float]
+) -> None:
+    """Measured: mean KL 0.1% (fp8) to 1.0% (nvfp4-full) of the preset's own, and 3 to 8% of positions behind
+    a flip.
 
-    Torch against itself, its GEMM inputs changed by 1e-7 to 3e-7 of their size, gives up to 1.3% and 19%: no graph could do better.
-    (With rows of 128 tokens both come to 1 to 4%.) All other positions agree within rounding: the median KL is 4e-13.
+    Torch against itself, its GEMM inputs changed by 1e-7 to 3e-7 of their size, gives up to 1.3% and 19%: no
+    graph could do better. (With rows of 128 tokens both come to 1 to 4%.) All other positions agree within
+    rounding: the median KL is 4e-13.
     """
     both = pair(preset)
     found = divergence(both.torch.forward(rows).logits, both.ort.forward(rows).logits)
@@ -136,12 +142,20 @@ def test_logits_with_quantized_inputs(preset: str, pair: Callable[[str], Pair], 
 
 # Layer by layer.
 
-ROUNDING = 1e-6  # of a row's size. Measured where no inputs are quantized: at most 7e-7 in a row of a layer's output
-# How near to a boundary a value must be for its code to flip. What follows the layer's norm directly is rounded value by value; what
-# a product gave is off by a part of its row's size.
+ROUNDING = (
+    1e-6  # of a row's size. Measured where no inputs are quantized: at most 7e-7 in a row of a layer's output
+)
+# How near to a boundary a value must be for its code to flip. What follows the layer's norm directly is
+# rounded value by value; what a product gave is off by a part of its row's size.
 NEAR_NORM, NEAR_PRODUCT = 4e-7, 1e-6
 AFTER_NORM = ("in_proj", "q_proj", "k_proj", "v_proj", "mixer.up_proj", "shared_experts.up_proj")
-LOOKED_BACK_AT = ("in_proj", "k_proj", "v_proj", "k_proj.output", "v_proj.output")  # later positions see a flip there
+LOOKED_BACK_AT = (
+    "in_proj",
+    "k_proj",
+    "v_proj",
+    "k_proj.output",
+    "v_proj.output",
+)  # later positions see a flip there
 
 
 def round_trip(v: Tensor, format: str, scale: np.float32) -> Tensor:
@@ -154,7 +168,8 @@ def round_trip(v: Tensor, format: str, scale: np.float32) -> Tensor:
 def positions_near_a_tie(engine: TorchEngine, number: int, x: Tensor) -> tuple[Tensor, NDArray[np.bool_]]:
     """One layer by torch: its output, and the positions [batch, length] that a flip could reach.
 
-    These are where some GEMM input gets another code for a small shift, and all behind one whose projection later positions look at.
+    These are where some GEMM input gets another code for a small shift, and all behind one whose projection
+    later positions look at.
     """
     opened, prefix = engine.opened, f"backbone.layers.{number}."
     kind, weights = opened.config.layers[number], opened.weights(prefix)
@@ -168,7 +183,11 @@ def positions_near_a_tie(engine: TorchEngine, number: int, x: Tensor) -> tuple[T
         if rule is None:
             return v
         rounded = round_trip(v, *rule)
-        shift = v.abs() * NEAR_NORM if name.endswith(AFTER_NORM) else v.square().mean(-1, keepdim=True).sqrt() * NEAR_PRODUCT
+        shift = (
+            v.abs() * NEAR_NORM
+            if name.endswith(AFTER_NORM)
+            else v.square().mean(-1, keepdim=True).sqrt() * NEAR_PRODUCT
+        )
         moved = [(round_trip(v + sign * shift, *rule) != rounded).any(-1) for sign in (-1, 1)]
         found = moved[0] | moved[1]
         if found.ndim == 3:  # keys or values [batch, heads, length, size]
@@ -182,8 +201,11 @@ def positions_near_a_tie(engine: TorchEngine, number: int, x: Tensor) -> tuple[T
     return y, own.view(x.shape[:2]).numpy() | behind
 
 
-def layers(engine: TorchEngine, folder: Path, rows: Tokens) -> Iterator[tuple[str, Floats, Floats, NDArray[np.bool_]]]:
-    """For each layer, fed what torch's layers before it gave: its kind, ONNX Runtime's and torch's output, positions near a tie."""
+def layers(
+    engine: TorchEngine, folder: Path, rows: Tokens
+) -> Iterator[tuple[str, Floats, Floats, NDArray[np.bool_]]]:
+    """For each layer, fed what torch's layers before it gave: its kind, ONNX Runtime's and torch's output,
+    positions near a tie."""
     model, config = engine.model, engine.opened.config
     x = model.embed(torch.from_numpy(rows))
     for number, kind in enumerate(config.layers):
@@ -191,7 +213,11 @@ def layers(engine: TorchEngine, folder: Path, rows: Tokens) -> Iterator[tuple[st
         feeds = {"input_ids": rows} if number == 0 else {"hidden": x.numpy()}
         found = Graph(folder / "model.onnx", 1).run(feeds, None)
         x, near = positions_near_a_tie(engine, number, x)
-        y = x if number + 1 < len(config.layers) else rms_norm(x, model.weights("backbone.norm_f.")["weight"], config.norm_eps)
+        y = (
+            x
+            if number + 1 < len(config.layers)
+            else rms_norm(x, model.weights("backbone.norm_f.")["weight"], config.norm_eps)
+        )
         yield kind, found["hidden_out"], y.numpy(), near
 
 
@@ -209,16 +235,25 @@ def test_layers_without_quantized_inputs(
 def test_layers_with_quantized_inputs(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path]
 ) -> None:
-    """A position that differs by more than rounding has a value near a tie, or (scan and attention look back) one before it has."""
+    """A position that differs by more than rounding has a value near a tie, or (scan and attention look back)
+    one before it has."""
     both, flipped, excused, total = pair(preset), 0, 0, 0
     for number, (kind, found, expected, near) in enumerate(layers(both.torch, copied(both.folder), rows)):
         errors = row_errors(found, expected)
         differs = errors > ROUNDING
         unexplained = np.argwhere(differs & ~near)
-        assert not len(unexplained), f"layer {number}, {kind}: {len(unexplained)} positions, first {unexplained[:5].tolist()}"
+        assert not len(unexplained), (
+            f"layer {number}, {kind}: {len(unexplained)} positions, first {unexplained[:5].tolist()}"
+        )
         assert error(found[~differs], expected[~differs]) < SAME
-        assert errors.max() < 0.05, f"layer {number}, {kind}: a flip is one code; measured at most 1.1e-2 in a row"
-        flipped, excused, total = flipped + int(differs.sum()), excused + int(near.sum()), total + differs.size
+        assert errors.max() < 0.05, (
+            f"layer {number}, {kind}: a flip is one code; measured at most 1.1e-2 in a row"
+        )
+        flipped, excused, total = (
+            flipped + int(differs.sum()),
+            excused + int(near.sum()),
+            total + differs.size,
+        )
     assert flipped < 0.05 * total  # measured 10, 37 and 4 of 5,120
     assert excused < 0.75 * total  # measured 0.52, 0.46 and 0.10: the rest had to agree
 
@@ -237,7 +272,9 @@ def in_pieces(engine: OnnxRuntimeEngine, rows: Tokens, cuts: list[int]) -> tuple
 
 @pytest.mark.parametrize("cuts", [[1], [LENGTH - 1], [5, 6, 20], [*range(1, LENGTH)]], ids=str)
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
-def test_a_prompt_may_be_cut_anywhere(preset: str, cuts: list[int], pair: Callable[[str], Pair], rows: Tokens) -> None:
+def test_a_prompt_may_be_cut_anywhere(
+    preset: str, cuts: list[int], pair: Callable[[str], Pair], rows: Tokens
+) -> None:
     engine = pair(preset).ort
     whole = engine.forward(rows[:4])
     logits, state = in_pieces(engine, rows[:4], cuts)
@@ -262,7 +299,8 @@ def test_a_prompt_with_quantized_inputs_may_be_cut_anywhere(
 
 @pytest.mark.parametrize("preset", WHOLE_INPUTS + QUANTIZED_INPUTS)
 def test_a_batch_is_its_rows(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """Rows do not see each other. With quantized inputs the order of sums, which follows the batch, may flip codes: in few rows."""
+    """Rows do not see each other. With quantized inputs the order of sums, which follows the batch, may flip
+    codes: in few rows."""
     engine = pair(preset).ort
     together = engine.forward(rows[:3])
     for i in range(3):
@@ -270,13 +308,17 @@ def test_a_batch_is_its_rows(preset: str, pair: Callable[[str], Pair], rows: Tok
         assert error(together.logits[i], alone.logits[0]) < (SAME if preset in WHOLE_INPUTS else 0.05)
         for name, value in alone.state.items():
             assert together.state[name][i].shape == value[0].shape
-    medians = [np.median(divergence(together.logits[i : i + 1], engine.forward(rows[i : i + 1]).logits)) for i in range(3)]
+    medians = [
+        np.median(divergence(together.logits[i : i + 1], engine.forward(rows[i : i + 1]).logits))
+        for i in range(3)
+    ]
     assert max(medians) < 1e-10
 
 
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
 def test_state_is_that_of_the_model(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """Names by the layer's index, shapes as the design says, dtypes that plain numpy feeds, and torch's values."""
+    """Names by the layer's index, shapes as the design says, dtypes that plain numpy feeds, and torch's
+    values."""
     both = pair(preset)
     c = both.torch.opened.config
     expected, found = both.torch.forward(rows[:3]).state, both.ort.forward(rows[:3]).state
@@ -314,7 +356,8 @@ def test_a_cache_in_fp8_holds_rounded_values(pair: Callable[[str], Pair], rows: 
             scale = both.torch.opened.inputs[f"backbone.layers.{layer}.mixer.{name}.output"][1]
             value = state[f"past_{part}.{layer}"]
             assert np.array_equal(
-                fp8.decode(fp8.encode(value.reshape(-1, value.shape[-1]), scale), scale), value.reshape(-1, value.shape[-1])
+                fp8.decode(fp8.encode(value.reshape(-1, value.shape[-1]), scale), scale),
+                value.reshape(-1, value.shape[-1]),
             )
 
 
@@ -323,7 +366,8 @@ def test_a_cache_in_fp8_holds_rounded_values(pair: Callable[[str], Pair], rows: 
 
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
 def test_float16(preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path]) -> None:
-    """float16 keeps 11 bits where bfloat16 keeps 8: the graph's error stays below half of that of torch in bfloat16.
+    """float16 keeps 11 bits where bfloat16 keeps 8: the graph's error stays below half of that of torch in
+    bfloat16.
 
     (8e-4 and 1.4e-3; torch in bfloat16 4.7e-3 and 6.7e-3.)
     """
@@ -336,21 +380,31 @@ def test_float16(preset: str, pair: Callable[[str], Pair], rows: Tokens, copied:
     bf16 = half.forward(torch.from_numpy(rows), tap=both.torch.tap)[0].float().numpy()
     assert error(found.logits, expected.logits) < error(bf16, expected.logits) / 2
     assert {name.partition(".")[0]: value.dtype for name, value in found.state.items()} == {
-        "conv_state": np.float16, "ssm_state": np.float32, "past_key": np.float16, "past_value": np.float16,
-    }  # fmt: skip
+        "conv_state": np.float16,
+        "ssm_state": np.float32,
+        "past_key": np.float16,
+        "past_value": np.float16,
+    }
     assert engine.describe()["compute"] == "float16"
     assert error(in_pieces(engine, rows, [7])[0], found.logits) < error(bf16, expected.logits) / 2
 
 
 @pytest.mark.parametrize("preset", QUANTIZED_INPUTS)
 def test_float16_with_quantized_inputs(
-    preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path], costs: dict[str, float]
+    preset: str,
+    pair: Callable[[str], Pair],
+    rows: Tokens,
+    copied: Callable[..., Path],
+    costs: dict[str, float],
 ) -> None:
-    """Every row has codes that flip for float16's rounding: measured mean KL 30 to 43% of the preset's own."""
+    """Every row has codes that flip for float16's rounding: measured mean KL 30 to 43% of the preset's
+    own."""
     both = pair(preset)
     folder = copied(both.folder)
     export_onnx(folder, compute="float16", mtp=True)
-    found = divergence(both.torch.forward(rows).logits, OnnxRuntimeEngine(folder, threads=1).forward(rows).logits)
+    found = divergence(
+        both.torch.forward(rows).logits, OnnxRuntimeEngine(folder, threads=1).forward(rows).logits
+    )
     assert found.mean() < costs[preset]
 
 
@@ -363,12 +417,19 @@ def test_last_token_only(pair: Callable[[str], Pair], rows: Tokens, copied: Call
     assert found.logits.shape == (3, 1, both.torch.opened.config.vocab_size)
     assert error(found.logits[:, 0], whole.logits[:, -1]) < SAME
     assert error(found.hidden, whole.hidden) < SAME  # MTP needs all of it
-    assert error(engine.forward(rows[:3, :1], found.state).logits, both.ort.forward(rows[:3, :1], whole.state).logits) < SAME
+    assert (
+        error(
+            engine.forward(rows[:3, :1], found.state).logits,
+            both.ort.forward(rows[:3, :1], whole.state).logits,
+        )
+        < SAME
+    )
 
 
 @pytest.mark.parametrize("preset", [*WHOLE_INPUTS, "nvfp4"])
 def test_multi_token_prediction(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """The module is not quantized by any preset: given the same hidden states it agrees, whole and from its state on."""
+    """The module is not quantized by any preset: given the same hidden states it agrees, whole and from its
+    state on."""
     both = pair(preset)
     assert both.ort.has_mtp
     hidden, after = both.torch.forward(rows[:3]).hidden[:, :-1], rows[:3, 1:]
@@ -379,7 +440,9 @@ def test_multi_token_prediction(preset: str, pair: Callable[[str], Pair], rows: 
     rest = both.ort.draft(after[:, 9:], hidden[:, 9:], first.state)
     assert error(np.concatenate([first.logits, rest.logits], 1), expected.logits) < SAME
     assert error(rest.state["past_key.0"], expected.state.layers[0].key.numpy()) < SAME
-    own = both.ort.draft(after, both.ort.forward(rows[:3]).hidden[:, :-1])  # the graph's own hidden states fit it
+    own = both.ort.draft(
+        after, both.ort.forward(rows[:3]).hidden[:, :-1]
+    )  # the graph's own hidden states fit it
     assert error(own.logits, expected.logits) < (SAME if preset in WHOLE_INPUTS else 0.1)
 
 
@@ -413,7 +476,9 @@ def test_architecture(changes: dict[str, Any], make_checkpoint: Callable[..., Pa
     assert error(in_pieces(both.ort, tokens, [1, 17])[0], expected.logits) < SAME
     for name, value in found.state.items():
         kind, _, layer = name.partition(".")
-        torchs = getattr(expected.state.layers[int(layer)], STATES["mamba" if "state" in kind else "attention"][kind])
+        torchs = getattr(
+            expected.state.layers[int(layer)], STATES["mamba" if "state" in kind else "attention"][kind]
+        )
         assert error(value, torchs.numpy()) < SAME, name
     if mtp:
         drafted = both.ort.draft(tokens, expected.hidden), both.torch.draft(tokens, expected.hidden)

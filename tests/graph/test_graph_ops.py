@@ -40,11 +40,24 @@ def first_differences(found: NDArray[Any], expected: NDArray[Any]) -> str:
 # Mamba2Scan.
 
 BASE: dict[str, Any] = {
-    "batch": 2, "length": CHUNK + 9, "heads": 4, "width": 16, "groups": 2, "size": 16, "state": 1.0, "bias": -3.0, "spread": 1.0,
-    "a": 8.0, "chunk": CHUNK, "low": 0.0, "high": math.inf, "decays": "random",
-}  # fmt: skip
-# Torch's scan keeps running sums in float64, the body in float32: after one strong decay a chunk of weak ones loses a little more.
-# Measured: y at most 1.4 times, the state at most 2.4 times torch's error (1.3e-7 there, below this floor).
+    "batch": 2,
+    "length": CHUNK + 9,
+    "heads": 4,
+    "width": 16,
+    "groups": 2,
+    "size": 16,
+    "state": 1.0,
+    "bias": -3.0,
+    "spread": 1.0,
+    "a": 8.0,
+    "chunk": CHUNK,
+    "low": 0.0,
+    "high": math.inf,
+    "decays": "random",
+}
+# Torch's scan keeps running sums in float64, the body in float32: after one strong decay a chunk of weak ones
+# loses a little more. Measured: y at most 1.4 times, the state at most 2.4 times torch's error (1.3e-7 there,
+# below this floor).
 FLOOR = 3e-7
 
 
@@ -56,7 +69,9 @@ def scan_inputs(o: dict[str, Any]) -> Arrays:
 
 def recurrence(given: Arrays, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Position by position in float64, by the definition."""
-    return scan_call.recurrence({name if len(name) > 1 else name.lower(): value for name, value in given.items()}, low, high)
+    return scan_call.recurrence(
+        {name if len(name) > 1 else name.lower(): value for name, value in given.items()}, low, high
+    )
 
 
 def torch_scan(given: Arrays, low: float, high: float) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -74,7 +89,10 @@ def scan_of(o: dict[str, Any], given: Arrays, **attributes: Any) -> Callable[[Ar
     "change",
     [
         pytest.param({}, id="base"),
-        *[pytest.param({"length": n}, id=f"length {n}") for n in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)],
+        *[
+            pytest.param({"length": n}, id=f"length {n}")
+            for n in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+        ],
         pytest.param({"batch": 1}, id="one row"),
         pytest.param({"batch": 3}, id="three rows"),
         pytest.param({"groups": 1}, id="one group"),
@@ -84,7 +102,9 @@ def scan_of(o: dict[str, Any], given: Arrays, **attributes: Any) -> Callable[[Ar
         pytest.param({"state": 0.0}, id="no state before"),
         pytest.param({"high": 0.05}, id="dt bounded above"),
         pytest.param({"low": 0.02}, id="dt bounded below"),
-        pytest.param({"low": 0.02, "high": 0.05, "length": 3 * CHUNK + 5}, id="dt bounded on both sides, padded chunk"),
+        pytest.param(
+            {"low": 0.02, "high": 0.05, "length": 3 * CHUNK + 5}, id="dt bounded on both sides, padded chunk"
+        ),
         pytest.param({"chunk": 1}, id="chunks of one"),
         pytest.param({"chunk": 16}, id="short chunks"),
         pytest.param({"chunk": 1024, "length": 3 * CHUNK + 5}, id="a chunk longer than all"),
@@ -92,7 +112,9 @@ def scan_of(o: dict[str, Any], given: Arrays, **attributes: Any) -> Callable[[Ar
         pytest.param({"bias": 30.0, "a": 100.0}, id="each step forgets everything: exp underflows"),
         pytest.param({"spread": 40.0, "a": 16.0}, id="decays of all strengths"),
         pytest.param({"decays": "strong, then weak"}, id="weak decays after a strong one"),
-        pytest.param({"decays": "strong, then weak", "length": 3 * CHUNK + 5}, id="the same over several chunks"),
+        pytest.param(
+            {"decays": "strong, then weak", "length": 3 * CHUNK + 5}, id="the same over several chunks"
+        ),
     ],
 )
 def test_scan_is_the_recurrence(change: dict[str, Any]) -> None:
@@ -100,7 +122,10 @@ def test_scan_is_the_recurrence(change: dict[str, Any]) -> None:
     given = scan_inputs(o)
     run = scan_of(o, given, chunk_size=o["chunk"], dt_min=o["low"], dt_max=o["high"])
     for found, truth, torchs in zip(
-        run(given), recurrence(given, o["low"], o["high"]), torch_scan(given, o["low"], o["high"]), strict=True
+        run(given),
+        recurrence(given, o["low"], o["high"]),
+        torch_scan(given, o["low"], o["high"]),
+        strict=True,
     ):
         assert found.dtype == np.float32
         assert error(found, truth) < max(2 * error(torchs, truth), FLOOR)
@@ -119,7 +144,10 @@ def test_scan_may_be_cut_anywhere() -> None:
     given = scan_inputs(o)
     run = scan_of(o, given)
     truth = recurrence(given, 0.0, math.inf)
-    limit = [max(2 * error(found, true), FLOOR) for found, true in zip(torch_scan(given, 0.0, math.inf), truth, strict=True)]
+    limit = [
+        max(2 * error(found, true), FLOOR)
+        for found, true in zip(torch_scan(given, 0.0, math.inf), truth, strict=True)
+    ]
     worst = [0.0, 0.0]
     for cut in range(1, o["length"]):
         parts, state = [], given["state_in"]
@@ -127,7 +155,10 @@ def test_scan_may_be_cut_anywhere() -> None:
             here = {k: v[:, piece] if k in ("x", "dt", "B", "C") else v for k, v in given.items()}
             y, state = run({**here, "state_in": state})
             parts.append(y)
-        worst = [max(w, error(f, t)) for w, f, t in zip(worst, (np.concatenate(parts, 1), state), truth, strict=True)]
+        worst = [
+            max(w, error(f, t))
+            for w, f, t in zip(worst, (np.concatenate(parts, 1), state), truth, strict=True)
+        ]
     assert [w < most for w, most in zip(worst, limit, strict=True)] == [True, True], (worst, limit)
 
 
@@ -146,7 +177,9 @@ def test_scan_may_be_cut_anywhere() -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_convolution(length: int, kernel: int, batch: int, scale: float, dtype: type[np.floating[Any]]) -> None:
+def test_convolution(
+    length: int, kernel: int, batch: int, scale: float, dtype: type[np.floating[Any]]
+) -> None:
     g = np.random.default_rng(0)
     given = {
         "x": (g.standard_normal((batch, length, 5)) * scale).astype(dtype),
@@ -160,8 +193,8 @@ def test_convolution(length: int, kernel: int, batch: int, scale: float, dtype: 
     for j in range(kernel):
         expected += line[:, j : j + length].astype(np.float64) * given["weight"][:, j]
     expected /= 1 + np.exp(-expected)
-    # torch computes the same sums in float32. Sums that nearly cancel and a sigmoid of its own cost this a little: measured at most
-    # 1.9e-7 where torch has 5e-8, on one position
+    # torch computes the same sums in float32. Sums that nearly cancel and a sigmoid of its own cost this a
+    # little: measured at most 1.9e-7 where torch has 5e-8, on one position
     x, weight, bias, before = (torch.from_numpy(value) for value in given.values())
     torchs = mamba2.causal_conv(x, weight[:, None], bias, before)[0].numpy()
     assert y.dtype == np.float32
@@ -183,20 +216,24 @@ def of_all_sizes() -> NDArray[np.float32]:
 
 
 def midpoints() -> NDArray[np.float32]:
-    """With a block scale of 1: every value half way between two codes, both signs, and its neighbours in float32."""
+    """With a block scale of 1: every value half way between two codes, both signs, and its neighbours in
+    float32."""
     middle = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
     rows = [np.nextafter(middle, np.float32(0)), middle, np.nextafter(middle, np.float32(9))]
     return np.array([[*row, 6.0, *-row, -0.0] for row in rows], np.float32)
 
 
 def block_scales_at_ties(scale: float) -> NDArray[np.float32]:
-    """Blocks whose largest value puts their E4M3 scale half way between two codes, as near as float32 comes, and next to that."""
+    """Blocks whose largest value puts their E4M3 scale half way between two codes, as near as float32 comes,
+    and next to that."""
     codes = e4m3.VALUES[:127].astype(np.float64)
     six = np.float32(6) * np.float32(scale)
     middle = ((codes[1:] + codes[:-1]) / 2 * six).astype(np.float32)
     x = values(3 * len(middle), 16) * np.float32(0.1)
     x /= np.abs(x).max()
-    largest = np.concatenate([np.nextafter(middle, np.float32(0)), middle, np.nextafter(middle, np.float32(9))])
+    largest = np.concatenate(
+        [np.nextafter(middle, np.float32(0)), middle, np.nextafter(middle, np.float32(9))]
+    )
     x *= largest[:, None] / 2
     x[:, 5] = -largest
     return x
@@ -223,12 +260,16 @@ def zeros() -> NDArray[np.float32]:
         pytest.param(-np.abs(values(16, 64)) * 1e-3, 0.001, id="negatives that round to zero"),
         pytest.param(midpoints(), 1 / 448, id="ties, block scale 448"),
         pytest.param(midpoints(), 1.0, id="ties, block scale 1"),
-        *[pytest.param(block_scales_at_ties(s), s, id=f"block scales at ties, {s}") for s in (0.00177, 0.013, 0.7)],
+        *[
+            pytest.param(block_scales_at_ties(s), s, id=f"block scales at ties, {s}")
+            for s in (0.00177, 0.013, 0.7)
+        ],
         pytest.param(values(16, 64), 1.3e-38, id="the smallest scale"),
     ],
 )
 def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: float) -> None:
-    """Bit for bit, save that negatives in a block whose scale rounds to zero come out as -0 here and as +0 there."""
+    """Bit for bit, save that negatives in a block whose scale rounds to zero come out as -0 here and as +0
+    there."""
     decode_scale = np.array(scale, np.float32)
     given = {"x": x, "decode_scale": decode_scale}
     found = single_op(ops.nvfp4_dynamic_quant_dequant(), given)(given)[0]
@@ -240,7 +281,8 @@ def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: f
 
 
 def test_nan_stays_in_its_block() -> None:
-    """At its own place at least: ONNX Runtime's ReduceMax passes over a NaN, where the format makes all of its block NaN."""
+    """At its own place at least: ONNX Runtime's ReduceMax passes over a NaN, where the format makes all of
+    its block NaN."""
     x, scale = values(4, 64), np.array(0.001, np.float32)
     run = single_op(ops.nvfp4_dynamic_quant_dequant(), {"x": x, "decode_scale": scale})
     clean = run({"x": x, "decode_scale": scale})[0]
@@ -254,7 +296,9 @@ def test_nan_stays_in_its_block() -> None:
 def test_nvfp4_round_trip_in_float16() -> None:
     """Computed in float32 and rounded to the input's dtype at the end."""
     x, scale = values(16, 64).astype(np.float16), np.array(0.00177, np.float32)
-    found = single_op(ops.nvfp4_dynamic_quant_dequant(), {"x": x, "decode_scale": scale})({"x": x, "decode_scale": scale})[0]
+    found = single_op(ops.nvfp4_dynamic_quant_dequant(), {"x": x, "decode_scale": scale})(
+        {"x": x, "decode_scale": scale}
+    )[0]
     expected = nvfp4.decode(*nvfp4.encode_activations(x.astype(np.float32), scale[()]), scale[()])
     assert first_differences(found, expected.astype(np.float16)) == ""
 
@@ -283,13 +327,20 @@ ROUTINGS = [
 
 
 def mixture(
-    x: NDArray[Any], ids: NDArray[np.int64], factors: NDArray[Any], up: Any, down: Any, rounded: Callable[[str, Any], Any]
+    x: NDArray[Any],
+    ids: NDArray[np.int64],
+    factors: NDArray[Any],
+    up: Any,
+    down: Any,
+    rounded: Callable[[str, Any], Any],
 ) -> NDArray[np.float64]:
     """Token by token in float64; ``rounded(projection, values)`` is what a GEMM's input becomes."""
     y = np.zeros(x.shape)
     for t in range(len(x)):
         for expert, factor in zip(ids[t], factors[t], strict=True):
-            hidden = np.maximum(up[expert].astype(np.float64) @ rounded("up", x[t].astype(np.float64)), 0) ** 2
+            hidden = (
+                np.maximum(up[expert].astype(np.float64) @ rounded("up", x[t].astype(np.float64)), 0) ** 2
+            )
             y[t] += factor * (down[expert].astype(np.float64) @ rounded("down", hidden))
     return y
 
@@ -311,7 +362,9 @@ def stacks(
     return parts, decoded
 
 
-def experts_of(name: str, x: Any, ids: Any, factors: Any, parts: Arrays, compute: Any = FLOAT) -> NDArray[Any]:
+def experts_of(
+    name: str, x: Any, ids: Any, factors: Any, parts: Arrays, compute: Any = FLOAT
+) -> NDArray[Any]:
     given = {"x": x, "expert_ids": ids, "expert_weights": factors}
     helpers = [ops.nvfp4_dynamic_quant_dequant()] if name == "nvfp4" else []
     run = single_op(Dialect().routed_experts(name, compute), given, parts, helpers, activation="relu2")
@@ -324,7 +377,10 @@ def test_experts_with_whole_inputs(name: str, ids: NDArray[np.int64]) -> None:
     """Random weights. float32 sums of 32 and 48 products round by about 1e-7; measured at most 2.8e-7."""
     g = np.random.default_rng(2)
     weights = {"up": values(EXPERTS, WIDTH, INPUT) / 6, "down": values(EXPERTS, INPUT, WIDTH) / 7}
-    scales = {p: (w.__abs__().max((1, 2)) / (448 if "8" in name else 2688)).astype(np.float32) for p, w in weights.items()}
+    scales = {
+        p: (w.__abs__().max((1, 2)) / (448 if "8" in name else 2688)).astype(np.float32)
+        for p, w in weights.items()
+    }
     parts, decoded = stacks(name, weights, scales, {})
     x, factors = values(len(ids), INPUT), g.random(ids.shape, np.float32)
     found = experts_of(name, x, ids, factors, parts)
@@ -343,14 +399,20 @@ def round_trip(name: str, v: NDArray[np.float64], scale: np.float32) -> NDArray[
 @pytest.mark.parametrize("ids", ROUTINGS)
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
 def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64]) -> None:
-    """Small integers and powers of two, so that every sum is exact in any order, no code can flip, and equality is asked.
+    """Small integers and powers of two, so that every sum is exact in any order, no code can flip, and
+    equality is asked.
 
-    Inputs saturate, and experts have scales of their own; the hidden values are no multiples of the scale and must be rounded.
+    Inputs saturate, and experts have scales of their own; the hidden values are no multiples of the scale and
+    must be rounded.
     """
     g = np.random.default_rng(2)
     whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
-    weights = {"up": g.choice(whole, (EXPERTS, WIDTH, INPUT)), "down": g.choice(whole, (EXPERTS, INPUT, WIDTH))}
-    # NVFP4: blocks whose largest value is 2 get the block scale 2 / (6 * global); with the global scale 2 / 6 / 2^k that is 2^k
+    weights = {
+        "up": g.choice(whole, (EXPERTS, WIDTH, INPUT)),
+        "down": g.choice(whole, (EXPERTS, INPUT, WIDTH)),
+    }
+    # NVFP4: blocks whose largest value is 2 get the block scale 2 / (6 * global); with the global scale 2 / 6
+    # / 2^k that is 2^k
     base = np.float32(1) if name == "fp8" else np.float32(1 / 3 / 2)
     scales = {p: base * np.float32(2) ** np.arange(-2, EXPERTS - 2, dtype=np.float32) for p in weights}
     if name == "nvfp4":
@@ -368,9 +430,13 @@ def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64]) -> Non
         factor = np.where(ids == e, factors, 0).sum(1, keepdims=True)[mine]
         only = np.full((mine.sum(), 1), e)
         expected[mine] += mixture(
-            x[mine], only, factor, decoded["up"], decoded["down"],
+            x[mine],
+            only,
+            factor,
+            decoded["up"],
+            decoded["down"],
             lambda projection, v, e=e: round_trip(name, v, input_scales[projection][e]),
-        )  # fmt: skip
+        )
     found = experts_of(name, x, ids, factors, parts)
     assert (expected == expected.astype(np.float32)).all(), "the test's own numbers must be exact"
     assert first_differences(found + 0, expected.astype(np.float32) + 0) == ""
@@ -403,7 +469,9 @@ def written(op: str) -> dict[str, Any]:
 
 def attributes(function: Any) -> dict[str, tuple[str, Any]]:
     kinds = {"STRING": "string", "INT": "int", "FLOAT": "float"}
-    return {name: (kinds[attribute.type.name], attribute.value) for name, attribute in function.attributes.items()}
+    return {
+        name: (kinds[attribute.type.name], attribute.value) for name, attribute in function.attributes.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -417,22 +485,35 @@ def attributes(function: Any) -> dict[str, tuple[str, Any]]:
 def test_functions_are_what_the_specification_says(op: str, function: Any) -> None:
     spec = written(op)
     assert (function.domain, function.name) == (spec["domain"], spec["name"])
-    assert [value.name for value in function.inputs] == [value["name"] for value in spec["inputs"] if not value.get("optional")]
+    assert [value.name for value in function.inputs] == [
+        value["name"] for value in spec["inputs"] if not value.get("optional")
+    ]
     assert len(function.outputs) == len(spec["outputs"])
     expected = {name: (a["type"], a["default"]) for name, a in spec["attributes"].items()}
     assert list(attributes(function).items()) == list(expected.items())
 
 
 def test_experts_are_what_the_specification_says() -> None:
-    """One function a format, which its name says instead of the attribute; inputs by projection, then by part."""
+    """One function a format, which its name says instead of the attribute; inputs by projection, then by
+    part."""
     spec = written("routed_experts")
-    assert sorted(spec["formats"]) == sorted(spec["attributes"]["format"]["values"]) == sorted(FORMAT_NAMES.values())
+    assert (
+        sorted(spec["formats"])
+        == sorted(spec["attributes"]["format"]["values"])
+        == sorted(FORMAT_NAMES.values())
+    )
     for name, parts in spec["formats"].items():
         function = Dialect().routed_experts(name, FLOAT)
         assert function is not None
-        assert (function.domain, function.name) == (spec["domain"], experts_op(name)) == ("nemoquant", f"RoutedExperts_{name}")
+        assert (
+            (function.domain, function.name)
+            == (spec["domain"], experts_op(name))
+            == ("nemoquant", f"RoutedExperts_{name}")
+        )
         common = [value["name"] for value in spec["inputs"]]
-        assert [v.name for v in function.inputs] == common + [f"{p}_{part}" for p in ("up", "down") for part in parts]
+        assert [v.name for v in function.inputs] == common + [
+            f"{p}_{part}" for p in ("up", "down") for part in parts
+        ]
         assert len(function.outputs) == len(spec["outputs"])
         assert attributes(function) == {"activation": ("string", "relu2")}
 

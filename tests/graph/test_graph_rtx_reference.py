@@ -1,6 +1,8 @@
-"""The tensorrt_rtx dialect computes what it should: each kind of layer in each format through onnx's reference evaluator, against torch.
+"""The tensorrt_rtx dialect computes what it should: each kind of layer in each format through onnx's
+reference evaluator, against torch.
 
-TensorRT's own operator for inputs in NVFP4 is a small custom operator here, written in numpy from its definition.
+TensorRT's own operator for inputs in NVFP4 is a small custom operator here, written in numpy from its
+definition.
 """
 
 import importlib.util
@@ -33,7 +35,9 @@ from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import prefixed
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("onnx_ir") is None, reason="onnx_ir is not installed (extra: onnx)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("onnx_ir") is None, reason="onnx_ir is not installed (extra: onnx)"
+)
 
 PATTERN = "M*E-ME"  # of the synthetic checkpoint
 KINDS = {"mamba": 0, "attention": 1, "moe": 2, "mlp": 3}
@@ -41,14 +45,17 @@ ROWS, LENGTH = 2, 7
 
 
 class TRT_FP4DynamicQuantize(OpRun):
-    """codes = e2m1(x / (block scale * scale)), block scale = e4m3(amax of 16 / (6 * scale)): a zero scale makes its block zero."""
+    """codes = e2m1(x / (block scale * scale)), block scale = e4m3(amax of 16 / (6 * scale)): a zero scale
+    makes its block zero."""
 
     op_domain = "trt"
 
     def _run(self, x: Any, scale: Any, axis: int = -1, block_size: int = 16, scale_type: int = 17) -> Any:
         assert (axis, block_size, scale_type) == (-1, 16, 17)
         blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, 16)
-        block_scale = (np.abs(blocks).max(-1) / (np.float32(6) * scale)).clip(max=448).astype(ml_dtypes.float8_e4m3fn)
+        block_scale = (
+            (np.abs(blocks).max(-1) / (np.float32(6) * scale)).clip(max=448).astype(ml_dtypes.float8_e4m3fn)
+        )
         d = (block_scale.astype(np.float32) * scale)[..., None]
         ratio = np.where(d > 0, blocks / np.where(d > 0, d, 1), 0).clip(-6, 6)
         return ratio.astype(ml_dtypes.float4_e2m1fn).reshape(x.shape), block_scale
@@ -73,9 +80,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 def evaluate(folder: Path, layer: int, feeds: dict[str, Any]) -> dict[str, Any]:
-    """One layer's graph, exported beside the shards and run with its weights loaded; functions inlined, as for the parser, because
-    the evaluator knows no custom operators inside them."""
-    path = nemoquant.export_onnx(folder, dialect="tensorrt_rtx", compute="float32", layers=(layer, layer + 1)).graphs[0]
+    """One layer's graph, exported beside the shards and run with its weights loaded; functions inlined, as
+    for the parser, because the evaluator knows no custom operators inside them."""
+    path = nemoquant.export_onnx(
+        folder, dialect="tensorrt_rtx", compute="float32", layers=(layer, layer + 1)
+    ).graphs[0]
     onnx.checker.check_model(str(path))
     inlined = ir.from_proto(onnx.load(str(path)))
     InlinePass()(inlined)
@@ -95,7 +104,9 @@ def inputs(opened: PackedCheckpoint, kind: str, layer: int) -> tuple[dict[str, A
         hidden = opened.weights("backbone.embeddings.")["weight"][torch.from_numpy(ids)].float().numpy()
     if kind == "mamba":
         feeds[f"conv_state.{layer}"] = np.zeros((ROWS, c.conv_channels, c.conv_kernel - 1), np.float32)
-        feeds[f"ssm_state.{layer}"] = np.zeros((ROWS, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size), np.float32)
+        feeds[f"ssm_state.{layer}"] = np.zeros(
+            (ROWS, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size), np.float32
+        )
     if kind == "attention":
         cached = ml_dtypes.float8_e4m3fn if opened.fp8_cache else np.float32
         empty = np.zeros((ROWS, c.num_key_value_heads, 0, c.head_dim), cached)
@@ -105,17 +116,22 @@ def inputs(opened: PackedCheckpoint, kind: str, layer: int) -> tuple[dict[str, A
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
-def test_a_layer_computes_what_torch_computes(preset: str, kind: str, checkpoints: Callable[[str], Path]) -> None:
-    """Within 1e-5 where no input is rounded (measured 3e-7); elsewhere each token does, but for those in which a code flipped.
+def test_a_layer_computes_what_torch_computes(
+    preset: str, kind: str, checkpoints: Callable[[str], Path]
+) -> None:
+    """Within 1e-5 where no input is rounded (measured 3e-7); elsewhere each token does, but for those in
+    which a code flipped.
 
-    A flip moves its token by a code's share of the output, well over 1e-4; at most one token in seven may have one (measured: none
-    or one of 14).
+    A flip moves its token by a code's share of the output, well over 1e-4; at most one token in seven may
+    have one (measured: none or one of 14).
     """
     opened = PackedCheckpoint(checkpoints(preset))
     layer = KINDS[kind]
     feeds, hidden = inputs(opened, kind, layer)
     prefix = f"backbone.layers.{layer}."
-    expected, state = layer_forward(opened.config, kind, opened.weights(prefix), hidden, None, prefixed(opened.tap(), prefix))  # type: ignore[arg-type]
+    expected, state = layer_forward(
+        opened.config, kind, opened.weights(prefix), hidden, None, prefixed(opened.tap(), prefix)
+    )  # type: ignore[arg-type]
     found = evaluate(opened.path, layer, feeds)
     got = torch.from_numpy(found["hidden_out"])
     added, reference = got - hidden, expected - hidden
@@ -128,7 +144,9 @@ def test_a_layer_computes_what_torch_computes(preset: str, kind: str, checkpoint
     if kind == "mamba":
         assert state is not None
         ssm = torch.from_numpy(found[f"present_ssm_state.{layer}"])
-        assert float((ssm - state.ssm).norm() / state.ssm.norm()) < (1e-5 if preset in ("bf16", "nvfp4-w4a16") else 0.05)
+        assert float((ssm - state.ssm).norm() / state.ssm.norm()) < (
+            1e-5 if preset in ("bf16", "nvfp4-w4a16") else 0.05
+        )
     if kind == "attention":
         key = found[f"present_key.{layer}"]
         assert key.shape == (ROWS, opened.config.num_key_value_heads, LENGTH, opened.config.head_dim)
@@ -158,7 +176,8 @@ E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.fl
 
 
 class Graph:
-    """A layer's graph in memory, from the builder, with every rounded tensor put out beside its results: what it makes of an input."""
+    """A layer's graph in memory, from the builder, with every rounded tensor put out beside its results: what
+    it makes of an input."""
 
     def __init__(self, opened: PackedCheckpoint, layer: int) -> None:
         options = GraphOptions(compute="float32", layers=(layer, layer + 1))
@@ -166,7 +185,9 @@ class Graph:
         InlinePass()(model)
         self.inputs = {str(value.name): value.dtype for value in model.graph.inputs}
         self.names = [str(value.name) for value in model.graph.outputs]
-        self.rounding: list[tuple[str, int]] = []  # the scale's name, and how many outputs: codes, and for NVFP4 block scales
+        self.rounding: list[
+            tuple[str, int]
+        ] = []  # the scale's name, and how many outputs: codes, and for NVFP4 block scales
         for node in model.graph:
             if node.op_type in ("QuantizeLinear", "TRT_FP4DynamicQuantize"):
                 scale = node.inputs[1]
@@ -175,8 +196,11 @@ class Graph:
                 model.graph.outputs.extend(node.outputs)
         self.proto = ir.to_proto(ir.external_data.load_to_model(model))
 
-    def run(self, feeds: dict[str, Any], scale: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Its results, and by the scale's name what each rounded tensor stands for, decoded here from codes and scales."""
+    def run(
+        self, feeds: dict[str, Any], scale: Callable[[str], Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its results, and by the scale's name what each rounded tensor stands for, decoded here from codes
+        and scales."""
         values = ReferenceEvaluator(self.proto, new_ops=[TRT_FP4DynamicQuantize]).run(None, feeds)
         results = dict(zip(self.names, values, strict=False))
         rest = iter(values[len(self.names) :])
@@ -189,7 +213,8 @@ class Graph:
 
 
 def decode(parts: list[Any], scale: Any) -> Any:
-    """FP8 codes, or E2M1 codes with a block scale for each 16 of them, in float32: code * (block scale * scale)."""
+    """FP8 codes, or E2M1 codes with a block scale for each 16 of them, in float32: code * (block scale *
+    scale)."""
     codes = parts[0].astype(np.float32)
     if len(parts) == 1:
         return codes * scale
@@ -212,10 +237,12 @@ def rounded_apart(x: Any, format: str, scale: Any) -> Any:
 def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
     preset: str, kind: str, checkpoints: Callable[[str], Path]
 ) -> None:
-    """With the graph's rounded inputs in torch's place no flip can spread: all positions agree within 1e-5 (measured: 5e-7).
+    """With the graph's rounded inputs in torch's place no flip can spread: all positions agree within 1e-5
+    (measured: 5e-7).
 
-    What torch would have rounded to is compared value by value: a different code is a flip. At most one value in 1,000 may differ (measured:
-    none; half the values of a tensor differ, or more, where a scale is that of another tensor).
+    What torch would have rounded to is compared value by value: a different code is a flip. At most one value
+    in 1,000 may differ (measured: none; half the values of a tensor differ, or more, where a scale is that of
+    another tensor).
     """
     opened = PackedCheckpoint(checkpoints(preset))
     c, layer = opened.config, KINDS[kind]
@@ -223,7 +250,9 @@ def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
     feeds, hidden = inputs(opened, kind, layer)
     state = with_past(opened, kind, layer, feeds)
     graph = Graph(opened, layer)
-    results, rounded = graph.run(feeds, lambda name: np.float32(opened.checkpoint.array(scale_of(opened, name)).reshape(())))
+    results, rounded = graph.run(
+        feeds, lambda name: np.float32(opened.checkpoint.array(scale_of(opened, name)).reshape(()))
+    )
     chosen: dict[int, Any] = {}
     used: set[str] = set()
     flips = values = 0
@@ -240,7 +269,9 @@ def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
         used.add(key)
         given = rounded[key]
         if expert is not None:
-            given = given[expert if len(given) > 1 else 0][chosen[expert]]  # `up` rounds its one input for all experts
+            given = given[expert if len(given) > 1 else 0][
+                chosen[expert]
+            ]  # `up` rounds its one input for all experts
         own = rounded_apart(x.numpy(), format, scale)
         flips, values = flips + int((own != given).sum()), values + own.size
         return torch.from_numpy(np.ascontiguousarray(given.reshape(x.shape)))
@@ -257,7 +288,11 @@ def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
     if kind == "attention":
         for which, expected_cache in (("key", after.key), ("value", after.value)):
             cache = results[f"present_{which}.{layer}"]
-            assert cache.shape == expected_cache.shape == (ROWS, c.num_key_value_heads, PAST + LENGTH, c.head_dim)
+            assert (
+                cache.shape
+                == expected_cache.shape
+                == (ROWS, c.num_key_value_heads, PAST + LENGTH, c.head_dim)
+            )
             if opened.fp8_cache:  # the codes themselves, exact
                 assert graph.inputs[f"past_{which}.{layer}"] == ir.DataType.FLOAT8E4M3FN
                 assert cache.dtype == ml_dtypes.float8_e4m3fn
@@ -287,7 +322,9 @@ def with_past(opened: PackedCheckpoint, kind: str, layer: int, feeds: dict[str, 
     if kind == "mamba":
         for name in (f"conv_state.{layer}", f"ssm_state.{layer}"):
             feeds[name] = g.standard_normal(feeds[name].shape).astype(np.float32)
-        return MambaState(torch.from_numpy(feeds[f"conv_state.{layer}"]), torch.from_numpy(feeds[f"ssm_state.{layer}"]))
+        return MambaState(
+            torch.from_numpy(feeds[f"conv_state.{layer}"]), torch.from_numpy(feeds[f"ssm_state.{layer}"])
+        )
     if kind != "attention":
         return None
     decoded = []
@@ -308,9 +345,11 @@ def with_past(opened: PackedCheckpoint, kind: str, layer: int, feeds: dict[str, 
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("name", ["bf16", "fp8", "w8a16", "nvfp4", "w4a16"])
 def test_experts_are_their_formula(name: str, tokens: int) -> None:
-    """Against float64 by the definition, within 1e-6 (measured: 1e-7): sums of few short numbers are exact, so no code can flip.
+    """Against float64 by the definition, within 1e-6 (measured: 1e-7): sums of few short numbers are exact,
+    so no code can flip.
 
-    Scales are powers of two, each expert's another; token 0 is zero, so that it has blocks without a scale; no token chose expert 3.
+    Scales are powers of two, each expert's another; token 0 is zero, so that it has blocks without a scale;
+    no token chose expert 3.
     """
     g = np.random.default_rng(tokens)
     experts, width_in, width = 4, 32, 48
@@ -357,7 +396,8 @@ def rounding(name: str, x: Any, scale: Any) -> Any:
 
 
 def nearest(magnitudes: Any, x: Any) -> Any:
-    """By search: the nearest of the ascending magnitudes, the even code where two are as near, the largest beyond it."""
+    """By search: the nearest of the ascending magnitudes, the even code where two are as near, the largest
+    beyond it."""
     distance = np.abs(np.abs(x.astype(np.float64))[:, None] - magnitudes.astype(np.float64))
     near = distance == distance.min(1, keepdims=True)
     even = near & (np.arange(len(magnitudes)) % 2 == 0)
@@ -365,8 +405,11 @@ def nearest(magnitudes: Any, x: Any) -> Any:
     return np.copysign(magnitudes[code].astype(np.float64), x)
 
 
-def expert_parts(g: np.random.Generator, name: str, experts: int, rows: int, columns: int) -> tuple[dict[str, Any], Any]:
-    """Stacks as the file has them, and the float64 weights [E, out, in] that they stand for, unpacked by the even column's low nibble."""
+def expert_parts(
+    g: np.random.Generator, name: str, experts: int, rows: int, columns: int
+) -> tuple[dict[str, Any], Any]:
+    """Stacks as the file has them, and the float64 weights [E, out, in] that they stand for, unpacked by the
+    even column's low nibble."""
     parts: dict[str, Any] = {}
     scales = np.float32(2.0) ** g.permutation(np.arange(-experts, 0)).astype(np.float32)
     if name in ("fp8", "nvfp4"):
@@ -389,29 +432,43 @@ def expert_parts(g: np.random.Generator, name: str, experts: int, rows: int, col
     return parts, values * np.repeat(E4M3[blocks].astype(np.float64), 16, -1) * scales[:, None, None]
 
 
-def run_experts(name: str, feeds: dict[str, Any], given: dict[str, Any], compute: ir.DataType = ir.DataType.FLOAT) -> Any:
-    """A graph that calls the operator once, with its weights as initializers typed as the dialect types them."""
+def run_experts(
+    name: str, feeds: dict[str, Any], given: dict[str, Any], compute: ir.DataType = ir.DataType.FLOAT
+) -> Any:
+    """A graph that calls the operator once, with its weights as initializers typed as the dialect types
+    them."""
     dialect = DIALECTS["tensorrt_rtx"]
     function = dialect.routed_experts(name, compute)
     assert function is not None
     kept = {}
     for key, array in given.items():
         part = key.split("_", 1)[1]
-        in_file = {"weight": "BF16", "codes": "F8_E4M3" if name in ("fp8", "w8a16") else "U8", "block_scales": "F8_E4M3"}.get(
-            part, "F32"
-        )
+        in_file = {
+            "weight": "BF16",
+            "codes": "F8_E4M3" if name in ("fp8", "w8a16") else "U8",
+            "block_scales": "F8_E4M3",
+        }.get(part, "F32")
         dtype, shape = dialect.stored(part, in_file, True), dialect.shape(part, in_file, array.shape, True)
         tensor = onnx.TensorProto(name=key, data_type=int(dtype), dims=shape, raw_data=array.tobytes())
-        kept[key] = ir.Value(name=key, const_value=ir.from_proto(tensor), type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        kept[key] = ir.Value(
+            name=key, const_value=ir.from_proto(tensor), type=ir.TensorType(dtype), shape=ir.Shape(shape)
+        )
     ins = {
-        key: ir.Value(name=key, type=ir.TensorType(ir.DataType.from_numpy(value.dtype)), shape=ir.Shape(value.shape))
+        key: ir.Value(
+            name=key, type=ir.TensorType(ir.DataType.from_numpy(value.dtype)), shape=ir.Shape(value.shape)
+        )
         for key, value in feeds.items()
     }
     y = ir.Value(name="y", type=ir.TensorType(compute), shape=ir.Shape(feeds["x"].shape))
     known = ins | kept
     node = ir.Node(function.domain, function.name, [known[str(v.name)] for v in function.inputs], outputs=[y])
     graph = ir.Graph(
-        ins.values(), [y], nodes=[node], initializers=kept.values(), opset_imports={"": 23, "nemoquant": 1, "trt": 1}, name="one"
+        ins.values(),
+        [y],
+        nodes=[node],
+        initializers=kept.values(),
+        opset_imports={"": 23, "nemoquant": 1, "trt": 1},
+        name="one",
     )
     model = ir.Model(graph, ir_version=11, functions=[function])
     onnx.checker.check_model(ir.to_proto(model))
@@ -424,8 +481,11 @@ def run_experts(name: str, feeds: dict[str, Any], given: dict[str, Any], compute
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
-def test_whole_graphs_refer_to_each_byte_once(preset: str, compute: str, checkpoints: Callable[[str], Path]) -> None:
-    """The checker passes them; every tensor of the file is referred to once, but for input scales that one stands for.
+def test_whole_graphs_refer_to_each_byte_once(
+    preset: str, compute: str, checkpoints: Callable[[str], Path]
+) -> None:
+    """The checker passes them; every tensor of the file is referred to once, but for input scales that one
+    stands for.
 
     Codes and block scales are the file's bytes under another type, twice as many columns for E2M1.
     """
@@ -446,18 +506,26 @@ def test_whole_graphs_refer_to_each_byte_once(preset: str, compute: str, checkpo
             place = (Path(tensor.location).name, tensor.offset, tensor.offset + tensor.length)
             assert place not in ranges, f"{value.name} has the bytes of another tensor"
             ranges.add(place)
-            assert tensor.nbytes == tensor.length, f"{value.name}: {tensor.dtype} {tensor.shape} are not its bytes"
+            assert tensor.nbytes == tensor.length, (
+                f"{value.name}: {tensor.dtype} {tensor.shape} are not its bytes"
+            )
         assert not overlaps(ranges)
         referred.append(ranges)
     main, mtp = (sum(end - start for _, start, end in ranges) for ranges in referred)
     left_out = {
         name
         for name in tensors
-        if name.endswith(".input_scale") and re.search(r"\.experts\.(?!0\.)\d+\.", name) and "mtp." not in name
+        if name.endswith(".input_scale")
+        and re.search(r"\.experts\.(?!0\.)\d+\.", name)
+        and "mtp." not in name
     }
-    expected = sum(info.nbytes for name, info in tensors.items() if not name.startswith("mtp.") and name not in left_out)
+    expected = sum(
+        info.nbytes for name, info in tensors.items() if not name.startswith("mtp.") and name not in left_out
+    )
     assert main == expected
-    assert mtp == sum(info.nbytes for name, info in tensors.items() if name.startswith("mtp.") or name in shared)
+    assert mtp == sum(
+        info.nbytes for name, info in tensors.items() if name.startswith("mtp.") or name in shared
+    )
 
 
 def overlaps(ranges: set[tuple[str, int, int]]) -> list[tuple[str, int, int]]:

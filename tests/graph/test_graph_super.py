@@ -1,4 +1,5 @@
-"""The complete graph of Super, 88 layers, over shards of the right sizes: sparse files, only their scalar scales are written."""
+"""The complete graph of Super, 88 layers, over shards of the right sizes: sparse files, only their scalar
+scales are written."""
 
 import importlib.util
 import json
@@ -19,8 +20,12 @@ from nemoquant.pack.shards import shards
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("onnx_ir") is None, reason="onnx_ir is not installed (extra: onnx)"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc, and shards are sparse files"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("onnx_ir") is None, reason="onnx_ir is not installed (extra: onnx)"
+    ),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="the peak is read from /proc, and shards are sparse files"
+    ),
 ]
 
 CHILD = """
@@ -64,11 +69,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dialect", ["onnxruntime", "tensorrt_rtx", "tensorrt"])
 def test_the_whole_graph(dialect: str, folder: Path) -> None:
-    """Under 30 s and 1 GB (measured on two cores: 3 s; the scalar scales are read, a page of the map each, and released)."""
+    """Under 30 s and 1 GB (measured on two cores: 3 s; the scalar scales are read, a page of the map each,
+    and released)."""
     import onnx
 
     seconds, peak = child(CHILD, folder, dialect)
-    print(f"{dialect}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB, {(folder / 'model.onnx').stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{dialect}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB, "
+        f"{(folder / 'model.onnx').stat().st_size / 1e6:.2f} MB"
+    )
     assert seconds < 30
     assert peak < 1e9
     sizes = {f.name: f.stat().st_size for f in folder.glob("*.safetensors")}
@@ -87,11 +96,14 @@ def test_the_whole_graph(dialect: str, folder: Path) -> None:
             if name == "model.onnx":
                 referred[entry["location"]] += length
         if name == "model.onnx":
-            calls = Counter(node.op_type.split("_")[0] for node in model.graph.node if node.domain == "nemoquant.layers")
+            calls = Counter(
+                node.op_type.split("_")[0] for node in model.graph.node if node.domain == "nemoquant.layers"
+            )
             assert calls == {"MambaLayer": 40, "MoeLayer": 40, "AttentionLayer": 8}
     plan = nemoquant.plan(SUPER, "nvfp4")
     mtp = sum(row.bytes_out for row in plan.rows if row.role.startswith("mtp."))
-    # every byte of the main model once (RTX reads one input scale for all experts of a projection: 4 bytes each are left out)
+    # every byte of the main model once (RTX reads one input scale for all experts of a projection: 4 bytes
+    # each are left out)
     left_out = 4 * 2 * 40 * 511 if dialect == "tensorrt_rtx" else 0
     assert sum(referred.values()) == plan.bytes_out - mtp - left_out
 

@@ -1,4 +1,5 @@
-"""The tensorrt dialect: plugin nodes where TensorRT has no operator, as the specifications have them. Nothing here can run it."""
+"""The tensorrt dialect: plugin nodes where TensorRT has no operator, as the specifications have them. Nothing
+here can run it."""
 
 import math
 from collections.abc import Callable
@@ -26,8 +27,11 @@ def graph(quantized: Callable[..., Path]) -> Callable[..., onnx.ModelProto]:
 
 
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
-def test_plugins_are_nodes_as_their_specifications_have_them(preset: str, graph: Callable[..., onnx.ModelProto]) -> None:
-    """No function of that name; inputs by count, attributes by name, version and namespace for TensorRT's look-up."""
+def test_plugins_are_nodes_as_their_specifications_have_them(
+    preset: str, graph: Callable[..., onnx.ModelProto]
+) -> None:
+    """No function of that name; inputs by count, attributes by name, version and namespace for TensorRT's
+    look-up."""
     model = graph(preset)
     assert not {f.name for f in model.functions} & set(NODES)
     found = {node.op_type: node for f in model.functions for node in f.node if node.domain == "nemoquant"}
@@ -45,13 +49,20 @@ def test_plugins_are_nodes_as_their_specifications_have_them(preset: str, graph:
 
 
 def test_packed_codes_enter_plugins_as_int8(graph: Callable[..., onnx.ModelProto]) -> None:
-    """All experts as they lie in the file, [E, out, in / 2] bytes; scales in float32; what GEMMs read stays FP8."""
+    """All experts as they lie in the file, [E, out, in / 2] bytes; scales in float32; what GEMMs read stays
+    FP8."""
     initializers = {tensor.name: tensor for tensor in graph("nvfp4").graph.initializer}
-    stacks = {name: t for name, t in initializers.items() if ".mixer.experts." in name and name.startswith("backbone.")}
+    stacks = {
+        name: t
+        for name, t in initializers.items()
+        if ".mixer.experts." in name and name.startswith("backbone.")
+    }
     assert stacks
     for name, tensor in stacks.items():
         part = name.rsplit(".", 1)[1]
-        assert tensor.data_type == (onnx.TensorProto.INT8 if part in ("codes", "block_scales") else onnx.TensorProto.FLOAT), name
+        assert tensor.data_type == (
+            onnx.TensorProto.INT8 if part in ("codes", "block_scales") else onnx.TensorProto.FLOAT
+        ), name
         length = next(int(e.value) for e in tensor.external_data if e.key == "length")
         size = 1 if part in ("codes", "block_scales") else 4
         assert length == size * math.prod(tensor.dims), name
@@ -62,7 +73,9 @@ def test_the_engine_is_refused_with_what_it_needs(
     quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemoquant.engine.targets.device", lambda: None)
-    result = command("export", "trt", quantized("fp8"), tmp_path / "e", "--target", "trt", "--sm", 100, code=2)
+    result = command(
+        "export", "trt", quantized("fp8"), tmp_path / "e", "--target", "trt", "--sm", 100, code=2
+    )
     assert "no CUDA device is usable here" in result.stderr
     assert "nemoquant plugins build --arch sm_100a && nemoquant export trt" in result.stderr
     assert "--dialect tensorrt" in result.stderr

@@ -1,7 +1,7 @@
 """The two config files: their exact content, and what engines make of them.
 
-The engines' lookup rules are written here a second time, from their sources (FACTS.md, "Config files"), as plain functions on
-the two JSON files: whatever the plan gives a module, an engine must find.
+The engines' lookup rules are written here a second time, from their sources (FACTS.md, "Config files"), as
+plain functions on the two JSON files: whatever the plan gives a module, an engine must find.
 """
 
 import json
@@ -36,9 +36,18 @@ def two_layers(make_checkpoint):
 
 def test_fp8(two_layers, quantized):
     section, rest, legacy = files_of(quantized("fp8", of=two_layers))
-    ignore = ["backbone.embeddings", f"{L1}.gate", f"{L1}.fc1_latent_proj", f"{L1}.fc2_latent_proj", "lm_head", "mtp*"]
+    ignore = [
+        "backbone.embeddings",
+        f"{L1}.gate",
+        f"{L1}.fc1_latent_proj",
+        f"{L1}.fc2_latent_proj",
+        "lm_head",
+        "mtp*",
+    ]
     assert section == {
-        "config_groups": {"group_0": {"input_activations": FP8_NUMBER, "weights": FP8_NUMBER, "targets": ["Linear"]}},
+        "config_groups": {
+            "group_0": {"input_activations": FP8_NUMBER, "weights": FP8_NUMBER, "targets": ["Linear"]}
+        },
         "ignore": ignore,
         "quant_algo": "FP8",
         "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
@@ -56,9 +65,18 @@ def test_fp8(two_layers, quantized):
 
 def test_nvfp4_alone(two_layers, quantized):
     section, rest, legacy = files_of(quantized("nvfp4-full", of=two_layers))
-    ignore = ["backbone.embeddings", f"{L1}.gate", f"{L1}.fc1_latent_proj", f"{L1}.fc2_latent_proj", "lm_head", "mtp*"]
+    ignore = [
+        "backbone.embeddings",
+        f"{L1}.gate",
+        f"{L1}.fc1_latent_proj",
+        f"{L1}.fc2_latent_proj",
+        "lm_head",
+        "mtp*",
+    ]
     assert section == {
-        "config_groups": {"group_0": {"input_activations": FP4_NUMBER, "weights": FP4_NUMBER, "targets": ["Linear"]}},
+        "config_groups": {
+            "group_0": {"input_activations": FP4_NUMBER, "weights": FP4_NUMBER, "targets": ["Linear"]}
+        },
         "ignore": ignore,
         "quant_algo": "NVFP4",
         "kv_cache_scheme": FP8_NUMBER,
@@ -67,7 +85,12 @@ def test_nvfp4_alone(two_layers, quantized):
     }
     assert legacy == {
         "producer": PRODUCER,
-        "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ignore},
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": "FP8",
+            "group_size": 16,
+            "exclude_modules": ignore,
+        },
     }
     assert rest == json.loads((two_layers / "config.json").read_text())
 
@@ -75,10 +98,19 @@ def test_nvfp4_alone(two_layers, quantized):
 def test_nvfp4_weights_only(two_layers, quantized):
     section, rest, legacy = files_of(quantized("nvfp4-w4a16", of=two_layers))
     ignore = [
-        "backbone.embeddings", f"{L0}.q_proj", f"{L0}.k_proj", f"{L0}.v_proj", f"{L0}.o_proj", f"{L1}.gate",
-        f"{L1}.fc1_latent_proj", f"{L1}.fc2_latent_proj", f"{L1}.shared_experts.up_proj", f"{L1}.shared_experts.down_proj",
-        "lm_head", "mtp*",
-    ]  # fmt: skip
+        "backbone.embeddings",
+        f"{L0}.q_proj",
+        f"{L0}.k_proj",
+        f"{L0}.v_proj",
+        f"{L0}.o_proj",
+        f"{L1}.gate",
+        f"{L1}.fc1_latent_proj",
+        f"{L1}.fc2_latent_proj",
+        f"{L1}.shared_experts.up_proj",
+        f"{L1}.shared_experts.down_proj",
+        "lm_head",
+        "mtp*",
+    ]
     assert section == {
         "config_groups": {"group_0": {"weights": FP4_NUMBER, "targets": ["Linear"]}},
         "ignore": ignore,
@@ -89,23 +121,42 @@ def test_nvfp4_weights_only(two_layers, quantized):
     assert legacy == {
         "producer": PRODUCER,
         "quantization": {
-            "quant_algo": "W4A16_NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ignore,
+            "quant_algo": "W4A16_NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": ignore,
         },
-    }  # fmt: skip
+    }
     assert rest == json.loads((two_layers / "config.json").read_text())
 
 
 def test_mixed(two_layers, quantized):
     section, rest, legacy = files_of(quantized("nvfp4", of=two_layers))
-    ignore = ["backbone.embeddings", f"{L1}.gate", f"{L1}.fc1_latent_proj", f"{L1}.fc2_latent_proj", "lm_head", "mtp*"]
+    ignore = [
+        "backbone.embeddings",
+        f"{L1}.gate",
+        f"{L1}.fc1_latent_proj",
+        f"{L1}.fc2_latent_proj",
+        "lm_head",
+        "mtp*",
+    ]
     fp8 = [
-        f"{L0}.k_proj", f"{L0}.o_proj", f"{L0}.q_proj", f"{L0}.v_proj",
-        f"{L1}.shared_experts.down_proj", f"{L1}.shared_experts.up_proj",
-    ]  # fmt: skip
+        f"{L0}.k_proj",
+        f"{L0}.o_proj",
+        f"{L0}.q_proj",
+        f"{L0}.v_proj",
+        f"{L1}.shared_experts.down_proj",
+        f"{L1}.shared_experts.up_proj",
+    ]
     nvfp4 = [
-        f"{L1}.experts.0.down_proj", f"{L1}.experts.0.up_proj", f"{L1}.experts.1.down_proj", f"{L1}.experts.1.up_proj",
-    ]  # fmt: skip
-    layers = {m: {"quant_algo": "FP8"} for m in fp8} | {m: {"quant_algo": "NVFP4", "group_size": 16} for m in nvfp4}
+        f"{L1}.experts.0.down_proj",
+        f"{L1}.experts.0.up_proj",
+        f"{L1}.experts.1.down_proj",
+        f"{L1}.experts.1.up_proj",
+    ]
+    layers = {m: {"quant_algo": "FP8"} for m in fp8} | {
+        m: {"quant_algo": "NVFP4", "group_size": 16} for m in nvfp4
+    }
     assert section == {
         "config_groups": {
             "group_0": {"input_activations": FP8_NUMBER, "weights": FP8_NUMBER, "targets": fp8},
@@ -121,9 +172,12 @@ def test_mixed(two_layers, quantized):
     assert legacy == {
         "producer": PRODUCER,
         "quantization": {
-            "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "exclude_modules": ignore, "quantized_layers": layers,
+            "quant_algo": "MIXED_PRECISION",
+            "kv_cache_quant_algo": "FP8",
+            "exclude_modules": ignore,
+            "quantized_layers": layers,
         },
-    }  # fmt: skip
+    }
     assert rest == json.loads((two_layers / "config.json").read_text())
 
 
@@ -138,7 +192,8 @@ def renamed(name):
 
 
 def vllm_excluded(prefix, excluded):
-    """Exact (fused modules by their parts; experts also by what lies under them), then as a substring, then by fnmatch."""
+    """Exact (fused modules by their parts; experts also by what lies under them), then as a substring, then
+    by fnmatch."""
     base, _, last = prefix.rpartition(".")
     if last in FUSED and prefix not in excluded:
         parts = {f"{base}.{part}" in excluded for part in FUSED[last]}
@@ -147,12 +202,20 @@ def vllm_excluded(prefix, excluded):
             return True
     if "experts" in prefix and any(prefix in name for name in excluded if "experts" in name):
         return True
-    return prefix in excluded or any(name in prefix for name in excluded) or any(fnmatch(prefix, name) for name in excluded)
+    return (
+        prefix in excluded
+        or any(name in prefix for name in excluded)
+        or any(fnmatch(prefix, name) for name in excluded)
+    )
 
 
 def as_engines_read(algorithm, excluded, layers):
     """The description with the engines' names: (algorithm, exclusions, module -> algorithm)."""
-    return algorithm, [renamed(name) for name in excluded], {renamed(name): entry["quant_algo"] for name, entry in layers.items()}
+    return (
+        algorithm,
+        [renamed(name) for name in excluded],
+        {renamed(name): entry["quant_algo"] for name, entry in layers.items()},
+    )
 
 
 def vllm(prefix, algorithm, excluded, layers):
@@ -170,7 +233,10 @@ def vllm(prefix, algorithm, excluded, layers):
         if parts:
             return parts.pop()
     under = prefix.removesuffix("experts") if last == "experts" else prefix + "."
-    return next((kind for start in (prefix + ".", under) for name, kind in layers.items() if name.startswith(start)), None)
+    return next(
+        (kind for start in (prefix + ".", under) for name, kind in layers.items() if name.startswith(start)),
+        None,
+    )
 
 
 def tensorrt_llm_experts(layer, algorithm, excluded, layers):
@@ -182,8 +248,14 @@ def tensorrt_llm_experts(layer, algorithm, excluded, layers):
 
 
 def engine_modules(plan):
-    """Module as vLLM names it -> the algorithm that the plan gives it. Every module that multiplies, convolves or routes."""
-    algorithms = {("source", None): None, ("fp8", "fp8"): "FP8", ("nvfp4", "nvfp4"): "NVFP4", ("nvfp4", None): "W4A16_NVFP4"}
+    """Module as vLLM names it -> the algorithm that the plan gives it. Every module that multiplies,
+    convolves or routes."""
+    algorithms = {
+        ("source", None): None,
+        ("fp8", "fp8"): "FP8",
+        ("nvfp4", "nvfp4"): "NVFP4",
+        ("nvfp4", None): "W4A16_NVFP4",
+    }
     result = {}
     for row in plan.rows:
         if not row.name.endswith(".weight") or row.role.removeprefix("mtp.") in ("norm", "embedding"):
@@ -201,9 +273,13 @@ def check_engines(plan):
     section, legacy = quantization_sections(plan)
     quantization = legacy["quantization"]
     by_file = {
-        "config.json": as_engines_read(section["quant_algo"], section["ignore"], section.get("quantized_layers", {})),
+        "config.json": as_engines_read(
+            section["quant_algo"], section["ignore"], section.get("quantized_layers", {})
+        ),
         "hf_quant_config.json": as_engines_read(
-            quantization["quant_algo"], quantization["exclude_modules"], quantization.get("quantized_layers", {})
+            quantization["quant_algo"],
+            quantization["exclude_modules"],
+            quantization.get("quantized_layers", {}),
         ),
     }
     modules = engine_modules(plan)
@@ -215,7 +291,11 @@ def check_engines(plan):
             for name, kind in modules.items()
             if (m := re.fullmatch(r"model\.layers\.(\d+)\.mixer\.experts", name))
         }
-        wrong = {n: (got, want) for n, want in experts.items() if (got := tensorrt_llm_experts(n, *description)) != want}
+        wrong = {
+            n: (got, want)
+            for n, want in experts.items()
+            if (got := tensorrt_llm_experts(n, *description)) != want
+        }
         assert wrong == {}, f"TensorRT-LLM by {file}: (got, planned)"
     return modules
 
@@ -223,9 +303,16 @@ def check_engines(plan):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_engines_find_what_the_plan_says(preset, source):
     modules = check_engines(api.plan(source / "config.json", preset))
-    assert set(modules.values()) - {None} == {
-        "fp8": {"FP8"}, "fp8-published": {"FP8"}, "nvfp4": {"NVFP4", "FP8"}, "nvfp4-full": {"NVFP4"}, "nvfp4-w4a16": {"W4A16_NVFP4"},
-    }[preset]  # fmt: skip
+    assert (
+        set(modules.values()) - {None}
+        == {
+            "fp8": {"FP8"},
+            "fp8-published": {"FP8"},
+            "nvfp4": {"NVFP4", "FP8"},
+            "nvfp4-full": {"NVFP4"},
+            "nvfp4-w4a16": {"W4A16_NVFP4"},
+        }[preset]
+    )
     assert modules["model.layers.2.mixer.gate"] is None
     assert modules["model.layers.0.mixer.conv1d"] is None
     assert modules["mtp.layers.1.mixer.experts"] is None
@@ -247,9 +334,12 @@ def test_engines_find_what_the_plan_says_of_super(preset):
 
 RECIPES = {
     # vLLM takes any key under the mixer for `.experts`: they must be ignored by name
-    "bf16 experts beside FP8 shared experts": "- {roles: [shared_experts.*], format: fp8}\n- {roles: [mamba.*], format: nvfp4}",
-    "experts of one layer only": "- {roles: [experts.*], layers: [2], format: nvfp4}\n- {roles: [shared_experts.*], format: fp8}",
-    "W4A16 beside FP8": "- {roles: [experts.*], format: nvfp4, activations: none}\n- {roles: [attention.*], format: fp8}",
+    "bf16 experts beside FP8 shared "
+    "experts": "- {roles: [shared_experts.*], format: fp8}\n- {roles: [mamba.*], format: nvfp4}",
+    "experts of one layer "
+    "only": "- {roles: [experts.*], layers: [2], format: nvfp4}\n- {roles: [shared_experts.*], format: fp8}",
+    "W4A16 beside "
+    "FP8": "- {roles: [experts.*], format: nvfp4, activations: none}\n- {roles: [attention.*], format: fp8}",
     "half a Mamba layer": "- {roles: [mamba.in_proj], format: fp8}",
     "the head": "- {roles: [lm_head], format: fp8}",
 }
@@ -267,10 +357,16 @@ def test_engines_find_what_other_recipes_say(rules, source, tmp_path):
 def test_the_rules_here_have_teeth():
     """The traps that our lists avoid do spring in these functions."""
     assert vllm("model.layers.11.mixer.in_proj", *as_engines_read("FP8", ["backbone.layers.1"], {})) is None
-    assert vllm("model.layers.11.mixer.in_proj", *as_engines_read("FP8", ["backbone.layers.1.mixer"], {})) == "FP8"
+    assert (
+        vllm("model.layers.11.mixer.in_proj", *as_engines_read("FP8", ["backbone.layers.1.mixer"], {}))
+        == "FP8"
+    )
     shared = {"backbone.layers.1.mixer.shared_experts.up_proj": {"quant_algo": "FP8"}}
     experts = "model.layers.1.mixer.experts"
     assert vllm(experts, *as_engines_read("MIXED_PRECISION", [], shared)) == "FP8"
-    assert vllm(experts, *as_engines_read("MIXED_PRECISION", ["backbone.layers.1.mixer.experts*"], shared)) is None
+    assert (
+        vllm(experts, *as_engines_read("MIXED_PRECISION", ["backbone.layers.1.mixer.experts*"], shared))
+        is None
+    )
     with pytest.raises(AssertionError, match="some of its parts"):
         vllm("model.layers.1.mixer.qkv_proj", *as_engines_read("FP8", ["backbone.layers.1.mixer.q_proj"], {}))

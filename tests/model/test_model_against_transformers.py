@@ -1,4 +1,5 @@
-"""The reference model against an implementation that nobody here wrote: transformers' NemotronHForCausalLM, same weights."""
+"""The reference model against an implementation that nobody here wrote: transformers' NemotronHForCausalLM,
+same weights."""
 
 import importlib.util
 from typing import Any
@@ -13,9 +14,12 @@ from nemoquant.model.attention import KVState
 from nemoquant.model.mamba2 import MambaState
 from nemoquant.model.reference import ReferenceModel, layer_forward
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
 
-# float32 has 6e-8; some hundred roundings in seven layers, amplified by norms and softmax, are 9e-7 at most, as measured.
+# float32 has 6e-8; some hundred roundings in seven layers, amplified by norms and softmax, are 9e-7 at most,
+# as measured.
 FLOAT32 = 1e-5
 
 
@@ -67,7 +71,8 @@ def test_every_layer_matters() -> None:
 
 
 def test_decode_and_states() -> None:
-    """A prompt, then token by token from the cache: logits of each step, and both kinds of state at the end."""
+    """A prompt, then token by token from the cache: logits of each step, and both kinds of state at the
+    end."""
     config, raw = small_config(hybrid_override_pattern="M*EM")
     weights = random_weights(config)
     ids = tokens(2, 30)
@@ -90,7 +95,8 @@ def test_decode_and_states() -> None:
 
 
 def test_their_floor_of_dt_is_a_difference_that_we_do_not_copy() -> None:
-    """transformers floors dt at ``time_step_min`` = 0.001: slower heads write and decay too fast. Our limit can do the same."""
+    """transformers floors dt at ``time_step_min`` = 0.001: slower heads write and decay too fast. Our limit
+    can do the same."""
     config, raw = small_config(hybrid_override_pattern="M*-M")
     weights = random_weights(config)
     for name in weights:
@@ -102,7 +108,9 @@ def test_their_floor_of_dt_is_a_difference_that_we_do_not_copy() -> None:
     floored = their_logits(transformers_model({**raw, "time_step_min": 0.001}, config, weights), ids)
     free = their_logits(transformers_model(raw, config, weights), ids)
     ours, _ = ReferenceModel(config, source(weights)).forward(ids)
-    limited_config, _ = small_config(hybrid_override_pattern="M*-M", time_step_limit=[0.001, {"__float__": "Infinity"}])
+    limited_config, _ = small_config(
+        hybrid_override_pattern="M*-M", time_step_limit=[0.001, {"__float__": "Infinity"}]
+    )
     limited, _ = ReferenceModel(limited_config, source(weights)).forward(ids)
     assert relative(ours, free) < FLOAT32
     assert relative(floored, free) > 0.01
@@ -113,8 +121,9 @@ def test_their_floor_of_dt_is_a_difference_that_we_do_not_copy() -> None:
 def test_bfloat16(pattern: str) -> None:
     """Both round at other places, so neither is the truth: that is float32 on the same bf16 weights.
 
-    Our error must stay below twice that of the same-dtype framework result. It is the median over positions of the relative
-    error, because a token whose eighth expert flips by a rounding is off by a tenth in either.
+    Our error must stay below twice that of the same-dtype framework result. It is the median over positions
+    of the relative error, because a token whose eighth expert flips by a rounding is off by a tenth in
+    either.
     """
     config, raw = small_config(hybrid_override_pattern=pattern)
     weights = {name: w.bfloat16() for name, w in random_weights(config).items()}

@@ -12,11 +12,24 @@ from nemoquant.errors import ConfigError
 from nemoquant.model.config import load_config, parse_config
 
 RAW: dict[str, Any] = {
-    "model_type": "nemotron_h", "hybrid_override_pattern": "M*E-", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 2, "conv_kernel": 4,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80,
-}  # fmt: skip
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M*E-",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+}
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -45,7 +58,10 @@ KINDS = ("mamba", "attention", "moe", "mlp")
         {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
         {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
         {"layer_types": ["linear_attention", "full_attention", "moe", "mlp"]},
-        {"hybrid_override_pattern": "M*E-", "layers_block_type": ["linear_attention", "attention", "moe", "mlp"]},
+        {
+            "hybrid_override_pattern": "M*E-",
+            "layers_block_type": ["linear_attention", "attention", "moe", "mlp"],
+        },
         {"hybrid_override_pattern": "M*E-", "num_hidden_layers": 4},
         {"hybrid_override_pattern": "M*E-", "layers_block_type": None, "num_hidden_layers": None},
     ],
@@ -59,30 +75,57 @@ def test_the_schedule_in_its_spellings(spelling: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hybrid_override_pattern": ...}, "no layer schedule; expected `hybrid_override_pattern` or `layers_block_type`"),
+        (
+            {"hybrid_override_pattern": ...},
+            "no layer schedule; expected `hybrid_override_pattern` or `layers_block_type`",
+        ),
         (
             {"hybrid_override_pattern": "ME|M"},
-            "`hybrid_override_pattern` has the unknown layer letter '|' at layer 2; expected M (Mamba-2), E (mixture of experts), "
+            "`hybrid_override_pattern` has the unknown layer letter '|' at layer 2; expected M (Mamba-2), E "
+            "(mixture of experts), "
             "* (attention) or - (MLP)",
         ),
-        ({"hybrid_override_pattern": "MEm"}, "`hybrid_override_pattern` has the unknown layer letter 'm' at layer 2; expected M"),
-        ({"hybrid_override_pattern": ""}, "`hybrid_override_pattern` is ''; expected a string of the letters M E * -"),
+        (
+            {"hybrid_override_pattern": "MEm"},
+            "`hybrid_override_pattern` has the unknown layer letter 'm' at layer 2; expected M",
+        ),
+        (
+            {"hybrid_override_pattern": ""},
+            "`hybrid_override_pattern` is ''; expected a string of the letters M E * -",
+        ),
         ({"hybrid_override_pattern": ["M"]}, "`hybrid_override_pattern` is ['M']; expected a string"),
         (
             {"hybrid_override_pattern": ..., "layers_block_type": ["mamba", "rwkv"]},
-            "`layers_block_type` has the unknown layer kind ['rwkv']; expected a list of mamba, moe, attention, mlp, ",
+            "`layers_block_type` has the unknown layer kind ['rwkv']; expected a list of mamba, moe, "
+            "attention, mlp, ",
         ),
-        ({"hybrid_override_pattern": ..., "layers_block_type": [["mamba"]]}, "`layers_block_type` has the unknown layer kind [["),
-        ({"hybrid_override_pattern": ..., "layers_block_type": []}, "`layers_block_type` has the unknown layer kind []; expected"),
-        ({"hybrid_override_pattern": ..., "layers_block_type": "MEM"}, "`layers_block_type` has the unknown layer kind 'MEM'"),
+        (
+            {"hybrid_override_pattern": ..., "layers_block_type": [["mamba"]]},
+            "`layers_block_type` has the unknown layer kind [[",
+        ),
+        (
+            {"hybrid_override_pattern": ..., "layers_block_type": []},
+            "`layers_block_type` has the unknown layer kind []; expected",
+        ),
+        (
+            {"hybrid_override_pattern": ..., "layers_block_type": "MEM"},
+            "`layers_block_type` has the unknown layer kind 'MEM'",
+        ),
         (
             {"layers_block_type": ["mamba", "attention", "moe", "moe"]},
-            "`hybrid_override_pattern` and `layers_block_type` describe different layers; expected the same schedule, remove the wrong",
+            "`hybrid_override_pattern` and `layers_block_type` describe different layers; expected the same "
+            "schedule, remove the wrong",
         ),
-        ({"num_hidden_layers": 5}, "`num_hidden_layers` is 5, but the layer schedule has 4 layers; expected the same"),
-        ({"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*X"}, "`mtp_hybrid_override_pattern` has the unknown layer"),
+        (
+            {"num_hidden_layers": 5},
+            "`num_hidden_layers` is 5, but the layer schedule has 4 layers; expected the same",
+        ),
+        (
+            {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*X"},
+            "`mtp_hybrid_override_pattern` has the unknown layer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_schedules_that_are_refused(changes: dict[str, Any], message: str) -> None:
     assert refusal(**changes).startswith(message)
 
@@ -95,7 +138,11 @@ def test_schedules_that_are_refused(changes: dict[str, Any], message: str) -> No
         ({"num_nextn_predict_layers": 1}, 1, ("attention", "moe")),
         ({"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}, 1, ("attention", "moe")),
         ({"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "M-"}, 2, ("mamba", "mlp")),
-        ({"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["full_attention", "moe"]}, 1, ("attention", "moe")),
+        (
+            {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["full_attention", "moe"]},
+            1,
+            ("attention", "moe"),
+        ),
     ],
 )
 def test_multi_token_prediction(changes: dict[str, Any], modules: int, layers: tuple[str, ...]) -> None:
@@ -104,7 +151,9 @@ def test_multi_token_prediction(changes: dict[str, Any], modules: int, layers: t
 
 
 def test_sizes_of_a_kind_that_only_mtp_has() -> None:
-    config = parse_config(raw(hybrid_override_pattern="M", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*"))
+    config = parse_config(
+        raw(hybrid_override_pattern="M", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*")
+    )
     assert (config.num_attention_heads, config.head_dim, config.n_routed_experts) == (4, 16, 0)
 
 
@@ -148,10 +197,15 @@ def test_aliases_that_contradict_each_other() -> None:
 @pytest.mark.parametrize(
     "spelling",
     [
-        [0, math.inf], [0.0, "inf"], [0.0, "Infinity"], [{"__float__": "0.0"}, {"__float__": "Infinity"}],
-        [0.0, {"__float__": "inf"}], None, ...,
+        [0, math.inf],
+        [0.0, "inf"],
+        [0.0, "Infinity"],
+        [{"__float__": "0.0"}, {"__float__": "Infinity"}],
+        [0.0, {"__float__": "inf"}],
+        None,
+        ...,
     ],
-)  # fmt: skip
+)
 def test_infinity_in_its_spellings(spelling: Any) -> None:
     assert parse_config(raw(time_step_limit=spelling)).time_step_limit == (0.0, math.inf)
 
@@ -189,13 +243,19 @@ def test_limits_that_are_refused(value: Any, message: str) -> None:
         ({"hidden_size": "64"}, "`hidden_size` is '64'; expected an integer of at least 1"),
         ({"conv_kernel": True}, "`conv_kernel` is True; expected an integer of at least 1"),
         ({"n_shared_experts": -1}, "`n_shared_experts` is -1; expected an integer of at least 0"),
-        ({"num_nextn_predict_layers": -1}, "`num_nextn_predict_layers` is -1; expected an integer of at least 0"),
+        (
+            {"num_nextn_predict_layers": -1},
+            "`num_nextn_predict_layers` is -1; expected an integer of at least 0",
+        ),
         ({"layer_norm_epsilon": "small"}, "`layer_norm_epsilon` is 'small'; expected a number"),
         ({"layer_norm_epsilon": True}, "`layer_norm_epsilon` is True; expected a number"),
         ({"layer_norm_epsilon": 10**400}, "`layer_norm_epsilon` is 1000"),
         ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no'; expected true or false"),
         ({"norm_topk_prob": 1}, "`norm_topk_prob` is 1; expected true or false"),
-        ({"mamba_ssm_cache_dtype": "float8"}, "`mamba_ssm_cache_dtype` is 'float8'; expected float32, float16 or bfloat16"),
+        (
+            {"mamba_ssm_cache_dtype": "float8"},
+            "`mamba_ssm_cache_dtype` is 'float8'; expected float32, float16 or bfloat16",
+        ),
         ({"intermediate_size": ...}, "`intermediate_size` is missing; expected an integer of at least 1"),
         ({"moe_intermediate_size": ...}, "`moe_intermediate_size` is missing"),
         ({"moe_shared_expert_intermediate_size": ...}, "`moe_shared_expert_intermediate_size` is missing"),
@@ -205,17 +265,31 @@ def test_limits_that_are_refused(value: Any, message: str) -> None:
         ),
         ({"model_type": ...}, "`model_type` is None, expected 'nemotron_h'"),
         *(
-            ({key: True}, f"`{key}` is True, expected false; no published model of this family has biases in its projections")
+            (
+                {key: True},
+                f"`{key}` is True, expected false; no published model of this family has biases in its "
+                f"projections",
+            )
             for key in ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
         ),
-        ({"mlp_hidden_act": "silu"}, "`mlp_hidden_act` is 'silu', expected 'relu2', the only one that this family has"),
+        (
+            {"mlp_hidden_act": "silu"},
+            "`mlp_hidden_act` is 'silu', expected 'relu2', the only one that this family has",
+        ),
         ({"mamba_hidden_act": "gelu"}, "`mamba_hidden_act` is 'gelu', expected 'silu'"),
-        ({"sliding_window": 4096}, "`sliding_window` is 4096, expected null; this family attends to the whole context"),
+        (
+            {"sliding_window": 4096},
+            "`sliding_window` is 4096, expected null; this family attends to the whole context",
+        ),
         (
             {"num_key_value_heads": 3},
-            "`num_attention_heads` is 4, which `num_key_value_heads` = 3 does not divide; expected a multiple",
+            "`num_attention_heads` is 4, which `num_key_value_heads` = 3 does not divide; expected a "
+            "multiple",
         ),
-        ({"n_groups": 3}, "`mamba_num_heads` is 4, which `n_groups` = 3 does not divide; expected a multiple"),
+        (
+            {"n_groups": 3},
+            "`mamba_num_heads` is 4, which `n_groups` = 3 does not divide; expected a multiple",
+        ),
         ({"n_group": 3}, "`n_routed_experts` is 8, which `n_group` = 3 does not divide; expected a multiple"),
         ({"num_experts_per_tok": 9}, "`num_experts_per_tok` is 9, more than the 8 experts of a layer"),
     ],
@@ -224,7 +298,9 @@ def test_values_that_are_refused(changes: dict[str, Any], message: str) -> None:
     assert refusal(**changes).startswith(message)
 
 
-@pytest.mark.parametrize("key", ["use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias", "sliding_window"])
+@pytest.mark.parametrize(
+    "key", ["use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias", "sliding_window"]
+)
 def test_what_may_be_absent_may_be_null(key: str) -> None:
     assert parse_config(raw(**{key: None})) == parse_config(raw())
 
@@ -232,17 +308,43 @@ def test_what_may_be_absent_may_be_null(key: str) -> None:
 def test_defaults() -> None:
     config = parse_config(raw())
     assert {
-        "norm_eps": config.norm_eps, "tie": config.tie_word_embeddings, "context": config.max_position_embeddings,
-        "conv_bias": config.use_conv_bias, "chunk": config.chunk_size, "limit": config.time_step_limit, "dt_min": config.time_step_min,
-        "state": config.mamba_ssm_cache_dtype, "shared": config.n_shared_experts, "latent": config.moe_latent_size,
-        "factor": config.routed_scaling_factor, "normalised": config.norm_topk_prob, "groups": (config.n_group, config.topk_group),
-        "bos": config.bos_token_id, "eos": config.eos_token_ids,
+        "norm_eps": config.norm_eps,
+        "tie": config.tie_word_embeddings,
+        "context": config.max_position_embeddings,
+        "conv_bias": config.use_conv_bias,
+        "chunk": config.chunk_size,
+        "limit": config.time_step_limit,
+        "dt_min": config.time_step_min,
+        "state": config.mamba_ssm_cache_dtype,
+        "shared": config.n_shared_experts,
+        "latent": config.moe_latent_size,
+        "factor": config.routed_scaling_factor,
+        "normalised": config.norm_topk_prob,
+        "groups": (config.n_group, config.topk_group),
+        "bos": config.bos_token_id,
+        "eos": config.eos_token_ids,
     } == {
-        "norm_eps": 1e-5, "tie": False, "context": 4096, "conv_bias": True, "chunk": 128, "limit": (0.0, math.inf), "dt_min": 0.001,
-        "state": "float32", "shared": 1, "latent": 0, "factor": 1.0, "normalised": True, "groups": (1, 1), "bos": None, "eos": (),
-    }  # fmt: skip
+        "norm_eps": 1e-5,
+        "tie": False,
+        "context": 4096,
+        "conv_bias": True,
+        "chunk": 128,
+        "limit": (0.0, math.inf),
+        "dt_min": 0.001,
+        "state": "float32",
+        "shared": 1,
+        "latent": 0,
+        "factor": 1.0,
+        "normalised": True,
+        "groups": (1, 1),
+        "bos": None,
+        "eos": (),
+    }
     silent = parse_config(raw(num_key_value_heads=..., head_dim=...))
-    assert (silent.num_key_value_heads, silent.head_dim) == (4, 16)  # as many as query heads; hidden size over heads
+    assert (silent.num_key_value_heads, silent.head_dim) == (
+        4,
+        16,
+    )  # as many as query heads; hidden size over heads
 
 
 @pytest.mark.parametrize(("value", "ids"), [(2, (2,)), ([2, 11], (2, 11)), (None, ())])
@@ -257,26 +359,53 @@ def test_derived_sizes() -> None:
 
 
 def test_a_kind_that_the_schedule_lacks_has_size_0_and_needs_no_keys() -> None:
-    mamba_only = {k: v for k, v in RAW.items() if "experts" not in k and "moe" not in k and not k.startswith("num_")}
-    config = parse_config(mamba_only | {"hybrid_override_pattern": "MM", "head_dim": ..., "intermediate_size": None})
-    assert (config.num_attention_heads, config.head_dim, config.n_routed_experts, config.n_shared_experts) == (0, 0, 0, 0)
+    mamba_only = {
+        k: v for k, v in RAW.items() if "experts" not in k and "moe" not in k and not k.startswith("num_")
+    }
+    config = parse_config(
+        mamba_only | {"hybrid_override_pattern": "MM", "head_dim": ..., "intermediate_size": None}
+    )
+    assert (
+        config.num_attention_heads,
+        config.head_dim,
+        config.n_routed_experts,
+        config.n_shared_experts,
+    ) == (0, 0, 0, 0)
     assert (config.intermediate_size, config.moe_shared_expert_intermediate_size) == (0, 0)
 
 
 def test_super() -> None:
     config, _ = load_config(SUPER)
     assert [config.count(kind) for kind in KINDS] == [40, 8, 40, 0]
-    assert [i for i, kind in enumerate(config.layers) if kind == "attention"] == [7, 16, 25, 36, 47, 58, 69, 78]
+    assert [i for i, kind in enumerate(config.layers) if kind == "attention"] == [
+        7,
+        16,
+        25,
+        36,
+        47,
+        58,
+        69,
+        78,
+    ]
     assert (config.mtp_modules, config.mtp_layers) == (1, ("attention", "moe"))
     assert (config.mamba_inner, config.conv_channels, config.expert_input) == (8192, 10240, 1024)
     assert (config.time_step_limit, config.time_step_min) == ((0.0, math.inf), 0.001)
-    assert (config.n_routed_experts, config.num_experts_per_tok, config.routed_scaling_factor) == (512, 22, 5.0)
+    assert (config.n_routed_experts, config.num_experts_per_tok, config.routed_scaling_factor) == (
+        512,
+        22,
+        5.0,
+    )
 
 
 def test_nano() -> None:
     config, _ = load_config(NANO)
     assert [config.count(kind) for kind in KINDS] == [23, 6, 23, 0]
-    assert (config.mtp_modules, config.mtp_layers, config.moe_latent_size, config.expert_input) == (0, (), 0, 2688)
+    assert (config.mtp_modules, config.mtp_layers, config.moe_latent_size, config.expert_input) == (
+        0,
+        (),
+        0,
+        2688,
+    )
 
 
 # --- the file

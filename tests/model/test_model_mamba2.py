@@ -13,15 +13,28 @@ from torch import Tensor
 
 from nemoquant.model.mamba2 import CHUNK, causal_conv, scan
 
-# float32 rounds by 6e-8; sums of 64 products of mixed signs lose a little more. Measured: at most 1.7e-7 here.
+# float32 rounds by 6e-8; sums of 64 products of mixed signs lose a little more. Measured: at most 1.7e-7
+# here.
 TOLERANCE = 1e-6
 BASE: dict[str, Any] = {
-    "batch": 2, "length": CHUNK + 9, "heads": 6, "width": 8, "groups": 2, "size": 16, "bias": -3.0, "spread": 1.0, "a": 8.0,
-    "limit": (0.0, math.inf), "state": 1.0, "dtype": torch.float32,
-}  # fmt: skip
+    "batch": 2,
+    "length": CHUNK + 9,
+    "heads": 6,
+    "width": 8,
+    "groups": 2,
+    "size": 16,
+    "bias": -3.0,
+    "spread": 1.0,
+    "a": 8.0,
+    "limit": (0.0, math.inf),
+    "state": 1.0,
+    "dtype": torch.float32,
+}
 
 
-def inputs(batch: int, length: int, heads: int, width: int, groups: int, size: int, **o: Any) -> dict[str, Any]:
+def inputs(
+    batch: int, length: int, heads: int, width: int, groups: int, size: int, **o: Any
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -41,7 +54,15 @@ def inputs(batch: int, length: int, heads: int, width: int, groups: int, size: i
 
 
 def recurrence(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, dt_bias: Tensor, limit: Any, state: Tensor
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    limit: Any,
+    state: Tensor,
 ) -> Any:
     """Position by position, head by head, in float64, by the definition."""
     x, a, b, c, d, state = (t.double() for t in (x, a, b, c, d, state.clone()))
@@ -53,7 +74,9 @@ def recurrence(
         for h in range(x.shape[2]):
             s = state[n, h]
             for t in range(x.shape[1]):
-                s = torch.exp(dt[n, t, h] * a[h]) * s + torch.outer(dt[n, t, h] * x[n, t, h], b[n, t, h // per])
+                s = torch.exp(dt[n, t, h] * a[h]) * s + torch.outer(
+                    dt[n, t, h] * x[n, t, h], b[n, t, h // per]
+                )
                 y[n, t, h] = s @ c[n, t, h // per] + d[h] * x[n, t, h]
             state[n, h] = s
     return y, state
@@ -63,7 +86,10 @@ def recurrence(
     "change",
     [
         pytest.param({}, id="base"),
-        *[pytest.param({"length": n}, id=f"length {n}") for n in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)],
+        *[
+            pytest.param({"length": n}, id=f"length {n}")
+            for n in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+        ],
         pytest.param({"batch": 1}, id="one row"),
         pytest.param({"groups": 1}, id="one group"),
         pytest.param({"groups": 6}, id="a group for each head"),
@@ -76,7 +102,9 @@ def recurrence(
         pytest.param({"bias": -12.0}, id="almost no decay"),
         pytest.param({"bias": -40.0}, id="dt below float32's epsilon"),
         pytest.param({"bias": 30.0, "a": 100.0}, id="each step forgets everything: exp underflows"),
-        pytest.param({"spread": 40.0, "a": 16.0}, id="strong decays among weak ones: the running sum is large"),
+        pytest.param(
+            {"spread": 40.0, "a": 16.0}, id="strong decays among weak ones: the running sum is large"
+        ),
         pytest.param({"dtype": torch.bfloat16}, id="bf16 inputs, float32 inside"),
     ],
 )

@@ -67,7 +67,10 @@ def test_layers_by_hand_are_the_model() -> None:
         rows, old = [layer_forward(CONFIG, kind, layer, row)[0] for row in rows], rows
         assert all(torch.equal(a, b) for a, b in zip(old, kept, strict=True))  # inputs are not changed
     expected, _ = MODEL.hidden(IDS)
-    assert relative(rms_norm(torch.cat(rows), WEIGHTS["backbone.norm_f.weight"], CONFIG.norm_eps), expected) < SPLIT
+    assert (
+        relative(rms_norm(torch.cat(rows), WEIGHTS["backbone.norm_f.weight"], CONFIG.norm_eps), expected)
+        < SPLIT
+    )
 
 
 def test_last_only() -> None:
@@ -81,12 +84,15 @@ def test_tied_embeddings() -> None:
     config, _ = small_config(tie_word_embeddings=True)
     weights = {name: w for name, w in WEIGHTS.items() if name != "lm_head.weight"}
     tied, _ = ReferenceModel(config, source(weights)).forward(IDS)
-    same, _ = ReferenceModel(CONFIG, source({**weights, "lm_head.weight": weights["backbone.embeddings.weight"]})).forward(IDS)
+    same, _ = ReferenceModel(
+        CONFIG, source({**weights, "lm_head.weight": weights["backbone.embeddings.weight"]})
+    ).forward(IDS)
     assert torch.equal(tied, same)
 
 
 def test_weights_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 weights under float32 compute, converted at once or in slices of rows: the same, up to the order of sums."""
+    """bf16 weights under float32 compute, converted at once or in slices of rows: the same, up to the order
+    of sums."""
     half = ReferenceModel(CONFIG, source({name: w.bfloat16() for name, w in WEIGHTS.items()}))
     whole, _ = half.forward(IDS)
     monkeypatch.setattr(taps, "CAST_ELEMENTS", 700)
@@ -113,27 +119,38 @@ class Watched(Mapping[str, Tensor]):
 
 def test_an_expert_without_tokens_is_neither_read_nor_tapped() -> None:
     weights, seen = {"norm.weight": torch.ones(64)}, []
-    weights |= {f"mixer.{n}": w for n, w in mixer_weights(CONFIG, "moe", torch.Generator().manual_seed(0)).items()}
+    weights |= {
+        f"mixer.{n}": w for n, w in mixer_weights(CONFIG, "moe", torch.Generator().manual_seed(0)).items()
+    }
     weights["mixer.gate.e_score_correction_bias"] = torch.tensor([0.0, 9, 0, 9, 0, 0, 9, 0])
     watched = Watched(weights)
-    layer_forward(CONFIG, "moe", watched, torch.randn(1, 5, 64), None, lambda name, x: (seen.append(name), x)[1])
+    layer_forward(
+        CONFIG, "moe", watched, torch.randn(1, 5, 64), None, lambda name, x: (seen.append(name), x)[1]
+    )
     assert {n.split(".")[2] for n in watched.read if ".experts." in n} == {"1", "3", "6"}
     assert {n.split(".")[2] for n in seen if ".experts." in n} == {"1", "3", "6"}
     assert len(watched.read) == len(set(watched.read))  # each once
 
 
 def test_router_by_hand() -> None:
-    """Scores by sigmoid, choice by score plus bias, weights by score alone; the two groups with the best pairs stay open."""
+    """Scores by sigmoid, choice by score plus bias, weights by score alone; the two groups with the best
+    pairs stay open."""
     config, _ = small_config(n_group=4, topk_group=2, num_experts_per_tok=2, hidden_size=8)
     logits = torch.tensor([[3.0, -4.0, 1.0, 1.0, 0.5, 0.4, 0.0, -1.0]])
-    weights = {"gate.weight": torch.eye(8), "gate.e_score_correction_bias": torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 0.9])}
-    # pairs: .953 + .018 = .971 | .731 + .731 = 1.462 | .622 + .599 = 1.221 | .5 + .269 + .9 = 1.669: groups 1 and 3 are open.
-    # in them: .731 .731 .5 and .269 + .9: experts 7 and 2 or 3
+    weights = {
+        "gate.weight": torch.eye(8),
+        "gate.e_score_correction_bias": torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 0.9]),
+    }
+    # pairs: .953 + .018 = .971 | .731 + .731 = 1.462 | .622 + .599 = 1.221 | .5 + .269 + .9 = 1.669: groups 1
+    # and 3 are open. in them: .731 .731 .5 and .269 + .9: experts 7 and 2 or 3
     ids, factors = route(config, weights, logits)
     chosen = dict(zip(ids[0].tolist(), factors[0].tolist(), strict=True))
     assert 7 in chosen
     assert set(chosen) <= {2, 3, 7}
-    low, high = 1 / (1 + 2.718281828**1), 1 / (1 + 2.718281828**-1)  # sigmoid of -1 and of 1, which add up to 1
+    low, high = (
+        1 / (1 + 2.718281828**1),
+        1 / (1 + 2.718281828**-1),
+    )  # sigmoid of -1 and of 1, which add up to 1
     assert chosen[7] == pytest.approx(2.5 * low, rel=1e-6)
     assert sum(chosen.values()) == pytest.approx(2.5 * (low + high), rel=1e-6)
 
@@ -177,12 +194,17 @@ def plain_moe(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
     scores = 1 / (1 + torch.exp(-(w["gate.weight"].double() @ x)))
     chosen = sorted(range(8), key=lambda e: -float(scores[e] + w["gate.e_score_correction_bias"][e]))[:3]
     latent = w["fc1_latent_proj.weight"].double() @ x
-    mixed = sum(scores[e] * dense(latent, w, f"experts.{e}.") for e in chosen) * 2.5 / sum(scores[e] for e in chosen)
+    mixed = (
+        sum(scores[e] * dense(latent, w, f"experts.{e}.") for e in chosen)
+        * 2.5
+        / sum(scores[e] for e in chosen)
+    )
     return w["fc2_latent_proj.weight"].double() @ mixed + dense(x, w, "shared_experts.")
 
 
 def test_mtp_against_a_plain_float64_computation() -> None:
-    """Embedding of the next token, both norms, eh_proj, attention, experts, last norm, lm_head: one position at a time."""
+    """Embedding of the next token, both norms, eh_proj, attention, experts, last norm, lm_head: one position
+    at a time."""
     ids = IDS[:1, :12]
     hidden, _ = MODEL.hidden(ids)
     got, out, state = MODEL.mtp_forward(ids.roll(-1, 1), hidden)
@@ -190,7 +212,10 @@ def test_mtp_against_a_plain_float64_computation() -> None:
     normed: list[Tensor] = []
     for t in range(12):
         embedded = WEIGHTS["backbone.embeddings.weight"][ids[0, (t + 1) % 12]].double()
-        pair = [plain_norm(embedded, first["enorm.weight"]), plain_norm(hidden[0, t].double(), first["hnorm.weight"])]
+        pair = [
+            plain_norm(embedded, first["enorm.weight"]),
+            plain_norm(hidden[0, t].double(), first["hnorm.weight"]),
+        ]
         x = first["eh_proj.weight"].double() @ torch.cat(pair)
         normed.append(plain_norm(x, first["norm.weight"]))
         x = x + plain_attention(taps.Scope(first, "mixer."), normed)
@@ -208,4 +233,9 @@ def test_two_mtp_modules_have_their_own_layers() -> None:
     hidden, _ = model.hidden(IDS[:, :5])
     _, hidden, _ = model.mtp_forward(IDS[:, 1:6], hidden)
     model.mtp_forward(IDS[:, 2:7], hidden, module=1, tap=lambda name, x: (seen.append(name), x)[1])
-    assert {name.split(".mixer")[0] for name in seen} == {"mtp.layers.2.eh_proj", "mtp.layers.2", "mtp.layers.3", "lm_head"}
+    assert {name.split(".mixer")[0] for name in seen} == {
+        "mtp.layers.2.eh_proj",
+        "mtp.layers.2",
+        "mtp.layers.3",
+        "lm_head",
+    }

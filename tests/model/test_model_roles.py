@@ -23,7 +23,9 @@ def table() -> dict[str, TensorSpec]:
 def layer(table: dict[str, TensorSpec], prefix: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """name -> role, shape, dtype of what lies under a prefix; of experts only the first and the last."""
     middle = re.compile(r"\.experts\.([1-9]|[1-9]\d|[1-4]\d\d|50\d|510)\.")
-    found = {n.removeprefix(prefix): s for n, s in table.items() if n.startswith(prefix) and not middle.search(n)}
+    found = {
+        n.removeprefix(prefix): s for n, s in table.items() if n.startswith(prefix) and not middle.search(n)
+    }
     return {n: (s.role, s.shape, s.dtype) for n, s in found.items()}
 
 
@@ -75,7 +77,12 @@ def test_an_attention_layer_of_super(table: dict[str, TensorSpec]) -> None:
 
 
 def test_mtp_of_super(table: dict[str, TensorSpec]) -> None:
-    extra = {"enorm.weight": NORM, "hnorm.weight": NORM, "eh_proj.weight": ("eh_proj", (4096, 8192), "BF16"), "norm.weight": NORM}
+    extra = {
+        "enorm.weight": NORM,
+        "hnorm.weight": NORM,
+        "eh_proj.weight": ("eh_proj", (4096, 8192), "BF16"),
+        "norm.weight": NORM,
+    }
     assert layer(table, "mtp.layers.0.") == mtp(extra | ATTENTION)
     assert layer(table, "mtp.layers.1.") == mtp({"norm.weight": NORM, "final_layernorm.weight": NORM} | MOE)
 
@@ -92,7 +99,11 @@ def test_the_rest_of_super(table: dict[str, TensorSpec]) -> None:
 def test_every_entry_says_where_it_is(table: dict[str, TensorSpec]) -> None:
     for name, spec in table.items():
         numbers = re.match(r"(?:backbone|mtp)\.layers\.(\d+)\.(?:mixer\.experts\.(\d+)\.)?", name)
-        expected = (None, None) if numbers is None else tuple(None if n is None else int(n) for n in numbers.groups())
+        expected = (
+            (None, None)
+            if numbers is None
+            else tuple(None if n is None else int(n) for n in numbers.groups())
+        )
         assert (spec.layer, spec.expert) == expected, name
         assert spec.role in ROLES
 
@@ -110,12 +121,20 @@ def test_variants() -> None:
     assert set(base) - set(names(tie_word_embeddings=True)) == {"lm_head.weight"}
     assert len(base) - len(names(use_conv_bias=False)) == 23
     assert len(base) - len(names(n_shared_experts=0)) == 2 * 23
-    assert base["backbone.layers.1.mixer.experts.127.down_proj.weight"] == (2688, 1856)  # no latent space: the whole hidden state
+    assert base["backbone.layers.1.mixer.experts.127.down_proj.weight"] == (
+        2688,
+        1856,
+    )  # no latent space: the whole hidden state
     assert not any("latent" in n or n.startswith("mtp.") for n in base)
     dense = names(hybrid_override_pattern="M-", num_hidden_layers=2)
     assert dense["backbone.layers.1.mixer.up_proj.weight"] == (1856, 2688)
     assert dense["backbone.layers.1.mixer.down_proj.weight"] == (2688, 1856)
     modules = names(num_nextn_predict_layers=2)
-    assert {n.split(".mixer.")[0].split(".")[2] for n in modules if n.startswith("mtp.")} == {"0", "1", "2", "3"}
+    assert {n.split(".mixer.")[0].split(".")[2] for n in modules if n.startswith("mtp.")} == {
+        "0",
+        "1",
+        "2",
+        "3",
+    }
     assert "mtp.layers.2.eh_proj.weight" in modules
     assert "mtp.layers.3.final_layernorm.weight" in modules

@@ -1,4 +1,5 @@
-"""Every matrix product goes through its tap: names, shapes, and that what a tap returns is what is multiplied."""
+"""Every matrix product goes through its tap: names, shapes, and that what a tap returns is what is
+multiplied."""
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ WEIGHTS = random_weights(CONFIG)
 IDS = torch.randint(0, 96, (2, 21), generator=torch.Generator().manual_seed(3))
 NO_PRODUCT = ("norm.weight", "norm_f.weight", "layernorm.weight", "conv1d.weight", "embeddings.weight")
 NO_PRODUCT += ("enorm.weight", "hnorm.weight", "gate.weight")
-PRODUCTS = [n.removesuffix(".weight") for n in WEIGHTS if n.endswith(".weight") and not n.endswith(NO_PRODUCT)]
+PRODUCTS = [
+    n.removesuffix(".weight") for n in WEIGHTS if n.endswith(".weight") and not n.endswith(NO_PRODUCT)
+]
 TAPPED = [n.removesuffix(".weight") for n in WEIGHTS if n.endswith("gate.weight")]
 
 
@@ -60,7 +63,9 @@ def test_rows_of_experts_are_the_tokens_that_chose_them() -> None:
             for projection in ("up_proj", "down_proj"):
                 assert seen[f"{mixer}experts.{expert}.{projection}"].shape[0] == int(chosen.sum())
             latent = seen[mixer + "fc1_latent_proj"] @ WEIGHTS[mixer + "fc1_latent_proj.weight"].mT
-            torch.testing.assert_close(seen[f"{mixer}experts.{expert}.up_proj"], latent[chosen])  # its defaults for float32
+            torch.testing.assert_close(
+                seen[f"{mixer}experts.{expert}.up_proj"], latent[chosen]
+            )  # its defaults for float32
 
 
 @pytest.mark.parametrize("name", PRODUCTS + TAPPED)
@@ -70,7 +75,10 @@ def test_what_the_tap_returns_is_multiplied(name: str) -> None:
     def double(module: str, x: Tensor) -> Tensor:
         return x * 2 if module == name else x
 
-    by_tap, by_weight = run(WEIGHTS, double), run({**WEIGHTS, name + ".weight": WEIGHTS[name + ".weight"] * 2})
+    by_tap, by_weight = (
+        run(WEIGHTS, double),
+        run({**WEIGHTS, name + ".weight": WEIGHTS[name + ".weight"] * 2}),
+    )
     assert all(torch.equal(a, b) for a, b in zip(by_tap, by_weight, strict=True))
     assert not torch.equal(by_tap[1], run(WEIGHTS)[1])
 
@@ -87,7 +95,11 @@ def test_cached_values_are_what_the_tap_returned(projection: str) -> None:
         assert torch.equal(a, b)
     model, part = ReferenceModel(CONFIG, source(WEIGHTS)), []
     _, state = model.forward(IDS[:, :20], tap=double)
-    model.forward(IDS[:, 20:], state, tap=lambda n, x: (part.append((n, x.shape[2])) if n.endswith(".output") else None) or x)
+    model.forward(
+        IDS[:, 20:],
+        state,
+        tap=lambda n, x: (part.append((n, x.shape[2])) if n.endswith(".output") else None) or x,
+    )
     assert ("backbone.layers.1.mixer.k_proj.output", 1) in part  # new positions only
     attribute = "key" if projection == "k_proj" else "value"
     tapped = getattr(state.layers[1], attribute)
@@ -98,7 +110,8 @@ def test_cached_values_are_what_the_tap_returned(projection: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_rows_changes_no_row(count: int, dtype: torch.dtype) -> None:
-    """bfloat16 rows are filled up for the kernel: nobody may see it. Exact sums, so that any order gives the same bits."""
+    """bfloat16 rows are filled up for the kernel: nobody may see it. Exact sums, so that any order gives the
+    same bits."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (count, 32), generator=g).to(dtype)
     weight = torch.randint(-2, 3, (8, 32), generator=g).to(dtype)

@@ -1,4 +1,5 @@
-"""`nemoquant plugins build`: what it makes, what it says, what it refuses; the registers in a log; what doctor says of the result."""
+"""`nemoquant plugins build`: what it makes, what it says, what it refuses; the registers in a log; what
+doctor says of the result."""
 
 import json
 import os
@@ -34,7 +35,8 @@ def nobodys_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def toolbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A PATH with stand-ins for the tools that are named, and headers of TensorRT and CUTLASS; nothing of it works."""
+    """A PATH with stand-ins for the tools that are named, and headers of TensorRT and CUTLASS; nothing of it
+    works."""
 
     def make(*tools: str, headers: bool = True) -> None:
         folder = tmp_path / "tools"
@@ -61,7 +63,8 @@ def toolbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 @needs_tensorrt_headers
 def test_a_build_says_what_and_where_and_keeps_what_it_was_made_of() -> None:
-    """The host build of the session is one: two libraries, facts, a log. A build that changes nothing is quick, and says the same."""
+    """The host build of the session is one: two libraries, facts, a log. A build that changes nothing is
+    quick, and says the same."""
     folder = host_folder()
     facts = json.loads((folder / "build_host.json").read_text())
     assert facts["sources"] == sources_hash()
@@ -80,7 +83,9 @@ def test_a_build_says_what_and_where_and_keeps_what_it_was_made_of() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A source with a mistake: the error names it and the log; what was built before stays."""
     sources = tmp_path / "plugins"
     shutil.copytree(plugin_folder(), sources, ignore=shutil.ignore_patterns("mamba2_scan", "routed_experts"))
@@ -99,7 +104,9 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: P
     assert "causal_conv1d/launch.cu" in lines[0]
     assert lines[0].endswith(f"the whole log is {out}/build_host.log")
     assert (out / "libnemoquant_host.so").read_bytes() == before
-    moved = sources.rename(tmp_path / "elsewhere")  # of another installation: nothing of the old one is in the way
+    moved = sources.rename(
+        tmp_path / "elsewhere"
+    )  # of another installation: nothing of the old one is in the way
     (moved / "causal_conv1d/launch.cu").write_text(text)
     monkeypatch.setattr(build, "plugin_folder", lambda: moved)
     run("--host", "--kernels-only", "--out", out)
@@ -111,14 +118,26 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(tmp_path: P
 @pytest.mark.parametrize(
     ("tools", "options", "says"),
     [
-        (["nvcc", "g++"], [], "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja"),
-        (["cmake", "g++"], [], "nvcc was not found on the PATH; it compiles the kernels: install the CUDA toolkit"),
+        (
+            ["nvcc", "g++"],
+            [],
+            "cmake was not found on the PATH; expected CMake 3.22 or later: pip install cmake ninja",
+        ),
+        (
+            ["cmake", "g++"],
+            [],
+            "nvcc was not found on the PATH; it compiles the kernels: install the CUDA toolkit",
+        ),
         (
             ["cmake", "g++"],
             ["--host"],
             "nvcc was not found on the PATH; its headers of bfloat16 and half are needed on the host too",
         ),
-        (["cmake", "nvcc"], [], "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"),
+        (
+            ["cmake", "nvcc"],
+            [],
+            "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX",
+        ),
         (["cmake", "nvcc", "g++"], [], "the build failed: nothing works here; the whole log is "),
     ],
 )
@@ -135,7 +154,8 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     message = run("--out", tmp_path / "out", code=2).stderr
     assert message.startswith(
-        "error: TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install 'nemoquant[plugins]'"
+        "error: TensorRT's headers were not found; the plugins need those of TensorRT 10 or 11: pip install "
+        "'nemoquant[plugins]'"
     )
     assert "TENSORRT_ROOT" in message
     assert "--kernels-only builds what torch uses" in message
@@ -143,13 +163,17 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
     message = run("--out", tmp_path / "out", code=2).stderr
     assert message.startswith(
-        f"error: TENSORRT_ROOT={tmp_path}: no NvInferRuntime.h there, nor in its include; expected a folder that has it"
+        f"error: TENSORRT_ROOT={tmp_path}: no NvInferRuntime.h there, nor in its include; expected a folder "
+        f"that has it"
     )
     message = run("--kernels-only", "--gemm-arch", "90a", code=2).stderr
     assert message.startswith(
-        "error: CUTLASS's headers were not found; --gemm-arch needs them: pip install --no-deps nvidia-cutlass"
+        "error: CUTLASS's headers were not found; --gemm-arch needs them: pip install --no-deps "
+        "nvidia-cutlass"
     )
-    assert "nothing works here" in run("--kernels-only", "--out", tmp_path / "out", code=2).stderr  # without it, they are not
+    assert (
+        "nothing works here" in run("--kernels-only", "--out", tmp_path / "out", code=2).stderr
+    )  # without it, they are not
 
 
 @pytest.mark.parametrize(
@@ -157,7 +181,8 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     [
         (
             ["--arch", "hopper"],
-            "--arch hopper: expected names as nvcc has them, such as sm_90a; the default is 80, 90a, 100a, 120a",
+            "--arch hopper: expected names as nvcc has them, such as sm_90a; the default is 80, 90a, 100a, "
+            "120a",
         ),
         (["--arch", "sm_90a,"], "--arch : expected names as nvcc has them"),
         (["--host", "--arch", "sm_90a"], "got --host with --arch or --gemm-arch; expected one or the other"),
@@ -207,16 +232,36 @@ ptxas info    : Used 64 registers, used 1 barriers
 def test_registers_and_spills_are_read_from_a_log() -> None:
     kernels = registers.read(LOG.splitlines())
     assert [vars(k) for k in kernels[:2]] == [
-        {"arch": "sm_80", "folder": "one", "name": "work<bf16, fp32, 4>", "registers": 40, "stack": 0, "stores": 0, "loads": 0, "shared": 1664},
-        {"arch": "sm_80", "folder": "one", "name": "work<fp32, fp32, 4>", "registers": 255, "stack": 16, "stores": 12, "loads": 8, "shared": 0},
-    ]  # fmt: skip
+        {
+            "arch": "sm_80",
+            "folder": "one",
+            "name": "work<bf16, fp32, 4>",
+            "registers": 40,
+            "stack": 0,
+            "stores": 0,
+            "loads": 0,
+            "shared": 1664,
+        },
+        {
+            "arch": "sm_80",
+            "folder": "one",
+            "name": "work<fp32, fp32, 4>",
+            "registers": 255,
+            "stack": 16,
+            "stores": 12,
+            "loads": 8,
+            "shared": 0,
+        },
+    ]
     assert registers.table(kernels).splitlines() == [
         "| kernel (variants) | sm_80 | sm_120a |",
         "|---|---|---|",
         "| `work` (2) | 40 to 255; 1 spill, at most 20 bytes | 64 |",
     ]
     alone = replace(kernels[2], name="native<8>")
-    assert registers.table([*kernels, alone]).splitlines()[2] == "| `native` (1) |  | 64 |"  # of one architecture
+    assert (
+        registers.table([*kernels, alone]).splitlines()[2] == "| `native` (1) |  | 64 |"
+    )  # of one architecture
     assert registers.parse("# a head\n" + "\n".join(k.line() for k in kernels)) == kernels
 
 
@@ -257,15 +302,22 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
     folder = build.default_folder()
     folder.mkdir(parents=True)
     facts: dict[str, Any] = {
-        "nemoquant": "0", "sources": sources_hash(), "host": False, "architectures": ["90a"], "gemm_architectures": ["90a"],
-        "tensorrt": "10.14.1", "libraries": {"libnemoquant_plugins.so": "0"},
-    }  # fmt: skip
+        "nemoquant": "0",
+        "sources": sources_hash(),
+        "host": False,
+        "architectures": ["90a"],
+        "gemm_architectures": ["90a"],
+        "tensorrt": "10.14.1",
+        "libraries": {"libnemoquant_plugins.so": "0"},
+    }
     (folder / "build.json").write_text(json.dumps(facts))
     found = finding(Device("a GPU", 90))
     assert (found.builds, found.runs) == (True, True)
     assert found.why == f"libnemoquant_plugins.so in {folder}, for sm_90a, TensorRT 10.14.1's headers"
     assert finding(None).why.endswith("; no CUDA device is usable here")
-    with pytest.raises(UsageError, match=rf"and {folder}/libnemoquant_plugins.so is not there; build it with"):
+    with pytest.raises(
+        UsageError, match=rf"and {folder}/libnemoquant_plugins.so is not there; build it with"
+    ):
         plugin_library(None)
     (folder / "libnemoquant_plugins.so").touch()
     assert plugin_library(None) == folder / "libnemoquant_plugins.so"
@@ -273,7 +325,8 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UsageError, match="was built from other sources than this version's; build it again"):
         plugin_library(None)
     assert (
-        "built from other sources than this version's; `nemoquant plugins build` makes them" in finding(Device("a GPU", 90)).why
+        "built from other sources than this version's; `nemoquant plugins build` makes them"
+        in finding(Device("a GPU", 90)).why
     )
     (folder / "build.json").write_text("[]")
     assert "is not what `nemoquant plugins build` writes" in finding(Device("a GPU", 90)).why
@@ -282,7 +335,9 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert "none are built; `nemoquant plugins build` can't: cmake was not found" in finding(None).why
 
 
-def test_a_root_without_headers_is_an_error_of_doctor_too(toolbox: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_root_without_headers_is_an_error_of_doctor_too(
+    toolbox: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     toolbox("cmake", "nvcc", "g++")
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
     assert "no NvInferRuntime.h there" in finding(None).why

@@ -1,4 +1,5 @@
-"""The operators for torch over the host library: schemas and fake kernels by torch's own check, values by the reference model, refusals."""
+"""The operators for torch over the host library: schemas and fake kernels by torch's own check, values by the
+reference model, refusals."""
 
 import json
 import math
@@ -45,16 +46,24 @@ def conv_arguments(dtype: torch.dtype = torch.float32, length: int = 5, bias: bo
     return [made(2, length, 12).to(dtype), made(12, 4), made(12) if bias else None, made(2, 12, 3).to(dtype)]
 
 
-def scan_arguments(dtype: torch.dtype = torch.float32, length: int = 5, state: torch.dtype = torch.float32) -> list[Any]:
+def scan_arguments(
+    dtype: torch.dtype = torch.float32, length: int = 5, state: torch.dtype = torch.float32
+) -> list[Any]:
     g = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g)
 
     return [
-        made(2, length, 4, 16).to(dtype), made(2, length, 4).to(dtype), -torch.rand(4, generator=g) - 0.1, made(2, length, 2, 16).to(dtype),
-        made(2, length, 2, 16).to(dtype), made(4), made(4), made(2, 4, 16, 16).to(state),
-    ]  # fmt: skip
+        made(2, length, 4, 16).to(dtype),
+        made(2, length, 4).to(dtype),
+        -torch.rand(4, generator=g) - 0.1,
+        made(2, length, 2, 16).to(dtype),
+        made(2, length, 2, 16).to(dtype),
+        made(4),
+        made(4),
+        made(2, 4, 16, 16).to(state),
+    ]
 
 
 def expert_arguments(format: str = "bf16", dtype: torch.dtype = torch.float32, tokens: int = 5) -> list[Any]:
@@ -63,7 +72,11 @@ def expert_arguments(format: str = "bf16", dtype: torch.dtype = torch.float32, t
     parts: dict[str, list[torch.Tensor]] = {"up": [], "down": []}
     for projection, out, into in (("up", 64, 32), ("down", 32, 64)):
         for name in EXPERT_FORMATS[format][1]:
-            width = {"weight": into, "codes": into // 2 if "4" in format else into, "block_scales": into // 16}.get(name)
+            width = {
+                "weight": into,
+                "codes": into // 2 if "4" in format else into,
+                "block_scales": into // 16,
+            }.get(name)
             if width is None:
                 made = torch.rand(4, generator=g) + 0.5
             elif name == "weight":
@@ -98,8 +111,12 @@ def expert_arguments(format: str = "bf16", dtype: torch.dtype = torch.float32, t
     ],
 )
 @pytest.mark.usefixtures("host")
-def test_opcheck_of_the_convolution(dtype: torch.dtype, length: int, bias: bool, y_dtype: torch.dtype | None) -> None:
-    torch.library.opcheck(torch.ops.nemoquant.causal_conv1d.default, (*conv_arguments(dtype, length, bias), y_dtype))
+def test_opcheck_of_the_convolution(
+    dtype: torch.dtype, length: int, bias: bool, y_dtype: torch.dtype | None
+) -> None:
+    torch.library.opcheck(
+        torch.ops.nemoquant.causal_conv1d.default, (*conv_arguments(dtype, length, bias), y_dtype)
+    )
 
 
 @needs_compiler
@@ -114,8 +131,12 @@ def test_opcheck_of_the_convolution(dtype: torch.dtype, length: int, bias: bool,
     ],
 )
 @pytest.mark.usefixtures("host")
-def test_opcheck_of_the_scan(dtype: torch.dtype, length: int, state: torch.dtype, more: dict[str, Any]) -> None:
-    torch.library.opcheck(torch.ops.nemoquant.mamba2_scan.default, tuple(scan_arguments(dtype, length, state)), more)
+def test_opcheck_of_the_scan(
+    dtype: torch.dtype, length: int, state: torch.dtype, more: dict[str, Any]
+) -> None:
+    torch.library.opcheck(
+        torch.ops.nemoquant.mamba2_scan.default, tuple(scan_arguments(dtype, length, state)), more
+    )
 
 
 @needs_compiler
@@ -132,7 +153,9 @@ def test_opcheck_of_the_scan(dtype: torch.dtype, length: int, state: torch.dtype
 )
 @pytest.mark.usefixtures("host")
 def test_opcheck_of_the_experts(format: str, dtype: torch.dtype, tokens: int) -> None:
-    torch.library.opcheck(torch.ops.nemoquant.routed_experts.default, tuple(expert_arguments(format, dtype, tokens)))
+    torch.library.opcheck(
+        torch.ops.nemoquant.routed_experts.default, tuple(expert_arguments(format, dtype, tokens))
+    )
 
 
 @needs_compiler
@@ -160,8 +183,11 @@ def test_formats_of_the_experts_are_those_of_the_specification() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 7])
-def test_the_reference_model_goes_through_the_kernels(dtype: torch.dtype, length: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """Convolution and scan give what torch gives, to float32's rounding: both compute in it from the same inputs."""
+def test_the_reference_model_goes_through_the_kernels(
+    dtype: torch.dtype, length: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Convolution and scan give what torch gives, to float32's rounding: both compute in it from the same
+    inputs."""
     x, weight, bias, state = conv_arguments(dtype, length)
     scan = scan_arguments(torch.float32, length)
     scan = [*scan[:1], scan[1].to(dtype), *scan[2:7], (0.0, math.inf), scan[7]]
@@ -189,7 +215,9 @@ def test_the_reference_model_goes_through_the_kernels(dtype: torch.dtype, length
 def test_without_a_library_torch_computes() -> None:
     assert not library.serves("causal_conv1d", "cpu")
     x, weight, bias, state = conv_arguments()
-    with pytest.raises(BuildError, match=r"no kernels for tensors on cpu; build them: nemoquant plugins build --host"):
+    with pytest.raises(
+        BuildError, match=r"no kernels for tensors on cpu; build them: nemoquant plugins build --host"
+    ):
         causal_conv1d(x, weight, bias, state)
 
 
@@ -197,7 +225,8 @@ def test_without_a_library_torch_computes() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
 def test_views_are_not_copied_and_odd_strides_are() -> None:
-    """A slice of a wide projection, as the model has it, goes in as it lies; the results are those of the copy in any case."""
+    """A slice of a wide projection, as the model has it, goes in as it lies; the results are those of the
+    copy in any case."""
     x, weight, bias, state = conv_arguments(torch.bfloat16, 6)
     wanted = causal_conv1d(x, weight, bias, state)
     wide = torch.randn(2, 6, 40, dtype=torch.bfloat16)
@@ -228,11 +257,20 @@ def test_views_are_not_copied_and_odd_strides_are() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"weight": torch.zeros(12, 3)}, r"causal_conv1d: state_in is \[2, 12, 3\]; expected \[2, 12, 2\] \(B C K1\)"),
+        (
+            {"weight": torch.zeros(12, 3)},
+            r"causal_conv1d: state_in is \[2, 12, 3\]; expected \[2, 12, 2\] \(B C K1\)",
+        ),
         ({"bias": torch.zeros(3)}, r"causal_conv1d: bias is \[3\]; expected \[12\] \(C\)"),
         ({"weight": torch.zeros(12, 4).half()}, r"weight is torch.float16, .*expected float32 weight"),
-        ({"state_in": torch.zeros(2, 12, 3).half()}, r"state_in torch.float16; expected .* like x, torch.float32"),
-        ({"x": torch.zeros(2, 5, 12).double(), "state_in": torch.zeros(2, 12, 3).double()}, r"no kernel knows torch.float64"),
+        (
+            {"state_in": torch.zeros(2, 12, 3).half()},
+            r"state_in torch.float16; expected .* like x, torch.float32",
+        ),
+        (
+            {"x": torch.zeros(2, 5, 12).double(), "state_in": torch.zeros(2, 12, 3).double()},
+            r"no kernel knows torch.float64",
+        ),
     ],
 )
 @pytest.mark.usefixtures("host")
@@ -249,22 +287,35 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
     [
         (
             {"format": "fp4"},
-            r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, nvfp4",
+            r"routed_experts: format is 'fp4', activation 'relu2'; expected one of bf16, w8a16, fp8, w4a16, "
+            r"nvfp4",
         ),
         ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
         ({"skipped": torch.zeros(1)}, r"skipped is torch.float32 \[1\] on cpu; expected int32 \[1\] on cpu"),
-        ({"skipped": torch.zeros(2, dtype=torch.int32)}, r"skipped is torch.int32 \[2\] on cpu; expected int32 \[1\]"),
+        (
+            {"skipped": torch.zeros(2, dtype=torch.int32)},
+            r"skipped is torch.int32 \[2\] on cpu; expected int32 \[1\]",
+        ),
         ({"products": "fast"}, r"products is 'fast'; expected one of auto, decoded, native, grouped"),
         ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
         ({"down": []}, r"routed_experts: up has 1 parts, down 0; bf16 has weight"),
         ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),
-        ({"expert_ids": torch.zeros(5, 2, dtype=torch.int32)}, r"expert_ids is torch.int32, .*; expected int64 and float32"),
-        ({"expert_weights": torch.zeros(5, 2).half()}, r"expert_weights torch.float16; expected int64 and float32"),
+        (
+            {"expert_ids": torch.zeros(5, 2, dtype=torch.int32)},
+            r"expert_ids is torch.int32, .*; expected int64 and float32",
+        ),
+        (
+            {"expert_weights": torch.zeros(5, 2).half()},
+            r"expert_weights torch.float16; expected int64 and float32",
+        ),
         (
             {"down": [torch.zeros(4, 32, 32).bfloat16()]},
             r"down's weight is torch.bfloat16 \[4, 32, 32\]; expected bfloat16 \[4, 32, 64\]",
         ),
-        ({"up": [torch.zeros(4, 64, 32)]}, r"up's weight is torch.float32 \[4, 64, 32\]; expected bfloat16 \[4, 64, 32\]"),
+        (
+            {"up": [torch.zeros(4, 64, 32)]},
+            r"up's weight is torch.float32 \[4, 64, 32\]; expected bfloat16 \[4, 64, 32\]",
+        ),
         ({"x": torch.zeros(5, 32).double()}, r"no kernel knows torch.float64"),
     ],
 )
@@ -289,7 +340,9 @@ def test_experts_of_no_token_are_no_call() -> None:
 def test_a_kernel_that_refuses_gives_its_reason() -> None:
     x, weight, bias, _ = conv_arguments()
     with pytest.raises(
-        EngineError, match=r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps.*NEMOQUANT_KERNELS=none lets torch compute"
+        EngineError,
+        match=r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps.*NEMOQUANT_KERNELS=none lets torch "
+        r"compute",
     ):
         causal_conv1d(x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
 
@@ -300,7 +353,9 @@ def test_a_kernel_that_refuses_gives_its_reason() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_libraries_that_cannot_serve_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"missing.so is not there; expected a library made by `nemoquant plugins build`"):
+    with pytest.raises(
+        BuildError, match=r"missing.so is not there; expected a library made by `nemoquant plugins build`"
+    ):
         Kernels(tmp_path / "missing.so")
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(BuildError, match=r"text.so can't be loaded: .*; build it again"):
@@ -309,7 +364,9 @@ def test_libraries_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     shutil.copy(host_folder() / HOST, stale)
     facts = json.loads((host_folder() / "build_host.json").read_text())
     (tmp_path / "build_host.json").write_text(json.dumps(facts | {"sources": "0" * 64}))
-    with pytest.raises(BuildError, match="was built from other sources than this version of nemoquant has; build it again"):
+    with pytest.raises(
+        BuildError, match="was built from other sources than this version of nemoquant has; build it again"
+    ):
         Kernels(stale)
     (tmp_path / "build_host.json").write_text("{}")
     with pytest.raises(BuildError, match=r"build_host.json is not what `nemoquant plugins build` writes"):
@@ -318,8 +375,11 @@ def test_libraries_that_cannot_serve_are_refused(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_which_library_serves_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """What was named, else what was built; said once. The host library stands for one of a device: nothing is run."""
+def test_which_library_serves_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was named, else what was built; said once. The host library stands for one of a device: nothing is
+    run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "nemoquant/plugins"
@@ -335,7 +395,10 @@ def test_which_library_serves_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert library.kernels("cuda") is one
         return one, capfd.readouterr().err
 
-    assert found() == (None, "CUDA kernels: none are built, torch computes; `nemoquant plugins build` makes them\n")
+    assert found() == (
+        None,
+        "CUDA kernels: none are built, torch computes; `nemoquant plugins build` makes them\n",
+    )
     built = folder / "libnemoquant_kernels.so"
     shutil.copy(host_folder() / HOST, built)
     facts = json.loads((host_folder() / "build_host.json").read_text()) | {"host": False}
@@ -356,7 +419,9 @@ def test_which_library_serves_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write(architectures=["100a"])
     one, said = found()
     assert one is None
-    assert said == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
+    assert (
+        said == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
+    )
     with pytest.raises(BuildError, match="was built for sm_100a, not for this device, SM 90; build it again"):
         found(NEMOQUANT_KERNELS=str(built))
     write(sources="0" * 64)

@@ -1,4 +1,5 @@
-"""One small checkpoint, and what Model Optimizer and nemoquant make of it: each run once in a session, when first asked for."""
+"""One small checkpoint, and what Model Optimizer and nemoquant make of it: each run once in a session, when
+first asked for."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,24 @@ from nemoquant.api import RunOptions, quantize
 
 
 def edge_cases(tensors: dict[str, Tensor]) -> None:
-    """What a whole run must get right too: a zero block, one whose scale underflows, an outlier, signs of zero, F32 tensors."""
+    """What a whole run must get right too: a zero block, one whose scale underflows, an outlier, signs of
+    zero, F32 tensors."""
     w = tensors["backbone.layers.0.mixer.in_proj.weight"]
     w[0, :16] = 0.0
     w[1, :16] = 1e-7
     w[2, 0] = 6.0
     w[3, :2] = torch.tensor([-0.0, -1e-6])
     g = torch.Generator().manual_seed(7)
-    tensors["backbone.layers.0.mixer.A_log"] = torch.rand(tensors["backbone.layers.0.mixer.A_log"].shape, generator=g) * 2.5
+    tensors["backbone.layers.0.mixer.A_log"] = (
+        torch.rand(tensors["backbone.layers.0.mixer.A_log"].shape, generator=g) * 2.5
+    )
     tensors["backbone.layers.2.mixer.gate.weight"] = tensors["backbone.layers.2.mixer.gate.weight"].float()
 
 
 @dataclass
 class Runs:
-    """Folders that hold ``source`` quantized. Calibration takes the first ``rows`` rows of ``length`` tokens."""
+    """Folders that hold ``source`` quantized. Calibration takes the first ``rows`` rows of ``length``
+    tokens."""
 
     once: Once
     source: Path
@@ -45,7 +50,15 @@ class Runs:
 
         return self.once(f"oracles/theirs-{preset}-{compute}-{rows}x{length}", build)
 
-    def ours(self, preset: str, *, scale_groups: bool = True, compute: str = "bfloat16", rows: int = 8, length: int = 32) -> Path:
+    def ours(
+        self,
+        preset: str,
+        *,
+        scale_groups: bool = True,
+        compute: str = "bfloat16",
+        rows: int = 8,
+        length: int = 32,
+    ) -> Path:
         """By nemoquant; ``compute`` is the dtype of calibration."""
 
         def build(out: Path) -> None:
@@ -59,7 +72,8 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(once: Once) -> Runs:
-    """Both tools over ``M*E-ME``: latent experts, shared expert, MTP, 8 experts a layer; rows no longer than ``chunk_size``."""
+    """Both tools over ``M*E-ME``: latent experts, shared expert, MTP, 8 experts a layer; rows no longer than
+    ``chunk_size``."""
 
     def build(folder: Path) -> None:
         tensors = random_tensors(CONFIG)

@@ -1,13 +1,18 @@
-"""``quantization_config`` and ``hf_quant_config.json`` against Model Optimizer's, its forgotten mark taken off the names.
+"""``quantization_config`` and ``hf_quant_config.json`` against Model Optimizer's, its forgotten mark taken
+off the names.
 
-Equal are: algorithm, KV cache scheme, groups with their numbers and targets, group size, producer. These differ, on purpose:
+Equal are: algorithm, KV cache scheme, groups with their numbers and targets, group size, producer. These
+differ, on purpose:
 
-- Exclusions. Theirs are prefixes with a star where a whole branch stays (``backbone.layers.1*``, which vLLM, matching by fnmatch,
-  lets hit layers 10 to 19 as well); ours are whole module names. Ours add ``mtp*``, since we keep MTP and they drop it.
-- Mixed maps. They write no ``ignore``; vLLM takes any entry of the same mixer for an expert, so that ours says what stays.
-- Mixed maps, again: they name a layer's experts by one key, we name each expert's projections: TensorRT-LLM reads the first
-  of them, vLLM any.
-- Keys of the model. They write transformers' spelling, without the schedule string; we keep the source's keys as they are.
+- Exclusions. Theirs are prefixes with a star where a whole branch stays (``backbone.layers.1*``, which vLLM,
+  matching by fnmatch, lets hit layers 10 to 19 as well); ours are whole module names. Ours add ``mtp*``,
+  since we keep MTP and they drop it.
+- Mixed maps. They write no ``ignore``; vLLM takes any entry of the same mixer for an expert, so that ours
+  says what stays.
+- Mixed maps, again: they name a layer's experts by one key, we name each expert's projections: TensorRT-LLM
+  reads the first of them, vLLM any.
+- Keys of the model. They write transformers' spelling, without the schedule string; we keep the source's keys
+  as they are.
 """
 
 import json
@@ -31,12 +36,16 @@ def load(folder: Path, file: str) -> dict[str, Any]:
 
 def sections(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """``quantization_config`` of config.json, and ``quantization`` of hf_quant_config.json."""
-    return load(folder, "config.json")["quantization_config"], load(folder, "hf_quant_config.json")["quantization"]
+    return load(folder, "config.json")["quantization_config"], load(folder, "hf_quant_config.json")[
+        "quantization"
+    ]
 
 
 def modules(folder: Path) -> set[str]:
     """Every module of the main model that holds a matrix or a convolution, by the names that configs use."""
-    names = {name.rsplit(".", 1)[0] for name in read(folder) if name.endswith(".weight") and not is_scale(name)}
+    names = {
+        name.rsplit(".", 1)[0] for name in read(folder) if name.endswith(".weight") and not is_scale(name)
+    }
     return {name for name in names if not re.search(r"norm(_f)?$|^mtp\.", name)}
 
 
@@ -50,17 +59,26 @@ def by_layer(names: Any) -> Any:
     def short(name: str) -> str:
         return re.sub(r"(\.experts)\..*", r"\1", name)
 
-    return {short(k): v for k, v in names.items()} if isinstance(names, dict) else {short(name) for name in names}
+    return (
+        {short(k): v for k, v in names.items()}
+        if isinstance(names, dict)
+        else {short(name) for name in names}
+    )
 
 
 @pytest.mark.parametrize("preset", UNIFORM)
 def test_one_format(preset, runs) -> None:
     ours, theirs = sections(runs.ours(preset)), sections(runs.theirs(preset))
-    ignored = [ours[0].pop("ignore"), ours[1].pop("exclude_modules")], [theirs[0].pop("ignore"), theirs[1].pop("exclude_modules")]
+    ignored = (
+        [ours[0].pop("ignore"), ours[1].pop("exclude_modules")],
+        [theirs[0].pop("ignore"), theirs[1].pop("exclude_modules")],
+    )
     assert ours == theirs
     assert ignored[0][0] == ignored[0][1]  # both files say the same
     assert set(ignored[1][0]) == set(ignored[1][1])
-    assert ours[0]["quant_algo"] == {"fp8": "FP8", "nvfp4-full": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}[preset]
+    assert (
+        ours[0]["quant_algo"] == {"fp8": "FP8", "nvfp4-full": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}[preset]
+    )
     if preset != "nvfp4-w4a16":
         assert set(ignored[0][0]) == set(ignored[1][0]) | {"mtp*"}
 
@@ -69,13 +87,20 @@ def test_one_format(preset, runs) -> None:
 def test_exclusions_mean_the_same(preset, runs) -> None:
     """Each module of the main model is excluded by both or by neither, and quantized exactly if not."""
     ours, theirs = (sections(out)[0]["ignore"] for out in (runs.ours(preset), runs.theirs(preset)))
-    quantized = {name.removesuffix(".weight_scale") for name in read(runs.ours(preset)) if name.endswith(".weight_scale")}
+    quantized = {
+        name.removesuffix(".weight_scale")
+        for name in read(runs.ours(preset))
+        if name.endswith(".weight_scale")
+    }
     for module in modules(runs.source):
         assert excluded(module, ours) == excluded(module, theirs) == (module not in quantized), module
 
 
 def test_mixed_formats(runs) -> None:
-    (ours, ours_legacy), (theirs, theirs_legacy) = sections(runs.ours("nvfp4")), sections(runs.theirs("nvfp4"))
+    (ours, ours_legacy), (theirs, theirs_legacy) = (
+        sections(runs.ours("nvfp4")),
+        sections(runs.theirs("nvfp4")),
+    )
     assert by_layer(ours_legacy["quantized_layers"]) == theirs_legacy["quantized_layers"]
     assert ours["quantized_layers"] == ours_legacy["quantized_layers"]
     for name, group in theirs["config_groups"].items():
@@ -90,7 +115,11 @@ def test_mixed_formats(runs) -> None:
         section.pop("quantized_layers", None)
     assert ours == theirs
     assert ours_legacy == theirs_legacy
-    quantized = {name.removesuffix(".weight_scale") for name in read(runs.ours("nvfp4")) if name.endswith(".weight_scale")}
+    quantized = {
+        name.removesuffix(".weight_scale")
+        for name in read(runs.ours("nvfp4"))
+        if name.endswith(".weight_scale")
+    }
     assert all(excluded(module, ignore) == (module not in quantized) for module in modules(runs.source))
 
 
@@ -102,7 +131,9 @@ def test_keys_of_the_model(preset, runs) -> None:
     assert ours == raw
     respelled = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"}
     assert raw.keys() - theirs.keys() == respelled
-    assert {key: theirs[key] for key in raw.keys() - respelled} == {key: raw[key] for key in raw.keys() - respelled}
+    assert {key: theirs[key] for key in raw.keys() - respelled} == {
+        key: raw[key] for key in raw.keys() - respelled
+    }
 
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)

@@ -1,12 +1,14 @@
-"""Scales that calibration decides, against Model Optimizer's: ``input_scale``, ``k_scale``, ``v_scale``, on the same rows.
+"""Scales that calibration decides, against Model Optimizer's: ``input_scale``, ``k_scale``, ``v_scale``, on
+the same rows.
 
-Both compute in float32 here (Model Optimizer loads the same bf16 values as float32). In bfloat16 the two round at other places:
-we keep all of a Mamba-2 mixer between its projections in float32, transformers runs its convolution in bf16. Hidden states then
-differ by some roundings of 2^-8 each, and a token whose second and third expert are that near goes elsewhere; scales of this
-model differ by up to 1.3%, measured, and there is no bound to hold them to. In float32 only the order of sums is left.
+Both compute in float32 here (Model Optimizer loads the same bf16 values as float32). In bfloat16 the two
+round at other places: we keep all of a Mamba-2 mixer between its projections in float32, transformers runs
+its convolution in bf16. Hidden states then differ by some roundings of 2^-8 each, and a token whose second
+and third expert are that near goes elsewhere; scales of this model differ by up to 1.3%, measured, and there
+is no bound to hold them to. In float32 only the order of sums is left.
 
-Experts of a layer and projection share their ``input_scale`` in both tools; FP8 q, k, v have the same input, so that it makes no
-difference there.
+Experts of a layer and projection share their ``input_scale`` in both tools; FP8 q, k, v have the same input,
+so that it makes no difference there.
 """
 
 import json
@@ -18,13 +20,16 @@ from torch import Tensor
 
 pytestmark = modelopt_run.MARKS
 
-# Sums of some hundred float32 products in another order differ by 5e-7 here, measured. A wrong scale differs by a step of the
-# format at least (an amax of another row, module or dtype: percents), so that a thousandth lies far from both.
+# Sums of some hundred float32 products in another order differ by 5e-7 here, measured. A wrong scale differs
+# by a step of the format at least (an amax of another row, module or dtype: percents), so that a thousandth
+# lies far from both.
 TOLERANCE = 1e-3
 
 
 def activation_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(t) for name, t in tensors.items() if name.endswith(("input_scale", "k_scale", "v_scale"))}
+    return {
+        name: float(t) for name, t in tensors.items() if name.endswith(("input_scale", "k_scale", "v_scale"))
+    }
 
 
 def differences(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
@@ -35,13 +40,20 @@ def differences(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, f
 
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4-full", "nvfp4"])
 def test_scales_of_activations_and_kv_cache(preset, runs) -> None:
-    ours, theirs = (activation_scales(read(made(preset, compute="float32"))) for made in (runs.ours, runs.theirs))
+    ours, theirs = (
+        activation_scales(read(made(preset, compute="float32"))) for made in (runs.ours, runs.theirs)
+    )
     assert len(ours) == 46 + 2
     found = differences(ours, theirs)
     for kind in ("input_scale", "k_scale", "v_scale"):
-        print(f"{preset}: largest relative difference of {kind}: {max(v for k, v in found.items() if k.endswith(kind)):.1e}")
+        print(
+            f"{preset}: largest relative difference of {kind}: "
+            f"{max(v for k, v in found.items() if k.endswith(kind)):.1e}"
+        )
     assert {name: d for name, d in found.items() if d > TOLERANCE} == {}
-    assert len(set(ours.values())) > 15  # 2 x 2 projections of experts, 10 other inputs, K and V: not one number everywhere
+    assert (
+        len(set(ours.values())) > 15
+    )  # 2 x 2 projections of experts, 10 other inputs, K and V: not one number everywhere
 
 
 def test_w4a16_has_none(runs) -> None:
@@ -52,13 +64,16 @@ def test_w4a16_has_none(runs) -> None:
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
 def test_experts_that_no_token_reached(preset, length, runs) -> None:
-    """One row of a token or three through 8 experts, 2 for a token: the others take their layer's scale in both tools."""
+    """One row of a token or three through 8 experts, 2 for a token: the others take their layer's scale in
+    both tools."""
     few = {"compute": "float32", "rows": 1, "length": length}
     out = runs.ours(preset, **few)
     theirs, ours = read(runs.theirs(preset, **few)), read(out)
     counts = json.loads((out / "nemoquant_scales.json").read_text())["tokens_per_expert"]
     assert [sum(counts[layer]) for layer in ("2", "5")] == [2 * length] * 2
-    unreached = [(layer, expert) for layer in counts for expert, tokens in enumerate(counts[layer]) if not tokens]
+    unreached = [
+        (layer, expert) for layer in counts for expert, tokens in enumerate(counts[layer]) if not tokens
+    ]
     assert len(unreached) >= (12 if length == 1 else 4)
     found = differences(activation_scales(ours), activation_scales(theirs))
     assert {name: d for name, d in found.items() if d > TOLERANCE} == {}

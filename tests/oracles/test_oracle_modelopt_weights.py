@@ -1,4 +1,5 @@
-"""Every tensor that is written, by name, against what Model Optimizer writes for the same folder and calibration rows.
+"""Every tensor that is written, by name, against what Model Optimizer writes for the same folder and
+calibration rows.
 
 The scales of activations have their own file; here Model Optimizer loads the model in bfloat16, as users do.
 """
@@ -11,12 +12,17 @@ from torch import Tensor
 
 pytestmark = modelopt_run.MARKS
 
-# Where a preset has FP8 q, k, v, our scale groups are off: Model Optimizer leaves these apart, NVFP4 ones not.
+# Where a preset has FP8 q, k, v, our scale groups are off: Model Optimizer leaves these apart, NVFP4 ones
+# not.
 SCALE_GROUPS = {"fp8": False, "nvfp4": False, "nvfp4-full": True, "nvfp4-w4a16": True}
-# Two Mamba layers of 2, one attention layer of 4, one MLP and two shared experts of 2, and 2 x 8 experts of 2.
+# Two Mamba layers of 2, one attention layer of 4, one MLP and two shared experts of 2, and 2 x 8 experts of
+# 2.
 QUANTIZED = {  # preset -> how many weights are FP8, how many NVFP4
-    "fp8": (46, 0), "nvfp4": (14, 32), "nvfp4-full": (0, 46), "nvfp4-w4a16": (0, 32),
-}  # fmt: skip
+    "fp8": (46, 0),
+    "nvfp4": (14, 32),
+    "nvfp4-full": (0, 46),
+    "nvfp4-w4a16": (0, 32),
+}
 # It loads everything in the model's dtype, but for the router's bias; we keep the source's.
 CAST_TO_BF16 = ["backbone.layers.0.mixer.A_log", "backbone.layers.2.mixer.gate.weight"]
 FP8 = torch.float8_e4m3fn
@@ -30,7 +36,8 @@ def tables(runs, preset):
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
 def test_names_dtypes_and_shapes(preset, tables, source_tensors) -> None:
-    """The same table, but that Model Optimizer drops MTP (transformers' model has none) and casts F32 tensors to bf16."""
+    """The same table, but that Model Optimizer drops MTP (transformers' model has none) and casts F32 tensors
+    to bf16."""
 
     def table(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
         return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -55,7 +62,9 @@ def test_unquantized_tensors(preset, tables, source_tensors) -> None:
     main = [name for name in kept if not name.startswith("mtp.")]
     cast = {name: ours[name].bfloat16() if name in CAST_TO_BF16 else ours[name] for name in main}
     assert [name for name in main if not equal(cast[name], theirs[name])] == []
-    assert not torch.equal(cast[CAST_TO_BF16[0]].float(), ours[CAST_TO_BF16[0]])  # the cast loses something, so it is seen
+    assert not torch.equal(
+        cast[CAST_TO_BF16[0]].float(), ours[CAST_TO_BF16[0]]
+    )  # the cast loses something, so it is seen
 
 
 @pytest.mark.parametrize("preset", ["nvfp4-full", "nvfp4", "nvfp4-w4a16"])
@@ -71,7 +80,8 @@ def test_nvfp4_codes_block_scales_and_global_scales(preset, tables) -> None:
 
 
 def test_the_hard_blocks_are_in_it(runs) -> None:
-    """That test would show little on smooth weights only: these blocks of layer 0's in_proj are in what it compares."""
+    """That test would show little on smooth weights only: these blocks of layer 0's in_proj are in what it
+    compares."""
     ours = read(runs.ours("nvfp4-full"))
     codes, scales = (ours[f"backbone.layers.0.mixer.in_proj.{part}"] for part in ("weight", "weight_scale"))
     assert scales[:3, 0].tolist() == [1.0, 2.0**-9, 448.0]  # zeros, an underflow, the tensor's amax
@@ -88,7 +98,8 @@ def test_fp8_scales(preset, tables) -> None:
 
 
 def test_fp8_scales_of_q_k_v_in_a_group(runs) -> None:
-    """By default q, k, v share the largest of the scales that Model Optimizer gives the three; nothing else changes."""
+    """By default q, k, v share the largest of the scales that Model Optimizer gives the three; nothing else
+    changes."""
     theirs, ours = read(runs.theirs("fp8")), read(runs.ours("fp8"))
     names = [f"backbone.layers.1.mixer.{p}_proj.weight_scale" for p in "qkv"]
     largest = max((theirs[name] for name in names), key=float)
@@ -105,14 +116,17 @@ def test_fp8_codes_are_a_division_in_fp32_rounded_once(groups, runs, source_tens
     wrong = []
     for name in weights(ours, FP8):
         quotient = source_tensors[name].float() / ours[name + "_scale"]
-        assert float(quotient.abs().max()) < 448 * (1 + 2**-23)  # nothing saturates by more than that rounding
+        assert float(quotient.abs().max()) < 448 * (
+            1 + 2**-23
+        )  # nothing saturates by more than that rounding
         if not equal(ours[name], quotient.clamp(-448, 448).to(FP8)):
             wrong.append(name)
     assert wrong == []
 
 
 def test_fp8_codes_of_model_optimizer_are_a_division_in_bf16(runs, source_tensors) -> None:
-    """It divides a bf16 weight by a 0-dimensional fp32 scale, for which torch keeps bf16: the quotient is rounded twice."""
+    """It divides a bf16 weight by a 0-dimensional fp32 scale, for which torch keeps bf16: the quotient is
+    rounded twice."""
     theirs = read(runs.theirs("fp8"))
     names = weights(theirs, FP8)
     quotients = {name: source_tensors[name] / theirs[name + "_scale"] for name in names}
@@ -127,20 +141,28 @@ def test_fp8_codes_differ_from_it_by_that_division_only(runs) -> None:
 
 
 def test_fp8_codes_have_the_lower_error(runs, source_tensors) -> None:
-    """A few codes differ, each by one; where they do ours is the nearer, so no weight's squared error is above theirs."""
+    """A few codes differ, each by one; where they do ours is the nearer, so no weight's squared error is
+    above theirs."""
     theirs, ours = read(runs.theirs("fp8")), read(runs.ours("fp8", scale_groups=False))
     names = weights(ours, FP8)
     differ, total, steps = 0, 0, set()
     errors: dict[str, tuple[float, float]] = {}
     for name in names:
-        step = raw(ours[name]).int() - raw(theirs[name]).int()  # codes of one sign are in the order of their magnitudes
+        step = (
+            raw(ours[name]).int() - raw(theirs[name]).int()
+        )  # codes of one sign are in the order of their magnitudes
         differ, total = differ + int((step != 0).sum()), total + step.numel()
         steps |= set(step.abs().unique().tolist())
         scale, weight = ours[name + "_scale"].double(), source_tensors[name].double()
-        mine, other = (float((tensors[name].double() * scale - weight).square().sum()) for tensors in (ours, theirs))
+        mine, other = (
+            float((tensors[name].double() * scale - weight).square().sum()) for tensors in (ours, theirs)
+        )
         errors[name] = mine, other
     mine, other = (sum(pair[i] for pair in errors.values()) for i in (0, 1))
-    print(f"FP8 codes that differ: {differ} of {total} ({differ / total:.2%}); squared error, ours / theirs: {mine / other:.6f}")
+    print(
+        f"FP8 codes that differ: {differ} of {total} ({differ / total:.2%}); squared error, ours / theirs: "
+        f"{mine / other:.6f}"
+    )
     assert 0 < differ < 0.1 * total
     assert steps == {0, 1}
     assert [name for name, pair in errors.items() if pair[0] > pair[1]] == []
@@ -148,9 +170,14 @@ def test_fp8_codes_have_the_lower_error(runs, source_tensors) -> None:
 
 
 def test_mixed_has_the_bytes_of_both(runs) -> None:
-    """A module's bytes do not depend on what the map says of others: ``nvfp4`` is made of ``nvfp4-full`` and ``fp8``."""
+    """A module's bytes do not depend on what the map says of others: ``nvfp4`` is made of ``nvfp4-full`` and
+    ``fp8``."""
     mixed, parts = read(runs.ours("nvfp4", scale_groups=False)), read(runs.ours("fp8", scale_groups=False))
-    experts = {name: t for name, t in read(runs.ours("nvfp4-full", scale_groups=False)).items() if expert_projection(name)}
+    experts = {
+        name: t
+        for name, t in read(runs.ours("nvfp4-full", scale_groups=False)).items()
+        if expert_projection(name)
+    }
     parts = {name: t for name, t in parts.items() if not expert_projection(name)} | experts
     assert mixed.keys() == parts.keys()
     assert [name for name in mixed if not equal(mixed[name], parts[name])] == []

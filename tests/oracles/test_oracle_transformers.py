@@ -1,15 +1,19 @@
-"""What was written, read by others: the safetensors library, a decoder written for the tests, and transformers' model.
+"""What was written, read by others: the safetensors library, a decoder written for the tests, and
+transformers' model.
 
-If a tensor were transposed, its nibbles swapped, its scale another's or a name wrong, logits would be far off. They are near:
+If a tensor were transposed, its nibbles swapped, its scale another's or a name wrong, logits would be far
+off. They are near:
 
-- FP8 rounds to 4 significant bits, a relative error of at most 2^-4 and 2 to 3% on average, 31 dB; 28 with half a bit of slack.
-- NVFP4 has steps of 0.5 to 2 in a range of 6, and block scales of 4 bits: about 10%, 20 dB; 17 with half a bit of slack.
+- FP8 rounds to 4 significant bits, a relative error of at most 2^-4 and 2 to 3% on average, 31 dB; 28 with
+  half a bit of slack.
+- NVFP4 has steps of 0.5 to 2 in a range of 6, and block scales of 4 bits: about 10%, 20 dB; 17 with half a
+  bit of slack.
 
-Let e be the error of a weight at that floor: 4% and 14%. A layer is two products in a row, and relu squared between them
-doubles what the first one brings: sqrt(1 + 4) e = 2.2 e for each of six layers, which add up as independent ones in the
-residual stream: sqrt(6) x 2.2 e = 5.5 e, were each layer the whole stream. The logits of the median position must be within
-that: 0.22 for FP8, 0.77 for NVFP4. The median, because a token whose second expert flips by a rounding is off by more.
-Activations stay as they are.
+Let e be the error of a weight at that floor: 4% and 14%. A layer is two products in a row, and relu squared
+between them doubles what the first one brings: sqrt(1 + 4) e = 2.2 e for each of six layers, which add up as
+independent ones in the residual stream: sqrt(6) x 2.2 e = 5.5 e, were each layer the whole stream. The logits
+of the median position must be within that: 0.22 for FP8, 0.77 for NVFP4. The median, because a token whose
+second expert flips by a rounding is off by more. Activations stay as they are.
 """
 
 import importlib.util
@@ -25,7 +29,8 @@ from support.oracle_tensors import decode, read, sqnr, weights
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs transformers (extra: modelopt), which computes the logits"
+    importlib.util.find_spec("transformers") is None,
+    reason="needs transformers (extra: modelopt), which computes the logits",
 )
 
 FLOOR = {torch.float8_e4m3fn: 28.0, torch.uint8: 17.0}  # dB
@@ -56,7 +61,9 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def tokens() -> Tensor:
-    return torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(5))  # not the rows of the calibration
+    return torch.randint(
+        3, 96, (8, 32), generator=torch.Generator().manual_seed(5)
+    )  # not the rows of the calibration
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +75,17 @@ def expected(runs, tokens) -> Tensor:
 def test_weights_decode_near_the_source(preset, runs, source_tensors) -> None:
     stored = read(runs.ours(preset))
     decoded = decode(stored)
-    assert {name: t.shape for name, t in decoded.items()} == {name: t.shape for name, t in source_tensors.items()}
+    assert {name: t.shape for name, t in decoded.items()} == {
+        name: t.shape for name, t in source_tensors.items()
+    }
     for dtype, floor in FLOOR.items():
         low = {name: sqnr(source_tensors[name], decoded[name]) for name in weights(stored, dtype)}
         assert {name: db for name, db in low.items() if db < floor} == {}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors (extra: dev)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors (extra: dev)"
+)
 def test_nvfp4_codes_by_compressed_tensors(runs) -> None:
     """Its unpacking of two codes a byte, written for vLLM, and the decoder here agree on each value."""
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8

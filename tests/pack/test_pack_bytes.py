@@ -48,7 +48,9 @@ def test_groups_share_their_scales_and_only_they_do(quantized):
     assert len(set(values(apart, qkv))) == 3
     assert max(values(apart, qkv)) == values(grouped, qkv)[0]
     # an FP8 scale that is shared changes codes: those of the two smaller weights
-    changed = [p for p in "qkv" if grouped[n := f"backbone.layers.1.mixer.{p}_proj.weight"].data != apart[n].data]
+    changed = [
+        p for p in "qkv" if grouped[n := f"backbone.layers.1.mixer.{p}_proj.weight"].data != apart[n].data
+    ]
     assert len(changed) == 2
     for layer in (2, 5):
         for projection in ("up", "down"):
@@ -58,15 +60,17 @@ def test_groups_share_their_scales_and_only_they_do(quantized):
             assert len(set(values(apart, inputs))) > 1
             assert max(values(apart, inputs)) == values(grouped, inputs)[0]
             weights = rf"backbone\.layers\.{layer}\.mixer\.experts\.\d+\.{projection}_proj\.weight_scale_2"
-            assert values(grouped, weights) == values(apart, weights), "each expert has its own weight scale either way"
+            assert values(grouped, weights) == values(apart, weights), (
+                "each expert has its own weight scale either way"
+            )
             assert len(set(values(grouped, weights))) > 1
     for name in ("mixer.in_proj", "mixer.out_proj"):
         assert grouped[f"backbone.layers.0.{name}.weight"] == apart[f"backbone.layers.0.{name}.weight"]
 
 
 def test_safetensors_loads_it_and_it_decodes_near_the_source(source, quantized):
-    """Against what nobody here wrote: the safetensors library. SQNR floors: 4-bit codes with a scale for each 16 values give
-    about 20 dB for normal weights, FP8 about 31 dB; half a bit (3 dB) of slack."""
+    """Against what nobody here wrote: the safetensors library. SQNR floors: 4-bit codes with a scale for each
+    16 values give about 20 dB for normal weights, FP8 about 31 dB; half a bit (3 dB) of slack."""
     loaded, original = oracle_tensors.read(quantized("nvfp4")), oracle_tensors.read(source)
     quantized_weights = 0
     for name, weight in original.items():
@@ -81,7 +85,9 @@ def test_safetensors_loads_it_and_it_decodes_near_the_source(source, quantized):
             assert torch.equal(loaded[name], weight)
             continue
         quantized_weights += 1
-    assert quantized_weights == 2 * 8 * 2 + 2 * 2 + 2 + 4 + 2 * 2  # experts, shared, MLP, attention, two Mamba layers
+    assert (
+        quantized_weights == 2 * 8 * 2 + 2 * 2 + 2 + 4 + 2 * 2
+    )  # experts, shared, MLP, attention, two Mamba layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["F32", "F16"])
@@ -105,7 +111,8 @@ def test_sources_of_other_dtypes(dtype, preset, make_checkpoint, quantized):
 def test_other_scale_methods_reach_the_file(method, largest, source, quantized, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"name: r\nsummary: s\nrules:\n- {{roles: [experts.*], format: nvfp4, scales: {method}, activations: none}}\n"
+        f"name: r\nsummary: s\nrules:\n- "
+        f"{{roles: [experts.*], format: nvfp4, scales: {method}, activations: none}}\n"
         "- {roles: ['*'], format: source}\n"
     )
     before, after, plain = read(source), read(quantized(str(recipe))), read(quantized("nvfp4-w4a16", "plain"))
@@ -116,8 +123,12 @@ def test_other_scale_methods_reach_the_file(method, largest, source, quantized, 
             if pack_oracle.format_of("nvfp4-w4a16", name):
                 module = name.removesuffix(".weight")
                 scale = tensors[f"{module}.weight_scale_2"].tensor()
-                decoded = pack_oracle.decode_nvfp4(tensors[name].tensor(), tensors[f"{module}.weight_scale"].tensor(), scale)
+                decoded = pack_oracle.decode_nvfp4(
+                    tensors[name].tensor(), tensors[f"{module}.weight_scale"].tensor(), scale
+                )
                 errors[kind] += float((stored.tensor().double() - decoded).square().sum())
                 if kind == "method":
-                    assert scale.item() == np.float32(stored.tensor().float().abs().max()) / np.float32(largest)
+                    assert scale.item() == np.float32(stored.tensor().float().abs().max()) / np.float32(
+                        largest
+                    )
     assert errors["method"] < errors["plain"]

@@ -1,4 +1,5 @@
-"""Where the bytes lie: order inside a shard, shards' limits, page alignment, and `[E, out, in]` as one range."""
+"""Where the bytes lie: order inside a shard, shards' limits, page alignment, and `[E, out, in]` as one
+range."""
 
 import json
 import re
@@ -39,9 +40,15 @@ def test_experts_lie_back_to_back_in_numeric_order(preset, shard_bytes, twelve, 
         "fp8": ["weight", "weight_scale", "input_scale"],
         "nvfp4-w4a16": ["weight", "weight_scale", "weight_scale_2"],
     }[preset]
-    found = [(key, names) for key, names in units(tensors) if isinstance(key, tuple) and key[0].startswith("backbone.")]
+    found = [
+        (key, names)
+        for key, names in units(tensors)
+        if isinstance(key, tuple) and key[0].startswith("backbone.")
+    ]
     assert [key for key, _ in found] == [
-        (f"backbone.layers.{layer}.mixer.experts", projection) for layer in (2, 5) for projection in ("up_proj", "down_proj")
+        (f"backbone.layers.{layer}.mixer.experts", projection)
+        for layer in (2, 5)
+        for projection in ("up_proj", "down_proj")
     ]
     for (experts, projection), names in found:
         assert names == [f"{experts}.{e}.{projection}.{kind}" for kind in kinds for e in range(EXPERTS)]
@@ -59,15 +66,22 @@ def test_all_experts_are_one_range_of_bytes(twelve, quantized):
     raw = (out / first.file).read_bytes()[first.start :][: EXPERTS * rows * columns]
     stacked = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(EXPERTS, rows, columns)
     for e in range(EXPERTS):
-        assert torch.equal(stacked[e], tensors[f"backbone.layers.2.mixer.experts.{e}.up_proj.weight"].tensor())
+        assert torch.equal(
+            stacked[e], tensors[f"backbone.layers.2.mixer.experts.{e}.up_proj.weight"].tensor()
+        )
 
 
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
 def test_a_unit_is_in_one_shard_whatever_the_limit(preset, twelve, quantized):
-    whole, split = read(quantized(preset, of=twelve)), quantized(preset, "split", of=twelve, shard_bytes=20_000)
+    whole, split = (
+        read(quantized(preset, of=twelve)),
+        quantized(preset, "split", of=twelve, shard_bytes=20_000),
+    )
     files = sorted(split.glob("*.safetensors"))
     assert len(files) > 3
-    assert [f.name for f in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert [f.name for f in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
     tensors = read(split)
     sizes = dict.fromkeys((f.name for f in files), 0)
     counts = dict.fromkeys(sizes, 0)
@@ -111,7 +125,9 @@ def test_scalars_have_no_dimension(quantized):
     scalars = [n for n in tensors if n.endswith(("_scale_2", "input_scale", "k_scale", "v_scale"))]
     assert len(scalars) > 60
     assert all((tensors[n].dtype, tensors[n].shape) == ("F32", []) for n in scalars)
-    assert tensors["backbone.layers.0.mixer.in_proj.weight_scale"].shape == []  # FP8: one scale; NVFP4's is [out, in / 16]
+    assert (
+        tensors["backbone.layers.0.mixer.in_proj.weight_scale"].shape == []
+    )  # FP8: one scale; NVFP4's is [out, in / 16]
     assert tensors["backbone.layers.2.mixer.experts.0.up_proj.weight_scale"].shape == [48, 2]
 
 

@@ -42,4 +42,6 @@ def test_nothing_is_lost_and_names_count(made):
         assert [shard.file for shard in found] == [
             f"model-{i:05d}-of-{len(found):05d}.safetensors" for i in range(1, len(found) + 1)
         ]
-        assert all(len(shard.units) == 1 or sum(unit.nbytes for unit in shard.units) <= limit for shard in found)
+        assert all(
+            len(shard.units) == 1 or sum(unit.nbytes for unit in shard.units) <= limit for shard in found
+        )

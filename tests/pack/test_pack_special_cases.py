@@ -44,7 +44,9 @@ def test_weights_without_magnitude(kind, make_checkpoint, token_rows, tmp_path):
                 assert set(tensors[f"{module}.weight_scale"].data) == {0x38}
     everything = [m for modules in ZERO.values() for m in modules]
     (warning,) = [w for w in result.warnings if "weights are zero or underflow" in w]
-    assert warning.startswith("4 weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: ")
+    assert warning.startswith(
+        "4 weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives one: "
+    )
     assert all(module in warning for module in everything)
     assert warning in json.loads((result.out / "nemoquant.json").read_text())["warnings"]
     assert warning in (result.out / "README.md").read_text()
@@ -52,7 +54,9 @@ def test_weights_without_magnitude(kind, make_checkpoint, token_rows, tmp_path):
 
 def test_just_above_underflow_is_an_ordinary_weight(make_checkpoint, token_rows, tmp_path):
     name = "backbone.layers.0.mixer.in_proj.weight"
-    source = make_checkpoint("small", lambda tensors: tensors.update({name: torch.full_like(tensors[name], 448 * 2.0**-126)}))
+    source = make_checkpoint(
+        "small", lambda tensors: tensors.update({name: torch.full_like(tensors[name], 448 * 2.0**-126)})
+    )
     result = run(source, token_rows, tmp_path, "fp8")
     tensors = read(result.out)
     assert set(tensors[name].data) == {0x7E}
@@ -82,7 +86,9 @@ def test_zero_inputs(preset, make_checkpoint, token_rows, tmp_path):
 
     result = run(make_checkpoint("mute", edit), token_rows, tmp_path, preset)
     tensors = read(result.out)
-    zero = [f"backbone.layers.1.mixer.{p}_proj" for p in "qkvo"] + [f"backbone.layers.3.mixer.{p}_proj" for p in ("up", "down")]
+    zero = [f"backbone.layers.1.mixer.{p}_proj" for p in "qkvo"] + [
+        f"backbone.layers.3.mixer.{p}_proj" for p in ("up", "down")
+    ]
     for module in zero:
         assert tensors[f"{module}.input_scale"].tensor().item() == 1.0
     for p in "kv":

@@ -50,7 +50,9 @@ def test_fresh_output_passes(preset, source, quantized):
     checked = report["checked"]
     assert checked["files"] == len(list(out.iterdir())) - 1
     assert checked["tensors"] == len(tensors)
-    quantized_weights = sum(name.endswith(".weight") and t.dtype in ("U8", "F8_E4M3") for name, t in tensors.items())
+    quantized_weights = sum(
+        name.endswith(".weight") and t.dtype in ("U8", "F8_E4M3") for name, t in tensors.items()
+    )
     assert checked["encoded_again"] == quantized_weights > 0
     assert checked["encoded_again"] + checked["compared_with_source"] == len(read(source))
     alone = verify(out)
@@ -74,14 +76,23 @@ def test_a_flipped_byte(at, out):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "hf_quant_config.json", "README.md", "nemoquant_scales.json", "model.safetensors.index.json"]
+    "name",
+    [
+        "config.json",
+        "hf_quant_config.json",
+        "README.md",
+        "nemoquant_scales.json",
+        "model.safetensors.index.json",
+    ],
 )
 def test_a_changed_file(name, out):
     (out / name).write_text((out / name).read_text() + "\n")
     assert failed(out) == f"{name} was changed: its sha256 is not the manifest's"
 
 
-@pytest.mark.parametrize("name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json", "README.md"]
+)
 def test_a_missing_file(name, out):
     (out / name).unlink()
     assert f"{name} is missing; the manifest lists it" in failed(out)
@@ -127,7 +138,14 @@ def test_a_foreign_file_is_a_warning(out):
 @pytest.mark.parametrize(
     ("name", "value"),
     [(f"{IN_PROJ}.weight_scale", v) for v in (np.nan, np.inf, 0.0, -1.0)]
-    + [(n, np.nan) for n in (f"{EXPERT}.weight_scale_2", f"{EXPERT}.input_scale", "backbone.layers.1.mixer.k_proj.k_scale")],
+    + [
+        (n, np.nan)
+        for n in (
+            f"{EXPERT}.weight_scale_2",
+            f"{EXPERT}.input_scale",
+            "backbone.layers.1.mixer.k_proj.k_scale",
+        )
+    ],
 )
 def test_a_scalar_scale_that_is_no_positive_number(name, value, out):
     overwrite(out, name, np.float32(value).tobytes())
@@ -154,18 +172,28 @@ def test_changed_codes_are_found_with_the_source(name, source, out):
     overwrite(out, name, bytes([before[7] ^ 1]), at=7)
     sign(out)
     assert command(out)[0] == 0, "without the source they are codes like any other"
-    assert failed(out, "--against", source) == f"{name.rsplit('.', 1)[0]}: encoding the source's weight again gives other bytes"
+    assert (
+        failed(out, "--against", source)
+        == f"{name.rsplit('.', 1)[0]}: encoding the source's weight again gives other bytes"
+    )
 
 
 @pytest.mark.parametrize("name", [f"{IN_PROJ}.weight_scale", f"{EXPERT}.weight_scale_2"])
 def test_a_wrong_weight_scale_is_found_with_the_source(name, source, out):
     scale = np.float32(read(out)[name].tensor().item())
-    overwrite(out, name, np.nextafter(scale, np.float32(1)).tobytes())  # one step: too little to change a code
+    overwrite(
+        out, name, np.nextafter(scale, np.float32(1)).tobytes()
+    )  # one step: too little to change a code
     sign(out)
-    assert failed(out, "--against", source) == f"{name.rsplit('.', 1)[0]}: encoding the source's weight again gives other bytes"
+    assert (
+        failed(out, "--against", source)
+        == f"{name.rsplit('.', 1)[0]}: encoding the source's weight again gives other bytes"
+    )
 
 
-@pytest.mark.parametrize("name", [f"{IN_PROJ}.input_scale", f"{EXPERT}.input_scale", "backbone.layers.1.mixer.v_proj.v_scale"])
+@pytest.mark.parametrize(
+    "name", [f"{IN_PROJ}.input_scale", f"{EXPERT}.input_scale", "backbone.layers.1.mixer.v_proj.v_scale"]
+)
 def test_an_activation_scale_that_the_scales_file_does_not_give(name, out):
     scale = np.float32(read(out)[name].tensor().item())
     overwrite(out, name, np.float32(1 / scale).tobytes())  # the reciprocal: finite, positive, wrong
@@ -178,7 +206,9 @@ def test_zeros_in_place_of_a_weight_are_found_with_the_source(source, out):
     overwrite(out, f"{IN_PROJ}.weight", bytes(len(read(out)[f"{IN_PROJ}.weight"].data)))
     overwrite(out, f"{IN_PROJ}.weight_scale", np.float32(1).tobytes())
     sign(out)
-    assert failed(out, "--against", source) == f"{IN_PROJ}: encoding the source's weight again gives other bytes"
+    assert (
+        failed(out, "--against", source) == f"{IN_PROJ}: encoding the source's weight again gives other bytes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,8 +232,13 @@ def rewrite(out, change):
         at += len(data)
     text = json.dumps(header).encode()
     text = text.ljust(-(-(8 + len(text)) // 4096) * 4096 - 8)
-    (out / ONE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
-    edit_json(out / "model.safetensors.index.json", lambda index: index.update(weight_map=dict.fromkeys(tensors, ONE_FILE)))
+    (out / ONE_FILE).write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values())
+    )
+    edit_json(
+        out / "model.safetensors.index.json",
+        lambda index: index.update(weight_map=dict.fromkeys(tensors, ONE_FILE)),
+    )
     sign(out)
 
 
@@ -229,12 +264,15 @@ def swap(a, b):
             f"{EXPERT}.weight is I8 [48, 16], expected U8 [48, 16]",
         ),
         (
-            swap("backbone.layers.2.mixer.experts.3.up_proj.weight", "backbone.layers.2.mixer.experts.4.up_proj.weight"),
+            swap(
+                "backbone.layers.2.mixer.experts.3.up_proj.weight",
+                "backbone.layers.2.mixer.experts.4.up_proj.weight",
+            ),
             "its tensors are in another order than the plan's",
         ),
     ],
     ids=["missing scale", "missing weight", "extra", "shape", "dtype", "names swapped"],
-)  # fmt: skip
+)
 def test_another_tensor_table(change, message, out):
     rewrite(out, change)
     assert f"{ONE_FILE}: {message}" in failed(out)
@@ -264,7 +302,11 @@ def test_data_that_does_not_begin_at_a_page(out):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", lambda d: d.pop("quantization_config"), "config.json: `quantization_config` is not what the plan calls for"),
+        (
+            "config.json",
+            lambda d: d.pop("quantization_config"),
+            "config.json: `quantization_config` is not what the plan calls for",
+        ),
         (
             "config.json",
             lambda d: d["quantization_config"]["ignore"].append("backbone.layers.1"),
@@ -282,11 +324,19 @@ def test_data_that_does_not_begin_at_a_page(out):
         ),
         ("config.json", lambda d: d.update(hidden_size=32), "the recipe and config.json give the plan"),
         ("config.json", lambda d: d.update(model_type="llama"), "`model_type` is 'llama'"),
-        ("model.safetensors.index.json", lambda d: d["weight_map"].popitem(), "does not fit its shards: not in it: mtp.layers.1"),
-        ("model.safetensors.index.json", lambda d: d["metadata"].update(total_size=1), "index.json: its metadata are {'total_size': 1}"),
+        (
+            "model.safetensors.index.json",
+            lambda d: d["weight_map"].popitem(),
+            "does not fit its shards: not in it: mtp.layers.1",
+        ),
+        (
+            "model.safetensors.index.json",
+            lambda d: d["metadata"].update(total_size=1),
+            "index.json: its metadata are {'total_size': 1}",
+        ),
     ],
     ids=["no section", "ignore", "kv", "a module less", "sizes", "model_type", "index", "total"],
-)  # fmt: skip
+)
 def test_config_files_that_do_not_fit(file, change, message, out):
     edit_json(out / file, change)
     sign(out)
@@ -319,7 +369,9 @@ def test_against_what_is_no_source(what, source, out, tmp_path):
     against = {"config": source / "config.json", "missing": tmp_path / "nowhere", "quantized": out}[what]
     code, message = command(out, "--against", against)
     assert code == 2
-    assert {"config": "is a config.json", "missing": "does not exist", "quantized": "is already quantized"}[what] in message
+    assert {"config": "is a config.json", "missing": "does not exist", "quantized": "is already quantized"}[
+        what
+    ] in message
     assert message.startswith("error: ")
     assert message.count("\n") == 1
 
@@ -342,7 +394,9 @@ def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monke
     bad = {row.module: np.float32(np.nan) for row in plan(source, "fp8").quantized}
     scales = write.activation_scales
     monkeypatch.setattr(write, "activation_scales", lambda *given: replace(scales(*given), inputs=bad))
-    with pytest.raises(VerificationError, match=r"what was written is not what was planned: .*out\.partial is kept") as error:
+    with pytest.raises(
+        VerificationError, match=r"what was written is not what was planned: .*out\.partial is kept"
+    ) as error:
         quantize(source, tmp_path / "out", "fp8", RunOptions(data=token_rows, threads=1))
     assert error.value.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "rows.npy", "source"]

@@ -16,7 +16,8 @@ from nemoquant.planning.plan import Plan
 Make = Callable[..., Path]
 PUBLISHED = "super-nvfp4-published"
 
-# docs/design.md, "Presets": routed experts, shared experts and dense MLP, attention, Mamba projections; weights, then GEMM inputs
+# docs/design.md, "Presets": routed experts, shared experts and dense MLP, attention, Mamba projections;
+# weights, then GEMM inputs
 COLUMNS = ("experts", "shared_experts", "mlp", "attention", "mamba")
 PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
     "fp8": (("fp8", "fp8", "fp8", "fp8", "fp8"), "fp8"),
@@ -29,19 +30,32 @@ PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
 # role: (how many, out, in), from the published sizes
 SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
     "super-120b-a12b": {
-        "experts.up_proj": (40 * 512, 2688, 1024), "experts.down_proj": (40 * 512, 1024, 2688),
-        "shared_experts.up_proj": (40, 5376, 4096), "shared_experts.down_proj": (40, 4096, 5376),
-        "attention.q_proj": (8, 4096, 4096), "attention.k_proj": (8, 256, 4096), "attention.v_proj": (8, 256, 4096),
-        "attention.o_proj": (8, 4096, 4096), "mamba.in_proj": (40, 18560, 4096), "mamba.out_proj": (40, 4096, 8192),
-        "latent.fc1": (40, 1024, 4096), "latent.fc2": (40, 4096, 1024),
+        "experts.up_proj": (40 * 512, 2688, 1024),
+        "experts.down_proj": (40 * 512, 1024, 2688),
+        "shared_experts.up_proj": (40, 5376, 4096),
+        "shared_experts.down_proj": (40, 4096, 5376),
+        "attention.q_proj": (8, 4096, 4096),
+        "attention.k_proj": (8, 256, 4096),
+        "attention.v_proj": (8, 256, 4096),
+        "attention.o_proj": (8, 4096, 4096),
+        "mamba.in_proj": (40, 18560, 4096),
+        "mamba.out_proj": (40, 4096, 8192),
+        "latent.fc1": (40, 1024, 4096),
+        "latent.fc2": (40, 4096, 1024),
     },
     "nano-30b-a3b": {
-        "experts.up_proj": (23 * 128, 1856, 2688), "experts.down_proj": (23 * 128, 2688, 1856),
-        "shared_experts.up_proj": (23, 3712, 2688), "shared_experts.down_proj": (23, 2688, 3712),
-        "attention.q_proj": (6, 4096, 2688), "attention.k_proj": (6, 256, 2688), "attention.v_proj": (6, 256, 2688),
-        "attention.o_proj": (6, 2688, 4096), "mamba.in_proj": (23, 10304, 2688), "mamba.out_proj": (23, 2688, 4096),
+        "experts.up_proj": (23 * 128, 1856, 2688),
+        "experts.down_proj": (23 * 128, 2688, 1856),
+        "shared_experts.up_proj": (23, 3712, 2688),
+        "shared_experts.down_proj": (23, 2688, 3712),
+        "attention.q_proj": (6, 4096, 2688),
+        "attention.k_proj": (6, 256, 2688),
+        "attention.v_proj": (6, 256, 2688),
+        "attention.o_proj": (6, 2688, 4096),
+        "mamba.in_proj": (23, 10304, 2688),
+        "mamba.out_proj": (23, 2688, 4096),
     },
-}  # fmt: skip
+}
 TOTAL = {  # tensors, elements, elements stored as fp32, attention layers
     "super-120b-a12b": (42_683, 123_611_033_088, 41 * 512, 8),
     "nano-30b-a3b": (6_243, 31_577_940_288, 23 * 128, 6),
@@ -53,7 +67,10 @@ def packed(form: str, elements: int, weights_only: bool = False) -> tuple[int, i
     if form == "fp8":
         return 3, elements + 4 + 4  # codes, weight_scale, input_scale
     scalars = 4 if weights_only else 4 + 4
-    return 3 if weights_only else 4, elements // 2 + elements // 16 + scalars  # codes, block scales, weight_scale_2, input_scale
+    return (
+        3 if weights_only else 4,
+        elements // 2 + elements // 16 + scalars,
+    )  # codes, block scales, weight_scale_2, input_scale
 
 
 @functools.cache
@@ -79,7 +96,9 @@ def test_the_map_of_a_preset(model: str, preset: str) -> None:
     assert made.recipe.kv_cache == PRESETS[preset][1]
     assert made.needs_calibration == (preset != "nvfp4-w4a16")
     counts = Counter(row.role for row in made.quantized)
-    assert counts == {role: count for role, (count, _, _) in SIZES[model].items() if formats(preset, role) != "source"}
+    assert counts == {
+        role: count for role, (count, _, _) in SIZES[model].items() if formats(preset, role) != "source"
+    }
 
 
 @pytest.mark.parametrize("model", SIZES)
@@ -104,7 +123,10 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
     assert made.bits_per_weight == 8 * bytes_out / elements
     assert made.bits_per_quantized_weight == 8 * quantized_bytes / quantized_elements
     cache = attention * 2 * 2 * 128
-    assert made.kv_cache_bytes_per_token() == {"source": 2 * cache, "planned": 2 * cache if preset == "nvfp4-w4a16" else cache}
+    assert made.kv_cache_bytes_per_token() == {
+        "source": 2 * cache,
+        "planned": 2 * cache if preset == "nvfp4-w4a16" else cache,
+    }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -122,12 +144,20 @@ def test_a_preset_on_a_checkpoint(preset: str, make_checkpoint: Make) -> None:
     for name, shape in shapes.items():
         elements = functools.reduce(lambda a, b: a * b, shape)
         parts = {
-            ".experts.": "experts", ".shared_experts.": "shared_experts", "layers.3.mixer.": "mlp", "layers.1.mixer.": "attention",
-            ".in_proj.": "mamba", ".out_proj.": "mamba",
-        }  # fmt: skip
-        column = next((c for part, c in parts.items() if part in name and name.startswith("backbone.")), "norm")
+            ".experts.": "experts",
+            ".shared_experts.": "shared_experts",
+            "layers.3.mixer.": "mlp",
+            "layers.1.mixer.": "attention",
+            ".in_proj.": "mamba",
+            ".out_proj.": "mamba",
+        }
+        column = next(
+            (c for part, c in parts.items() if part in name and name.startswith("backbone.")), "norm"
+        )
         form = formats(preset, column) if name.endswith("_proj.weight") else "source"
-        tensors, size = packed(form, elements, preset == "nvfp4-w4a16") if form != "source" else (1, 2 * elements)
+        tensors, size = (
+            packed(form, elements, preset == "nvfp4-w4a16") if form != "source" else (1, 2 * elements)
+        )
         tensors_out += tensors
         bytes_out += size + 2 * elements * name.endswith("e_score_correction_bias")
     scales = 0 if preset == "nvfp4-w4a16" else 2
@@ -147,11 +177,19 @@ def numbers(text: str) -> set[int]:
 
 
 FP8: dict[str, set[int]] = {
-    "mamba.in_proj": numbers(IN_PROJ), "mamba.out_proj": numbers(OUT_PROJ),
-    "shared_experts.up_proj": MOE - {41}, "shared_experts.down_proj": MOE - {1, 8, 76},
-    "latent.fc1": {1, 3, 5}, "latent.fc2": {3}, "attention.o_proj": {69, 78},
-}  # fmt: skip
-NVFP4: dict[str, set[int]] = {"experts.up_proj": MOE, "experts.down_proj": MOE, "shared_experts.down_proj": {1}}
+    "mamba.in_proj": numbers(IN_PROJ),
+    "mamba.out_proj": numbers(OUT_PROJ),
+    "shared_experts.up_proj": MOE - {41},
+    "shared_experts.down_proj": MOE - {1, 8, 76},
+    "latent.fc1": {1, 3, 5},
+    "latent.fc2": {3},
+    "attention.o_proj": {69, 78},
+}
+NVFP4: dict[str, set[int]] = {
+    "experts.up_proj": MOE,
+    "experts.down_proj": MOE,
+    "shared_experts.down_proj": {1},
+}
 
 
 def test_the_published_map_layer_by_layer() -> None:
@@ -168,9 +206,15 @@ def test_the_published_map_layer_by_layer() -> None:
 
     assert found("fp8") == FP8
     assert found("nvfp4") == NVFP4
-    experts = Counter((row.role, row.layer) for row in made.rows if row.format == "nvfp4" and row.expert is not None)
-    assert experts == {(role, layer): 512 for role in ("experts.up_proj", "experts.down_proj") for layer in MOE}
-    assert {row.scale_method for row in made.rows if row.format == "nvfp4"} == {"mse"}  # max for activations, MSE for weights
+    experts = Counter(
+        (row.role, row.layer) for row in made.rows if row.format == "nvfp4" and row.expert is not None
+    )
+    assert experts == {
+        (role, layer): 512 for role in ("experts.up_proj", "experts.down_proj") for layer in MOE
+    }
+    assert {row.scale_method for row in made.rows if row.format == "nvfp4"} == {
+        "mse"
+    }  # max for activations, MSE for weights
     assert all(row.activation_format == row.format for row in made.quantized)
     assert made.kv_layers == [7, 16, 25, 36, 47, 58, 69, 78]
     assert made.needs_calibration
@@ -212,7 +256,9 @@ def test_the_published_map_is_for_super_only(source: Path) -> None:
 def untouched(plan: Plan) -> Iterable[str]:
     kept = ("ssm.", "norm", "conv1d", "router", "embedding", "lm_head", "mtp.")
     return (
-        row.name for row in plan.rows if row.role.startswith(kept) and row.parts() != [("source", row.source_dtype, row.shape)]
+        row.name
+        for row in plan.rows
+        if row.role.startswith(kept) and row.parts() != [("source", row.source_dtype, row.shape)]
     )
 
 

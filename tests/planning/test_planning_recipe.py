@@ -70,10 +70,16 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
         ({"roles": "experts.*"}, "rule 1, `roles`: Input should be a valid list, got 'experts.*'"),
         ({"roles": [3]}, "rule 1, `roles.0`: Input should be a valid string, got 3"),
         ({"names": ["a"]}, "rule 1: expected either `roles` or `names`"),
-        ({"roles": ..., "names": []}, "rule 1, `names`: List should have at least 1 item after validation, not 0, got []"),
+        (
+            {"roles": ..., "names": []},
+            "rule 1, `names`: List should have at least 1 item after validation, not 0, got []",
+        ),
         ({"roles": ..., "names": "a"}, "rule 1, `names`: Input should be a valid list, got 'a'"),
         ({"layers": 3}, "rule 1, `layers`: Input should be a valid list, got 3"),
-        ({"layers": []}, "rule 1, `layers`: List should have at least 1 item after validation, not 0, got []"),
+        (
+            {"layers": []},
+            "rule 1, `layers`: List should have at least 1 item after validation, not 0, got []",
+        ),
         ({"layers": [0, -1]}, "rule 1, `layers.1`: Input should be greater than or equal to 0, got -1"),
         ({"layers": ["0"]}, "rule 1, `layers.0`: Input should be a valid integer, got '0'"),
         ({"layers": [True]}, "rule 1, `layers.0`: Input should be a valid integer, got True"),
@@ -83,8 +89,14 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
         ),
         ({"scales": "amax"}, "rule 1, `scales`: Input should be 'max', 'mse' or 'four_over_six', got 'amax'"),
         ({"scales": "mse"}, "rule 1: `scales: mse` goes with `format: nvfp4` only"),
-        ({"format": "fp8", "scales": "four_over_six"}, "rule 1: `scales: four_over_six` goes with `format: nvfp4` only"),
-        ({"activations": "int8"}, "rule 1, `activations`: Input should be 'fp8', 'nvfp4' or 'none', got 'int8'"),
+        (
+            {"format": "fp8", "scales": "four_over_six"},
+            "rule 1: `scales: four_over_six` goes with `format: nvfp4` only",
+        ),
+        (
+            {"activations": "int8"},
+            "rule 1, `activations`: Input should be 'fp8', 'nvfp4' or 'none', got 'int8'",
+        ),
         (
             {"activations": "fp8"},
             "rule 1: `activations: fp8` does not go with `format: source`; expected no `activations`",
@@ -107,7 +119,7 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
         ),
         ({"role": ["*"]}, "unknown key `role` in rule 1"),
     ],
-)  # fmt: skip
+)
 def test_keys_of_a_rule(changes: dict[str, Any], message: str) -> None:
     assert refusal(BASE | {"rules": [without(RULE, **changes)]}) == message
 
@@ -160,23 +172,30 @@ def test_a_recipe_does_not_change() -> None:
 def test_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "name: mine  # a comment\nsummary: Two rules.\nrules:\n  - roles: [experts.*]\n    layers: [1, 3]\n    format: nvfp4\n"
+        "name: mine  # a comment\nsummary: Two rules.\nrules:\n  - roles: [experts.*]\n    layers: [1, "
+        "3]\n    format: nvfp4\n"
         "    scales: mse\n  - {roles: ['*'], format: source}\nkv_cache: fp8\n"
     )
     recipe = load_recipe(str(file))
     assert recipe.dump() == {
-        "name": "mine", "summary": "Two rules.", "kv_cache": "fp8",
+        "name": "mine",
+        "summary": "Two rules.",
+        "kv_cache": "fp8",
         "rules": [
-            {"roles": ["experts.*"], "layers": [1, 3], "format": "nvfp4", "scales": "mse"}, {"roles": ["*"], "format": "source"},
+            {"roles": ["experts.*"], "layers": [1, 3], "format": "nvfp4", "scales": "mse"},
+            {"roles": ["*"], "format": "source"},
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [1", "cannot be read as YAML: while parsing a flow sequence"),
-        ("a: !!python/object:os.system x", "cannot be read as YAML: could not determine a constructor for the tag"),
+        (
+            "a: !!python/object:os.system x",
+            "cannot be read as YAML: could not determine a constructor for the tag",
+        ),
         ("\xff", "cannot be read as YAML: 'utf-8' codec can't decode"),
         ("name: a\nname: b", "cannot be read as YAML: key name stands twice"),
         ("", "recipe: Input should be a valid dictionary, got None"),
@@ -188,7 +207,11 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     file.write_text(text, encoding="latin-1")
     with pytest.raises(RecipeError) as error:
         load_recipe(str(file))
-    assert str(error.value).replace(": cannot", " cannot").startswith((f"recipe {file} {message}", f"recipe {file}: {message}"))
+    assert (
+        str(error.value)
+        .replace(": cannot", " cannot")
+        .startswith((f"recipe {file} {message}", f"recipe {file}: {message}"))
+    )
     assert "\n" not in str(error.value)
 
 
@@ -196,7 +219,8 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("fp9")
     assert str(error.value) == (
-        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, nvfp4-full, nvfp4-w4a16, nvfp4, "
+        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, nvfp4-full, "
+        "nvfp4-w4a16, nvfp4, "
         "super-nvfp4-published"
     )
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*Is a directory"):
@@ -204,7 +228,14 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
 
 
 def test_presets() -> None:
-    assert set(presets()) == {"fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16", "super-nvfp4-published"}
+    assert set(presets()) == {
+        "fp8",
+        "fp8-published",
+        "nvfp4",
+        "nvfp4-full",
+        "nvfp4-w4a16",
+        "super-nvfp4-published",
+    }
     for name, file in presets().items():
         recipe = load_recipe(name)
         assert recipe.name == name

@@ -21,12 +21,26 @@ Rule = dict[str, Any]
 Make = Callable[..., Path]
 
 RAW: dict[str, Any] = {
-    "model_type": "nemotron_h", "hybrid_override_pattern": "M*E-ME*", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "conv_kernel": 4,
-    "n_routed_experts": 12, "num_experts_per_tok": 2, "moe_latent_size": 32, "moe_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 80, "num_nextn_predict_layers": 1,
-}  # fmt: skip
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M*E-ME*",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 2,
+    "moe_latent_size": 32,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+    "num_nextn_predict_layers": 1,
+}
 REST: Rule = {"roles": ["*"], "format": "source"}
 
 
@@ -64,10 +78,30 @@ def test_the_first_match_wins() -> None:
         )
     )
     expected = {
-        "backbone.layers.1.mixer.o_proj.weight": ("source", None, None, "rule 1: names backbone.layers.1.mixer.o_proj"),
-        "backbone.layers.6.mixer.o_proj.weight": ("nvfp4", "mse", "nvfp4", "rule 2: roles attention.o_proj, mlp.* in 2 layers"),
-        "backbone.layers.3.mixer.up_proj.weight": ("nvfp4", "mse", "nvfp4", "rule 2: roles attention.o_proj, mlp.* in 2 layers"),
-        "backbone.layers.6.mixer.q_proj.weight": ("fp8", "max", "fp8", "rule 3: roles attention.*, mamba.*, mlp.*, lm_head"),
+        "backbone.layers.1.mixer.o_proj.weight": (
+            "source",
+            None,
+            None,
+            "rule 1: names backbone.layers.1.mixer.o_proj",
+        ),
+        "backbone.layers.6.mixer.o_proj.weight": (
+            "nvfp4",
+            "mse",
+            "nvfp4",
+            "rule 2: roles attention.o_proj, mlp.* in 2 layers",
+        ),
+        "backbone.layers.3.mixer.up_proj.weight": (
+            "nvfp4",
+            "mse",
+            "nvfp4",
+            "rule 2: roles attention.o_proj, mlp.* in 2 layers",
+        ),
+        "backbone.layers.6.mixer.q_proj.weight": (
+            "fp8",
+            "max",
+            "fp8",
+            "rule 3: roles attention.*, mamba.*, mlp.*, lm_head",
+        ),
         "lm_head.weight": ("fp8", "max", "fp8", "rule 3: roles attention.*, mamba.*, mlp.*, lm_head"),
         "backbone.layers.2.mixer.gate.weight": ("source", None, None, "rule 4: roles *"),
     }
@@ -80,18 +114,33 @@ def test_the_first_match_wins() -> None:
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ({"roles": ["mamba.in_proj"]}, ["backbone.layers.0.mixer.in_proj", "backbone.layers.4.mixer.in_proj"]),
+        (
+            {"roles": ["mamba.in_proj"]},
+            ["backbone.layers.0.mixer.in_proj", "backbone.layers.4.mixer.in_proj"],
+        ),
         ({"roles": ["mamba.in_proj"], "layers": [4]}, ["backbone.layers.4.mixer.in_proj"]),
         ({"roles": ["mam*.o*_proj"], "layers": [0]}, ["backbone.layers.0.mixer.out_proj"]),
-        ({"roles": ["latent.fc[12]"], "layers": [2]}, [f"backbone.layers.2.mixer.fc{i}_latent_proj" for i in (1, 2)]),
-        ({"roles": ["latent.fc?"], "layers": [2]}, [f"backbone.layers.2.mixer.fc{i}_latent_proj" for i in (1, 2)]),
+        (
+            {"roles": ["latent.fc[12]"], "layers": [2]},
+            [f"backbone.layers.2.mixer.fc{i}_latent_proj" for i in (1, 2)],
+        ),
+        (
+            {"roles": ["latent.fc?"], "layers": [2]},
+            [f"backbone.layers.2.mixer.fc{i}_latent_proj" for i in (1, 2)],
+        ),
         ({"names": ["backbone.layers.1.mixer.o_proj"]}, ["backbone.layers.1.mixer.o_proj"]),
         ({"names": ["backbone.layers.1.mixer.o_proj.weight"]}, ["backbone.layers.1.mixer.o_proj"]),
-        ({"names": ["*.o_proj"]}, ["backbone.layers.1.mixer.o_proj", "backbone.layers.6.mixer.o_proj", "mtp.layers.0.mixer.o_proj"]),
-        ({"names": ["backbone.*.o_proj"]}, ["backbone.layers.1.mixer.o_proj", "backbone.layers.6.mixer.o_proj"]),
+        (
+            {"names": ["*.o_proj"]},
+            ["backbone.layers.1.mixer.o_proj", "backbone.layers.6.mixer.o_proj", "mtp.layers.0.mixer.o_proj"],
+        ),
+        (
+            {"names": ["backbone.*.o_proj"]},
+            ["backbone.layers.1.mixer.o_proj", "backbone.layers.6.mixer.o_proj"],
+        ),
         ({"names": ["lm_head"]}, ["lm_head"]),
     ],
-)  # fmt: skip
+)
 def test_patterns(rule: Rule, expected: list[str]) -> None:
     if any(name.startswith("mtp.") for name in expected):
         assert "mtp.layers.0.mixer.o_proj.weight (role mtp.attention.o_proj) can't be given" in refusal(
@@ -105,7 +154,9 @@ def test_patterns_match_whole_names() -> None:
     """``layers.1`` is layer 1, not 10 to 19; nothing matches a part of a name or role."""
     raw = RAW | {"hybrid_override_pattern": "M" * 12}
     rule = {"names": ["backbone.layers.1.mixer.*_proj"], "format": "fp8"}
-    assert quantized(planned(rule, REST, raw=raw)) == {f"backbone.layers.1.mixer.{p}_proj" for p in ("in", "out")}
+    assert quantized(planned(rule, REST, raw=raw)) == {
+        f"backbone.layers.1.mixer.{p}_proj" for p in ("in", "out")
+    }
     assert "matches none" in refusal({"names": ["in_proj"], "format": "fp8"}, REST)
     assert "matches none" in refusal({"names": ["BACKBONE.*"], "format": "fp8"}, REST)
     assert "no role matches experts;" in refusal({"roles": ["experts"], "format": "fp8"}, REST)
@@ -124,7 +175,8 @@ def test_a_role_that_the_config_lacks_matches_nothing() -> None:
 def test_an_unknown_role() -> None:
     message = refusal({"roles": ["experts.*", "expert.*", "shared"], "format": "fp8"}, REST)
     assert message.startswith(
-        "recipe mine: no role matches expert.*, shared; roles are mamba.in_proj, mamba.out_proj, attention.q_proj,"
+        "recipe mine: no role matches expert.*, shared; roles are mamba.in_proj, mamba.out_proj, "
+        "attention.q_proj,"
     )
     assert message.endswith("mtp.router.bias")
 
@@ -133,7 +185,8 @@ def test_a_name_pattern_that_matches_nothing() -> None:
     message = refusal({"names": ["*.o_proj", "language_model*"], "format": "fp8"}, REST)
     count = len(tensor_table(parse_config(RAW)))
     assert message == (
-        f"recipe mine: rule 1: the name pattern 'language_model*' matches none of the {count} tensors; names look like "
+        f"recipe mine: rule 1: the name pattern 'language_model*' matches none of the {count} tensors; "
+        f"names look like "
         "'backbone.layers.0.mixer.A_log'"
     )
 
@@ -141,58 +194,103 @@ def test_a_name_pattern_that_matches_nothing() -> None:
 def test_layers_without_the_role() -> None:
     rule = {"roles": ["mamba.*"], "layers": [0, 1, 4, 99], "format": "fp8"}
     assert refusal(rule, REST) == (
-        "recipe mine: rule 1: layers 1, 99 have no tensor of the roles mamba.*; expected layers that have them, "
+        "recipe mine: rule 1: layers 1, 99 have no tensor of the roles mamba.*; expected layers that have "
+        "them, "
         "is the recipe for another model?"
     )
     # a role that the config lacks altogether is no excuse for naming its layers
-    assert "rule 1: layers 0 have no tensor" in refusal({"roles": ["mlp.*"], "layers": [0], "format": "fp8"}, REST)
+    assert "rule 1: layers 0 have no tensor" in refusal(
+        {"roles": ["mlp.*"], "layers": [0], "format": "fp8"}, REST
+    )
 
 
 @pytest.mark.parametrize(
     ("rules", "dead", "count"),
     [
-        ([{"roles": ["mlp.*"]}, {"names": ["backbone.layers.3.mixer.up_proj"]}], "2 (names backbone.layers.3.mixer.up_proj)", 1),
+        (
+            [{"roles": ["mlp.*"]}, {"names": ["backbone.layers.3.mixer.up_proj"]}],
+            "2 (names backbone.layers.3.mixer.up_proj)",
+            1,
+        ),
         ([{"roles": ["mlp.*"]}, {"roles": ["mlp.*"], "layers": [3]}], "2 (roles mlp.* in 1 layers)", 2),
         ([{"roles": ["*"]}, {"roles": ["experts.*"]}], "2 (roles experts.*)", 2 * 2 * 12),
-        ([{"roles": ["mamba.in_proj"]}, {"roles": ["*.out_proj"]}, {"roles": ["mamba.*"]}], "3 (roles mamba.*)", 4),
+        (
+            [{"roles": ["mamba.in_proj"]}, {"roles": ["*.out_proj"]}, {"roles": ["mamba.*"]}],
+            "3 (roles mamba.*)",
+            4,
+        ),
     ],
     ids=["name", "layers", "all taken by *", "taken piece by piece"],
 )
 def test_a_rule_that_does_nothing(rules: list[Rule], dead: str, count: int) -> None:
     assert refusal(*(r | {"format": "source"} for r in rules), REST) == (
-        f"recipe mine: rule {dead} does nothing: earlier rules take all {count} tensors that it matches; the first match wins, "
+        f"recipe mine: rule {dead} does nothing: earlier rules take all {count} tensors that it matches; "
+        f"the first match wins, "
         "move it up or remove it"
     )
 
 
 def test_a_rule_that_finds_something_in_other_models_may_stay() -> None:
     """In this model the layers named first are all that there are; a recipe should still fit a deeper one."""
-    made = planned({"roles": ["mlp.*"], "layers": [3], "format": "fp8"}, {"roles": ["mlp.*"], "format": "nvfp4"}, REST)
+    made = planned(
+        {"roles": ["mlp.*"], "layers": [3], "format": "fp8"}, {"roles": ["mlp.*"], "format": "nvfp4"}, REST
+    )
     assert {row.format for row in made.rows if row.role.startswith("mlp.")} == {"fp8"}
 
 
 def test_uncovered_tensors() -> None:
     rules = [{"roles": roles, "format": "source"} for roles in (["[!m]*"], ["mtp.*"], ["mamba.*"])]
     assert refusal(*rules) == (
-        "recipe mine: no rule covers 2 tensors: backbone.layers.3.mixer.up_proj.weight, backbone.layers.3.mixer.down_proj.weight; "
+        "recipe mine: no rule covers 2 tensors: backbone.layers.3.mixer.up_proj.weight, "
+        "backbone.layers.3.mixer.down_proj.weight; "
         'end the rules with `- roles: ["*"]` and `format: source`'
     )
 
 
 PROTECTED = {
-    "ssm.A_log": ("backbone.layers.0.mixer.A_log", "the recurrence multiplies their error over the whole sequence, and engines widen"),
-    "ssm.D": ("backbone.layers.0.mixer.D", "the recurrence multiplies their error over the whole sequence, and engines widen"),
-    "ssm.dt_bias": ("backbone.layers.0.mixer.dt_bias", "the recurrence multiplies their error over the whole sequence, and engines"),
-    "router": ("backbone.layers.2.mixer.gate.weight", "a rounded router sends tokens to other experts, and engines compute it in fp32"),
-    "router.bias": ("backbone.layers.2.mixer.gate.e_score_correction_bias", "a rounded router sends tokens to other experts"),
-    "norm": ("backbone.layers.0.norm.weight", "norms are a few kilobytes, and no engine reads a quantized one"),
-    "conv1d": ("backbone.layers.0.mixer.conv1d.weight", "the convolution is depthwise, not a GEMM, and engines always exclude it"),
-    "embedding": ("backbone.embeddings.weight", "it is a table lookup, not a GEMM, and no engine reads a quantized one"),
+    "ssm.A_log": (
+        "backbone.layers.0.mixer.A_log",
+        "the recurrence multiplies their error over the whole sequence, and engines widen",
+    ),
+    "ssm.D": (
+        "backbone.layers.0.mixer.D",
+        "the recurrence multiplies their error over the whole sequence, and engines widen",
+    ),
+    "ssm.dt_bias": (
+        "backbone.layers.0.mixer.dt_bias",
+        "the recurrence multiplies their error over the whole sequence, and engines",
+    ),
+    "router": (
+        "backbone.layers.2.mixer.gate.weight",
+        "a rounded router sends tokens to other experts, and engines compute it in fp32",
+    ),
+    "router.bias": (
+        "backbone.layers.2.mixer.gate.e_score_correction_bias",
+        "a rounded router sends tokens to other experts",
+    ),
+    "norm": (
+        "backbone.layers.0.norm.weight",
+        "norms are a few kilobytes, and no engine reads a quantized one",
+    ),
+    "conv1d": (
+        "backbone.layers.0.mixer.conv1d.weight",
+        "the convolution is depthwise, not a GEMM, and engines always exclude it",
+    ),
+    "embedding": (
+        "backbone.embeddings.weight",
+        "it is a table lookup, not a GEMM, and no engine reads a quantized one",
+    ),
     "mtp.eh_proj": ("mtp.layers.0.eh_proj.weight", "engines load multi-token-prediction modules unquantized"),
-    "mtp.attention.o_proj": ("mtp.layers.0.mixer.o_proj.weight", "engines load multi-token-prediction modules unquantized"),
-    "mtp.experts.up_proj": ("mtp.layers.1.mixer.experts.0.up_proj.weight", "engines load multi-token-prediction modules"),
+    "mtp.attention.o_proj": (
+        "mtp.layers.0.mixer.o_proj.weight",
+        "engines load multi-token-prediction modules unquantized",
+    ),
+    "mtp.experts.up_proj": (
+        "mtp.layers.1.mixer.experts.0.up_proj.weight",
+        "engines load multi-token-prediction modules",
+    ),
     "mtp.norm": ("mtp.layers.0.enorm.weight", "engines load multi-token-prediction modules unquantized"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", ["fp8", "nvfp4"])
@@ -224,7 +322,8 @@ def test_indivisible_dimensions() -> None:
     assert refusal(rule, REST, raw=raw) == (
         "25 tensors don't fit their format: "
         + ", ".join(
-            f"backbone.layers.2.mixer.experts.{e}.down_proj.weight: input dimension 40 is not a multiple of nvfp4's block of 16"
+            f"backbone.layers.2.mixer.experts.{e}.down_proj.weight: input dimension 40 is not a multiple of "
+            f"nvfp4's block of 16"
             for e in range(3)
         )
         + " and 22 more; give them fp8 or source"
@@ -241,38 +340,52 @@ EXPERT = "backbone.layers.2.mixer.experts"
     [
         (
             [{"roles": ["attention.q_proj"], "format": "fp8"}],
-            f"q, k and v of layer 1 {FUSED} backbone.layers.1.mixer.q_proj.weight fp8, backbone.layers.1.mixer.k_proj.weight source; "
+            f"q, k and v of layer 1 {FUSED} backbone.layers.1.mixer.q_proj.weight fp8, "
+            f"backbone.layers.1.mixer.k_proj.weight source; "
             "expected one format",
         ),
         (
-            [{"names": ["backbone.layers.6.mixer.v_proj"], "format": "nvfp4"}, {"roles": ["attention.*"], "format": "fp8"}],
-            f"q, k and v of layer 6 {FUSED} backbone.layers.6.mixer.q_proj.weight fp8, backbone.layers.6.mixer.v_proj.weight nvfp4 with "
+            [
+                {"names": ["backbone.layers.6.mixer.v_proj"], "format": "nvfp4"},
+                {"roles": ["attention.*"], "format": "fp8"},
+            ],
+            f"q, k and v of layer 6 {FUSED} backbone.layers.6.mixer.q_proj.weight fp8, "
+            f"backbone.layers.6.mixer.v_proj.weight nvfp4 with "
             "max scales; expected one format",
         ),
         (
-            [{"roles": ["attention.k_proj"], "format": "nvfp4", "scales": "four_over_six"}, {"roles": ["attention.*"], "format": "nvfp4"}],
+            [
+                {"roles": ["attention.k_proj"], "format": "nvfp4", "scales": "four_over_six"},
+                {"roles": ["attention.*"], "format": "nvfp4"},
+            ],
             f"q, k and v of layer 1 {FUSED} backbone.layers.1.mixer.q_proj.weight nvfp4 with max scales, "
             "backbone.layers.1.mixer.k_proj.weight nvfp4 with four_over_six scales; expected one format",
         ),
         (
-            [{"names": [f"{EXPERT}.11.up_proj"], "format": "source"}, {"roles": ["experts.*"], "format": "nvfp4"}],
-            f"all experts of layer 2 {FUSED} {EXPERT}.0.up_proj.weight nvfp4, {EXPERT}.11.up_proj.weight source; expected one format",
+            [
+                {"names": [f"{EXPERT}.11.up_proj"], "format": "source"},
+                {"roles": ["experts.*"], "format": "nvfp4"},
+            ],
+            f"all experts of layer 2 {FUSED} {EXPERT}.0.up_proj.weight nvfp4, {EXPERT}.11.up_proj.weight "
+            f"source; expected one format",
         ),
         (
             [{"roles": ["experts.up_proj"], "format": "nvfp4"}, {"roles": ["experts.*"], "format": "fp8"}],
-            f"all experts of layer 2 {FUSED} {EXPERT}.0.up_proj.weight nvfp4, {EXPERT}.0.down_proj.weight fp8; expected one format",
+            f"all experts of layer 2 {FUSED} {EXPERT}.0.up_proj.weight nvfp4, {EXPERT}.0.down_proj.weight "
+            f"fp8; expected one format",
         ),
         (
             [
                 {"roles": ["experts.up_proj"], "format": "nvfp4", "activations": "none"},
                 {"roles": ["experts.*"], "format": "nvfp4"},
             ],
-            f"all experts of layer 2 {FUSED} {EXPERT}.0.up_proj.weight nvfp4 weights only, {EXPERT}.0.down_proj.weight nvfp4; expected "
+            f"all experts of layer 2 {FUSED} {EXPERT}.0.up_proj.weight nvfp4 weights only, "
+            f"{EXPERT}.0.down_proj.weight nvfp4; expected "
             "one format",
         ),
     ],
     ids=["q alone", "v of one layer", "another scale", "one expert", "up and down", "weights only"],
-)  # fmt: skip
+)
 def test_parts_of_a_fused_operation(rules: list[Rule], message: str) -> None:
     assert refusal(*rules, REST) == message
 
@@ -282,7 +395,11 @@ def test_what_is_not_fused_may_differ() -> None:
         {"roles": ["attention.o_proj"], "format": "nvfp4"},
         {"roles": ["attention.*"], "layers": [1], "format": "fp8"},
         {"roles": ["experts.*"], "layers": [2], "format": "fp8"},
-        {"roles": ["experts.up_proj"], "format": "nvfp4", "scales": "mse"},  # each expert has a weight scale of its own
+        {
+            "roles": ["experts.up_proj"],
+            "format": "nvfp4",
+            "scales": "mse",
+        },  # each expert has a weight scale of its own
         {"roles": ["experts.*"], "format": "nvfp4"},
         {"roles": ["shared_experts.up_proj", "mamba.in_proj"], "format": "nvfp4"},
         REST,
@@ -290,7 +407,9 @@ def test_what_is_not_fused_may_differ() -> None:
     assert {row.format for row in made.rows} == {"source", "fp8", "nvfp4"}
 
 
-MISTAKES: dict[str, list[Rule]] = {  # in the order in which they are found; that no rule covers the rest is the third
+MISTAKES: dict[
+    str, list[Rule]
+] = {  # in the order in which they are found; that no rule covers the rest is the third
     "no role matches": [{"roles": ["no.such"], "format": "fp8"}],
     "matches none of": [{"names": ["nothing"], "format": "fp8"}],
     "no rule covers": [],
@@ -335,13 +454,17 @@ def test_scale_groups() -> None:
 
 
 def test_weights_only_share_no_input_scale() -> None:
-    made = rows(planned({"roles": ["attention.*", "experts.*"], "format": "nvfp4", "activations": "none"}, REST))
+    made = rows(
+        planned({"roles": ["attention.*", "experts.*"], "format": "nvfp4", "activations": "none"}, REST)
+    )
     assert all(row.input_group is None for row in made.values())
     assert made["backbone.layers.1.mixer.k_proj.weight"].weight_group == "backbone.layers.1.mixer.qkv_proj"
 
 
 def test_unquantized_rows_have_no_groups() -> None:
-    assert all(row.weight_group is None and row.input_group is None for row in planned(REST, kv_cache="fp8").rows)
+    assert all(
+        row.weight_group is None and row.input_group is None for row in planned(REST, kv_cache="fp8").rows
+    )
 
 
 def test_no_scale_groups() -> None:
@@ -377,13 +500,18 @@ def test_another_plan_has_another_hash(rules: list[Rule], options: dict[str, Any
 
 def test_dtypes_of_the_source_are_part_of_the_plan(make_checkpoint: Make) -> None:
     def wide(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["backbone.layers.2.mixer.gate.weight"] = tensors["backbone.layers.2.mixer.gate.weight"].float()
+        tensors["backbone.layers.2.mixer.gate.weight"] = tensors[
+            "backbone.layers.2.mixer.gate.weight"
+        ].float()
 
     folder = make_checkpoint()
     from_headers, from_config = api.plan(folder, "fp8"), api.plan(folder / "config.json", "fp8")
     assert from_headers.rows == from_config.rows
     assert from_headers.sha256 == from_config.sha256
-    assert (from_headers.summary()["source_dtypes"], from_config.summary()["source_dtypes"]) == ("headers", "assumed")
+    assert (from_headers.summary()["source_dtypes"], from_config.summary()["source_dtypes"]) == (
+        "headers",
+        "assumed",
+    )
     other = api.plan(make_checkpoint("wide", wide), "fp8")
     assert other.sha256 != from_headers.sha256
     assert other.bytes_in == from_headers.bytes_in + 2 * 8 * 64
@@ -393,7 +521,10 @@ def test_dtypes_of_the_source_are_part_of_the_plan(make_checkpoint: Make) -> Non
 
 def test_the_hash_is_stable_across_processes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RAW))
-    code = "import sys, nemoquant; from pathlib import Path; print(nemoquant.plan(Path(sys.argv[1]), 'nvfp4').sha256, end='')"
+    code = (
+        "import sys, nemoquant; from pathlib import Path; "
+        "print(nemoquant.plan(Path(sys.argv[1]), 'nvfp4').sha256, end='')"
+    )
     found = {run_python(code, tmp_path / "config.json", PYTHONHASHSEED=seed).stdout for seed in ("1", "2")}
     assert found == {api.plan(tmp_path / "config.json", "nvfp4").sha256}
     assert len(found.pop()) == 64

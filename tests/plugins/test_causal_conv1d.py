@@ -1,4 +1,5 @@
-"""CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, states cut anywhere, refusals."""
+"""CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, states cut anywhere,
+refusals."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,11 +108,20 @@ def given(case: Case, seed: int = 0) -> Given:
 def arguments(a: Given, y: Array, state_out: Array) -> dict[str, Any]:
     case = a.case
     return {
-        "x": a.rows.ctypes.data, "weight": a.weight.ctypes.data, "bias": a.bias.ctypes.data if a.bias is not None else None,
-        "state_in": a.state.ctypes.data, "y": y.ctypes.data, "state_out": state_out.ctypes.data,
-        "batch": case.batch, "length": case.length, "channels": case.channels, "kernel": case.kernel,
-        "x_stride": case.channels + case.gap if case.gap else 0, "dtype": DTYPES[case.dtype], "y_dtype": DTYPES[case.y_dtype],
-    }  # fmt: skip
+        "x": a.rows.ctypes.data,
+        "weight": a.weight.ctypes.data,
+        "bias": a.bias.ctypes.data if a.bias is not None else None,
+        "state_in": a.state.ctypes.data,
+        "y": y.ctypes.data,
+        "state_out": state_out.ctypes.data,
+        "batch": case.batch,
+        "length": case.length,
+        "channels": case.channels,
+        "kernel": case.kernel,
+        "x_stride": case.channels + case.gap if case.gap else 0,
+        "dtype": DTYPES[case.dtype],
+        "y_dtype": DTYPES[case.y_dtype],
+    }
 
 
 def run(kernels: Kernels, a: Given) -> tuple[Array, Array]:
@@ -125,15 +135,20 @@ def run(kernels: Kernels, a: Given) -> tuple[Array, Array]:
 
 def torch_conv(a: Given, dtype: torch.dtype) -> torch.Tensor:
     """torch's own convolution over state and x -> y [B, L, C]."""
-    full = torch.cat([torch.tensor(a.state.astype(np.float64)), torch.tensor(a.x.astype(np.float64)).mT], 2).to(dtype)
+    full = torch.cat(
+        [torch.tensor(a.state.astype(np.float64)), torch.tensor(a.x.astype(np.float64)).mT], 2
+    ).to(dtype)
     bias = None if a.bias is None else torch.tensor(a.bias).to(dtype)
-    y = torch.nn.functional.conv1d(full, torch.tensor(a.weight).to(dtype)[:, None], bias, groups=a.case.channels)
+    y = torch.nn.functional.conv1d(
+        full, torch.tensor(a.weight).to(dtype)[:, None], bias, groups=a.case.channels
+    )
     return torch.nn.functional.silu(y).mT
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_against_float64(name: str, kernels: Kernels) -> None:
-    """float32 results: within twice torch's error in float32. 16 bits: within 2% of the error of rounding the exact result once.
+    """float32 results: within twice torch's error in float32. 16 bits: within 2% of the error of rounding the
+    exact result once.
 
     The new state is the last inputs, bit for bit.
     """
@@ -179,7 +194,9 @@ def test_aligned_and_unaligned_kernels_give_the_same_bits(kernels: Kernels) -> N
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("kernel", [2, 3, 4])
-def test_what_is_not_finite_reaches_its_taps_and_no_further(kernel: int, value: float, kernels: Kernels) -> None:
+def test_what_is_not_finite_reaches_its_taps_and_no_further(
+    kernel: int, value: float, kernels: Kernels
+) -> None:
     clean, dirty = given(replace(BASE, kernel=kernel)), given(replace(BASE, kernel=kernel))
     dirty.x[1, 3, 5] = value
     (y, _), (spoilt, _) = run(kernels, clean), run(kernels, dirty)
@@ -189,7 +206,8 @@ def test_what_is_not_finite_reaches_its_taps_and_no_further(kernel: int, value: 
 
 @pytest.mark.parametrize("y_dtype", ["float32", "bfloat16"])
 def test_the_ends_of_silu(y_dtype: str, kernels: Kernels) -> None:
-    """One tap of 1, and values where exp over- or underflows, for both ways silu is computed: float32 keeps 20 bits, bfloat16 its 8.
+    """One tap of 1, and values where exp over- or underflows, for both ways silu is computed: float32 keeps
+    20 bits, bfloat16 its 8.
 
     As in torch, -inf gives NaN. What is below 1e-30 counts as zero.
     """
@@ -206,7 +224,8 @@ def test_the_ends_of_silu(y_dtype: str, kernels: Kernels) -> None:
 
 
 def test_the_onnx_function(kernels: Kernels) -> None:
-    """The body in ``graph/ops.py``, run by ONNX Runtime: the kernel errs at most twice as much; the states are the same bits."""
+    """The body in ``graph/ops.py``, run by ONNX Runtime: the kernel errs at most twice as much; the states
+    are the same bits."""
     a = given(replace(BASE, dtype="float32", y_dtype="float32"))
     feeds = {"x": a.x, "weight": a.weight, "bias": a.bias, "state_in": a.state}
     wanted = single_op(ops.causal_conv1d(a.case.kernel), feeds, activation="silu")(feeds)
@@ -219,7 +238,9 @@ def test_the_onnx_function(kernels: Kernels) -> None:
 @needs_tensorrt_headers
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("kernel", [2, 3, 4])
-def test_the_tensorrt_plugin_gives_the_same_bits(kernel: int, dtype: str, kernels: Kernels, caller: Caller) -> None:
+def test_the_tensorrt_plugin_gives_the_same_bits(
+    kernel: int, dtype: str, kernels: Kernels, caller: Caller
+) -> None:
     a = given(replace(BASE, kernel=kernel, dtype=dtype, y_dtype=dtype))
     plugin = caller.creators["CausalConv1d"].create([field("activation", "silu")])
     assert plugin is not None
@@ -252,7 +273,9 @@ def test_the_tensorrt_plugin_gives_the_same_bits(kernel: int, dtype: str, kernel
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_arguments_are_refused_before_anything_starts(change: dict[str, Any], says: str, kernels: Kernels) -> None:
+def test_bad_arguments_are_refused_before_anything_starts(
+    change: dict[str, Any], says: str, kernels: Kernels
+) -> None:
     a = given(BASE)
     y, state = np.full((2, 9, 16), 99, ml_dtypes.bfloat16), np.full((2, 16, 3), 99, ml_dtypes.bfloat16)
     with pytest.raises(EngineError, match=r"libnemoquant_host.so: causal_conv1d: ") as error:

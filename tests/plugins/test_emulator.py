@@ -16,7 +16,8 @@ COMMON = PLUGINS / "common"
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(
-    NVCC is None or shutil.which("g++") is None, reason="needs g++ and the CUDA toolkit's headers (bfloat16 and half types)"
+    NVCC is None or shutil.which("g++") is None,
+    reason="needs g++ and the CUDA toolkit's headers (bfloat16 and half types)",
 )
 
 Run = Callable[[str, NDArray[np.float32], int, int], tuple[int, NDArray[np.float32], str]]
@@ -30,15 +31,33 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """
     library = tmp_path_factory.mktemp("emulator") / "emulator.so"
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DNQ_HOST",
-         *(["-DNQ_UCONTEXT"] if request.param == "ucontext" else []), f"-isystem{cuda_headers()}", "-x", "c++",
-         HERE / "emulator_kernels.cu", COMMON / "last_error.cpp", "-o", library],
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fPIC",
+            "-shared",
+            "-DNQ_HOST",
+            *(["-DNQ_UCONTEXT"] if request.param == "ucontext" else []),
+            f"-isystem{cuda_headers()}",
+            "-x",
+            "c++",
+            HERE / "emulator_kernels.cu",
+            COMMON / "last_error.cpp",
+            "-o",
+            library,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     loaded = ctypes.CDLL(str(library))
     loaded.nemoquant_last_error.restype = ctypes.c_char_p
 
-    def call(name: str, given: NDArray[np.float32], size: int, count: int = 0) -> tuple[int, NDArray[np.float32], str]:
+    def call(
+        name: str, given: NDArray[np.float32], size: int, count: int = 0
+    ) -> tuple[int, NDArray[np.float32], str]:
         out = np.zeros(size, np.float32)
         pointers: list[Any] = [array.ctypes.data_as(ctypes.c_void_p) for array in (given, out)]
         code = loaded.run(name.encode(), *pointers, count, None)
@@ -107,12 +126,16 @@ def test_grids_and_blocks_of_three_dimensions(run: Run) -> None:
     ("kernel", "count", "reason"),
     [
         pytest.param("vain", 0, "block (0, 0, 0) waits at", id="threads at different barriers"),
-        pytest.param("behind", 4, "wrote behind its 16 bytes of shared memory", id="a write behind shared memory"),
+        pytest.param(
+            "behind", 4, "wrote behind its 16 bytes of shared memory", id="a write behind shared memory"
+        ),
         pytest.param("most", 0, "more shared memory than the 232448 bytes", id="too much shared memory"),
         pytest.param("x", 0, "1025 threads in a block, expected 1 to 1024", id="too many threads"),
     ],
 )
-def test_wrong_kernels_are_errors_and_the_next_one_runs(kernel: str, count: int, reason: str, run: Run) -> None:
+def test_wrong_kernels_are_errors_and_the_next_one_runs(
+    kernel: str, count: int, reason: str, run: Run
+) -> None:
     code, _, said = run(kernel, whole_numbers(64), 64, count)
     assert code == 3
     assert reason in said

@@ -1,6 +1,8 @@
-"""Every plugin through TensorRT's interface, as a caller walks it: creation, shapes, formats, serialization, enqueue. No TensorRT is here.
+"""Every plugin through TensorRT's interface, as a caller walks it: creation, shapes, formats, serialization,
+enqueue. No TensorRT is here.
 
-The tables of the library are held to ``plugins/<op>/spec.yaml``; what a plugin must admit and refuse follows from the specification.
+The tables of the library are held to ``plugins/<op>/spec.yaml``; what a plugin must admit and refuse follows
+from the specification.
 """
 
 import itertools
@@ -14,14 +16,26 @@ import numpy as np
 import pytest
 import yaml
 from numpy.typing import NDArray
-from support.plugin_build import OPERATORS, PLUGINS, harness, host_folder, needs_compiler, needs_tensorrt_headers
+from support.plugin_build import (
+    OPERATORS,
+    PLUGINS,
+    harness,
+    host_folder,
+    needs_compiler,
+    needs_tensorrt_headers,
+)
 from support.trt_caller import BUILD, DATA_TYPES, HWC8, RUNTIME, Caller, Creator, Field, Plugin, Tensor, field
 
 pytestmark = [needs_compiler, needs_tensorrt_headers, pytest.mark.slow]
 
 NUMPY = {
-    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8, "int64": np.int64, "int32": np.int32,
-}  # fmt: skip
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int8": np.int8,
+    "int64": np.int64,
+    "int32": np.int32,
+}
 COMPUTE = ["bfloat16", "float16", "float32"]
 # Sizes of two calls, which the kernels admit; what is not a size of the second call is that of the first.
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -53,10 +67,12 @@ def size_of(word: str, sizes: dict[str, int]) -> int:
 
 
 class Operator:
-    """A creator, its specification, and ports as the library describes them (which a test holds to the specification)."""
+    """A creator, its specification, and ports as the library describes them (which a test holds to the
+    specification)."""
 
     def __init__(self, caller: Caller, op: str, **attributes: str) -> None:
-        """With ``attributes`` (one text, the others at their defaults) the inputs are those that go with it, optional ones too."""
+        """With ``attributes`` (one text, the others at their defaults) the inputs are those that go with it,
+        optional ones too."""
         self.op, self.spec = op, read_spec(op)
         self.caller, self.attributes = caller, attributes
         self.creator: Creator = caller.creators[self.spec["name"]]
@@ -115,13 +131,17 @@ def blank(tensor: Tensor) -> NDArray[np.generic]:
     return np.full(tensor.dims, 99, NUMPY[tensor.type])
 
 
-def run(plugin: Plugin, inputs: list[Tensor], outputs: list[Tensor], seed: int = 0) -> list[NDArray[np.generic]]:
+def run(
+    plugin: Plugin, inputs: list[Tensor], outputs: list[Tensor], seed: int = 0
+) -> list[NDArray[np.generic]]:
     """One shape change and one enqueue -> the outputs."""
     assert plugin.shape_change(inputs, outputs) == 0, plugin.caller.log()
     return enqueue(plugin, inputs, outputs, seed)
 
 
-def enqueue(plugin: Plugin, inputs: list[Tensor], outputs: list[Tensor], seed: int = 0) -> list[NDArray[np.generic]]:
+def enqueue(
+    plugin: Plugin, inputs: list[Tensor], outputs: list[Tensor], seed: int = 0
+) -> list[NDArray[np.generic]]:
     given = [(t, memory(t, seed + i)) for i, t in enumerate(inputs)]
     made = [(t, blank(t)) for t in outputs]
     space = np.zeros(plugin.workspace(inputs, outputs) + 1, np.uint8)
@@ -133,7 +153,8 @@ def enqueue(plugin: Plugin, inputs: list[Tensor], outputs: list[Tensor], seed: i
 
 
 def test_the_library_has_tensorrts_entry_points_and_needs_no_tensorrt(caller: Caller) -> None:
-    """The creators are the folders with a plugin.cpp, of the version that TensorRT looks up, and named as the graph names them."""
+    """The creators are the folders with a plugin.cpp, of the version that TensorRT looks up, and named as the
+    graph names them."""
     assert b"libnvinfer" not in (host_folder() / "libnemoquant_plugins_host.so").read_bytes()
     specs = [read_spec(op) for op in OPERATORS]
     assert sorted(caller.creators) == sorted(spec["name"] for spec in specs)
@@ -161,7 +182,9 @@ def test_fields_equal_the_specification(operator: Operator) -> None:
     infinite = {"inf": math.inf, "-inf": -math.inf}
     table = {
         f["name"]: {
-            key: infinite.get(value, value) if isinstance(value, str) and key != "default" else infinite.get(str(value), value)
+            key: infinite.get(value, value)
+            if isinstance(value, str) and key != "default"
+            else infinite.get(str(value), value)
             for key, value in f.items()
             if key != "name"
         }
@@ -184,7 +207,8 @@ def test_fields_equal_the_specification(operator: Operator) -> None:
 
 
 def expected_ports(ports: list[dict[str, Any]], before: dict[str, str]) -> list[dict[str, Any]]:
-    """From the specification; ``before`` collects the first input of the dtype "compute", which the others share."""
+    """From the specification; ``before`` collects the first input of the dtype "compute", which the others
+    share."""
     made = []
     for port in ports:
         types = port.get("plugin_dtypes", port["dtype"])
@@ -194,12 +218,15 @@ def expected_ports(ports: list[dict[str, Any]], before: dict[str, str]) -> list[
         if isinstance(types, str):
             types = [types if types in NUMPY else f"={types}"]
         shape = " ".join(str(d).replace(" ", "") for d in port["shape"])
-        made.append({"name": port["name"], "shape": shape, "types": types, "optional": bool(port.get("optional"))})
+        made.append(
+            {"name": port["name"], "shape": shape, "types": types, "optional": bool(port.get("optional"))}
+        )
     return made
 
 
 def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
-    """Names, order, shapes, dtypes. Inputs that depend on a format are in ``formats``: for each projection its parts."""
+    """Names, order, shapes, dtypes. Inputs that depend on a format are in ``formats``: for each projection
+    its parts."""
     before: dict[str, str] = {}
     inputs = expected_ports(operator.spec["inputs"], before)
     assert operator.table["outputs"] == expected_ports(operator.spec["outputs"], before)
@@ -210,7 +237,9 @@ def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
     for format, parts in formats.items():
         found = operator.table["inputs_by"][f"format={format}"]
         assert found[: len(inputs)] == inputs
-        assert [port["name"] for port in found[len(inputs) :]] == [f"{p}_{part}" for p in ("up", "down") for part in parts]
+        assert [port["name"] for port in found[len(inputs) :]] == [
+            f"{p}_{part}" for p in ("up", "down") for part in parts
+        ]
 
 
 # Creation.
@@ -218,14 +247,17 @@ def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
 
 @pytest.mark.parametrize("phase", [BUILD, RUNTIME])
 def test_creation_with_every_value_that_is_allowed(phase: int, operator: Operator) -> None:
-    """Both ends of each range, each text; int64 and float64 serve as well, and texts without the terminating zero."""
+    """Both ends of each range, each text; int64 and float64 serve as well, and texts without the terminating
+    zero."""
     for name, attribute in operator.spec["attributes"].items():
         values = attribute.get("values") or [
             attribute["default"],
             *(attribute[k] for k in ("minimum", "maximum") if k in attribute),
         ]
         for value in values:
-            assert operator.creator.create(fields_of(operator.op, **{name: value}), phase), operator.caller.log()
+            assert operator.creator.create(fields_of(operator.op, **{name: value}), phase), (
+                operator.caller.log()
+            )
     wide = {"int32": "int64", "float32": "float64"}
     others = [
         field(name, value, wide[field(name, value).type])
@@ -265,9 +297,15 @@ def bad_fields(op: str) -> list[tuple[str, list[Field] | None, str]]:
             row("a number", field(name, 1), "is of type int32; expected a string")
             continue
         other = "float32" if given.type == "int32" else "int32"
-        row("two values", Field(name, given.type, given.data * 2, 2), "has 2 values; expected ") if given.data else None
+        row(
+            "two values", Field(name, given.type, given.data * 2, 2), "has 2 values; expected "
+        ) if given.data else None
         row("a text", field(name, "1"), "") if given.type != "string" else None
-        row("another type", field(name, 1.0 if other == "float32" else 1, other), f"is of type {other}; expected ")
+        row(
+            "another type",
+            field(name, 1.0 if other == "float32" else 1, other),
+            f"is of type {other}; expected ",
+        )
         row("half", field(name, 1.0, "float16"), "is of type float16; expected ")
         wide = "int64" if given.type == "int32" else "float64"
         low, high = attribute.get("minimum", -math.inf), attribute.get("maximum", math.inf)
@@ -279,7 +317,11 @@ def bad_fields(op: str) -> list[tuple[str, list[Field] | None, str]]:
         if wide == "float64":
             row("NaN", field(name, math.nan), "is ")
         else:
-            row("beyond 32 bits", field(name, 2**32 + int(attribute["default"]), "int64"), "is 4.29497e+09; expected ")
+            row(
+                "beyond 32 bits",
+                field(name, 2**32 + int(attribute["default"]), "int64"),
+                "is 4.29497e+09; expected ",
+            )
     return rows
 
 
@@ -304,7 +346,9 @@ def test_bad_fields_give_no_plugin_and_a_logged_reason(
     assert caller.log() == ""
 
 
-def test_without_a_logger_reasons_go_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_a_logger_reasons_go_to_standard_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     library = shutil.copy(host_folder() / "libnemoquant_plugins_host.so", tmp_path / "another.so")
     for creator in Caller(harness(), library, with_logger=False).creators.values():
         assert creator.create([]) is None
@@ -315,7 +359,8 @@ def test_without_a_logger_reasons_go_to_standard_error(tmp_path: Path, capfd: py
 
 
 def test_serialized_fields_make_the_same_plugin(operator: Operator) -> None:
-    """Build, serialize, deserialize: the fields are the creator's, in values that differ from the defaults where they can."""
+    """Build, serialize, deserialize: the fields are the creator's, in values that differ from the defaults
+    where they can."""
     other = {}
     for name, attribute in operator.spec["attributes"].items():
         choices = attribute.get("values") or [
@@ -340,12 +385,18 @@ def test_output_types_follow_the_inputs(operator: Operator) -> None:
     for first in range(3):
         types = operator.types(first)
         assert operator.plugin().output_types(types[: len(operator.inputs)]) == types[len(operator.inputs) :]
-    assert operator.plugin().output_types(types[: len(operator.inputs)], outputs=len(operator.outputs) + 1) is None
-    assert f"got {len(operator.outputs) + 1} outputs; expected {len(operator.outputs)}" in operator.caller.log()
+    assert (
+        operator.plugin().output_types(types[: len(operator.inputs)], outputs=len(operator.outputs) + 1)
+        is None
+    )
+    assert (
+        f"got {len(operator.outputs) + 1} outputs; expected {len(operator.outputs)}" in operator.caller.log()
+    )
 
 
 def test_output_shapes_are_those_of_the_specification_in_symbols(operator: Operator) -> None:
-    """Every dimension of an output is an expression that the inputs have; one that is constant anywhere is constant."""
+    """Every dimension of an output is an expression that the inputs have; one that is constant anywhere is
+    constant."""
     plugin = operator.plugin()
     symbolic = [[f"{port['name']}.{word}" for word in port["shape"].split()] for port in operator.inputs]
     first: dict[str, str] = {}
@@ -365,10 +416,15 @@ def test_output_shapes_are_those_of_the_specification_in_symbols(operator: Opera
         found = plugin.output_shapes(given)
         assert found is not None
         assert [
-            constant[word] if w == word else first[w] for port in operator.outputs for w in port["shape"].split()
-        ] == list(itertools.chain(*found))  # fmt: skip
+            constant[word] if w == word else first[w]
+            for port in operator.outputs
+            for w in port["shape"].split()
+        ] == list(itertools.chain(*found))
     assert plugin.output_shapes([[*symbolic[0], "more"], *symbolic[1:]]) is None
-    assert f"input {operator.inputs[0]['name']} has rank {len(symbolic[0]) + 1}; expected [" in operator.caller.log()
+    assert (
+        f"input {operator.inputs[0]['name']} has rank {len(symbolic[0]) + 1}; expected ["
+        in operator.caller.log()
+    )
 
 
 def test_format_combinations_are_those_of_the_specification(operator: Operator) -> None:
@@ -382,10 +438,14 @@ def test_format_combinations_are_those_of_the_specification(operator: Operator) 
         for i, port in enumerate(ports):
             for type in DATA_TYPES:
                 admitted = {by_name[t[1:]] if t[0] == "=" else t for t in port["types"]}
-                later = [t.but(type="bool", format=HWC8) for t in tensors[i + 1 :]]  # what TensorRT has not decided yet
+                later = [
+                    t.but(type="bool", format=HWC8) for t in tensors[i + 1 :]
+                ]  # what TensorRT has not decided yet
                 asked = [*tensors[:i], tensors[i].but(type=type), *later]
                 assert plugin.supports(i, asked, len(inputs)) == (type in admitted), (port["name"], type)
-            assert not plugin.supports(i, [*tensors[:i], tensors[i].but(format=HWC8), *tensors[i + 1 :]], len(inputs))
+            assert not plugin.supports(
+                i, [*tensors[:i], tensors[i].but(format=HWC8), *tensors[i + 1 :]], len(inputs)
+            )
     assert operator.caller.log() == ""
     assert not plugin.supports(len(ports), tensors, len(inputs))
     assert not plugin.supports(0, tensors[1:], len(inputs) - 1)
@@ -398,7 +458,11 @@ def test_configuration_takes_profiles_and_refuses_what_contradicts_the_tables(op
     assert plugin.configure(inputs, outputs) == 0
     small, _ = operator.tensors(operator.sizes(1))
     profile = [
-        t.but(dims=tuple(n if n == m else -1 for n, m in zip(t.dims, s.dims, strict=True)), minimum=s.dims, maximum=t.dims)
+        t.but(
+            dims=tuple(n if n == m else -1 for n, m in zip(t.dims, s.dims, strict=True)),
+            minimum=s.dims,
+            maximum=t.dims,
+        )
         for t, s in zip(inputs, small, strict=True)
     ]
     assert any(-1 in t.dims for t in profile)
@@ -407,7 +471,10 @@ def test_configuration_takes_profiles_and_refuses_what_contradicts_the_tables(op
     for i, (port, t) in enumerate(zip(operator.inputs, inputs, strict=True)):
         longer = t.but(dims=(*t.dims, 1))
         assert plugin.configure([*inputs[:i], longer, *inputs[i + 1 :]], outputs) != 0
-        assert f"input {port['name']} has rank {len(t.dims) + 1}; expected [{port['shape']}]" in operator.caller.log()
+        assert (
+            f"input {port['name']} has rank {len(t.dims) + 1}; expected [{port['shape']}]"
+            in operator.caller.log()
+        )
         assert plugin.configure([*inputs[:i], t.but(type="bool"), *inputs[i + 1 :]], outputs) != 0
         assert f"{port['name']} is " in operator.caller.log() or port["types"][0][0] == "="
 
@@ -418,11 +485,14 @@ def dependent(operator: Operator) -> list[tuple[int, int]]:
     counts: dict[str, int] = {}
     for word in itertools.chain(*words):
         counts[word[0]] = counts.get(word[0], 0) + 1
-    return [(i, axis) for i, shape in enumerate(words) for axis, word in enumerate(shape) if counts[word[0]] > 1]
+    return [
+        (i, axis) for i, shape in enumerate(words) for axis, word in enumerate(shape) if counts[word[0]] > 1
+    ]
 
 
 def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> None:
-    """Each size that two inputs share, changed in one of them: in configuration and at run time, with the input that was got."""
+    """Each size that two inputs share, changed in one of them: in configuration and at run time, with the
+    input that was got."""
     inputs, outputs = operator.tensors(operator.sizes())
     plugin = operator.plugin().attach()
     run(plugin, inputs, outputs)  # shapes that were good before do not serve those that are not
@@ -460,7 +530,8 @@ def test_the_workspace_of_a_profile_serves_its_smaller_shapes(operator: Operator
 
 
 def test_enqueue_follows_shape_changes(operator: Operator) -> None:
-    """Two shapes in turn give what a plugin made of the serialized fields gives for each alone; every output is written whole."""
+    """Two shapes in turn give what a plugin made of the serialized fields gives for each alone; every output
+    is written whole."""
     plugin = operator.creator.create(operator.plugin().serialize(), RUNTIME)
     assert plugin is not None
     context = plugin.attach()
@@ -474,7 +545,9 @@ def test_enqueue_follows_shape_changes(operator: Operator) -> None:
             assert np.isfinite(values).all()
             assert not (values == 99).any()
     for which in (0, 1, 0, 1):
-        for got, wanted in zip(run(context, *operator.tensors(operator.sizes(which))), expected[which], strict=True):
+        for got, wanted in zip(
+            run(context, *operator.tensors(operator.sizes(which))), expected[which], strict=True
+        ):
             assert got.tobytes() == wanted.tobytes()
     again = enqueue(context, *operator.tensors(operator.sizes(1)))  # no shape change between
     assert all(got.tobytes() == wanted.tobytes() for got, wanted in zip(again, expected[1], strict=True))
@@ -487,7 +560,9 @@ def test_every_text_attribute_runs_with_every_input_that_goes_with_it(operator: 
         for first in range(max(len(port["types"]) for port in one.inputs)):
             plugin, (inputs, outputs) = one.plugin(), one.tensors(one.sizes(), first)
             tensors = [*inputs, *outputs]
-            assert all(plugin.supports(i, tensors, len(inputs)) for i in range(len(tensors))), operator.caller.log()
+            assert all(plugin.supports(i, tensors, len(inputs)) for i in range(len(tensors))), (
+                operator.caller.log()
+            )
             assert plugin.configure(inputs, outputs) == 0, operator.caller.log()
             for array in run(plugin, inputs, outputs):
                 assert not (array.astype(np.float64) == 99).any(), one.attributes

@@ -1,4 +1,5 @@
-"""Grouped products of RoutedExperts on the host: all that surrounds CUTLASS, with plain loops in its place (grouped_products.cpp).
+"""Grouped products of RoutedExperts on the host: all that surrounds CUTLASS, with plain loops in its place
+(grouped_products.cpp).
 
 What CUTLASS itself does is not run here, nor anywhere without a GPU: see plugins/routed_experts/README.md.
 """
@@ -12,7 +13,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support.expert_call import BASE, NUMPY, ROWS, Case, Given, arguments, exact_numbers, given, mixture, replace_tokens
+from support.expert_call import (
+    BASE,
+    NUMPY,
+    ROWS,
+    Case,
+    Given,
+    arguments,
+    exact_numbers,
+    given,
+    mixture,
+    replace_tokens,
+)
 from support.norms import relative_error as distance
 from support.plugin_build import HERE, PLUGINS, compile_once, cuda_headers, host_folder, needs_compiler
 from support.scan_call import aligned
@@ -25,7 +37,11 @@ pytestmark = [needs_compiler, pytest.mark.slow]
 
 AUTO, DECODED, GROUPED = 0, 1, 3  # enum nemoquant_experts_products
 SM90, SM100 = 90, 100
-FORMATS = {"bf16": ("bfloat16",), "fp8": ("float32", "bfloat16", "float16"), "nvfp4": ("float32", "bfloat16", "float16")}  # of x
+FORMATS = {
+    "bf16": ("bfloat16",),
+    "fp8": ("float32", "bfloat16", "float16"),
+    "nvfp4": ("float32", "bfloat16", "float16"),
+}  # of x
 WAYS = [("bf16", SM90), ("fp8", SM90), ("bf16", SM100), ("fp8", SM100), ("nvfp4", SM100)]
 SOURCES = ("launch.cu", "native_sm120a.cu", "plain.cu")
 Array = np.ndarray[Any, Any]
@@ -52,8 +68,20 @@ def library() -> Kernels:
     """As the host library, built as where both architectures' products are, which the stand-in gives."""
     path = host_folder() / "libnemoquant_grouped_host.so"
     ours = [HERE / "grouped_products.cpp", PLUGINS / "common/emulator.cpp", PLUGINS / "common/last_error.cpp"]
-    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
-               "-shared", "-fvisibility=hidden", "-DNQ_HOST", f"-isystem{cuda_headers()}"]  # fmt: skip
+    options = [
+        "-std=c++17",
+        "-O2",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-DNQ_HOST",
+        f"-isystem{cuda_headers()}",
+    ]
     sources = [PLUGINS / "routed_experts" / name for name in SOURCES]
     built = [f"-DNQ_HAVE_SM{name}" for name in ("90A", "100A", "120A")]
     compile_once(["g++", *options, *built, *ours, "-x", "c++", *sources], path, ours[0])
@@ -81,7 +109,8 @@ def run(device: Device, a: Given, products: int = GROUPED, **more: Any) -> Array
 
 
 def firm_tokens(a: Given, exact: Array) -> Array:
-    """Those whose hidden codes don't depend on a change of 1e-6: a sum in another order may change the others, a twentieth at most."""
+    """Those whose hidden codes don't depend on a change of 1e-6: a sum in another order may change the
+    others, a twentieth at most."""
     firm = np.ones(len(exact), bool)
     if a.format == "bf16":
         return firm
@@ -92,11 +121,22 @@ def firm_tokens(a: Given, exact: Array) -> Array:
 
 
 NAMES = [
-    "the base", "one token", "one expert a token", "every expert for every token", "one expert of all",
-    "experts without tokens, the first and the last among them", "all tokens on one expert", "65 tokens an expert, tile 64",
-    "three tiles of 64 and 5", "pairs of two sorting blocks", "pairs of three sorting blocks, more experts than threads",
-    "the least sizes", "one chunk", "rows of two wide blocks", "more chunks than are under way, up",
-]  # fmt: skip
+    "the base",
+    "one token",
+    "one expert a token",
+    "every expert for every token",
+    "one expert of all",
+    "experts without tokens, the first and the last among them",
+    "all tokens on one expert",
+    "65 tokens an expert, tile 64",
+    "three tiles of 64 and 5",
+    "pairs of two sorting blocks",
+    "pairs of three sorting blocks, more experts than threads",
+    "the least sizes",
+    "one chunk",
+    "rows of two wide blocks",
+    "more chunks than are under way, up",
+]
 CASES = {name: replace(ROWS[name], tile=0) for name in NAMES} | {
     "128 tokens an expert, as many as a tile of scales has": replace(ROWS["one expert of all"], tokens=128),
     "129 tokens an expert, and more of others": Case(tokens=270, chosen=1, experts=2, input=96, width=64),
@@ -109,7 +149,8 @@ CASES = {name: replace(ROWS[name], tile=0) for name in NAMES} | {
 def test_against_float64(format: str, capability: int, name: str, device: Device) -> None:
     """The stand-in's sums are exact, so that the hidden values' rounding and that of y are all there is.
 
-    bf16: hidden values are rounded to bfloat16 once. The others: y to 2% more than rounding the exact result once.
+    bf16: hidden values are rounded to bfloat16 once. The others: y to 2% more than rounding the exact result
+    once.
     """
     a = given(format, replace(CASES[name], dtype="bfloat16"))
     device.be(capability)
@@ -118,13 +159,18 @@ def test_against_float64(format: str, capability: int, name: str, device: Device
     exact = mixture(a)
     firm = firm_tokens(a, exact)
     if firm.any():
-        limit = 2.0**-8 if format == "bf16" else 1.02 * distance(exact[firm].astype(ml_dtypes.bfloat16), exact[firm])
+        limit = (
+            2.0**-8
+            if format == "bf16"
+            else 1.02 * distance(exact[firm].astype(ml_dtypes.bfloat16), exact[firm])
+        )
         assert distance(y[firm], exact[firm]) <= limit
 
 
 @pytest.mark.parametrize(("format", "dtype"), [(f, d) for f, dtypes in FORMATS.items() for d in dtypes])
 def test_the_decoded_products_give_the_same(format: str, dtype: str, device: Device) -> None:
-    """Codes are the same, sums differ by float32's rounding: so do results of float32, and of 16 bits but for a last bit here and there."""
+    """Codes are the same, sums differ by float32's rounding: so do results of float32, and of 16 bits but for
+    a last bit here and there."""
     a = given(format, Case(tokens=70, chosen=4, experts=9, input=160, width=224, dtype=dtype))
     device.be(SM100)
     grouped, decoded = (run(device, a, products).astype(np.float64) for products in (GROUPED, DECODED))
@@ -139,8 +185,11 @@ def test_the_decoded_products_give_the_same(format: str, dtype: str, device: Dev
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("format", "capability"), [way for way in WAYS if way[0] != "bf16"])
-def test_numbers_that_are_exact_come_out_exact(format: str, capability: int, dtype: str, device: Device) -> None:
-    """As the test of that name of the other products: small integers, powers of two as scales, inputs that saturate."""
+def test_numbers_that_are_exact_come_out_exact(
+    format: str, capability: int, dtype: str, device: Device
+) -> None:
+    """As the test of that name of the other products: small integers, powers of two as scales, inputs that
+    saturate."""
     case = Case(tokens=150, chosen=2, experts=5, input=160, width=96, dtype=dtype)
     a, exact = exact_numbers(format, case)
     device.be(capability)
@@ -172,7 +221,9 @@ def test_ids_that_are_no_experts_add_nothing(format: str, capability: int, devic
 
 
 @pytest.mark.parametrize(("format", "capability"), WAYS)
-def test_a_token_alone_gives_the_bits_that_it_gives_among_others(format: str, capability: int, device: Device) -> None:
+def test_a_token_alone_gives_the_bits_that_it_gives_among_others(
+    format: str, capability: int, device: Device
+) -> None:
     device.be(capability)
     whole = given(format, replace(BASE, dtype="bfloat16", tokens=21))
     y = run(device, whole)
@@ -238,7 +289,13 @@ def test_groups_are_taken_for_many_tokens_where_they_are_built(
 @pytest.mark.parametrize(
     ("format", "dtype", "capability", "change", "says"),
     [
-        ("bf16", "float32", SM90, {}, "with format 0, dtype 0 and tile 0; expected format 0 with dtype 2, or 2 or 4, and tile 0"),
+        (
+            "bf16",
+            "float32",
+            SM90,
+            {},
+            "with format 0, dtype 0 and tile 0; expected format 0 with dtype 2, or 2 or 4, and tile 0",
+        ),
         ("w4a16", "bfloat16", SM100, {}, "with format 3, dtype 2 and tile 0; expected format 0"),
         ("fp8", "bfloat16", SM90, {"tile": 32}, "with format 2, dtype 2 and tile 32; expected"),
         (
@@ -251,7 +308,9 @@ def test_groups_are_taken_for_many_tokens_where_they_are_built(
         ("bf16", "bfloat16", 120, {}, "for format 0 and compute capability 12.0"),
     ],
 )
-def test_refusals(format: str, dtype: str, capability: int, change: dict[str, int], says: str, device: Device) -> None:
+def test_refusals(
+    format: str, dtype: str, capability: int, change: dict[str, int], says: str, device: Device
+) -> None:
     device.be(capability)
     a = given(format, replace(BASE, dtype=dtype))
     y = aligned(np.full(a.x.shape, 99, a.x.dtype))
@@ -268,18 +327,23 @@ def test_a_library_without_them_says_so(kernels: Kernels) -> None:
     workspace = aligned(np.zeros(kernels.workspace("routed_experts", **arguments(a, y)), np.uint8))
     with pytest.raises(
         EngineError,
-        match="CUTLASS, which this library was built without for format 0; expected 0 or 1, or a build with --gemm-arch",
+        match="CUTLASS, which this library was built without for format 0; expected 0 or 1, or a build with "
+        "--gemm-arch",
     ):
         kernels.call("routed_experts", **arguments(a, y, workspace) | {"products": GROUPED})
 
 
 def test_the_workspace_grows_with_every_size(device: Device, kernels: Kernels) -> None:
-    """Whatever device it is asked on; without the products, and for formats that have none, it is what it was."""
+    """Whatever device it is asked on; without the products, and for formats that have none, it is what it
+    was."""
     base = {"tokens": 4096, "chosen": 22, "experts": 512, "input": 1024, "width": 2688, "dtype": 2}
     for format in range(5):
         for products in (AUTO, GROUPED):
             for name in ("tokens", "chosen", "experts", "input", "width"):
-                many = [base | {"format": format, "products": products, name: value} for value in (32, 64, 96, 1024, 4064, 4096)]
+                many = [
+                    base | {"format": format, "products": products, name: value}
+                    for value in (32, 64, 96, 1024, 4064, 4096)
+                ]
                 sizes = [device.kernels.workspace("routed_experts", **one) for one in many]
                 assert sizes == sorted(sizes)
                 without = [kernels.workspace("routed_experts", **one | {"products": AUTO}) for one in many]
@@ -298,20 +362,26 @@ LAYOUT = """
 
 int main(int, char** given) {
     const int rows = std::atoi(given[1]), inputs = std::atoi(given[2]);
-    const auto layout = cutlass::detail::Sm1xxBlockScaledConfig<16>::tile_atom_to_shape_SFA(cute::make_shape(rows, 1, inputs, 1));
+    using Config = cutlass::detail::Sm1xxBlockScaledConfig<16>;
+    const auto layout = Config::tile_atom_to_shape_SFA(cute::make_shape(rows, 1, inputs, 1));
     for (int row = 0; row < rows; ++row)
-        for (int block = 0; block < inputs / 16; ++block) std::printf("%d\\n", int(layout(row, block * 16, 0)));
+        for (int block = 0; block < inputs / 16; ++block)
+            std::printf("%d\\n", int(layout(row, block * 16, 0)));
     std::printf("%d\\n", int(cute::cosize(layout)));
 }
 """
 
 
 @pytest.mark.skipif(
-    cutlass_headers() is None, reason="needs CUTLASS's headers: pip install --no-deps nvidia-cutlass, or CUTLASS_ROOT"
+    cutlass_headers() is None,
+    reason="needs CUTLASS's headers: pip install --no-deps nvidia-cutlass, or CUTLASS_ROOT",
 )
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 32), (128, 64), (129, 160), (300, 1024), (2688, 96)])
-def test_block_scales_stand_where_cutlass_looks_for_them(rows: int, inputs: int, layout: Callable[[int, int], Array]) -> None:
-    """CUTLASS's own layout, compiled for the host, against the formula that grouped_layer.cuh and the stand-in have."""
+def test_block_scales_stand_where_cutlass_looks_for_them(
+    rows: int, inputs: int, layout: Callable[[int, int], Array]
+) -> None:
+    """CUTLASS's own layout, compiled for the host, against the formula that grouped_layer.cuh and the
+    stand-in have."""
     row, block = np.divmod(np.arange(rows * (inputs // 16)), inputs // 16)
     across = -(-inputs // 64)
     formula = (row // 128 * across + block // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
@@ -336,7 +406,9 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Arr
     subprocess.run([*command, folder / "layout.cpp", "-o", folder / "layout"], check=True)
 
     def of(rows: int, inputs: int) -> Array:
-        done = subprocess.run([folder / "layout", str(rows), str(inputs)], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [folder / "layout", str(rows), str(inputs)], check=True, capture_output=True, text=True
+        )
         return np.array(done.stdout.split(), np.int64)
 
     return of

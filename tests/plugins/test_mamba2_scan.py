@@ -1,4 +1,5 @@
-"""The scan's kernels, run by the host emulator: against float64, the ONNX function, torch, transformers; every path, every refusal."""
+"""The scan's kernels, run by the host emulator: against float64, the ONNX function, torch, transformers;
+every path, every refusal."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from nemoquant.model import mamba2
 pytestmark = [needs_compiler, pytest.mark.slow]
 
 CHUNK = 64
-# Torch keeps running sums in float64. In float32 after one strong decay a little more is lost; measured at most 2.5e-7.
+# Torch keeps running sums in float64. In float32 after one strong decay a little more is lost; measured at
+# most 2.5e-7.
 FLOOR = 3e-7
 
 
@@ -27,35 +29,50 @@ def scan() -> Scan:
 
 def in_torch(given: Arrays, low: float = 0.0, high: float = np.inf) -> list[Array]:
     """The reference model's scan: float32 inside."""
-    wide = [torch.from_numpy(given[name].astype(np.float32)) for name in ("x", "dt", "a", "b", "c", "d", "dt_bias", "state_in")]
-    return [value.numpy() for value in mamba2.scan(*wide[:6], dt_bias=wide[6], limit=(low, high), state=wide[7])]
+    wide = [
+        torch.from_numpy(given[name].astype(np.float32))
+        for name in ("x", "dt", "a", "b", "c", "d", "dt_bias", "state_in")
+    ]
+    return [
+        value.numpy() for value in mamba2.scan(*wide[:6], dt_bias=wide[6], limit=(low, high), state=wide[7])
+    ]
 
 
 class Bound:
     """The truth for some inputs, and what the errors of y and state must stay below.
 
-    Float32 inputs: twice the error of torch's scan. 16-bit inputs: twice the error of the true result rounded once to their dtype,
-    which no framework's result in that dtype can undercut.
+    Float32 inputs: twice the error of torch's scan. 16-bit inputs: twice the error of the true result rounded
+    once to their dtype, which no framework's result in that dtype can undercut.
     """
 
     def __init__(self, given: Arrays, low: float = 0.0, high: float = np.inf) -> None:
         self.truth = recurrence(given, low, high)
         dtype = given["x"].dtype
         if dtype == np.float32:
-            self.limits = [max(2 * error(a, b), FLOOR) for a, b in zip(in_torch(given, low, high), self.truth, strict=True)]
+            self.limits = [
+                max(2 * error(a, b), FLOOR)
+                for a, b in zip(in_torch(given, low, high), self.truth, strict=True)
+            ]
         else:
             self.limits = [2 * error(true.astype(dtype), true) for true in self.truth]
 
     def check(self, found: tuple[Array, Array]) -> None:
         errors = [error(value, true) for value, true in zip(found, self.truth, strict=True)]
-        assert [e < most for e, most in zip(errors, self.limits, strict=True)] == [True, True], (errors, self.limits)
+        assert [e < most for e, most in zip(errors, self.limits, strict=True)] == [True, True], (
+            errors,
+            self.limits,
+        )
 
 
-# One factor at a time. Float32 takes the kernel of single steps; 16-bit inputs that of chunks, from 32 positions on.
+# One factor at a time. Float32 takes the kernel of single steps; 16-bit inputs that of chunks, from 32
+# positions on.
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("base", {}),
-    *[(f"length {n}", {"length": n}) for n in (1, 2, 31, 32, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5)],
+    *[
+        (f"length {n}", {"length": n})
+        for n in (1, 2, 31, 32, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5)
+    ],
     ("one row", {"batch": 1}),
     ("three rows", {"batch": 3}),
     ("one group", {"groups": 1}),
@@ -73,7 +90,10 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("large x", {"scale": 100.0}),
     ("small x", {"scale": 1e-3}),
     ("slow heads: dt about 1e-6", {"bias": -14.0, "state": 0.0}),
-    ("the same over several chunks, no skip beside it", {"bias": -14.0, "state": 0.0, "skip": 0.0, "length": 3 * CHUNK + 5}),
+    (
+        "the same over several chunks, no skip beside it",
+        {"bias": -14.0, "state": 0.0, "skip": 0.0, "length": 3 * CHUNK + 5},
+    ),
     ("fast heads: dt about 30", {"bias": 30.0}),
     ("each step forgets everything: exp underflows", {"bias": 30.0, "a": 100.0}),
     ("decays of all strengths", {"spread": 40.0, "a": 16.0}),
@@ -92,8 +112,12 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in CHANGES])
 def test_scan_is_the_recurrence(change: dict[str, Any], dtype: str, scan: Scan) -> None:
     limits = {key: change[key] for key in ("low", "high") if key in change}
-    narrow = {"width": 16} if dtype == "float32" else {}  # single steps are slow in the emulator, and all rows are alike
-    given = inputs(**{**narrow, **{key: value for key, value in change.items() if key not in limits}}, dtype=dtype)
+    narrow = (
+        {"width": 16} if dtype == "float32" else {}
+    )  # single steps are slow in the emulator, and all rows are alike
+    given = inputs(
+        **{**narrow, **{key: value for key, value in change.items() if key not in limits}}, dtype=dtype
+    )
     bound = Bound(given, **limits)
     bound.check(scan(given, **limits))
     found = scan(given, y_dtype=dtype, **limits)
@@ -120,7 +144,9 @@ def test_inputs_that_may_be_left_out(length: int, scan: Scan) -> None:
     for name in ("d", "dt_bias", "state_in"):
         zeros = {**given, name: np.zeros_like(given[name])}
         left_out = {key: value for key, value in given.items() if key != name}
-        for one, other in zip(scan(zeros, state_dtype="float32"), scan(left_out, state_dtype="float32"), strict=True):
+        for one, other in zip(
+            scan(zeros, state_dtype="float32"), scan(left_out, state_dtype="float32"), strict=True
+        ):
             assert np.array_equal(one, other)
 
 
@@ -131,7 +157,16 @@ def test_scan_is_the_onnx_function(scan: Scan) -> None:
     from nemoquant.graph import ops
 
     given = inputs(length=2 * CHUNK + 9)
-    names = {"x": "x", "dt": "dt", "a": "A", "b": "B", "c": "C", "d": "D", "dt_bias": "dt_bias", "state_in": "state_in"}
+    names = {
+        "x": "x",
+        "dt": "dt",
+        "a": "A",
+        "b": "B",
+        "c": "C",
+        "d": "D",
+        "dt_bias": "dt_bias",
+        "state_in": "state_in",
+    }
     feeds = {onnx: np.ascontiguousarray(given[ours]) for ours, onnx in names.items()}
     body = single_op(ops.mamba2_scan(4, 64, 2, 128), feeds)(feeds)
     for found, expected, true in zip(scan(given), body, recurrence(given), strict=True):
@@ -147,16 +182,24 @@ class Collected(torch.nn.Module):
 
 
 def in_transformers(given: Arrays, dtype: torch.dtype) -> tuple[Array, Array]:
-    """Their mixer with everything around the scan taken away. One chunk: their torch path is wrong beyond it."""
+    """Their mixer with everything around the scan taken away. One chunk: their torch path is wrong beyond
+    it."""
     from transformers import DynamicCache, NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
     batch, length, heads, width = given["x"].shape
     groups, size = given["b"].shape[2:]
     config = NemotronHConfig(
-        hidden_size=heads * width, mamba_num_heads=heads, mamba_head_dim=width, n_groups=groups, ssm_state_size=size, chunk_size=CHUNK,
-        time_step_min=0.0, hybrid_override_pattern="M", num_hidden_layers=1,
-    )  # fmt: skip
+        hidden_size=heads * width,
+        mamba_num_heads=heads,
+        mamba_head_dim=width,
+        n_groups=groups,
+        ssm_state_size=size,
+        chunk_size=CHUNK,
+        time_step_min=0.0,
+        hybrid_override_pattern="M",
+        num_hidden_layers=1,
+    )
     mixer = NemotronHMamba2Mixer(config, layer_idx=0)
 
     def tensor(name: str) -> torch.Tensor:
@@ -173,7 +216,11 @@ def in_transformers(given: Arrays, dtype: torch.dtype) -> tuple[Array, Array]:
         mixer.act = torch.nn.Identity()
         mixer.out_proj = torch.nn.Identity()
         mixer.norm = Collected()
-        parts = [torch.zeros(batch, length, heads * width), *(tensor(name).flatten(2) for name in ("x", "b", "c")), tensor("dt")]
+        parts = [
+            torch.zeros(batch, length, heads * width),
+            *(tensor(name).flatten(2) for name in ("x", "b", "c")),
+            tensor("dt"),
+        ]
         mixer.in_proj = torch.nn.Identity()
         cache = DynamicCache(config=config)
         mixer.torch_forward(torch.cat(parts, -1).to(dtype), cache_params=cache)
@@ -215,7 +262,9 @@ def test_nan_in_dt_is_nan_from_there_on(length: int, scan: Scan) -> None:
 def test_scan_may_be_cut_anywhere(dtype: str, scan: Scan) -> None:
     """Two calls that hand the state on, for cuts at and around every boundary: the bound of one call."""
     length = 2 * CHUNK + 37
-    given = inputs(batch=1, heads=2, groups=1, width=16 if dtype == "float32" else 64, length=length, dtype=dtype)
+    given = inputs(
+        batch=1, heads=2, groups=1, width=16 if dtype == "float32" else 64, length=length, dtype=dtype
+    )
     bound = Bound(given)
     for cut in (1, 31, 32, 33, CHUNK - 1, CHUNK, CHUNK + 1, 100, 2 * CHUNK, length - 32, length - 1):
         first, state = scan(pieces(given, slice(None, cut)))
@@ -247,7 +296,10 @@ def test_the_state_may_be_written_in_place(length: int, segments: int, state_dty
 def test_views_into_a_wider_array(dtype: str, length: int, scan: Scan) -> None:
     """x, B and C as they lie in the convolution's output, dt behind them."""
     given = inputs(length=length, dtype=dtype, dt_dtype=dtype)
-    wide = np.concatenate([given[name].reshape(2, length, -1) for name in ("x", "b", "c", "dt")] + [np.zeros((2, length, 4))], -1)
+    wide = np.concatenate(
+        [given[name].reshape(2, length, -1) for name in ("x", "b", "c", "dt")] + [np.zeros((2, length, 4))],
+        -1,
+    )
     space = inputs(1, 1, 1, 16, 1, 16, dtype=dtype)["x"]  # for its dtype
     whole = np.empty(wide.size + 8, space.dtype)
     start = -whole.ctypes.data % 16 // whole.itemsize
@@ -277,23 +329,29 @@ def test_segments_with_decays_that_end_everything(scan: Scan) -> None:
 
 
 def test_long_sequences_are_cut_by_themselves(scan: Scan) -> None:
-    """Few heads and many positions: more segments, for which workspace is asked; it never falls when a size grows."""
+    """Few heads and many positions: more segments, for which workspace is asked; it never falls when a size
+    grows."""
     given = inputs(batch=1, heads=1, groups=1, length=2100, dtype="bfloat16")
     Bound(given).check(scan(given))
     fixed = {"groups": 1, "head_dim": 64, "state": 128, "dtype": 2}
     lengths = [1, 64, 2047, 2048, 4096, 2**17, 2**20]
     table = [
-        [scan.workspace(batch=b, heads=h, length=n, **fixed) for n in lengths] for b in (1, 2, 7, 64) for h in (1, 8, 128, 256)
+        [scan.workspace(batch=b, heads=h, length=n, **fixed) for n in lengths]
+        for b in (1, 2, 7, 64)
+        for h in (1, 8, 128, 256)
     ]
     assert all(row == sorted(row) for row in table)
     for heads in range(4):
-        assert [table[4 * b + heads][-1] for b in range(4)] == sorted(table[4 * b + heads][-1] for b in range(4))
+        assert [table[4 * b + heads][-1] for b in range(4)] == sorted(
+            table[4 * b + heads][-1] for b in range(4)
+        )
     assert table[0][1] == 0
     assert max(map(max, table)) < 32 * 2**20
 
 
 def test_a_device_with_little_shared_memory(scan: Scan) -> None:
-    """99 KB (SM120): one chunk in flight instead of two, the same bits; too little for state 256: single steps."""
+    """99 KB (SM120): one chunk in flight instead of two, the same bits; too little for state 256: single
+    steps."""
     given, large = inputs(dtype="bfloat16"), inputs(dtype="bfloat16", size=256, batch=1)
     wide = scan(given)
     scan.shared_limit(99 * 1024)
@@ -327,19 +385,28 @@ def philox_words(count: int, seed: int, step: int, rounds: int) -> Array:
     """By the definition of abi.h, in numpy: a word for each of ``count`` flat indices."""
     low = np.uint64(0xFFFFFFFF)
     places = np.arange((count + 3) // 4, dtype=np.uint64)
-    fixed = [np.uint64(word) for word in (step & 0xFFFFFFFF, step >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)]
+    fixed = [
+        np.uint64(word)
+        for word in (step & 0xFFFFFFFF, step >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    ]
     c = [places & low, places >> np.uint64(32), *(np.broadcast_to(word, places.shape) for word in fixed[:2])]
     key = [int(fixed[2]), int(fixed[3])]
     for _ in range(rounds):
         one, two = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
         high = np.uint64(32)
-        c = [(two >> high) ^ c[1] ^ np.uint64(key[0]), two & low, (one >> high) ^ c[3] ^ np.uint64(key[1]), one & low]
+        c = [
+            (two >> high) ^ c[1] ^ np.uint64(key[0]),
+            two & low,
+            (one >> high) ^ c[3] ^ np.uint64(key[1]),
+            one & low,
+        ]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return np.stack(c, -1).ravel()[:count]
 
 
 def rounded_by_chance(x: Array, words: Array) -> Array:
-    """Up where the fraction of an ulp and word / 2^32 reach 1 together; in Python's and numpy's whole numbers."""
+    """Up where the fraction of an ulp and word / 2^32 reach 1 together; in Python's and numpy's whole
+    numbers."""
     wide = x.astype(np.float64)
     ulp = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(wide), 2.0**-30))), -14) - 10)
     units = np.abs(wide) / ulp
@@ -362,7 +429,9 @@ def rounded_by_chance(x: Array, words: Array) -> Array:
         pytest.param(0, 0, 1, id="one round"),
     ],
 )
-def test_stochastic_states_are_the_definition_bit_for_bit(seed: int, step: int, rounds: int, length: int, scan: Scan) -> None:
+def test_stochastic_states_are_the_definition_bit_for_bit(
+    seed: int, step: int, rounds: int, length: int, scan: Scan
+) -> None:
     """The float32 state of the same call, rounded in numpy. Again: the same bits."""
     given = inputs(length=length, dtype="bfloat16", state=0.0)
     wide = scan(given)[1]
@@ -377,11 +446,14 @@ def test_stochastic_states_are_the_definition_bit_for_bit(seed: int, step: int, 
 def test_stochastic_states_differ_by_seed_and_step(scan: Scan) -> None:
     given = inputs(length=1, dtype="bfloat16", state_dtype="float16")
     made = [
-        scan(given, seed=seed, step=step, rounds=rounds)[1] for seed, step, rounds in [(0, 0, 5), (1, 0, 5), (0, 1, 5), (0, 0, 7)]
+        scan(given, seed=seed, step=step, rounds=rounds)[1]
+        for seed, step, rounds in [(0, 0, 5), (1, 0, 5), (0, 1, 5), (0, 0, 7)]
     ]
     for i, one in enumerate(made):
         for other in made[i + 1 :]:
-            assert 0.3 < (one != other).mean() < 0.6  # a third, were fractions and words independent and uniform
+            assert (
+                0.3 < (one != other).mean() < 0.6
+            )  # a third, were fractions and words independent and uniform
 
 
 def test_stochastic_states_are_unbiased(scan: Scan) -> None:
@@ -425,7 +497,9 @@ def test_stochastic_states_are_unbiased(scan: Scan) -> None:
         ({"b_position_stride": 129}, 1, "b_position_stride is 129 elements, expected a multiple of 8"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(change: dict[str, Any], code: int, reason: str, scan: Scan) -> None:
+def test_bad_arguments_are_refused_by_name(
+    change: dict[str, Any], code: int, reason: str, scan: Scan
+) -> None:
     with pytest.raises(Refused, match="Mamba2Scan: ") as refused:
         scan(inputs(length=2), fields=change)
     assert refused.value.code == code

@@ -1,4 +1,5 @@
-"""What all kernels compute with: random words, rounding, exp and softplus, packed formats, matrix products. On the host build."""
+"""What all kernels compute with: random words, rounding, exp and softplus, packed formats, matrix products.
+On the host build."""
 
 import ctypes
 import shutil
@@ -17,11 +18,24 @@ COMMON = PLUGINS / "common"
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(
-    NVCC is None or shutil.which("g++") is None, reason="needs g++ and the CUDA toolkit's headers (bfloat16 and half types)"
+    NVCC is None or shutil.which("g++") is None,
+    reason="needs g++ and the CUDA toolkit's headers (bfloat16 and half types)",
 )
 
 Array = NDArray[Any]
-EXP, LOG1P, SOFTPLUS, BY_CHANCE, TO_E4M3, TO_E2M1, PAIR, FROM_E4M3, FROM_E2M1, BYTES, PHILOX = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 100
+EXP, LOG1P, SOFTPLUS, BY_CHANCE, TO_E4M3, TO_E2M1, PAIR, FROM_E4M3, FROM_E2M1, BYTES, PHILOX = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    100,
+)
 OUTPUT = {BY_CHANCE: np.uint16, TO_E4M3: np.uint8, TO_E2M1: np.uint8, PAIR: np.uint32, BYTES: np.uint32}
 
 
@@ -29,10 +43,27 @@ OUTPUT = {BY_CHANCE: np.uint16, TO_E4M3: np.uint8, TO_E2M1: np.uint8, PAIR: np.u
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("numeric") / "numeric.so"
     subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-DNQ_HOST",
-         f"-isystem{cuda_headers()}", "-x", "c++", HERE / "numeric_kernels.cu", COMMON / "last_error.cpp", "-o", path],
+        [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fPIC",
+            "-shared",
+            "-DNQ_HOST",
+            f"-isystem{cuda_headers()}",
+            "-x",
+            "c++",
+            HERE / "numeric_kernels.cu",
+            COMMON / "last_error.cpp",
+            "-o",
+            path,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     return ctypes.CDLL(str(path))
 
 
@@ -47,8 +78,17 @@ def numbers(library: ctypes.CDLL) -> Callable[..., Array]:
     def call(mode: int, given: Array, more: Array | None = None) -> Array:
         given = np.ascontiguousarray(given)
         count = len(given)
-        out = np.zeros((count, 4), np.uint32) if mode >= PHILOX else np.zeros(count, OUTPUT.get(mode, np.float32))
-        assert library.run_numbers(pointer(given), pointer(more), pointer(out), ctypes.c_int64(count), mode, None) == 0
+        out = (
+            np.zeros((count, 4), np.uint32)
+            if mode >= PHILOX
+            else np.zeros(count, OUTPUT.get(mode, np.float32))
+        )
+        assert (
+            library.run_numbers(
+                pointer(given), pointer(more), pointer(out), ctypes.c_int64(count), mode, None
+            )
+            == 0
+        )
         return out
 
     return call
@@ -76,13 +116,20 @@ def philox(row: NDArray[np.uint32], rounds: int) -> list[int]:
     c, key = [int(w) for w in row[:4]], [int(w) for w in row[4:]]
     for _ in range(rounds):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(second >> 32) ^ c[1] ^ key[0], second & 0xFFFFFFFF, (first >> 32) ^ c[3] ^ key[1], first & 0xFFFFFFFF]
+        c = [
+            (second >> 32) ^ c[1] ^ key[0],
+            second & 0xFFFFFFFF,
+            (first >> 32) ^ c[3] ^ key[1],
+            first & 0xFFFFFFFF,
+        ]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
 
 
 @pytest.mark.parametrize(("rounds", "given", "expected"), PUBLISHED)
-def test_philox_published_vectors(rounds: int, given: str, expected: str, numbers: Callable[..., Array]) -> None:
+def test_philox_published_vectors(
+    rounds: int, given: str, expected: str, numbers: Callable[..., Array]
+) -> None:
     assert philox(words(given), rounds) == words(expected).tolist()
     assert numbers(PHILOX + rounds, words(given)[None])[0].tolist() == words(expected).tolist()
 
@@ -96,7 +143,8 @@ def test_philox_of_five_rounds_is_the_definition(numbers: Callable[..., Array]) 
 
 
 def test_rounding_by_chance_is_unbiased(numbers: Callable[..., Array]) -> None:
-    """A million values of all sizes, in units of their float16 ulp: the mean error lies within three standard errors of zero.
+    """A million values of all sizes, in units of their float16 ulp: the mean error lies within three standard
+    errors of zero.
 
     And so in each decade alone, subnormals too.
     """
@@ -107,14 +155,22 @@ def test_rounding_by_chance_is_unbiased(numbers: Callable[..., Array]) -> None:
     ulp = np.exp2(np.maximum(np.floor(np.log2(np.abs(x.astype(np.float64)))), -14) - 10)
     error = (rounded - x) / ulp
     assert np.abs(error).max() < 1
-    sizes = [np.abs(x) < 2.0**-24, *[(np.abs(x) >= 2.0**low) & (np.abs(x) < 2.0 ** (low + 4)) for low in range(-24, 16, 4)]]
+    sizes = [
+        np.abs(x) < 2.0**-24,
+        *[(np.abs(x) >= 2.0**low) & (np.abs(x) < 2.0 ** (low + 4)) for low in range(-24, 16, 4)],
+    ]
     for chosen in [np.full(x.size, True), *sizes]:
         assert abs(error[chosen].mean()) < 3 * error[chosen].std() / np.sqrt(chosen.sum())
 
 
 def test_rounding_by_chance_goes_up_as_often_as_it_is_far(numbers: Callable[..., Array]) -> None:
     """The bound between up and down, exactly: up where fraction + random / 2^32 reaches 1."""
-    for x, ulp in [(1.0 + 2.0**-12, 2.0**-10), (2.0**-26, 2.0**-24), (-(3.0 + 2.0**-11), 2.0**-9), (65504.0 + 8, 32.0)]:
+    for x, ulp in [
+        (1.0 + 2.0**-12, 2.0**-10),
+        (2.0**-26, 2.0**-24),
+        (-(3.0 + 2.0**-11), 2.0**-9),
+        (65504.0 + 8, 32.0),
+    ]:
         low = np.trunc(x / ulp) * ulp
         fraction = abs(x - low) / ulp
         bound = int((1 - fraction) * 2**32)
@@ -132,7 +188,10 @@ def test_rounding_by_chance_leaves_what_is_exact(numbers: Callable[..., Array]) 
         number = ~np.isnan(x)
         assert np.array_equal(found[number], codes[number])
         assert np.isnan(found.view(np.float16)[~number]).all()
-    assert numbers(BY_CHANCE, np.array([70000, -1e30], np.float32), np.zeros(2, np.uint32)).tolist() == [0x7C00, 0xFC00]
+    assert numbers(BY_CHANCE, np.array([70000, -1e30], np.float32), np.zeros(2, np.uint32)).tolist() == [
+        0x7C00,
+        0xFC00,
+    ]
 
 
 # Functions with the same bits on every device: their error in units in the last place, against float64.
@@ -147,10 +206,17 @@ def test_rounding_by_chance_leaves_what_is_exact(numbers: Callable[..., Array]) 
     ],
 )
 def test_function_is_accurate(
-    mode: int, low: float, high: float, function: Callable[[Array], Array], most: int, numbers: Callable[..., Array]
+    mode: int,
+    low: float,
+    high: float,
+    function: Callable[[Array], Array],
+    most: int,
+    numbers: Callable[..., Array],
 ) -> None:
     """Each rounds a few times: exp and log1p less than two units in all, the softplus of both three."""
-    x = np.concatenate([np.linspace(low, high, 400_001), np.random.default_rng(2).uniform(-1, 1, 100_000) * min(1, high)])
+    x = np.concatenate(
+        [np.linspace(low, high, 400_001), np.random.default_rng(2).uniform(-1, 1, 100_000) * min(1, high)]
+    )
     x = np.clip(x, low, high).astype(np.float32)
     found, truth = numbers(mode, x).astype(np.float64), function(x.astype(np.float64))
     unit = np.spacing(np.abs(truth).astype(np.float32)).astype(np.float64)
@@ -174,7 +240,9 @@ def test_e4m3(numbers: Callable[..., Array]) -> None:
     assert np.array_equal(numbers(FROM_E4M3, codes), values, equal_nan=True)
     finite = np.sort(values[~np.isnan(values)].astype(np.float64))
     middle = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
-    x = np.concatenate([middle, np.nextafter(middle, np.float32(1e9)), np.nextafter(middle, np.float32(-1e9)), [1e9, -1e9]])
+    x = np.concatenate(
+        [middle, np.nextafter(middle, np.float32(1e9)), np.nextafter(middle, np.float32(-1e9)), [1e9, -1e9]]
+    )
     x = x.astype(np.float32)
     expected = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     assert np.array_equal(numbers(TO_E4M3, x), expected)
@@ -186,7 +254,9 @@ def test_e2m1(numbers: Callable[..., Array]) -> None:
     assert numbers(FROM_E2M1, codes).tolist() == magnitudes + [-m for m in magnitudes]
     middle = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
     even, above, below = [0, 2, 2, 4, 4, 6, 6], [1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6]
-    x = np.concatenate([middle, np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(0)), [100.0]])
+    x = np.concatenate(
+        [middle, np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(0)), [100.0]]
+    )
     x = x.astype(np.float32)
     expected = [*even, *above, *below, 7]
     assert numbers(TO_E2M1, x).tolist() == expected
@@ -213,7 +283,8 @@ def test_matrix_product(dtype: Any, code: int, transposed: bool, library: ctypes
 
 @pytest.mark.parametrize("mode", range(4))
 def test_product_of_scaled_blocks(mode: int, library: ctypes.CDLL) -> None:
-    """D [16, 8] += A [16, 64] B of every E2M1 code, with E4M3 scales that are powers of two, so that sums are exact.
+    """D [16, 8] += A [16, 64] B of every E2M1 code, with E4M3 scales that are powers of two, so that sums are
+    exact.
 
     The modes are the lanes that bring the scales; what the others bring must not matter.
     """
@@ -235,7 +306,9 @@ def test_a_scale_with_a_sign_is_refused(library: ctypes.CDLL) -> None:
     codes, d = np.zeros((16, 64), np.uint8), np.zeros((16, 8), np.float32)
     scales = np.full((24, 4), 0x80, np.uint8)
     library.nemoquant_last_error.restype = ctypes.c_char_p
-    assert library.run_scaled_product(pointer(codes), pointer(codes), pointer(scales), pointer(d), 0, None) != 0
+    assert (
+        library.run_scaled_product(pointer(codes), pointer(codes), pointer(scales), pointer(d), 0, None) != 0
+    )
     assert b"a block scale with its top bit set" in library.nemoquant_last_error()
 
 
@@ -244,8 +317,12 @@ def test_bytes_by_their_numbers(numbers: Callable[..., Array]) -> None:
     assert found.tolist() == [0x33221100, 0x77665544, 0x55114400, 0x77336622]
 
 
-@pytest.mark.parametrize(("arch", "option", "used"), [("100a", True, True), ("100a", False, False), ("120a", True, False)])
-def test_the_conversion_instruction_is_an_option_of_sm100(arch: str, option: bool, used: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "option", "used"), [("100a", True, True), ("100a", False, False), ("120a", True, False)]
+)
+def test_the_conversion_instruction_is_an_option_of_sm100(
+    arch: str, option: bool, used: bool, tmp_path: Path
+) -> None:
     """Compiled and assembled: no device that has it was at hand."""
     source = tmp_path / "pair.cu"
     source.write_text(
@@ -254,9 +331,27 @@ def test_the_conversion_instruction_is_an_option_of_sm100(arch: str, option: boo
         "    y[0] = nq::half_pair_by_chance(x[0], x[1], r[0], r[1]);\n}\n",
         encoding="utf-8",
     )
-    command = [NVCC, "-std=c++17", "-Werror", "all-warnings", "-keep", "-keep-dir", tmp_path, "-cubin", f"-I{COMMON}"]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-Werror",
+        "all-warnings",
+        "-keep",
+        "-keep-dir",
+        tmp_path,
+        "-cubin",
+        f"-I{COMMON}",
+    ]
     defined = ["-DNQ_CVT_RS"] if option else []
     subprocess.run(
-        [*command, *defined, f"-gencode=arch=compute_{arch},code=sm_{arch}", source, "-o", tmp_path / "pair.cubin"], check=True
+        [
+            *command,
+            *defined,
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            source,
+            "-o",
+            tmp_path / "pair.cubin",
+        ],
+        check=True,
     )
     assert ("cvt.rs" in (tmp_path / "pair.ptx").read_text()) == used

@@ -1,4 +1,5 @@
-"""The reference model's routed experts through the operator, on the host library: against the loop over experts, and when it is taken."""
+"""The reference model's routed experts through the operator, on the host library: against the loop over
+experts, and when it is taken."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,15 +47,21 @@ def weights(dtype: torch.dtype = torch.bfloat16, size: int = SIZE, width: int = 
     g = torch.Generator().manual_seed(0)
     made = {}
     for expert in range(EXPERTS):
-        made[f"experts.{expert}.up_proj.weight"] = (torch.randn(width, size, generator=g) / size**0.5).to(dtype)
-        made[f"experts.{expert}.down_proj.weight"] = (torch.randn(size, width, generator=g) / width**0.5).to(dtype)
+        made[f"experts.{expert}.up_proj.weight"] = (torch.randn(width, size, generator=g) / size**0.5).to(
+            dtype
+        )
+        made[f"experts.{expert}.down_proj.weight"] = (torch.randn(size, width, generator=g) / width**0.5).to(
+            dtype
+        )
     return made
 
 
 def tokens(among: tuple[int, ...] = tuple(range(EXPERTS)), size: int = SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """x, ids and factors; ids are taken from ``among``."""
     g = torch.Generator().manual_seed(1)
-    ids = torch.stack([torch.tensor(among)[torch.randperm(len(among), generator=g)[:CHOSEN]] for _ in range(TOKENS)])
+    ids = torch.stack(
+        [torch.tensor(among)[torch.randperm(len(among), generator=g)[:CHOSEN]] for _ in range(TOKENS)]
+    )
     return torch.randn(TOKENS, size, generator=g), ids, torch.rand(TOKENS, CHOSEN, generator=g) + 0.1
 
 
@@ -87,7 +94,8 @@ def test_slabs_against_float64(
     served: Counting,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In float32 no worse than twice the loop; in bfloat16 each slab's sum is rounded once, the loop's products each: no worse either."""
+    """In float32 no worse than twice the loop; in bfloat16 each slab's sum is rounded once, the loop's
+    products each: no worse either."""
     given, (x, ids, factors) = weights(), tokens(among)
     x = x.to(dtype)
     looked_up: list[str] = []
@@ -121,7 +129,9 @@ def test_slabs_against_float64(
         ("an input that it does not take", weights(size=48)),
     ],
 )
-def test_what_does_not_fit_goes_through_the_loop(why: str, given: dict[str, Tensor], served: Counting) -> None:
+def test_what_does_not_fit_goes_through_the_loop(
+    why: str, given: dict[str, Tensor], served: Counting
+) -> None:
     x, ids, factors = tokens(size=given["experts.0.up_proj.weight"].shape[1])
     found = moe.routed_experts(given, x, ids, factors, identity)
     assert served.calls == [], why
@@ -137,7 +147,8 @@ def test_no_token_is_no_call(served: Counting) -> None:
 def test_a_diff_through_the_kernels(
     make_checkpoint: Callable[..., Path], token_rows: Path, served: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both sides take the same way where nothing is rounded: a model against itself has no error at all. Its perplexity is that of torch."""
+    """Both sides take the same way where nothing is rounded: a model against itself has no error at all. Its
+    perplexity is that of torch."""
     source = make_checkpoint(moe_intermediate_size=64)
     options: dict[str, Any] = {"data": token_rows, "threads": 1, "card": False}
     found = diff(source, [source], **options)

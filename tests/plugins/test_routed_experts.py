@@ -1,4 +1,5 @@
-"""RoutedExperts on the host: a token-by-token float64 sum as oracle, torch in the same dtype, the ONNX function, refusals."""
+"""RoutedExperts on the host: a token-by-token float64 sum as oracle, torch in the same dtype, the ONNX
+function, refusals."""
 
 import ctypes
 import importlib.util
@@ -49,7 +50,8 @@ pytestmark = [needs_compiler, pytest.mark.slow]
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("format", WHOLE)
 def test_float32_with_whole_inputs(format: str, name: str, kernels: Kernels) -> None:
-    """Inputs are three bfloat16, so that products are exact: within twice the error of torch in float32, or two of its roundings."""
+    """Inputs are three bfloat16, so that products are exact: within twice the error of torch in float32, or
+    two of its roundings."""
     a = given(format, ROWS[name])
     exact = mixture(a)
     assert 0 < distance(run(kernels, a), exact) <= max(2 * distance(in_torch(a).numpy(), exact), 2.0**-23)
@@ -58,7 +60,8 @@ def test_float32_with_whole_inputs(format: str, name: str, kernels: Kernels) -> 
 @pytest.mark.parametrize("name", DTYPE_ROWS)
 @pytest.mark.parametrize("format", WHOLE)
 def test_16_bits_with_whole_inputs(format: str, name: str, kernels: Kernels) -> None:
-    """Hidden values of bfloat16 are rounded once, those of float16 not to speak of: less error than torch in that dtype.
+    """Hidden values of bfloat16 are rounded once, those of float16 not to speak of: less error than torch in
+    that dtype.
 
     float16 within 2% of rounding the exact result once.
     """
@@ -73,7 +76,8 @@ def test_16_bits_with_whole_inputs(format: str, name: str, kernels: Kernels) -> 
 @pytest.mark.parametrize("name", [*ROWS, *DTYPE_ROWS])
 @pytest.mark.parametrize(("format", "products"), [("fp8", AUTO), ("nvfp4", DECODED), ("nvfp4", NATIVE)])
 def test_rounded_inputs(format: str, products: int, name: str, kernels: Kernels) -> None:
-    """Tokens whose hidden codes depend on a change of 1e-6 are counted and left out, a twentieth at most; the others agree.
+    """Tokens whose hidden codes depend on a change of 1e-6 are counted and left out, a twentieth at most; the
+    others agree.
 
     float32 to its own rounding, 16 bits to 2% more than rounding the exact result once.
     """
@@ -102,14 +106,19 @@ def test_rounded_inputs(format: str, products: int, name: str, kernels: Kernels)
         ("nvfp4", NATIVE, 64),
     ],
 )
-def test_numbers_that_are_exact_come_out_exact(format: str, products: int, tile: int, dtype: str, kernels: Kernels) -> None:
-    case = Case(tokens=13, chosen=2, experts=5, input=160, width=96, dtype=dtype, tile=tile, products=products)
+def test_numbers_that_are_exact_come_out_exact(
+    format: str, products: int, tile: int, dtype: str, kernels: Kernels
+) -> None:
+    case = Case(
+        tokens=13, chosen=2, experts=5, input=160, width=96, dtype=dtype, tile=tile, products=products
+    )
     a, exact = exact_numbers(format, case)
     assert (run(kernels, a) == exact.astype(NUMPY[dtype])).all()
 
 
 def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> None:
-    """Any code and block scale in the weights, inputs that differ by 2^14 from block to block: the same numbers but for float32's sums.
+    """Any code and block scale in the weights, inputs that differ by 2^14 from block to block: the same
+    numbers but for float32's sums.
 
     They are added up in another order. A code or scale in a wrong place puts tokens off by more than 1e-3.
     """
@@ -122,7 +131,10 @@ def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> 
             codes[:] = g.integers(0, 256, codes.shape)
             blocks[:] = g.integers(0, 0x7F, blocks.shape)  # what has a sign, and NaN, are none
             a.decoded[projection] = np.stack(
-                [nvfp4.decode(c, b, s) for c, b, s in zip(codes, blocks, a.parts[f"{projection}_global_scale"], strict=True)]
+                [
+                    nvfp4.decode(c, b, s)
+                    for c, b, s in zip(codes, blocks, a.parts[f"{projection}_global_scale"], strict=True)
+                ]
             )
         a.x[:] *= np.exp2(g.uniform(-14, 0, (tokens, sizes[0] // 16))).astype(np.float32).repeat(16, 1)
         hidden = max(np.abs(np.maximum(a.x @ up.T, 0) ** 2).max() for up in a.decoded["up"])
@@ -142,7 +154,8 @@ def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> 
 
 
 def test_the_device_decides_what_auto_is(kernels: Kernels) -> None:
-    """Native products for NVFP4 with many tokens an expert, on SM120 alone; sums in another order tell which it was."""
+    """Native products for NVFP4 with many tokens an expert, on SM120 alone; sums in another order tell which
+    it was."""
     case = Case(tokens=40, chosen=1, experts=1, input=672, width=672)
     a = given("nvfp4", case)
     a.x[:] *= np.exp2(np.random.default_rng(7).uniform(-14, 0, (40, 42))).astype(np.float32).repeat(16, 1)
@@ -178,7 +191,8 @@ def capability(kernels: Kernels, number: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("format", ["w8a16", "w4a16"])
 def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
-    """Both projections pass one column each through: y is (code * scale)^2, for every finite E4M3 code and block scale.
+    """Both projections pass one column each through: y is (code * scale)^2, for every finite E4M3 code and
+    block scale.
 
     Subnormal codes among them, which decoding must not lose.
     """
@@ -199,7 +213,10 @@ def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
         scales = np.where(byte & 0x7F == 0x7F, 0, byte & 0x7F).astype(np.uint8)
         for row in range(256):
             down[0, row, row // 2] = 2 << 4 * (row % 2)  # 1
-        blocks = {"up": np.repeat(scales[None, :, None], 16, 2), "down": np.full((1, 256, 16), 0x38, np.uint8)}
+        blocks = {
+            "up": np.repeat(scales[None, :, None], 16, 2),
+            "down": np.full((1, 256, 16), 0x38, np.uint8),
+        }
         for projection, block in blocks.items():
             a.parts[f"{projection}_block_scales"] = aligned(block)
         magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -210,18 +227,23 @@ def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
     assert (run(kernels, a)[0] == np.maximum(values, 0) ** 2).all()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"
+)
 @pytest.mark.parametrize("name", ["the base", "33 tokens an expert, tile 32", "several experts, tile 64"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_onnx_function(format: str, name: str, kernels: Kernels) -> None:
-    """The body in ``graph/dialects.py``, run by ONNX Runtime on the same arrays: within 1e-6 of each other where no code flipped.
+    """The body in ``graph/dialects.py``, run by ONNX Runtime on the same arrays: within 1e-6 of each other
+    where no code flipped.
 
     At most a token in twenty has one that did (see test_rounded_inputs).
     """
     a = given(format, ROWS[name])
     helpers = [ops.nvfp4_dynamic_quant_dequant()] if format == "nvfp4" else []
     inputs = {"x": a.x, "expert_ids": a.ids, "expert_weights": a.factors}
-    wanted = single_op(Dialect().routed_experts(format, FLOAT), inputs, a.parts, helpers, activation="relu2")(inputs)[0]
+    wanted = single_op(Dialect().routed_experts(format, FLOAT), inputs, a.parts, helpers, activation="relu2")(
+        inputs
+    )[0]
     y = run(kernels, a)
     apart = np.linalg.norm(y - wanted, axis=1) > 1e-6 * np.linalg.norm(wanted, axis=1)
     assert apart.sum() <= (0 if format in WHOLE else max(1, len(apart) // 20))
@@ -277,9 +299,14 @@ def test_an_expert_that_is_chosen_twice_counts_twice(kernels: Kernels) -> None:
     assert distance(run(kernels, a), run(kernels, once).astype(np.float64)) < 2.0**-22
 
 
-@pytest.mark.parametrize(("format", "products"), [*((format, DECODED) for format in FORMATS), ("nvfp4", NATIVE)])
-def test_a_token_alone_gives_the_bits_that_it_gives_among_others(format: str, products: int, kernels: Kernels) -> None:
-    """With the same tile: sums are in one order, whatever else is computed. So a call that is repeated repeats its bits."""
+@pytest.mark.parametrize(
+    ("format", "products"), [*((format, DECODED) for format in FORMATS), ("nvfp4", NATIVE)]
+)
+def test_a_token_alone_gives_the_bits_that_it_gives_among_others(
+    format: str, products: int, kernels: Kernels
+) -> None:
+    """With the same tile: sums are in one order, whatever else is computed. So a call that is repeated
+    repeats its bits."""
     for tile in (32, 64) if products == NATIVE else (8, 64):
         whole = given(format, replace(BASE, tile=tile, tokens=21, products=products))
         y = run(kernels, whole)
@@ -289,9 +316,14 @@ def test_a_token_alone_gives_the_bits_that_it_gives_among_others(format: str, pr
             assert run(kernels, alone).tobytes() == y[token : token + 1].tobytes()
 
 
-@pytest.mark.parametrize(("format", "products", "tile"), [("bf16", AUTO, 8), ("nvfp4", AUTO, 8), ("nvfp4", NATIVE, 0)])
-def test_tokens_in_several_passes_give_the_same_bits(format: str, products: int, tile: int, kernels: Kernels) -> None:
-    """The workspace is bounded by ``slab`` pairs; passes of 7 tokens, and of one where the slab has no room for it."""
+@pytest.mark.parametrize(
+    ("format", "products", "tile"), [("bf16", AUTO, 8), ("nvfp4", AUTO, 8), ("nvfp4", NATIVE, 0)]
+)
+def test_tokens_in_several_passes_give_the_same_bits(
+    format: str, products: int, tile: int, kernels: Kernels
+) -> None:
+    """The workspace is bounded by ``slab`` pairs; passes of 7 tokens, and of one where the slab has no room
+    for it."""
     a = given(format, replace(BASE, tokens=20, tile=tile, products=products))
     y = run(kernels, a)
     sizes = [kernels.workspace("routed_experts", **arguments(a, y))]
@@ -326,7 +358,11 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
     weights["down"] *= 1e-8
     pack(a, weights, dict.fromkeys(weights, np.ones(6, np.float32)), {})
     exact = mixture(a)
-    limit = {"float32": 5e-7, "float16": 1.02 * distance(exact.astype(np.float16), exact), "bfloat16": 2.0**-8}[dtype]
+    limit = {
+        "float32": 5e-7,
+        "float16": 1.02 * distance(exact.astype(np.float16), exact),
+        "bfloat16": 2.0**-8,
+    }[dtype]
     assert distance(run(kernels, a).astype(np.float32), exact) <= limit
 
 
@@ -346,7 +382,11 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
         ("bf16", {"input": 48}, "input is 48; expected a multiple of 32"),
         ("bf16", {"width": 16}, "width is 16; expected 32 to 1048576"),
         ("bf16", {"width": 1000}, "width is 1000; expected a multiple of 32"),
-        ("bf16", {"input": 1 << 16, "width": 1 << 15}, "input 65536 x width 32768; expected a product of at most 2^30"),
+        (
+            "bf16",
+            {"input": 1 << 16, "width": 1 << 15},
+            "input 65536 x width 32768; expected a product of at most 2^30",
+        ),
         ("bf16", {"slab": -1}, "slab is -1; expected 0 to 409600"),
         ("bf16", {"dtype": 3}, "dtype is 3; expected float32, float16 or bfloat16"),
         ("bf16", {"format": 5}, "format is 5; expected 0 to 4"),
@@ -363,7 +403,11 @@ def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> No
             {"products": NATIVE, "tile": 8},
             "native FP4, with format 4 and tile 8; expected format 4 and tile 0, 32 or 64",
         ),
-        ("bf16", {"products": GROUPED}, "products is 3, CUTLASS, with format 0, dtype 0 and tile 0; expected format 0"),
+        (
+            "bf16",
+            {"products": GROUPED},
+            "products is 3, CUTLASS, with format 0, dtype 0 and tile 0; expected format 0",
+        ),
         ("bf16", {"skipped": 6}, "skipped is at 0x6; expected a multiple of 4"),
         ("bf16", {"x": None}, "x is null; format 0 needs it"),
         ("bf16", {"workspace": None}, "workspace is null"),
@@ -389,7 +433,10 @@ def test_bad_arguments_are_refused_before_anything_starts(
 
 def test_native_products_are_refused_by_other_devices(kernels: Kernels) -> None:
     a = given("nvfp4", replace(BASE, products=NATIVE))
-    with capability(kernels, 100), pytest.raises(EngineError, match=r"device of compute capability 10\.0; expected 12\.0"):
+    with (
+        capability(kernels, 100),
+        pytest.raises(EngineError, match=r"device of compute capability 10\.0; expected 12\.0"),
+    ):
         run(kernels, a)
 
 
@@ -399,7 +446,10 @@ def test_the_workspace_grows_with_every_size(kernels: Kernels) -> None:
     for format in FORMATS.values():
         for name in ("tokens", "chosen", "experts", "input", "width"):
             values = [32, 64, 96, 1024, 2048, 4064, 4096]
-            sizes = [kernels.workspace("routed_experts", **base | {name: value, "format": format}) for value in values]
+            sizes = [
+                kernels.workspace("routed_experts", **base | {name: value, "format": format})
+                for value in values
+            ]
             assert sizes == sorted(sizes)
             assert sizes[0] > 0
     assert kernels.workspace("routed_experts", **base | {"input": 33}) == 0

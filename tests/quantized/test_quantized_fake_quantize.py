@@ -1,13 +1,16 @@
-"""Quantized weights and inputs as an engine has them: against Model Optimizer's TensorQuantizer on the same tensors, and themselves.
+"""Quantized weights and inputs as an engine has them: against Model Optimizer's TensorQuantizer on the same
+tensors, and themselves.
 
-FP8. TensorQuantizer in real-quantize mode divides by amax / 448 and multiplies with it, as we and ONNX's QuantizeLinear do: every bit
-is equal. Its fake mode multiplies by 448 / amax and by the inverse of that, so that last bits differ, and now and then a code.
+FP8. TensorQuantizer in real-quantize mode divides by amax / 448 and multiplies with it, as we and ONNX's
+QuantizeLinear do: every bit is equal. Its fake mode multiplies by 448 / amax and by the inverse of that, so
+that last bits differ, and now and then a code.
 
-NVFP4. Its fake mode needs a CUDA tensor. Real-quantize mode goes through its weights' code, which clamps a block's scale at 2^-9;
-inputs at run time have no such clamp, neither in its kernel (``fp8_quantize_scale`` in kernels/quantization/common/nvfp4_quant.py: "values
-below its rounding range may become zero") nor in engines, nor here. So blocks that underflow are compared with zero instead.
-(That kernel, run in Triton's interpreter with torch's cast to E4M3, gave our values for all of 1.6 million; but by its code it makes zeros
-of any block whose decode scale is below 1e-5, as engines do not.)
+NVFP4. Its fake mode needs a CUDA tensor. Real-quantize mode goes through its weights' code, which clamps a
+block's scale at 2^-9; inputs at run time have no such clamp, neither in its kernel (``fp8_quantize_scale`` in
+kernels/quantization/common/nvfp4_quant.py: "values below its rounding range may become zero") nor in engines,
+nor here. So blocks that underflow are compared with zero instead. (That kernel, run in Triton's interpreter
+with torch's cast to E4M3, gave our values for all of 1.6 million; but by its code it makes zeros of any block
+whose decode scale is below 1e-5, as engines do not.)
 """
 
 from typing import Any
@@ -103,7 +106,9 @@ def test_fp8_is_modelopts_real_quantizer_to_the_bit(x: Tensor, amax: float) -> N
 @modelopt
 @every_input
 @pytest.mark.parametrize("exponent", [-9, 0, 5])
-def test_fp8_is_modelopts_fake_quantizer_to_the_bit_where_its_inverse_is_exact(x: Tensor, exponent: int) -> None:
+def test_fp8_is_modelopts_fake_quantizer_to_the_bit_where_its_inverse_is_exact(
+    x: Tensor, exponent: int
+) -> None:
     """A power of two as scale; three times beyond amax, where both saturate."""
     amax = 448 * 2.0**exponent
     x = 3 * amax * x
@@ -114,16 +119,20 @@ def test_fp8_is_modelopts_fake_quantizer_to_the_bit_where_its_inverse_is_exact(x
 
 @modelopt
 def test_fp8_differs_from_modelopts_fake_quantizer_by_rounding_only() -> None:
-    """Decoded values: ours carry two roundings of 2^-24 (scale, product), theirs four (reciprocal, times 448, its inverse, product),
-    so that they differ by less than 6 x 2^-24 of the value, which is at most six steps of float32. Measured: two.
+    """Decoded values: ours carry two roundings of 2^-24 (scale, product), theirs four (reciprocal, times 448,
+    its inverse, product), so that they differ by less than 6 x 2^-24 of the value, which is at most six steps
+    of float32. Measured: two.
 
-    Codes: our quotient carries two roundings and theirs three, so that a code may differ where the exact quotient lies within
-    3 x 2^-24 of a midpoint between two codes. There are eight midpoints in an octave: a share of 8 x 2 x 3 x 2^-24 / ln 2 = 4.2e-6
-    of values that are spread evenly over octaves. Measured: 1 of 3.9 million.
+    Codes: our quotient carries two roundings and theirs three, so that a code may differ where the exact
+    quotient lies within 3 x 2^-24 of a midpoint between two codes. There are eight midpoints in an octave: a
+    share of 8 x 2 x 3 x 2^-24 / ln 2 = 4.2e-6 of values that are spread evenly over octaves. Measured: 1 of
+    3.9 million.
     """
     g = torch.Generator().manual_seed(1)
     x = torch.randn(1, 128, 1024, generator=g) * 3
-    midpoints = np.concatenate([np.arange(17, 32, 2) * 2.0 ** (e - 4) for e in range(-6, 9)] + [np.arange(1, 16, 2) * 2.0**-10])
+    midpoints = np.concatenate(
+        [np.arange(17, 32, 2) * 2.0 ** (e - 4) for e in range(-6, 9)] + [np.arange(1, 16, 2) * 2.0**-10]
+    )
     differing, total, most = 0, 0, 0
     for amax in torch.rand(30, generator=g) * 20 + 0.5:
         found, _ = fake_quantize(x, "fp8", scale_of(float(amax), 448))
@@ -142,7 +151,8 @@ def test_fp8_differs_from_modelopts_fake_quantizer_by_rounding_only() -> None:
 
 @modelopt
 def test_a_value_whose_fp8_code_differs() -> None:
-    """The exact quotient is 68.0000035, past the midpoint of 64 and 72; theirs comes out as 68.0, and the tie goes to 64."""
+    """The exact quotient is 68.0000035, past the midpoint of 64 and 72; theirs comes out as 68.0, and the tie
+    goes to 64."""
     amax, x = float.fromhex("0x1.154fd4p+4"), torch.tensor([[float.fromhex("0x1.50bc5ep+1")]])
     scale = scale_of(amax, 448)
     assert fake_quantize(x, "fp8", scale)[0].item() == np.float32(72) * scale
@@ -154,7 +164,8 @@ def test_a_value_whose_fp8_code_differs() -> None:
 
 
 def vanishing(x: Tensor, scale: np.float32) -> Tensor:
-    """Which values stand in a block whose scale rounds to zero: fp32(amax / (6 scale)) <= 2^-10, midway to the smallest."""
+    """Which values stand in a block whose scale rounds to zero: fp32(amax / (6 scale)) <= 2^-10, midway to
+    the smallest."""
     blocks = x.view(*x.shape[:-1], -1, 16)
     low = blocks.abs().amax(-1, keepdim=True) / torch.tensor(np.float32(6) * scale) <= 2.0**-10
     return low.expand_as(blocks).reshape(x.shape)
@@ -165,7 +176,8 @@ def vanishing(x: Tensor, scale: np.float32) -> Tensor:
 @pytest.mark.parametrize("amax", AMAX)
 @pytest.mark.parametrize("beyond", [1.0, 4.0], ids=["within amax", "beyond amax: saturated"])
 def test_nvfp4_is_modelopts_real_quantizer(x: Tensor, amax: float, beyond: float) -> None:
-    """All bits where it is not zero. Zero is +0.0 in their table for code 8 too, and -0.0 for us, as in engines' tables."""
+    """All bits where it is not zero. Zero is +0.0 in their table for code 8 too, and -0.0 for us, as in
+    engines' tables."""
     x = x * (amax * beyond)
     scale = scale_of(amax, 2688)
     found, measured = fake_quantize(x, "nvfp4", scale)
@@ -199,7 +211,11 @@ def weight(format: str, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
 
 def decoded(w: PackedWeight) -> np.ndarray:
     """By the formats' own decoders."""
-    return fp8.decode(w.codes, w.scale) if w.block_scales is None else nvfp4.decode(w.codes, w.block_scales, w.scale)
+    return (
+        fp8.decode(w.codes, w.scale)
+        if w.block_scales is None
+        else nvfp4.decode(w.codes, w.block_scales, w.scale)
+    )
 
 
 both = pytest.mark.parametrize("format", ["fp8", "nvfp4"])
@@ -228,7 +244,8 @@ def test_rows_of_it_decode_to_the_same(format: str, rows: slice) -> None:
 @both
 @pytest.mark.parametrize("elements", [1, 160, 161, 500, 1 << 18])
 def test_pieces_change_nothing(format: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values exactly; sums of float64, of which there are as many as pieces, by their rounding: 2^-53 for each of 3840 terms."""
+    """Values exactly; sums of float64, of which there are as many as pieces, by their rounding: 2^-53 for
+    each of 3840 terms."""
     w, x = weight(format, (24, 160)), INPUTS["outliers"]
     source = np.random.default_rng(0).standard_normal((24, 160)).astype(np.float32)
     scale = scale_of(0.5, 448 if format == "fp8" else 2688)
@@ -238,7 +255,11 @@ def test_pieces_change_nothing(format: str, elements: int, monkeypatch: pytest.M
     assert torch.equal(bits(parts[0][0]), bits(whole[0][0]))
     assert torch.equal(bits(parts[2]), bits(whole[2]))
     for part, expected in ((parts[0][1], whole[0][1]), (parts[1], whole[1])):
-        assert (part.saturated, part.flushed, part.count) == (expected.saturated, expected.flushed, expected.count)
+        assert (part.saturated, part.flushed, part.count) == (
+            expected.saturated,
+            expected.flushed,
+            expected.count,
+        )
         assert part.signal == pytest.approx(expected.signal, rel=expected.count * 2.0**-53, abs=0)
         assert part.error == pytest.approx(expected.error, rel=expected.count * 2.0**-53, abs=0)
 
@@ -273,7 +294,9 @@ def test_the_noise_is_that_of_what_comes_out(format: str) -> None:
     assert w.limit == limit(w.scale)
     assert w.noise(source) == noise.measure(source, decoded(w), limit(w.scale))
     assert w.noise(source).saturated == 0  # it is the weight that was encoded, and its scale is of its amax
-    assert (w.noise(source).sqnr_db or 0) > 17  # the floor of test_oracle_transformers.py; of another weight it is below zero
+    assert (
+        w.noise(source).sqnr_db or 0
+    ) > 17  # the floor of test_oracle_transformers.py; of another weight it is below zero
 
 
 @both
@@ -292,7 +315,8 @@ def test_the_input_is_neither_changed_nor_shared(format: str) -> None:
 
 @both
 def test_a_product_in_slices_is_the_product(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes of a power-of-two scale times small integers: every sum is exact in float32, whatever its order."""
+    """Codes of a power-of-two scale times small integers: every sum is exact in float32, whatever its
+    order."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (40, 64)).astype(np.uint8)
     if format == "fp8":

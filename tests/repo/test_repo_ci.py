@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINNED = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+PINNED = {
+    line.partition("==")[0].lower().replace("_", "-")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+}
 
 
 @pytest.mark.parametrize("script", [path.name for path in sorted((ROOT / ".ci").iterdir())])
@@ -28,7 +31,11 @@ def test_readme_has_the_commands_that_ci_runs() -> None:
 
 def test_promised_pythons_are_named() -> None:
     first, last = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
-    named = [c.rpartition(".")[2] for c in PROJECT["classifiers"] if c.startswith("Programming Language :: Python :: 3.")]
+    named = [
+        c.rpartition(".")[2]
+        for c in PROJECT["classifiers"]
+        if c.startswith("Programming Language :: Python :: 3.")
+    ]
     assert named == [str(minor) for minor in range(int(first), int(last))]
 
 

@@ -19,11 +19,21 @@ def test_no_call_passes_seven_or_more_positional_arguments():
 
 
 def test_foreign_names_stand_in_one_file():
-    """Names of other tools' tensors and config files: in layouts/modelopt.py alone, whatever reads or writes them."""
+    """Names of other tools' tensors and config files: in layouts/modelopt.py alone, whatever reads or writes
+    them."""
     foreign = {
-        "weight_scale", "weight_scale_2", "quantization_config", "hf_quant_config.json", "quant_algo", "kv_cache_quant_algo",
-        "quantized_layers", "exclude_modules", "kv_cache_scheme", "config_groups", "quant_method",
-    }  # fmt: skip
+        "weight_scale",
+        "weight_scale_2",
+        "quantization_config",
+        "hf_quant_config.json",
+        "quant_algo",
+        "kv_cache_quant_algo",
+        "quantized_layers",
+        "exclude_modules",
+        "kv_cache_scheme",
+        "config_groups",
+        "quant_method",
+    }
     found = {
         (str(path.relative_to(ROOT / "nemoquant")), node.value)
         for path in sorted((ROOT / "nemoquant").rglob("*.py"))

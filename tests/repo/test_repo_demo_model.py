@@ -1,4 +1,5 @@
-"""The demo model is what its manifest says, and good enough to test quantization with: every kind of block matters."""
+"""The demo model is what its manifest says, and good enough to test quantization with: every kind of block
+matters."""
 
 import json
 
@@ -55,7 +56,10 @@ def test_it_is_small_and_has_every_kind_of_block():
     assert set(config.layers) >= {"mamba", "moe", "attention"} and config.count("attention") >= 2
     assert config.num_key_value_heads < config.num_attention_heads
     assert (
-        config.n_routed_experts >= 16 and config.num_experts_per_tok == 4 and config.moe_latent_size and config.n_shared_experts
+        config.n_routed_experts >= 16
+        and config.num_experts_per_tok == 4
+        and config.moe_latent_size
+        and config.n_shared_experts
     )
     assert config.mtp_layers == ("attention", "moe") and not config.tie_word_embeddings
     assert 2048 <= config.vocab_size <= 4096

@@ -1,4 +1,5 @@
-"""The file map of CONTRIBUTING.md: its paths exist, and it has the top of the repository and of the package."""
+"""The file map of CONTRIBUTING.md: its paths exist, and it has the top of the repository and of the
+package."""
 
 import re
 import subprocess

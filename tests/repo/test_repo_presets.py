@@ -1,4 +1,5 @@
-"""Every shipped preset that fits the demo model quantizes it, and the result verifies against it, every code encoded again."""
+"""Every shipped preset that fits the demo model quantizes it, and the result verifies against it, every code
+encoded again."""
 
 import pytest
 from support.places import DEMO
@@ -19,4 +20,6 @@ def test_preset(preset, demo, tmp_path):
     report = nemoquant.verify(out, against=DEMO)
     assert report["ok"] and not report["problems"] and not report["warnings"]
     assert report["checked"]["encoded_again"] == len(result.plan.quantized) > 0
-    assert sum(p.stat().st_size for p in out.glob("*.safetensors")) < sum(p.stat().st_size for p in DEMO.glob("*.safetensors"))
+    assert sum(p.stat().st_size for p in out.glob("*.safetensors")) < sum(
+        p.stat().st_size for p in DEMO.glob("*.safetensors")
+    )

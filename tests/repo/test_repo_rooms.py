@@ -1,4 +1,5 @@
-"""The order of the rooms: each imports only what stands above it, lazily too, and nothing imports in a circle."""
+"""The order of the rooms: each imports only what stands above it, lazily too, and nothing imports in a
+circle."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 from support.places import PACKAGE
 
-# From the top; names on one line may import each other. `solve` (solved weights) has its place after `calibrate`.
+# From the top; names on one line may import each other. `solve` (solved weights) has its place after
+# `calibrate`.
 ORDER = (
     ("_version", "errors", "units", "progress", "shipped"),
     ("formats",),
@@ -68,7 +70,9 @@ def test_every_room_has_its_place():
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "nemoquant"])
 def test_a_room_imports_only_rooms_above_it(module):
-    below = [name for name in IMPORTS[module] if name != "nemoquant" and RANK[room(name)] > RANK[room(module)]]
+    below = [
+        name for name in IMPORTS[module] if name != "nemoquant" and RANK[room(name)] > RANK[room(module)]
+    ]
     assert not below, f"{module} imports {below}, which stand below it"
 
 

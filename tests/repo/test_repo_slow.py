@@ -42,7 +42,9 @@ def test_every_room_has_a_folder_of_tests() -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_room_has_tests_that_are_not_slow(folder: str) -> None:
     found = [slow for file in (TESTS / folder).glob("test_*.py") for slow in slowness(file).values()]
-    assert not all(found), f"all {len(found)} tests of tests/{folder} are slow: -m 'not slow' leaves this room out"
+    assert not all(found), (
+        f"all {len(found)} tests of tests/{folder} are slow: -m 'not slow' leaves this room out"
+    )
 
 
 def test_how_marks_are_read(tmp_path: Path) -> None:

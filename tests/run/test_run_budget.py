@@ -10,7 +10,9 @@ from nemoquant.calibrate.batch import Batch
 from nemoquant.errors import CalibrationError, OutputError
 from nemoquant.run.budget import pack_bytes
 
-WAITING = 2 * 8 * (4 << 20)  # two queues, to be hashed and to be written, of 8 pieces: codes of 8 MiB of bf16 at most
+WAITING = (
+    2 * 8 * (4 << 20)
+)  # two queues, to be hashed and to be written, of 8 pieces: codes of 8 MiB of bf16 at most
 IN_PROJ = (64 + 64 + 2 * 2 * 16 + 4) * 64 // 16  # rows z, x, B and C, dt; a scale for 16 of 64 columns
 EXPERTS = 8 * 48 * 32 // 16  # of one layer and projection together
 

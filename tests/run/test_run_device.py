@@ -1,4 +1,5 @@
-"""Packing on a GPU, by Triton's interpreter in processes of their own: the same files, each weight sent there once; and what is refused."""
+"""Packing on a GPU, by Triton's interpreter in processes of their own: the same files, each weight sent there
+once; and what is refused."""
 
 import importlib.util
 import json
@@ -17,7 +18,9 @@ from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import Interrupted, MissingExtraError, UsageError
 from nemoquant.formats import gpu
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (extra: dev)")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton (extra: dev)"
+)
 
 RUN = """
 import json, sys
@@ -26,7 +29,8 @@ from nemoquant import api
 from nemoquant.formats import gpu
 from nemoquant.pack import encode
 
-source, out, preset, options, calibration = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(json.loads, sys.argv[4:])
+source, out, preset = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+options, calibration = map(json.loads, sys.argv[4:])
 encode.CHUNK_BYTES = 4096  # so that weights of this size have several chunks
 sent, put = [], gpu.put
 gpu.put = lambda weight: sent.append(weight.shape) or put(weight)
@@ -36,7 +40,9 @@ print(json.dumps({"sent": len(sent), "chunks": len(chunks)}))
 """
 
 
-def on_gpu(source: Path, out: Path, preset: str, calibration: dict[str, Any] | None = None, **options: Any) -> dict[str, int]:
+def on_gpu(
+    source: Path, out: Path, preset: str, calibration: dict[str, Any] | None = None, **options: Any
+) -> dict[str, int]:
     """``quantize`` with the device cuda; how many weights were sent there, and how many chunks there are."""
     arguments = [source, out, preset, json.dumps({"threads": 2} | options), json.dumps(calibration or {})]
     done = run_python(RUN, *arguments, TRITON_INTERPRET="1")
@@ -59,7 +65,8 @@ def stopping(at: str | None) -> Callable[..., None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
 def test_every_file_is_that_of_the_cpu(preset: str, source: Path, token_rows: Path, tmp_path: Path) -> None:
-    """With calibration and without; verify, which runs on the CPU, encodes everything again. (The interpreter's cuda is this CPU.)"""
+    """With calibration and without; verify, which runs on the CPU, encodes everything again. (The
+    interpreter's cuda is this CPU.)"""
     calibration = {"data": str(token_rows), "dtype": "float32", "row_batch": 8}
     quantize(source, tmp_path / "expected", preset, RunOptions(**calibration, threads=2))
     found = on_gpu(source, tmp_path / "found", preset, calibration)
@@ -71,8 +78,11 @@ def test_every_file_is_that_of_the_cpu(preset: str, source: Path, token_rows: Pa
 
 @needs_triton
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_other_device(source: Path, quantized: Callable[..., Path], tmp_path: Path) -> None:
-    """Begun on the CPU, interrupted between shards, gone on with on the GPU, with scales given: the file set of a run in one go."""
+def test_a_run_goes_on_with_the_other_device(
+    source: Path, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Begun on the CPU, interrupted between shards, gone on with on the GPU, with scales given: the file set
+    of a run in one go."""
     scales = quantized("fp8", "first") / "nemoquant_scales.json"
     expected = quantized("fp8", "expected", scales=scales, shard_bytes=30_000)
 
@@ -86,9 +96,14 @@ def test_a_run_goes_on_with_the_other_device(source: Path, quantized: Callable[.
 
 
 def test_after_calibration_the_device_may_change(
-    source: Path, token_rows: Path, quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    token_rows: Path,
+    quantized: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before, it decides what is calibrated: then the run is refused. (The device's name alone: nothing runs on a GPU here.)
+    """Before, it decides what is calibrated: then the run is refused. (The device's name alone: nothing runs
+    on a GPU here.)
 
     Nor does it matter then in which dtype the other device would have calibrated by itself.
     """
@@ -117,8 +132,12 @@ def test_after_calibration_the_device_may_change(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a machine without a GPU")
-@pytest.mark.parametrize("verb", [("quantize", "out", "--recipe", "nvfp4-w4a16"), ("plan", "--estimate", "--fmt", "fp8")])
-def test_without_a_gpu_nothing_is_read(verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "verb", [("quantize", "out", "--recipe", "nvfp4-w4a16"), ("plan", "--estimate", "--fmt", "fp8")]
+)
+def test_without_a_gpu_nothing_is_read(
+    verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A source that does not even exist is not looked at; recipes without calibration are refused too."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
@@ -138,9 +157,12 @@ def seeming_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("seeming_gpu")
 def test_without_triton(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
+    )
     with pytest.raises(
-        MissingExtraError, match="device cuda needs Triton, which torch for CUDA brings along: pip install triton"
+        MissingExtraError,
+        match="device cuda needs Triton, which torch for CUDA brings along: pip install triton",
     ):
         quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(device="cuda"))
     assert not (tmp_path / "out.partial").exists()
@@ -149,12 +171,13 @@ def test_without_triton(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("seeming_gpu")
 def test_a_gpu_that_can_not_be_used(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with TORCH_USE_CUDA_DSA")
+        raise RuntimeError(
+            "CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with TORCH_USE_CUDA_DSA"
+        )
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     monkeypatch.setattr(torch, "empty", busy)
-    says = (
-        r"torch can't use the GPU \(CUDA error: all CUDA-capable devices are busy or unavailable\); free it, or take device cpu"
-    )
+    says = r"torch can't use the GPU \(CUDA error: all CUDA-capable devices are busy or unavailable\); "
+    says += "free it, or take device cpu"
     with pytest.raises(UsageError, match=says):
         quantize(source, tmp_path / "out", "fp8", RunOptions(device="cuda"))

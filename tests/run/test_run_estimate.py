@@ -28,7 +28,8 @@ SPEEDS = Speeds(
 
 @pytest.fixture
 def estimated(source, monkeypatch):
-    """An estimate from ``SPEEDS`` (or changed ones) for 8 rows of 32 tokens, 4 of them at once, and its plan."""
+    """An estimate from ``SPEEDS`` (or changed ones) for 8 rows of 32 tokens, 4 of them at once, and its
+    plan."""
 
     def make(preset, threads=2, **changes):
         from dataclasses import replace
@@ -53,9 +54,9 @@ def test_packing_waits_for_the_slowest(estimated):
     found, plan = estimated("nvfp4-w4a16", hash=1e15, write=1e15, sync=1e15, read=1e15)
     quantized = sum(2 * row.elements for row in plan.quantized)
     assert found.pack == pytest.approx(quantized / 1e8 / 2, rel=1e-3)  # two threads encode
-    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, sync=1e15, read=1e15)[0].pack == pytest.approx(
-        2 * found.pack, rel=1e-3
-    )
+    assert estimated("nvfp4-w4a16", threads=1, hash=1e15, write=1e15, sync=1e15, read=1e15)[
+        0
+    ].pack == pytest.approx(2 * found.pack, rel=1e-3)
 
 
 def test_calibration_is_products_mixers_and_weights_read_once_a_batch(estimated):
@@ -101,9 +102,18 @@ def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source,
     monkeypatch.setattr("nemoquant.run.compute_speeds.torch_device", lambda device: torch.device("cpu"))
     opened, plan = api.open_source(source), api.plan(source, "fp8")
     with opened.checkpoint:
-        found = speeds.measure(opened.checkpoint, plan, source.parent, BATCH, row_batch=4, threads=2, device="cuda")
+        found = speeds.measure(
+            opened.checkpoint, plan, source.parent, BATCH, row_batch=4, threads=2, device="cuda"
+        )
     assert asked == {"cuda"}
     largest = max(row.bytes_in for row in plan.quantized)
-    assert 0 < max(found.encode.values()) <= largest / (2 * 0.01), "a thread's share: each waits for the other"
-    cpu, gpu = (budget(plan, None, memory=None, row_batch=None, threads=3, device=device).memory for device in ("cpu", "cuda"))
-    assert gpu - cpu == 3 * 3 * (8 << 20), "three threads: a chunk of 8 MiB, twice that as float32, and its codes"
+    assert 0 < max(found.encode.values()) <= largest / (2 * 0.01), (
+        "a thread's share: each waits for the other"
+    )
+    cpu, gpu = (
+        budget(plan, None, memory=None, row_batch=None, threads=3, device=device).memory
+        for device in ("cpu", "cuda")
+    )
+    assert gpu - cpu == 3 * 3 * (8 << 20), (
+        "three threads: a chunk of 8 MiB, twice that as float32, and its codes"
+    )

@@ -31,9 +31,14 @@ def killed(source, token_rows, tmp_path):
 
         def run(name, preset, *, kill_at=None, resume=False):
             request = {
-                "out": str(tmp_path / name), "preset": preset, "kill_at": kill_at, "resume": resume, "source": str(source),
-                "data": str(token_rows), "shard_bytes": 30_000,
-            }  # fmt: skip
+                "out": str(tmp_path / name),
+                "preset": preset,
+                "kill_at": kill_at,
+                "resume": resume,
+                "source": str(source),
+                "data": str(token_rows),
+                "shard_bytes": 30_000,
+            }
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
@@ -49,7 +54,9 @@ def test_killed_at_ten_random_points(preset, killed, tmp_path):
     whole = killed("whole", preset)
     assert (whole["status"], whole["error"]) == (0, None)
     expected = tree(tmp_path / "whole")
-    assert sum(name.endswith(".safetensors") for name in expected) >= 5, "several shards, or resuming them is not tested"
+    assert sum(name.endswith(".safetensors") for name in expected) >= 5, (
+        "several shards, or resuming them is not tested"
+    )
     choose = random.Random(preset)
     for point in sorted(choose.sample(range(1, whole["events"] + 1), 10)):
         name = f"killed-{point}"
@@ -67,7 +74,8 @@ def test_killed_at_ten_random_points(preset, killed, tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_behind_the_rename(killed, tmp_path):
-    """OUT has its name, its state is not removed yet: --resume finishes that, whether or not there is anything else to do."""
+    """OUT has its name, its state is not removed yet: --resume finishes that, whether or not there is
+    anything else to do."""
     events = killed("whole", "nvfp4")["events"]
     expected = tree(tmp_path / "whole")
     for back in range(5):  # the last events are removals in OUT

@@ -1,6 +1,7 @@
 """Bounded memory: a checkpoint three times the limit goes through with its peak under the limit.
 
-Peak is VmHWM of a process of its own, above that of a process that only imports the same modules and compiles the kernels.
+Peak is VmHWM of a process of its own, above that of a process that only imports the same modules and compiles
+the kernels.
 """
 
 import json
@@ -45,7 +46,13 @@ def large(tmp_path_factory) -> Path:
 
 
 def peak(source, out, preset, **options):
-    return child(CHILD, source, out, preset, json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in options.items()}))
+    return child(
+        CHILD,
+        source,
+        out,
+        preset,
+        json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in options.items()}),
+    )
 
 
 @pytest.fixture(scope="module")

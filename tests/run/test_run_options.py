@@ -1,4 +1,5 @@
-"""The options of a run: one table says flag, default and what may change on resume; the command line and the state follow it."""
+"""The options of a run: one table says flag, default and what may change on resume; the command line and the
+state follow it."""
 
 from dataclasses import FrozenInstanceError, fields
 
@@ -18,7 +19,12 @@ def test_the_command_line_has_each_of_them_by_its_flag_and_default():
     given = {parameter.name: parameter for parameter in command.params}
     for name, option in OPTIONS.items():
         assert given[name].opts == [option.flag]
-    spelled = {"dtype": "auto", "shard_bytes": 5.0, "scale_groups": False, "resume": False}  # a flag's own spelling
+    spelled = {
+        "dtype": "auto",
+        "shard_bytes": 5.0,
+        "scale_groups": False,
+        "resume": False,
+    }  # a flag's own spelling
     for name, option in OPTIONS.items():
         assert given[name].default == spelled.get(name, option.default), name
 
@@ -43,7 +49,10 @@ def test_they_are_frozen_and_go_by_their_names():
         ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
         ({"engine": "spark"}, "engine is 'spark'; expected local or ray"),
         ({"address": "auto"}, "an address (auto) goes with --engine ray only; give both, or neither"),
-        ({"engine": "ray", "device": "cuda"}, "engine ray computes on processors only, device is 'cuda'; expected cpu"),
+        (
+            {"engine": "ray", "device": "cuda"},
+            "engine ray computes on processors only, device is 'cuda'; expected cpu",
+        ),
     ],
 )
 def test_what_no_run_can_be_told(options, says):

@@ -1,4 +1,5 @@
-"""A run spread over two Ray nodes, one of which is lost in the middle: the bytes of the run in one process."""
+"""A run spread over two Ray nodes, one of which is lost in the middle: the bytes of the run in one
+process."""
 
 import importlib.util
 import json
@@ -32,7 +33,11 @@ def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["said"] == ["Ray: 2 processors"]
-    for name in ("two", "calibrate", "pack"):  # a row at a time and one thread: even the calibrated scales are the same
+    for name in (
+        "two",
+        "calibrate",
+        "pack",
+    ):  # a row at a time and one thread: even the calibrated scales are the same
         assert changed_files(folder / name, whole.out) == [], name
     for stage in ("calibrate", "pack"):
         node, tasks = report[stage]["lost"], report[stage]["tasks"]
@@ -45,7 +50,8 @@ def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
 @pytest.mark.slow
 @needs_ray
 def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
-    """NaN in an expert: found on a node, told as it is without a cluster. Through the command line, which starts a cluster for it."""
+    """NaN in an expert: found on a node, told as it is without a cluster. Through the command line, which
+    starts a cluster for it."""
     import torch
 
     name = "backbone.layers.2.mixer.experts.3.up_proj.weight"
@@ -65,7 +71,16 @@ def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))  # Ray clears its own cache
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: None)
     result = nemoquant(
-        "quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", "--address", "auto", code=2
+        "quantize",
+        source,
+        tmp_path / "out",
+        "--recipe",
+        "nvfp4-w4a16",
+        "--engine",
+        "ray",
+        "--address",
+        "auto",
+        code=2,
     )
     assert "error: no Ray cluster at auto (" in result.stderr
     assert "start one by `ray start --head`" in result.stderr
@@ -74,8 +89,12 @@ def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
 
 def test_without_the_extra(source, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a))
-    result = nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", code=3)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a)
+    )
+    result = nemoquant(
+        "quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", code=3
+    )
     assert "--engine ray needs the extra `ray`: pip install 'nemoquant[ray]'" in result.stderr
     assert not list(tmp_path.glob("out*"))
 
@@ -85,7 +104,9 @@ def test_options_of_the_engine(source, tmp_path):
         quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(engine="spark"))
     with pytest.raises(UsageError, match=r"an address \(auto\) goes with --engine ray only"):
         quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(address="auto"))
-    with pytest.raises(UsageError, match="engine ray computes on processors only, device is 'cuda'; expected cpu"):
+    with pytest.raises(
+        UsageError, match="engine ray computes on processors only, device is 'cuda'; expected cpu"
+    ):
         quantize(source, tmp_path / "out", "fp8", RunOptions(engine="ray", device="cuda"))
 
 
@@ -98,9 +119,13 @@ def test_a_node_with_another_source_or_version(source, make_checkpoint):
     other = make_checkpoint("other", seed=1)
     with Checkpoint(source) as checkpoint:
         fingerprint = weights_fingerprint(checkpoint)
-    with pytest.raises(CheckpointError, match="is another checkpoint on a node of the cluster; expected the same one"):
+    with pytest.raises(
+        CheckpointError, match="is another checkpoint on a node of the cluster; expected the same one"
+    ):
         _opened((str(other), fingerprint, __import__("nemoquant").__version__))
-    with pytest.raises(CheckpointError, match=r"a node of the cluster has nemoquant .*; expected 0\.0\.0, as here"):
+    with pytest.raises(
+        CheckpointError, match=r"a node of the cluster has nemoquant .*; expected 0\.0\.0, as here"
+    ):
         _opened((str(source), fingerprint, "0.0.0"))
 
 

@@ -1,4 +1,5 @@
-"""The same bytes again: of two runs, of other thread counts, of a scales file given back, of other layouts of the source."""
+"""The same bytes again: of two runs, of other thread counts, of a scales file given back, of other layouts of
+the source."""
 
 import json
 
@@ -44,7 +45,9 @@ def test_scales_of_an_earlier_run_repeat_the_whole_output(preset, quantized):
 
 def test_scales_repeat_the_warnings_too(source, tmp_path):
     text = tmp_path / "few.jsonl"
-    text.write_text("".join(json.dumps({"input_ids": [5 + i % 80 for i in range(45 + n)]}) + "\n" for n in range(3)))
+    text.write_text(
+        "".join(json.dumps({"input_ids": [5 + i % 80 for i in range(45 + n)]}) + "\n" for n in range(3))
+    )
 
     def run(name, dry_run=False, **options):
         given = RunOptions(seq_len=20, threads=1, **options)
@@ -66,7 +69,8 @@ def test_scales_repeat_the_warnings_too(source, tmp_path):
 
 
 def test_warnings_of_the_plan_are_not_repeated(make_checkpoint, quantized):
-    """They come from the recipe and the model, in each run; the scales file keeps those of the calibration only."""
+    """They come from the recipe and the model, in each run; the scales file keeps those of the calibration
+    only."""
     source = make_checkpoint("dense", hybrid_override_pattern="M*-", num_nextn_predict_layers=0)
     first = quantized("nvfp4", "first", of=source)  # no experts, so nothing is NVFP4
     again = quantized("nvfp4", "again", of=source, scales=first / "nemoquant_scales.json")
@@ -75,11 +79,15 @@ def test_warnings_of_the_plan_are_not_repeated(make_checkpoint, quantized):
 
 def test_one_scales_file_serves_other_recipes(quantized):
     scales = quantized("fp8", "first") / "nemoquant_scales.json"
-    assert changed_files(quantized("nvfp4-full", "direct"), quantized("nvfp4-full", "by_scales", scales=scales)) == []
+    assert (
+        changed_files(quantized("nvfp4-full", "direct"), quantized("nvfp4-full", "by_scales", scales=scales))
+        == []
+    )
 
 
 def fuse(source, folder):
-    """The layout of transformers 5: one file, experts stacked in numeric order, and its name of the embedding."""
+    """The layout of transformers 5: one file, experts stacked in numeric order, and its name of the
+    embedding."""
     tensors = oracle_tensors.read(source)
     fused, experts = {}, {}
     for name, tensor in tensors.items():
@@ -89,7 +97,10 @@ def fuse(source, folder):
             experts.setdefault(f"{parts[0]}.experts.{projection}", {})[int(expert)] = tensor
         else:
             fused[name.replace("backbone.embeddings.", "backbone.embedding.")] = tensor
-    fused |= {name: torch.stack([by_number[e] for e in range(len(by_number))]) for name, by_number in experts.items()}
+    fused |= {
+        name: torch.stack([by_number[e] for e in range(len(by_number))])
+        for name, by_number in experts.items()
+    }
     folder.mkdir()
     save_file(fused, folder / "model.safetensors")
     (folder / "config.json").write_text((source / "config.json").read_text())

@@ -1,4 +1,5 @@
-"""Runs that were interrupted or failed, and gone on with: the bytes of a run that was not, and what is refused.
+"""Runs that were interrupted or failed, and gone on with: the bytes of a run that was not, and what is
+refused.
 
 tests/run/test_run_killed.py kills them in the middle of a write.
 """
@@ -20,7 +21,8 @@ SHARD_BYTES = 30_000
 
 @pytest.fixture
 def begun(source, token_rows, tmp_path, monkeypatch):
-    """Begins a run of ``source`` into ``out`` that an interrupt ends: after ``layers`` layers or ``shards`` shards."""
+    """Begins a run of ``source`` into ``out`` that an interrupt ends: after ``layers`` layers or ``shards``
+    shards."""
     from nemoquant.calibrate import run
     from nemoquant.pack import write
 
@@ -51,7 +53,9 @@ def begun(source, token_rows, tmp_path, monkeypatch):
 
 def make(source, token_rows, out, preset="nvfp4", *, resume=False, said=None, calibration=None, **options):
     calibration = {"data": token_rows, "dtype": "float32", **(calibration or {})}
-    options = RunOptions(**calibration, resume=resume, **{"threads": 1, "shard_bytes": SHARD_BYTES, **options})
+    options = RunOptions(
+        **calibration, resume=resume, **{"threads": 1, "shard_bytes": SHARD_BYTES, **options}
+    )
     said = [] if said is None else said
     return quantize(source, out, preset, options, say=said.append)
 
@@ -72,7 +76,11 @@ def test_an_interrupted_run_is_gone_on_with(where, says, begun, source, token_ro
     again = make(source, token_rows, tmp_path / "out", resume=True, said=said)
     assert said == [f"going on with {tmp_path}/out.partial: {says}"]
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert (again.warnings, again.calibration, again.verified) == (whole.warnings, whole.calibration, whole.verified)
+    assert (again.warnings, again.calibration, again.verified) == (
+        whole.warnings,
+        whole.calibration,
+        whole.verified,
+    )
 
 
 def test_what_is_finished_is_not_done_again(begun, source, token_rows, tmp_path, monkeypatch):
@@ -139,14 +147,20 @@ def test_zero_weights_are_remembered(make_checkpoint, token_rows, tmp_path, monk
         ({"scale_groups": False}, "--no-scale-groups was False and is True"),
         ({"shard_bytes": 60_000}, "--shard-size was 3e-05 and is 6e-05"),
         ({"threads": 2}, "--threads was 1 and is 2"),
-        ({"calibration": {"row_batch": 3}}, r"--row-batch was 8 \(attention\), 8 \(mamba\), 8 \(mlp\), 8 \(moe\) and is 3"),
+        (
+            {"calibration": {"row_batch": 3}},
+            r"--row-batch was 8 \(attention\), 8 \(mamba\), 8 \(mlp\), 8 \(moe\) and is 3",
+        ),
         ({"calibration": {"dtype": "bfloat16"}}, "--compute was float32 and is bfloat16"),
     ],
 )
 def test_options_that_matter_must_be_the_same(change, says, begun, source, token_rows, tmp_path):
     begun(layers=2)
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match=rf"out\.partial was begun with other options: .*{says}.*give the same ones to --resume"):
+    with pytest.raises(
+        UsageError,
+        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones to --resume",
+    ):
         make(source, token_rows, tmp_path / "out", resume=True, **change)
     assert tree(tmp_path) == before
 
@@ -158,8 +172,16 @@ def test_other_rows_or_another_source_are_refused(begun, source, token_rows, tmp
     with pytest.raises(UsageError, match=says):
         make(source, tmp_path / "other.npy", tmp_path / "out", resume=True)
     first = quantize(source, tmp_path / "first", "nvfp4", RunOptions(data=token_rows, threads=1))
-    with pytest.raises(UsageError, match=r"--calib was 8 rows.* and is not given.*--scales was not given and is \w{12}"):
-        make(source, token_rows, tmp_path / "out", resume=True, calibration={"scales": first.out / "nemoquant_scales.json"})
+    with pytest.raises(
+        UsageError, match=r"--calib was 8 rows.* and is not given.*--scales was not given and is \w{12}"
+    ):
+        make(
+            source,
+            token_rows,
+            tmp_path / "out",
+            resume=True,
+            calibration={"scales": first.out / "nemoquant_scales.json"},
+        )
     other = make_checkpoint("other", seed=1)
     with pytest.raises(UsageError, match=r"SRC's weights was \w{12} and is \w{12}"):
         make(other, token_rows, tmp_path / "out", resume=True)
@@ -222,7 +244,9 @@ def test_a_folder_of_somebody_else(source, token_rows, tmp_path):
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "mine").write_text("mine")
-    with pytest.raises(OutputError, match=r"out\.partial holds mine, which no run writes there; move it away"):
+    with pytest.raises(
+        OutputError, match=r"out\.partial holds mine, which no run writes there; move it away"
+    ):
         make(source, token_rows, tmp_path / "out", resume=True)
     (partial / "mine").rename(partial / "config.json")
     with pytest.raises(OutputError, match=rf"out\.partial has files but no {FOLDER}/{STATE}"):
@@ -269,8 +293,12 @@ def test_an_out_that_came_to_be_meanwhile(source, token_rows, tmp_path, monkeypa
 
     verify = run.verify
     with monkeypatch.context() as patch:
-        patch.setattr(run, "verify", lambda *a, **k: ((tmp_path / "out").write_text("mine"), verify(*a, **k))[1])
-        with pytest.raises(OutputError, match=r"out\.partial is finished and verified, but can't be renamed to .*out"):
+        patch.setattr(
+            run, "verify", lambda *a, **k: ((tmp_path / "out").write_text("mine"), verify(*a, **k))[1]
+        )
+        with pytest.raises(
+            OutputError, match=r"out\.partial is finished and verified, but can't be renamed to .*out"
+        ):
             make(source, token_rows, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
     (tmp_path / "out").unlink()

@@ -5,11 +5,22 @@ import json
 from nemoquant.api import quantize
 
 SIDE_FILES = {  # name -> whether it is copied
-    "generation_config.json": True, "tokenizer.json": True, "tokenizer_config.json": True, "tokenizer.model": True,
-    "chat_template.jinja": True, "special_tokens_map.json": True, "LICENSE": True, "NOTICE.txt": True,
-    "modeling_made_up.py": True, "other.py": False, "evil.sh": False, "README.md": False, "training_args.bin": False,
-    ".gitattributes": False, "vocab.txt": False,
-}  # fmt: skip
+    "generation_config.json": True,
+    "tokenizer.json": True,
+    "tokenizer_config.json": True,
+    "tokenizer.model": True,
+    "chat_template.jinja": True,
+    "special_tokens_map.json": True,
+    "LICENSE": True,
+    "NOTICE.txt": True,
+    "modeling_made_up.py": True,
+    "other.py": False,
+    "evil.sh": False,
+    "README.md": False,
+    "training_args.bin": False,
+    ".gitattributes": False,
+    "vocab.txt": False,
+}
 
 
 def test_side_files_by_allow_list(make_checkpoint, tmp_path):

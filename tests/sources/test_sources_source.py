@@ -33,7 +33,9 @@ def test_a_bare_config() -> None:
 
 def test_dtypes_are_those_of_the_headers(make_checkpoint: Make) -> None:
     def edit(tensors: Tensors) -> None:
-        tensors["backbone.layers.2.mixer.gate.weight"] = tensors["backbone.layers.2.mixer.gate.weight"].float()
+        tensors["backbone.layers.2.mixer.gate.weight"] = tensors[
+            "backbone.layers.2.mixer.gate.weight"
+        ].float()
         tensors["backbone.layers.0.mixer.D"] = tensors["backbone.layers.0.mixer.D"].half()
 
     found = {spec.name: spec.dtype for spec in open_source(make_checkpoint(edit=edit)).table}
@@ -51,13 +53,16 @@ def test_already_quantized_by_its_config(source: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         open_source(source)
     assert str(error.value) == (
-        f"{source} is already quantized (config.json has `quantization_config`); expected the bf16 checkpoint that it was made from"
+        f"{source} is already quantized (config.json has `quantization_config`); expected the bf16 "
+        f"checkpoint that it was made from"
     )
 
 
 def test_already_quantized_by_its_legacy_file(source: Path) -> None:
     (source / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"is already quantized \(it has hf_quant_config\.json\); expected the bf16"):
+    with pytest.raises(
+        CheckpointError, match=r"is already quantized \(it has hf_quant_config\.json\); expected the bf16"
+    ):
         open_source(source)
 
 
@@ -74,12 +79,19 @@ def test_weights_that_are_not_floating(make_checkpoint: Make, dtype: torch.dtype
         for name in names:
             tensors[name] = tensors[name].to(dtype)
 
-    shown = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64", torch.float64: "F64"}[dtype]
+    shown = {
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.int64: "I64",
+        torch.float64: "F64",
+    }[dtype]
     folder = make_checkpoint(edit=edit)
     with pytest.raises(CheckpointError) as error:
         open_source(folder)
     assert str(error.value) == (
-        f"{folder}: 2 tensors are not floating ({names[0]} {shown}, {names[1]} {shown}); expected BF16, F16, F32"
+        f"{folder}: 2 tensors are not floating ({names[0]} {shown}, {names[1]} {shown}); expected BF16, "
+        f"F16, F32"
     )
 
 
@@ -97,12 +109,17 @@ def test_one_error_lists_all_that_is_wrong(make_checkpoint: Make) -> None:
     with pytest.raises(TensorTableError) as error:
         open_source(folder)
     message = str(error.value)
-    assert message.startswith(f"{folder}: its tensors are not those that its config.json calls for: 2 missing: ")
-    assert "2 missing: backbone.layers.0.mixer.A_log, mtp.layers.1.final_layernorm.weight; 3 extra: " in message
+    assert message.startswith(
+        f"{folder}: its tensors are not those that its config.json calls for: 2 missing: "
+    )
+    assert (
+        "2 missing: backbone.layers.0.mixer.A_log, mtp.layers.1.final_layernorm.weight; 3 extra: " in message
+    )
     assert all(name in message for name in ("backbone.layers.6.norm.weight", "model.rotary", "visual.patch"))
     assert (
         "; 2 misshapen: backbone.layers.2.mixer.experts.3.up_proj.weight is [32, 48], expected [48, 32], "
-        "lm_head.weight is [96, 63], expected [96, 64]; expected the published layout, is the config the right one?" in message
+        "lm_head.weight is [96, 63], expected [96, 64]; expected the published layout, is the config the "
+        "right one?" in message
     )
     assert "\n" not in message
 
@@ -115,7 +132,10 @@ def test_a_long_list_is_cut_and_counted(make_checkpoint: Make) -> None:
     with pytest.raises(TensorTableError) as error:
         open_source(make_checkpoint(edit=edit))
     prefix = "backbone.layers.2.mixer.experts."
-    assert f"48 missing: {', '.join(f'{prefix}{e}.up_proj.weight' for e in range(5))} and 43 more; expected" in str(error.value)
+    assert (
+        f"48 missing: {', '.join(f'{prefix}{e}.up_proj.weight' for e in range(5))} and 43 more; expected"
+        in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -126,7 +146,11 @@ def test_fused_experts_of_another_shape(make_checkpoint: Make, transpose: bool) 
         fused = torch.stack([p.T for p in parts]) if transpose else torch.stack(parts[:7])
         tensors["backbone.layers.2.mixer.experts.up_proj"] = fused
 
-    expected = "8 misshapen: .*is \\[32, 48\\], expected \\[48, 32\\]" if transpose else "1 missing: .*experts.7.up_proj.weight"
+    expected = (
+        "8 misshapen: .*is \\[32, 48\\], expected \\[48, 32\\]"
+        if transpose
+        else "1 missing: .*experts.7.up_proj.weight"
+    )
     with pytest.raises(TensorTableError, match=expected):
         open_source(make_checkpoint(edit=edit))
 
@@ -138,7 +162,10 @@ def test_another_model(source: Path) -> None:
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere does not exist; expected a Nemotron-H checkpoint folder or its config\.json"):
+    with pytest.raises(
+        ConfigError,
+        match=r"nowhere does not exist; expected a Nemotron-H checkpoint folder or its config\.json",
+    ):
         open_source(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"config\.json does not exist; expected"):
         open_source(tmp_path)

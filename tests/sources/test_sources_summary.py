@@ -30,7 +30,9 @@ def inspected() -> dict[str, Any]:
 
 def test_golden_figures_of_super(inspected: dict[str, Any]) -> None:
     assert inspected["tensors"] == 42_683 == 40 * 9 + 8 * 5 + 40 * (7 + 1024) + 3 + (3 + 5) + (7 + 1024 + 1)
-    assert inspected["bytes"] == 247_222_108_160 == 2 * (MAIN + MTP) + 2 * 41 * 512  # the routers' biases are fp32
+    assert (
+        inspected["bytes"] == 247_222_108_160 == 2 * (MAIN + MTP) + 2 * 41 * 512
+    )  # the routers' biases are fp32
     assert inspected["parameters"] == MAIN + MTP
     assert round(inspected["parameters"] / 1e9, 1) == 123.6
     assert inspected["parameters_without_mtp"] == MAIN
@@ -49,8 +51,12 @@ def test_active_parameters_of_super(inspected: dict[str, Any]) -> None:
 def test_the_rest_of_inspect(inspected: dict[str, Any]) -> None:
     pattern = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
     assert inspected["layers"] == {
-        "total": 88, "kinds": {"mamba": 40, "moe": 40, "attention": 8}, "pattern": pattern, "mtp_modules": 1, "mtp_pattern": "*E",
-    }  # fmt: skip
+        "total": 88,
+        "kinds": {"mamba": 40, "moe": 40, "attention": 8},
+        "pattern": pattern,
+        "mtp_modules": 1,
+        "mtp_pattern": "*E",
+    }
     assert inspected["dtypes"] == {
         "BF16": {"tensors": 42_642, "bytes": 247_222_108_160 - 41 * 512 * 4},
         "F32": {"tensors": 41, "bytes": 41 * 512 * 4},
@@ -79,10 +85,15 @@ def test_golden_figures_of_nano() -> None:
 
 
 def test_inspect_reads_headers(make_checkpoint: Make) -> None:
-    folder = make_checkpoint(edit=lambda t: t.update({"backbone.layers.0.mixer.D": t["backbone.layers.0.mixer.D"].float()}))
+    folder = make_checkpoint(
+        edit=lambda t: t.update({"backbone.layers.0.mixer.D": t["backbone.layers.0.mixer.D"].float()})
+    )
     found = api.inspect(folder)
     assert found["source"] == "headers"
-    assert found["dtypes"]["F32"] == {"tensors": 4, "bytes": 3 * 8 * 4 + 4 * 4}  # two routers' biases, MTP's, and D
+    assert found["dtypes"]["F32"] == {
+        "tensors": 4,
+        "bytes": 3 * 8 * 4 + 4 * 4,
+    }  # two routers' biases, MTP's, and D
     assert found["bytes"] == sum(v["bytes"] for v in found["dtypes"].values())
     roles = Counter(s.role for s in tensor_table(load_config(folder)[0]))
     assert found["tensors"] == sum(roles.values())
@@ -91,14 +102,22 @@ def test_inspect_reads_headers(make_checkpoint: Make) -> None:
 @pytest.mark.parametrize(
     ("section", "algorithm", "item"),
     [
-        ({"quant_algo": "FP8", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}, "FP8", 1),
+        (
+            {"quant_algo": "FP8", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
+            "FP8",
+            1,
+        ),
         ({"quant_algo": "NVFP4", "kv_cache_scheme": None}, "NVFP4", 2),
         ({"quant_algo": "NVFP4"}, "NVFP4", 2),
         (None, None, 2),
     ],
 )
-def test_inspect_of_a_quantized_config(tmp_path: Path, section: Any, algorithm: str | None, item: int) -> None:
-    (tmp_path / "c.json").write_text(json.dumps(json.loads(NANO.read_text()) | {"quantization_config": section}))
+def test_inspect_of_a_quantized_config(
+    tmp_path: Path, section: Any, algorithm: str | None, item: int
+) -> None:
+    (tmp_path / "c.json").write_text(
+        json.dumps(json.loads(NANO.read_text()) | {"quantization_config": section})
+    )
     found = api.inspect(tmp_path / "c.json")
     assert found["quantization"] == algorithm
     assert found["kv_cache"]["bytes_per_token"] == 6 * 2 * 2 * 128 * item
@@ -106,5 +125,7 @@ def test_inspect_of_a_quantized_config(tmp_path: Path, section: Any, algorithm: 
 
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 def test_the_state_cache_dtype(tmp_path: Path, dtype: str, item: int) -> None:
-    (tmp_path / "c.json").write_text(json.dumps(json.loads(NANO.read_text()) | {"mamba_ssm_cache_dtype": dtype}))
+    (tmp_path / "c.json").write_text(
+        json.dumps(json.loads(NANO.read_text()) | {"mamba_ssm_cache_dtype": dtype})
+    )
     assert api.inspect(tmp_path / "c.json")["ssm_state_bytes_per_sequence"] == 23 * 64 * 64 * 128 * item

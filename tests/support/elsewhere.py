@@ -1,7 +1,9 @@
-"""A device that is not the CPU, without one: tensors that say so, and refuse to meet a tensor of the CPU, as a GPU's would.
+"""A device that is not the CPU, without one: tensors that say so, and refuse to meet a tensor of the CPU, as
+a GPU's would.
 
-Each holds a tensor of the CPU, on which its operators really compute. Moving (``to``, ``cpu``, ``copy_``) is the only way across; numbers may
-be read, arrays may not be made of it. The device goes by the name ``meta``, the only one for which torch asks no driver.
+Each holds a tensor of the CPU, on which its operators really compute. Moving (``to``, ``cpu``, ``copy_``) is
+the only way across; numbers may be read, arrays may not be made of it. The device goes by the name ``meta``,
+the only one for which torch asks no driver.
 """
 
 from collections import Counter
@@ -25,7 +27,12 @@ class There(torch.Tensor):
     @staticmethod
     def __new__(cls: type["There"], inner: torch.Tensor) -> "There":
         made: There = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=ELSEWHERE
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=ELSEWHERE,
         )
         made.inner = inner
         return made
@@ -43,7 +50,8 @@ class Elsewhere(TorchDispatchMode):
 
     Attributes:
         here, there: how often each operator (``mm``, ``add``) ran on the CPU and on the device.
-        changed: how often a tensor was given another dtype on its way there; torch does that before it crosses.
+        changed: how often a tensor was given another dtype on its way there; torch does that before it
+            crosses.
     """
 
     def __init__(self) -> None:
@@ -72,5 +80,7 @@ class Elsewhere(TorchDispatchMode):
         found = func(*plain_args, **plain_kwargs)
         if not on_device:
             return found
-        known = {id(t.inner): t for t in there}  # what an operator changed in place comes back as it was given
+        known = {
+            id(t.inner): t for t in there
+        }  # what an operator changed in place comes back as it was given
         return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else There(t), found)

@@ -21,15 +21,20 @@ FORMATS = {"bf16": 0, "w8a16": 1, "fp8": 2, "w4a16": 3, "nvfp4": 4}  # enum nemo
 WHOLE = ("bf16", "w8a16", "w4a16")  # inputs are not rounded
 AUTO, DECODED, NATIVE, GROUPED = range(4)  # enum nemoquant_experts_products
 POINTERS = {
-    "weight": "{}", "codes": "{}", "block_scales": "{}_block_scales", "global_scale": "{}_global_scale", "input_scale": "{}_input_scale",
-}  # fmt: skip
+    "weight": "{}",
+    "codes": "{}",
+    "block_scales": "{}_block_scales",
+    "global_scale": "{}_global_scale",
+    "input_scale": "{}_input_scale",
+}
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Case:
-    """``among``: the experts that tokens choose of, all if empty; ``tile`` and ``products`` as in the C interface."""
+    """``among``: the experts that tokens choose of, all if empty; ``tile`` and ``products`` as in the C
+    interface."""
 
     tokens: int = 9
     chosen: int = 3
@@ -44,7 +49,8 @@ class Case:
 
 BASE = Case()
 ONE = Case(chosen=1, experts=1)
-# Tiles are 8, 32 or 64 tokens of an expert and 64 or 256 rows; chunks 128 inputs. By their mean, 9 x 3 / 6 takes tiles of 8.
+# Tiles are 8, 32 or 64 tokens of an expert and 64 or 256 rows; chunks 128 inputs. By their mean, 9 x 3 / 6
+# takes tiles of 8.
 ROWS = {
     "the base": BASE,
     "one token": replace(BASE, tokens=1),
@@ -71,7 +77,9 @@ ROWS = {
     "tile 32 by the mean": replace(BASE, tokens=20),
     "tile 64 by the mean": replace(BASE, tokens=80, experts=4, input=64, width=64),
     "pairs of two sorting blocks": replace(BASE, tokens=200, input=32, width=32),
-    "pairs of three sorting blocks, more experts than threads": replace(BASE, tokens=400, experts=600, input=32, width=32),
+    "pairs of three sorting blocks, more experts than threads": replace(
+        BASE, tokens=400, experts=600, input=32, width=32
+    ),
     "the least sizes": replace(BASE, input=32, width=32),
     "one chunk": replace(BASE, input=128, width=128),
     "one chunk and a piece": replace(BASE, input=160, width=160),
@@ -82,10 +90,17 @@ ROWS = {
     "more chunks, wide": replace(BASE, input=32, width=672, tile=32),
 }
 DTYPE_NAMES = (
-    "the base", "one token", "several experts, tile 64", "33 tokens an expert, tile 32",
+    "the base",
+    "one token",
+    "several experts, tile 64",
+    "33 tokens an expert, tile 32",
     "more chunks than are under way, shared by warps",
-)  # fmt: skip
-DTYPE_ROWS = {f"{dtype}, {name}": replace(ROWS[name], dtype=dtype) for dtype in ("bfloat16", "float16") for name in DTYPE_NAMES}
+)
+DTYPE_ROWS = {
+    f"{dtype}, {name}": replace(ROWS[name], dtype=dtype)
+    for dtype in ("bfloat16", "float16")
+    for name in DTYPE_NAMES
+}
 
 
 def natively(case: Case) -> Case:
@@ -95,7 +110,8 @@ def natively(case: Case) -> Case:
 
 @dataclass
 class Given:
-    """Arrays of a case: ``parts`` as the operator takes them, ``decoded`` float32 [E, out, in] by projection."""
+    """Arrays of a case: ``parts`` as the operator takes them, ``decoded`` float32 [E, out, in] by
+    projection."""
 
     case: Case
     format: str
@@ -106,13 +122,19 @@ class Given:
     decoded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def pack(given: Given, weights: dict[str, Array], scales: dict[str, Array], input_scales: dict[str, Array]) -> None:
+def pack(
+    given: Given, weights: dict[str, Array], scales: dict[str, Array], input_scales: dict[str, Array]
+) -> None:
     """Fill in parts and decoded weights."""
     for projection, stack in weights.items():
         made = [packed(given.format, w, s) for w, s in zip(stack, scales[projection], strict=True)]
         given.decoded[projection] = np.stack([values for _, values in made])
         for part in parts_of(given.format):
-            one = input_scales[projection] if part == "input_scale" else np.stack([np.asarray(parts[part]) for parts, _ in made])
+            one = (
+                input_scales[projection]
+                if part == "input_scale"
+                else np.stack([np.asarray(parts[part]) for parts, _ in made])
+            )
             given.parts[f"{projection}_{part}"] = aligned(one)
 
 
@@ -128,25 +150,48 @@ def given(format: str, case: Case, seed: int = 0) -> Given:
     ids, factors = aligned(choices(case, g)), aligned(g.random((case.tokens, case.chosen), np.float32))
     made = Given(case, format, x, ids, factors, {})
     weights = {
-        "up": (g.standard_normal((case.experts, case.width, case.input)) / case.input**0.5).astype(np.float32),
-        "down": (g.standard_normal((case.experts, case.input, case.width)) / case.width**0.5).astype(np.float32),
+        "up": (g.standard_normal((case.experts, case.width, case.input)) / case.input**0.5).astype(
+            np.float32
+        ),
+        "down": (g.standard_normal((case.experts, case.input, case.width)) / case.width**0.5).astype(
+            np.float32
+        ),
     }
     largest = {"bf16": 1.0, "w8a16": 448.0, "fp8": 448.0, "w4a16": 2688.0, "nvfp4": 2688.0}[format]
     scales = {p: (np.abs(w).max((1, 2)) / largest).astype(np.float32) for p, w in weights.items()}
     spread = np.linspace(0.8, 1.2, case.experts, dtype=np.float32)  # experts differ
-    pack(made, weights, scales, {"up": spread * np.float32(5 / largest), "down": spread * np.float32(20 / largest)})
+    pack(
+        made,
+        weights,
+        scales,
+        {"up": spread * np.float32(5 / largest), "down": spread * np.float32(20 / largest)},
+    )
     return made
 
 
 def arguments(a: Given, y: Array, workspace: Array | None = None) -> dict[str, Any]:
     case = a.case
-    pointers = {POINTERS[name.split("_", 1)[1]].format(name.split("_")[0]): part.ctypes.data for name, part in a.parts.items()}
+    pointers = {
+        POINTERS[name.split("_", 1)[1]].format(name.split("_")[0]): part.ctypes.data
+        for name, part in a.parts.items()
+    }
     return {
-        "x": a.x.ctypes.data, "expert_ids": a.ids.ctypes.data, "expert_weights": a.factors.ctypes.data, "y": y.ctypes.data,
-        "workspace": workspace.ctypes.data if workspace is not None else None, "tokens": case.tokens, "chosen": case.chosen,
-        "experts": case.experts, "input": case.input, "width": case.width, "dtype": DTYPES[case.dtype], "format": FORMATS[a.format],
-        "activation": 0, "tile": case.tile, "products": case.products,
-    } | pointers  # fmt: skip
+        "x": a.x.ctypes.data,
+        "expert_ids": a.ids.ctypes.data,
+        "expert_weights": a.factors.ctypes.data,
+        "y": y.ctypes.data,
+        "workspace": workspace.ctypes.data if workspace is not None else None,
+        "tokens": case.tokens,
+        "chosen": case.chosen,
+        "experts": case.experts,
+        "input": case.input,
+        "width": case.width,
+        "dtype": DTYPES[case.dtype],
+        "format": FORMATS[a.format],
+        "activation": 0,
+        "tile": case.tile,
+        "products": case.products,
+    } | pointers
 
 
 def run(kernels: Kernels, a: Given) -> Array:
@@ -169,14 +214,17 @@ def round_trip(format: str, v: NDArray[np.float32], scale: np.float32) -> NDArra
 
 
 def mixture(a: Given, *, nudge: float = 0.0) -> NDArray[np.float64]:
-    """Expert by expert in float64; inputs that a format rounds, hidden ones too, are rounded from float32. ``nudge``: relative, of hidden."""
+    """Expert by expert in float64; inputs that a format rounds, hidden ones too, are rounded from float32.
+    ``nudge``: relative, of hidden."""
     y = np.zeros(a.x.shape)
     x = a.x.astype(np.float32)
 
     def rounded(projection: str, v: Array, expert: int) -> NDArray[np.float64]:
         if a.format in WHOLE:
             return v.astype(np.float64)
-        return round_trip(a.format, v.astype(np.float32), a.parts[f"{projection}_input_scale"][expert]).astype(np.float64)
+        return round_trip(
+            a.format, v.astype(np.float32), a.parts[f"{projection}_input_scale"][expert]
+        ).astype(np.float64)
 
     for expert in range(a.case.experts):
         rows = (a.ids == expert).any(1)
@@ -200,17 +248,24 @@ def in_torch(a: Given) -> torch.Tensor:
 
 
 def exact_numbers(format: str, case: Case) -> tuple[Given, Array]:
-    """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are the formats' own.
+    """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are
+    the formats' own.
 
-    Inputs saturate, experts have scales of their own, and hidden values must be rounded. For 5 experts; with the result in float64.
+    Inputs saturate, experts have scales of their own, and hidden values must be rounded. For 5 experts; with
+    the result in float64.
     """
     a = given(format, case)
     g = np.random.default_rng(2)
     whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
-    weights = {"up": g.choice(whole, (5, case.width, case.input)), "down": g.choice(whole, (5, case.input, case.width))}
+    weights = {
+        "up": g.choice(whole, (5, case.width, case.input)),
+        "down": g.choice(whole, (5, case.input, case.width)),
+    }
     powers = np.float32(2) ** np.arange(-2, 3, dtype=np.float32)
     unit = np.float32(1 if format == "fp8" else 1 / 256)
-    pack(a, weights, dict.fromkeys(weights, powers), {"up": unit * powers[::-1] / 2, "down": unit * powers / 8})
+    pack(
+        a, weights, dict.fromkeys(weights, powers), {"up": unit * powers[::-1] / 2, "down": unit * powers / 8}
+    )
     a.x[:] = g.integers(-40, 41, a.x.shape) / 4
     a.factors[:] = g.choice(np.array([0.5, 1, 2], np.float32), a.factors.shape)
     exact = mixture(a)
@@ -221,4 +276,12 @@ def exact_numbers(format: str, case: Case) -> tuple[Given, Array]:
 def replace_tokens(a: Given, tokens: list[int]) -> Given:
     """The same experts, with some of the tokens."""
     case = replace(a.case, tokens=len(tokens))
-    return Given(case, a.format, aligned(a.x[tokens]), aligned(a.ids[tokens]), aligned(a.factors[tokens]), a.parts, a.decoded)
+    return Given(
+        case,
+        a.format,
+        aligned(a.x[tokens]),
+        aligned(a.ids[tokens]),
+        aligned(a.factors[tokens]),
+        a.parts,
+        a.decoded,
+    )

@@ -1,8 +1,10 @@
-"""Runs ``quantize`` again and again in forked children, which can be killed at any of their writes. A process of its own.
+"""Runs ``quantize`` again and again in forked children, which can be killed at any of their writes. A process
+of its own.
 
-Reads a JSON object a line: ``out``, ``preset``, ``resume``, ``kill_at`` (null: to the end), and the paths. A child counts each file or
-folder that it opens, makes, renames or removes in OUT, and each write; at number ``kill_at`` it kills itself with SIGKILL, a write
-half done. Answers with ``{"status", "events", "error"}`` a line.
+Reads a JSON object a line: ``out``, ``preset``, ``resume``, ``kill_at`` (null: to the end), and the paths. A
+child counts each file or folder that it opens, makes, renames or removes in OUT, and each write; at number
+``kill_at`` it kills itself with SIGKILL, a write half done. Answers with ``{"status", "events", "error"}`` a
+line.
 """
 
 import json
@@ -20,7 +22,9 @@ from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.run import job
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-shutil.rmtree.avoids_symlink_attacks = False  # its other way removes by names relative to a handle, which cannot be watched
+shutil.rmtree.avoids_symlink_attacks = (
+    False  # its other way removes by names relative to a handle, which cannot be watched
+)
 
 
 class Events:
@@ -34,7 +38,11 @@ class Events:
         return self.count == self.kill_at
 
     def watch(self, event, arguments) -> None:
-        if event in WATCHED and any(isinstance(a, str | Path) and str(a).startswith(self.out) for a in arguments) and self.due():
+        if (
+            event in WATCHED
+            and any(isinstance(a, str | Path) and str(a).startswith(self.out) for a in arguments)
+            and self.due()
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
@@ -63,9 +71,13 @@ def child(request, answer) -> None:
     events.install()
     try:
         options = api.RunOptions(
-            data=Path(request["data"]), dtype="float32", row_batch=2, threads=1,
-            shard_bytes=request["shard_bytes"], resume=request["resume"],
-        )  # fmt: skip
+            data=Path(request["data"]),
+            dtype="float32",
+            row_batch=2,
+            threads=1,
+            shard_bytes=request["shard_bytes"],
+            resume=request["resume"],
+        )
         api.quantize(Path(request["source"]), Path(request["out"]), request["preset"], options)
     except BaseException as e:
         error = repr(e)

@@ -1,4 +1,5 @@
-"""What tests of memory share: programs in processes of their own, which tell how much they took, and checkpoints large enough to show."""
+"""What tests of memory share: programs in processes of their own, which tell how much they took, and
+checkpoints large enough to show."""
 
 import json
 import sys
@@ -18,30 +19,51 @@ from support.processes import run_python
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 LARGE = {  # a model but for its layers: the experts of one take 268 MB
-    "model_type": "nemotron_h", "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "head_dim": 128, "max_position_embeddings": 4096, "mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 64,
-    "n_groups": 2, "conv_kernel": 4, "chunk_size": 64, "n_routed_experts": 128, "num_experts_per_tok": 4, "n_shared_experts": 1,
-    "moe_latent_size": 512, "moe_intermediate_size": 1024, "moe_shared_expert_intermediate_size": 2048,
-    "routed_scaling_factor": 1.0, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "nemotron_h",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 64,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "moe_latent_size": 512,
+    "moe_intermediate_size": 1024,
+    "moe_shared_expert_intermediate_size": 2048,
+    "routed_scaling_factor": 1.0,
+    "eos_token_id": 2,
+}
 
 PROLOGUE = '''
 import json, sys
 from pathlib import Path
 
 def memory(field="VmHWM"):
-    """Bytes: the peak of resident memory, or another field. (ru_maxrss would begin at the parent's, at the fork.)"""
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field + ":"))
+    """Bytes: the peak of resident memory, or another field. (ru_maxrss would begin at the parent's.)"""
+    lines = (line.split() for line in open("/proc/self/status"))
+    return next(1024 * int(words[1]) for words in lines if words[0] == field + ":")
 '''
 
 
 def child(program: str, *arguments: object) -> Any:
-    """Run a program, which has ``memory``, ``json``, ``sys`` and ``Path``, with ``sys.argv[1:]``; returns what it printed, as JSON."""
+    """Run a program, which has ``memory``, ``json``, ``sys`` and ``Path``, with ``sys.argv[1:]``; returns
+    what it printed, as JSON."""
     return json.loads(run_python(PROLOGUE + program, *arguments).stdout)
 
 
-def large_checkpoint(folder: Path, config: Mapping[str, Any], rows: tuple[int, int], elements: int = 8 << 20) -> Path:
-    """``folder``/source, of finite bf16 written from one buffer of ``elements`` a tensor at a time, and tokens beside it in rows.npy.
+def large_checkpoint(
+    folder: Path, config: Mapping[str, Any], rows: tuple[int, int], elements: int = 8 << 20
+) -> Path:
+    """``folder``/source, of finite bf16 written from one buffer of ``elements`` a tensor at a time, and
+    tokens beside it in rows.npy.
 
     Args:
         rows: count and length.
@@ -52,7 +74,10 @@ def large_checkpoint(folder: Path, config: Mapping[str, Any], rows: tuple[int, i
     (source / "config.json").write_text(json.dumps(config))
     table = [(s.name, s.dtype, s.shape) for s in tensor_table(parse_config(dict(config)))]
     noise = (
-        (torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16).view(torch.int16).numpy()
+        (torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 0.03)
+        .to(torch.bfloat16)
+        .view(torch.int16)
+        .numpy()
     )
     with (source / "model.safetensors").open("wb") as f:
         f.write(encode_header(table, {}))

@@ -1,6 +1,8 @@
-"""The oracle: NVIDIA Model Optimizer quantizes a checkpoint folder with ``mtq.quantize`` and ``export_hf_checkpoint``, on a CPU.
+"""The oracle: NVIDIA Model Optimizer quantizes a checkpoint folder with ``mtq.quantize`` and
+``export_hf_checkpoint``, on a CPU.
 
-The maps are written here in Model Optimizer's own terms, under the names of our presets. Needs the extra `modelopt`.
+The maps are written here in Model Optimizer's own terms, under the names of our presets. Needs the extra
+`modelopt`.
 """
 
 import importlib.util
@@ -14,9 +16,11 @@ import torch
 
 MARKS = [
     pytest.mark.skipif(
-        importlib.util.find_spec("modelopt") is None, reason="needs nvidia-modelopt (extra: modelopt), the oracle"
+        importlib.util.find_spec("modelopt") is None,
+        reason="needs nvidia-modelopt (extra: modelopt), the oracle",
     ),
-    # importing modelopt runs torch.jit.script and script_method, in torch's modules and its own; torch has deprecated both
+    # importing modelopt runs torch.jit.script and script_method, in torch's modules and its own; torch has
+    # deprecated both
     pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"),
     # its export copies scales with torch.tensor(tensor)
     pytest.mark.filterwarnings("ignore:To copy construct from a tensor, it is recommended:UserWarning"),
@@ -24,8 +28,13 @@ MARKS = [
 
 EXPERTS = ("*mixer.experts.*",)  # fused in transformers: ``experts.up_proj_weight_quantizers.7`` and so on
 OTHERS = (
-    "*mixer.shared_experts.*", "*mixer.up_proj*", "*mixer.down_proj*", "*mixer.[qkvo]_proj*", "*mixer.in_proj*", "*mixer.out_proj*",
-)  # fmt: skip
+    "*mixer.shared_experts.*",
+    "*mixer.up_proj*",
+    "*mixer.down_proj*",
+    "*mixer.[qkvo]_proj*",
+    "*mixer.in_proj*",
+    "*mixer.out_proj*",
+)
 NUMBERS: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": (4, 3), "axis": None},
     "nvfp4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
@@ -36,19 +45,24 @@ MAPS = {  # preset -> patterns by format
     "nvfp4": {"nvfp4": EXPERTS, "fp8": OTHERS},
     "nvfp4-w4a16": {"nvfp4": EXPERTS},
 }
-# modelopt 0.47 marks names with ".\0modelopt_name_sentinel" while it renames them. transformers' rule `model.` -> `backbone.` is
-# a regular expression and hits "modelo" as well, so that the mark is not recognised and stays in the files.
+# modelopt 0.47 marks names with ".\0modelopt_name_sentinel" while it renames them. transformers' rule
+# `model.` -> `backbone.` is a regular expression and hits "modelo" as well, so that the mark is not
+# recognised and stays in the files.
 SENTINEL = ".\0backbone.pt_name_sentinel"
 
 
 def quant_config(preset: str) -> dict[str, Any]:
-    """The mtq configuration: all off, then weights and inputs of the map on, then the KV cache; max calibration."""
+    """The mtq configuration: all off, then weights and inputs of the map on, then the KV cache; max
+    calibration."""
     weight_only = preset == "nvfp4-w4a16"
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for fmt, patterns in MAPS[preset].items():
         for pattern in patterns:
             sides = ("weight_quantizer",) if weight_only else ("weight_quantizer", "input_quantizer")
-            entries += [{"quantizer_name": pattern + side, "enable": True, "cfg": dict(NUMBERS[fmt])} for side in sides]
+            entries += [
+                {"quantizer_name": pattern + side, "enable": True, "cfg": dict(NUMBERS[fmt])}
+                for side in sides
+            ]
     if not weight_only:
         entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "enable": True, "cfg": {"num_bits": (4, 3)}})
     return {"quant_cfg": entries, "algorithm": {"method": "max"}}
@@ -62,18 +76,24 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager", use_mamba_kernels=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager", use_mamba_kernels=False
+    )
     for module in model.modules():
         if hasattr(module, "time_step_min"):
             module.time_step_min = 0.0
     return model.eval()
 
 
-def run(source: Path, out: Path, preset: str, rows: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Quantize ``source`` by a preset's map, calibrated with ``rows`` [rows, length], and export it to ``out``.
+def run(
+    source: Path, out: Path, preset: str, rows: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Quantize ``source`` by a preset's map, calibrated with ``rows`` [rows, length], and export it to
+    ``out``.
 
     Args:
-        dtype: what the model is loaded and calibrated in. The users' way is bfloat16; see test_oracle_modelopt_scales.py.
+        dtype: what the model is loaded and calibrated in. The users' way is bfloat16; see
+            test_oracle_modelopt_scales.py.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint

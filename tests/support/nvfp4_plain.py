@@ -1,4 +1,5 @@
-"""NVFP4 once more, plainly, in numpy with nothing left out: it rounds by comparing with midpoints, casts by torch, and tries every scale."""
+"""NVFP4 once more, plainly, in numpy with nothing left out: it rounds by comparing with midpoints, casts by
+torch, and tries every scale."""
 
 import numpy as np
 import torch
@@ -11,16 +12,19 @@ E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nu
 def plain_e2m1(quotients: np.ndarray) -> np.ndarray:
     """Codes of magnitudes: how many midpoints lie below, or at, where the code above is the even one."""
     up_on_tie = (0.75, 1.75, 3.5)
-    return sum((quotients >= m) if m in up_on_tie else (quotients > m) for m in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)).astype(
-        int
-    )
+    return sum(
+        (quotients >= m) if m in up_on_tie else (quotients > m)
+        for m in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+    ).astype(int)
 
 
 def plain_error(blocks: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """[n, 16] and a scale for each block [n] -> float64 errors [n], summed in index order."""
     magnitudes = np.abs(blocks)
     codes = plain_e2m1(magnitudes / scale[:, None])
-    differences = magnitudes.astype(np.float64) - E2M1[codes].astype(np.float64) * scale[:, None].astype(np.float64)
+    differences = magnitudes.astype(np.float64) - E2M1[codes].astype(np.float64) * scale[:, None].astype(
+        np.float64
+    )
     total = np.zeros(len(blocks))
     for i in range(16):
         total = total + differences[:, i] * differences[:, i]
@@ -39,7 +43,9 @@ def plain_encode(values: np.ndarray, global_scale: np.float32, method: str) -> t
     codes = plain_scale_codes(block_amax, global_scale)
     if method == "four_over_six":
         onto_four = plain_scale_codes(block_amax * np.float32(1.5), global_scale)
-        less = plain_error(blocks, E4M3[onto_four] * global_scale) < plain_error(blocks, E4M3[codes] * global_scale)
+        less = plain_error(blocks, E4M3[onto_four] * global_scale) < plain_error(
+            blocks, E4M3[codes] * global_scale
+        )
         codes = np.where(less, onto_four, codes)
     if method == "mse":
         least = np.full(len(blocks), np.inf)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 class Once:
-    """``once(name, build)``: the folder ``name``, made by ``build(folder)`` unless a test, here or elsewhere, did it."""
+    """``once(name, build)``: the folder ``name``, made by ``build(folder)`` unless a test, here or elsewhere,
+    did it."""
 
     def __init__(self, base: Path) -> None:
         self.base = base

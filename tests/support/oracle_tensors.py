@@ -1,4 +1,5 @@
-"""Tensors of a written folder, read by the safetensors library, and a decoder of both formats that knows nothing of ours."""
+"""Tensors of a written folder, read by the safetensors library, and a decoder of both formats that knows
+nothing of ours."""
 
 import re
 from pathlib import Path
@@ -14,7 +15,11 @@ SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
 def read(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder, by name."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -53,8 +58,11 @@ def decode(tensors: dict[str, Tensor], low_nibble_first: bool = True) -> dict[st
 
 
 def expert_projection(module: str) -> str | None:
-    """``backbone.layers.2.mixer.experts.*.up_proj`` of an expert's module (or tensor) name; None of any other."""
-    return re.sub(r"\.experts\.\d+\.", ".experts.*.", module) if re.search(r"\.experts\.\d+\.", module) else None
+    """``backbone.layers.2.mixer.experts.*.up_proj`` of an expert's module (or tensor) name; None of any
+    other."""
+    return (
+        re.sub(r"\.experts\.\d+\.", ".experts.*.", module) if re.search(r"\.experts\.\d+\.", module) else None
+    )
 
 
 def sqnr(weight: Tensor, decoded: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""A second implementation of docs/design.md, "Numbers", and of the safetensors format: numpy and torch only, nothing of nemoquant.
+"""A second implementation of docs/design.md, "Numbers", and of the safetensors format: numpy and torch only,
+nothing of nemoquant.
 
 Rounding to E4M3 is torch's own cast; rounding to E2M1 counts the midpoints that a magnitude passes.
 """
@@ -28,8 +29,12 @@ GROUPS = {
     "mamba": r"backbone\.layers\.\d+\.mixer\.(in|out)_proj",
 }
 DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -71,7 +76,9 @@ def scales_of(out: Path) -> dict[str, Any] | None:
 def format_of(preset: str, name: str) -> str | None:
     """The format that a preset gives a tensor of the source; None where it stays."""
     module = name.removesuffix(".weight")
-    return next((form for group, form in FORMATS[preset].items() if re.fullmatch(GROUPS[group], module)), None)
+    return next(
+        (form for group, form in FORMATS[preset].items() if re.fullmatch(GROUPS[group], module)), None
+    )
 
 
 def e4m3(values: torch.Tensor) -> torch.Tensor:
@@ -80,7 +87,8 @@ def e4m3(values: torch.Tensor) -> torch.Tensor:
 
 
 def e2m1(values: torch.Tensor) -> torch.Tensor:
-    """float32 -> codes 0 to 15: a magnitude's code is the number of midpoints below it, a tie goes to the even code."""
+    """float32 -> codes 0 to 15: a magnitude's code is the number of midpoints below it, a tie goes to the
+    even code."""
     magnitude = values.abs()
     code = torch.zeros(values.shape, dtype=torch.uint8)
     for i, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
@@ -120,7 +128,8 @@ def scalar(value: np.float32) -> tuple[str, list[int], bytes]:
 def expected(
     source: Path, preset: str, scales: dict[str, Any] | None, groups: bool = True
 ) -> dict[str, tuple[str, list[int], bytes]]:
-    """Name -> (dtype, shape, bytes) of everything that ``preset`` makes of ``source``; ``scales`` is the scales file's content."""
+    """Name -> (dtype, shape, bytes) of everything that ``preset`` makes of ``source``; ``scales`` is the
+    scales file's content."""
     tensors = read(source)
     amax = {name: float(t.tensor().float().abs().max()) for name, t in tensors.items()}
     inputs = scales["input_amax"] if scales else {}
@@ -137,7 +146,9 @@ def expected(
             largest = max(amax[f"{qkv[1]}{p}_proj.weight"] for p in "qkv")
             seen = max(inputs[f"{qkv[1]}{p}_proj"] for p in "qkv")
         if expert := re.fullmatch(r"(.+\.experts)\.\d+\.(.+)", module):
-            layer = [v for m, v in inputs.items() if re.fullmatch(rf"{re.escape(expert[1])}\.\d+\.{expert[2]}", m)]
+            layer = [
+                v for m, v in inputs.items() if re.fullmatch(rf"{re.escape(expert[1])}\.\d+\.{expert[2]}", m)
+            ]
             seen = (max(layer) if layer else None) if groups or seen is None else seen
         out, columns = stored.shape
         if form == "fp8":

@@ -1,4 +1,5 @@
-"""What the tests of the plugins share: the host libraries, built once and kept while the sources are the same."""
+"""What the tests of the plugins share: the host libraries, built once and kept while the sources are the
+same."""
 
 import fcntl
 import os
@@ -24,15 +25,21 @@ needs_compiler = pytest.mark.skipif(
     reason="needs g++, cmake, and the CUDA toolkit for its bfloat16 and half types",
 )
 needs_tensorrt_headers = pytest.mark.skipif(
-    tensorrt_headers() is None, reason="needs TensorRT's headers: pip install --no-deps kernel-lens, or TENSORRT_ROOT"
+    tensorrt_headers() is None,
+    reason="needs TensorRT's headers: pip install --no-deps kernel-lens, or TENSORRT_ROOT",
 )
 
 
 @cache
 def cuda_headers() -> Path:
     """Beside nvcc."""
-    tried = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True).stderr
-    return Path(next(line.split("=", 1)[1] for line in tried.splitlines() if line.startswith("#$ TOP="))) / "include"
+    tried = subprocess.run(
+        ["nvcc", "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True
+    ).stderr
+    return (
+        Path(next(line.split("=", 1)[1] for line in tried.splitlines() if line.startswith("#$ TOP=")))
+        / "include"
+    )
 
 
 def cache_folder() -> Path:
@@ -66,7 +73,9 @@ def harness() -> Path:
     source = HERE / "trt_caller.cpp"
     library = host_folder() / "trt_caller.so"
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
-    compile_once([*command, f"-isystem{tensorrt_headers()}", f"-isystem{cuda_headers()}", source], library, source)
+    compile_once(
+        [*command, f"-isystem{tensorrt_headers()}", f"-isystem{cuda_headers()}", source], library, source
+    )
     return library
 
 

@@ -1,7 +1,8 @@
-"""Quantizes on a Ray cluster of two nodes on this machine, and again while one of them is lost. A process of its own.
+"""Quantizes on a Ray cluster of two nodes on this machine, and again while one of them is lost. A process of
+its own.
 
-Arguments: source, tokens, folder, preset. Tasks are slowed down and write down where they begin and end, so that the test can see
-that a lost node had work. Prints JSON: the fate of each task, and what was said.
+Arguments: source, tokens, folder, preset. Tasks are slowed down and write down where they begin and end, so
+that the test can see that a lost node had work. Prints JSON: the fate of each task, and what was said.
 """
 
 import json
@@ -38,7 +39,11 @@ def slowed(name):
 
 def slow_call(source, function, arguments):
     first = arguments[0]
-    name = str([r.name for r in first] if isinstance(first, tuple) else [first.name, str(arguments[1:2]), function.__name__])
+    name = str(
+        [r.name for r in first]
+        if isinstance(first, tuple)
+        else [first.name, str(arguments[1:2]), function.__name__]
+    )
     slowed(name)
     result = call(source, function, arguments)
     write_down("end", name)
@@ -58,7 +63,8 @@ def options(**changes):
 
 
 def lose_in(stage, options):
-    """A run during which the second node is lost, a third into ``stage``: when that was, and the fate of each task."""
+    """A run during which the second node is lost, a third into ``stage``: when that was, and the fate of each
+    task."""
     second = two.add_node(num_cpus=1, object_store_memory=100 << 20)
     two.wait_for_nodes()
     lost, threads = [], []
@@ -87,7 +93,10 @@ def lose_in(stage, options):
     return {"lost": lost[0], "tasks": tasks}
 
 
-two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False})
+two = Cluster(
+    initialize_head=True,
+    head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False},
+)
 first = two.add_node(num_cpus=1, object_store_memory=100 << 20)
 ray.init(address=two.address, log_to_driver=False)
 two.wait_for_nodes()
@@ -96,7 +105,9 @@ quantize(source, folder / "two", preset, options(), say=said.append)
 two.remove_node(first)
 cluster._call, cluster._observe = slow_call, slow_observe
 report = {"said": said, "calibrate": lose_in("calibrate", options())}
-report["pack"] = lose_in("pack", RunOptions(scales=folder / "two/nemoquant_scales.json", engine="ray", shard_bytes=60_000))
+report["pack"] = lose_in(
+    "pack", RunOptions(scales=folder / "two/nemoquant_scales.json", engine="ray", shard_bytes=60_000)
+)
 ray.shutdown()
 two.shutdown()
 print(json.dumps(report))

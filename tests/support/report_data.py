@@ -4,7 +4,17 @@ import math
 from typing import Any
 
 from nemoquant.evaluate import schema
-from nemoquant.evaluate.schema import Candidate, Error, Experts, Layer, Module, Quantized, Reference, Report, Routing
+from nemoquant.evaluate.schema import (
+    Candidate,
+    Error,
+    Experts,
+    Layer,
+    Module,
+    Quantized,
+    Reference,
+    Report,
+    Routing,
+)
 
 KINDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 PROJECTIONS = {
@@ -20,8 +30,11 @@ def error(relative: float) -> Error:
     return Error(relative=relative, sqnr_db=-20 * math.log10(relative) if relative else None)
 
 
-def report(pattern: str = "ME*E-M", scales: tuple[float, ...] = (0.0, 0.01, 0.05), experts: int = 8, **changes: Any) -> Report:
-    """A report with a candidate for each of ``scales``: the size of its errors, 0 for one that is identical to the reference."""
+def report(
+    pattern: str = "ME*E-M", scales: tuple[float, ...] = (0.0, 0.01, 0.05), experts: int = 8, **changes: Any
+) -> Report:
+    """A report with a candidate for each of ``scales``: the size of its errors, 0 for one that is identical
+    to the reference."""
     reference = Reference(
         name="source",
         pattern=pattern,
@@ -32,33 +45,65 @@ def report(pattern: str = "ME*E-M", scales: tuple[float, ...] = (0.0, 0.01, 0.05
         mtp_acceptance=0.7,
     )
     fields = {
-        "schema_version": schema.VERSION, "nemoquant": "0.1.0", "compute": "float32", "device": "cpu", "threads": 2, "effect_rows": 4, "warnings": [],
-        "data": schema.Data(source="text.jsonl", rows=4, seq_len=64, predicted_positions=252, tokens_sha256="ab" * 32),
+        "schema_version": schema.VERSION,
+        "nemoquant": "0.1.0",
+        "compute": "float32",
+        "device": "cpu",
+        "threads": 2,
+        "effect_rows": 4,
+        "warnings": [],
+        "data": schema.Data(
+            source="text.jsonl", rows=4, seq_len=64, predicted_positions=252, tokens_sha256="ab" * 32
+        ),
         "reference": reference,
-        "candidates": [candidate(f"candidate-{i}", pattern, scale, experts) for i, scale in enumerate(scales)],
-    }  # fmt: skip
+        "candidates": [
+            candidate(f"candidate-{i}", pattern, scale, experts) for i, scale in enumerate(scales)
+        ],
+    }
     return Report.model_validate({**fields, **changes})
 
 
 def candidate(name: str, pattern: str, scale: float, experts: int) -> Candidate:
-    modules = [module(i, kind, role, scale, experts) for i, kind in enumerate(pattern) for role in PROJECTIONS[kind] if scale]
+    modules = [
+        module(i, kind, role, scale, experts)
+        for i, kind in enumerate(pattern)
+        for role in PROJECTIONS[kind]
+        if scale
+    ]
     worst = sorted(modules, key=lambda m: -m.effect)[:10]
     return Candidate(
-        name=name, recipe="nvfp4" if scale else None, formats={"nvfp4": len(modules), "source": 9}, kv_cache="source",
-        bytes=10**6 if scale else 2 * 10**6, compression=2.0 if scale else 1.0, bits_per_weight=8.0 + scale if scale else 16.0,
-        bits_per_quantized_weight=4.5 if scale else None, logits=logits(scale), mtp_acceptance=0.7 - scale, engine=None,
-        layers=layers(pattern, scale, experts), modules=modules, worst_modules=[m.name for m in worst], warnings=[],
-    )  # fmt: skip
+        name=name,
+        recipe="nvfp4" if scale else None,
+        formats={"nvfp4": len(modules), "source": 9},
+        kv_cache="source",
+        bytes=10**6 if scale else 2 * 10**6,
+        compression=2.0 if scale else 1.0,
+        bits_per_weight=8.0 + scale if scale else 16.0,
+        bits_per_quantized_weight=4.5 if scale else None,
+        logits=logits(scale),
+        mtp_acceptance=0.7 - scale,
+        engine=None,
+        layers=layers(pattern, scale, experts),
+        modules=modules,
+        worst_modules=[m.name for m in worst],
+        warnings=[],
+    )
 
 
 def logits(scale: float) -> schema.Logits:
     counts = [0] * (len(EDGES) - 1)
     counts[20 if scale else 0] = 252
     return schema.Logits(
-        kl=schema.Kl(mean=scale, median=scale / 2, p99=4 * scale, max=9 * scale), perplexity=20 + scale, perplexity_ratio=1 + scale / 20,
-        top1_agreement=1 - scale, top5_agreement=1 - scale, kl_histogram=schema.Histogram(edges=EDGES, counts=counts),
-        kl_by_position=[schema.PositionRange(first=i, last=i + 3, kl=scale * (1 + i / 64)) for i in range(0, 64, 4)],
-    )  # fmt: skip
+        kl=schema.Kl(mean=scale, median=scale / 2, p99=4 * scale, max=9 * scale),
+        perplexity=20 + scale,
+        perplexity_ratio=1 + scale / 20,
+        top1_agreement=1 - scale,
+        top5_agreement=1 - scale,
+        kl_histogram=schema.Histogram(edges=EDGES, counts=counts),
+        kl_by_position=[
+            schema.PositionRange(first=i, last=i + 3, kl=scale * (1 + i / 64)) for i in range(0, 64, 4)
+        ],
+    )
 
 
 def layers(pattern: str, scale: float, experts: int) -> list[Layer]:
@@ -70,9 +115,11 @@ def layer(name: str, kind: str, relative: float, experts: int) -> Layer:
     reference = [1000 + 37 * i % 501 for i in range(experts)]
     shift = round(100 * relative)
     routing = Routing(
-        flipped=min(1, relative), tokens_with_flip=min(1, 2 * relative), tokens_per_expert_reference=reference,
+        flipped=min(1, relative),
+        tokens_with_flip=min(1, 2 * relative),
+        tokens_per_expert_reference=reference,
         tokens_per_expert=[tokens + (shift if i % 2 else -shift) for i, tokens in enumerate(reference)],
-    )  # fmt: skip
+    )
     return Layer(
         name=name,
         kind=kind,
@@ -120,7 +167,9 @@ def without_perplexity() -> Report:
     made = report()
     reference = made.reference.model_copy(update={"perplexity": None})
     nothing = {"perplexity": None, "perplexity_ratio": None}
-    candidates = [c.model_copy(update={"logits": c.logits.model_copy(update=nothing)}) for c in made.candidates]
+    candidates = [
+        c.model_copy(update={"logits": c.logits.model_copy(update=nothing)}) for c in made.candidates
+    ]
     return made.model_copy(update={"reference": reference, "candidates": candidates})
 
 
@@ -128,10 +177,17 @@ def hostile() -> Report:
     """Names that are markup wherever a name can stand."""
     made = report(scales=(0.05, 0.01))
     modules = [
-        m.model_copy(update={"name": SCRIPT, "role": ENTITY}) if i == 1 else m for i, m in enumerate(made.candidates[0].modules)
+        m.model_copy(update={"name": SCRIPT, "role": ENTITY}) if i == 1 else m
+        for i, m in enumerate(made.candidates[0].modules)
     ]
     first = made.candidates[0].model_copy(
-        update={"name": IMAGE, "recipe": IMAGE, "modules": modules, "worst_modules": [SCRIPT], "warnings": [SCRIPT]}
+        update={
+            "name": IMAGE,
+            "recipe": IMAGE,
+            "modules": modules,
+            "worst_modules": [SCRIPT],
+            "warnings": [SCRIPT],
+        }
     )
     return made.model_copy(
         update={
@@ -143,7 +199,11 @@ def hostile() -> Report:
     )
 
 
-SCRIPT, IMAGE, ENTITY = "<script>window.pwned=1</script>", "<img src=x onerror=window.pwned=1>", "<b>bold</b> &lt;i&gt;"
+SCRIPT, IMAGE, ENTITY = (
+    "<script>window.pwned=1</script>",
+    "<img src=x onerror=window.pwned=1>",
+    "<b>bold</b> &lt;i&gt;",
+)
 
 SHAPES = {
     "one candidate": lambda: report(scales=(0.01,)),

@@ -67,26 +67,52 @@ class Scan:
         return int(self.library.nemoquant_mamba2_scan_workspace(ctypes.byref(Args(**sizes))))
 
     def __call__(
-        self, given: Mapping[str, Array], *, y_dtype: str = "float32", state_dtype: str = "", low: float = 0.0, high: float = np.inf,
-        seed: int | None = None, step: int = 0, rounds: int = 5, segments: int = 0, in_place: bool = False,
+        self,
+        given: Mapping[str, Array],
+        *,
+        y_dtype: str = "float32",
+        state_dtype: str = "",
+        low: float = 0.0,
+        high: float = np.inf,
+        seed: int | None = None,
+        step: int = 0,
+        rounds: int = 5,
+        segments: int = 0,
+        in_place: bool = False,
         fields: Mapping[str, Any] | None = None,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        """x, b and c may be views with strides between positions. ``fields`` replaces some of the arguments at the end.
+    ) -> tuple[Array, Array]:
+        """x, b and c may be views with strides between positions. ``fields`` replaces some of the arguments
+        at the end.
 
         Raises:
             Refused: the launcher returned an error; no output was written then.
         """
         batch, length, heads, width = given["x"].shape
         groups, size = given["b"].shape[2:]
-        kept = {name: value if name in ("x", "b", "c", "dt") else aligned(value) for name, value in given.items()}
+        kept = {
+            name: value if name in ("x", "b", "c", "dt") else aligned(value) for name, value in given.items()
+        }
         state_type = DTYPES[state_dtype] if state_dtype else given["state_in"].dtype
-        y, state = Guarded((batch, length, heads, width), DTYPES[y_dtype]), Guarded((batch, heads, width, size), state_type)
+        y, state = (
+            Guarded((batch, length, heads, width), DTYPES[y_dtype]),
+            Guarded((batch, heads, width, size), state_type),
+        )
         if in_place:
             state.array[...] = given["state_in"]
         args = Args(
-            batch=batch, length=length, heads=heads, head_dim=width, groups=groups, state=size, dt_min=low, dt_max=high, step=step,
-            philox_rounds=rounds, segments=segments, rounding=int(seed is not None),
-        )  # fmt: skip
+            batch=batch,
+            length=length,
+            heads=heads,
+            head_dim=width,
+            groups=groups,
+            state=size,
+            dt_min=low,
+            dt_max=high,
+            step=step,
+            philox_rounds=rounds,
+            segments=segments,
+            rounding=int(seed is not None),
+        )
         for name, value in kept.items():
             setattr(args, name, value.ctypes.data)
         for name in ("x", "b", "c", "dt"):
@@ -101,7 +127,9 @@ class Scan:
         args.y_dtype, args.state_dtype = CODES[y.array.dtype], CODES[state.array.dtype]
         seeds = np.array([seed or 0], np.int64)
         args.seed = seeds.ctypes.data if seed is not None else None
-        workspace = Guarded((int(self.library.nemoquant_mamba2_scan_workspace(ctypes.byref(args))),), np.uint8)
+        workspace = Guarded(
+            (int(self.library.nemoquant_mamba2_scan_workspace(ctypes.byref(args))),), np.uint8
+        )
         args.workspace = workspace.array.ctypes.data if workspace.array.size else None
         for name, value in (fields or {}).items():
             setattr(args, name, value)
@@ -115,10 +143,25 @@ class Scan:
 
 
 def inputs(
-    batch: int = 2, length: int = 73, heads: int = 4, width: int = 64, groups: int = 2, size: int = 128, *, state: float = 1.0,
-    bias: float = -3.0, spread: float = 1.0, a: float = 8.0, decays: str = "random", dtype: str = "float32", dt_dtype: str = "float32",
-    state_dtype: str = "float32", scale: float = 1.0, skip: float = 1.0, seed: int = 0,
-) -> Arrays:  # fmt: skip
+    batch: int = 2,
+    length: int = 73,
+    heads: int = 4,
+    width: int = 64,
+    groups: int = 2,
+    size: int = 128,
+    *,
+    state: float = 1.0,
+    bias: float = -3.0,
+    spread: float = 1.0,
+    a: float = 8.0,
+    decays: str = "random",
+    dtype: str = "float32",
+    dt_dtype: str = "float32",
+    state_dtype: str = "float32",
+    scale: float = 1.0,
+    skip: float = 1.0,
+    seed: int = 0,
+) -> Arrays:
     """Random inputs, already rounded to their dtypes."""
     g = np.random.default_rng(seed)
 
@@ -135,7 +178,9 @@ def inputs(
         "dt_bias": normal(heads) + np.float32(bias),
         "state_in": normal(batch, heads, width, size) * np.float32(state),
     }
-    if decays == "strong, then weak":  # dt * A about -100 at every seventh position, about -0.01 at the others
+    if (
+        decays == "strong, then weak"
+    ):  # dt * A about -100 at every seventh position, about -0.01 at the others
         made["a"][:], made["dt_bias"][:] = -8.0, 0.0
         made["dt"] = np.log(np.expm1(0.00125 * (0.5 + g.random(made["dt"].shape)))).astype(np.float32)
         made["dt"][:, 3::7] = 12.5
@@ -145,7 +190,10 @@ def inputs(
         made["dt"][:, ::2] = 12.5
     for name in ("x", "b", "c"):
         made[name] = made[name].astype(DTYPES[dtype])
-    made["dt"], made["state_in"] = made["dt"].astype(DTYPES[dt_dtype]), made["state_in"].astype(DTYPES[state_dtype])
+    made["dt"], made["state_in"] = (
+        made["dt"].astype(DTYPES[dt_dtype]),
+        made["state_in"].astype(DTYPES[state_dtype]),
+    )
     return {name: aligned(value) for name, value in made.items()}
 
 

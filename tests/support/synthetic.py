@@ -1,4 +1,5 @@
-"""The synthetic checkpoint: a layer of each kind and more, latent experts, MTP, two shards; rows of tokens for it."""
+"""The synthetic checkpoint: a layer of each kind and more, latent experts, MTP, two shards; rows of tokens
+for it."""
 
 import json
 from collections.abc import Callable
@@ -14,17 +15,43 @@ from nemoquant.model.roles import tensor_table
 
 Tensors = dict[str, torch.Tensor]
 CONFIG: dict[str, Any] = {
-    "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "dtype": "bfloat16",
-    "hybrid_override_pattern": "M*E-ME", "num_hidden_layers": 6, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
-    "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "conv_kernel": 4, "chunk_size": 32,
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "dtype": "bfloat16",
+    "hybrid_override_pattern": "M*E-ME",
+    "num_hidden_layers": 6,
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 32,
     "use_conv_bias": True,
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_latent_size": 32, "moe_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 80, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
-    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_latent_size": 32,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 1,
+    "mtp_hybrid_override_pattern": "*E",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -46,7 +73,9 @@ def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor
     return tensors
 
 
-def write_checkpoint(folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 2) -> Path:
+def write_checkpoint(
+    folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 2
+) -> Path:
     """Write config, index and shards as published checkpoints have them."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))

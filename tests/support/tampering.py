@@ -1,4 +1,5 @@
-"""Outputs that are changed after they were written: tensors where they lie, and a manifest that fits again."""
+"""Outputs that are changed after they were written: tensors where they lie, and a manifest that fits
+again."""
 
 import json
 import shutil
@@ -35,7 +36,8 @@ def overwrite(out: Path, name: str, data: bytes | Callable[[bytes], bytes], at: 
 
 
 def changed_copy(folder: Path, out: Path, edit: Callable[[dict[str, Tensor]], object], **config: Any) -> Path:
-    """A copy with ``edit`` done to its tensors (a dict by name), now in one file, and ``config`` put into its config.json."""
+    """A copy with ``edit`` done to its tensors (a dict by name), now in one file, and ``config`` put into its
+    config.json."""
     ignored = shutil.ignore_patterns("*.safetensors", "model.safetensors.index.json")
     shutil.copytree(folder, out, ignore=ignored)
     tensors = load_tensors(folder)

@@ -11,15 +11,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUILD, RUNTIME = 0, 1  # TensorRTPhase
-FIELD_TYPES = {"float16": 0, "float32": 1, "float64": 2, "int8": 3, "int16": 4, "int32": 5, "string": 6, "dims": 7, "int64": 10}
-DATA_TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "bool": 4, "uint8": 5, "float8": 6, "bfloat16": 7, "int64": 8}
+FIELD_TYPES = {
+    "float16": 0,
+    "float32": 1,
+    "float64": 2,
+    "int8": 3,
+    "int16": 4,
+    "int32": 5,
+    "string": 6,
+    "dims": 7,
+    "int64": 10,
+}
+DATA_TYPES = {
+    "float32": 0,
+    "float16": 1,
+    "int8": 2,
+    "int32": 3,
+    "bool": 4,
+    "uint8": 5,
+    "float8": 6,
+    "bfloat16": 7,
+    "int64": 8,
+}
 LINEAR, HWC8 = 0, 2  # TensorFormat
 
 
 class CField(ctypes.Structure):
     """nvinfer1::PluginField."""
 
-    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("length", ctypes.c_int32)]
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("length", ctypes.c_int32),
+    ]
 
 
 class CFields(ctypes.Structure):
@@ -30,14 +55,20 @@ class CFields(ctypes.Structure):
 
 class CTensor(ctypes.Structure):
     _fields_ = [
-        ("rank", ctypes.c_int32), ("type", ctypes.c_int32), ("format", ctypes.c_int32), ("unused", ctypes.c_int32),
-        ("dims", ctypes.c_int64 * 8), ("minimum", ctypes.c_int64 * 8), ("maximum", ctypes.c_int64 * 8),
-    ]  # fmt: skip
+        ("rank", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("format", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        ("dims", ctypes.c_int64 * 8),
+        ("minimum", ctypes.c_int64 * 8),
+        ("maximum", ctypes.c_int64 * 8),
+    ]
 
 
 @dataclass(frozen=True)
 class Field:
-    """A plugin field as a caller gives it: ``data`` are its raw bytes (None: a null pointer), ``length`` counts values."""
+    """A plugin field as a caller gives it: ``data`` are its raw bytes (None: a null pointer), ``length``
+    counts values."""
 
     name: str | None
     type: str
@@ -57,7 +88,8 @@ def field(name: str, value: Any, type: str | None = None) -> Field:
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a plugin is told of an input or output; ``minimum`` and ``maximum`` of the profile default to ``dims``."""
+    """What a plugin is told of an input or output; ``minimum`` and ``maximum`` of the profile default to
+    ``dims``."""
 
     type: str
     dims: tuple[int, ...]
@@ -67,7 +99,11 @@ class Tensor:
 
     def c(self) -> CTensor:
         made = CTensor(rank=len(self.dims), type=DATA_TYPES[self.type], format=self.format)
-        for name, values in (("dims", self.dims), ("minimum", self.minimum or self.dims), ("maximum", self.maximum or self.dims)):
+        for name, values in (
+            ("dims", self.dims),
+            ("minimum", self.minimum or self.dims),
+            ("maximum", self.maximum or self.dims),
+        ):
             getattr(made, name)[: len(values)] = values
         return made
 
@@ -81,11 +117,16 @@ def _tensors(tensors: Sequence[Tensor]) -> ctypes.Array[CTensor]:
 
 def _collection(fields: Sequence[Field]) -> tuple[CFields, list[Any]]:
     """The C collection, and what must stay alive with it."""
-    buffers = [ctypes.create_string_buffer(f.data, len(f.data)) if f.data is not None else None for f in fields]
+    buffers = [
+        ctypes.create_string_buffer(f.data, len(f.data)) if f.data is not None else None for f in fields
+    ]
     array = (CField * max(1, len(fields)))(
         *(
             CField(
-                f.name.encode() if f.name is not None else None, ctypes.addressof(b) if b else None, FIELD_TYPES[f.type], f.length
+                f.name.encode() if f.name is not None else None,
+                ctypes.addressof(b) if b else None,
+                FIELD_TYPES[f.type],
+                f.length,
             )
             for f, b in zip(fields, buffers, strict=True)
         )
@@ -100,7 +141,14 @@ def _read(collection: CFields) -> list[Field]:
     for i in range(collection.count):
         f = collection.fields[i]
         type = names[f.type]
-        found.append(Field(f.name.decode(), type, ctypes.string_at(f.data, f.length * sizes[type]) if f.data else None, f.length))
+        found.append(
+            Field(
+                f.name.decode(),
+                type,
+                ctypes.string_at(f.data, f.length * sizes[type]) if f.data else None,
+                f.length,
+            )
+        )
     return found
 
 
@@ -183,7 +231,10 @@ class Plugin:
 
     def output_types(self, inputs: Sequence[str], outputs: int | None = None) -> list[str] | None:
         count = self.caller.c.trt_output_count(self.pointer) if outputs is None else outputs
-        given, made = (ctypes.c_int32 * len(inputs))(*(DATA_TYPES[t] for t in inputs)), (ctypes.c_int32 * count)()
+        given, made = (
+            (ctypes.c_int32 * len(inputs))(*(DATA_TYPES[t] for t in inputs)),
+            (ctypes.c_int32 * count)(),
+        )
         if self.caller.c.trt_output_types(self.pointer, given, len(inputs), made, count):
             return None
         names = {number: name for name, number in DATA_TYPES.items()}
@@ -203,24 +254,42 @@ class Plugin:
         return None if made is None else [shape.split(" ") for shape in made.decode().split(";")]
 
     def supports(self, position: int, tensors: Sequence[Tensor], inputs: int) -> bool:
-        return bool(self.caller.c.trt_supports(self.pointer, position, _tensors(tensors), inputs, len(tensors) - inputs))
+        return bool(
+            self.caller.c.trt_supports(
+                self.pointer, position, _tensors(tensors), inputs, len(tensors) - inputs
+            )
+        )
 
     def configure(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
-        return int(self.caller.c.trt_configure(self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)))
+        return int(
+            self.caller.c.trt_configure(
+                self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)
+            )
+        )
 
     def workspace(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
-        return int(self.caller.c.trt_workspace(self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)))
+        return int(
+            self.caller.c.trt_workspace(
+                self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)
+            )
+        )
 
     def serialize(self) -> list[Field]:
         return _read(self.caller.c.trt_serialize(self.pointer).contents)
 
     def shape_change(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
-        return int(self.caller.c.trt_shape_change(self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)))
+        return int(
+            self.caller.c.trt_shape_change(
+                self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)
+            )
+        )
 
     def enqueue(
-        self, inputs: Mapping[Tensor, NDArray[Any]] | Sequence[tuple[Tensor, NDArray[Any]]], outputs: Sequence[tuple[Tensor, NDArray[Any]]],
+        self,
+        inputs: Mapping[Tensor, NDArray[Any]] | Sequence[tuple[Tensor, NDArray[Any]]],
+        outputs: Sequence[tuple[Tensor, NDArray[Any]]],
         workspace: NDArray[Any],
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Tensors with their memory."""
         pairs = list(inputs.items()) if isinstance(inputs, Mapping) else list(inputs)
 
@@ -229,7 +298,13 @@ class Plugin:
 
         return int(
             self.caller.c.trt_enqueue(
-                self.pointer, _tensors([t for t, _ in pairs]), len(pairs), _tensors([t for t, _ in outputs]), len(outputs),
-                pointers(pairs), pointers(outputs), ctypes.c_void_p(workspace.ctypes.data),
+                self.pointer,
+                _tensors([t for t, _ in pairs]),
+                len(pairs),
+                _tensors([t for t, _ in outputs]),
+                len(outputs),
+                pointers(pairs),
+                pointers(outputs),
+                ctypes.c_void_p(workspace.ctypes.data),
             )
-        )  # fmt: skip
+        )

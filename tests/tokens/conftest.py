@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e", "[user]", "[assistant]"]  # id = index; eos is 2, as the config says
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "a",
+    "b",
+    "c",
+    "d",
+    "e",
+    "[user]",
+    "[assistant]",
+]  # id = index; eos is 2, as the config says
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m['content'] }} {% endfor %}"
 
 
@@ -17,6 +28,8 @@ def model(source: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(source / "tokenizer.json"))
-    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    )
     (source / "chat_template.jinja").write_text(TEMPLATE)
     return source

@@ -61,7 +61,9 @@ def test_txt_is_one_document(model, tmp_path):
 
 def test_messages_go_through_the_chat_template(model, tmp_path):
     chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
-    assert rows(write(tmp_path, "x.jsonl", [{"messages": chat}]), model, length=6).ids.tolist() == [[8, 3, 4, 9, 5, 2]]
+    assert rows(write(tmp_path, "x.jsonl", [{"messages": chat}]), model, length=6).ids.tolist() == [
+        [8, 3, 4, 9, 5, 2]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,9 @@ def test_messages_go_through_the_chat_template(model, tmp_path):
 )
 def test_templates_render_as_in_transformers(template, expected, model, tmp_path):
     (model / "chat_template.jinja").write_text(template)
-    assert rows(write(tmp_path, "x.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]), model).ids.tolist() == [expected]
+    assert rows(
+        write(tmp_path, "x.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]), model
+    ).ids.tolist() == [expected]
 
 
 def test_tojson_is_not_escaped_for_html(model, tmp_path):
@@ -92,7 +96,9 @@ def test_the_template_of_tokenizer_config(model, tmp_path):
 
 
 def test_ids_need_no_tokenizer(source, tmp_path):
-    path = write(tmp_path, "x.jsonl", [{"input_ids": [90, 91, 92]}, {"input_ids": []}, {"input_ids": [93, 94]}])
+    path = write(
+        tmp_path, "x.jsonl", [{"input_ids": [90, 91, 92]}, {"input_ids": []}, {"input_ids": [93, 94]}]
+    )
     assert rows(path, source).ids.tolist() == [[90, 91, 92, 2]]
     assert rows(path, source).dropped == 3  # 93, 94 and its eos: the empty one adds none
 
@@ -135,7 +141,8 @@ ESCAPES = {
     "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "os": "{{ raise_exception.__globals__['os'].system('touch ' ~ messages[0].content) }}",
     "os through cycler": "{{ cycler.__init__.__globals__.os.system('touch ' ~ messages[0].content) }}",
-    "os through self": "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch ' ~ messages[0].content) }}",
+    "os through self": "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch ' ~ "
+    "messages[0].content) }}",
     "builtins": "{{ raise_exception.__builtins__.open(messages[0].content, 'w') }}",
     "format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "change the messages": "{{ messages.append('a b c') }}",
@@ -150,7 +157,9 @@ def test_templates_run_in_a_sandbox(template, model, tmp_path):
     (model / "chat_template.jinja").write_text(template)
     trace = tmp_path / "trace"
     path = write(tmp_path, "x.jsonl", [{"messages": [{"role": "user", "content": str(trace)}]}])
-    with pytest.raises(CalibrationError, match=r"x\.jsonl, document 1: the chat template refuses its messages \(."):
+    with pytest.raises(
+        CalibrationError, match=r"x\.jsonl, document 1: the chat template refuses its messages \(."
+    ):
         rows(path, model)
     assert not trace.exists()
 
@@ -182,24 +191,40 @@ BAD = {
     "empty jsonl": ("x.jsonl", "", "holds no text"),
     "blank lines": ("x.jsonl", "\n  \n", "holds no text"),
     "empty documents": ("x.jsonl", [{"text": ""}, {"input_ids": []}], "holds no text"),
-    "shorter than a row": ("x.txt", "a b", "holds 3 tokens, less than one row of 4; give more text or a smaller --seq-len"),
+    "shorter than a row": (
+        "x.txt",
+        "a b",
+        "holds 3 tokens, less than one row of 4; give more text or a smaller --seq-len",
+    ),
     "unknown kind": ("x.csv", "a b c", "unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"),
     "no suffix": ("x", "a b c", "unknown kind ''"),
     "not JSON": ("x.jsonl", '{"text": "a"}\nhello\n', "x.jsonl: not JSON"),
     "a list": ("x.jsonl", '{"text": "a"}\n[1]\n', "x.jsonl, line 2: a JSON list, expected an object"),
-    "other keys": ("x.jsonl", [{"text": "a"}, {"prompt": "a"}], "x.jsonl, document 2: has prompt (str); expected `text` (str), `messages` (list) or"),
+    "other keys": (
+        "x.jsonl",
+        [{"text": "a"}, {"prompt": "a"}],
+        "x.jsonl, document 2: has prompt (str); expected `text` (str), `messages` (list) or",
+    ),
     "text is no string": ("x.jsonl", [{"text": 5}], "x.jsonl, document 1: has text (int)"),
     "messages are no list": ("x.jsonl", [{"messages": "a"}], "x.jsonl, document 1: has messages (str)"),
-    "ids that are none": ("x.jsonl", [{"input_ids": [3, "a"]}], "x.jsonl, document 1: `input_ids` holds 'a'; expected token ids"),
+    "ids that are none": (
+        "x.jsonl",
+        [{"input_ids": [3, "a"]}],
+        "x.jsonl, document 1: `input_ids` holds 'a'; expected token ids",
+    ),
     "ids with a part": ("x.jsonl", [{"input_ids": [3, 1.5]}], "`input_ids` holds 1.5"),
     "ids below zero": ("x.jsonl", [{"input_ids": [3, -1]}], "`input_ids` holds -1"),
     "huge ids": ("x.jsonl", [{"input_ids": [3, 10**30]}], "`input_ids` holds 1000"),
-    "ids outside the vocabulary": ("x.jsonl", [{"input_ids": [3, 4, 96, 5]}], "token ids from 3 to 96, expected 0 to 95"),
+    "ids outside the vocabulary": (
+        "x.jsonl",
+        [{"input_ids": [3, 4, 96, 5]}],
+        "token ids from 3 to 96, expected 0 to 95",
+    ),
     "no parquet": ("x.parquet", "not parquet", "cannot be read as parquet"),
     "no npy": ("x.npy", "a b c", "cannot be read as a numpy array"),
     "empty npy": ("x.npy", "", "cannot be read as a numpy array"),
     "zip": ("x.npy", "PK\x03\x04 and no more", "cannot be read as a numpy array"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD.keys())
@@ -227,7 +252,13 @@ def test_text_that_is_not_utf8(model, tmp_path):
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((2, 3)), np.zeros(4, np.int64), np.zeros((0, 4), np.int64), np.zeros((1, 2, 2), np.int64), np.array([["a"]])],
+    [
+        np.zeros((2, 3)),
+        np.zeros(4, np.int64),
+        np.zeros((0, 4), np.int64),
+        np.zeros((1, 2, 2), np.int64),
+        np.array([["a"]]),
+    ],
     ids=["floats", "1-D", "empty", "3-D", "strings"],
 )
 def test_arrays_that_are_no_rows(array, source, tmp_path):
@@ -259,7 +290,9 @@ def test_a_pickle_is_not_opened(source, tmp_path):
 
 
 def test_no_tokenizer(source, tmp_path):
-    with pytest.raises(CalibrationError, match=r"tokenizer\.json does not exist; text needs the model's tokenizer"):
+    with pytest.raises(
+        CalibrationError, match=r"tokenizer\.json does not exist; text needs the model's tokenizer"
+    ):
         rows(write(tmp_path, "x.txt", "a b c"), source)
 
 
