@@ -10,7 +10,7 @@ if WORKER:  # one thread for each, and for the processes that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_a_worker() -> Iterator[None]:
+    """Commands set the threads of their process, which is the worker's: the next test begins with one again."""
+    yield
+    if WORKER:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture

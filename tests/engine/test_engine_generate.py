@@ -25,7 +25,7 @@ PROMPT = "The king said unto him, What"
 
 
 def run(folder: Path, *options: object, prompt: str = PROMPT, code: int = 0) -> Any:
-    return nemoquant("generate", folder, "--prompt", prompt, *options, code=code)
+    return nemoquant("generate", folder, "--prompt", prompt, "--threads", 1, *options, code=code)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ class Watched:
 
     def open(self, made: Report) -> "Page":
         self.file.write_text(render(made), encoding="utf-8")
-        self.page.set_default_timeout(5000)
+        self.page.set_default_timeout(30_000)  # beside other workers
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
