@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread_a_worker() -> Iterator[None]:
-    """Commands set the threads of their process, which is the worker's: the next test begins with one again."""
+    """Commands set the threads of their process, the worker: the next test begins with one again."""
     yield
     if WORKER:
         torch.set_num_threads(1)
