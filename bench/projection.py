@@ -35,7 +35,7 @@ FILE_BYTES, BLOCK = 2 << 30, 8 << 20
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates: bytes/s, flop/s, seconds a token; ``weights``: mapped weights in memory, to the products."""
+    """Rates: bytes/s, flop/s, seconds a token; ``weights``: from mapped memory to the products."""
 
     name: str
     threads: int

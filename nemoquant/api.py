@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of ``quantize``; ``verified`` counts what verify checked before ``out`` got its name."""
+    """Result of ``quantize``.
+
+    Attributes:
+        warnings: one sentence each.
+        verified: counts of what verify checked before ``out`` got its name.
+        skipped_files: files of the source that were not copied.
+        calibration: its settings and coverage of experts; None where none was needed, and in a dry run.
+    """
 
     out: Path
     plan: Plan

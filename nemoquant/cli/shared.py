@@ -24,7 +24,7 @@ PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 def loading() -> Iterator[None]:
     """Switches garbage collection off while modules are loaded.
 
-    It would take a sixth of that time, and find nothing to collect.
+    It would take a sixth of the loading time, and free nothing.
     """
     gc.disable()
     try:

@@ -51,10 +51,11 @@ class Head:
         return self.model.logits(x[None].to(self.model.device), self.tap)[0].cpu()
 
     def acceptance(self, ids: Tensor) -> float:
-        """Share of positions where the first MTP module's choice is the main model's next; NaN if it is NaN.
+        """Share of positions where the first MTP module chooses the same next token as the main model.
 
         At position t the module takes the hidden state of t and the token at t + 1. Its likeliest token is
-        compared with the main model's at t + 1, as in speculative decoding with greedy verification.
+        compared with the main model's at t + 1, as in speculative decoding with greedy verification. NaN
+        where the module produces NaN or Inf.
 
         Args:
             ids: [rows, length]; ``choice`` must be filled.

@@ -127,7 +127,7 @@ def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
 
 
 def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """Writes no manifest: these are not the files that ``quantize`` wrote."""
+    """Write all tensors into new shards; no manifest, because ``quantize`` did not write these files."""
     tensors, total, done = (
         opened.checkpoint.tensors,
         sum(i.nbytes for i in opened.checkpoint.tensors.values()),
@@ -183,7 +183,7 @@ def _views(opened: PackedCheckpoint) -> bool:
 
 
 def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """Copy shards and their other files unchanged, following links; graphs are not copied but exported."""
+    """Copy shards and their other files unchanged, following links; graphs are exported again."""
     path = opened.path
     names = sorted({info.file.name for info in opened.checkpoint.tensors.values()})
     names += [name for name in (INDEX, *WRITTEN) if (path / name).is_file() and name != manifest.FILE]

@@ -1,4 +1,4 @@
-"""The operators' specifications, ``plugins/<op>/spec.yaml``: names of inputs, outputs and attributes."""
+"""Specifications of operators, ``plugins/<op>/spec.yaml``: names and order of inputs, outputs, attributes."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -154,7 +154,7 @@ class Packer:
         yield None, end
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
-        """The scale of one weight, from the maximum of its group: its chunks are read once for this."""
+        """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
         members = self._groups[row.weight_group] if row.weight_group else [row]
         parts: list[Part] = [(member, part) for member in members for part in slices(member)]
         maxima = list(self._map(amax, parts))

@@ -17,7 +17,8 @@ from nemoquant.planning.plan import Plan
 from nemoquant.units import size
 
 DEFAULT_MEMORY = 4_000_000_000  # bytes, used to choose the row batch where --memory is not given
-BASE_STEP = 256_000_000  # memory of the process at the start is rounded up to this: two runs choose the same
+# Memory of the process at the start is rounded up to a multiple of this, so that two runs choose the same.
+BASE_STEP = 256_000_000
 # Pinned memory of a thread that feeds a GPU: a chunk, as float32 if the source is float16, and its codes.
 LANE = 3 * CHUNK_BYTES
 PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and the result
