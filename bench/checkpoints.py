@@ -1,7 +1,6 @@
-"""Makes the checkpoints that the other benchmarks quantize: random bf16 weights, published names, one tensor
-in memory at a time.
+"""Makes checkpoints for the other benchmarks: random bf16 weights, published names, one tensor at a time.
 
-python -m bench.checkpoints OUT            `mid`: 0.73 B parameters, 1.6 GB, one layer kind after the other
+python -m bench.checkpoints OUT            `mid`: 0.73 B parameters, 1.6 GB, kinds of layers in turn
 python -m bench.checkpoints OUT --size super --layers 4
                                            four MoE layers as large as Super's, 5.6 GB each
 """
@@ -65,8 +64,7 @@ MID: dict[str, Any] = {
 
 
 def config(size: str, layers: int | None = None) -> dict[str, Any]:
-    """The config of ``mid``, or of that many MoE layers of Super's with 1,024 tokens of vocabulary and no MTP
-    module."""
+    """The config of ``mid``, or of ``layers`` MoE layers of Super with a vocabulary of 1,024 and no MTP."""
     if size == "mid":
         return MID
     raw: dict[str, Any] = json.loads(SUPER.read_text())
@@ -88,8 +86,7 @@ def _size(spec: TensorSpec) -> int:
 
 
 def _write(file: BinaryIO, spec: TensorSpec, pool: np.ndarray, rng: np.random.Generator) -> None:
-    """Normal weights scaled by fan-in from a pool of random numbers; what parametrizes the SSM near its usual
-    values."""
+    """Normal weights from a pool of random numbers, scaled by fan-in; SSM parameters near usual values."""
     count, scale, offset = int(np.prod(spec.shape)), spec.shape[-1] ** -0.5, 0.0
     if spec.role.endswith("norm"):
         scale, offset = 0.1, 1.0

@@ -1,10 +1,10 @@
-"""Speed of the number formats' kernels: GB/s of bf16 on one thread, against this machine's copy and read.
+"""Speed of the number formats' kernels: GB/s of bf16 on one thread, compared with memory copy and read.
 
     python -m bench.kernels [--json FILE] [--repeat N] [--device cuda] [--peers]
 
-Every figure is the best of several, by the CPU time of the thread (on a GPU by wall time, copies there and
-back included), and counts the bytes of the bf16 weight, 2 an element, whether they are read (encode) or stand
-for what is written (decode). `--peers` adds torch's straight loop over all block scales, and Model
+Every figure is the best of several, by the CPU time of the thread (on a GPU by wall time, copies in both
+directions included). It counts the bytes of the bf16 weight, 2 an element, whether they are read (encode) or
+correspond to the output (decode). `--peers` adds a plain torch loop over all block scales, and Model
 Optimizer's `NVFP4QTensor.quantize` where it is installed.
 """
 
@@ -21,12 +21,12 @@ from bench.measure import machine
 from nemoquant.formats import e4m3, fp8, nvfp4
 from nemoquant.formats.amax import amax
 
-SHAPE = (2688, 1024)  # an expert of Super's, 5.5 MB: about what packing hands to a kernel at a time
-LARGE = 1 << 28  # bytes, for copy and read: no cache holds them
+SHAPE = (2688, 1024)  # an expert of Super, 5.5 MB: about what packing gives to a kernel at a time
+LARGE = 1 << 28  # bytes, for copy and read: larger than any cache
 
 
 def best(function: Callable[[], object], repeat: int, clock: Callable[[], float] = time.thread_time) -> float:
-    """Seconds; a first call may compile, and does not count."""
+    """Shortest time in seconds; a first call, which may compile, does not count."""
     function()
     times = []
     for _ in range(repeat):
@@ -37,8 +37,7 @@ def best(function: Callable[[], object], repeat: int, clock: Callable[[], float]
 
 
 def memory(repeat: int) -> dict[str, float]:
-    """This machine's speed for one thread, in bytes of the source: a copy of what no cache holds, and a sum
-    over it."""
+    """GB/s of one thread, in bytes of the source: a copy of an array larger than any cache, and its sum."""
     source = np.ones(LARGE // 8, np.uint64)
     target = np.empty_like(source)
     return {
@@ -74,8 +73,7 @@ def kernels(repeat: int, device: str) -> dict[str, float]:
 
 
 def torch_loop(weight: np.ndarray, global_scale: np.float32) -> np.ndarray:
-    """Method mse as one would write it in torch: all candidates, one after the other. Returns the block
-    scales' codes."""
+    """Method mse as a plain torch loop over all candidates; returns the block scales' codes."""
     import torch
 
     blocks = (torch.from_numpy(weight.astype(np.int32)) << 16).view(torch.float32).abs().view(-1, 16)
@@ -89,9 +87,8 @@ def torch_loop(weight: np.ndarray, global_scale: np.float32) -> np.ndarray:
     )
     for code in range(1, 127):
         scale = torch.tensor(e4m3.VALUES[code] * global_scale)
-        decoded = (
-            values[torch.bucketize(blocks / scale, midpoints)].double() * scale.double()
-        )  # ties not to even: for time alone
+        # ties do not go to even: only the time matters
+        decoded = values[torch.bucketize(blocks / scale, midpoints)].double() * scale.double()
         error = ((blocks.double() - decoded) ** 2).sum(1)
         better = error < least
         least, chosen = torch.where(better, error, least), torch.where(better, code, chosen)
@@ -106,7 +103,7 @@ def peers() -> dict[str, float]:
     bits = weight.view(torch.int16).numpy().view(np.uint16)
     scale = nvfp4.global_decode_scale(amax(bits))
     rows = bits[: SHAPE[0] // 8]
-    found = {
+    speeds = {
         "torch, loop over all block scales": rows.nbytes / best(lambda: torch_loop(rows, scale), 2) / 1e9
     }
     try:
@@ -114,10 +111,10 @@ def peers() -> dict[str, float]:
     except ImportError:
         print("Model Optimizer is not installed here: left out", file=sys.stderr)
     else:
-        found["Model Optimizer, NVFP4QTensor.quantize"] = (
+        speeds["Model Optimizer, NVFP4QTensor.quantize"] = (
             bits.nbytes / best(lambda: NVFP4QTensor.quantize(weight, 16), 5) / 1e9
         )
-    return found
+    return speeds
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -1,5 +1,7 @@
-"""Runs a command and measures it: wall, CPU and peak memory. Imports nothing large, because a child's peak
-begins at its parent's."""
+"""Runs a command and measures it: wall time, CPU time and peak memory.
+
+It imports nothing large, because a child's peak begins at its parent's.
+"""
 
 import os
 import platform
@@ -15,8 +17,8 @@ class Cost:
 
     Attributes:
         peak: ru_maxrss of the largest process of the tree; mapped pages of files count.
-        peak_tree: the largest sum over the tree of resident memory, sampled.
-        peak_anonymous: the same of RssAnon, memory that no file backs.
+        peak_tree: the largest sum of resident memory over the tree, sampled.
+        peak_anonymous: the same for RssAnon, memory without a file.
     """
 
     wall: float
@@ -30,16 +32,16 @@ class Cost:
 
 
 def _tree(root: int) -> list[int]:
-    found, todo = [], [root]
+    pids, todo = [], [root]
     while todo:
         pid = todo.pop()
-        found.append(pid)
+        pids.append(pid)
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
             try:
                 todo += [int(child) for child in children.read_text().split()]
             except OSError:
                 continue
-    return found
+    return pids
 
 
 def _resident(pid: int) -> tuple[int, int]:
@@ -55,7 +57,7 @@ def _resident(pid: int) -> tuple[int, int]:
 
 
 def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
-    """Run to the end, output into ``log``. Raises RuntimeError, with the log's last lines, if it fails."""
+    """Run to the end, output into ``log``; raises RuntimeError with the log's last lines if it fails."""
     with log.open("w") as output:
         start = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -79,7 +81,7 @@ def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
 
 
 def machine() -> str:
-    """CPU, cores, memory: a line for the results."""
+    """CPU, cores and memory, as a line for the results."""
     info = Path("/proc/cpuinfo").read_text()
     name = next(
         (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),

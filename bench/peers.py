@@ -1,13 +1,12 @@
-"""nemoquant and its peers on the same checkpoint, in turn, several rounds: medians and ratios as a Markdown
-table.
+"""nemoquant and its peers on the same checkpoint, in turn, several rounds: medians and ratios in Markdown.
 
     python -m bench.peers --work DIR --modelopt PYTHON --llmcompressor PYTHON [--rounds 3] [--jobs fp8 nvfp4
     ...]
 
-PYTHON is the interpreter of an environment in which that peer is installed; without one its jobs are measured
-for nemoquant alone. What has been measured stays in DIR/peers.json: run the same command again to go on where
-it was stopped; `--fresh` begins anew. Every job is a whole process, from the start of the interpreter to the
-last byte written; nemoquant's verify included.
+PYTHON is the interpreter of an environment with that peer; without one, its jobs are measured for nemoquant
+alone. Measurements stay in DIR/peers.json: run the same command again to continue; `--fresh` starts again
+from nothing. Every job is a whole process, from the start of the interpreter to the last byte written,
+nemoquant's verify included.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from bench.measure import machine, run
 RECIPES = Path(__file__).parent / "recipes"
 PEERS = Path(__file__).parent / "peer"
 
-# job: (our recipe, calibrated, peer, its argument, what it is)
+# job: (nemoquant's recipe, calibrated, peer, the peer's argument, description)
 JOBS: dict[str, tuple[str, bool, str, str, str]] = {
     "fp8": ("fp8", True, "modelopt", "MAMBA_MOE_FP8_AGGRESSIVE_CFG", "FP8, calibrated on 4 x 512 tokens"),
     "nvfp4": (
@@ -67,7 +66,7 @@ def theirs(work: Path, python: str, peer: str, argument: str, out: Path) -> list
 
 
 def prepare(work: Path) -> None:
-    """The checkpoint and the rows, made in a process of their own, so that this one stays small."""
+    """Make the checkpoint and the rows in separate processes, so that this one stays small."""
     if (work / "mid").exists() and (work / "rows.npy").exists():
         return
     shutil.rmtree(work / "mid", ignore_errors=True)
@@ -81,7 +80,7 @@ def prepare(work: Path) -> None:
 
 
 def prepare_scales(work: Path, out: Path) -> None:
-    """Scales of an FP8 run, for runs that calibrate nothing."""
+    """Copy the scales of an FP8 run, for runs that calibrate nothing."""
     if not (work / "scales.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         run(ours(work, "fp8", True, out), work / "scales.log")
@@ -90,16 +89,16 @@ def prepare_scales(work: Path, out: Path) -> None:
 
 def commands(args: argparse.Namespace, job: str, out: Path) -> dict[str, list[str]]:
     recipe, calibrated, peer, argument, _ = JOBS[job]
-    found = {"nemoquant": ours(args.work, recipe, calibrated, out)}
+    jobs = {"nemoquant": ours(args.work, recipe, calibrated, out)}
     if peer == "ours":
-        found["peer"] = ours(args.work, argument, calibrated, out)
+        jobs["peer"] = ours(args.work, argument, calibrated, out)
     elif getattr(args, peer):
-        found["peer"] = theirs(args.work, getattr(args, peer), peer, argument, out)
-    return found
+        jobs["peer"] = theirs(args.work, getattr(args, peer), peer, argument, out)
+    return jobs
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians of all rounds."""
+    """Medians of all rounds, as a Markdown table."""
     lines = [
         "| job | rounds | nemoquant | peer | ratio | nemoquant's CPU time | peer's | peak memory, nemoquant "
         "| peer | ratio |",
@@ -156,7 +155,7 @@ def main() -> None:
                     continue
                 for folder in (out, out.with_name("out.partial")):
                     shutil.rmtree(folder, ignore_errors=True)
-                os.sync()  # what the last one wrote is not this one's to wait for
+                os.sync()  # this run must not wait for the writes of the last one
                 cost = run(command, args.work / f"{job}-{who}.log")
                 done.append(cost.json())
                 store.write_text(json.dumps(results, indent=1))

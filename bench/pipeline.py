@@ -1,11 +1,10 @@
-"""Whether packing waits for the slowest of its steps alone: a packing run against read, encode, hash and
-write, each by itself.
+"""Whether packing waits only for its slowest step: a packing run, and read, encode, hash and write alone.
 
     python -m bench.pipeline --work DIR [--rounds 3] [--recipe nvfp4-w4a16]
 
-Uses (or makes) DIR/mid, the checkpoint of `bench.peers`, in the page cache for all of them. The run's time is
-what `quantize` reports for its stage `pack`: hashing included, verify not. Encoding has as many threads as
-the run; the others one.
+Uses (or makes) DIR/mid, the checkpoint of `bench.peers`, which is in the page cache for all of them. The
+run's time is that of `quantize` for its stage `pack`: hashing included, verify not. Encoding has as many
+threads as the run; the others have one.
 """
 
 import argparse
@@ -41,16 +40,16 @@ def read(folder: Path) -> None:
 
 
 def encode(folder: Path, recipe: str, threads: int) -> None:
-    """Every quantized weight, results dropped."""
+    """Encode every quantized weight; results are dropped."""
     import nemoquant
     from nemoquant.pack.encode import pack_weights
     from nemoquant.sources.source import open_weights
 
-    made = nemoquant.plan(folder, recipe)
+    resolved = nemoquant.plan(folder, recipe)
     checkpoint = open_weights(folder, "a benchmark needs the weights").checkpoint
     assert checkpoint is not None
     with checkpoint, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda row: bool(pack_weights(checkpoint, [row])), made.quantized))
+        list(pool.map(lambda row: bool(pack_weights(checkpoint, [row])), resolved.quantized))
 
 
 def write(path: Path, size: int, data: bytes) -> None:
@@ -80,7 +79,7 @@ def main() -> None:
     data = os.urandom(BUFFER)
     times: dict[str, list[float]] = {}
     read(source)
-    encode(source, args.recipe, threads)  # compiled, or loaded, by now
+    encode(source, args.recipe, threads)  # compiles or loads the kernels
     for _ in range(args.rounds):
         for folder in (out, out.with_name("out.partial")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,8 +88,8 @@ def main() -> None:
             [sys.executable, "-m", "nemoquant", "quantize", str(source), str(out), "--recipe", args.recipe],
             log,
         )
-        found = re.search(r"pack: done in ([\d.]+) (ms|s|min)", log.read_text())
-        assert found is not None, f"{log} does not say how long packing took"
+        match = re.search(r"pack: done in ([\d.]+) (ms|s|min)", log.read_text())
+        assert match is not None, f"{log} does not say how long packing took"
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         alone = {
             "read": lambda: read(source),
@@ -98,7 +97,7 @@ def main() -> None:
             "hash": lambda size=size: digest(size),
             "write": lambda size=size: write(args.work / "written", size, data),
         }
-        times.setdefault("pack", []).append(float(found[1]) * {"ms": 0.001, "s": 1, "min": 60}[found[2]])
+        times.setdefault("pack", []).append(float(match[1]) * {"ms": 0.001, "s": 1, "min": 60}[match[2]])
         for name, work in alone.items():
             os.sync()
             times.setdefault(name, []).append(seconds(work))

@@ -1,12 +1,11 @@
-"""What the whole of Nemotron 3 Super would take, as sums that can be checked by hand: bytes and products over
-rates.
+"""Estimate for the whole of Nemotron 3 Super, by sums that can be checked by hand: amounts over rates.
 
     python -m bench.projection --work DIR [--fmt nvfp4] [--rows 32] [--seq-len 512]
 
 Rates of this machine are measured: the processor's by `nemoquant plan --estimate` on DIR/mid (the checkpoint
-of `bench.peers`), the disk's on a file of DIR that the page cache has let go. Those of the second machine are
-ASSUMED, but for hashing and encoding, which are this machine's by the thread. Nothing of Super is read: its
-plan comes from tests/configs.
+of `bench.peers`), the disk's on a file of DIR that was dropped from the page cache. Those of the second
+machine are ASSUMED, except hashing and encoding, which are this machine's for each thread. No file of Super
+is read: its plan comes from tests/configs.
 """
 
 import argparse
@@ -36,8 +35,7 @@ FILE_BYTES, BLOCK = 2 << 30, 8 << 20
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates: bytes/s, flop/s, seconds a token. ``weights``: how fast mapped weights reach the products once
-    they are in memory."""
+    """Rates: bytes/s, flop/s, seconds a token; ``weights``: from mapped memory to the products."""
 
     name: str
     threads: int
@@ -52,7 +50,7 @@ class Machine:
 
 
 def disk(folder: Path) -> tuple[float, float]:
-    """bytes/s of reading and writing with the disk waited for, and nothing in the page cache."""
+    """bytes/s of reading and writing, including the wait for the disk, with nothing in the page cache."""
     path, data = folder / "projection.bin", os.urandom(BLOCK)
     try:
         with path.open("wb", buffering=0) as file:
@@ -85,8 +83,8 @@ def here(work: Path, fmt: str, rows: int, length: int) -> Machine:
         "--rows",
         str(rows),
     ]
-    found = subprocess.run([*command, "--seq-len", str(length)], check=True, capture_output=True, text=True)
-    speeds: dict[str, Any] = json.loads(found.stdout)["estimate"]["speeds"]
+    output = subprocess.run([*command, "--seq-len", str(length)], check=True, capture_output=True, text=True)
+    speeds: dict[str, Any] = json.loads(output.stdout)["estimate"]["speeds"]
     read, write = disk(work)
     return Machine(
         "this machine",
@@ -103,8 +101,10 @@ def here(work: Path, fmt: str, rows: int, length: int) -> Machine:
 
 
 def assumed(measured: Machine) -> Machine:
-    """16 threads, an NVMe disk, PCIe 5, a GPU that reaches 40% of an H100's 989 TFLOP/s in large products and
-    20% in an expert's."""
+    """16 threads, an NVMe disk, PCIe 5, and a GPU.
+
+    The GPU reaches 40% of an H100's 989 TFLOP/s in large products and 20% in an expert's.
+    """
     return Machine(
         "NVMe and a GPU (assumed)",
         16,
@@ -120,7 +120,7 @@ def assumed(measured: Machine) -> Machine:
 
 
 def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
-    """(stage, arithmetic, seconds); what runs beside each other is joined by "or", and the slower counts."""
+    """(stage, arithmetic, seconds); steps that overlap are joined by "or", and the slowest counts."""
     c, tokens = plan.config, batch.tokens
     held = BASE_STEP + BYTES_A_TENSOR * (len(plan.rows) + plan.tensors_out)
     row_batch = pick_row_batch(c, batch, DEFAULT_MEMORY - held - weight_bytes(c, batch.item_size))
@@ -137,7 +137,7 @@ def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
     dense = sum(2 * tokens * row.elements for row in layers if row.expert is None)
     expert = sum(2 * tokens * share * row.elements for row in layers if row.expert is not None)
     mixers = c.count("mamba") * tokens
-    found = [
+    sums = [
         (
             "calibrate",
             f"weights from disk: {read / 1e9:.0f} GB / {m.disk_read / 1e9:.2f} GB/s",
@@ -160,7 +160,7 @@ def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
         ),
     ]
     if m.mixer:
-        found.append(
+        sums.append(
             ("calibrate", f"Mamba mixers: {mixers:,} tokens x {m.mixer * 1e6:.1f} us", mixers * m.mixer)
         )
     encode = (
@@ -176,17 +176,17 @@ def terms(plan: Plan, m: Machine, batch: Batch) -> list[tuple[str, str, float]]:
         f"hash {plan.bytes_out / 1e9:.0f} GB / {m.hash / 1e9:.2f} GB/s": plan.bytes_out / m.hash,
         f"write {plan.bytes_out / 1e9:.0f} GB / {m.disk_write / 1e9:.2f} GB/s": plan.bytes_out / m.disk_write,
     }
-    found.append(("pack", " or ".join(steps), max(steps.values())))
+    sums.append(("pack", " or ".join(steps), max(steps.values())))
     again = max(
         plan.bytes_out / m.hash / min(m.threads, math.ceil(plan.bytes_out / 5e9)),
         plan.bytes_out / m.disk_read,
     )
     checks = VERIFY_TENSOR * plan.tensors_out
-    found.append(
+    sums.append(
         ("verify", f"read and hash {plan.bytes_out / 1e9:.0f} GB again, files beside each other", again)
     )
-    found.append(("verify", f"checks: {plan.tensors_out:,} tensors x {VERIFY_TENSOR * 1e6:.0f} us", checks))
-    return found
+    sums.append(("verify", f"checks: {plan.tensors_out:,} tensors x {VERIFY_TENSOR * 1e6:.0f} us", checks))
+    return sums
 
 
 def main() -> None:
@@ -210,11 +210,11 @@ def main() -> None:
     )
     batch = Batch(args.rows, args.seq_len, "bfloat16")
     for m in (measured, assumed(measured)):
-        found = terms(plan, m, batch)
+        sums = terms(plan, m, batch)
         print(f"| {m.name}: stage | arithmetic | |\n|---|---|---|")
-        for stage, how, seconds in found:
+        for stage, how, seconds in sums:
             print(f"| {stage} | {how} | {duration(seconds)} |")
-        print(f"| **all** | one after the other | **{duration(sum(seconds for *_, seconds in found))}** |\n")
+        print(f"| **all** | one after the other | **{duration(sum(seconds for *_, seconds in sums))}** |\n")
     chosen = budget(plan, batch, memory=None, row_batch=None, threads=measured.threads)
     print(f"Memory: {chosen.memory / 1e9:.1f} GB, as `quantize` would promise it, whatever the machine.")
 

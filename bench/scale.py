@@ -1,11 +1,10 @@
-"""How time and memory follow the model's size: packs 1, 2 and 4 MoE layers as large as Nemotron 3 Super's,
-5.6 GB each.
+"""Time and memory by model size: packs 1, 2 and 4 MoE layers as large as Nemotron 3 Super's, 5.6 GB each.
 
     python -m bench.scale --work DIR [--layers 1 2 4] [--recipe nvfp4-w4a16]
 
-Each size is made, quantized (verify and all) and removed before the next; the largest needs 30 GB in DIR.
-Results stay in DIR/scale.json: run again to go on; `--fresh` begins anew. A line is fitted by least squares,
-and gives the whole of Super, which has as many bytes as 44 such layers: 247 GB.
+Each size is made, quantized (with verify) and removed before the next; the largest needs 30 GB in DIR.
+Results stay in DIR/scale.json: run again to continue; `--fresh` starts again from nothing. A line is fitted
+by least squares and extended to the whole of Super, which has as many bytes as 44 such layers: 247 GB.
 """
 
 import argparse

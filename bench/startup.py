@@ -1,4 +1,4 @@
-"""How long `nemoquant --help` takes to start, beside an interpreter that does nothing.
+"""Time that `nemoquant --help` takes to start, compared with an interpreter that does nothing.
 
 python -m bench.startup [--rounds 20]
 """
@@ -28,12 +28,12 @@ def main() -> None:
             start = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             times[name].append(time.perf_counter() - start)
-    found = {name: median(values[1:]) for name, values in times.items()}  # the first reads files from disk
+    medians = {name: median(values[1:]) for name, values in times.items()}  # the first reads files from disk
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}, medians of {args.rounds}\n")
-    print(f"| {' | '.join(found)} | more |\n|---|---|---|")
+    print(f"| {' | '.join(medians)} | more |\n|---|---|---|")
     print(
-        f"| {' | '.join(f'{value:.3f} s' for value in found.values())} | "
-        f"{found['nemoquant --help'] - found['python -c pass']:.3f} s |"
+        f"| {' | '.join(f'{value:.3f} s' for value in medians.values())} | "
+        f"{medians['nemoquant --help'] - medians['python -c pass']:.3f} s |"
     )
 
 

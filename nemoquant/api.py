@@ -1,5 +1,4 @@
-"""The Python API: what the command line does, as functions. Messages and progress go to callbacks, results
-are data."""
+"""The Python API: the command line as functions. Messages and progress go to callbacks, results are data."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,8 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What ``quantize`` made: the plan, warnings in plain words, what verify checked before the rename, and
-    how calibration went."""
+    """Result of ``quantize``.
+
+    Attributes:
+        warnings: one sentence each.
+        verified: counts of what verify checked before ``out`` got its name.
+        skipped_files: files of the source that were not copied.
+        calibration: its settings and coverage of experts; None where none was needed, and in a dry run.
+    """
 
     out: Path
     plan: Plan
@@ -39,8 +44,7 @@ class Result:
 
 
 def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
-    """Resolve a recipe (preset name or file) against a checkpoint folder's headers, or a bare
-    ``config.json``.
+    """Resolve a recipe (preset name or file) for a checkpoint folder's headers, or a bare ``config.json``.
 
     Raises:
         CheckpointError, RecipeError
@@ -51,10 +55,13 @@ def plan(source: PathLike, recipe: str, *, scale_groups: bool = True) -> Plan:
 def estimate(
     source: PathLike, recipe: str, options: RunOptions | None = None, *, out: PathLike = "."
 ) -> "Estimate":
-    """What ``quantize`` would need on this machine: memory, disk and time, from headers and a short
-    measurement.
+    """Estimate what ``quantize`` would need on this machine: memory, disk and time.
+
+    It reads headers and makes a short measurement.
 
     Args:
+        options: of the run; calibration data is not read, ``rows`` and ``seq_len`` give its amount.
+        out: a path on the disk that would be written to; a file without a name is written beside it.
         options: of the run; calibration data is not read, ``rows`` and ``seq_len`` say how much it would be.
         out: a path on the disk that would be written to; a file without a name is written beside it.
     Raises:
@@ -71,12 +78,12 @@ def estimate(
     check(options.device)
     opened = open_weights(Path(source), "an estimate needs the folder with the weights, which it measures on")
     with opened.checkpoint:
-        made = _plan(opened, recipe, options.scale_groups)
+        resolved = _plan(opened, recipe, options.scale_groups)
         batch, threads = None, options.threads or usable_threads()
-        if made.needs_calibration and options.scales is None:
+        if resolved.needs_calibration and options.scales is None:
             batch = Batch(options.rows, options.seq_len, options.dtype or compute_dtype(options.device))
         chosen = budget(
-            made,
+            resolved,
             batch,
             memory=options.memory,
             row_batch=options.row_batch,
@@ -85,7 +92,7 @@ def estimate(
         )
         return estimate_run(
             opened.checkpoint,
-            made,
+            resolved,
             nearest_folder(Path(out)),
             batch,
             chosen,
@@ -101,11 +108,10 @@ def _plan(source: Source | BareConfig, recipe: str, scale_groups: bool) -> Plan:
     )
 
 
-def _recipe_warnings(recipe: str, made: Plan) -> list[str]:
-    """A file that began as a copy of a preset should not pass for it: name and summary go into the model
-    card."""
-    name = made.recipe.name
-    if recipe in presets() or name not in presets() or load_recipe(name) == made.recipe:
+def _recipe_warnings(recipe: str, resolved: Plan) -> list[str]:
+    """Warns of a file that kept a preset's name but not its content: the name goes into the model card."""
+    name = resolved.recipe.name
+    if recipe in presets() or name not in presets() or load_recipe(name) == resolved.recipe:
         return []
     return [
         f"{recipe} calls itself {name} but differs from that preset; give it a `name` and `summary` of its "
@@ -127,17 +133,17 @@ def quantize(
 ) -> Result:
     """Quantize the checkpoint in ``source`` into the new folder ``out``.
 
-    Everything is checked before the first byte is written; ``out`` appears only when it is whole and
+    Everything is checked before the first byte is written; ``out`` appears only when it is complete and
     verified.
 
     Args:
         recipe: preset name or recipe file.
-        options: everything else that a run can be told; None is the defaults.
+        options: all other options of a run; None takes the defaults.
         dry_run: check everything, write nothing.
         planned: called with the plan before anything long begins.
-        expected: called with what the run will need, from a short measurement, before the first byte is
-            written; None measures nothing.
-        say: called with a line on what of an earlier run is used.
+        expected: called with an estimate of what the run will need, from a short measurement, before the
+            first byte is written; None measures nothing.
+        say: called with a line of text on what is used of an earlier run.
     Raises:
         NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to continue.
     """
@@ -149,32 +155,32 @@ def quantize(
         source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
     )
     with opened.checkpoint:
-        made = _plan(opened, recipe, options.scale_groups)
-        warnings = _recipe_warnings(recipe, made)
+        resolved = _plan(opened, recipe, options.scale_groups)
+        warnings = _recipe_warnings(recipe, resolved)
         warnings += [
             f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
-            for name in made.unused_formats
+            for name in resolved.unused_formats
         ]
-        if not made.needs_calibration:
+        if not resolved.needs_calibration:
             warnings += [
-                f"recipe {made.recipe.name} needs no calibration: {flag} is not used"
+                f"recipe {resolved.recipe.name} needs no calibration: {flag} is not used"
                 for flag in options.unused_where_nothing_is_calibrated()
             ]
         from nemoquant.run.job import Job, Listener
 
-        job = Job(opened, made, out, options, Listener(progress, say, expected))
+        job = Job(opened, resolved, out, options, Listener(progress, say, expected))
         job.check()
-        planned(made)
+        planned(resolved)
         if not dry_run:
             verified, skipped, warnings, calibration = job.run(warnings)
-            return Result(out, made, warnings, verified, skipped, calibration)
-        return Result(out, made, [*warnings, *job.dry_run()], {})
+            return Result(out, resolved, warnings, verified, skipped, calibration)
+        return Result(out, resolved, [*warnings, *job.dry_run()], {})
 
 
 def verify(
     out: PathLike, against: PathLike | None = None, *, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Check a written checkpoint, with its source bit for bit where that is given.
+    """Check a written checkpoint; with its source also bit for bit against it.
 
     Returns:
         ``{"ok", "problems", "warnings", "checked"}``.
@@ -209,17 +215,17 @@ def diff(
     Args:
         candidates: folders made from ``source``: by nemoquant, by another tool in the ModelOpt layout, or not
             quantized.
-        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never calibrated
-            on.
-        rows, seq_len: how much of it; ignored for .npy, which says so itself.
+        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never used for
+            calibration.
+        rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
         engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the
             diff's own arithmetic.
         engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
-        device: where both sides' torch arithmetic runs, ``cpu`` or ``cuda``; weights go there as they are
-            used.
+        device: where both sides' torch arithmetic runs, ``cpu`` or ``cuda``; weights are copied there as they
+            are used.
         reference_cache: file for the source's side, written by the first run and read by later ones.
-        card: put the figures into the model cards of candidates that nemoquant wrote.
+        card: write the figures into the model cards of candidates that nemoquant wrote.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
@@ -283,8 +289,8 @@ def diff(
     if card:
         warnings += [
             w
-            for path, found in zip(paths, report.candidates, strict=True)
-            for w in update_card(path, found, report)
+            for path, measured in zip(paths, report.candidates, strict=True)
+            for w in update_card(path, measured, report)
         ]
     return report.model_copy(update={"warnings": warnings})
 
@@ -301,14 +307,13 @@ def export_onnx(
     copy: bool = True,
     progress: Progress = no_progress,
 ) -> "Exported":
-    """Write ``model.onnx`` (and ``mtp.onnx``) for a checkpoint, beside its shards or with a copy of it in the
-    new folder ``out``.
+    """Write ``model.onnx`` (and ``mtp.onnx``) beside a checkpoint's shards, or with a copy of it in ``out``.
 
     Args:
         dialect: ``onnxruntime`` or ``tensorrt_rtx``.
         compute: ``float32``, ``float16`` or ``bfloat16``; None is the dialect's own.
-        layers: first layer and the one behind the last; None is the whole model.
-        mtp: also the multi-token-prediction module; the main graph then puts out what it is given.
+        layers: first layer, and the index after the last one; None is the whole model.
+        mtp: also the multi-token-prediction module; the main graph then outputs the hidden states for it.
         copy: False refuses where tensors would have to be copied.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
@@ -360,11 +365,11 @@ def export_engine(
         workspace: bytes of scratch memory; None is the builder's own choice.
         last_token_only: logits of the last position only.
         mtp: also build the multi-token-prediction module, into a second file beside ``out``.
-        strip_weights: leave the weights out of the file; they are put in from the shards when it is loaded.
+        strip_weights: leave the weights out of the file; they are taken from the shards when it is loaded.
         weight_streaming, timing_cache, plugins: see ``nemoquant.engine.build.EngineOptions``; ``trt`` only.
-        say: told in a line what is going on.
+        say: called with a line of text at each step.
     Returns:
-        what is in ``out.json``.
+        the content of ``out.json``.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
@@ -375,9 +380,9 @@ def export_engine(
     from nemoquant.engine.export import export_engine as export
     from nemoquant.engine.targets import default_target, device
 
-    found = device()
+    gpu = device()
     options = EngineOptions(
-        target or default_target(found),
+        target or default_target(gpu),
         sm,
         compute,
         max_seq_len,
@@ -389,12 +394,11 @@ def export_engine(
         timing_cache=None if timing_cache is None else Path(timing_cache),
         plugins=None if plugins is None else Path(plugins),
     )
-    return export(Path(source), Path(out), options, found, say, mtp=mtp)
+    return export(Path(source), Path(out), options, gpu, say, mtp=mtp)
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
-    """What a checkpoint folder, quantized or not, or a bare ``config.json`` is: layers, parameters, formats,
-    cache sizes.
+    """Describe a checkpoint folder or a bare ``config.json``: layers, parameters, formats, cache sizes.
 
     Args:
         context: tokens for ``kv_cache.bytes_at_context``; None is the config's ``max_position_embeddings``.

@@ -1,5 +1,4 @@
-"""The whole toolchain on the trained demo model: every preset that fits it, verified, and compared in one
-report."""
+"""The whole toolchain on the trained demo model: every preset that fits it, verified and compared."""
 
 import importlib.util
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from nemoquant.shipped import demo_model
 if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
 
-ENGINE_SM = 120  # of the engine that is built for the look of it
+ENGINE_SM = 120  # GPU of the example engine; it is built, not run
 PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 REPORTS = {"html": "report.html", "json": "report.json", "markdown": "report.md"}
 
@@ -29,14 +28,14 @@ def demo(
 ) -> "Report":
     """Quantize, verify, export and compare into the new folder ``out``; it appears when everything is in it.
 
-    Graphs need the extra `ort`, an engine the extra `rtx`; what is not installed is left out, and said.
+    Graphs need the extra `ort`, an engine the extra `rtx`; without an extra its part is left out, with a
+    message.
 
     Args:
         rows: of 512 tokens each, to calibrate and to compare on.
-        say: told in a line what was done.
+        say: called with a line of text after each step.
     Raises:
-        OutputError: ``out`` exists or can't be written. VerificationError: an output is not what its plan
-            says.
+        OutputError: ``out`` exists or can't be written. VerificationError: an output differs from its plan.
     """
     from nemoquant.evaluate.report.files import write_files
 
@@ -48,9 +47,8 @@ def demo(
         for preset, plan in zip(PRESETS, plans, strict=True):
             options = api.RunOptions(rows=rows, scales=scales if plan.needs_calibration else None)
             result = api.quantize(source, folder / preset, preset, options, progress=progress)
-            scales = (
-                scales or folder / preset / "nemoquant_scales.json"
-            )  # calibrated once: the file serves every recipe
+            # calibrated once: the file serves every recipe
+            scales = scales or folder / preset / "nemoquant_scales.json"
             report = api.verify(folder / preset, source)
             if not report["ok"]:
                 raise VerificationError(f"{preset}: {listing(report['problems'])}")
@@ -59,23 +57,23 @@ def demo(
                 f"against the source."
             )
         engine = _graphs(folder, say)
-        found = api.diff(
+        comparison = api.diff(
             source, [folder / preset for preset in PRESETS], rows=rows, engine=engine, progress=progress
         )
-        write_files(found, {kind: folder / name for kind, name in REPORTS.items()})
-    return found
+        write_files(comparison, {kind: folder / name for kind, name in REPORTS.items()})
+    return comparison
 
 
 def _graphs(folder: Path, say: Callable[[str], None]) -> str:
-    """Export every preset, and build one engine; returns the engine that the diff can run them through."""
+    """Export every preset, and build one engine; returns the engine for the diff."""
     if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx_ir")):
         say("graphs: left out, they need the extra `ort`: pip install 'nemoquant[ort]'")
         return "torch"
     for preset in PRESETS:
-        made = api.export_onnx(folder / preset, mtp=True)
+        exported = api.export_onnx(folder / preset, mtp=True)
     say(
-        f"graphs: model.onnx and mtp.onnx beside the shards of each, {made.nodes} nodes in "
-        f"{len(made.functions)} functions, no weight copied."
+        f"graphs: model.onnx and mtp.onnx beside the shards of each, {exported.nodes} nodes in "
+        f"{len(exported.functions)} functions, no weight copied."
     )
     if importlib.util.find_spec("tensorrt_rtx"):
         facts = api.export_engine(

@@ -1,5 +1,4 @@
-"""Calibration rows that are computed together: how many, how long, in which dtype, and what follows from
-that.
+"""Calibration rows that are computed together: number, length, dtype, and the sizes that follow.
 
 Importing this module loads no torch.
 """
@@ -30,11 +29,11 @@ class Batch:
         return self.rows * self.length
 
     def of(self, rows: int) -> "Batch":
-        """The same with another number of rows."""
+        """The same batch with another number of rows."""
         return replace(self, rows=rows)
 
     def hidden_bytes(self, hidden_size: int) -> int:
-        """Disk that the hidden states of these rows take while layers are calibrated, both files together."""
+        """Disk for the hidden states of these rows during calibration, both files together, in bytes."""
         return HIDDEN_FILES * self.tokens * hidden_size * self.item_size
 
 

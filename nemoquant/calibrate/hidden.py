@@ -1,7 +1,8 @@
 """Hidden states of the calibration rows, which wait between layers: in memory, or in two files.
 
-A layer reads what the layer before it wrote. In files each has one, so that a layer which was interrupted can
-be run again; the page cache serves them, and memory does not follow the number of rows.
+A layer reads what the layer before it wrote. With files, input and output of a layer lie in different files,
+so that an interrupted layer can be run again. The page cache serves them, and memory does not grow with the
+number of rows.
 """
 
 import hashlib
@@ -18,14 +19,13 @@ class HiddenStates(Protocol):
     """[rows, length, hidden] in the compute dtype."""
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """The states of some rows [len(rows), length, hidden], as the last finished layer left them; the
-        caller's to change."""
+        """The states of some rows [len(rows), length, hidden] before the current layer; a copy."""
 
     def write(self, rows: Sequence[int], states: Tensor) -> None:
-        """What the layer in work makes of them. Rows come in ascending order."""
+        """Store the current layer's output for some rows. Rows come in ascending order."""
 
     def turn(self) -> None:
-        """The layer in work is finished: from now on its states are read."""
+        """The current layer is finished: ``read`` returns its output from now on."""
 
 
 class InMemory:
@@ -45,7 +45,7 @@ class InMemory:
 
 
 class InFiles:
-    """Two files in a folder, ``hidden.0`` and ``hidden.1``, which take turns.
+    """Two files in a folder, ``hidden.0`` and ``hidden.1``: one is read, the other is written.
 
     Attributes:
         current: number of the file that is read.
@@ -84,7 +84,7 @@ class InFiles:
         self.sha256, self._digest = self._digest.hexdigest(), hashlib.sha256()
 
     def holds(self, rows: Sequence[int], sha256: str) -> bool:
-        """Whether these rows are what was written with that hash."""
+        """Whether these rows in the current file have this hash."""
         digest = hashlib.sha256()
         try:
             for row in rows:

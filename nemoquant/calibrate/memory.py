@@ -1,7 +1,7 @@
-"""How much memory a batch of rows takes in a layer, and so how many rows may go through at once.
+"""Memory that a batch of rows takes in a layer, and the number of rows that may go through at once.
 
-The figures follow the tensors that the reference model holds at its worst moment, in bytes a token; tests
-hold them against measured peaks. Weights are mapped and not counted here: see ``weight_bytes``.
+The figures count the tensors that the reference model holds at its peak, in bytes a token; tests compare
+them with measured peaks. Mapped weights are not counted here: see ``weight_bytes``.
 """
 
 from nemoquant.calibrate.batch import Batch
@@ -10,22 +10,20 @@ from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.mamba2 import CHUNK
 from nemoquant.model.taps import CAST_ELEMENTS
 
-MOST_TOKENS = 1 << 15  # beyond this products are no faster, and memory is better left to the page cache
+MOST_TOKENS = 1 << 15  # with more, products are no faster, and the page cache needs the memory
 
 
 def batch_bytes(config: NemotronHConfig, kind: LayerKind, batch: Batch) -> int:
     """Peak bytes of a batch in a layer of ``kind``."""
     item = batch.item_size
     token, row = {"mamba": _mamba, "attention": _attention, "moe": _moe, "mlp": _mlp}[kind](config, item)
-    stream = config.hidden_size * (
-        4 * item + 1
-    )  # x, its norm, what the block gives, their sum; which of it is finite
+    # x, its norm, the block's output, their sum; one byte for the mask of finite values
+    stream = config.hidden_size * (4 * item + 1)
     return batch.tokens * (token + stream) + batch.rows * row
 
 
 def _mamba(c: NemotronHConfig, item: int) -> tuple[int, int]:
-    """Bytes a token and a row: the projection, the convolution, the scan's result and the gated norm; a chunk
-    of the scan."""
+    """Bytes a token (projection, convolution, scan's result, gated norm); a row (a chunk of the scan)."""
     inner, heads = c.mamba_inner, c.mamba_num_heads
     projected = inner + c.conv_channels + heads
     token = projected * item + c.conv_channels * (item + 4) + inner * (4 + item) + heads * 8
@@ -43,8 +41,11 @@ def _mlp(c: NemotronHConfig, item: int) -> tuple[int, int]:
 
 
 def _moe(c: NemotronHConfig, item: int) -> tuple[int, int]:
-    """Router in float32, the choice, the sum over experts in float32, one expert with every token, the shared
-    expert."""
+    """Bytes a token; none a row.
+
+    They are the router in float32, the choice, the sum over experts in float32, and the larger of one expert
+    with every token and the shared expert.
+    """
     latent = c.moe_latent_size or c.hidden_size
     router = 4 * c.hidden_size + 3 * 4 * c.n_routed_experts + 40 * c.num_experts_per_tok
     expert = item * (2 * latent + c.moe_intermediate_size) + 4 * latent
@@ -53,8 +54,11 @@ def _moe(c: NemotronHConfig, item: int) -> tuple[int, int]:
 
 
 def weight_bytes(config: NemotronHConfig, item: int) -> int:
-    """Weights that may be resident at once: mapped ones held between two releases, the largest matrix of a
-    layer, and, where the compute dtype is another one than the file's, what is converted of it at a time."""
+    """Bytes of weights that may be resident at once.
+
+    These are mapped weights held between two releases, the largest matrix of a layer, and, where the compute
+    dtype differs from the file's, the part that is converted at a time.
+    """
     c = config
     sizes = [0]
     if c.count("mamba"):
@@ -70,8 +74,7 @@ def weight_bytes(config: NemotronHConfig, item: int) -> int:
 
 
 def pick_row_batch(config: NemotronHConfig, batch: Batch, limit: int) -> dict[str, int]:
-    """Rows of ``batch`` that may go through a layer of each kind at once, at least 1, so that each stays
-    below ``limit`` bytes."""
+    """Rows of ``batch`` at once for each kind of layer, at least 1; they take at most ``limit`` bytes."""
     most = max(1, min(batch.rows, MOST_TOKENS // batch.length))
     return {
         kind: max(1, min(most, limit // batch_bytes(config, kind, batch.of(1))))

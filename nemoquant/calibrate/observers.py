@@ -1,13 +1,12 @@
-"""What calibration looks at: observers see the inputs of one batch, collectors join what the observers of all
-batches saw.
+"""Observers see the inputs of one batch; collectors join what the observers of all batches collected.
 
-    observer    made anew for each batch of rows in each layer, wherever that is computed; what it
-                collected travels back
-    collector   one for the whole run, in its process; after each layer it keeps what it has, or writes it
-                to a file and forgets it
+    observer    made for each batch of rows in each layer, on the machine that computes it; what it collected
+                is sent back
+    collector   one for the whole run, in the process of the run; after each layer it keeps its results, or
+                writes them to a file and forgets them
 
-A new quantity (second moments, a Hessian) is a new pair; nothing else of calibration changes. What an
-observer collects may be arrays: they live until their layer is finished.
+A new quantity (second moments, a Hessian) is a new pair; nothing else in calibration changes. An observer may
+collect arrays: they live until their layer is finished.
 """
 
 import re
@@ -29,17 +28,17 @@ class Observer(Protocol):
     """Sees one batch of rows in one layer."""
 
     def observe(self, name: str, x: Tensor) -> Tensor:
-        """A tap (see ``model/taps.py``) by full names, ``x`` [tokens, in]: returns ``x`` as it is."""
+        """A tap (see ``model/taps.py``) by full names, ``x`` [tokens, in]; returns ``x`` unchanged."""
 
     def collect(self) -> Any:
-        """What it saw, on the CPU, as data that can be pickled."""
+        """The results, on the CPU, as data that can be pickled."""
 
 
 class Collector(Protocol):
     """Joins what the observers of a layer's batches collected.
 
     Attributes:
-        name: of its entry in the state that ``--resume`` reads.
+        name: key of its entry in the state that ``--resume`` reads.
     """
 
     name: str
@@ -49,21 +48,20 @@ class Collector(Protocol):
         """Makes an observer: a class or a function of a module, so that it can be sent to another machine."""
 
     def add(self, collected: Any) -> None:
-        """What one batch gave; batches come in order."""
+        """Take the results of one batch; batches come in order."""
 
     def finish(self, layer: int | None) -> None:
-        """All batches of a layer were added; None is the head."""
+        """Called when all batches of a layer were added; None stands for the head."""
 
     def state(self) -> Any:
-        """What is to be kept after a layer, as JSON data: the results, or names and hashes of the files that
-        hold them."""
+        """JSON data to keep after a layer: the results, or names and hashes of the files that hold them."""
 
     def restore(self, state: Any) -> None:
-        """Go back to what :meth:`state` gave. Raises CalibrationError where a file is not what it was."""
+        """Go back to the result of :meth:`state`. Raises CalibrationError where a file has changed."""
 
 
 class Maxima(NamedTuple):
-    """What an :class:`AmaxObserver` collected: module -> amax of its input, expert -> tokens that it got."""
+    """Results of an :class:`AmaxObserver`: module -> amax of its input, expert -> number of its tokens."""
 
     amax: dict[str, float]
     tokens: dict[int, int]
@@ -72,8 +70,7 @@ class Maxima(NamedTuple):
 class AmaxObserver:
     """Keeps max |x| of each module's input, in float32, and counts the tokens of experts.
 
-    Maxima stay on the device until :meth:`collect`: reading them one by one would wait for the device each
-    time.
+    Maxima stay on the device until :meth:`collect`: each single read would wait for the device.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,7 @@
-"""Calibration, layer by layer: only one layer's weights are mapped, the rows' hidden states wait for the next
-one.
+"""Calibration, layer by layer: one layer's weights are mapped at a time, hidden states wait between layers.
 
 Every GEMM input of the main model is observed, whatever the plan quantizes, so that one scales file serves
-all recipes. The bf16 output is propagated: a maximum describes what the source model computes.
+all recipes. The unquantized output is propagated: a maximum describes what the source model computes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,12 +33,12 @@ Observers = Sequence[Callable[[], Observer]]
 
 
 class Observed(NamedTuple):
-    """What a layer made of a batch.
+    """Result of a layer for one batch.
 
     Attributes:
-        output: of the rows that are finite [rows, length, hidden], on the CPU.
-        finite: for each row of the batch, whether it is.
-        collected: by each observer, over the finite rows.
+        output: rows whose output is finite [rows, length, hidden], on the CPU.
+        finite: for each row of the batch, whether its output is finite.
+        collected: results of each observer, over the finite rows.
     """
 
     output: Tensor
@@ -47,18 +46,17 @@ class Observed(NamedTuple):
     collected: list[Any]
 
 
-Spread = Callable[
-    [Checkpoint, NemotronHConfig, int, Iterable[Tensor], str, Observers], Iterator[Observed]
-]  # ``observe``, in order
+# Runs ``observe`` on the batches of a layer; results in order.
+Spread = Callable[[Checkpoint, NemotronHConfig, int, Iterable[Tensor], str, Observers], Iterator[Observed]]
 
 
 @dataclass
 class Between:
-    """Where a calibration stands between two layers.
+    """State of a calibration between two layers.
 
     Attributes:
-        layers: how many are done.
-        dead: rows that came to NaN or Inf.
+        layers: number of finished layers.
+        dead: rows that produced NaN or Inf.
         collected: the state of each collector, by name.
     """
 
@@ -68,7 +66,7 @@ class Between:
 
 
 def settings(rows: Rows, device: str, dtype: str, row_batch: RowBatch) -> dict[str, Any]:
-    """What a scales file says of the calibration that it comes from."""
+    """The entry of a scales file that describes its calibration."""
     return {
         "rows": len(rows.ids),
         "seq_len": rows.ids.shape[1],
@@ -96,21 +94,21 @@ def calibrate(
     spread: Spread | None = None,
     progress: Progress = no_progress,
 ) -> list[int]:
-    """Run ``rows`` through the model; ``collectors`` get what their observers see.
+    """Run ``rows`` through the model; ``collectors`` receive what their observers collect.
 
     Args:
-        dtype: compute dtype; None is that of :func:`compute_dtype`.
-        row_batch: rows that go through a layer at once, of all layers or by kind of layer.
-        hidden: where hidden states wait; None is in memory.
-        begin: what ``keep`` was called with in an earlier run, with ``hidden`` as it was then: continues from
-            there.
+        dtype: compute dtype; None takes that of :func:`compute_dtype`.
+        row_batch: rows that go through a layer at once, for all layers or by kind of layer.
+        hidden: where hidden states wait; None keeps them in memory.
+        begin: an argument of ``keep`` in an earlier run, to continue from there; ``hidden`` must hold the
+            same states as then.
         keep: called after each layer.
-        spread: runs a layer's batches; None is one after the other, here.
+        spread: runs a layer's batches; None runs them one after the other, in this process.
     Returns:
-        the rows that came to NaN or Inf and were left out.
+        the rows that produced NaN or Inf and were left out.
     Raises:
-        CalibrationError: more than ``MAX_NON_FINITE`` of the rows came to NaN or Inf; WeightError where
-            weights hold them.
+        CalibrationError: more than ``MAX_NON_FINITE`` of the rows produced NaN or Inf; WeightError where
+            the weights contain NaN or Inf.
     """
     dtype = dtype or getattr(torch, compute_dtype(device))
     hidden = hidden or InMemory((*rows.ids.shape, config.hidden_size), dtype)
@@ -136,7 +134,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Run:
-    """One calibration; ``alive`` [rows] loses the rows that are no longer finite."""
+    """One calibration; ``alive`` [rows] is False for rows that are no longer finite."""
 
     checkpoint: Checkpoint
     config: NemotronHConfig
@@ -147,8 +145,8 @@ class _Run:
 
     @property
     def dead(self) -> list[int]:
-        found: list[int] = np.flatnonzero(~self.alive).tolist()
-        return found
+        dead: list[int] = np.flatnonzero(~self.alive).tolist()
+        return dead
 
     def batches(self, size: int) -> list[list[int]]:
         """Indices of the rows that are still finite, ``size`` at a time."""
@@ -156,7 +154,7 @@ class _Run:
         return [indices[i : i + size] for i in range(0, len(indices), size)]
 
     def embed(self, rows: Rows, dtype: torch.dtype) -> None:
-        """Hidden states before the first layer."""
+        """Write the hidden states before the first layer."""
         weights = LayerWeights(self.checkpoint, "backbone.embeddings.")
         for batch in self.batches(1):
             self.hidden.write(
@@ -166,7 +164,7 @@ class _Run:
         self.hidden.turn()
 
     def layer(self, i: int, row_batch: int, spread: Spread) -> None:
-        """One layer over all rows: the hidden states become its output."""
+        """Run one layer over all rows: its output replaces the hidden states."""
         batches = self.batches(row_batch)
         states = (self.hidden.read(batch) for batch in batches)
         observers = [collector.observer for collector in self.collectors]
@@ -183,7 +181,7 @@ class _Run:
             collector.finish(i)
 
     def head(self) -> None:
-        """The input of the head, which needs no product."""
+        """Observe the input of the head; its product is not computed."""
         norm = LayerWeights(self.checkpoint, "backbone.norm_f.")["weight"]
         observers = [collector.observer() for collector in self.collectors]
         for batch in self.batches(1):
@@ -199,9 +197,9 @@ class _Run:
             collector.add(part)
 
     def _check_finite(self, layer: int) -> None:
-        """Raises the error that a layer deserves which left too few rows finite."""
-        bad = self.dead
-        if len(bad) <= MAX_NON_FINITE * len(self.alive):
+        """Raise an error if too few rows are still finite after ``layer``."""
+        dead = self.dead
+        if len(dead) <= MAX_NON_FINITE * len(self.alive):
             return
         damaged = [
             weights.prefix + name
@@ -218,8 +216,8 @@ class _Run:
                 f"download or convert it again"
             )
         raise CalibrationError(
-            f"layer {layer} ({self.config.layers[layer]}): NaN or Inf in {len(bad)} of {len(self.alive)} "
-            f"rows ({listing(bad)}), more than "
+            f"layer {layer} ({self.config.layers[layer]}): NaN or Inf in {len(dead)} of {len(self.alive)} "
+            f"rows ({listing(dead)}), more than "
             f"{MAX_NON_FINITE:.0%}; expected finite activations, the layer's weights are finite: try "
             f"--compute float32"
         )
@@ -233,33 +231,33 @@ def observe(
     device: str,
     observers: Observers,
 ) -> Observed:
-    """A batch of rows [rows, length, hidden] through one layer. A pure function: it may run anywhere.
+    """Run a batch of rows [rows, length, hidden] through one layer. A pure function: it may run anywhere.
 
-    Rows that come to NaN or Inf say nothing about the others: these are then observed again, without them.
+    Rows that produce NaN or Inf must not affect the maxima: the other rows are then observed again alone.
 
     Args:
-        observers: make what sees the layer's taps, by full names.
+        observers: constructors of the observers, which see the layer's taps by full names.
     """
     prefix = f"backbone.layers.{layer}."
     weights = LayerWeights(checkpoint, prefix)
 
     def through(states: Tensor) -> tuple[Tensor, list[Observer]]:
-        made = [make() for make in observers]
-        tap = prefixed(_seen_by(made), prefix)
-        return layer_forward(config, config.layers[layer], weights, states, None, tap)[0], made
+        active = [make() for make in observers]
+        tap = prefixed(_shown_to(active), prefix)
+        return layer_forward(config, config.layers[layer], weights, states, None, tap)[0], active
 
     states = states.to(device)
-    output, made = through(states)
+    output, active = through(states)
     finite = torch.isfinite(output).flatten(1).all(1)
     if not finite.all():
         output = output[finite]
-        made = through(states[finite])[1] if len(output) else [make() for make in observers]
+        active = through(states[finite])[1] if len(output) else [make() for make in observers]
     weights.release()
-    return Observed(output.cpu(), finite.tolist(), [observer.collect() for observer in made])
+    return Observed(output.cpu(), finite.tolist(), [observer.collect() for observer in active])
 
 
-def _seen_by(observers: Sequence[Observer]) -> Tap:
-    """A tap that shows its argument to all of them."""
+def _shown_to(observers: Sequence[Observer]) -> Tap:
+    """A tap that shows its argument to all ``observers``."""
 
     def tap(name: str, x: Tensor) -> Tensor:
         for observer in observers:
@@ -277,5 +275,5 @@ def one_by_one(
     device: str,
     observers: Observers,
 ) -> Iterator[Observed]:
-    """``observe`` on each batch, here."""
+    """``observe`` on each batch, in this process."""
     return (observe(checkpoint, config, layer, states, device, observers) for states in batches)

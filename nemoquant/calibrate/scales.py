@@ -1,5 +1,4 @@
-"""What calibration found out, and its file: given back by ``--scales``, it repeats a whole run to the
-byte."""
+"""Results of a calibration, and their file: with ``--scales`` it repeats a whole run to the byte."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,13 +17,13 @@ class Scales:
     """Maxima of magnitudes, as float32 values that JSON repeats exactly.
 
     Attributes:
-        settings: what the run was: rows, lengths, hashes of tokens and source, device, dtype, batch, threads.
+        settings: of the run: rows, lengths, hashes of tokens and source, device, dtype, batch, threads.
         input_amax: module -> amax of its GEMM's input over all rows. A routed expert that no token reached is
             absent.
         kv_amax: ``...k_proj`` or ``...v_proj`` -> amax of the keys or values that it puts into the cache.
-        tokens_per_expert: MoE layer -> tokens that each expert got.
-        non_finite_rows: rows that were left out because NaN or Inf came up in them.
-        warnings: what the user was told of the run; told again when the file is given back.
+        tokens_per_expert: MoE layer -> number of tokens of each expert.
+        non_finite_rows: number of rows that were left out because they produced NaN or Inf.
+        warnings: shown to the user by the run, and again by each run that takes its scales from the file.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -52,8 +51,7 @@ class Scales:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Scales":
-        """The reverse of ``to_json``; raises ValueError, KeyError, TypeError or AttributeError for other
-        data."""
+        """The reverse of ``to_json``; other data raise ValueError, KeyError, TypeError or AttributeError."""
         return Scales(
             dict(data["settings"]),
             {str(k): float(v) for k, v in data["input_amax"].items()},
@@ -68,7 +66,7 @@ class Scales:
         """Read a scales file.
 
         Raises:
-            CalibrationError: not such a file, or of another schema.
+            CalibrationError: not a scales file, or of another schema.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +96,7 @@ class Scales:
         ]
 
     def warnings_for(self, plan: Plan) -> list[str]:
-        """What a user of ``plan`` should know of this calibration."""
+        """Warnings about this calibration for a user of ``plan``."""
         warnings = []
         if self.non_finite_rows:
             warnings.append(f"{self.non_finite_rows} calibration rows came to NaN or Inf and were left out")
@@ -111,7 +109,7 @@ class Scales:
         return warnings
 
     def summary(self) -> dict[str, Any]:
-        """The settings, and how experts were covered, as JSON data."""
+        """The settings, and how well experts were covered, as JSON data."""
         counts = [n for layer in self.tokens_per_expert.values() for n in layer]
         coverage = {
             "experts": len(counts),
@@ -121,8 +119,7 @@ class Scales:
         return self.settings | {"non_finite_rows": self.non_finite_rows, "coverage": coverage}
 
     def check(self, plan: Plan, path: Path) -> None:
-        """Make sure that a file from an earlier run has what ``plan`` needs, and nothing that its model
-        lacks.
+        """Make sure that a file from an earlier run has all that ``plan`` needs, and no unknown module.
 
         Raises:
             CalibrationError: lists the modules whose maxima are missing, or that the model does not have.

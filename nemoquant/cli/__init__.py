@@ -1,5 +1,4 @@
-"""The command line: a thin face on the Python API. Verbs are loaded when they are called, so that ``--help``
-is quick."""
+"""The command line, a thin layer over the Python API. Verbs are loaded on use: ``--help`` stays quick."""
 
 import importlib
 import os
@@ -49,7 +48,7 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):  # without loading them
+        with formatter.section("Commands"):  # without loading the verbs
             formatter.write_dl(list(VERBS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -57,20 +56,18 @@ class Verbs(click.Group):
 
         from nemoquant.errors import NemoquantError
 
-        # torch's threads would spin for milliseconds while they wait; beside other work on the machine that
+        # torch's threads would spin for milliseconds while they wait; with other work on the machine this
         # costs many times what it saves. Some ten microseconds are enough from one operation to the next, and
         # a fifth faster than sleeping at once (measured). OpenMP reads both once, when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: clean up as after Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
         try:
             return super().invoke(ctx)
         except NemoquantError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
-        except (
-            OSError
-        ) as error:  # a disk or a permission that nobody foresaw: still one line, and not "a check failed"
+        except OSError as error:  # an unforeseen error of disk or permissions: one line, not exit code 1
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""``nemoquant demo``: the whole toolchain in one go."""
+"""``nemoquant demo``: the whole toolchain in one command."""
 
 import time
 from pathlib import Path

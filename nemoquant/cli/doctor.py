@@ -1,4 +1,4 @@
-"""``nemoquant doctor``: what can run here."""
+"""``nemoquant doctor``: which engines can run on this machine."""
 
 import click
 
@@ -19,11 +19,12 @@ def command(as_json: bool) -> None:
 
     from nemoquant.engine.doctor import doctor
 
-    found = doctor()
+    findings = doctor()
     if as_json:
-        print_json([asdict(finding) for finding in found])
+        print_json([asdict(finding) for finding in findings])
         return
     words = {True: "yes", False: "no"}
     table(
-        [(f.name, words[f.builds], words[f.runs], f.why) for f in found], ("engine", "builds", "runs", "why")
+        [(f.name, words[f.builds], words[f.runs], f.why) for f in findings],
+        ("engine", "builds", "runs", "why"),
     )

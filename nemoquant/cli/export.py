@@ -23,7 +23,7 @@ def command() -> None:
 
 
 def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:  # noqa: ARG001
-    """``A:B``."""
+    """Parse ``A:B``."""
     if value is None:
         return None
     first, colon, end = value.partition(":")
@@ -82,7 +82,7 @@ def export_onnx(
     from nemoquant import api
 
     with progress_bars(as_json) as progress:
-        made = api.export_onnx(
+        exported = api.export_onnx(
             source,
             out,
             dialect=dialect,
@@ -94,22 +94,24 @@ def export_onnx(
             progress=progress,
         )
     figures = {
-        "folder": str(made.folder),
-        "graphs": {path.name: path.stat().st_size for path in made.graphs},
+        "folder": str(exported.folder),
+        "graphs": {path.name: path.stat().st_size for path in exported.graphs},
         "dialect": dialect,
-        "copied_bytes": made.copied_bytes,
-        "functions": made.functions,
-        "nodes": made.nodes,
+        "copied_bytes": exported.copied_bytes,
+        "functions": exported.functions,
+        "nodes": exported.nodes,
     }
     if as_json:
         print_json(figures)
         return
-    for path in made.graphs:
+    for path in exported.graphs:
         click.echo(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
-    click.echo(f"{made.nodes:,} nodes, {len(made.functions)} functions: {', '.join(made.functions)}")
     click.echo(
-        f"{size(made.copied_bytes)} of tensors copied"
-        if made.copied_bytes
+        f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}"
+    )
+    click.echo(
+        f"{size(exported.copied_bytes)} of tensors copied"
+        if exported.copied_bytes
         else "no tensor copied: weights stay in the shards"
     )
 

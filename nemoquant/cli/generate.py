@@ -1,4 +1,4 @@
-"""``nemoquant generate``: hear a quantized model speak."""
+"""``nemoquant generate``: text from a checkpoint."""
 
 import time
 from pathlib import Path
@@ -77,13 +77,13 @@ def command(
     config, _ = load_config(model)
     sampler, codec = Sampler(temperature, seed), TextCodec(model)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
-    running = load_engine(engine, model, threads, engine_file, plugins)
+    loaded = load_engine(engine, model, threads, engine_file, plugins)
     drafts = Drafts()
     began, count, shown = time.monotonic(), 0, ""
     tokens: list[int] = []
     click.echo(prompt, nl=False)
     for token in generate(
-        running,
+        loaded,
         ids,
         max_tokens=max_tokens,
         stop=stop_tokens(model, config),
@@ -93,7 +93,7 @@ def command(
     ):
         tokens.append(token)
         text = codec.decode(ids + tokens)[len(codec.decode(ids)) :]
-        if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is whole
+        if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is complete
             click.echo(text[len(shown) :], nl=False)
             shown = text
         count += 1

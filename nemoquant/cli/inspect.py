@@ -1,4 +1,4 @@
-"""``nemoquant inspect``: what a checkpoint or config is."""
+"""``nemoquant inspect``: describe a checkpoint or config."""
 
 from pathlib import Path
 
@@ -27,11 +27,11 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
     """
     from nemoquant import api
 
-    found = api.inspect(model, context=context)
+    summary = api.inspect(model, context=context)
     if as_json:
-        print_json(found)
+        print_json(summary)
         return
-    layers, kv = found["layers"], found["kv_cache"]
+    layers, kv = summary["layers"], summary["kv_cache"]
     lines = [
         (
             "layers",
@@ -40,26 +40,26 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
             + f"; MTP modules {layers['mtp_modules']}",
         ),
         ("pattern", layers["pattern"]),
-        ("parameters", f"{found['parameters']:,} ({found['parameters_without_mtp']:,} without MTP)"),
-        ("active per token", f"{found['active_parameters']:,}"),
+        ("parameters", f"{summary['parameters']:,} ({summary['parameters_without_mtp']:,} without MTP)"),
+        ("active per token", f"{summary['active_parameters']:,}"),
         (
             "tensors",
-            f"{found['tensors']:,}, {found['bytes']:,} bytes ({size(found['bytes'])}), from "
-            f"{found['source']}",
+            f"{summary['tensors']:,}, {summary['bytes']:,} bytes ({size(summary['bytes'])}), from "
+            f"{summary['source']}",
         ),
-        ("quantization", found["quantization"] or "none"),
-        ("weights", ", ".join(f"{count:,} {name}" for name, count in found["weights"].items())),
+        ("quantization", summary["quantization"] or "none"),
+        ("weights", ", ".join(f"{count:,} {name}" for name, count in summary["weights"].items())),
         (
             "KV cache",
             f"{kv['bytes_per_token']:,} B a token, {size(kv['bytes_at_context'])} at {kv['context']:,} "
             f"tokens",
         ),
-        ("SSM state", f"{size(found['ssm_state_bytes_per_sequence'])} a sequence"),
+        ("SSM state", f"{size(summary['ssm_state_bytes_per_sequence'])} a sequence"),
     ]
     for name, text in lines:
         click.echo(f"{name:<18}{text}")
     table(
-        [(k, v["tensors"], v["bytes"]) for k, v in found["dtypes"].items()],
+        [(k, v["tensors"], v["bytes"]) for k, v in summary["dtypes"].items()],
         ("stored as", "tensors", "bytes"),
         right="12",
     )

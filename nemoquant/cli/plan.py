@@ -65,14 +65,14 @@ def command(
 
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
-    made = api.plan(model, name, scale_groups=options.scale_groups)
-    found = api.estimate(model, name, options, out=out) if estimate else None
+    resolved = api.plan(model, name, scale_groups=options.scale_groups)
+    expected = api.estimate(model, name, options, out=out) if estimate else None
     if as_json:
-        print_json(made.to_json() | ({"estimate": found.to_json()} if found else {}))
+        print_json(resolved.to_json() | ({"estimate": expected.to_json()} if expected else {}))
         return
-    click.echo(f"{made.recipe.name}: {made.recipe.summary}")
-    table(role_table(made), ("role", "weights", "GEMM inputs", "tensors", "bytes"), right="34")
-    figures = made.summary()
+    click.echo(f"{resolved.recipe.name}: {resolved.recipe.summary}")
+    table(role_table(resolved), ("role", "weights", "GEMM inputs", "tensors", "bytes"), right="34")
+    figures = resolved.summary()
     kv, ssm = figures["kv_cache_bytes_per_token"], figures["ssm_state_bytes_per_sequence"]
     quantized = figures["bits_per_quantized_weight"]
     lines = [
@@ -85,22 +85,22 @@ def command(
         ("bits per weight", f"{figures['bits_per_weight']:.3f}"),
         ("in quantized modules", "none are quantized" if quantized is None else f"{quantized:.3f}"),
         ("KV cache per token", f"{kv['source']:,} B as the source, {kv['planned']:,} B planned"),
-        ("SSM state per sequence", f"{size(ssm['planned'])} ({made.config.mamba_ssm_cache_dtype})"),
-        ("calibration", "needed for activation scales" if made.needs_calibration else "not needed"),
+        ("SSM state per sequence", f"{size(ssm['planned'])} ({resolved.config.mamba_ssm_cache_dtype})"),
+        ("calibration", "needed for activation scales" if resolved.needs_calibration else "not needed"),
     ]
     for name, text in lines:
         click.echo(f"{name:<24}{text}")
-    if found:
+    if expected:
         from nemoquant.run.estimate import expectation
 
-        click.echo(f"{'on this machine':<24}{expectation(found)}")
-    for name in made.unused_formats:
+        click.echo(f"{'on this machine':<24}{expectation(expected)}")
+    for name in resolved.unused_formats:
         click.echo(
             f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe "
             f"names",
             err=True,
         )
-    if made.assumed:
+    if resolved.assumed:
         click.echo(
             "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
         )

@@ -1,4 +1,4 @@
-"""``nemoquant plugins``: the TensorRT plugins and the kernels behind them."""
+"""``nemoquant plugins``: the TensorRT plugins and their kernels."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``nemoquant quantize``: the main job."""
+"""``nemoquant quantize``: write a quantized checkpoint."""
 
 import time
 from contextlib import ExitStack
@@ -124,21 +124,21 @@ def command(
 
     began = time.monotonic()
 
-    def planned(made: "Plan") -> None:
+    def planned(resolved: "Plan") -> None:
         if not as_json:
             click.echo(
-                f"{made.recipe.name}: {size(made.bytes_in)} -> {size(made.bytes_out)}, "
-                f"{made.bits_per_weight:.2f} bits a weight, "
-                f"{len(made.quantized):,} of {len(made.rows):,} tensors quantized"
-                + (", activations calibrated" if made.needs_calibration else ", no calibration needed"),
+                f"{resolved.recipe.name}: {size(resolved.bytes_in)} -> {size(resolved.bytes_out)}, "
+                f"{resolved.bits_per_weight:.2f} bits a weight, "
+                f"{len(resolved.quantized):,} of {len(resolved.rows):,} tensors quantized"
+                + (", activations calibrated" if resolved.needs_calibration else ", no calibration needed"),
                 err=True,
             )
 
-    promised: list[Estimate] = []
+    estimates: list[Estimate] = []
 
     def expected(estimate: "Estimate") -> None:
         starting.close()
-        promised.append(estimate)
+        estimates.append(estimate)
         if not as_json:
             click.echo(f"expected: {expectation(estimate)}", err=True)
 
@@ -160,7 +160,7 @@ def command(
     if as_json:
         figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
         figures["calibration"] = result.calibration
-        figures["expected"] = promised[0].to_json()
+        figures["expected"] = estimates[0].to_json()
         figures["peak_memory"] = resident("VmHWM")
         print_json(
             figures
@@ -171,27 +171,27 @@ def command(
         click.echo(f"warning: {warning}", err=True)
     if result.skipped_files:
         click.echo(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
-    made = result.plan
-    sizes = f"{size(made.bytes_in)} -> {size(made.bytes_out)} of tensors"
-    what = f"{sizes}, {made.bits_per_weight:.2f} bits a weight"
+    resolved = result.plan
+    sizes = f"{size(resolved.bytes_in)} -> {size(resolved.bytes_out)} of tensors"
+    what = f"{sizes}, {resolved.bits_per_weight:.2f} bits a weight"
     if dry_run:
         click.echo(
-            f"dry run: {made.recipe.name} fits {source}; {what}; {made.tensors_out:,} tensors would be "
-            f"written to {out}"
+            f"dry run: {resolved.recipe.name} fits {source}; {what}; {resolved.tensors_out:,} tensors would "
+            f"be written to {out}"
         )
     else:
         if result.calibration is not None:
             click.echo(_calibrated(result.calibration))
-        peak, expect = resident("VmHWM"), promised[0]
+        peak, estimate = resident("VmHWM"), estimates[0]
         click.echo(
-            f"{out}: {made.recipe.name}, {what}, verified, {duration(took)} (expected "
-            f"{duration(expect.seconds)}), "
-            f"{size(peak)} of memory at most (expected {size(expect.memory)})"
+            f"{out}: {resolved.recipe.name}, {what}, verified, {duration(took)} (expected "
+            f"{duration(estimate.seconds)}), "
+            f"{size(peak)} of memory at most (expected {size(estimate.memory)})"
         )
 
 
 def _unused_options(calibrates: bool, options: RunOptions) -> list[str]:
-    """Options that were given and had no effect, in words."""
+    """A warning for options that were given and have no effect."""
     given = click.get_current_context().get_parameter_source
     names = [n for n in ("rows", "seq_len", "dtype", "row_batch") if given(n) is ParameterSource.COMMANDLINE]
     if not calibrates:
@@ -205,12 +205,10 @@ def _unused_options(calibrates: bool, options: RunOptions) -> list[str]:
     return [f"not used: {', '.join(OPTIONS[name].flag for name in names)} ({why})"] if names else []
 
 
-def _calibrated(found: dict[str, Any]) -> str:
-    """How calibration went, in a line."""
-    line = (
-        f"calibrated on {found['rows']} rows of {found['seq_len']} tokens ({found['data']}, {found['dtype']})"
-    )
-    coverage = found["coverage"]
+def _calibrated(run: dict[str, Any]) -> str:
+    """Summary of the calibration in one line."""
+    line = f"calibrated on {run['rows']} rows of {run['seq_len']} tokens ({run['data']}, {run['dtype']})"
+    coverage = run["coverage"]
     if coverage["experts"]:
         reached = coverage["experts"] - coverage["unreached"]
         line += f"; {reached:,} of {coverage['experts']:,} experts reached"

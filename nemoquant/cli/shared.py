@@ -1,4 +1,4 @@
-"""What several verbs share: options, output, progress."""
+"""Parts that several verbs share: options, output, progress."""
 
 import gc
 import json
@@ -16,14 +16,16 @@ from nemoquant.progress import Progress, no_progress
 from nemoquant.run.options import OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
-SHOW_AFTER = 2.0  # seconds: work that is over sooner shows no bar
+SHOW_AFTER = 2.0  # seconds: shorter work shows no bar
 PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For the time when modules are loaded: without garbage collection, which looks through all of them again
-    and again, a sixth of that time, and finds nothing."""
+    """Switches garbage collection off while modules are loaded.
+
+    It would take a sixth of the loading time, and free nothing.
+    """
     gc.disable()
     try:
         yield
@@ -32,14 +34,13 @@ def loading() -> Iterator[None]:
 
 
 def run_option(name: str, **settings: Any) -> Callable[[F], F]:
-    """The click option of a field of ``RunOptions``, with the flag and default of its table; ``settings`` are
-    click's."""
+    """The click option of a ``RunOptions`` field: flag and default from its table, ``settings`` for click."""
     option = OPTIONS[name]
     return click.option(option.flag, name, **({"default": option.default} | settings))
 
 
 def dtype_of(context: click.Context, parameter: click.Parameter, value: str) -> str | None:  # noqa: ARG001  click's callback
-    """``auto`` is no dtype: the machine decides."""
+    """``auto`` is not a dtype: the machine decides."""
     return None if value == "auto" else value
 
 
@@ -56,7 +57,7 @@ def recipe_options(function: F) -> F:
 
 
 def recipe_name(fmt: str | None, recipe: str | None) -> str:
-    """The recipe that the two options ask for; exactly one must be given."""
+    """The recipe that the two options name; exactly one must be given."""
     if (fmt is None) == (recipe is None):
         got = "neither" if fmt is None else "both"
         raise UsageError(f"got {got} of --fmt and --recipe; expected one, such as --fmt fp8")
@@ -71,10 +72,10 @@ class Bytes(click.ParamType["int"]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)B?", value.strip())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)B?", value.strip())
         count = (
-            float(found[1]) * (1024 if found[3] else 1000) ** "_KMGT".index(found[2].upper() or "_")
-            if found
+            float(match[1]) * (1024 if match[3] else 1000) ** "_KMGT".index(match[2].upper() or "_")
+            if match
             else 0
         )
         if count < 1:
@@ -154,20 +155,20 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
 
 
 def _plain() -> Progress:
-    """A line when a stage begins to last, and one when it is over."""
+    """Prints a line each ``PLAIN_EVERY`` seconds, and one at the end of a stage."""
     began: dict[str, float] = {}
     finished: set[str] = set()
-    told = time.monotonic()
+    last_line = time.monotonic()
 
     def report(stage: str, done: int, total: int, what: str) -> None:
-        nonlocal told
+        nonlocal last_line
         now = time.monotonic()
         began.setdefault(stage, now)
         if done >= total and stage not in finished:
             finished.add(stage)
             click.echo(f"{stage}: done in {now - began[stage]:.1f} s", err=True)
-        elif now - told > PLAIN_EVERY and total:
-            told = now
+        elif now - last_line > PLAIN_EVERY and total:
+            last_line = now
             left = (now - began[stage]) * (total - done) / max(1, done)
             click.echo(
                 f"{stage}: {done / total:.0%}{', ' + what if what else ''}, about {left / 60:.0f} min left",
@@ -178,18 +179,17 @@ def _plain() -> Progress:
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "") -> None:
-    """A table on standard output, by rich on a terminal's width; ``right`` names the columns to align right,
-    by number."""
+    """A table on standard output, as wide as the terminal; ``right``: digits of right-aligned columns."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
-        made.add_column(name, justify="right" if str(i) in right else "left", overflow="fold")
+        grid.add_column(name, justify="right" if str(i) in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 160  # into a file or pipe: nobody's terminal to fit
-    console.print(made)
+        console.width = 160  # a file or pipe: no terminal sets the width
+    console.print(grid)

@@ -1,7 +1,6 @@
-"""What an engine is: something that runs a model's tokens from a state on. ``generate`` and ``diff`` know no
-more of it.
+"""The interface of an engine, which runs tokens from a state on; ``generate`` and ``diff`` need no more.
 
-torch         the functional model over packed weights, no graph: always there
+torch         the functional model over packed weights, without a graph: always available
 onnxruntime   ``model.onnx`` on the CPU; the extra `ort` (or `gpu`)
 rtx           an engine file of TensorRT-RTX: built anywhere, run on a GPU; the extra `rtx`
 trt           an engine file of TensorRT: built and run on a GPU, with the plugins; the extra `trt`
@@ -21,8 +20,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Step:
-    """What one call gave: logits [batch, length, vocabulary] and ``hidden`` [batch, length, hidden] (what MTP
-    is given; None where the graph does not put it out), float32; ``state`` goes into the next call."""
+    """Result of one call, in float32.
+
+    ``logits`` are [batch, length, vocabulary], ``hidden`` [batch, length, hidden] (input of MTP; None where
+    the graph does not output it); ``state`` goes into the next call.
+    """
 
     logits: Floats
     hidden: Floats | None
@@ -30,19 +32,21 @@ class Step:
 
 
 class Engine(Protocol):
-    """A model that can be run. ``has_mtp`` says whether ``draft`` can be called; ``max_seq_len`` are the most
-    positions of a sequence, None is no limit."""
+    """A model that can be run.
+
+    ``has_mtp`` is whether ``draft`` can be called; ``max_seq_len`` is the largest number of positions of a
+    sequence, None is no limit.
+    """
 
     name: str
     has_mtp: bool
     max_seq_len: int | None
 
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
-        """tokens [batch, length], from ``state`` on; None is the start of a sequence."""
+        """Run tokens [batch, length] from ``state`` on; None is the start of a sequence."""
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        """The first MTP module: ``tokens`` [batch, length] come after the positions of ``hidden`` [batch,
-        length, hidden]."""
+        """Run the first MTP module: ``tokens`` [batch, length] follow ``hidden`` [batch, length, hidden]."""
 
     def describe(self) -> dict[str, Any]:
         """Facts for people and JSON: runtime, version, device, dtypes."""
@@ -59,17 +63,16 @@ G = TypeVar("G", bound=LoadedGraph)
 
 
 class GraphEngine(Generic[G]):
-    """What engines over exported graphs have in common: the main graph, and the multi-token-prediction
-    module's, which may be None."""
+    """Common part of engines over exported graphs: the main graph, and that of MTP, which may be None."""
 
     main: G
     mtp: G | None
 
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
-        """As :class:`Engine` has it."""
+        """See :class:`Engine`."""
         return self.main.step({"input_ids": tokens}, state)
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        """As :class:`Engine` has it."""
+        """See :class:`Engine`."""
         assert self.mtp is not None
         return self.mtp.step({"input_ids": tokens, "hidden": hidden}, state)

@@ -1,9 +1,9 @@
 """Building TensorRT engines, of both kinds, from a checkpoint.
 
 The graph is built in memory in the target's dialect and given to the parser with its functions inlined: the
-parser names layers after nodes, and refuses a function with quantization in it that is called twice. Weights
-come from the shards of the folder. The network is strongly typed: nothing falls back to another precision, it
-fails instead.
+parser names layers after nodes, and refuses a function that contains quantization and is called twice.
+Weights come from the shards of the folder. The network is strongly typed: where a precision is not
+supported, the build fails and no other precision is used.
 """
 
 import time
@@ -35,7 +35,7 @@ from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to build.
+    """Options of a build.
 
     Attributes:
         target: ``rtx`` or ``trt``.
@@ -45,9 +45,9 @@ class EngineOptions:
         max_batch: most sequences at once.
         workspace: bytes of scratch memory, None is the builder's own choice.
         last_token_only: logits of the last position only.
-        with_hidden: also put out what multi-token prediction is given.
+        with_hidden: also output the hidden states that multi-token prediction takes.
         strip_weights: leave weights out of the file, to be refitted from the shards.
-        weight_streaming: let the engine keep weights in host memory, for models larger than the GPU's
+        weight_streaming: let the engine keep weights in host memory, for models larger than the GPU's memory
             (``trt``).
         timing_cache: file of measured tactics, read if it exists and written after (``trt``).
         plugins: the plugin library (``trt``); None is where ``nemoquant plugins build`` puts it.
@@ -69,14 +69,14 @@ class EngineOptions:
 
 @dataclass
 class Built:
-    """An engine in memory, and what is known of it."""
+    """An engine in memory, and facts about it."""
 
     data: bytes
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def check_options(options: EngineOptions) -> None:
-    """Raises UsageError for shapes that make no sense, and for what only TensorRT has."""
+    """Raises UsageError for impossible shapes, and for options that only TensorRT has."""
     if options.max_seq_len < 2 or options.max_batch < 1:
         raise UsageError(
             f"max_seq_len is {options.max_seq_len}, max_batch {options.max_batch}; expected at least 2 and 1"
@@ -103,12 +103,12 @@ def build(
 
     Args:
         device: the GPU of this machine.
-        say: told what is going on, in a line.
-        mtp: of its multi-token-prediction module, not of the main model.
+        say: called with a line of text at each step.
+        mtp: build the multi-token-prediction module, not the main model.
     Raises:
         UsageError: see :func:`check_options`, ``targets.target_sm``, ``targets.check_formats`` and
             ``targets.plugin_library``.
-        EngineError: the parser or the builder refused, with its own words.
+        EngineError: the parser or the builder refused; includes its message.
     """
     check_options(options)
     target = TARGETS[options.target]
@@ -171,20 +171,22 @@ def build(
 
 
 def plan_of(opened: PackedCheckpoint) -> str | None:
-    """The hash of the plan that a checkpoint was written by; None where nemoquant did not write it."""
+    """The hash of the plan that a checkpoint was written from; None where nemoquant did not write it."""
     return opened.manifest["plan"]["sha256"] if opened.manifest else None
 
 
 def engine_graph(
     opened: PackedCheckpoint, options: EngineOptions, mtp: bool
 ) -> tuple[ir.Model, dict[str, list[Any]], bytes]:
-    """The inlined graph, its inputs' shapes, and its bytes. Building and refitting take it from here, so that
-    names agree."""
+    """The inlined graph, its inputs' shapes, and its bytes.
+
+    Building and refitting both use it, so that names agree.
+    """
     graph = GraphOptions(
         options.compute, last_token_only=options.last_token_only, with_hidden=options.with_hidden
     )
-    recorded = Builder(opened, DIALECTS[TARGETS[options.target].dialect], graph)
-    model = recorded.mtp() if mtp else recorded.main()
+    recorder = Builder(opened, DIALECTS[TARGETS[options.target].dialect], graph)
+    model = recorder.mtp() if mtp else recorder.main()
     shapes = {str(value.name): list(value.shape or ()) for value in model.graph.inputs}
     InlinePass()(model)
     for number, node in enumerate(ir.traversal.RecursiveGraphIterator(model.graph)):
@@ -193,8 +195,10 @@ def engine_graph(
 
 
 def _own_formats(target: Target, opened: PackedCheckpoint) -> set[str]:
-    """Formats that the runtime multiplies in itself; plugins decode experts in registers where the GPU lacks
-    a format."""
+    """Formats that the runtime itself multiplies in.
+
+    Experts in plugins are left out: plugins decode them in registers where the GPU lacks a format.
+    """
     own = {
         spec.module
         for spec in opened.table
@@ -207,9 +211,8 @@ def _own_formats(target: Target, opened: PackedCheckpoint) -> set[str]:
 
 
 def _strongly_typed(trt: Any) -> int:
-    flag = getattr(
-        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
-    )  # TensorRT 11 knows no other networks
+    # TensorRT 11 has no other kind of network, and so no flag
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
@@ -229,13 +232,12 @@ def _config(
     if options.target == "rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
-        # one profile: kernels are specialised to the shapes that come when the engine runs, and a second one
-        # would hold all weights again
+        # one profile: kernels are specialised to the shapes at run time, and a second profile would hold all
+        # weights again
         profiles = [{**decode, "length": (1, 1, most)}]
     else:
-        config.profiling_verbosity = (
-            trt.ProfilingVerbosity.DETAILED
-        )  # so that the engine can be asked what it computes in
+        # so that the engine can be inspected for the dtypes that it computes in
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         profiles = [decode, prefill]
         if options.timing_cache is not None:
             known = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
@@ -259,7 +261,7 @@ def _config(
 
 
 def _types(network: Any) -> dict[str, int]:
-    """Layers of the strongly typed network by the dtype that they put out: what the engine computes in."""
+    """Number of layers by output dtype; in a strongly typed network these are the compute dtypes."""
     counts: Counter[str] = Counter()
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -269,8 +271,7 @@ def _types(network: Any) -> dict[str, int]:
 
 
 def _realised(trt: Any, target: Target, data: bytes, messages: Any) -> list[str] | None:
-    """The layers of a finished engine as the runtime describes them, a JSON text each; None where it
-    can't."""
+    """The layers of a finished engine as the runtime describes them, each as JSON; None where it can't."""
     if target.name != "trt":
         return None  # TensorRT-RTX compiles kernels when an engine runs
     engine = trt.Runtime(messages).deserialize_cuda_engine(data)

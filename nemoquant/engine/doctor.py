@@ -1,4 +1,4 @@
-"""What can run here: each engine, and why not where it can't."""
+"""Which engines can build and run on this machine, and the reason where one can't."""
 
 import importlib.metadata
 import importlib.util
@@ -15,7 +15,7 @@ NO_GPU = "no CUDA device is usable here"
 
 @dataclass(frozen=True)
 class Finding:
-    """``builds`` and ``runs`` here; ``why`` says what is missing, or what there is."""
+    """Whether an engine ``builds`` and ``runs`` here; ``why`` names what is missing, or what is installed."""
 
     name: str
     builds: bool
@@ -32,17 +32,17 @@ def _version(*packages: str) -> str | None:
     return None
 
 
-def _rtx_runs(found: Device | None) -> bool:
-    return found is not None and found.sm in (TARGETS["rtx"].sms or ())
+def _rtx_runs(gpu: Device | None) -> bool:
+    return gpu is not None and gpu.sm in (TARGETS["rtx"].sms or ())
 
 
-def _rtx_why(found: Device | None) -> str:
-    if found is None:
+def _rtx_why(gpu: Device | None) -> str:
+    if gpu is None:
         return f"{NO_GPU}, so nothing runs"
     return (
-        f"runs on {found.name}"
-        if _rtx_runs(found)
-        else f"it does not build for {found.name}, SM {found.sm}: --target trt"
+        f"runs on {gpu.name}"
+        if _rtx_runs(gpu)
+        else f"it does not build for {gpu.name}, SM {gpu.sm}: --target trt"
     )
 
 
@@ -67,9 +67,9 @@ def plugins(found: Device | None) -> Finding:
 
 
 def doctor() -> list[Finding]:
-    """All engines, and the machine they are on."""
-    found = device()
-    gpu = f"{found.name} (SM {found.sm})" if found else None
+    """All engines, and the machine."""
+    cuda = device()
+    gpu = f"{cuda.name} (SM {cuda.sm})" if cuda else None
     ort = _version("onnxruntime", "onnxruntime-gpu")
     rtx, trt = _version("tensorrt-rtx-cu13"), _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     no_onnx = (
@@ -78,7 +78,7 @@ def doctor() -> list[Finding]:
         else "graphs need the extra `onnx`: pip install 'nemoquant[onnx]'"
     )
     library, lacking = None, [no_onnx] if no_onnx else []
-    if found is None:
+    if cuda is None:
         lacking.append(NO_GPU)
     if trt is None:
         lacking.append("not installed: pip install 'nemoquant[trt]'")
@@ -101,14 +101,14 @@ def doctor() -> list[Finding]:
         Finding(
             "rtx",
             rtx is not None and no_onnx is None,
-            rtx is not None and no_onnx is None and _rtx_runs(found),
+            rtx is not None and no_onnx is None and _rtx_runs(cuda),
             no_onnx
             or (
-                f"tensorrt-rtx {rtx} builds; {_rtx_why(found)}"
+                f"tensorrt-rtx {rtx} builds; {_rtx_why(cuda)}"
                 if rtx
                 else "not installed: pip install 'nemoquant[rtx]'"
             ),
         ),
         Finding("trt", not lacking, not lacking, "; ".join(lacking) or f"tensorrt {trt} with {library}"),
-        plugins(found),
+        plugins(cuda),
     ]

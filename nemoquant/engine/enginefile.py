@@ -1,5 +1,4 @@
-"""An engine file and the JSON beside it, checked against the checkpoint that it is to be run for before any
-GPU is touched."""
+"""An engine file and the JSON beside it, checked against its checkpoint before any GPU is used."""
 
 import json
 from pathlib import Path
@@ -43,11 +42,11 @@ def mtp_file(engine: Path) -> Path:
 
 
 def read_facts(engine: Path, folder: Path, target: str) -> dict[str, Any]:
-    """What an engine is, made sure that it is for ``target`` and for the checkpoint in ``folder``.
+    """The facts of an engine, checked to be for ``target`` and for the checkpoint in ``folder``.
 
     Raises:
-        CheckpointError: a file is missing, was changed, or the engine is for another checkpoint or plan.
-        UsageError: it is for the other TensorRT.
+        CheckpointError: a file is missing or was changed, or the engine is for another checkpoint or plan.
+        UsageError: the engine is for the other TensorRT.
     """
     path = facts_file(engine)
     again = f"build it again with `nemoquant export trt {folder} FILE`"

@@ -1,4 +1,4 @@
-"""Engine files: built, written whole or not at all, with a JSON beside each that says what it is."""
+"""Engine files: built, and written completely or not at all, with a JSON file of facts beside each."""
 
 import hashlib
 import json
@@ -23,12 +23,11 @@ def export_engine(
     *,
     mtp: bool = False,
 ) -> dict[str, Any]:
-    """Build an engine of the checkpoint in ``path`` into the new file ``out``, and ``out.json`` with its
-    facts.
+    """Build an engine of the checkpoint in ``path``; writes ``out``, and ``out.json`` with its facts.
 
     Args:
         device: the GPU of this machine.
-        mtp: also build its multi-token-prediction module, into a second file beside ``out``.
+        mtp: also build the multi-token-prediction module, into a second file beside ``out``.
     Returns:
         the facts of the main engine.
     Raises:
@@ -43,9 +42,8 @@ def export_engine(
             )
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
-    drafts = (
-        [build(path, options, device, say, mtp=True)] if mtp else []
-    )  # first: a checkpoint without one is refused at once
+    # first, because a checkpoint without the module is refused at once
+    drafts = [build(path, options, device, say, mtp=True)] if mtp else []
     built = [build(path, replace(options, with_hidden=mtp), device, say), *drafts]
     facts = [_facts(path, file, engine, mtp) for file, engine in zip(files, built, strict=True)]
     try:

@@ -1,5 +1,4 @@
-"""An exported graph on disk, checked before a runtime is given it: what it says of itself, and the shards
-that it points into."""
+"""An exported graph on disk, checked before a runtime loads it: its metadata, and the shards it refers to."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,8 +13,8 @@ def read_graph(path: Path) -> Any:
     """The ``onnx.ModelProto`` without its external data.
 
     Raises:
-        CheckpointError: there is none, it is no ONNX file of nemoquant's, or its external data lie outside
-            its folder.
+        CheckpointError: the file is missing, is not one of nemoquant's ONNX files, or its external data lie
+            outside its folder.
     """
     onnx = onnx_package()
     try:
@@ -24,7 +23,7 @@ def read_graph(path: Path) -> Any:
         raise CheckpointError(
             f"{path} does not exist; make it with `nemoquant export onnx {path.parent}`"
         ) from None
-    except Exception as error:  # protobuf raises what it likes
+    except Exception as error:  # protobuf's exceptions have no common base
         raise CheckpointError(f"{path} cannot be read as ONNX ({error}); export it again") from None
     for tensor in (
         *model.graph.initializer,
@@ -43,7 +42,7 @@ def read_graph(path: Path) -> Any:
 
 
 def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
-    """Tensors that stand in nodes' attributes, in subgraphs too."""
+    """Tensors in nodes' attributes, including subgraphs."""
     for node in nodes:
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors)
@@ -53,7 +52,7 @@ def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def onnx_package() -> Any:
-    """The onnx module, with onnx_ir beside it.
+    """The onnx module, once onnx_ir is installed too.
 
     Raises:
         MissingExtraError: one of them is not installed.
@@ -67,10 +66,10 @@ def onnx_package() -> Any:
 
 
 def graph_facts(model: Any, path: Path) -> dict[str, Any]:
-    """What the export wrote of the graph: dialect, compute dtype, plan, files with size and sha256.
+    """The metadata that the export wrote: dialect, compute dtype, plan, files with size and sha256.
 
     Raises:
-        CheckpointError: it says nothing of itself, or not in that form.
+        CheckpointError: they are missing, or not in that form.
     """
     for entry in model.metadata_props:
         if entry.key == "nemoquant":
@@ -93,10 +92,10 @@ def graph_facts(model: Any, path: Path) -> dict[str, Any]:
 
 
 def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
-    """Make sure that the graph is for ``dialect`` and that the shards beside it are those it was made for.
+    """Make sure that the graph is for ``dialect`` and that the shards beside it are the ones it was made for.
 
     Raises:
-        CheckpointError: another dialect; a shard is missing, of another size, or (where its hash is known) of
+        CheckpointError: another dialect; a shard is missing, has another size, or (where its hash is known)
             other bytes.
     """
     if facts["dialect"] != dialect:

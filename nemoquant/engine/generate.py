@@ -1,5 +1,4 @@
-"""Text from a checkpoint, token by token, through any engine: greedy or sampled, with or without drafts by
-multi-token prediction."""
+"""Text from a checkpoint, token by token, by any engine: greedy or sampled, with or without MTP drafts."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from nemoquant.model.config import NemotronHConfig
 
 @dataclass
 class Drafts:
-    """How many tokens were drafted, and how many of them the main model would have chosen too."""
+    """Number of drafted tokens, and of those that the main model would have chosen too."""
 
     drafted: int = 0
     accepted: int = 0
@@ -28,8 +27,10 @@ class Drafts:
 
 @dataclass
 class Sampler:
-    """Chooses a token from logits [vocabulary]: the likeliest (ties to the lower id), or by temperature from
-    a seed."""
+    """Chooses a token from logits [vocabulary]: the likeliest (ties to the lower id), or a sample.
+
+    A sample is drawn at ``temperature`` from a generator with ``seed``.
+    """
 
     temperature: float = 0.0
     seed: int = 0
@@ -51,10 +52,10 @@ class Sampler:
 def stop_tokens(path: Path, config: NemotronHConfig) -> set[int]:
     """The eos tokens of generation_config.json, else of config.json."""
     try:
-        found = json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        eos = json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
-        found = None
-    ids = found if isinstance(found, list) else [found]
+        eos = None
+    ids = eos if isinstance(eos, list) else [eos]
     named = {i for i in ids if isinstance(i, int)}
     return named or set(config.eos_token_ids)
 
@@ -69,13 +70,14 @@ def generate(
     mtp: int = 0,
     drafts: Drafts | None = None,
 ) -> Iterator[int]:
-    """New tokens, one by one; a stop token ends it and is not given.
+    """Yields new tokens one by one; a stop token ends the sequence and is not yielded.
 
     Args:
-        mtp: tokens to draft at a time and verify in one call; greedy only.
-        drafts: counts what became of them.
+        mtp: number of tokens to draft at a time and verify in one call; greedy only.
+        drafts: counts drafted and accepted tokens.
     Raises:
-        UsageError: no prompt, or drafts where the engine has none or with a temperature.
+        UsageError: no prompt, more tokens than the engine admits, or drafts where the engine has none or with
+            a temperature.
     """
     if not prompt:
         raise UsageError("the prompt holds no tokens; give some text")
@@ -122,11 +124,10 @@ def _plain(engine: Engine, prompt: list[int], sampler: Sampler) -> Iterator[int]
 def _drafted(
     engine: Engine, prompt: list[int], sampler: Sampler, count: int, drafts: Drafts
 ) -> Iterator[int]:
-    """Drafts ``count`` tokens behind each chosen one, and verifies them with it in one call of the main
-    model.
+    """Drafts ``count`` tokens after each chosen one, and verifies all in one call of the main model.
 
-    The scan's state can't be cut back, so where a draft is rejected the accepted tokens run once more from
-    the state before. The module's own cache has seen the hidden state of every accepted position: drafts run
+    The scan's state can't be cut back: where a draft is rejected, the accepted tokens run once more from the
+    state before. The module's own cache contains the hidden state of every accepted position; drafts run
     ahead on a copy.
     """
     step = engine.forward(_ids(prompt))
@@ -135,11 +136,11 @@ def _drafted(
     pending_hidden, pending_tokens = _hidden(step), [*prompt[1:], token]
     module_state: Any = None
     while True:
-        # positions whose next token is known by now; the last of them drafts
-        seen = engine.draft(_ids(pending_tokens), pending_hidden, module_state)
-        module_state = seen.state
-        guesses = [sampler(seen.logits[0, -1])]
-        ahead = seen
+        # positions whose next token is known by now; the draft starts from the last of them
+        caught_up = engine.draft(_ids(pending_tokens), pending_hidden, module_state)
+        module_state = caught_up.state
+        guesses = [sampler(caught_up.logits[0, -1])]
+        ahead = caught_up
         while len(guesses) < count:
             ahead = engine.draft(_ids(guesses[-1:]), _hidden(ahead)[:, -1:], ahead.state)
             guesses.append(sampler(ahead.logits[0, -1]))

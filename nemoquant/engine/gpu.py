@@ -1,5 +1,4 @@
-"""Running TensorRT engines of both kinds. States stay on the GPU between calls, in the dtypes that the engine
-has for them."""
+"""Running TensorRT engines of both kinds; states stay on the GPU between calls, in the engine's dtypes."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Session:
     """One loaded engine.
 
     Attributes:
-        shapes: input or output -> its axes, -1 where they follow the call.
+        shapes: input or output -> its axes, -1 where they depend on the call.
         states: inputs that are state; each has an output ``present_...``.
     """
 
@@ -39,9 +38,9 @@ class Session:
         """Load ``file``, which ``facts`` (checked by ``read_facts``) describe.
 
         Args:
-            on: torch's name of the device that the engine's tensors are on.
+            on: torch's name of the device for the engine's tensors.
         Raises:
-            EngineError: the runtime can't load it, with its own words.
+            EngineError: the runtime can't load it; includes its message.
         """
         self.target, self.facts, self.file, self.on = TARGETS[target], facts, file, on
         self.trt = trt = self.target.package()
@@ -71,7 +70,7 @@ class Session:
         self.profile = 0
 
     def _refit(self, folder: Path) -> None:
-        """Give an engine without weights those of the checkpoint."""
+        """Give the checkpoint's weights to an engine that was written without them."""
         facts = self.facts
         options = EngineOptions(
             self.target.name,
@@ -94,27 +93,27 @@ class Session:
                 )
 
     def empty_state(self, batch: int) -> dict[str, Tensor]:
-        """Zeros, and no past positions."""
-        made = {}
+        """Zeros for all states, with no past positions."""
+        state = {}
         for name in self.states:
             past = 2 if name.startswith("past_") else None
             dims = [
                 batch if axis == 0 else 0 if axis == past else size
                 for axis, size in enumerate(self.shapes[name])
             ]
-            made[name] = torch.zeros(
+            state[name] = torch.zeros(
                 dims,
                 dtype=torch.uint8 if self.dtypes[name].itemsize == 1 else self.dtypes[name],
                 device=self.on,
             )
-        return {name: value.view(self.dtypes[name]) for name, value in made.items()}
+        return {name: value.view(self.dtypes[name]) for name, value in state.items()}
 
     def step(self, feeds: dict[str, Any], state: dict[str, Tensor] | None) -> Step:
         """One call. ``feeds`` are numpy arrays [batch, length, ...], cast to the engine's dtypes.
 
         Raises:
             UsageError: more positions or sequences than the engine was built for.
-            EngineError: the runtime refused, with its own words.
+            EngineError: the runtime refused; includes its message.
         """
         batch, length = next(iter(feeds.values())).shape[:2]
         before = state or self.empty_state(batch)
@@ -124,16 +123,16 @@ class Session:
             name: torch.from_numpy(np.ascontiguousarray(x)).to(self.on, self.dtypes[name])
             for name, x in feeds.items()
         } | before
-        found = self.run(given)
-        hidden = found.get("hidden_out")
-        after = {name: found["present_" + name.removeprefix("past_")] for name in self.states}
-        return Step(_numpy(found["logits"]), None if hidden is None else _numpy(hidden), after)
+        outputs = self.run(given)
+        hidden = outputs.get("hidden_out")
+        after = {name: outputs["present_" + name.removeprefix("past_")] for name in self.states}
+        return Step(_numpy(outputs["logits"]), None if hidden is None else _numpy(hidden), after)
 
     def run(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs by name, on the device."""
+        """Run once; returns all outputs by name, on the device."""
         stream = torch.cuda.current_stream().cuda_stream if self.on == "cuda" else 0
         self._choose_profile(given, stream)
-        kept = [torch.empty(1, device=self.on)]  # an empty tensor has no address, and the runtime wants one
+        kept = [torch.empty(1, device=self.on)]  # an empty tensor has no address, and the runtime needs one
         for name in self.inputs:
             value = given[name].contiguous()
             kept.append(value)
@@ -141,19 +140,19 @@ class Session:
             done = done and self.context.set_tensor_address(name, value.data_ptr() or kept[0].data_ptr())
             if not done:
                 raise EngineError(f"{self.file}: {name} can't be {list(value.shape)}: {self.messages.text()}")
-        found = {}
+        outputs = {}
         for name in self.outputs:
             dims = tuple(self.context.get_tensor_shape(name))
-            found[name] = torch.empty(dims, dtype=self.dtypes[name], device=self.on)
-            self.context.set_tensor_address(name, found[name].data_ptr() or kept[0].data_ptr())
+            outputs[name] = torch.empty(dims, dtype=self.dtypes[name], device=self.on)
+            self.context.set_tensor_address(name, outputs[name].data_ptr() or kept[0].data_ptr())
         if not self.context.execute_async_v3(stream):
             raise EngineError(f"{self.file}: {self.target.title} could not run it: {self.messages.text()}")
         if self.on == "cuda":
             torch.cuda.current_stream().synchronize()  # the inputs in ``kept`` are read until here
-        return found
+        return outputs
 
     def _choose_profile(self, given: dict[str, Tensor], stream: int) -> None:
-        """The first profile that admits the shapes: that of single tokens stands before that of prompts."""
+        """Choose the first profile that admits the shapes; that of single tokens comes before prompts."""
         for profile in range(self.engine.num_optimization_profiles):
             if all(self._admits(profile, name, given[name]) for name in self.inputs):
                 if profile != self.profile:
@@ -171,7 +170,7 @@ class Session:
 
 
 class TensorRTEngine(GraphEngine[Session]):
-    """An engine file of either TensorRT as an engine that ``generate`` and ``diff`` run."""
+    """An engine file of either TensorRT, for ``generate`` and ``diff``."""
 
     def __init__(
         self,
@@ -182,12 +181,11 @@ class TensorRTEngine(GraphEngine[Session]):
         plugins: Path | None = None,
         on: str = "cuda",
     ) -> None:
-        """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device that its
-        tensors are on.
+        """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device for tensors.
 
         Raises:
             NemoquantError: see ``enginefile.read_facts`` and ``check_device``; a missing extra or plugin
-                library; an engine of another part.
+                library; an engine of the multi-token-prediction module.
         """
         self.name = target
         facts = read_facts(file, folder, target)
@@ -219,7 +217,7 @@ class TensorRTEngine(GraphEngine[Session]):
 
 
 def check_device(facts: dict[str, Any], file: Path, device: Device | None) -> None:
-    """Raises UsageError where there is no GPU, or another one than the engine was built for."""
+    """Raises UsageError where there is no GPU, or not the kind that the engine was built for."""
     if device is None:
         raise UsageError(
             f"{file} runs on a GPU of SM {facts['sm']}, and no CUDA device is usable here; --engine "
@@ -233,8 +231,7 @@ def check_device(facts: dict[str, Any], file: Path, device: Device | None) -> No
 
 
 def check_shape(facts: dict[str, Any], file: Path, batch: int, total: int) -> None:
-    """Raises UsageError where a call is larger than the engine was built for; ``total`` are past and new
-    positions."""
+    """Raises UsageError where a call exceeds the engine's limits; ``total`` counts past and new positions."""
     if total > facts["max_seq_len"]:
         raise UsageError(
             f"{total:,} positions: {file} was built for {facts['max_seq_len']:,} at most; build it again "
@@ -248,5 +245,5 @@ def check_shape(facts: dict[str, Any], file: Path, batch: int, total: int) -> No
 
 
 def _numpy(x: Tensor) -> Floats:
-    found: Floats = x.float().cpu().numpy()
-    return found
+    values: Floats = x.float().cpu().numpy()
+    return values

@@ -1,4 +1,4 @@
-"""The one place that knows the engines by name."""
+"""Loads an engine by its name."""
 
 import os
 from pathlib import Path
@@ -18,8 +18,8 @@ def load_engine(
         file: the engine file of ``rtx`` and ``trt``, which the others do not have.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
     Raises:
-        NemoquantError: a missing extra, a graph, shards or an engine file that are not what they should be,
-            no GPU where one is needed.
+        NemoquantError: a missing extra; a graph, shards or an engine file that are damaged or for another
+            checkpoint; no GPU where one is needed.
     """
     if (file is not None) != (name in TARGETS):
         raise UsageError(

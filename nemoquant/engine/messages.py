@@ -1,22 +1,22 @@
-"""What a TensorRT says while it works, kept."""
+"""Collects the messages that a TensorRT logs while it works."""
 
 from functools import cache
 from typing import Any
 
-IGNORED = ("cudaError 35",)  # no driver: a builder without a GPU says so once for each layer, and builds
+IGNORED = ("cudaError 35",)  # no driver: a builder without a GPU logs it once for each layer, and builds
 
 
 def logger(trt: Any) -> Any:
-    """The logger of the module ``trt``, empty: it keeps ``errors`` and ``warnings``; the complaint that there
-    is no GPU is neither.
+    """The logger of the module ``trt``, cleared; it keeps ``errors`` and ``warnings``.
 
-    There is one a process. TensorRT keeps to the first that it is given for as long as anything made with it
-    lives, and what is said to a second one would be lost.
+    The message that there is no GPU is neither. There is one logger a process: TensorRT keeps to the first
+    one that it is given for as long as anything made with it lives, and messages to a second one would be
+    lost.
     """
-    found = _logger(trt.ILogger)
-    found.errors.clear()
-    found.warnings.clear()
-    return found
+    log = _logger(trt.ILogger)
+    log.errors.clear()
+    log.warnings.clear()
+    return log
 
 
 @cache

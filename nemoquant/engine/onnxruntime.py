@@ -1,5 +1,4 @@
-"""The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder, weights packed in memory as they are
-on disk."""
+"""The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder; weights stay packed in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ def package() -> Any:
 
 
 class Graph:
-    """One session: runs a graph and keeps the names of its state apart from its other inputs."""
+    """One session: runs a graph, and separates the names of its states from its other inputs."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Raises CheckpointError where the graph or its shards are not what they should be."""
+        """Raises CheckpointError where the graph or its shards are missing, damaged or of another export."""
         runtime = package()
         self.path = path
         self.facts = graph_facts(read_graph(path), path)
@@ -49,7 +48,7 @@ class Graph:
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=["ConstantFolding"],
             )
-        except Exception as error:  # its exceptions have no common base of their own
+        except Exception as error:  # its exceptions have no common base class
             raise CheckpointError(
                 f"{path}: ONNX Runtime {runtime.__version__} can't load it ({error}); export it again"
             ) from None
@@ -58,7 +57,7 @@ class Graph:
         self.states = [name for name in self.inputs if name not in ("input_ids", "hidden")]
 
     def empty_state(self, batch: int) -> dict[str, Any]:
-        """Zeros, and no past positions."""
+        """Zeros for all states, with no past positions."""
         sizes = {"batch": batch, "past": 0}
         return {
             name: np.zeros([sizes.get(d, d) for d in self.inputs[name].shape], NUMPY[self.inputs[name].type])
@@ -66,7 +65,7 @@ class Graph:
         }
 
     def run(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
-        """All outputs by name. ``feeds`` are cast to the graph's dtypes."""
+        """Run once; returns all outputs by name. ``feeds`` are cast to the graph's dtypes."""
         batch = len(next(iter(feeds.values())))
         given = {
             name: np.ascontiguousarray(value, NUMPY[self.inputs[name].type]) for name, value in feeds.items()
@@ -76,12 +75,12 @@ class Graph:
         )
 
     def step(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> Step:
-        """One call of the graph of a model that ends with the head."""
-        found = self.run(feeds, state)
-        hidden = found.get("hidden_out")
-        after = {name: found["present_" + name.removeprefix("past_")] for name in self.states}
+        """One call of a graph that ends with the head."""
+        outputs = self.run(feeds, state)
+        hidden = outputs.get("hidden_out")
+        after = {name: outputs["present_" + name.removeprefix("past_")] for name in self.states}
         return Step(
-            found["logits"].astype(np.float32, copy=False),
+            outputs["logits"].astype(np.float32, copy=False),
             None if hidden is None else hidden.astype(np.float32, copy=False),
             after,
         )

@@ -2,8 +2,7 @@
 
 rtx   TensorRT-RTX builds on any machine for the GPUs of desktops and laptops; operators have their bodies in
       the graph
-trt   TensorRT builds on the GPU that the engine is for; nemoquant's plugin library takes the place of those
-      bodies
+trt   TensorRT builds on the GPU that the engine is for; nemoquant's plugin library replaces those bodies
 """
 
 import importlib
@@ -24,7 +23,7 @@ PLUGINS = "NEMOQUANT_PLUGINS"  # environment variable: the plugin library
 
 @dataclass(frozen=True)
 class Target:
-    """One of them. ``sms`` are the GPUs that it builds for; None is the one in the machine."""
+    """One TensorRT; ``sms`` are the SMs that it builds for, None is only the GPU in the machine."""
 
     name: str
     title: str
@@ -71,7 +70,7 @@ def device() -> Device | None:
 
 
 def default_target(found: Device | None) -> str:
-    """``rtx`` where no GPU is found, else what serves that GPU best: the plugins are TensorRT's."""
+    """``rtx`` without a GPU, else ``trt``: the plugins work with TensorRT only."""
     return "rtx" if found is None else "trt"
 
 
@@ -79,10 +78,10 @@ def target_sm(target: Target, sm: int | None, found: Device | None, path: Path) 
     """The SM to build for.
 
     Args:
-        sm: what was asked for, None is the GPU of this machine.
+        sm: the requested one, None is that of this machine's GPU.
         path: the checkpoint, for the command in a message.
     Raises:
-        UsageError: ``target`` does not build for it, or not here.
+        UsageError: ``target`` does not build for it, or not on this machine.
     """
     if target.sms is None:
         if found is None:
@@ -111,10 +110,10 @@ def target_sm(target: Target, sm: int | None, found: Device | None, path: Path) 
 
 
 def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> None:
-    """Raises UsageError where a GPU does not multiply in a format that ``target`` leaves to it.
+    """Raises UsageError where the GPU cannot multiply in a format that ``target`` leaves to it.
 
     Args:
-        formats: of the weights and inputs of GEMMs that are the runtime's own.
+        formats: of the weights and inputs of GEMMs that the runtime itself computes.
     """
     for name, (least, title) in LEAST_SM.items():
         if name in formats and sm < least:
@@ -128,11 +127,10 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
 
 
 def plugin_library(given: Path | None) -> Path:
-    """nemoquant's plugins for TensorRT: ``given``, else the file that NEMOQUANT_PLUGINS names, else what
-    `nemoquant plugins build` made.
+    """The plugin library: ``given``, else NEMOQUANT_PLUGINS, else the output of `nemoquant plugins build`.
 
     Raises:
-        UsageError: there is no such file, or it was built from other sources than this version's.
+        UsageError: there is no such file, or it was built from the sources of another version.
     """
     path = given or (Path(os.environ[PLUGINS]) if os.environ.get(PLUGINS) else None)
     if path is None:
@@ -157,7 +155,7 @@ def plugin_library(given: Path | None) -> Path:
 
 
 def load_plugins(trt: Any, library: Path) -> None:
-    """Make the creators of ``library`` known to TensorRT.
+    """Register the plugin creators of ``library`` with TensorRT.
 
     Raises:
         UsageError: it can't be loaded, or holds no plugins.
@@ -166,7 +164,7 @@ def load_plugins(trt: Any, library: Path) -> None:
     before = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
     try:
         registry.load_library(str(library))
-    except Exception as error:  # pybind raises what it likes
+    except Exception as error:  # pybind11's exceptions have no common base
         raise UsageError(
             f"{library} can't be loaded as a plugin library ({error}); build it with `nemoquant plugins "
             f"build`"

@@ -1,4 +1,4 @@
-"""A checkpoint to compare with its source, and the modules that are told apart in it."""
+"""A checkpoint to compare with its source, and the modules that are measured in it."""
 
 import json
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ CACHE_ROLE = "kv_cache"
 
 @dataclass(frozen=True)
 class Module:
-    """What is measured as one: a tensor of the model, all experts of a layer and projection, or a layer's KV
-    cache (no ``specs``).
+    """A unit of measurement: a tensor, all experts of a layer and projection, or a layer's KV cache.
 
-    ``layer`` is None for embedding, final norm and head. ``taps`` are the names that its inputs go by.
+    ``layer`` is None for embedding, final norm and head. ``specs`` is empty for a KV cache. ``taps`` are the
+    names of its inputs.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Module:
 
 
 class Candidate(PackedCheckpoint):
-    """An opened checkpoint that was made from ``source``; ``name`` is what reports call it."""
+    """An opened checkpoint that was made from ``source``; ``name`` is its name in reports."""
 
     def __init__(self, path: Path, source: Source, name: str) -> None:
         """Open it, and make sure that it can be compared with ``source``.
 
         Raises:
-            CheckpointError: or one of its kinds: it can't be opened, was made from another source, or has
-                another tokenizer.
+            CheckpointError: or a subclass: it can't be opened, was made from another source, or has another
+                tokenizer.
         """
         super().__init__(path)
         self.source, self.name = source, name
@@ -84,8 +84,8 @@ class Candidate(PackedCheckpoint):
 
     @cached_property
     def modules(self) -> list[Module]:
-        """Of the main model, in file order."""
-        found: dict[str, list[TensorSpec]] = {}
+        """The modules of the main model, in file order."""
+        grouped: dict[str, list[TensorSpec]] = {}
         for spec in self.table:
             if not spec.role.startswith("mtp."):
                 name = (
@@ -93,9 +93,9 @@ class Candidate(PackedCheckpoint):
                     if spec.expert is None
                     else spec.module.replace(f".experts.{spec.expert}.", ".experts.")
                 )
-                found.setdefault(name, []).append(spec)
+                grouped.setdefault(name, []).append(spec)
         modules = []
-        for name, specs in found.items():
+        for name, specs in grouped.items():
             first, taps = specs[0], frozenset(spec.module for spec in specs if spec.module in self.inputs)
             formats = sorted({self.stored[spec.name].format for spec in specs})
             inputs = {self.inputs[spec.module][0] if spec.module in self.inputs else None for spec in specs}
@@ -126,7 +126,7 @@ class Candidate(PackedCheckpoint):
 
 
 def _check_tokenizer(path: Path, source: Path) -> None:
-    """Where both have a tokenizer, it must split text alike."""
+    """Where both folders have a tokenizer, make sure that both split text alike."""
     files = [folder / "tokenizer.json" for folder in (path, source)]
     if not all(file.exists() for file in files):
         return

@@ -1,5 +1,4 @@
-"""The measured figures go into the model card of a checkpoint that nemoquant wrote, and the card's new hash
-into its manifest."""
+"""Writes the measured figures into nemoquant's model card, and the card's new hash into the manifest."""
 
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from nemoquant.pack.files import CARD
 
 
 def update_card(path: Path, candidate: Candidate, report: Report) -> list[str]:
-    """Write the figures into the card in the folder ``path``; returns warnings, where it was left as it is
-    and why.
+    """Write the figures into the card in the folder ``path``; returns warnings where it was not changed.
 
-    A checkpoint that another tool wrote is not touched: its card is not ours.
+    The card of a checkpoint that another tool wrote is not changed.
     """
     if not (path / manifest.FILE).exists():
         return []

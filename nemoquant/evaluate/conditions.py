@@ -1,5 +1,4 @@
-"""``--fail-if 'kl > 0.02'``: a figure of a candidate, a comparison, a number. Nothing is evaluated but
-these."""
+"""``--fail-if 'kl > 0.02'``: a figure of a candidate, a comparison, a number; nothing else is evaluated."""
 
 import math
 import operator
@@ -29,7 +28,7 @@ _FORM = re.compile(r"\s*(\w+)\s*([<>]=?)\s*(\S+)\s*")
 
 @dataclass(frozen=True)
 class Condition:
-    """``NAME OP NUMBER``, which no candidate may meet."""
+    """``NAME OP NUMBER``; a candidate that meets it fails."""
 
     metric: str
     operator: str
@@ -40,7 +39,7 @@ class Condition:
         """Read a condition.
 
         Raises:
-            UsageError: it is not of that form, the name is unknown, or the number is not finite.
+            UsageError: it has another form, the name is unknown, or the number is not finite.
         """
         match = _FORM.fullmatch(text)
         try:
@@ -59,8 +58,7 @@ class Condition:
         return Condition(match[1], match[2], limit)
 
     def failures(self, report: Report) -> list[str]:
-        """A line for each candidate that meets the condition, or whose figure is not a number, so that it
-        can't be known."""
+        """A line for each candidate that meets the condition, or whose figure is unknown."""
         lines = []
         for candidate in report.candidates:
             value = METRICS[self.metric](candidate)

@@ -1,4 +1,4 @@
-"""Candidates' logits through an engine, beside those of the torch arithmetic."""
+"""Candidates' logits from an engine, compared with those of the torch arithmetic."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,7 @@ from nemoquant.tokens.rows import Rows
 
 
 def check_engines(engines: Sequence[Engine], length: int) -> None:
-    """Raises UsageError where an engine admits no rows of that length; asked before hours of work, not
-    after."""
+    """Raises UsageError where an engine admits no rows of this length; called before the long work starts."""
     for engine in engines:
         if engine.max_seq_len is not None and length > engine.max_seq_len:
             raise UsageError(
@@ -31,14 +30,15 @@ def run_engines(
     """Each engine's figures.
 
     Args:
-        engines, heads: of each candidate: what runs it, and its logits by torch.
+        engines: the engine of each candidate.
+        heads: the logits of each candidate by torch.
     Raises:
         UsageError: an engine gives logits of the last position only, or NaN.
     """
     ids = torch.from_numpy(rows.ids)
     count, length = ids.shape
     targets = ids.roll(-1, 1)
-    found = []
+    runs = []
     for number, (engine, head) in enumerate(zip(engines, heads, strict=True)):
         own, by_torch, by_engine, beside = (Positions(count, length) for _ in range(4))
         for row in range(count):
@@ -49,7 +49,7 @@ def run_engines(
             compare([reference.logits(at), logits], targets[row], [own, by_engine], at.start)
             compare([head.logits(at), logits], targets[row], [by_torch, beside], at.start)
         facts = engine.describe()
-        found.append(
+        runs.append(
             EngineRun(
                 engine=engine.name,
                 version=facts["version"],
@@ -59,7 +59,7 @@ def run_engines(
                 kl_from_torch=beside.kl[:, :-1].mean(),
             )
         )
-    return found
+    return runs
 
 
 def _check(engine: Engine, logits: Tensor, length: int) -> None:

@@ -1,4 +1,4 @@
-"""Final norm, head and multi-token prediction of all models, position by position together."""
+"""Final norm, head and multi-token prediction of all models, the same positions of all at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,16 @@ from nemoquant.model.taps import Tap, identity, prefixed
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
 
-HEAD_ELEMENTS = 1 << 25  # of logits of one model at a time
+HEAD_ELEMENTS = 1 << 25  # logits of one model held at a time
 
-Shares = Callable[[int, str], None]  # how many of the candidates' shares of the work are done, what
+Shares = Callable[[int, str], None]  # number of finished shares (one a candidate), and the current work
 
 
 class Head:
-    """What one model makes of its stream [rows, length, hidden] after the last layer; computed on ``device``,
-    kept on the CPU."""
+    """Logits of one model from its stream [rows, length, hidden] after the last layer.
+
+    They are computed on ``device`` and kept on the CPU.
+    """
 
     def __init__(
         self, config: NemotronHConfig, weights: WeightSource, tap: Tap, stream: Tensor, device: torch.device
@@ -39,18 +41,24 @@ class Head:
         self.choice = np.zeros(len(self.hidden), np.int64)  # the likeliest next token of each position
 
     def logits(self, part: slice = slice(None), hidden: Tensor | None = None) -> Tensor:
-        """Of some of its positions, or of other hidden states [positions, hidden]: [positions, vocabulary]
-        float32."""
+        """Logits [positions, vocabulary], float32.
+
+        Args:
+            part: positions, of the stream or of ``hidden``.
+            hidden: other hidden states [positions, hidden]; None takes the model's stream.
+        """
         x = (self.hidden if hidden is None else hidden)[part]
         return self.model.logits(x[None].to(self.model.device), self.tap)[0].cpu()
 
     def acceptance(self, ids: Tensor) -> float:
-        """Share of positions where the first MTP module's first choice is what the main model chooses next;
-        NaN where it computes that.
+        """Share of positions where the first MTP module chooses the same next token as the main model.
 
-        At position t the module is given the hidden state of t and the token at t + 1, and its choice is
-        compared with the main model's at t + 1, as in speculative decoding with greedy verification. ids
-        [rows, length]; ``choice`` must be filled.
+        At position t the module takes the hidden state of t and the token at t + 1. Its likeliest token is
+        compared with the main model's at t + 1, as in speculative decoding with greedy verification. NaN
+        where the module produces NaN or Inf.
+
+        Args:
+            ids: [rows, length]; ``choice`` must be filled.
         """
         c, prefixes = self.config, mtp.layer_prefixes(self.config, 0)
         rows, length = ids.shape
@@ -95,7 +103,7 @@ def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
 def heads_of(
     source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], device: torch.device
 ) -> list[Head]:
-    """Of all models over their streams after the last layer, the reference's first."""
+    """The heads of all models over their streams after the last layer, the reference's first."""
     checkpoint = source.checkpoint
     heads = [
         Head(source.config, lambda prefix: LayerWeights(checkpoint, prefix), identity, streams[0], device)
@@ -107,17 +115,16 @@ def heads_of(
 def compare_heads(
     source: Source, candidates: Sequence[Candidate], heads: Sequence[Head], rows: Rows, progress: Shares
 ) -> tuple[Positions, list[Positions], list[Energy], list[float | None]]:
-    """Logits of all models, and what follows from them.
+    """Logits of all models, and the figures that follow from them.
 
     Args:
         heads: the reference's first.
     Returns:
-        positions of the reference and of each candidate, the error of each candidate's logits, and the MTP
-            acceptance of the
-        reference and of each candidate, None where one has no module.
+        positions of the reference, positions of each candidate, the error of each candidate's logits, and
+            the MTP acceptance of the reference and of each candidate (None where one has no module).
     """
     config, ids = source.config, torch.from_numpy(rows.ids)
-    found = [Positions(*ids.shape) for _ in heads]
+    positions = [Positions(*ids.shape) for _ in heads]
     energies = [Energy() for _ in candidates]
     targets = ids.roll(-1, 1).flatten()
     for part in _slices(config, ids.numel()):
@@ -138,7 +145,7 @@ def compare_heads(
             head.choice[part] = top1(own)
         for energy, own in zip(energies, logits[1:], strict=True):
             energy.add(own, logits[0])
-        compare(logits, targets[part], found, part.start)
+        compare(logits, targets[part], positions, part.start)
     has_mtp = [config.mtp_modules > 0, *(config.mtp_modules > 0 and c.has_mtp for c in candidates)]
     acceptance = [head.acceptance(ids) if has else None for head, has in zip(heads, has_mtp, strict=True)]
     for path, share in zip([source.path, *(c.path for c in candidates)], acceptance, strict=True):
@@ -147,4 +154,4 @@ def compare_heads(
                 f"{path}: its multi-token-prediction module (mtp) computes NaN or Inf; expected finite "
                 f"weights"
             )
-    return found[0], found[1:], energies, acceptance
+    return positions[0], positions[1:], energies, acceptance

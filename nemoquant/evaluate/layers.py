@@ -1,7 +1,6 @@
-"""One layer over all rows: in batches of rows and segments of positions, so that memory follows neither rows
-nor their length.
+"""One layer over all rows, in batches of rows and segments of positions: they bound the memory.
 
-Streams, scan states and figures are on the CPU; a device sees one batch and segment at a time, and the
+Streams, scan states and figures are on the CPU. A device holds one batch and segment at a time, and the
 weights as they are used.
 """
 
@@ -25,23 +24,22 @@ from nemoquant.model.reference import LayerState, layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights
 
 BATCH_BYTES = 384 << 20  # of a layer's intermediate values, about
-MOE_BATCH_BYTES = (
-    2 << 30
-)  # on a GPU, where a batch brings all experts' weights there: that takes longer than its products
+# On a GPU a batch copies all experts' weights there, which takes longer than its products: so it is larger.
+MOE_BATCH_BYTES = 2 << 30
 SEGMENT = 2048  # positions of a row that go through a layer at once; its state carries over
 
-Sink = Callable[[slice, slice, Tensor], None]  # rows, positions, what the layer put out there
+Sink = Callable[[slice, slice, Tensor], None]  # rows, positions, the layer's output there
 
 
 @dataclass
 class Energy:
-    """Sums of squares, float64: of a difference, and of what it is a difference to."""
+    """Sums of squares, float64: of a difference, and of the signal that it is compared with."""
 
     error: float = 0.0
     signal: float = 0.0
 
     def add(self, value: Tensor, reference: Tensor, base: Tensor | None = None) -> None:
-        """``value`` against ``reference``; the signal is what ``reference`` adds to ``base``."""
+        """Add ``value`` against ``reference``; the signal is the change from ``base`` to ``reference``."""
         self.error += _square(value - reference)
         self.signal += _square(reference if base is None else reference - base)
 
@@ -61,9 +59,9 @@ def _square(x: Tensor) -> float:
 def batches(
     config: NemotronHConfig, kind: LayerKind, rows: int, length: int, device: torch.device
 ) -> Iterator[slice]:
-    """Slices of rows whose intermediate values fit ``BATCH_BYTES``, or ``MOE_BATCH_BYTES``."""
+    """Slices of rows whose intermediate values fit ``BATCH_BYTES``, or ``MOE_BATCH_BYTES`` on a GPU."""
     c = config
-    width = {  # float32 values a token, of what is alive at once
+    width = {  # float32 values a token that are alive at once
         "mamba": 3 * c.mamba_inner + 4 * c.conv_channels,
         "attention": 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim,
         "moe": 2 * c.moe_shared_expert_intermediate_size + 4 * c.expert_input,
@@ -87,7 +85,7 @@ def run_layer(
     """``layer_forward`` of x [rows, length, hidden] on ``device``; outputs go to ``sink``, on the CPU.
 
     Returns:
-        the scan's states after the last position [rows, heads, head_dim, state], of a Mamba-2 layer.
+        the scan's states after the last position [rows, heads, head_dim, state]; None if not a Mamba-2 layer.
     """
     states = []
     for rows in batches(config, kind, x.shape[0], x.shape[1], device):
@@ -102,7 +100,7 @@ def run_layer(
 
 
 def into(out: Tensor) -> Sink:
-    """A sink that keeps everything in ``out`` [rows, length, hidden]."""
+    """A sink that stores everything in ``out`` [rows, length, hidden]."""
 
     def keep(rows: slice, part: slice, y: Tensor) -> None:
         out[rows, part] = y
@@ -112,17 +110,16 @@ def into(out: Tensor) -> Sink:
 
 @torch.no_grad()
 def choices(config: NemotronHConfig, weights: Weights, x: Tensor, device: torch.device) -> NDArray[np.int64]:
-    """The experts that a MoE layer's router chooses for x [rows, length, hidden]: ids [rows * length, k],
-    ascending in a row."""
+    """The router's choice for x [rows, length, hidden]: expert ids [rows * length, k], ascending in a row."""
     norm, mixer = weights["norm.weight"], Scope(weights, "mixer.")
     tokens = x.flatten(0, 1)
     parts = (part.to(device) for part in torch.split(tokens, SEGMENT))
-    found = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0].cpu() for part in parts]
-    return torch.cat(found).sort(-1).values.numpy()
+    ids = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0].cpu() for part in parts]
+    return torch.cat(ids).sort(-1).values.numpy()
 
 
 def routing(config: NemotronHConfig, reference: NDArray[np.int64], candidate: NDArray[np.int64]) -> Routing:
-    """Two models' choices [tokens, k] for the same tokens, compared."""
+    """Compare two models' choices [tokens, k] for the same tokens."""
     same = shared(reference, candidate)
     count = reference.shape[1]
     return Routing(

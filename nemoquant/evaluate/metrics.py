@@ -1,5 +1,7 @@
-"""Figures from logits: KL, perplexity, agreement. Log-probabilities and sums in float64, a slice of positions
-at a time."""
+"""Figures from logits: KL, perplexity, agreement.
+
+Log-probabilities and sums are float64, for a slice of positions at a time.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +13,19 @@ from torch import Tensor
 
 from nemoquant.evaluate.schema import Histogram, Kl, Logits, PositionRange
 
-SLICE_ELEMENTS = 1 << 22  # of logits whose float64 log-probabilities are held at a time
+SLICE_ELEMENTS = 1 << 22  # logits whose float64 log-probabilities are held at a time
 TOP = 5
 POSITION_RANGES = 128
 HISTOGRAM_EDGES = [10.0 ** (e / 4) for e in range(-36, 9)]  # 1e-9 to 100 nats, four bins a decade
 
 
 class Positions:
-    """One model's figures at each position, float64 [rows, length]; the last of a row, which predicts nothing
-    known, is left out of every summary.
+    """One model's figures at each position, float64 [rows, length].
+
+    The last position of a row predicts no known token, and is left out of every summary.
 
     Attributes:
-        nll: negative log likelihood of the token that came, nats.
+        nll: negative log likelihood of the next token, nats.
         kl: KL(reference || this model), nats.
         top1_same: whether both have the same likeliest token.
         top5_same: share of the reference's five likeliest among this model's.
@@ -39,20 +42,19 @@ class Positions:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean nll; None where that is no finite number."""
+        """exp of the mean nll; None where that is not a finite number."""
         mean = float(self.nll[:, :-1].mean())
         return math.exp(mean) if mean < 700 else None
 
 
 def top1(logits: Tensor) -> NDArray[np.int64]:
     """logits [positions, vocabulary] -> the likeliest token of each, ties to the lower id."""
-    found: NDArray[np.int64] = logits.numpy().argmax(-1)
-    return found
+    ids: NDArray[np.int64] = logits.numpy().argmax(-1)
+    return ids
 
 
 def top(logits: Tensor, count: int) -> NDArray[np.int64]:
-    """logits [positions, vocabulary] -> ids of the ``count`` likeliest tokens in ascending order, ties to the
-    lower ids."""
+    """logits [positions, vocabulary] -> ids of the ``count`` likeliest, ascending; ties to the lower ids."""
     count = min(count, logits.shape[-1])
     least = logits.topk(count, -1).values[:, -1:]
     taken = (logits >= least).numpy()
@@ -66,8 +68,7 @@ def top(logits: Tensor, count: int) -> NDArray[np.int64]:
 
 
 def shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many ids each row of ``a`` [n, k] has in common with the same row of ``b``; ids are distinct in a
-    row."""
+    """Number of common ids in each row of ``a`` and ``b`` [n, k]; ids are distinct in a row."""
     both = np.sort(np.concatenate([a, b], 1), 1)
     count: NDArray[np.int64] = (both[:, 1:] == both[:, :-1]).sum(1)
     return count
@@ -78,7 +79,7 @@ def compare(logits: Sequence[Tensor], targets: Tensor, out: Sequence[Positions],
 
     Args:
         logits: of each model, [positions, vocabulary] float32.
-        targets: [positions] int64, the tokens that came.
+        targets: [positions] int64, the next tokens.
         out: of each model; filled from the flat position ``start`` on.
     """
     step = max(1, SLICE_ELEMENTS // logits[0].shape[-1])
@@ -92,7 +93,7 @@ def compare(logits: Sequence[Tensor], targets: Tensor, out: Sequence[Positions],
             if number == 0:
                 p, log_p, best = log_q.exp(), log_q, top(first, TOP)
                 continue
-            # rounding can leave a sum of zero a hair below zero
+            # rounding can leave a sum slightly below zero
             positions.kl.reshape(-1)[at] = (log_p - log_q).mul_(p).sum(-1).clamp_min_(0).numpy()
             positions.top1_same.reshape(-1)[at] = top1(first) == top1(model[part])
             positions.top5_same.reshape(-1)[at] = shared(best, top(model[part], TOP)) / best.shape[1]

@@ -1,8 +1,8 @@
-"""What each module of a candidate costs: its weights' and inputs' noise, and its measured effect.
+"""The cost of each module of a candidate: noise of its weights and inputs, and its measured effect.
 
-The effect of a module is measured, not estimated: its layer is run with this module as the candidate has it
-and all else as the source has it, on the reference's input, and the residual stream after the layer is
-compared. So modules of one layer are told apart, and an error counts by what reaches the rest of the model.
+The effect of a module is measured, not estimated. Its layer runs on the reference's input with this module
+from the candidate and everything else from the source, and the residual stream after the layer is compared.
+So modules of one layer are separated, and an error counts by its part that reaches the rest of the model.
 """
 
 import math
@@ -27,11 +27,11 @@ from nemoquant.quantized.packed import plain_noise
 
 EFFECT_ROWS = 4
 
-Run = Callable[[Weights, Tap], Tensor]  # something of the model, with these weights and taps
+Run = Callable[[Weights, Tap], Tensor]  # a part of the model, run with these weights and taps
 
 
 class Mixed(Mapping[str, Tensor]):
-    """The source's tensors under a prefix, but those named in ``names`` (in full) from the candidate."""
+    """The source's tensors under a prefix; those in ``names`` (full names) come from the candidate."""
 
     def __init__(self, source: Weights, candidate: PackedWeights, names: frozenset[str]) -> None:
         self.source, self.candidate, self.names = source, candidate, names
@@ -52,30 +52,35 @@ def sample(x: Tensor) -> Tensor:
 
 
 def weight_noise(candidate: Candidate, spec: TensorSpec) -> Noise:
-    """One tensor of the candidate against the source's."""
+    """Noise of one tensor of the candidate against the source's.
+
+    Raises:
+        WeightError: the source's tensor has NaN or Inf.
+        CheckpointError: the candidate's tensor decodes to NaN or Inf.
+    """
     source = candidate.source.checkpoint
     assert source is not None
     stored = candidate.stored[spec.name]
     if stored.format == "source":
-        found = plain_noise(_matrix(source, spec), _matrix(candidate.checkpoint, spec))
+        noise = plain_noise(_matrix(source, spec), _matrix(candidate.checkpoint, spec))
     else:
-        found = candidate.weights("").packed(stored).noise(_matrix(source, spec))
+        noise = candidate.weights("").packed(stored).noise(_matrix(source, spec))
     source.release([spec.name])
     candidate.checkpoint.release(stored.parts.values())
-    if not math.isfinite(found.signal):
+    if not math.isfinite(noise.signal):
         raise WeightError(
             f"{source.path}: {spec.name} has NaN or Inf; expected finite weights, is the source damaged?"
         )
-    if not math.isfinite(found.error):
+    if not math.isfinite(noise.error):
         raise CheckpointError(
             f"{candidate.path}: {spec.name} decodes to NaN or Inf; an engine would compute with that, "
             f"quantize again"
         )
-    return found
+    return noise
 
 
 def _matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Weight:
-    """A floating tensor as kernels take it: [out, rest], bf16 bit patterns or float32."""
+    """A floating tensor for the kernels: [out, rest], bf16 bit patterns or float32."""
     array = checkpoint.array(spec.name)
     array = array.astype(np.float32) if array.dtype == np.float16 else array
     return array.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else array.reshape(1, -1)
@@ -97,7 +102,7 @@ class ModuleNoise:
 
     @property
     def differs(self) -> bool:
-        """Whether the module is not exactly as the source has it."""
+        """Whether the module differs from the source's in any way."""
         return self.module.format != "source" or bool(self.module.taps) or any(n.error for n in self.weights)
 
     def measured(self, candidate: Candidate, effect: float) -> Measured:
@@ -119,7 +124,7 @@ class ModuleNoise:
         )
 
     def _cache_bytes(self, candidate: Candidate) -> int:
-        """Of the scales of a KV cache."""
+        """Bytes of the scales of a KV cache."""
         names = [
             kv_scale_name(tap.removesuffix(".output")) for tap in self.module.taps if tap.endswith(".output")
         ]
@@ -155,20 +160,21 @@ def _quantized(parts: list[Noise]) -> Quantized | None:
 def effects(
     candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: PackedWeights, run: Run
 ) -> list[Measured]:
-    """Measure those that differ, one at a time.
+    """Measure the effects of the modules that differ, one at a time.
 
     Args:
-        source, weights: the layer's tensors.
-        run: the layer, on the reference's input.
+        found: the layer's modules, with their noise.
+        source, weights: the layer's tensors, of the source and of the candidate.
+        run: runs the layer on the reference's input.
     """
-    differing = [one for one in found if one.differs]
+    differing = [noise for noise in found if noise.differs]
     if not differing:
         return []
     expected = run(source, identity)
     result = []
-    for one in differing:
-        names = frozenset(spec.name for spec in one.module.specs)
+    for noise in differing:
+        names = frozenset(spec.name for spec in noise.module.specs)
         energy = Energy()
-        energy.add(run(Mixed(source, weights, names), candidate.tap(only=one.module.taps)), expected)
-        result.append(one.measured(candidate, energy.result().relative))
+        energy.add(run(Mixed(source, weights, names), candidate.tap(only=noise.module.taps)), expected)
+        result.append(noise.measured(candidate, energy.result().relative))
     return result

@@ -1,10 +1,9 @@
-"""The source's side of a diff: the residual stream after each layer, computed, or read from a cache that an
-earlier run wrote.
+"""The source's side of a diff: the residual stream after each layer, computed or read from a cache.
 
-The cache is a safetensors file: ``hidden.I`` [rows, length, hidden] F32 before layer I (the last one after
-all layers) and ``ssm_state.I`` of the Mamba-2 layers. Logits follow from the last by one product with the
-head, and would be larger by vocabulary / hidden size (32 times for Super). Its metadata say what it was made
-from; another source or other tokens are refused.
+An earlier run wrote the cache, a safetensors file: ``hidden.I`` [rows, length, hidden] F32 before layer I
+(the last one after all layers) and ``ssm_state.I`` of the Mamba-2 layers. Logits are not stored: they follow
+from the last one by one product with the head, and would be larger by vocabulary / hidden size (32 times for
+Super). The metadata identify what the cache was made from; another source or other tokens are refused.
 """
 
 import json
@@ -36,8 +35,10 @@ SCHEMA = "1"
 
 @dataclass(frozen=True)
 class Stage:
-    """The stream after the embedding (``layer`` None) or a layer; ``ssm_state`` of a Mamba-2 layer after the
-    last position."""
+    """The stream after a layer, or after the embedding (``layer`` None).
+
+    ``ssm_state`` is that of a Mamba-2 layer after the last position.
+    """
 
     layer: int | None
     hidden: Tensor
@@ -50,11 +51,10 @@ def embed(weights: Weights, ids: Tensor) -> Tensor:
 
 
 def stream(source: Source, rows: Rows, cache: Path | None, device: Device) -> Generator[Stage, None, None]:
-    """The stages in order. A cache that does not exist yet is written on the way, and is there when the last
-    stage was taken.
+    """The stages in order; a cache that does not exist is written meanwhile, and complete after the last one.
 
     Raises:
-        CheckpointError: the cache is not of this source and these rows; WeightError where the source computes
+        CheckpointError: the cache is not of this source and these rows; WeightError where the source produces
             NaN or Inf.
         OutputError: the cache can't be written.
     """
@@ -126,27 +126,28 @@ def _written(cache: Path, source: Source, rows: Rows, device: Device) -> Iterato
             f"cache"
         ) from None
     except OSError as error:
-        _forget(partial)
+        _remove(partial)
         raise OutputError(
             f"{cache}: {error.strerror or error}; give another place for the reference cache"
         ) from None
     except BaseException:
-        _forget(partial)
+        _remove(partial)
         raise
 
 
-def _forget(partial: Path) -> None:
+def _remove(partial: Path) -> None:
     with suppress(OSError):
         partial.unlink()
 
 
 def check_cache(cache: Path, source: Source, rows: Rows, device: Device) -> None:
-    """Make sure that an existing cache is of this source, these rows and this device (a model against itself
-    has no error), or that a new one can be written.
+    """Make sure that an existing cache fits this run, or that a new one can be written.
+
+    It must be of this source, these rows and this device, so that a model against itself has no error.
 
     Raises:
         CheckpointError, HeaderError: it is not a cache, or not of these; the message names what differs.
-        OutputError: there is no folder to write it into.
+        OutputError: its folder does not exist.
     """
     if not cache.exists():
         if not cache.parent.is_dir():

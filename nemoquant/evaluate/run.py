@@ -1,10 +1,10 @@
 """The diff: reference and candidates side by side over the same rows, a layer at a time, then the head.
 
-For each layer the source's weights are read once: by the reference (unless it comes from a cache), and beside
-each candidate's for the noise of its weights. A candidate runs its layer twice: on its own stream, which
-shows the error that has built up, and on the reference's input, which shows the layer's own. What waits in
-memory is one residual stream for each model and one more, the scan states of one layer, and the working set
-of a layer over a batch of rows (``layers.py``).
+For each layer the source's weights are read once for the reference (unless it comes from a cache), and once
+for each candidate, whose weights' noise is measured against them. A candidate runs its layer twice: on its
+own stream, which shows the accumulated error, and on the reference's input, which shows the layer's own.
+Memory holds one residual stream for each model and one more, the scan states of one layer, and the working
+set of a layer over a batch of rows (``layers.py``).
 """
 
 import math
@@ -41,7 +41,7 @@ WORST = 10
 
 
 class Side:
-    """A candidate on its way through the layers, which compute on ``device``."""
+    """A candidate between layers: its stream and its results so far; layers compute on ``device``."""
 
     def __init__(self, candidate: Candidate, device: torch.device) -> None:
         self.candidate, self.device = candidate, device
@@ -50,18 +50,17 @@ class Side:
         self.modules: list[schema.Module] = []
 
     def noise(self, layer: int | None, *roles: str) -> list[ModuleNoise]:
-        """Of the modules of a layer, or of those outside the layers with these roles: their weights'
-        noise."""
-        found = []
+        """Noise of the weights of a layer's modules, or of modules outside the layers with these roles."""
+        noises = []
         for module in self.candidate.modules:
             if module.layer == layer and (layer is not None or module.role in roles):
                 noise = ModuleNoise(module)
                 noise.weights = [weight_noise(self.candidate, spec) for spec in module.specs]
-                found.append(noise)
-        return found
+                noises.append(noise)
+        return noises
 
     def elements(self, found: list[ModuleNoise]) -> dict[str, int]:
-        """Weights by stored format."""
+        """Number of weights by stored format."""
         counts: dict[str, int] = {}
         for noise in found:
             size = sum(math.prod(spec.shape) for spec in noise.module.specs)
@@ -70,7 +69,7 @@ class Side:
         return counts
 
     def check_finite(self, where: str, *energies: Energy) -> None:
-        """Raises CheckpointError where NaN or Inf came up, before a report would have to hold them."""
+        """Raises CheckpointError at NaN or Inf, which a report cannot hold."""
         if not all(energy.finite for energy in energies):
             raise CheckpointError(
                 f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would "
@@ -89,15 +88,15 @@ def diff(
     engines: Sequence[Engine] = (),
     device: Device = "cpu",
 ) -> schema.Report:
-    """Compare.
+    """Compare the candidates with the source.
 
     Args:
         candidates: opened for this source.
-        engines: one for each candidate that its logits are also taken from, or none.
+        engines: one for each candidate, to take its logits from too; or none.
         cache: file of the reference's stream, read if it exists, else written.
-        device: where the models compute; their weights' noise, and the figures, are the CPU's.
+        device: where the models compute; noise of weights, and figures, are computed on the CPU.
     Raises:
-        NemoquantError: see ``reference.stream``; or a candidate that computes NaN.
+        NemoquantError: see ``reference.stream``; or a candidate produces NaN.
     """
     check_engines(engines, rows.ids.shape[1])
     config, on = source.config, torch_device(device)
@@ -120,11 +119,11 @@ def diff(
             before = stage.hidden
     heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
 
-    def tell(number: int, what: str) -> None:
+    def report_share(number: int, what: str) -> None:
         progress("diff", (steps - 1) * len(sides) + number, steps * len(sides), what)
 
-    own, found, energies, acceptance = compare_heads(source, candidates, heads, rows, tell)
-    runs = run_engines(engines, rows, heads[0], heads[1:], tell) if engines else [None] * len(sides)
+    own, measured, energies, acceptance = compare_heads(source, candidates, heads, rows, report_share)
+    runs = run_engines(engines, rows, heads[0], heads[1:], report_share) if engines else [None] * len(sides)
     for side, energy in zip(sides, energies, strict=True):
         _head_modules(side, source, before, energy)
     progress("diff", steps * len(sides), steps * len(sides), "done")
@@ -146,7 +145,7 @@ def diff(
         reference=reference,
         candidates=[
             _candidate(side, reference, summarize(positions, own), accepted, run)
-            for side, positions, accepted, run in zip(sides, found, acceptance[1:], runs, strict=True)
+            for side, positions, accepted, run in zip(sides, measured, acceptance[1:], runs, strict=True)
         ],
         warnings=[],
     )
@@ -156,19 +155,19 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
     weights = side.candidate.weights("backbone.embeddings.")
     side.hidden = embed(weights, torch.from_numpy(rows.ids))
     weights.release()
-    found, energy = side.noise(None, "embedding"), Energy()
+    noises, energy = side.noise(None, "embedding"), Energy()
     energy.add(side.hidden, stage.hidden)
     side.check_finite("the embedding", energy)
     effect = Energy()
     effect.add(sample(side.hidden), sample(stage.hidden))
     side.modules += [
-        noise.measured(side.candidate, effect.result().relative) for noise in found if noise.differs
+        noise.measured(side.candidate, effect.result().relative) for noise in noises if noise.differs
     ]
     side.layers.append(
         schema.Layer(
             name="embedding",
             kind="embedding",
-            elements_by_format=side.elements(found),
+            elements_by_format=side.elements(noises),
             stream=energy.result(),
             alone=energy.result(),
             routing=None,
@@ -178,14 +177,16 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
 
 
 def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) -> None:
-    """One layer of one candidate, ``what`` in words. ``before`` and ``stage.hidden`` are the reference's
-    stream around it."""
+    """Run one layer of one candidate; ``before`` and ``stage.hidden`` are the reference's stream around it.
+
+    ``what`` is the layer's name in messages.
+    """
     assert stage.layer is not None
     config, candidate, prefix = source.config, side.candidate, f"backbone.layers.{stage.layer}."
     kind = config.layers[stage.layer]
     original, weights = LayerWeights(source.checkpoint, prefix), candidate.weights(prefix)
-    found = side.noise(stage.layer)
-    by_tap = {tap: noise for noise in found for tap in noise.module.taps}
+    noises = side.noise(stage.layer)
+    by_tap = {tap: noise for noise in noises for tap in noise.module.taps}
     alone, error, state_error = Energy(), Energy(), Energy()
 
     def measure(rows: slice, part: slice, y: Tensor) -> None:
@@ -206,9 +207,8 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
         config, kind, weights, side.hidden, prefixed(candidate.tap(), prefix), into(after), device=side.device
     )
     side.hidden = after
-    for ours, theirs in zip(
-        after, stage.hidden, strict=True
-    ):  # a row at a time: a difference of whole streams would be one more
+    # a row at a time: a difference of whole streams would need memory for one more
+    for ours, theirs in zip(after, stage.hidden, strict=True):
         error.add(ours, theirs)
     if state is not None and stage.ssm_state is not None:
         state_error.add(state, stage.ssm_state)
@@ -216,7 +216,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
     x = sample(before).to(side.device)
     side.modules += effects(
         candidate,
-        found,
+        noises,
         original,
         weights,
         lambda mixed, tap: layer_forward(config, kind, mixed, x, None, prefixed(tap, prefix))[0].cpu(),
@@ -227,7 +227,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
         schema.Layer(
             name=str(stage.layer),
             kind=kind,
-            elements_by_format=side.elements(found),
+            elements_by_format=side.elements(noises),
             stream=error.result(),
             alone=alone.result(),
             routing=flips,
@@ -237,11 +237,10 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
 
 
 def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) -> None:
-    """Final norm and head: alone on the reference's stream ``before`` them, and the effect of each on the
-    logits."""
-    candidate, found = side.candidate, side.noise(None, "norm", "lm_head")
+    """Final norm and head: their own error on the reference's stream ``before``, and each one's effect."""
+    candidate, noises = side.candidate, side.noise(None, "norm", "lm_head")
     original, weights = LayerWeights(source.checkpoint, ""), candidate.weights("")
-    by_tap = {tap: noise for noise in found for tap in noise.module.taps}
+    by_tap = {tap: noise for noise in noises for tap in noise.module.taps}
     x = sample(before)[:, : max(1, HEAD_ELEMENTS // source.config.vocab_size)]
 
     def run(mixed: Weights, tap: Tap) -> Tensor:
@@ -249,16 +248,16 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
 
     alone = Energy()
     tied = source.config.tie_word_embeddings and any(module.role == "embedding" for module in side.modules)
-    if tied or any(noise.differs for noise in found):
+    if tied or any(noise.differs for noise in noises):
         recording = candidate.tap(record=lambda name, noise: by_tap[name].record(name, noise))
         alone.add(run(weights, recording), run(original, identity))
     side.check_finite("the head", alone, logits)
-    side.modules += effects(candidate, found, original, weights, run)
+    side.modules += effects(candidate, noises, original, weights, run)
     side.layers.append(
         schema.Layer(
             name="head",
             kind="head",
-            elements_by_format=side.elements(found),
+            elements_by_format=side.elements(noises),
             stream=logits.result(),
             alone=alone.result(),
             routing=None,

@@ -1,10 +1,11 @@
 """The graph of a whole model, of some of its layers, or of its multi-token-prediction module.
 
-Inputs: ``input_ids`` [batch, length] int64 (``hidden`` [batch, length, hidden] where the layers do not begin
-with the first one; MTP takes both, the token after each position and the main model's ``hidden`` of it), and
-for each layer i, by its index in the checkpoint, ``conv_state.i`` and ``ssm_state.i``, or ``past_key.i`` and
-``past_value.i``. Outputs: ``logits`` (``hidden_out`` where the layers do not end with the last one, and where
-it is asked for), and ``present_...`` for each state. The same graph serves a prompt and single tokens.
+Inputs: ``input_ids`` [batch, length] int64, or ``hidden`` [batch, length, hidden] where the layers do not
+start with the first one. MTP takes both: the token after each position, and the main model's ``hidden`` of
+the position. For each layer i, by its index in the checkpoint, there are also ``conv_state.i`` and
+``ssm_state.i``, or ``past_key.i`` and ``past_value.i``. Outputs: ``logits``; ``hidden_out`` where the layers
+do not end with the last one, and on request; ``present_...`` for each state. The same graph serves a prompt
+and single tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +30,14 @@ ALL = 2**62
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What to build.
+    """Options of a graph.
 
     Attributes:
-        compute: float32, float16 or bfloat16: dtype of activations; norms, router and scan are float32 in any
-            case.
+        compute: float32, float16 or bfloat16, the dtype of activations; norms, router and scan are always
+            float32.
         last_token_only: logits of the last position only.
-        layers: first layer and the one behind the last; None is all.
-        with_hidden: also put out what the head and MTP are given.
+        layers: first layer, and the index after the last one; None is all.
+        with_hidden: also output the hidden states that the head and MTP take.
     """
 
     compute: str = "float32"
@@ -65,7 +66,7 @@ class Builder:
         self.states: list[ir.Value] = []
 
     def main(self) -> ir.Model:
-        """The main model, or the layers that were asked for."""
+        """The main model, or the requested layers."""
         whole_start, whole_end = self.first == 0, self.end == len(self.config.layers)
         x = (
             self.embedded()
@@ -175,7 +176,7 @@ class Builder:
         return cached, "batch", c.num_key_value_heads, "past", c.head_dim
 
     def variant(self, kind: LayerKind, mixer: str) -> Variant:
-        """What the layer's function must be; the operators that it calls become functions too."""
+        """The layer's function, by kind and formats; the operators that it calls become functions too."""
         projections = self.projections(kind)
         gemms = []
         for projection in projections:
@@ -229,9 +230,9 @@ class Builder:
 
     def function(self, key: str, make: Callable[[], ir.Function | None]) -> None:
         if key not in self.functions:
-            made = make()
-            if made is not None:
-                self.functions[key] = made
+            recorded = make()
+            if recorded is not None:
+                self.functions[key] = recorded
 
     def model(self, name: str, outputs: list[ir.Value]) -> ir.Model:
         domains = {domain for domain in self.tape.domains if domain} | {

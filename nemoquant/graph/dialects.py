@@ -1,11 +1,11 @@
-"""What differs between the runtimes of a graph: how weights are unpacked, inputs rounded, and experts run.
+"""Differences between the runtimes of a graph: how weights are unpacked, inputs rounded, and experts run.
 
 onnxruntime   FLOAT8E4M3FN weights by DequantizeLinear, E2M1 codes as UINT8 unpacked by standard operators,
-              caches in the compute dtype; a Loop over the experts that were chosen, each with its own tokens
+              caches in the compute dtype; a Loop over the chosen experts, each with its own tokens
 tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; all experts
               over all tokens
 tensorrt      the same GEMMs; CausalConv1d, Mamba2Scan and RoutedExperts are plugin nodes without a body,
-              which packed codes enter as INT8
+              which take packed codes as INT8
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ DTYPES = {
     "F8_E4M3": F8,
     "U8": ir.DataType.UINT8,
 }
-# both values of a byte of E2M1 codes, doubled so that they are integers [256, 2]; and the values of E4M3
-# codes, exact in float16
+# E2M1_PAIRS: both values of a byte of E2M1 codes, doubled so that they are integers [256, 2].
+# E4M3_VALUES: the values of E4M3 codes, exact in float16.
 E2M1_PAIRS = np.stack(
     [2 * e2m1.VALUES[np.arange(256) % 16], 2 * e2m1.VALUES[np.arange(256) // 16]], 1
 ).astype(np.int8)
@@ -46,7 +46,7 @@ E4M3_VALUES = e4m3.VALUES.astype(np.float16)
 
 
 def format_name(format: str, activation: str | None) -> str:
-    """(weight, input) -> the name that variants and RoutedExperts go by."""
+    """(weight, input) -> the format's name in variants and RoutedExperts."""
     return FORMAT_NAMES[format, activation]
 
 
@@ -56,15 +56,15 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 class Dialect:
-    """The onnxruntime dialect; the others change what differs."""
+    """The onnxruntime dialect; the others override what differs."""
 
     name = "onnxruntime"
     computes: tuple[str, ...] = ("float32", "float16")
     fp8_caches = False
-    one_input_scale = False  # of all experts of a layer and projection
-    has_plugins = False  # kernels of ours: the operators need no body
-    rounds_nvfp4_inputs = True  # by a function of ours; else the runtime has an operator for it
-    limit = ", its CPU kernels multiply no bfloat16"  # of what it computes in, for messages
+    one_input_scale = False  # one for all experts of a layer and projection
+    has_plugins = False  # kernels of nemoquant: the operators need no body
+    rounds_nvfp4_inputs = True  # by a function of nemoquant; else the runtime has an operator for it
+    limit = ", its CPU kernels multiply no bfloat16"  # reason for ``computes``, for messages
 
     def compute(self, name: str) -> ir.DataType:
         """The dtype of a ``--compute`` option.
@@ -80,8 +80,7 @@ class Dialect:
         return COMPUTE[name]
 
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
-        """How a tensor of the file is typed in the graph; ``stacked`` are all experts of a layer and
-        projection."""
+        """A stored tensor's dtype in the graph; ``stacked``: all experts of a layer and projection."""
         if stacked and dtype == "F8_E4M3" and part in ("codes", "block_scales"):
             return ir.DataType.UINT8  # experts are gathered, and Gather takes no FP8
         return DTYPES[dtype]
@@ -91,7 +90,7 @@ class Dialect:
         return list(shape)
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:  # noqa: ARG002
-        """The attributes of a node of ours; a plugin's are more than a function's."""
+        """The attributes of one of nemoquant's nodes; a plugin has more than a function."""
         return attributes
 
     def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -99,7 +98,7 @@ class Dialect:
         return experts_op(name), {"activation": "relu2"}
 
     def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
-        """A weight [out, in] in the compute dtype. ``stacked``: it is one of a stack, gathered."""
+        """A weight [out, in] in the compute dtype; ``stacked``: it was gathered from a stack."""
         if name == "bf16":
             return t.cast(w["weight"], compute)
         if name in ("fp8", "w8a16"):
@@ -108,9 +107,8 @@ class Dialect:
             return t.cast(t.op("DequantizeLinear", w["codes"], w["global_scale"]), compute)
         block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
         half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
-        pairs = t.op(
-            "Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0
-        )  # [out, in/2, 2]
+        # [out, in/2, 2]
+        pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)
         blocks = t.reshape_to(
             t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0)
         )
@@ -118,7 +116,7 @@ class Dialect:
         return t.cast(t.reshape(values, t.size(w["codes"], 0), -1), compute)
 
     def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
-        """A GEMM's input as the format has it."""
+        """A GEMM's input, rounded as its format demands."""
         if name == "fp8":
             return self.fp8_round_trip(t, x, w["input_scale"], compute)
         if name == "nvfp4":
@@ -126,7 +124,7 @@ class Dialect:
         return x
 
     def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
-        """Through E4M3 and back; the scale stays float32, whatever ``x`` is."""
+        """``x`` rounded to E4M3 and back; the scale stays float32, whatever the dtype of ``x``."""
         codes = t.op("QuantizeLinear", t.cast(x, FLOAT), scale, output_dtype=int(F8))
         return t.cast(t.op("DequantizeLinear", codes, scale), compute)
 
@@ -141,16 +139,21 @@ class Dialect:
     def cached(
         self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """New keys or values behind the past ones [B, heads, positions, size]: what attention reads, and what
-        is kept."""
+        """Append new keys or values to the past ones [B, heads, positions, size].
+
+        Returns:
+            what attention reads, and what is kept as state.
+        """
         if scale is not None:
             x = self.fp8_round_trip(t, x, scale, compute)
         both = t.op("Concat", past, x, axis=2)
         return both, both
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
-        """The operator's body for one format; None where the runtime has a kernel. Sums in float32, in
-        ascending order of experts."""
+        """The operator's body for one format; None where the runtime has a kernel.
+
+        Sums are in float32, in ascending order of experts.
+        """
 
         def one(
             t: Tape,
@@ -200,12 +203,12 @@ class Dialect:
 
 
 def stack_names(name: str) -> list[str]:
-    """Inputs of RoutedExperts behind ``expert_weights``."""
+    """Inputs of RoutedExperts after ``expert_weights``."""
     return [f"{projection}_{part}" for projection in ("up", "down") for part in parts_of(name)]
 
 
 def experts_op(name: str) -> str:
-    """The function of a format: ONNX functions can't tell formats apart by an attribute."""
+    """The function's name for a format: no attribute can select a format inside an ONNX function."""
     return f"{spec('routed_experts').name}_{name}"
 
 
@@ -220,7 +223,7 @@ def _e4m3(t: Tape, codes: ir.Value) -> ir.Value:
 
 
 class TensorRTRTX(Dialect):
-    """Strongly typed: FP4 and FP8 tensors as such."""
+    """Strongly typed: FP4 and FP8 tensors have their own dtypes."""
 
     name = "tensorrt_rtx"
     rounds_nvfp4_inputs = False
@@ -265,9 +268,8 @@ class TensorRTRTX(Dialect):
         return t.cast(t.op("DequantizeLinear", codes, scales, axis=-1, block_size=BLOCK), compute)
 
     def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
-        codes = t.op(
-            "QuantizeLinear", x, scale, output_dtype=int(F8)
-        )  # no casts between: the pair is to melt into its GEMM
+        # no casts in between: the runtime is to fuse the pair with its GEMM
+        codes = t.op("QuantizeLinear", x, scale, output_dtype=int(F8))
         return t.op("DequantizeLinear", codes, scale, output_dtype=int(compute))
 
     def cached(
@@ -279,12 +281,11 @@ class TensorRTRTX(Dialect):
         return t.op("DequantizeLinear", both, scale, output_dtype=int(compute)), both
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
-        """All experts over all tokens as two batched products; a token's factor of an expert that it did not
-        choose is zero.
+        """All experts over all tokens as two batched products; factors of experts not chosen are zero.
 
-        The builder refuses NonZero, and takes a gather of packed codes for no data type that it can gather. A
-        branch of its own for few tokens would hold every weight a second time in the engine (measured). So a
-        token costs all experts here.
+        The builder refuses NonZero, and refuses to gather packed codes in any data type. A separate branch
+        for few tokens would hold every weight a second time in the engine (measured). So each token costs
+        all experts here.
         """
 
         def record(
@@ -297,9 +298,8 @@ class TensorRTRTX(Dialect):
                 t.op("Concat", t.size(ids, 0), count, axis=0),
                 value=ir.tensor(np.zeros(1, np.float32)),
             )
-            share = t.op(
-                "Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0]
-            )  # [E, T]
+            # [E, T]
+            share = t.op("Transpose", t.op("ScatterElements", none, ids, factors, axis=1), perm=[1, 0])
 
             def product(x: ir.Value, projection: str) -> ir.Value:
                 """x [1 or E, T, in] by [E, out, in]."""
@@ -307,9 +307,8 @@ class TensorRTRTX(Dialect):
                 matrices = t.op("Transpose", self.decoded(t, w, name, compute, True), perm=[0, 2, 1])
                 return t.op("MatMul", self.rounded(t, x, w, name, compute), matrices)
 
-            y = t.cast(
-                product(squared_relu(t, product(t.unsqueeze(x, 0), "up")), "down"), FLOAT
-            )  # [E, T, in]
+            # [E, T, in]
+            y = t.cast(product(squared_relu(t, product(t.unsqueeze(x, 0), "up")), "down"), FLOAT)
             total = t.op("ReduceSum", t.op("Mul", y, t.unsqueeze(share, 2)), t.ints(0), keepdims=0)
             return [t.cast(total, compute)]
 
@@ -317,7 +316,7 @@ class TensorRTRTX(Dialect):
 
 
 class TensorRT(TensorRTRTX):
-    """With plugins: what TensorRT lacks is a node that it looks up by name, version and namespace."""
+    """With plugins: an operator that TensorRT lacks is a node, found by name, version and namespace."""
 
     name = "tensorrt"
     one_input_scale = False
@@ -325,16 +324,15 @@ class TensorRT(TensorRTRTX):
 
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
         if stacked and part in ("codes", "block_scales"):
-            return (
-                ir.DataType.INT8
-            )  # the same bytes: TensorRT has no UINT8 inside a network, and no FP4 into a plugin
+            # the same bytes: TensorRT has no UINT8 inside a network, and gives no FP4 to a plugin
+            return ir.DataType.INT8
         return super().stored(part, dtype, stacked)
 
     def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:
         return list(shape) if stacked else super().shape(part, dtype, shape, stacked)
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
-        known = spec(op)  # a plugin wants all of its attributes
+        known = spec(op)  # a plugin needs all of its attributes
         return {
             **known.attributes,
             **attributes,

@@ -1,9 +1,8 @@
-"""Write graphs beside the shards that they point into; where that can't be, write a folder anew in which it
-can.
+"""Write graphs beside the shards that they refer to; where that is impossible, into a copy of the checkpoint.
 
-ONNX lets external data lie only at or below the .onnx file, and refuses links. So ``DIR/model.onnx`` stands
-beside DIR's shards, and no byte of a weight is written. With another folder, shards that are links, or
-experts that do not lie back to back (a published checkpoint), the tensors are copied into OUT in the order
+ONNX lets external data lie only at or below the .onnx file, and refuses links. So ``DIR/model.onnx`` is
+written beside DIR's shards, and no byte of a weight is written. With another folder, shards that are links,
+or experts that do not lie back to back (a published checkpoint), the tensors are copied into OUT in the order
 that ``pack`` writes.
 """
 
@@ -36,7 +35,7 @@ COPY_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Exported:
-    """What ``export_onnx`` wrote: graphs, and how many bytes of tensors it had to copy."""
+    """Result of ``export_onnx``: graphs, bytes of tensors copied, functions, number of nodes."""
 
     folder: Path
     graphs: list[Path]
@@ -65,7 +64,7 @@ def export_onnx(
     """
     opened = PackedCheckpoint(path)
     with opened.checkpoint:
-        Builder(opened, DIALECTS[dialect], options)  # what can be refused is refused before a byte is written
+        Builder(opened, DIALECTS[dialect], options)  # refuses bad options before a byte is written
         if mtp and not opened.has_mtp:
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
@@ -103,8 +102,10 @@ def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
 
 
 def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
-    """Names of the tensors that the graph reads as one: a part of all experts of a layer and projection, in
-    ascending order."""
+    """Names of the tensors that the graph reads as one, in ascending order of experts.
+
+    A group is one part (such as the codes) of all experts of a layer and projection.
+    """
     groups: dict[tuple[int | None, str, str], list[str]] = {}
     for spec in opened.table:
         if spec.expert is not None and spec.name in opened.stored:
@@ -114,16 +115,19 @@ def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
 
 
 def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """The checkpoint into an empty folder: as it is where experts lie back to back, else with its tensors in
-    the order of ``pack``."""
+    """Copy the checkpoint into an empty folder.
+
+    Files are copied unchanged where experts lie back to back, else tensors are written in the order of
+    ``pack``.
+    """
     if _views(opened):
         _copy_files(opened, folder, progress)
     else:
-        _write_anew(opened, folder, progress)
+        _copy_tensors(opened, folder, progress)
 
 
-def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """No manifest: these are not the files that ``quantize`` wrote."""
+def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
+    """Write all tensors into new shards; no manifest, because ``quantize`` did not write these files."""
     tensors, total, done = (
         opened.checkpoint.tensors,
         sum(i.nbytes for i in opened.checkpoint.tensors.values()),
@@ -153,8 +157,7 @@ def _write_anew(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
 
 
 def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
-    """Names of tensors by file: a part of all experts of a layer and projection together, ``SHARD_BYTES`` or
-    one such group."""
+    """Names of tensors by file of at most ``SHARD_BYTES``; a group of experts stays together."""
     tensors = opened.checkpoint.tensors
     groups = {group[0]: group for group in _expert_groups(opened)}
     grouped = {name for group in groups.values() for name in group}
@@ -180,8 +183,7 @@ def _views(opened: PackedCheckpoint) -> bool:
 
 
 def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
-    """Shards and what belongs to them, as they are; links are followed. Graphs stay behind: they are made
-    anew."""
+    """Copy shards and their other files unchanged, following links; graphs are exported again."""
     path = opened.path
     names = sorted({info.file.name for info in opened.checkpoint.tensors.values()})
     names += [name for name in (INDEX, *WRITTEN) if (path / name).is_file() and name != manifest.FILE]
@@ -216,7 +218,7 @@ def _write_graphs(opened: PackedCheckpoint, dialect: str, options: GraphOptions,
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:
-    """What an engine must know of the graph, in the file itself."""
+    """Write into the graph's metadata what an engine must know about it."""
     used: dict[str, TensorInfo] = {}
     for info in opened.checkpoint.tensors.values():
         used.setdefault(info.file.name, info)
@@ -230,7 +232,7 @@ def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: 
 
 
 def shard_identity(opened: PackedCheckpoint, name: str) -> dict[str, Any]:
-    """Size and sha256 of a shard; the hash as its manifest has it, None where there is none."""
+    """Size and sha256 of a shard; the hash comes from the manifest, None where there is none."""
     files = opened.manifest["files"] if opened.manifest else {}
     return {"size": (opened.path / name).stat().st_size, "sha256": files.get(name)}
 

@@ -1,5 +1,4 @@
-"""A layer as an ONNX function, ``x + mixer(norm(x))`` with its state in and out: one for each kind and
-combination of formats."""
+"""A layer as an ONNX function, ``x + mixer(norm(x))``: one for each kind and combination of formats."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from nemoquant.graph.dialects import Dialect, parts_of, squared_relu
 from nemoquant.graph.tape import DOMAIN, FLOAT, Tape, make_function
 from nemoquant.model.config import LayerKind, NemotronHConfig
 
-CHUNK = 64  # positions of a chunk of the scan: its products grow with it, its number of steps shrinks
+CHUNK = 64  # positions of a chunk of the scan; a larger one has larger products and fewer steps
 LAYERS = "nemoquant.layers"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What makes two layers of a kind need two functions: the format of each GEMM, by projection, and whether
-    the cache is FP8."""
+    """Layers share a function if kind, format of each GEMM (by projection) and FP8 cache are the same."""
 
     kind: LayerKind
     gemms: tuple[tuple[str, str], ...]
@@ -29,8 +27,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """``MoeLayer_nvfp4``; where formats are mixed, each is named:
-        ``MoeLayer_experts_nvfp4_shared_experts_fp8``."""
+        """``MoeLayer_nvfp4``, or with mixed formats ``MoeLayer_experts_nvfp4_shared_experts_fp8``."""
         groups: dict[str, dict[str, None]] = {}
         for projection, name in self.gemms:
             groups.setdefault(name, {})[projection.split(".")[0].removesuffix("_proj")] = None
@@ -43,7 +40,7 @@ class Variant:
 
 
 class Layer:
-    """Recording one layer function."""
+    """Records one layer function."""
 
     def __init__(
         self,
@@ -92,8 +89,7 @@ def state_names(kind: LayerKind) -> list[str]:
 
 
 def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
-    """Inputs of the function after x and state, by names relative to the layer's mixer (``norm`` is the
-    layer's)."""
+    """Inputs of the function after x and state: ``layer_norm``, then names relative to the mixer."""
     names = ["layer_norm"]
     for projection, name in variant.gemms:
         names += [f"{projection}.{part}" for part in parts_of(name)]
@@ -175,7 +171,7 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
     attributes = layer.dialect.plugin("mamba2_scan", chunk_size=CHUNK, dt_min=float(low), dt_max=float(high))
     y, ssm_out = t.ops("Mamba2Scan", 2, *inputs, domain=DOMAIN, **attributes)
     if layer.dialect.has_plugins:
-        y = t.cast(y, FLOAT)  # the function's is float32, the plugin's has the dtype of x
+        y = t.cast(y, FLOAT)  # the function returns float32, the plugin the dtype of x
     gate = t.cast(z, FLOAT)
     gated = t.op("Mul", t.op("Mul", gate, t.op("Sigmoid", gate)), positions(y, -1))
     grouped = positions(gated, c.n_groups, c.mamba_inner // c.n_groups)
@@ -258,7 +254,7 @@ def route(layer: Layer, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def close_groups(t: Tape, choice: ir.Value, c: NemotronHConfig) -> ir.Value:
-    """-inf for experts outside each token's best groups, by the sum of a group's two best."""
+    """-inf for experts outside each token's best groups; a group's score is the sum of its two best."""
     size = c.n_routed_experts // c.n_group
     grouped = t.reshape(choice, -1, c.n_group, size)
     best, _ = t.ops("TopK", 2, grouped, t.ints(min(2, size)), axis=-1)

@@ -1,4 +1,4 @@
-"""The nemoquant operators as functions of standard ONNX operators: what runs wherever no kernel of ours does.
+"""The nemoquant operators as functions of standard ONNX operators, for runtimes without nemoquant's kernels.
 
 All compute in float32. Names and order of inputs and attributes are those of ``plugins/<op>/spec.yaml``.
 Dimensions: B batch, L length, C channels, K kernel, H heads, P head size, G groups, h heads of a group, N
@@ -16,8 +16,7 @@ BLOCK = 16
 
 
 def causal_conv1d(kernel: int) -> ir.Function:
-    """y_t = silu(bias + sum over j of weight[:, j] * x_{t - K + 1 + j}), as K shifted products: it is
-    depthwise."""
+    """y_t = silu(bias + sum over j of weight[:, j] * x_{t - K + 1 + j}): depthwise, as K shifted products."""
 
     def record(t: Tape, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Value) -> list[ir.Value]:
         length = t.size(x, 1)
@@ -35,10 +34,10 @@ def causal_conv1d(kernel: int) -> ir.Function:
 
 
 def mamba2_scan(heads: int, head_dim: int, groups: int, state_size: int) -> ir.Function:
-    """The selective scan by chunks (Dao and Gu 2024, arXiv:2405.21060, section 6); a single position is a
-    chunk of one.
+    """The selective scan by chunks (Dao and Gu 2024, arXiv:2405.21060, section 6).
 
-    ``rounding`` and ``philox_rounds`` are the plugin's: a float32 state is rounded by nothing but the sums.
+    A single position is a chunk of one. ``rounding`` and ``philox_rounds`` are used by the plugin only: here
+    the state is float32, and only the sums round it.
     """
     scan = _Scan(heads, head_dim, groups, state_size)
 
@@ -77,8 +76,10 @@ class _Scan:
         d: ir.Value,
         state: ir.Value,
     ) -> list[ir.Value]:
-        """Any number of positions: the state is carried over chunks of q by a Scan, padded at the end with dt
-        = 0, which changes nothing."""
+        """Any number of positions: a Scan carries the state over chunks of q.
+
+        The end is padded with dt = 0, which changes nothing.
+        """
         length = t.size(x, 1)
         q = t.op("Max", t.op("Min", t.reshape(t.attribute("chunk_size", "int"), 1), length), t.ints(1))
         count = t.op("Div", t.op("Sub", t.op("Add", length, q), t.ints(1)), q)
@@ -134,27 +135,25 @@ class _Scan:
         later: ir.Value,
         seen: ir.Value,
     ) -> list[ir.Value]:
-        """One chunk: x [B, q, H, P], dt [B, q, H], b and c [B, q, G, N] -> the state after it, and y [B, q,
-        H, P].
+        """One chunk: the state after it, and y [B, q, H, P].
 
-        What lies between positions s < t has decayed by exp of the sum of dt * A over s < r <= t. The sums
-        are taken as they are, not as differences of running sums: in float32 those have lost the weak decays
-        after one strong one.
+        x is [B, q, H, P], dt [B, q, H], b and c [B, q, G, N]. From position s to position t > s the state
+        decays by exp of the sum of dt * A over s < r <= t. The sums are taken directly, not as differences of
+        running sums: in float32 those lose the weak decays after one strong one.
         """
-        x, dt = (
+        x, dt = (  # [B, H, q, P], [B, H, q]
             t.op("Transpose", x, perm=[0, 2, 1, 3]),
             t.op("Transpose", dt, perm=[0, 2, 1]),
-        )  # [B, H, q, P], [B, H, q]
+        )
         b, c = (t.op("Transpose", value, perm=[0, 2, 1, 3]) for value in (b, c))  # [B, G, q, N]
         log = t.op("Mul", dt, t.unsqueeze(a, 1))
         last = t.op("Squeeze", t.op("Sub", q, t.ints(1)))
         between = t.op("CumSum", t.op("Mul", t.unsqueeze(log, 3), later), t.constant(np.int64(2)))
         decay = t.op("Mul", t.op("Exp", between), seen)  # [B, H, t, s]
-        so_far = t.op("CumSum", log, t.constant(np.int64(2)))  # [B, H, q]: from before the chunk on
+        so_far = t.op("CumSum", log, t.constant(np.int64(2)))  # [B, H, q]: from before the chunk to q
 
-        products = t.unsqueeze(
-            t.op("MatMul", c, t.op("Transpose", b, perm=[0, 1, 3, 2])), 2
-        )  # [B, G, 1, t, s]
+        # [B, G, 1, t, s]
+        products = t.unsqueeze(t.op("MatMul", c, t.op("Transpose", b, perm=[0, 1, 3, 2])), 2)
         mixing = t.op("Mul", t.reshape(decay, 0, self.groups, self.h, q, q), products)
         scaled = t.op("Mul", x, t.unsqueeze(dt, 3))
         within = t.op("MatMul", t.reshape(mixing, 0, self.heads, q, q), scaled)
@@ -169,7 +168,7 @@ class _Scan:
         )
         y = t.op("Add", t.op("Add", within, before), t.op("Mul", x, t.unsqueeze(d, 1, 2)))
 
-        left = t.op("Gather", decay, last, axis=2)  # [B, H, s]: until the chunk's end
+        left = t.op("Gather", decay, last, axis=2)  # [B, H, s]: from s to the chunk's end
         written = t.reshape(
             t.op("Mul", scaled, t.unsqueeze(left, 3)), 0, self.groups, self.h, q, self.head_dim
         )
@@ -182,7 +181,7 @@ class _Scan:
 
 
 def nvfp4_dynamic_quant_dequant() -> ir.Function:
-    """As ``formats.nvfp4.encode_activations`` and back: a block whose scale rounds to zero becomes zero."""
+    """``formats.nvfp4.encode_activations`` and decoding; a block whose scale rounds to zero becomes zero."""
 
     def record(t: Tape, x: ir.Value, scale: ir.Value) -> list[ir.Value]:
         one, zero = t.constant(np.float32(1)), t.constant(np.float32(0))
@@ -202,8 +201,10 @@ def nvfp4_dynamic_quant_dequant() -> ir.Function:
 
 
 def e2m1_round(t: Tape, magnitude: ir.Value) -> ir.Value:
-    """To the nearest of 0 0.5 1 1.5 2 3 4 6, ties to the even code: Round to a multiple of 0.5, 1 or 2 is
-    just that."""
+    """To the nearest of 0 0.5 1 1.5 2 3 4 6, ties to the even code.
+
+    Rounding to a multiple of 0.5, 1 or 2 does exactly this.
+    """
     half, one, two, four, six = (t.constant(np.float32(v)) for v in (0.5, 1, 2, 4, 6))
     step = t.op(
         "Where", t.op("Less", magnitude, two), half, t.op("Where", t.op("Less", magnitude, four), one, two)

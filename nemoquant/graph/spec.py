@@ -1,5 +1,4 @@
-"""The operators' specifications, ``plugins/<op>/spec.yaml``: names and order of inputs, outputs and
-attributes."""
+"""Specifications of operators, ``plugins/<op>/spec.yaml``: names and order of inputs, outputs, attributes."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from nemoquant.shipped import plugin_folder
 class Spec:
     """One operator.
 
-    ``inputs`` are those that must be given; optional ones, which only a plugin reads, follow them and are not
+    ``inputs`` are the required ones; optional ones, which only a plugin reads, follow them and are not
     listed. ``formats`` of RoutedExperts lists the parts of a projection by format; empty for the others.
     """
 
@@ -29,7 +28,7 @@ class Spec:
 
 @cache
 def spec(op: str) -> Spec:
-    """By the folder's name: ``mamba2_scan``."""
+    """The specification in the folder ``op``, such as ``mamba2_scan``."""
     data = yaml.safe_load((plugin_folder() / op / "spec.yaml").read_text(encoding="utf-8"))
     return Spec(
         data["name"],

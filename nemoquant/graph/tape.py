@@ -1,7 +1,7 @@
 """Recording ONNX nodes: of the graph itself, of functions, and of the bodies of loops.
 
-Every value has a name of its own in the whole model: subgraphs see the values around them by name, and ONNX
-allows no shadowing.
+Every value has a unique name in the whole model: subgraphs refer to outer values by name, and ONNX allows no
+shadowing.
 """
 
 import itertools
@@ -28,17 +28,18 @@ FLOAT, HALF, BF16, INT64, BOOL = (
 
 
 class Tape:
-    """Nodes in the order in which they were asked for."""
+    """Records nodes in the order of the calls."""
 
     def __init__(self, name: str = "", parent: "Tape | None" = None) -> None:
-        """``name`` tells values and nodes of functions apart: TensorRT's parser, which inlines them, refuses
-        a name that comes twice."""
+        """``name`` is a prefix of a function's values and nodes.
+
+        TensorRT's parser inlines functions, and refuses a name that occurs twice.
+        """
         self.nodes: list[ir.Node] = []
         self.name: str = name if parent is None else parent.name
         self._names: itertools.count[int] = itertools.count() if parent is None else parent._names
-        self.domains: set[str] = (
-            set() if parent is None else parent.domains
-        )  # that nodes here and in subgraphs need
+        # domains that nodes here and in subgraphs use
+        self.domains: set[str] = set() if parent is None else parent.domains
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
@@ -48,8 +49,7 @@ class Tape:
     def ops(
         self, kind: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
-        """A node with several outputs; attributes that are :class:`ir.Attr` already (references, graphs) go
-        in as they are."""
+        """A node with several outputs; attributes of type :class:`ir.Attr` (references, graphs) are kept."""
         attrs = [
             a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(name, a)
             for name, a in attributes.items()
@@ -69,27 +69,26 @@ class Tape:
         return results
 
     def constant(self, value: ArrayLike, dtype: ir.DataType | None = None) -> ir.Value:
-        """A small constant inside the model; the same one once a scope."""
+        """A small constant inside the model; equal ones are shared within a scope."""
         array = np.asarray(value)
         tensor = ir.tensor(array, dtype=dtype)
         key = (str(tensor.dtype), array.shape, array.tobytes())
-        found = self._constants.get(key)
-        if found is None:
-            found = self._constants[key] = self.op("Constant", value=tensor)
-        return found
+        recorded = self._constants.get(key)
+        if recorded is None:
+            recorded = self._constants[key] = self.op("Constant", value=tensor)
+        return recorded
 
     def ints(self, *values: int) -> ir.Value:
         """A constant int64 vector."""
         return self.constant(np.array(values, np.int64))
 
     def attribute(self, name: str, kind: str) -> ir.Value:
-        """An attribute of the function that is being recorded, as a value; ``kind`` is ``float`` or
-        ``int``."""
+        """An attribute of the recorded function, as a value; ``kind`` is ``float`` or ``int``."""
         types = {"float": ir.AttributeType.FLOAT, "int": ir.AttributeType.INT}
         reference: dict[str, Any] = {f"value_{kind}": ir.RefAttr(f"value_{kind}", name, types[kind])}
         return self.op("Constant", **reference)
 
-    # What is written again and again.
+    # Short forms of frequent operators.
 
     def size(self, x: ir.Value, axis: int) -> ir.Value:
         """The length of one axis, int64 [1]."""
@@ -106,7 +105,7 @@ class Tape:
         return self.reshape_to(x, self.op("Concat", *parts, axis=0))
 
     def reshape_to(self, x: ir.Value, shape: ir.Value) -> ir.Value:
-        """To a computed shape. A zero in it is a size: as "keeps" it would have TensorRT prepare for both."""
+        """To a computed shape. A zero is a size: with "keep" TensorRT would prepare for both meanings."""
         return self.op("Reshape", x, shape, allowzero=1)
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -125,7 +124,7 @@ class Tape:
         """``count`` times ``value = record(tape, i, value)``, from ``start`` on."""
 
         def body(t: "Tape", i: ir.Value, going: ir.Value, value: ir.Value) -> list[ir.Value]:
-            i.type, i.shape = ir.TensorType(INT64), ir.Shape([])  # ONNX Runtime wants to know these
+            i.type, i.shape = ir.TensorType(INT64), ir.Shape([])  # ONNX Runtime needs these
             going.type, going.shape = ir.TensorType(BOOL), ir.Shape([])
             return [t.op("Identity", going), record(t, i, value)]
 
@@ -157,7 +156,7 @@ Recorder = Callable[..., Sequence[ir.Value]]  # (tape, *inputs) -> outputs
 
 
 def function(op: Spec, record: Recorder, *, name: str = "", inputs: Sequence[str] = ()) -> ir.Function:
-    """The body of an operator; ``name`` and further ``inputs`` where a format has its own."""
+    """The body of an operator; a format's own body has its ``name`` and further ``inputs``."""
     attributes = [
         ir.convenience.convert_attribute(key, value)
         for key, value in op.attributes.items()
@@ -169,8 +168,7 @@ def function(op: Spec, record: Recorder, *, name: str = "", inputs: Sequence[str
 def make_function(
     domain: str, name: str, inputs: Sequence[str], record: Recorder, attributes: Sequence[ir.Attr] = ()
 ) -> ir.Function:
-    """A function of the model. (No overloads: ONNX Runtime does not find them from inside another
-    function.)"""
+    """A function of the model; no overloads: ONNX Runtime does not find them from inside another function."""
     tape = Tape(f"{name}/")
     values = [ir.Value(name=hint) for hint in inputs]
     outputs = list(record(tape, *values))

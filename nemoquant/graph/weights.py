@@ -21,14 +21,14 @@ def stacked(infos: Sequence[TensorInfo]) -> bool:
 
 
 class GraphWeights:
-    """Initializers of one graph, made when they are first asked for; ``values`` has them all."""
+    """Initializers of one graph, made at the first request; ``values`` holds them all."""
 
     def __init__(self, opened: PackedCheckpoint, dialect: Dialect) -> None:
         self.opened, self.dialect = opened, dialect
         self.values: dict[str, ir.Value] = {}
 
     def plain(self, name: str) -> ir.Value:
-        """A tensor as the source has it, by its published name."""
+        """An unquantized tensor, by its published name."""
         return self._value(name, "weight", [self.opened.checkpoint.tensors[name]], None)
 
     def part(self, module: str, part: str) -> ir.Value:
@@ -70,9 +70,9 @@ class GraphWeights:
         return self.opened.stored[f"{module}.weight"].parts["source" if part == "weight" else part]
 
     def _value(self, name: str, part: str, infos: list[TensorInfo], count: int | None) -> ir.Value:
-        found = self.values.get(name)
-        if found is not None:
-            return found
+        value = self.values.get(name)
+        if value is not None:
+            return value
         first = infos[0]
         shape = [] if part in SCALARS else list(first.shape)
         shape = self.dialect.shape(part, first.dtype, shape, count is not None)

@@ -1,5 +1,4 @@
-"""The model card (README.md) of a quantized checkpoint: what it is, what loads it, what it cost, in plain
-words."""
+"""The model card (README.md) of a quantized checkpoint: format, size, engines that load it, accuracy."""
 
 from nemoquant._version import __version__
 from nemoquant.layouts.modelopt import algorithm
@@ -38,11 +37,11 @@ NAMES = {
 }
 
 
-COST = "- Cost in accuracy: "  # begins the line that diff replaces
+COST = "- Cost in accuracy: "  # start of the line that diff replaces
 
 
 def with_cost(text: str, sentence: str) -> str | None:
-    """A card's text with ``sentence`` as what it says of accuracy; None where it lacks that line."""
+    """A card's text with ``sentence`` as its line on accuracy; None where the text lacks that line."""
     lines = text.split("\n")
     places = [i for i, line in enumerate(lines) if line.startswith(COST)]
     if len(places) != 1:
@@ -52,26 +51,26 @@ def with_cost(text: str, sentence: str) -> str | None:
 
 
 def algorithms(plan: Plan) -> tuple[str, ...]:
-    """ModelOpt's names for what is in the checkpoint; MIXED_PRECISION stands for several."""
+    """ModelOpt's names for the formats in the checkpoint; MIXED_PRECISION stands for several."""
     kinds = sorted({algorithm(row) for row in plan.quantized})
     return ("MIXED_PRECISION",) if len(kinds) > 1 else tuple(kinds)
 
 
 def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
     """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    totals: dict[tuple[str, str, str], list[int]] = {}
     for row in plan.rows:
         weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
-        entry = found.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
+        entry = totals.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
         entry[0] += 1
         entry[1] += row.bytes_out
     return [
-        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in found.items()
+        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in totals.items()
     ]
 
 
 def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:
-    """The card's text. ``calibration`` says in a sentence what the activation scales come from."""
+    """The card's text. ``calibration`` is one sentence on the origin of the activation scales."""
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
     kv = plan.kv_cache_bytes_per_token()
     lines = [

@@ -1,12 +1,11 @@
-"""From a source tensor's bytes to codes: chunks of rows, so that scratch memory does not follow the tensor's
-size.
+"""A source tensor's bytes encoded to codes, in chunks of rows: scratch memory does not grow with the tensor.
 
 Pure functions of a checkpoint and of rows of a plan: they run in any thread or process that can open the
 checkpoint. Pages that they touched are dropped before they return.
 
-With the device "cuda" codes are made on the GPU, the same bytes, one chunk of a thread at a time. The maximum
-of a weight of several chunks is found on the CPU all the same: reading a chunk for that takes no longer than
-to bring it on its way.
+With the device "cuda" codes are made on the GPU, one chunk of each thread at a time; the bytes are the same.
+The maximum of a weight of several chunks is computed on the CPU all the same: this takes no longer than
+copying the chunks to the GPU.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,8 +30,7 @@ Part = tuple[Row, slice]
 
 
 class PackedWeight(NamedTuple):
-    """A whole weight: its decode scale, whether it is degenerate and so all zeros, and its codes and block
-    scales in chunks."""
+    """A whole weight: decode scale, degenerate (all zeros) or not, codes and block scales in chunks."""
 
     scale: np.float32
     degenerate: bool
@@ -51,8 +49,7 @@ def _row_bytes(row: Row) -> int:
 
 @contextmanager
 def _reading(checkpoint: Checkpoint, row: Row, part: slice) -> Iterator[Array]:
-    """Some rows of a weight as the kernels take them: bf16 bit patterns or float32, mapped where the source
-    has these."""
+    """Some rows of a weight for the kernels: bf16 bit patterns or float32, mapped; float16 is converted."""
     array = checkpoint.array(row.name)[part]
     yield array.astype(np.float32) if array.dtype == np.float16 else array
     checkpoint.release_bytes(row.name, part.start * _row_bytes(row), part.stop * _row_bytes(row))
@@ -62,14 +59,14 @@ def amax(checkpoint: Checkpoint, row: Row, part: slice) -> np.float32:
     """max |w| of some rows.
 
     Raises:
-        WeightError: NaN or Inf among them.
+        WeightError: the rows contain NaN or Inf.
     """
     with _reading(checkpoint, row, part) as weight:
         return check_finite(row.name, bits_amax(weight))
 
 
 def check_finite(name: str, value: np.float32) -> np.float32:
-    """``value``, a maximum, as it is; raises WeightError where it tells of NaN or Inf."""
+    """``value``, a maximum, unchanged; raises WeightError where it is NaN or Inf."""
     if not np.isfinite(value):
         what = "NaN" if np.isnan(value) else "Inf"
         raise WeightError(
@@ -99,8 +96,10 @@ def _codes(row: Row, weight: Array | gpu.OnGpu, scale: np.float32, degenerate: b
 
 
 def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[PackedWeight]:
-    """Whole weights that share no scale, such as experts: each one's maximum and codes while it is in the
-    cache, or on the GPU."""
+    """Encode whole weights that share no scale, such as experts.
+
+    The maximum and the codes of each are computed while it is in the cache, or on the GPU.
+    """
     return [_pack_weight(checkpoint, row, device) for row in rows]
 
 
@@ -118,7 +117,7 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> PackedWeig
 
 
 def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Array:
-    """Bytes of an unquantized tensor, mapped, and known to be finite. The caller drops their pages."""
+    """Bytes of an unquantized tensor, mapped and checked to be finite. The caller drops their pages."""
     raw = checkpoint.raw(row.name)[begin:end]
     values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
     check_finite(
@@ -128,7 +127,7 @@ def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Array:
 
 
 def groups(rows: Iterable[Row], nbytes: int) -> Iterator[tuple[Row, ...]]:
-    """Rows one after the other, in groups of at least ``nbytes`` of source (the last may be smaller)."""
+    """Rows in their order, in groups of at least ``nbytes`` of source (the last may be smaller)."""
     group: list[Row] = []
     size = 0
     for row in rows:

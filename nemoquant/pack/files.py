@@ -1,5 +1,4 @@
-"""Names of the files that are written for every checkpoint, beside its shards and what comes along from the
-source."""
+"""Names of the files that are written for every checkpoint, besides its shards and the copied files."""
 
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint import manifest

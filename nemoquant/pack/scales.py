@@ -1,5 +1,7 @@
-"""The scalar scales of a plan: from weights' and activations' maxima, groups applied, degenerate cases
-defined and reported."""
+"""The scalar scales of a plan, computed from the maxima of weights and activations, with groups applied.
+
+Degenerate cases have a defined scale and are reported.
+"""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ class ActivationScales:
     Attributes:
         inputs: module -> ``input_scale``, for every row whose activations are quantized.
         caches: ``...k_proj`` and ``...v_proj`` modules -> decode scale of their FP8 cache.
-        warnings: what a user should know of them.
+        warnings: what a user should know about them.
     """
 
     inputs: dict[str, np.float32] = field(default_factory=dict)
@@ -28,8 +30,7 @@ class ActivationScales:
 
 
 def input_scale(amax: float, activation_format: str) -> np.float32:
-    """``amax / 448`` for FP8 inputs, ``amax / (6 * 448)`` for NVFP4; 1.0 when that would not be a normal fp32
-    number."""
+    """``amax / 448`` for FP8, ``amax / (6 * 448)`` for NVFP4; 1.0 if that is not a normal fp32 number."""
     return fp8.decode_scale(amax) if activation_format == "fp8" else nvfp4.global_decode_scale(amax)
 
 
@@ -46,19 +47,18 @@ def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:
     """Scales of inputs and caches, groups applied.
 
     Raises:
-        CalibrationError: no token reached any module of a group, so that nothing is known about its input.
+        CalibrationError: no token reached any module of a group, so that its input scale is unknown.
     """
-    found = ActivationScales()
-    _input_scales(plan, scales, found)
-    _cache_scales(plan, scales, found)
-    return found
+    result = ActivationScales()
+    _input_scales(plan, scales, result)
+    _cache_scales(plan, scales, result)
+    return result
 
 
-def _input_scales(plan: Plan, scales: Scales | None, found: ActivationScales) -> None:
+def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -> None:
     groups: dict[str, list[Row]] = defaultdict(list)
-    layers: dict[
-        str, float
-    ] = {}  # experts of a layer and projection: the largest of all, whatever the grouping
+    # experts of a layer and projection: the largest amax of all, whatever the grouping
+    layers: dict[str, float] = {}
     amax = scales.input_amax if scales else {}
     rows = [row for row in plan.quantized if row.activation_format]
     for row in rows:
@@ -76,11 +76,11 @@ def _input_scales(plan: Plan, scales: Scales | None, found: ActivationScales) ->
         largest = max(seen) if seen else fallback
         assert largest is not None and members[0].activation_format is not None
         if largest == 0:
-            found.warnings.append(
+            result.warnings.append(
                 f"{group}: its input was zero in all calibration rows; input scale set to 1.0"
             )
         scale = input_scale(largest, members[0].activation_format)
-        found.inputs |= dict.fromkeys((row.module for row in members), scale)
+        result.inputs |= dict.fromkeys((row.module for row in members), scale)
 
 
 def _layer_projection(row: Row) -> str:
@@ -88,12 +88,12 @@ def _layer_projection(row: Row) -> str:
     return f"{experts}.{projection}"
 
 
-def _cache_scales(plan: Plan, scales: Scales | None, found: ActivationScales) -> None:
-    """amax / 448."""
+def _cache_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -> None:
+    """Each is amax / 448."""
     for module in kv_modules(plan):
         amax = scales.kv_amax[module] if scales else 0.0
         if amax == 0:
-            found.warnings.append(
+            result.warnings.append(
                 f"{module}: its output was zero in all calibration rows; cache scale set to 1.0"
             )
-        found.caches[module] = fp8.decode_scale(amax)
+        result.caches[module] = fp8.decode_scale(amax)

@@ -1,4 +1,4 @@
-"""Where every output tensor lies: units that must stay together, shards that hold whole units."""
+"""The place of every output tensor: units that must stay together, shards that hold whole units."""
 
 import math
 from collections.abc import Iterator
@@ -12,8 +12,7 @@ from nemoquant.planning.plan import Plan, Row
 
 @dataclass(frozen=True)
 class Entry:
-    """One output tensor; ``row`` and ``kind`` say what it holds (see ``Row.parts``; ``kv_scale`` for a cache
-    scale)."""
+    """One output tensor: a part of ``row``; ``kind`` as in ``Row.parts``, or ``kv_scale`` (a cache scale)."""
 
     name: str
     dtype: str
@@ -55,8 +54,7 @@ class Shard:
 
 
 def units(plan: Plan) -> Iterator[Unit]:
-    """The plan's rows as units, in file order. Experts follow each other in numeric order, as the tensor
-    table has them."""
+    """The plan's rows as units, in file order; experts in numeric order, as in the tensor table."""
     cached = {f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"}
     run: list[Row] = []
     for row in plan.rows:
@@ -87,7 +85,7 @@ def _unit(rows: list[Row], cached: set[str]) -> Unit:
 
 
 def shards(plan: Plan, limit: int = SHARD_BYTES) -> list[Shard]:
-    """Units in order, as many in a shard as fit ``limit``; a unit larger than that has a shard of its own."""
+    """Units in order, as many in a shard as fit ``limit`` bytes; a larger unit has a shard of its own."""
     groups: list[list[Unit]] = []
     used = 0
     for unit in units(plan):

@@ -1,9 +1,9 @@
-"""Verify: read a written checkpoint again and hold it against its plan, which is resolved anew from its own
-manifest.
+"""Verify: read a written checkpoint again and compare it with its plan, resolved from its own manifest.
 
-1. the manifest is unchanged, every file in it exists and has its sha256, and no file is unknown (a warning)
+1. the manifest is unchanged, every file in it exists and has its sha256; an unknown file gives a warning
 2. the recipe and the config give the plan whose hash the manifest names
-3. names, dtypes, shapes and order of all tensors are those of the plan, the index fits, data begins at a page
+3. names, dtypes, shapes and order of all tensors are those of the plan, the index agrees, data begins at a
+   page
 4. every scalar scale is finite and positive, every block scale is a positive number, and the scales of inputs
    and caches are those that follow from the scales file
 5. both config files are those that the plan calls for, and the source's own keys are all there
@@ -44,8 +44,7 @@ COMPARE_BYTES = 16 << 20
 
 
 class Report:
-    """What verify found: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts what was looked
-    at."""
+    """Result of verify: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts checked items."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -63,7 +62,7 @@ class Report:
         return not self.problems
 
     def add(self, other: "Report") -> None:
-        """Take over what another one found."""
+        """Add another report's results to this one."""
         self.problems += other.problems
         self.warnings += other.warnings
         self.checked = {key: count + other.checked[key] for key, count in self.checked.items()}
@@ -78,10 +77,10 @@ def verify(
     """Check the checkpoint in ``out``; problems are collected, not raised.
 
     Args:
-        source: what it was made from, for step 6; ``encode_again`` False leaves out the second half of that
-            step.
+        source: what the checkpoint was made from, for step 6; ``encode_again`` False leaves out the second
+            half of that step.
     Raises:
-        CheckpointError: it can't be checked at all, because its manifest can't be used.
+        CheckpointError: the checkpoint can't be checked at all, because its manifest can't be used.
     """
     report = Report()
     manifest = read_manifest(out)
@@ -97,8 +96,8 @@ def verify(
             progress("verify", min(done, total), total, "")
 
     rest = Report()
-    with ThreadPoolExecutor(_threads()) as pool:  # files are hashed while their content is looked at
-        found = [
+    with ThreadPoolExecutor(_threads()) as pool:  # files are hashed while their content is checked
+        hashes = [
             pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()
         ]
         try:
@@ -115,8 +114,8 @@ def verify(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        report.problems += [problem for file in found if (problem := file.result()) is not None]
-    report.checked["files"] += len(found)
+        report.problems += [problem for file in hashes if (problem := file.result()) is not None]
+    report.checked["files"] += len(hashes)
     for path in sorted(out.iterdir()):
         if path.name not in manifest["files"] and path.name != FILE:
             report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
@@ -129,7 +128,7 @@ def _threads() -> int:
 
 
 def _check_file(path: Path, digest: str, count: Count) -> str | None:
-    """What is wrong with one file of the manifest, if anything is."""
+    """What is wrong with one file of the manifest; None where it is intact."""
     try:
         if file_sha256(path, count) != digest:
             return f"{path.name} was changed: its sha256 is not the manifest's"
@@ -159,21 +158,23 @@ def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
 
 
 def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, report: Report) -> bool:
-    """Names, dtypes, shapes, order and place of every tensor; True if the rest can be checked."""
+    """Check name, dtype, shape, order and place of every tensor; True if the rest can be checked."""
     before = len(report.problems)
     for shard in layout:
         if not (out / shard.file).is_file():
             report.problems.append(f"{shard.file} is missing; the plan has {len(layout)} shards")
             continue
         tensors, _ = read_header(out / shard.file)
-        found = sorted(tensors.values(), key=lambda t: (t.start, t.end))
+        stored = sorted(tensors.values(), key=lambda t: (t.start, t.end))
         expected = list(shard.entries)
-        report.checked["tensors"] += len(found)
-        if [(t.name, t.dtype, t.shape) for t in found] != [(e.name, e.dtype, e.shape) for e in expected]:
-            report.problems.append(f"{shard.file}: {_first_difference({t.name: t for t in found}, expected)}")
-        elif found and found[0].start % ALIGNMENT:
+        report.checked["tensors"] += len(stored)
+        if [(t.name, t.dtype, t.shape) for t in stored] != [(e.name, e.dtype, e.shape) for e in expected]:
             report.problems.append(
-                f"{shard.file}: data begins at byte {found[0].start}, expected a multiple of {ALIGNMENT}"
+                f"{shard.file}: {_first_difference({t.name: t for t in stored}, expected)}"
+            )
+        elif stored and stored[0].start % ALIGNMENT:
+            report.problems.append(
+                f"{shard.file}: data begins at byte {stored[0].start}, expected a multiple of {ALIGNMENT}"
             )
     index = _json(out / INDEX)
     if index.get("weight_map") != {e.name: shard.file for shard in layout for e in shard.entries}:
@@ -188,14 +189,14 @@ def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, repor
     return len(report.problems) == before
 
 
-def _first_difference(found: dict[str, Any], expected: list[Entry]) -> str:
+def _first_difference(stored: dict[str, Any], expected: list[Entry]) -> str:
     for e in expected:
-        t = found.get(e.name)
+        t = stored.get(e.name)
         if t is None:
             return f"{e.name} is missing"
         if (t.dtype, t.shape) != (e.dtype, e.shape):
             return f"{e.name} is {t.dtype} {list(t.shape)}, expected {e.dtype} {list(e.shape)}"
-    extra = set(found) - {e.name for e in expected}
+    extra = set(stored) - {e.name for e in expected}
     return f"{min(extra)} is not in the plan" if extra else "its tensors are in another order than the plan's"
 
 
@@ -205,9 +206,9 @@ def _activation_scales(out: Path, plan: Plan) -> dict[tuple[str, str], np.float3
         return {}
     scales = Scales.load(out / SCALES_FILE)
     scales.check(plan, out / SCALES_FILE)
-    found = activation_scales(plan, scales)
-    return {(m, "input_scale"): v for m, v in found.inputs.items()} | {
-        (m, "kv_scale"): v for m, v in found.caches.items()
+    expected = activation_scales(plan, scales)
+    return {(m, "input_scale"): v for m, v in expected.inputs.items()} | {
+        (m, "kv_scale"): v for m, v in expected.caches.items()
     }
 
 
@@ -248,7 +249,7 @@ def _check_configs(out: Path, plan: Plan, source: Source | None, report: Report)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object in a JSON file; empty where there is none, which then differs from what is expected."""
+    """The object in a JSON file; empty where there is none, so that it differs from what is expected."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -266,7 +267,7 @@ def _compare(
     again: bool,
     count: Count,
 ) -> None:
-    """Every tensor against the source's, the experts of a layer in threads."""
+    """Compare every tensor with the source's; the experts of a layer in threads."""
     original = source.checkpoint
     if tensor_table_sha256(source.checkpoint.tensors) != manifest["source"]["tensor_table_sha256"]:
         report.problems.append(f"{source.path} is not the source: its tensor table is another one")
@@ -294,9 +295,9 @@ def _compare(
             entries: dict[str, dict[str, Entry]] = {}
             for e in unit.entries:
                 entries.setdefault(e.row.name, {})[e.kind] = e
-            for row, found in zip(unit.rows, pool.map(partial(problem, entries), unit.rows), strict=True):
-                if found:
-                    report.problems.append(found)
+            for row, text in zip(unit.rows, pool.map(partial(problem, entries), unit.rows), strict=True):
+                if text:
+                    report.problems.append(text)
                 if row.format == "source" or again:
                     report.checked["compared_with_source" if row.format == "source" else "encoded_again"] += 1
                 original.release([row.name])
@@ -305,7 +306,7 @@ def _compare(
 
 
 def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
-    """Part by part, so that a large tensor does not stay in memory twice."""
+    """Compares part by part, so that a large tensor does not stay in memory twice."""
     a, b = source.raw(row.name), written.raw(row.name)
     for begin in range(0, a.size, COMPARE_BYTES):
         end = min(begin + COMPARE_BYTES, a.size)
@@ -319,8 +320,7 @@ def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
 def _encodes_to(
     row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint
 ) -> bool:
-    """Whether the source's weight gives the stored scales and codes; its per-tensor scale is that of its
-    ``group``."""
+    """Whether the source's weight gives the stored scales and codes; rows of ``group`` share its scale."""
     scale, degenerate = weight_scale(
         row, max(amax(source, member, part) for member in group for part in slices(member))
     )

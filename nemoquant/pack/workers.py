@@ -1,4 +1,4 @@
-"""Where packing computes: what the packer asks of its workers, and the threads of this process."""
+"""Where packing computes: the interface that the packer uses, and the threads of this process."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.formats import Device
 from nemoquant.pack.encode import CHUNK_BYTES
 
-AHEAD = 3  # results for each thread, where memory does not forbid it
+AHEAD = 3  # results for each thread, where memory allows it
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ class Workers(Protocol):
     """Run the pure functions of ``encode.py``; each is called with the checkpoint, wherever it runs.
 
     Attributes:
-        ahead: results that may wait in order, the bound of what is in memory.
+        ahead: results that may wait in order; this bounds the memory.
         group_bytes: of source that one task should take at least, where tasks are whole weights.
         device: where they encode.
     """
@@ -30,17 +30,16 @@ class Workers(Protocol):
     def submit(
         self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
-        """Begin ``function(checkpoint, *args)`` wherever there is room."""
+        """Start ``function(checkpoint, *args)`` wherever there is room."""
 
     def here(
         self, function: Callable[Concatenate[Checkpoint, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
-        """Begin it in a thread of this process: its result is a map of the source, or not worth the way."""
+        """Start it in a thread of this process: its result is a map of the source, or too cheap to send."""
 
 
 class Threads:
-    """Threads of this process, each with a chunk on the GPU where that is the device. Use as a context
-    manager."""
+    """Threads of this process; with a GPU each has one chunk there. Use as a context manager."""
 
     group_bytes = CHUNK_BYTES
 

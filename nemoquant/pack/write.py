@@ -1,11 +1,10 @@
-"""Plan and scales in, shards out, as a pipeline: weights are read and encoded ahead, hashed and written in
-the background.
+"""Plan and scales in, shards out, as a pipeline: reading, encoding, hashing and writing overlap.
 
     encode (threads; the kernels hold no lock) -> this thread, which puts results in file order -> hash ->
     write
 
-Each step has a bounded number of pieces waiting, a few megabytes each, so that one waits for the slowest step
-only. What is in memory: these pieces, and the block scales of one unit.
+A bounded number of pieces waits for each step, a few megabytes each, so that a step waits only for the
+slowest one. Memory holds these pieces, and the block scales of one unit.
 """
 
 from collections import deque
@@ -38,9 +37,8 @@ from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.progress import Count
 
-Step = tuple[
-    Future[Any] | None, Callable[[Any], None]
-]  # work in a thread, and what this one does with its result
+# Work in a thread, and the function by which this thread takes its result.
+Step = tuple[Future[Any] | None, Callable[[Any], None]]
 COPY_BYTES = 4 << 20
 
 
@@ -48,7 +46,7 @@ class Packer:
     """Writes the shards of one plan.
 
     Attributes:
-        warnings: what is to be known of the scales.
+        warnings: what a user should know about the scales.
         zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as
             zeros with scale 1.0.
     """
@@ -56,7 +54,7 @@ class Packer:
     def __init__(
         self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, progress: Count
     ) -> None:
-        """Raises CalibrationError where ``scales`` do not say enough."""
+        """Raises CalibrationError where ``scales`` lack what the plan needs."""
         self.checkpoint, self.workers, self.progress = checkpoint, workers, progress
         self.scales = activation_scales(plan, scales)
         self.warnings = self.scales.warnings
@@ -90,7 +88,7 @@ class Packer:
         return writer.sha256
 
     def _steps(self, shard: Shard, writer: ShardWriter) -> Iterator[Step]:
-        """All work of a shard in file order. Work is begun when it is asked for."""
+        """All work of a shard in file order. Each step's work starts when the step is requested."""
         for unit in shard.units:
             if unit.rows[0].format == "source":
                 for row in unit.rows:
@@ -104,7 +102,7 @@ class Packer:
                 yield None, partial(_write_scalars, writer, caches)
 
     def _copy(self, row: Row, writer: ShardWriter) -> Iterator[Step]:
-        """An unquantized tensor, bit for bit."""
+        """Copy an unquantized tensor, bit for bit."""
         for begin in range(0, row.bytes_in, COPY_BYTES):
             end = min(begin + COPY_BYTES, row.bytes_in)
 
@@ -115,7 +113,7 @@ class Packer:
         self.progress(end - begin)
 
     def _quantize(self, unit: Unit, writer: ShardWriter) -> Iterator[Step]:
-        """Codes are written as they come; block scales, then scalars, when the unit is at its end."""
+        """Codes are written as they come; block scales, then scalars, at the end of the unit."""
         scales: list[np.float32] = []
         block_scales: list[Array] = []
 
@@ -156,16 +154,15 @@ class Packer:
         yield None, end
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
-        """The scale of one weight, from the maximum of its group; its chunks go to the threads first for
-        that, then for the codes."""
+        """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
         members = self._groups[row.weight_group] if row.weight_group else [row]
         parts: list[Part] = [(member, part) for member in members for part in slices(member)]
-        found = list(self._map(amax, parts))
-        scale, degenerate = weight_scale(row, max(found))
+        maxima = list(self._map(amax, parts))
+        scale, degenerate = weight_scale(row, max(maxima))
         if degenerate or not any(
-            value for (member, _), value in zip(parts, found, strict=True) if member is row
+            value for (member, _), value in zip(parts, maxima, strict=True) if member is row
         ):
-            self.zero_weights.append(row.module)  # perhaps its group has a scale all the same
+            self.zero_weights.append(row.module)  # even if its group gives it a scale
         return scale, degenerate
 
     def _map(self, function: Callable[..., np.float32], items: Iterable[Part]) -> Iterator[np.float32]:
@@ -184,7 +181,7 @@ def _finish(step: Step) -> None:
 
 
 def _write_scalars(writer: ShardWriter, values: Iterable[np.float32], _: None = None) -> None:
-    """Scalars of successive tensors, as one piece."""
+    """Write the scalars of successive tensors as one piece."""
     array = np.array(list(values), np.float32)
     if array.size:
         writer.write(array)

@@ -1,8 +1,7 @@
-"""A checkpoint opened for computing: quantized by nemoquant or another tool in the ModelOpt layout, or not
-quantized at all.
+"""A checkpoint opened for computing: in the ModelOpt layout, from nemoquant or another tool, or unquantized.
 
-How each tensor is stored is told by the file itself, not by a plan, so that any tool's output can be opened.
-Its weights are decoded as they are used; its taps round GEMM inputs and the KV cache as an engine would.
+How each tensor is stored is read from the file itself, not from a plan, so that any tool's output can be
+opened. Weights are decoded as they are used; taps round GEMM inputs and the KV cache as an engine would.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -36,20 +35,21 @@ class PackedCheckpoint:
     """An opened checkpoint. Close ``checkpoint`` after use.
 
     Attributes:
-        config, raw_config, table: what its config.json calls for.
-        stored: tensor of the model -> how it lies in the file; MTP tensors that the file lacks are absent.
-        inputs: tap -> (format, decode scale): what is rounded at run time, GEMM inputs and
+        config, raw_config, table: config.json, and the tensors that it calls for.
+        stored: tensor of the model -> how it is stored in the file; MTP tensors that the file lacks are
+            absent.
+        inputs: tap -> (format, decode scale) of what is rounded at run time: GEMM inputs and
             ``...k_proj.output``, ``...v_proj.output``.
         fp8_cache: whether the KV cache is FP8.
         manifest: nemoquant.json, None where another tool wrote the checkpoint.
-        warnings: what a user should know of it.
+        warnings: what a user should know about the checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         """Read headers and scalars.
 
         Raises:
-            CheckpointError: or one of its kinds: unreadable, or not in a layout that can be decoded.
+            CheckpointError: or a subclass: unreadable, or not in a layout that can be decoded.
         """
         self.path = path
         self.warnings: list[str] = []
@@ -71,11 +71,11 @@ class PackedCheckpoint:
         stored, problems, no_mtp = {}, [], 0
         for spec in self.table:
             try:
-                found = stored[spec.name] = find_stored(self.checkpoint.tensors, spec)
+                tensor = stored[spec.name] = find_stored(self.checkpoint.tensors, spec)
                 dtype = self.checkpoint.tensors[spec.name].dtype
-                if found.format == "source" and dtype not in FLOAT_DTYPES:
+                if tensor.format == "source" and dtype not in FLOAT_DTYPES:
                     problems.append(f"{spec.name} is {dtype}")
-                elif found.format != "source" and spec.role.removeprefix("mtp.") not in (
+                elif tensor.format != "source" and spec.role.removeprefix("mtp.") not in (
                     *LINEAR_ROLES,
                     "eh_proj",
                 ):
@@ -107,7 +107,7 @@ class PackedCheckpoint:
         )
 
     def scalar(self, name: str) -> np.float32:
-        """A scale per tensor; raises CheckpointError where it is no positive finite number."""
+        """A per-tensor scale; raises CheckpointError where it is not a positive finite number."""
         value = np.float32(self.checkpoint.array(name).reshape(())[()])
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(
@@ -135,23 +135,23 @@ class PackedCheckpoint:
             )
 
     def _read_cache_scales(self) -> None:
-        found, missing = 0, 0
+        present, missing = 0, 0
         for spec in self.table:
             if spec.role not in ("attention.k_proj", "attention.v_proj"):
                 continue
             name = kv_scale_name(spec.module)
             stored = name in self.checkpoint.tensors
-            found, missing = found + stored, missing + (not stored)
+            present, missing = present + stored, missing + (not stored)
             if self.fp8_cache:
                 self.inputs[f"{spec.module}.output"] = "fp8", self.scalar(name) if stored else np.float32(1)
         if self.fp8_cache and missing:
             self.warnings.append(
-                f"its FP8 KV cache has no scale for {missing} of {found + missing} projections: engines "
+                f"its FP8 KV cache has no scale for {missing} of {present + missing} projections: engines "
                 f"take 1.0, as here"
             )
-        if found and not self.fp8_cache:
+        if present and not self.fp8_cache:
             self.warnings.append(
-                f"it has {found} KV cache scales but declares no FP8 cache: engines ignore them, as here"
+                f"it has {present} KV cache scales but declares no FP8 cache: engines ignore them, as here"
             )
 
     def _check_extra(self) -> None:
@@ -168,10 +168,9 @@ class PackedCheckpoint:
             )
 
     def formats(self, module: str) -> tuple[str, str | None]:
-        """The format of a module's weight, and that of its input at run time."""
-        return self.stored[f"{module}.weight"].format, self.inputs[module][
-            0
-        ] if module in self.inputs else None
+        """The format of a module's weight, and that of its input at run time (None: not quantized)."""
+        input_format = self.inputs[module][0] if module in self.inputs else None
+        return self.stored[f"{module}.weight"].format, input_format
 
     def weights(self, prefix: str) -> "PackedWeights":
         """The tensors under a prefix, as ``ReferenceModel`` and ``layer_forward`` take them."""
@@ -183,8 +182,8 @@ class PackedCheckpoint:
         """A tap, by full names, that rounds what an engine rounds.
 
         Args:
-            only: names to round, others pass; None is all.
-            record: told what was done at each.
+            only: names to round, the others pass unchanged; None rounds all.
+            record: called with each name and the noise that the rounding added.
         Returns:
             :func:`identity` where nothing is rounded.
         """
@@ -195,16 +194,16 @@ class PackedCheckpoint:
             rule = self.inputs.get(name)
             if rule is None or (only is not None and name not in only):
                 return x
-            y, found = fake_quantize(x, *rule)
+            y, added = fake_quantize(x, *rule)
             if record is not None:
-                record(name, found)
+                record(name, added)
             return y
 
         return round_trip
 
 
 class PackedWeights(LayerWeights):
-    """Its tensors under a prefix: floating ones as tensors, quantized ones as :class:`PackedWeight`."""
+    """The tensors under a prefix: floating ones as tensors, quantized ones as :class:`PackedWeight`."""
 
     def __init__(self, opened: PackedCheckpoint, prefix: str) -> None:
         super().__init__(opened.checkpoint, prefix)
@@ -215,7 +214,7 @@ class PackedWeights(LayerWeights):
         return super().__getitem__(name) if stored.format == "source" else cast(Tensor, self.packed(stored))
 
     def packed(self, stored: Stored) -> PackedWeight:
-        """A quantized weight, mapped."""
+        """A quantized weight; its codes and block scales are mapped."""
         parts = stored.parts
         codes = self.hold(parts["codes"])
         blocks = self.hold(parts["block_scales"]) if "block_scales" in parts else None

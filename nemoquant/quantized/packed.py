@@ -1,9 +1,8 @@
-"""Quantized weights and activations as a consumer has them: decoded when they are used, in slices of rows, in
-threads.
+"""Quantized weights and activations in an engine's arithmetic: decoded in slices of rows, in threads.
 
 The arithmetic is that of the formats: a weight is ``code * scale`` in fp32; an input is encoded with its
-calibrated scale (NVFP4 with block scales of its own, at run time) and decoded again. What is multiplied is
-float32. On a GPU all that happens there (``formats/gpu.py``): of a weight only codes and scales cross.
+calibrated scale (NVFP4 also with block scales, computed at run time) and decoded again. Products are in
+float32. On a GPU all of this runs there (``formats/gpu.py``): only codes and scales of a weight are copied.
 """
 
 from collections.abc import Callable
@@ -19,9 +18,8 @@ from nemoquant.formats import fp8, gpu, noise, nvfp4
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Codes, Floats, Weight
 
-PIECE_ELEMENTS = (
-    1 << 18
-)  # of a tensor that one thread works on at a time: in the caches from encoding to the sums
+# Elements of a tensor that one thread works on at a time: they stay in its caches from encoding to the sums.
+PIECE_ELEMENTS = 1 << 18
 
 
 @cache
@@ -30,8 +28,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _in_pieces(function: Callable[[slice], Noise | None], rows: int, width: int) -> list[Noise | None]:
-    """``function`` of slices that cover ``rows`` rows, in as many threads as torch uses; the results in
-    order."""
+    """``function`` of slices that cover ``rows`` rows, in torch's number of threads; results in order."""
     step = max(1, PIECE_ELEMENTS // max(1, width))
     pieces = [slice(start, start + step) for start in range(0, rows, step)]
     if len(pieces) < 2:
@@ -49,8 +46,7 @@ def _total(parts: list[Noise | None]) -> Noise:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [out, in] of a quantized checkpoint, mapped; ``taps.product`` takes it for a tensor of a
-    foreign dtype.
+    """A mapped weight [out, in] of a quantized checkpoint; ``taps.product`` decodes it by ``to``.
 
     Attributes:
         codes: uint8 [out, in] (fp8) or [out, in/2] (nvfp4).
@@ -79,22 +75,22 @@ class PackedWeight:
     def to(self, like: Tensor) -> Tensor:
         """Decoded, with the dtype and device of ``like``."""
         if gpu.computes(like.device):
-            return self._decoded_there().to(like.dtype)
+            return self._decoded_on_gpu().to(like.dtype)
         values = np.empty(self.shape, np.float32)
         _in_pieces(lambda rows: self[rows].decode(values[rows]), *self.shape)
         return torch.from_numpy(values).to(like)
 
-    def _decoded_there(self) -> Tensor:
-        """On the GPU, float32."""
-        found: Tensor = (
+    def _decoded_on_gpu(self) -> Tensor:
+        """Decoded on the GPU, float32."""
+        decoded: Tensor = (
             gpu.fp8_decoded(self.codes, self.scale)
             if self.block_scales is None
             else gpu.nvfp4_decoded(self.codes, self.block_scales, self.scale)
         )
-        return found
+        return decoded
 
     def decode(self, out: Floats) -> None:
-        """The values, into a float32 buffer [out, in]."""
+        """Write the values into a float32 buffer [out, in]."""
         if self.block_scales is None:
             fp8.decode(self.codes, self.scale, out)
         else:
@@ -102,11 +98,11 @@ class PackedWeight:
 
     @property
     def limit(self) -> float:
-        """The largest magnitude that it can hold."""
+        """The largest magnitude that it can represent."""
         return _limit(self.format, self.scale)
 
     def noise(self, weight: Weight) -> Noise:
-        """Against the source's ``weight`` [out, in], bf16 bit patterns or float32."""
+        """Noise against the source's ``weight`` [out, in], bf16 bit patterns or float32."""
 
         def piece(rows: slice) -> Noise:
             part = self[rows]
@@ -122,7 +118,7 @@ def _limit(format: str, scale: np.float32) -> float:
 
 
 def plain_noise(weight: Weight, other: Weight) -> Noise:
-    """Two unquantized weights [out, in], bf16 bit patterns or float32: the second one against the first."""
+    """Noise of ``other`` against ``weight``: unquantized, [out, in], bf16 bit patterns or float32."""
 
     def piece(rows: slice) -> Noise:
         part = other[rows]
@@ -135,7 +131,7 @@ def plain_noise(weight: Weight, other: Weight) -> Noise:
 
 
 def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, Noise]:
-    """``x`` [..., in] float32 through codes and back, as a new tensor, and what that did to it.
+    """``x`` [..., in] float32 encoded and decoded, as a new tensor, and the noise that this added.
 
     Args:
         format: ``fp8`` (``code = e4m3(x / scale)``) or ``nvfp4`` (``scale`` is the global one; blocks of 16
@@ -143,7 +139,7 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
     """
     if gpu.computes(x.device):
         rounded: Tensor = (gpu.fp8_rounded if format == "fp8" else gpu.nvfp4_rounded)(x, scale)
-        return rounded, _noise_there(x, rounded, _limit(format, scale))
+        return rounded, _noise_on_gpu(x, rounded, _limit(format, scale))
     values: Floats = x.contiguous().view(-1, x.shape[-1]).numpy()
     out = np.empty_like(values)
 
@@ -160,9 +156,11 @@ def fake_quantize(x: Tensor, format: str, scale: np.float32) -> tuple[Tensor, No
     return torch.from_numpy(out).view(x.shape), total
 
 
-def _noise_there(values: Tensor, decoded: Tensor, limit: float) -> Noise:
-    """``noise.measure`` of float32 tensors where they are; differences are rounded to float32 before their
-    squares are summed in float64."""
+def _noise_on_gpu(values: Tensor, decoded: Tensor, limit: float) -> Noise:
+    """``noise.measure`` of float32 tensors on their device.
+
+    Differences are rounded to float32 before their squares are summed in float64.
+    """
     magnitude = values.abs()
     sums = [
         torch.linalg.vector_norm(values, dtype=torch.float64).square(),

@@ -1,7 +1,6 @@
-"""How a run keeps below its memory: from the sizes of what it holds, rows at once and how far packing reads
-ahead.
+"""The memory of a run: from the sizes of what it holds, rows at once and how far packing reads ahead.
 
-Memory is a promise: with ``--memory`` both are chosen to stay below it.
+With ``--memory`` the run promises to stay below it, and both are chosen for that.
 """
 
 import math
@@ -17,25 +16,23 @@ from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
 from nemoquant.units import size
 
-DEFAULT_MEMORY = 4_000_000_000  # bytes that rows are batched for where --memory is not given
-BASE_STEP = (
-    256_000_000  # what the process holds before it begins is rounded up to this: two runs choose the same
-)
-LANE = (
-    3 * CHUNK_BYTES
-)  # pinned for a thread that feeds a GPU: a chunk, as float32 if it is float16, and its codes
-PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and what became of it
+DEFAULT_MEMORY = 4_000_000_000  # bytes, used to choose the row batch where --memory is not given
+# Memory of the process at the start is rounded up to a multiple of this, so that two runs choose the same.
+BASE_STEP = 256_000_000
+# Pinned memory of a thread that feeds a GPU: a chunk, as float32 if the source is float16, and its codes.
+LANE = 3 * CHUNK_BYTES
+PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and the result
 BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How a run keeps below its memory.
+    """The memory of a run, and the choices that follow from it.
 
     Attributes:
-        memory: the most it should take, bytes, by what it holds at its worst moment.
+        memory: bytes that the run should take at its peak, computed from what it holds then.
         row_batch: rows at once in calibration, of all layers or by kind; None where nothing is calibrated.
-        ahead: pieces that packing may have in work and waiting.
+        ahead: number of pieces that packing may have in work and waiting.
     """
 
     memory: int
@@ -44,7 +41,7 @@ class Budget:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of memory that this process has (``VmRSS``), or had at its peak (``VmHWM``)."""
+    """Resident memory of this process in bytes: now (``VmRSS``), or at its peak (``VmHWM``)."""
     with Path("/proc/self/status").open(encoding="ascii") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
@@ -62,13 +59,13 @@ def budget(
 
     Args:
         batch: all rows of the calibration, None where nothing is calibrated.
-        memory: bytes that must do, or None.
-        row_batch: one that was chosen already, or None.
+        memory: limit in bytes, or None.
+        row_batch: a row batch that was chosen already, or None.
     Raises:
-        UsageError: ``memory`` is too little; says what is needed, and for what.
+        UsageError: ``memory`` is too little; names the step that needs most, and its bytes.
     """
     if batch is not None:
-        import torch  # noqa: F401  it belongs to what the process holds before it begins
+        import torch  # noqa: F401  so that its memory is in ``resident()`` below
 
     held = math.ceil(resident() / BASE_STEP) * BASE_STEP + BYTES_A_TENSOR * (
         len(plan.rows) + plan.tensors_out
@@ -100,9 +97,11 @@ def budget(
 
 
 def pack_bytes(plan: Plan) -> int:
-    """What packing holds beside the plan and the pieces in work: pieces that wait to be hashed and written,
-    one unit's block scales."""
-    blocks: dict[object, int] = {}  # of experts of a layer and projection together, else of a tensor
+    """Bytes that packing holds besides the plan and the pieces in work.
+
+    These are pieces that wait to be hashed and written, and one unit's block scales.
+    """
+    blocks: dict[object, int] = {}  # by unit: all experts of a layer and projection, or one tensor
     for row in plan.quantized:
         scales = [math.prod(shape) for kind, _, shape in row.parts() if kind == "block_scales"]
         unit = row.name if row.expert is None else (row.role, row.layer)

@@ -1,13 +1,13 @@
 """A run spread over a Ray cluster (extra ``ray``): the same pure functions, called on other machines.
 
-Packing sends groups of whole weights, experts of one layer and projection, and chunks of larger ones;
-calibration sends a layer's batches of rows. Arguments and results travel through Ray's object store; this
+Packing sends groups of whole weights (experts of one layer and projection) and chunks of larger ones;
+calibration sends a layer's batches of rows. Arguments and results travel through Ray's object store. This
 process puts them in order, writes the output and keeps the state for ``--resume``. A task whose worker or
-node is lost runs again, and gives the same bytes: every task computes with one thread, whatever the cluster's
-size.
+node is lost runs again and gives the same bytes: every task computes with one thread, whatever the size of
+the cluster.
 
-Each node needs nemoquant of this version and the source under the same path; both are checked by each worker
-before its first task.
+Each node needs nemoquant of this version and the source under the same path; each worker checks both before
+its first task.
 """
 
 import importlib.util
@@ -37,29 +37,29 @@ from nemoquant.pack.workers import Threads
 P = ParamSpec("P")
 T = TypeVar("T")
 GROUP_BYTES = 64 << 20  # of source in one packing task
-AHEAD = 2  # tasks for each processor of the cluster that may be in work or wait
+AHEAD = 2  # tasks for each processor of the cluster that may run or wait
 Wire = tuple[np.ndarray[Any, Any], tuple[int, ...], torch.dtype]
 
 
 class Cluster:
-    """A connection, and what a run asks of it: workers for packing, ``spread`` for calibration.
+    """A connection with what a run needs from it: workers for packing, ``spread`` for calibration.
 
     Attributes:
-        processors: that tasks can have, of all nodes together.
+        processors: number that tasks can use, over all nodes.
     """
 
     def __init__(self, ray: Any, checkpoint: Checkpoint) -> None:
         self._ray, self.checkpoint = ray, checkpoint
         self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._source = (str(checkpoint.path.resolve()), manifest.weights_fingerprint(checkpoint), __version__)
-        # lost with its node: run again, for as long as there are nodes; spread, because each node has its own
-        # disk and memory
+        # A task that is lost with its node runs again, as long as there are nodes. Tasks are spread, because
+        # each node has its own disk and memory.
         options = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
         self._call = ray.remote(**options)(_call)
         self._observe = ray.remote(**options)(_observe)
 
     def workers(self, threads: int) -> "RayWorkers":
-        """For packing; ``threads`` of this process copy what is not quantized."""
+        """Workers for packing; ``threads`` of this process copy what is not quantized."""
         return RayWorkers(self, threads)
 
     def spread(
@@ -71,7 +71,7 @@ class Cluster:
         device: str,
         observers: Observers,
     ) -> Iterator[Observed]:
-        """A layer's batches, in order; see ``calibrate.run.Spread``."""
+        """Run a layer's batches on the cluster; results in order. See ``calibrate.run.Spread``."""
         assert checkpoint is self.checkpoint
         shared = self._ray.put(config)
         waiting: deque[Any] = deque()
@@ -89,14 +89,14 @@ class Cluster:
         return Observed(from_wire(output), *rest)
 
     def begin(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> Any:
-        """A task's reference."""
+        """Start a task; returns its reference."""
         return self._call.remote(self._source, function, arguments)
 
     def result(self, reference: Any) -> Any:
-        """What a task gave; an error of ours as it was raised there.
+        """A task's result; an error of nemoquant is raised as it was in the task.
 
         Raises:
-            UsageError: the cluster can't run it any more.
+            UsageError: the cluster can't run the task any more.
         """
         exceptions = self._ray.exceptions
         try:
@@ -110,13 +110,13 @@ class Cluster:
 
 
 class RayFuture(Future[T]):
-    """A task's result, fetched when it is asked for."""
+    """A task's result, fetched when ``result`` is called."""
 
     def __init__(self, cluster: Cluster, reference: Any) -> None:
         super().__init__()
         self._cluster, self._reference = cluster, reference
 
-    def result(self, timeout: float | None = None) -> T:  # noqa: ARG002  there is none
+    def result(self, timeout: float | None = None) -> T:  # noqa: ARG002  there is no timeout
         result: T = self._cluster.result(self._reference)
         return result
 
@@ -151,19 +151,19 @@ class RayWorkers:
 
 @contextmanager
 def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
-    """Connect to the cluster at ``address`` (``auto`` is one that runs here), or start one on this machine
-    for the run.
+    """Connect to the cluster at ``address`` (``auto``: one that runs on this machine), or start one here.
 
-    A connection that the caller has already is used, and left as it is.
+    A cluster started here ends with the run. A connection that the caller already has is used, and stays
+    open.
 
     Raises:
-        MissingExtraError: Ray is not installed. UsageError: nothing answers there.
+        MissingExtraError: Ray is not installed. UsageError: nothing answers at ``address``.
     """
     if importlib.util.find_spec("ray") is None:
         raise MissingExtraError("--engine ray needs the extra `ray`: pip install 'nemoquant[ray]'")
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics are sent
     ours = not ray.is_initialized()
     if ours:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -183,7 +183,7 @@ def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
             ray.shutdown()
 
 
-# What runs on the nodes.
+# The functions below run on the nodes.
 
 
 def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
@@ -204,8 +204,10 @@ def _observe(
 
 @lru_cache(maxsize=1)
 def _opened(source: tuple[str, str, str]) -> Checkpoint:
-    """The source, opened once a worker; raises CheckpointError where it is another one there, or nemoquant
-    is."""
+    """The source, opened once a worker.
+
+    Raises CheckpointError where the source or the version of nemoquant differs on this node.
+    """
     path, fingerprint, version = source
     torch.set_num_threads(1)
     if version != __version__:
@@ -227,6 +229,6 @@ def to_wire(states: Tensor) -> Wire:
 
 
 def from_wire(wire: Wire) -> Tensor:
-    """The reverse; a copy, because what comes from the object store can't be written."""
+    """The reverse of ``to_wire``; a copy, because data from the object store can't be written."""
     data, shape, dtype = wire
     return torch.from_numpy(data.copy()).view(dtype).view(shape)

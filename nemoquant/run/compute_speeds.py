@@ -1,4 +1,4 @@
-"""How fast this machine is at what calibration consists of: products, and the rest of a Mamba-2 mixer."""
+"""This machine's speed in the parts of calibration: products, and the rest of a Mamba-2 mixer."""
 
 from collections.abc import Callable
 
@@ -27,8 +27,10 @@ def compute_speeds(
     threads: int,
     device: Device,
 ) -> tuple[float, float, float]:
-    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`, with so many threads, or
-    on a GPU."""
+    """``product``, ``expert`` and ``mixer`` of :class:`nemoquant.run.speeds.Speeds`.
+
+    They are measured with ``threads`` threads, or on a GPU.
+    """
     c, tokens = config, batch.length
     like = torch.empty(0, dtype=getattr(torch, batch.dtype), device=torch_device(device))
     before = torch.get_num_threads()
@@ -47,11 +49,10 @@ def compute_speeds(
 
 
 def _product(tokens: int, width: int, out: int, weights: int, like: Tensor) -> float:
-    """flop/s over a few weights, so that they do not all lie in a cache; ``like`` has their dtype and
-    device."""
+    """flop/s over several weights, so that they do not all fit a cache; dtype and device are of ``like``."""
     x = like.new_ones(tokens, width)
     matrices = like.new_ones(weights, out, width)
-    _seconds(lambda: product(x, matrices[0]), like)  # compiled for this shape
+    _seconds(lambda: product(x, matrices[0]), like)  # compiles it for this shape
     return 2 * x.numel() * out * weights / _seconds(lambda: [product(x, m) for m in matrices], like)
 
 
@@ -68,7 +69,7 @@ def _mixer(checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, rate: f
 
 
 def _seconds(work: Callable[[], object], like: Tensor) -> float:
-    """How long ``work`` took until the device of ``like`` was done with it."""
+    """Duration of ``work`` in seconds, until the device of ``like`` has finished it."""
 
     def done() -> None:
         work()

@@ -1,5 +1,4 @@
-"""What a run will need, said before it starts: time and disk, from a short measurement and from sizes. Time
-is an estimate."""
+"""Time, memory and disk of a run, estimated before it starts from a short measurement and from sizes."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,12 +14,12 @@ from nemoquant.run.budget import Budget
 from nemoquant.run.speeds import Speeds, measure
 from nemoquant.units import duration, size
 
-VERIFY_TENSOR = 50e-6  # seconds for the checks of one tensor, measured
+VERIFY_TENSOR = 50e-6  # seconds to check one tensor, measured
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of each stage, bytes of memory at the peak, bytes on disk at the most."""
+    """Seconds of each stage, bytes of memory at the peak, bytes of disk at the most."""
 
     calibrate: float
     pack: float
@@ -54,14 +53,14 @@ def estimate(
     processors: int | None = None,
     device: Device = "cpu",
 ) -> Estimate:
-    """Measure, and say what a run will take.
+    """Measure this machine and estimate what a run will need.
 
     Args:
         folder: an existing one on OUT's disk.
         batch: all rows of the calibration, None where nothing is calibrated.
-        threads: of one batch of the calibration.
-        processors: for packing, and for batches beside each other where there are more than ``threads``; None
-            is ``threads``.
+        threads: number that compute one batch of the calibration.
+        processors: number for packing; calibration runs several batches side by side where it is larger than
+            ``threads``. None is ``threads``.
         device: of calibration and packing.
     """
     speeds = measure(
@@ -85,7 +84,7 @@ def estimate(
 
 
 def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
-    """Products at their measured rates, the mixers' other work, and the weights read once for each batch."""
+    """Products at their measured rates, the mixers' other work, and reading the weights for each batch."""
     c, tokens = plan.config, batch.tokens
     seconds = c.count("mamba") * tokens * speeds.mixer
     for row in plan.rows:
@@ -99,8 +98,7 @@ def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Sp
 
 
 def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
-    """The slowest of reading, encoding, hashing and writing; or the processors' time for all of them, shared
-    out."""
+    """The slowest of reading, encoding, hashing and writing; or all processor time divided by ``threads``."""
     encode = sum(row.bytes_in / speeds.encode[row.format, row.scale_method] for row in plan.quantized)
     copied = sum(row.bytes_in for row in plan.rows if row.format == "source") / speeds.read
     hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / speeds.sync
@@ -109,7 +107,7 @@ def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
 
 
 def expectation(found: Estimate) -> str:
-    """An estimate in a line."""
+    """An estimate in one line."""
     stages = [
         (n, t)
         for n, t in (("calibrate", found.calibrate), ("pack", found.pack), ("verify", found.verify))
@@ -124,7 +122,7 @@ def expectation(found: Estimate) -> str:
 
 
 def row_batches(row_batch: RowBatch) -> str:
-    """A row batch for people."""
+    """A row batch as text for people."""
     return (
         str(row_batch)
         if isinstance(row_batch, int)

@@ -1,4 +1,4 @@
-"""One quantize run: where its scales come from, what it continues, and its steps in their order."""
+"""One quantize run: where its scales come from, which earlier run it continues, its steps in order."""
 
 import hashlib
 import math
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What a run gave: what verify checked, names of the source's files that were not copied, warnings, the
-    calibration's summary."""
+    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary."""
 
     verified: dict[str, int]
     skipped: list[str]
@@ -44,8 +43,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is kept informed: of progress, in words, and of what the run will need; ``expected`` None measures
-    nothing."""
+    """Receives progress, messages, and the estimate of what the run will need (None: nothing is measured)."""
 
     progress: Progress = no_progress
     say: Callable[[str], None] = lambda text: None
@@ -54,13 +52,13 @@ class Listener:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run works with, known before its first byte is written.
+    """What a run works with; known before its first byte is written.
 
     Attributes:
-        origin: what the scales come from, an earlier run's file or rows to calibrate on; None where nothing
-            is needed.
+        origin: source of the scales, an earlier run's file or rows to calibrate on; None where the plan needs
+            no calibration.
         batch: all rows to calibrate on, and their dtype; None where nothing is calibrated.
-        budget: how the run keeps below its memory.
+        budget: memory, rows at once, and pieces ahead in packing.
     """
 
     origin: Scales | Rows | None
@@ -87,11 +85,11 @@ class Job:
 
     @cached_property
     def dtype(self) -> str:
-        """``float32`` or ``bfloat16``, what calibration computes in."""
+        """The compute dtype of calibration, ``float32`` or ``bfloat16``."""
         return self.options.dtype or compute_dtype(self.options.device)
 
     def check(self) -> None:
-        """Everything that can be refused without reading weights or text.
+        """Refuse everything that can be refused without reading weights or text.
 
         Raises:
             OutputError
@@ -104,7 +102,7 @@ class Job:
         self.output.side_files  # noqa: B018  raises where one can't be read
 
     def _hidden_bytes(self) -> int:
-        """Disk for the hidden states, as far as it is known before the rows are read."""
+        """Disk for the hidden states in bytes, as far as known before the rows are read; else 0."""
         options = self.options
         calibrates = self.plan.needs_calibration and options.scales is None
         calibrates = calibrates and not (self.earlier and self.earlier.calibrated)
@@ -113,7 +111,7 @@ class Job:
         return Batch(options.rows, options.seq_len, self.dtype).hidden_bytes(self.source.config.hidden_size)
 
     def read_origin(self) -> Scales | Rows | None:
-        """Read what the scales will come from; None where nothing is needed.
+        """Read the source of the scales; None where the plan needs no calibration.
 
         Raises:
             CalibrationError, UsageError
@@ -129,7 +127,7 @@ class Job:
         return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len)
 
     def prepare(self, origin: Scales | Rows | None, processors: int | None = None) -> Prepared:
-        """Choose how to keep below the memory.
+        """Choose the budget: how to keep below the memory.
 
         Args:
             processors: of a cluster; None is this process.
@@ -155,17 +153,17 @@ class Job:
             )
 
         if row_batch is None and batch is not None and processors is not None:
-            most = math.ceil(batch.rows / processors)  # a batch for each processor at least
+            most = math.ceil(batch.rows / processors)  # at least one batch for each processor
             picked = choose(None).row_batch
             assert isinstance(picked, Mapping)
             row_batch = {kind: min(most, picked[kind]) for kind in sorted(picked)}
         return Prepared(origin, batch, choose(row_batch))
 
     def announce(self, prepared: Prepared, processors: int | None = None) -> None:
-        """Where somebody listens, measure this machine and say what the run will need."""
+        """If the listener wants an estimate, measure this machine and report what the run will need."""
         if self.listener.expected is None:
             return
-        found = estimate(
+        expected = estimate(
             self.source.checkpoint,
             self.plan,
             nearest_folder(self.out),
@@ -175,7 +173,7 @@ class Job:
             processors=processors or self.threads,
             device=self.options.device,
         )
-        self.listener.expected(found)
+        self.listener.expected(expected)
 
     def dry_run(self) -> tuple[str, ...]:
         """Read and decide all that a run would, and announce it; returns warnings.
@@ -191,7 +189,7 @@ class Job:
         """Calibrate, pack and verify.
 
         Args:
-            warnings: of the run so far.
+            warnings: those of the run so far.
         Raises:
             NemoquantError: any of its kinds; see errors.py.
         """
@@ -209,13 +207,13 @@ class Job:
                     self.listener.say(f"going on with {run.folder}: {run.describe()}")
                 elif self.options.resume:
                     self.listener.say("nothing to go on with, beginning anew")
-                scales, told = self._scales(run, prepared, weights, cluster)
+                scales, added = self._scales(run, prepared, weights, cluster)
                 workers = (
                     Threads(self.source.checkpoint, self.threads, prepared.budget.ahead, self.options.device)
                     if cluster is None
                     else cluster.workers(self.threads)
                 )
-                written = self.output.write(run, scales, workers, [*warnings, *told], self.listener.progress)
+                written = self.output.write(run, scales, workers, [*warnings, *added], self.listener.progress)
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
@@ -229,17 +227,16 @@ class Job:
             self.listener.say(f"Ray: {cluster.processors} processors")
             yield cluster
 
-    def _done(self, found: Unfinished, identity: dict[str, Any]) -> Outcome:
-        """The earlier run was killed after it had given the folder its name: only its state is left to
-        remove."""
-        check_identity(found, identity)
+    def _done(self, before: Unfinished, identity: dict[str, Any]) -> Outcome:
+        """Finish a run that was killed after OUT had its name: only its state is left to remove."""
+        check_identity(before, identity)
         scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
         warnings = manifest.read_manifest(self.out)["warnings"]
         self.listener.say(f"{self.out} was finished already")
         finish(self.out)
-        assert found.verified is not None
+        assert before.verified is not None
         skipped = self.output.side_files[1]
-        return Outcome(found.verified, skipped, warnings, None if scales is None else scales.summary())
+        return Outcome(before.verified, skipped, warnings, None if scales is None else scales.summary())
 
     def _identity(self, prepared: Prepared, weights: str) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
@@ -269,8 +266,10 @@ class Job:
     def _scales(
         self, run: Unfinished, prepared: Prepared, weights: str, cluster: "Cluster | None"
     ) -> tuple[Scales | None, list[str]]:
-        """Calibrate, or take the results of an earlier run; with warnings. Those of a run are repeated with
-        its file."""
+        """Calibrate, or take the results of an earlier run; returns warnings too.
+
+        Warnings of a calibration are in its scales file, and are shown with it again.
+        """
         origin = prepared.origin
         if origin is None:
             return None, []
@@ -358,8 +357,8 @@ class Job:
         return amax.scales
 
 
-def _with_earlier_dtype(options: RunOptions, found: Unfinished | None) -> RunOptions:
-    """A run that is calibrated has its dtype: what its device chose may not be what this one's would."""
-    if found is not None and found.calibrated and options.dtype is None:
-        return replace(options, dtype=found.identity.get("dtype"))
+def _with_earlier_dtype(options: RunOptions, before: Unfinished | None) -> RunOptions:
+    """A calibrated run keeps its dtype: the default of this run's device may differ."""
+    if before is not None and before.calibrated and options.dtype is None:
+        return replace(options, dtype=before.identity.get("dtype"))
     return options

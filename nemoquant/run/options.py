@@ -1,7 +1,7 @@
-"""What one quantize run can be told: ``RunOptions``, and a table of what is to be known of each option.
+"""Options of one quantize run: ``RunOptions``, and a table with the properties of each option.
 
-The command line takes flags and defaults from the table, ``--resume`` takes from it what may change. Nothing
-else knows a flag.
+The command line takes flags and defaults from the table; ``--resume`` takes from it what may change. Flags
+are named nowhere else.
 """
 
 import os
@@ -21,26 +21,26 @@ Resume = Literal["fixed", "once calibrated", "free"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Everything that a run can be told beside its source, its output and its recipe.
+    """All options of a run; its source, output and recipe are separate arguments.
 
     Attributes:
         data: .txt, .jsonl, .parquet or .npy to calibrate on; None is the shipped text.
-        rows, seq_len: how much of it; ignored for .npy, which says so itself.
+        rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
         scales: the scales file of an earlier run, instead of calibrating.
-        device: ``cpu`` or ``cuda``, of calibration and of packing, whose bytes are the same on either.
+        device: ``cpu`` or ``cuda``, for calibration and packing; packing gives the same bytes on either.
         dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
-        row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, kind by kind of
-            layer.
-        memory: bytes that the run may take at its peak, packing included; None is no promise, and rows for 4
-            GB at once.
+        row_batch: rows that go through a layer at once; None is as many as ``memory`` admits, for each kind
+            of layer.
+        memory: bytes that the run may take at its peak, packing included; None is no promise, and the row
+            batch is chosen for 4 GB.
         threads: for calibration and packing; None is all that this process may use.
         shard_bytes: largest output file.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False
             for comparisons.
         engine: ``local``, this process; ``ray``, a cluster (extra ``ray``).
-        address: of the Ray cluster, ``auto`` for one that runs here; None starts one on this machine.
-        resume: continue with what an earlier run with the same options left in OUT.partial; begin anew where
-            there is nothing.
+        address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
+        resume: continue what an earlier run with the same options left in OUT.partial; start from the
+            beginning where nothing is there.
     """
 
     data: PathLike | None = None
@@ -83,12 +83,12 @@ class RunOptions:
             )
 
     def unused_where_nothing_is_calibrated(self) -> list[str]:
-        """Flags of the options that say where scales come from, as far as they were given."""
+        """Flags that were given and have no effect where nothing is calibrated."""
         return [OPTIONS[name].flag for name in ("data", "scales") if getattr(self, name) is not None]
 
 
 def shown(value: Any) -> str:
-    """A value for a message."""
+    """A value as text for a message."""
     if isinstance(value, dict):
         return ", ".join(f"{number} ({kind})" for kind, number in value.items())
     return "not given" if value is None else str(value)
@@ -99,11 +99,10 @@ class Option:
     """One option.
 
     Attributes:
-        default: of the field.
-        flag: its name on the command line.
-        resume: whether it may be another one when a run is continued: never, once calibration is over, or
-            always.
-        shown: its value in a message, as the command line spells it.
+        default: default of the field.
+        flag: name on the command line.
+        resume: whether it may differ when a run is continued: never, once calibration is finished, or always.
+        shown: turns its value into text for a message, in the command line's spelling.
     """
 
     default: Any
@@ -114,12 +113,12 @@ class Option:
 
 _ROWS: dict[str, tuple[Any, ...]] = {
     "data": ("--calib", "fixed"),
-    "rows": ("--rows", "fixed"),  # `data` stands for both: it is the tokens that must be the same
+    "rows": ("--rows", "fixed"),  # `data` stands for both: the tokens must be the same
     "seq_len": ("--seq-len", "fixed"),
     "scales": ("--scales", "fixed"),
     "device": ("--device", "once calibrated"),
     "dtype": ("--compute", "fixed"),
-    "row_batch": ("--row-batch", "fixed"),  # what was chosen, given or not
+    "row_batch": ("--row-batch", "fixed"),  # the row batch in use, given or chosen
     "memory": ("--memory", "free"),
     "threads": ("--threads", "once calibrated"),
     "shard_bytes": ("--shard-size", "fixed", lambda value: shown(value if value is None else value / 1e9)),

@@ -1,5 +1,4 @@
-"""How fast this machine is at what a run consists of: a measurement of a few tenths of a second, on the
-source's own bytes.
+"""This machine's speed in the parts of a run, measured in a few tenths of a second on the source's bytes.
 
 torch is loaded only where something is calibrated.
 """
@@ -22,25 +21,25 @@ from nemoquant.planning.plan import Plan, Row
 from nemoquant.run.timing import seconds
 
 SAMPLE_BYTES = 4 << 20
-PLACES = 6  # of the source that are read
+PLACES = 6  # number of tensors of the source that are read
 Encoding = tuple[str, str | None]  # format and scale method
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured.
+    """Measured speeds.
 
     Attributes:
-        read: bytes/s of the source, from the page cache or from disk, as it lies now, one thread.
-        write: bytes/s into a file beside OUT.
-        sync: the same with the disk waited for, if the output is too large for the page cache; else
+        read: bytes/s of reading the source in its present state, from page cache or disk, one thread.
+        write: bytes/s into a file on OUT's disk.
+        sync: the same including the wait for the disk, if the output is too large for the page cache; else
             ``write``.
         hash: bytes/s of sha256.
-        encode: bytes/s of source, one thread, by format and scale method; with a GPU a thread's share of what
-            they all get out of it.
+        encode: bytes/s of source, one thread, by format and scale method; with a GPU one thread's share of
+            their joint rate.
         product, expert: flop/s of a matrix product with all tokens of a batch, and with an expert's share of
             them.
-        mixer: seconds a token of a Mamba-2 layer beside its products.
+        mixer: seconds a token of a Mamba-2 layer without its products.
     """
 
     read: float
@@ -63,13 +62,13 @@ def measure(
     threads: int,
     device: Device = "cpu",
 ) -> Speeds:
-    """Measure on this machine.
+    """Measure this machine.
 
     Args:
         folder: an existing one on OUT's disk; a file without a name is written there.
         batch: all rows of the calibration, None where nothing is calibrated.
         row_batch, threads: of the calibration.
-        device: where that computes, and packing encodes.
+        device: of calibration and packing.
     """
     read = _read(checkpoint, plan.rows)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -95,7 +94,7 @@ def measure(
 
 
 def _read(checkpoint: Checkpoint, rows: Iterable[Row]) -> float:
-    """From the middle of large tensors all over the source."""
+    """bytes/s, from the start of large tensors all over the source."""
     large = sorted((row for row in rows if row.elements >= 1024), key=lambda row: -row.bytes_in)[:512]
     names = [row.name for row in sorted(large, key=lambda row: row.name)][:: max(1, len(large) // PLACES)]
     total, took = 0, 0.0
@@ -109,7 +108,7 @@ def _read(checkpoint: Checkpoint, rows: Iterable[Row]) -> float:
 
 
 def _write(folder: Path, *, wait: bool) -> tuple[float, float, float]:
-    """bytes/s of writing, of writing with the disk waited for, or not, and of sha256."""
+    """bytes/s of writing, of writing with the wait for the disk (if ``wait``), and of sha256."""
     import hashlib
 
     data = np.random.default_rng(0).integers(0, 256, 4 * SAMPLE_BYTES, np.uint8)
@@ -124,24 +123,23 @@ def _write(folder: Path, *, wait: bool) -> tuple[float, float, float]:
 
 
 def _encodings(plan: Plan) -> dict[Encoding, Row]:
-    """For each way of encoding the plan has, the largest weight that is small enough to be a sample."""
-    found: dict[Encoding, Row] = {}
+    """For each way of encoding in the plan, the weight whose size is nearest to a sample's."""
+    samples: dict[Encoding, Row] = {}
     for row in plan.quantized:
         key = (row.format, row.scale_method)
-        best = found.get(key)
+        best = samples.get(key)
         if best is None or abs(row.bytes_in - SAMPLE_BYTES) < abs(best.bytes_in - SAMPLE_BYTES):
-            found[key] = row
-    return found
+            samples[key] = row
+    return samples
 
 
 def _encode(checkpoint: Checkpoint, row: Row, device: Device, threads: int) -> float:
-    """bytes/s of source; the first rows of a large weight stand for it. A GPU gets one from each thread, as
-    in packing."""
+    """bytes/s of source, from the first rows of a weight; a GPU gets them from each thread, as in packing."""
     from dataclasses import replace
 
     count = max(1, min(row.shape[0], SAMPLE_BYTES * row.shape[0] // max(1, row.bytes_in)))
     sample = replace(row, shape=(count, row.shape[1]))
-    pack_weights(checkpoint, [replace(row, shape=(1, row.shape[1]))], device)  # compiled, or loaded, by now
+    pack_weights(checkpoint, [replace(row, shape=(1, row.shape[1]))], device)  # compiles or loads the kernel
     if device == "cpu":
         return sample.bytes_in / seconds(lambda: pack_weights(checkpoint, [sample]))
     with ThreadPoolExecutor(threads) as pool:
@@ -149,5 +147,5 @@ def _encode(checkpoint: Checkpoint, row: Row, device: Device, threads: int) -> f
         def all_at_once() -> None:
             list(pool.map(lambda _: pack_weights(checkpoint, [sample], device), range(threads)))
 
-        all_at_once()  # each thread has its memory by now
+        all_at_once()  # allocates each thread's memory
         return sample.bytes_in / seconds(all_at_once)

@@ -1,14 +1,14 @@
-"""A run that can be continued: what ``OUT.partial`` holds beside the output, and what becomes of it.
+"""A run that can be continued: its state in ``OUT.partial``, and how the run ends.
 
     OUT.partial/nemoquant_resume/state.json    options; calibrated layers and their results; shards, sha256
-    OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the rows, before and after the layer in work
+    OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the rows, before and after the current layer
 
-``state.json`` is written beside its place and renamed, after each layer and each shard, so that a kill at any
-moment leaves the last one whole. Nothing else is trusted: hidden states and shards are held against the
+``state.json`` is written to a temporary file and renamed, after each layer and each shard, so that a kill at
+any moment leaves the last one whole. Nothing else is trusted: hidden states and shards are compared with the
 hashes in it before a run uses them.
 
     fails before a layer or shard is finished   all that was made is removed
-    fails, is interrupted or killed later       OUT.partial stays, --resume goes on
+    fails, is interrupted or killed later       OUT.partial stays, --resume continues
     ends well                                   OUT.partial becomes OUT, and the folder in it is removed
 """
 
@@ -31,7 +31,7 @@ STATE = "state.json"
 SCHEMA = 2
 
 Identity = Mapping[str, Any]
-FACTS = {  # what decides the output's bytes beside the options, by the names that messages have for them
+FACTS = {  # what decides the output's bytes besides the options, with its name in messages
     "nemoquant": "nemoquant",
     "config": "SRC's config",
     "tensors": "SRC's tensors",
@@ -45,12 +45,12 @@ class Unfinished:
 
     Attributes:
         folder: where the output's files are written.
-        identity: what decides the output's bytes: ``FACTS``, and options by their fields of
+        identity: all that decides the output's bytes: ``FACTS``, and options by their fields of
             :class:`RunOptions`.
         calibration: JSON data of the layers that were calibrated, None before the first.
         calibrated: whether the scales file is written and final.
         shards: file name -> {"sha256", "zero_weights"}.
-        verified: what verify checked, once it passed.
+        verified: counts of the items that verify checked, once it passed.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -62,7 +62,7 @@ class Unfinished:
 
     @property
     def state(self) -> Path:
-        """The folder of what is not output."""
+        """The folder for all that is not output."""
         return self.folder / FOLDER
 
     @property
@@ -70,12 +70,12 @@ class Unfinished:
         return bool(self.shards) or self.calibration is not None
 
     def save(self) -> None:
-        """Write the state: whole, or the one before stays."""
+        """Write the state; a kill leaves the new one or the one before."""
         data = {k: v for k, v in vars(self).items() if k != "folder"}
         replace_text(self.state / STATE, json.dumps({"schema": SCHEMA} | data))
 
     def describe(self) -> str:
-        """How far it came, in a few words."""
+        """How far the run came, in a few words."""
         layers = (
             "calibrated"
             if self.calibrated
@@ -87,8 +87,7 @@ class Unfinished:
         return ", ".join(filter(None, (layers, shards))) or "nothing finished yet"
 
     def finished_shards(self) -> dict[str, dict[str, Any]]:
-        """Shards of an earlier run that still are what they were; the others are forgotten, and packed
-        again."""
+        """Shards of an earlier run that are unchanged; the others are forgotten, and packed again."""
         self.shards = {
             file: entry
             for file, entry in self.shards.items()
@@ -98,36 +97,35 @@ class Unfinished:
 
 
 def load(folder: Path) -> Unfinished | None:
-    """The state in ``folder``, a run's OUT.partial; None where there is none, or no whole one.
+    """The state in ``folder``, a run's OUT.partial; None where there is none.
 
     Raises:
-        OutputError: it is there and can't be read.
+        OutputError: it can't be read.
     """
     file = folder / FOLDER / STATE
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data.pop("schema") != SCHEMA:
             raise ValueError("of another version of nemoquant")
-        found = Unfinished(folder, data["identity"])
-        vars(found).update({key: data[key] for key in vars(found) if key != "folder"})
+        run = Unfinished(folder, data["identity"])
+        vars(run).update({key: data[key] for key in vars(run) if key != "folder"})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} can't be read ({error}); remove {folder} and begin again") from None
-    return found
+    return run
 
 
 def earlier(out: Path) -> Unfinished | None:
-    """What an earlier run left for ``--resume``: in OUT.partial, or in OUT when it was killed as good as
-    done."""
+    """The state of an earlier run for ``--resume``: in OUT.partial, or in OUT if it was killed at the end."""
     return load(partial_of(out)) or load(out)
 
 
 def check_identity(found: Unfinished, identity: Identity) -> None:
-    """Make sure that a run is continued with what it was begun with.
+    """Make sure that a run is continued with the options and inputs that it began with.
 
     Raises:
-        UsageError: names each option that is another one, with both values.
+        UsageError: names each that differs, with both values.
     """
     changed = []
     for name in dict.fromkeys([*found.identity, *identity]):
@@ -144,10 +142,10 @@ def check_identity(found: Unfinished, identity: Identity) -> None:
 
 
 def check_files(folder: Path, known: set[str]) -> None:
-    """Make sure that an OUT.partial holds nothing but what a run writes.
+    """Make sure that an OUT.partial holds only files that a run writes.
 
     Raises:
-        OutputError: names what is strange.
+        OutputError: names the other files.
     """
     strange = sorted(
         path.name for path in folder.iterdir() if path.name.removesuffix(".partial") not in known | {FOLDER}
@@ -161,23 +159,22 @@ def check_files(folder: Path, known: set[str]) -> None:
 
 @contextmanager
 def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) -> Iterator[Unfinished]:
-    """Yields the run's state in OUT.partial; when the body ends well that becomes OUT. See the top of this
-    file.
+    """Yields the run's state in OUT.partial; when the body ends well, OUT.partial becomes OUT.
 
     Args:
         known: names of the files that the run may write.
-        resume: go on with what is there, if it was begun with the same options; else OUT.partial must not
-            exist.
+        resume: continue with the OUT.partial that exists, if it was begun with the same options; else it must
+            not exist.
     Raises:
-        OutputError: it can't be made or written, holds other files, another run is at it, or OUT came to be
-            meanwhile.
+        OutputError: OUT.partial can't be made or written, holds other files or is in use by another run; or
+            OUT has appeared meanwhile.
         UsageError: other options than before.
-        Interrupted: for a KeyboardInterrupt of the body, with how to go on.
+        Interrupted: for a KeyboardInterrupt of the body, with how to continue.
     """
     partial = partial_of(out)
     parents = [p for p in out.absolute().parents if not p.exists()]
     run: Unfinished | None = None
-    ours = False  # whether all that is in the folder is this run's
+    ours = False  # whether this run made all that is in the folder
     try:
         if resume and partial.exists():
             check_files(partial, known)
@@ -189,19 +186,19 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
             partial.mkdir(parents=True)
         (partial / FOLDER).mkdir(exist_ok=True)
         with _locked(partial / FOLDER):
-            found = load(partial)
-            if found is None:
+            state = load(partial)
+            if state is None:
                 if len(list(partial.iterdir())) > 1:
                     raise OutputError(
                         f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it"
                     )
-                ours = True  # made above, or by a run that was killed before it had written anything
-                found = Unfinished(partial, identity)
-                found.save()
-            check_identity(found, identity)
+                ours = True  # made above, or by a run that was killed before it wrote anything
+                state = Unfinished(partial, identity)
+                state.save()
+            check_identity(state, identity)
             for half in (*partial.glob("*.partial"), *partial.glob(f"{FOLDER}/*.partial")):
                 half.unlink()
-            run = found
+            run = state
             yield run
     except BaseException as error:
         keep = run.worth_keeping if run is not None else not ours
@@ -210,7 +207,7 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
         for folder in (partial / FOLDER, partial, *parents) if run is None else parents:
             with suppress(OSError):  # only what is empty; innermost first
                 folder.rmdir()
-        _tell(
+        _add_kept(
             error,
             out,
             f"{partial} is kept ({run.describe()}): --resume goes on from there"
@@ -229,34 +226,32 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
 
 
 def finish(out: Path) -> None:
-    """Remove what only an unfinished run needs from an OUT that has its name; the state last, so that a kill
-    leaves that or nothing."""
+    """Remove the state of the run from OUT; ``state.json`` last, so that a kill leaves it or nothing."""
     for path in sorted((out / FOLDER).iterdir(), key=lambda path: path.name == STATE):
         path.unlink()
     (out / FOLDER).rmdir()
 
 
-def _tell(error: BaseException, out: Path, kept: str) -> None:
-    """Add to an error what is left of the run, where there is something; interrupts and errors of the system
-    become ours."""
+def _add_kept(error: BaseException, out: Path, kept: str) -> None:
+    """Add to an error what is left of the run; interrupts and system errors become nemoquant's own."""
     if isinstance(error, NemoquantError):
         error.kept = kept
     elif isinstance(error, KeyboardInterrupt | OSError):
-        told: Interrupted | OutputError = Interrupted()
+        replacement: Interrupted | OutputError = Interrupted()
         if isinstance(error, OSError):
-            told = OutputError(f"{out}: {error.strerror or error}; make room or choose another output")
-        told.kept = kept or "nothing was kept"
-        raise told from error
+            replacement = OutputError(f"{out}: {error.strerror or error}; make room or choose another output")
+        replacement.kept = kept or "nothing was kept"
+        raise replacement from error
     elif kept:
         error.add_note(kept)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out; the system lets go of it however this one ends.
+    """Keeps a second run out; the system releases the lock however this process ends.
 
     Raises:
-        OutputError: another run has it.
+        OutputError: another run holds the lock.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,5 +1,4 @@
-"""What a run writes: shards, both config files, index, side files, scales file, card and manifest; then it is
-verified."""
+"""Writes a run's folder (shards, configs, index, side files, scales, card, manifest), then verifies it."""
 
 import json
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ from nemoquant.sources.source import Source
 
 
 class Written(NamedTuple):
-    """What came of it: what verify checked, names of the source's files that were not copied, and all
-    warnings."""
+    """Result of writing: items that verify checked, source files that were not copied, all warnings."""
 
     verified: dict[str, int]
     skipped: list[str]
@@ -48,7 +46,7 @@ class Output:
 
     @cached_property
     def layout(self) -> list[Shard]:
-        """The shards; of a large model they take seconds to lay out."""
+        """The shards, computed once: for a large model this takes seconds."""
         return shards(self.plan, self.shard_bytes)
 
     @cached_property
@@ -58,7 +56,7 @@ class Output:
 
     @property
     def names(self) -> set[str]:
-        """Of all files that may be written."""
+        """Names of all files that may be written."""
         return {shard.file for shard in self.layout} | {*self.side_files[0], *WRITTEN}
 
     def write(
@@ -72,8 +70,8 @@ class Output:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
 
         Args:
-            workers: who encodes; entered when there is something to do.
-            warnings: of the run so far; they go into card and manifest, with those that come up here.
+            workers: encode the weights; entered when packing starts.
+            warnings: those of the run so far; they go into card and manifest, together with new ones.
         Raises:
             CalibrationError, WeightError, VerificationError
         """
@@ -113,7 +111,7 @@ class Output:
         workers: AbstractContextManager[Workers],
         progress: Progress,
     ) -> list[str]:
-        """Write the shards that are missing; returns warnings, of all shards."""
+        """Write the missing shards; returns the warnings of all shards."""
         done = 0
 
         def packed(size: int) -> None:
@@ -121,11 +119,11 @@ class Output:
             done += size
             progress("pack", done, self.plan.bytes_in, "")
 
-        there = run.finished_shards()
+        present = run.finished_shards()
         with workers as entered:
             packer = Packer(self.plan, self.source.checkpoint, scales, entered, packed)
             for shard in self.layout:
-                if shard.file in there:
+                if shard.file in present:
                     packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))
                     continue
                 (run.folder / shard.file).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The report's files: checked before the work begins, written whole or not at all after it."""
+"""The report's files: checked before the work starts, written completely or not at all after it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = 
     Args:
         checkpoints: folders that no report may be written into.
     Raises:
-        OutputError: a folder is missing, not writable or a checkpoint, or the place is taken by a folder;
-            UsageError for one name twice.
+        OutputError: a folder is missing, not writable or a checkpoint, or a path is a folder; UsageError for
+            the same name twice.
     """
     wanted = [path for path in files.values() if path is not None]
     for i, path in enumerate(wanted):
@@ -38,8 +38,7 @@ def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = 
 
 
 def write_files(report: Report, files: Mapping[str, Path | None]) -> None:
-    """Write the report as ``html``, ``json`` and ``markdown``, as far as they are wanted; a file that was
-    there is replaced.
+    """Write those of ``html``, ``json`` and ``markdown`` that are wanted; existing files are replaced.
 
     Raises:
         OutputError: one can't be written.

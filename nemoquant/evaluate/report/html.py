@@ -1,12 +1,11 @@
-"""The report as one HTML page that opens anywhere: style, script, plotly.js and data are inside, and it asks
-the network for nothing.
+"""The report as one HTML page that opens offline: style, script, plotly.js and data are inside.
 
-Jinja writes what is words: header, summary, warnings, how to read it. ``report.js`` draws what can be
-selected, sorted or hovered, from data that stands in the page as JSON.
+Jinja writes the words: header, summary, warnings, how to read it. ``report.js`` draws all that can be
+selected, sorted or hovered, from data in the page as JSON.
 
 1. Everything in a report is untrusted text (names of folders, tensors, recipes). Jinja escapes; the JSON
-   cannot end its element; the script writes text nodes only; and a Content-Security-Policy runs the two
-   scripts whose hashes it names and nothing else.
+   cannot end its element; the script writes text nodes only; and a Content-Security-Policy runs nothing but
+   the two scripts whose hashes it names.
 2. The data is reduced to what the page shows, so that a model of 88 layers and 512 experts stays below 6 MB,
    plotly.js included: floats have six digits, experts become their worst and their median, expert load is the
    difference from the reference's.
@@ -75,13 +74,12 @@ def render(report: Report) -> str:
 
 
 def _sha256(script: str) -> str:
-    """As a Content-Security-Policy has it: of the text between the tags."""
+    """The hash for a Content-Security-Policy: of the text between the tags."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def script_json(value: object) -> str:
-    """JSON that can stand in a script element. Outside ASCII (U+2028 too) json escapes by itself; markup is
-    escaped here."""
+    """JSON for a script element: json escapes everything outside ASCII (U+2028 too), this function markup."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -112,7 +110,7 @@ def summary(candidate: Candidate, reference: Reference) -> tuple[str, str]:
 
 
 def identical(candidate: Candidate) -> bool:
-    """No module differs from the reference's, and no prediction."""
+    """Whether no module and no prediction differs from the reference's."""
     return not candidate.modules and candidate.logits.kl.max == 0
 
 
@@ -143,7 +141,7 @@ def place(module: Module) -> str:
 
 
 def figure(value: float) -> str:
-    """To three digits, tiny ones with an exponent: 0.0134, 1.2e-7."""
+    """Three digits, tiny values with an exponent: 0.0134, 1.2e-7."""
     return f"{value:.3g}".replace("e-0", "e-")
 
 
@@ -152,7 +150,7 @@ def perplexity(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """92.4%, and never a rounded 0% or 100%."""
+    """92.4%; a value is never rounded to 0% or 100%."""
     value = 100 * share
     if 0 < value < 0.001:
         return "under 0.001%"
@@ -167,7 +165,7 @@ def percent(share: float) -> str:
 
 
 def page_data(report: Report) -> dict[str, Any]:
-    """What the script needs, and no more."""
+    """The data that the script needs, and no more."""
     return {
         "mtp": _round(report.reference.mtp_acceptance),
         "loads": [
@@ -244,17 +242,17 @@ def _module(module: Module) -> dict[str, Any]:
     }
 
 
-def _noise(prefix: str, found: Quantized | None) -> dict[str, float | None]:
+def _noise(prefix: str, noise: Quantized | None) -> dict[str, float | None]:
     names = (f"{prefix}_db", f"{prefix}_saturated", f"{prefix}_flushed")
     return (
-        dict(zip(names, (found.sqnr_db, found.saturated, found.flushed), strict=True))
-        if found
+        dict(zip(names, (noise.sqnr_db, noise.saturated, noise.flushed), strict=True))
+        if noise
         else dict.fromkeys(names)
     )
 
 
 def _experts(experts: Experts | None) -> dict[str, Any]:
-    """Hundreds of experts as the worst one, and its and the median SQNR of weights."""
+    """Hundreds of experts as the worst one, its SQNR, and the median SQNR of weights."""
     if experts is None or experts.worst_expert is None:
         return dict.fromkeys(("expert", "expert_db", "expert_median_db"))
     known = [value for value in experts.weight_sqnr_db if value is not None]
@@ -266,7 +264,7 @@ def _experts(experts: Experts | None) -> dict[str, Any]:
 
 
 def packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows with the same keys, the keys written once."""
+    """Rows with the same keys; the keys are written once."""
     return {"keys": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 
 

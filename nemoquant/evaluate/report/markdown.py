@@ -1,5 +1,4 @@
-"""The report as Markdown, for a terminal and for pull requests; and the sentence that goes into a model
-card."""
+"""The report as Markdown, for a terminal and for pull requests; and the sentence for a model card."""
 
 from collections.abc import Iterable
 
@@ -10,7 +9,7 @@ WORST_LAYERS = 3
 
 
 def markdown(report: Report) -> str:
-    """The whole summary: figures of all candidates side by side, then what hurts in each."""
+    """The whole summary: figures of all candidates side by side, then the largest errors of each."""
     d, r = report.data, report.reference
     lines = [
         f"# Accuracy of {_text(r.name)}, quantized",
@@ -31,7 +30,7 @@ def markdown(report: Report) -> str:
 
 
 def table(report: Report) -> Iterable[str]:
-    """Main figures, a line for each checkpoint."""
+    """The main figures, one line for each checkpoint."""
     header = [
         "",
         "KL mean",
@@ -128,7 +127,7 @@ def _layer_words(layer: Layer) -> str:
 
 
 def cost_sentence(candidate: Candidate, data: Data, reference_perplexity: float | None) -> str:
-    """What a model card says of accuracy, in a line."""
+    """A model card's line on accuracy."""
     logits = candidate.logits
     change = "" if logits.perplexity_ratio is None else f" ({logits.perplexity_ratio - 1:+.2%})"
     return (
@@ -147,15 +146,15 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def code(text: str) -> str:
-    """Text of a stranger as Markdown code, in one line and inside a table's cell."""
+    """Untrusted text as Markdown code, in one line and safe in a table's cell."""
     return f"`{_printable(text).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def _text(text: str) -> str:
-    """Text of a stranger as plain text: nothing in it is markup."""
+    """Untrusted text as plain text: nothing in it is markup."""
     return "".join("\\" + ch if ch in "\\`*[]<>|" else ch for ch in _printable(text))
 
 
 def _printable(text: str) -> str:
-    """In one line, without control characters."""
+    """The text in one line, without control characters."""
     return "".join(ch if ch.isprintable() else "?" for ch in " ".join(text.split()))
