@@ -24,6 +24,7 @@ from bench.peers import prepare
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch, rows_of
 from nemoquant.calibrate.memory import pick_row_batch, weight_bytes
+from nemoquant.machine import usable_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.run.budget import BASE_STEP, BYTES_A_TENSOR, DEFAULT_MEMORY, budget
 from nemoquant.run.estimate import VERIFY_TENSOR
@@ -88,7 +89,7 @@ def here(work: Path, fmt: str, rows: int, length: int) -> Machine:
     read, write = disk(work)
     return Machine(
         "this machine",
-        len(os.sched_getaffinity(0)),
+        usable_threads(),
         read,
         write,
         speeds["read"],

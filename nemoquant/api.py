@@ -1,6 +1,5 @@
 """The Python API: the command line as functions. Messages and progress go to callbacks, results are data."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemoquant.errors import UsageError, listing
 from nemoquant.formats import Device
+from nemoquant.machine import usable_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.planning.resolve import resolve
@@ -70,7 +70,6 @@ def estimate(
     from nemoquant.calibrate.batch import Batch, compute_dtype
     from nemoquant.checkpoint.folder import nearest_folder
     from nemoquant.formats.gpu import check
-    from nemoquant.pack.workers import usable_threads
     from nemoquant.run.budget import budget
     from nemoquant.run.estimate import estimate as estimate_run
 
@@ -261,7 +260,7 @@ def diff(
     from nemoquant.evaluate.reference import check_cache
     from nemoquant.evaluate.run import diff as compare
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or usable_threads())
     with ExitStack() as stack:
         stack.enter_context(opened.checkpoint)
         names = [p.resolve().name for p in paths]
@@ -310,7 +309,7 @@ def export_onnx(
     """Write ``model.onnx`` (and ``mtp.onnx``) beside a checkpoint's shards, or with a copy of it in ``out``.
 
     Args:
-        dialect: ``onnxruntime`` or ``tensorrt_rtx``.
+        dialect: ``onnxruntime``, ``tensorrt_rtx`` or ``tensorrt``.
         compute: ``float32``, ``float16`` or ``bfloat16``; None is the dialect's own.
         layers: first layer, and the index after the last one; None is the whole model.
         mtp: also the multi-token-prediction module; the main graph then outputs the hidden states for it.

@@ -119,7 +119,7 @@ def command(
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.run.budget import resident
+    from nemoquant.machine import resident
     from nemoquant.run.estimate import expectation
 
     began = time.monotonic()

@@ -2,11 +2,11 @@
 
 import importlib.metadata
 import importlib.util
-import os
 from dataclasses import dataclass
 
 from nemoquant.engine.targets import TARGETS, Device, device, plugin_library
 from nemoquant.errors import BuildError, UsageError
+from nemoquant.machine import usable_threads
 from nemoquant.ops.build import default_folder, missing, read_built
 from nemoquant.ops.sources import sources_hash
 
@@ -87,9 +87,7 @@ def doctor() -> list[Finding]:
     except UsageError as error:
         lacking.append(str(error))
     return [
-        Finding(
-            "machine", True, True, f"{len(os.sched_getaffinity(0))} CPU threads, {gpu or 'no CUDA device'}"
-        ),
+        Finding("machine", True, True, f"{usable_threads()} CPU threads, {gpu or 'no CUDA device'}"),
         Finding("torch", True, True, f"torch {_version('torch')}; needs no graph"),
         Finding(
             "onnxruntime",

@@ -1,11 +1,11 @@
 """Loads an engine by its name."""
 
-import os
 from pathlib import Path
 
 from nemoquant.engine.base import Engine
 from nemoquant.engine.targets import TARGETS, device
 from nemoquant.errors import UsageError
+from nemoquant.machine import usable_threads
 
 
 def load_engine(
@@ -34,7 +34,7 @@ def load_engine(
 
         from nemoquant.engine.torch import TorchEngine
 
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads or usable_threads())
         return TorchEngine(path)
     if name == "onnxruntime":
         from nemoquant.engine.onnxruntime import OnnxRuntimeEngine

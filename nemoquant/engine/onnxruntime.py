@@ -8,8 +8,8 @@ import numpy as np
 from nemoquant.engine.base import GraphEngine, Step
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
+from nemoquant.graph import MODEL, MTP
 
-MODEL, MTP = "model.onnx", "mtp.onnx"
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 

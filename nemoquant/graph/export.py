@@ -21,6 +21,7 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
+from nemoquant.graph import MODEL, MTP
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
@@ -29,7 +30,6 @@ from nemoquant.pack.files import WRITTEN
 from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
-MODEL, MTP = "model.onnx", "mtp.onnx"
 COPY_BYTES = 16 << 20
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from nemoquant._version import __version__
 from nemoquant.errors import BuildError, OutputError, UsageError
+from nemoquant.machine import usable_threads
 from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
 from nemoquant.shipped import plugin_folder
@@ -185,9 +186,7 @@ def build(
     defined = [f"-D{name}={value}" for name, value in options.items()]
     _run([cmake, "-S", str(folder), "-B", str(work), *(["-G", "Ninja"] if ninja else []), *defined], log)
     progress("configure", 1, 1, "")
-    _run(
-        [cmake, "--build", str(work), "--parallel", str(jobs or len(os.sched_getaffinity(0)))], log, progress
-    )
+    _run([cmake, "--build", str(work), "--parallel", str(jobs or usable_threads())], log, progress)
     return _keep(
         work,
         out,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nemoquant.calibrate.scales import kv_modules
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.layouts.modelopt import kv_scale_name, tensor_name
@@ -55,7 +56,7 @@ class Shard:
 
 def units(plan: Plan) -> Iterator[Unit]:
     """The plan's rows as units, in file order; experts in numeric order, as in the tensor table."""
-    cached = {f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"}
+    cached = set(kv_modules(plan))
     run: list[Row] = []
     for row in plan.rows:
         if run and _unit_key(row) != _unit_key(run[0]):

@@ -12,7 +12,6 @@
 """
 
 import json
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,6 +28,7 @@ from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tens
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
 from nemoquant.errors import NemoquantError
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
+from nemoquant.machine import usable_threads
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.pack.encode import amax, encode, slices
@@ -96,7 +96,7 @@ def verify(
             progress("verify", min(done, total), total, "")
 
     rest = Report()
-    with ThreadPoolExecutor(_threads()) as pool:  # files are hashed while their content is checked
+    with ThreadPoolExecutor(usable_threads()) as pool:  # files are hashed while their content is checked
         hashes = [
             pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()
         ]
@@ -121,10 +121,6 @@ def verify(
             report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
     report.add(rest)
     return report
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _check_file(path: Path, digest: str, count: Count) -> str | None:
@@ -290,7 +286,7 @@ def _compare(
             return f"{row.module}: encoding the source's weight again gives other bytes"
         return None
 
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(usable_threads()) as pool:
         for unit in units:
             entries: dict[str, dict[str, Entry]] = {}
             for e in unit.entries:

@@ -1,6 +1,5 @@
 """Where packing computes: the interface that the packer uses, and the threads of this process."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -61,8 +60,3 @@ class Threads:
 
     def __exit__(self, *error: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-def usable_threads() -> int:
-    """Threads that this process may use."""
-    return len(os.sched_getaffinity(0))

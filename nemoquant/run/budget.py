@@ -5,12 +5,12 @@ With ``--memory`` the run promises to stay below it, and both are chosen for tha
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from nemoquant.calibrate.batch import Batch, RowBatch, rows_of
 from nemoquant.checkpoint.background import DEPTH
 from nemoquant.errors import UsageError
 from nemoquant.formats import Device
+from nemoquant.machine import resident
 from nemoquant.pack.encode import CHUNK_BYTES
 from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
@@ -38,12 +38,6 @@ class Budget:
     memory: int
     row_batch: RowBatch | None
     ahead: int
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Resident memory of this process in bytes: now (``VmRSS``), or at its peak (``VmHWM``)."""
-    with Path("/proc/self/status").open(encoding="ascii") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def budget(

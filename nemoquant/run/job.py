@@ -16,7 +16,8 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import check_output, nearest_folder
 from nemoquant.formats.gpu import torch_device
-from nemoquant.pack.workers import Threads, usable_threads
+from nemoquant.machine import usable_threads
+from nemoquant.pack.workers import Threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
 from nemoquant.run.budget import Budget, budget

@@ -11,7 +11,7 @@ from support.places import PACKAGE
 # From the top; names on one line may import each other. `solve` (solved weights) has its place after
 # `calibrate`.
 ORDER = (
-    ("_version", "errors", "units", "progress", "shipped"),
+    ("_version", "errors", "machine", "units", "progress", "shipped"),
     ("formats",),
     ("ops",),
     ("model",),
