@@ -13,7 +13,7 @@
         EngineError                 exit 2   a runtime refused a graph, or can't run here
         BuildError                  exit 2   the plugins can't be built or loaded: tools, headers, a compiler
         MissingExtraError           exit 3   a feature whose optional packages are not installed
-        VerificationError           exit 1   a written checkpoint that is not what its plan says
+        VerificationError           exit 1   a written checkpoint that does not match its plan
     KeyboardInterrupt               exit 130 Ctrl-C; Python's own, the command line gives it this exit code
         Interrupted                 exit 130 the same, and says what is left of the run and how to resume it
 
