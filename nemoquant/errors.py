@@ -13,9 +13,9 @@
         EngineError                 exit 2   a runtime refused a graph, or can't run here
         BuildError                  exit 2   the plugins can't be built or loaded: tools, headers, a compiler
         MissingExtraError           exit 3   a feature whose optional packages are not installed
-        VerificationError           exit 1   a written checkpoint that is not what its plan says
-    KeyboardInterrupt               exit 130 Ctrl-C; not ours, but given its code by the command line
-        Interrupted                 exit 130 the same, with what is left of the run and how to go on
+        VerificationError           exit 1   a written checkpoint that does not match its plan
+    KeyboardInterrupt               exit 130 Ctrl-C; Python's own, the command line gives it this exit code
+        Interrupted                 exit 130 the same, and says what is left of the run and how to resume it
 
 A message names the thing, what was got, what was expected, and what to do, in that order.
 """
@@ -24,8 +24,11 @@ from collections.abc import Sequence
 
 
 class NemoquantError(Exception):
-    """Base of all errors that carry a message for the user. ``kept``: what is left of the run that it ended,
-    part of the message."""
+    """Base of all errors that carry a message for the user.
+
+    Attributes:
+        kept: what is left of the run that the error ended; part of the message.
+    """
 
     exit_code = 2
     kept = ""
@@ -94,6 +97,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 def listing(names: Sequence[object], limit: int = 5) -> str:
-    """``a, b, c and 7 more``: how a message lists things of which there may be thousands."""
+    """``a, b, c and 7 more``: the first ``limit`` names, because there may be thousands."""
     shown = ", ".join(str(n) for n in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,12 +1,13 @@
-"""How a stage reports its progress: to one kind of callback, whoever listens."""
+"""How stages report their progress: all call the same kind of function."""
 
 from collections.abc import Callable
 
-Progress = Callable[
-    [str, int, int, str], None
-]  # stage, done, total, what is in work; called with done == total at the end
-Count = Callable[[int], None]  # how much more is done since the last call, such as bytes
+Progress = Callable[[str, int, int, str], None]
+"""Called with stage, done, total and the name of the current piece of work; at the end with done == total."""
+
+Count = Callable[[int], None]
+"""Called with the amount done since the last call, such as bytes."""
 
 
 def no_progress(stage: str, done: int, total: int, what: str) -> None:
-    """Progress that nobody looks at."""
+    """A Progress that reports nothing."""

@@ -1,4 +1,4 @@
-"""Where the data lie that come with the code: in the installed package, or in the source tree."""
+"""Where the data shipped with the code are: in the installed package, or in the source tree."""
 
 from pathlib import Path
 
@@ -10,22 +10,22 @@ def _shipped(name: str) -> Path:
 
 
 def recipe_folder() -> Path:
-    """The shipped recipes."""
+    """The folder of the shipped recipes."""
     return _shipped("calib/recipes")
 
 
 def calibration_data() -> Path:
-    """The text for calibration."""
+    """The file with the text for calibration."""
     return _shipped("calib/data") / "calibration.jsonl"
 
 
 def evaluation_data() -> Path:
-    """The text for evaluation: other works than those for calibration."""
+    """The file with the text for evaluation; its works are not those of the calibration text."""
     return _shipped("calib/data") / "evaluation.jsonl"
 
 
 def demo_model() -> Path:
-    """The trained demo model."""
+    """The folder of the trained demo model."""
     return _shipped("calib/demo_model")
 
 

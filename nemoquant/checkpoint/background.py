@@ -8,10 +8,10 @@ DEPTH = 8  # pieces of a few megabytes that may wait
 
 
 class Background:
-    """Runs what it is given, one after the other, in a thread of its own; ``put`` waits where ``depth``
-    pieces of work are waiting.
+    """Runs the functions it is given, one after the other, in its own thread.
 
-    After an error nothing more is run, and ``put`` and ``check`` raise it.
+    ``put`` waits while ``depth`` functions are in the queue. After an error no more of them are run, and
+    ``put`` and ``check`` raise it.
     """
 
     def __init__(self, name: str, depth: int = DEPTH) -> None:
@@ -26,13 +26,15 @@ class Background:
         self._queue.put(work)
 
     def check(self) -> None:
-        """Raise what went wrong, if anything did."""
+        """Raise the error, if there was one."""
         if self._error is not None:
             raise self._error
 
     def end(self, *, cancel: bool = False) -> None:
-        """Wait until all is done, or until the piece in work is, and end the thread. Raises nothing; see
-        ``check``."""
+        """Wait until all work is done, or with ``cancel`` only the current piece, and end the thread.
+
+        Raises nothing; see ``check``.
+        """
         self._cancelled = cancel
         self._queue.put(None)
         self._thread.join()
@@ -42,5 +44,5 @@ class Background:
             if self._error is None and not self._cancelled:
                 try:
                     work()
-                except BaseException as error:  # the caller's to raise, whatever it is
+                except BaseException as error:  # of any kind: it is raised to the caller
                     self._error = error

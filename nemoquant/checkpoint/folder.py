@@ -1,5 +1,7 @@
-"""The output folder: ``OUT.partial`` while it is made, ``OUT`` once it is whole. Only what was made here is
-ever removed."""
+"""The output folder: ``OUT.partial`` while it is made, ``OUT`` once it is complete.
+
+Only what was made here is ever removed.
+"""
 
 import os
 import shutil
@@ -19,11 +21,12 @@ SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
-MARGIN = 64 << 20  # of free disk beyond the tensors: side files and the rest
-BYTES_PER_TENSOR = 600  # of headers, index, config files and scales file
+MARGIN = 64 << 20  # bytes of free disk beyond the tensors, for side files and the rest
+BYTES_PER_TENSOR = 600  # in headers, index, config files and scales file
 
 
 def partial_of(out: Path) -> Path:
+    """The folder ``OUT.partial`` of ``out``."""
     return out.parent / (out.name + ".partial")
 
 
@@ -34,36 +37,37 @@ def nearest_folder(path: Path) -> Path:
 
 
 def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, resume: bool = False) -> None:
-    """Make sure that ``out`` can be written; with ``resume`` the partial folder of an earlier run is welcome,
-    and counts as room.
+    """Make sure that ``out`` can be written.
+
+    With ``resume`` the partial folder of an earlier run may exist, and its bytes count as room.
 
     Raises:
         OutputError: it exists, overlaps the source, an earlier run left its partial folder, its folder is not
             writable, or the disk has no room for that many tensors and bytes.
     """
-    here, there = out.resolve(), source.resolve()
-    for path in (here, partial_of(here)):
-        if path == there or path in there.parents or there in path.parents:
+    target, origin = out.resolve(), source.resolve()
+    for path in (target, partial_of(target)):
+        if path == origin or path in origin.parents or origin in path.parents:
             raise OutputError(f"{out} overlaps the source {source}; expected a folder outside it")
     if out.exists() or out.is_symlink():
         raise OutputError(
             f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
         )
-    partial, there_already = partial_of(out), 0
+    partial, bytes_there = partial_of(out), 0
     if partial.exists():
         if not resume:
             raise OutputError(
                 f"{partial} exists, left by a run that did not end; --resume goes on with it, or remove it, "
                 f"or choose another output"
             )
-        there_already = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
-    parent = nearest_folder(here)
-    below = next(p for p in (here, *here.parents) if p.parent == parent)
+        bytes_there = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+    parent = nearest_folder(target)
+    below = next(p for p in (target, *target.parents) if p.parent == parent)
     if below.exists():
         raise OutputError(f"{out}: {below} is not a folder; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{out}: {parent} is not writable; choose another output")
-    needed = tensor_bytes + BYTES_PER_TENSOR * tensors + MARGIN - there_already
+    needed = tensor_bytes + BYTES_PER_TENSOR * tensors + MARGIN - bytes_there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
@@ -74,11 +78,10 @@ def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, re
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """Yields the empty folder ``OUT.partial``; it becomes OUT when the body ends well, and is removed when it
-    does not.
+    """Yields the empty folder ``OUT.partial``, renamed to OUT if the body succeeds, and removed if not.
 
     Raises:
-        OutputError: it can't be made or written, or OUT came to be meanwhile; then the finished OUT.partial
+        OutputError: it can't be made or written; or OUT was made meanwhile, and then the finished OUT.partial
             stays.
     """
     partial = partial_of(out)
@@ -91,16 +94,15 @@ def making(out: Path) -> Iterator[Path]:
     except BaseException as error:
         if made:
             shutil.rmtree(partial, ignore_errors=True)
-        for parent in parents:  # innermost first; one that another run uses by now stays
+        for parent in parents:  # innermost first; a folder that another run uses by now stays
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
             raise OutputError(
                 f"{out}: {error.strerror or error}; nothing was kept, make room or choose another output"
             ) from error
-        if (
-            isinstance(error, NemoquantError | Interrupted) and error.kept
-        ):  # a run within this one, removed with the rest
+        # The files that an inner run kept were removed with the rest.
+        if isinstance(error, NemoquantError | Interrupted) and error.kept:
             error.kept = "nothing was kept"
         raise
     try:
@@ -112,12 +114,12 @@ def making(out: Path) -> Iterator[Path]:
 
 
 def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What lies beside the source's tensors: names that go along, by allow-list, and names that stay.
+    """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave.
 
-    ``*.py`` files go along only if the config's ``auto_map`` names them; they are never imported.
+    ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
 
     Raises:
-        OutputError: one that should go along can't be read.
+        OutputError: a file to copy can't be read.
     """
     auto_map = raw_config.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
@@ -131,7 +133,7 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
         if name in ("config.json", "nemoquant.json") or name.endswith(
             (".safetensors", ".safetensors.index.json")
         ):
-            continue  # written anew, or what the tensors were read from
+            continue  # written by the run itself, or files of tensors
         belongs = name in modules or any(fnmatch(name, pattern) for pattern in SIDE_FILES)
         if belongs and path.is_file():
             if not os.access(path, os.R_OK):
@@ -146,6 +148,6 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
 
 
 def copy_side_files(source: Path, names: list[str], folder: Path) -> None:
-    """Copy them; links are followed, because hub caches are made of them."""
+    """Copy these files into ``folder``; links are followed, because hub caches consist of links."""
     for name in names:
         shutil.copyfile(source / name, folder / name)

@@ -1,8 +1,8 @@
 """The header of one safetensors file, validated before anything else is read.
 
 Format (safetensors README): 8 bytes little-endian header size, that many bytes of JSON, then the data. Each
-entry has ``dtype``, ``shape`` and ``data_offsets`` relative to the data; together they cover it without hole
-or overlap.
+entry has ``dtype``, ``shape`` and ``data_offsets`` relative to the data; together they cover it without holes
+or overlaps.
 """
 
 import json
@@ -34,12 +34,12 @@ ITEM_SIZE = {
 }
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 64
-ALIGNMENT = 4096  # our files begin their data at a multiple of a page
+ALIGNMENT = 4096  # in files that we write, the data begin at a multiple of a page
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``start`` and ``end`` are absolute byte offsets in ``file``."""
+    """The place of one tensor: ``start`` and ``end`` are absolute byte offsets in ``file``."""
 
     name: str
     dtype: str
@@ -120,7 +120,7 @@ def _tensor(file: Path, name: str, entry: object, begin: int) -> TensorInfo:
 
 
 def _naturals(value: object) -> bool:
-    """A short list of 64-bit sizes: products of longer ones could not even be printed."""
+    """Whether this is a short list of 64-bit sizes; the product of a longer one could not even be printed."""
     return (
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
@@ -147,8 +147,10 @@ def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], begin: int, s
 
 
 def encode_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file that holds ``tensors`` (name, dtype, shape) back to back, padded to ``ALIGNMENT``
-    with spaces."""
+    """The header of a file that holds ``tensors`` (name, dtype, shape) without gaps.
+
+    It is padded with spaces to a multiple of ``ALIGNMENT`` bytes.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, dtype, shape in tensors:

@@ -1,5 +1,7 @@
-"""``nemoquant.json``: what was made, from what, with which settings, and the sha256 of every file. No time,
-host or path in it."""
+"""``nemoquant.json``: what was made, from what, with which settings, and the sha256 of every file.
+
+It contains no time, host or path.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,7 @@ REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
 
 
 def file_sha256(path: Path, count: Count = lambda size: None) -> str:
-    """sha256 of a file's bytes, read a few megabytes at a time; ``count`` is called with the size of each."""
+    """sha256 of a file, read a few megabytes at a time; ``count`` is called with the size of each piece."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as f:
@@ -33,19 +35,21 @@ def file_sha256(path: Path, count: Count = lambda size: None) -> str:
 
 
 def config_sha256(raw_config: Mapping[str, Any]) -> str:
-    """Identity of a config.json, in whatever order its keys stand."""
+    """Identity of a config.json, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(raw_config, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
-    """Identity of a checkpoint's tensor table: names, dtypes and shapes, in whatever files they lie."""
+    """Identity of a checkpoint's tensor table: names, dtypes and shapes, whatever files hold the tensors."""
     table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases. A few megabytes that tell one
-    training from another."""
+    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases.
+
+    These few megabytes distinguish one training from another.
+    """
     digest = hashlib.sha256()
     for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
         digest.update(checkpoint.raw(name).data)
@@ -54,8 +58,10 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def content_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over a few bytes from the middle of every tensor: tells weights apart without reading them
-    whole."""
+    """sha256 of :func:`weights_fingerprint` and of a few bytes from the middle of every tensor.
+
+    It distinguishes weights without reading them whole.
+    """
     digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
     for name in sorted(checkpoint.tensors):
         raw = checkpoint.raw(name)
@@ -66,13 +72,13 @@ def content_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def pack_dtypes(table: list[TensorSpec]) -> dict[str, Any]:
-    """The dtypes of a tensor table: the usual one, and the names that have another."""
+    """The dtypes of a tensor table: the usual one, and the names of tensors with another dtype."""
     usual = Counter(spec.dtype for spec in table).most_common(1)[0][0]
     return {"usual": usual, "others": {spec.name: spec.dtype for spec in table if spec.dtype != usual}}
 
 
 def canonical(data: Mapping[str, Any]) -> bytes:
-    """The bytes of the manifest: sorted keys, without the ``sha256`` that is taken of them."""
+    """The manifest's bytes of which ``sha256`` is computed: sorted keys, without ``sha256`` itself."""
     return json.dumps({k: v for k, v in data.items() if k != "sha256"}, indent=1, sort_keys=True).encode()
 
 
@@ -83,12 +89,12 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed onto it."""
+    """Write a file whole or not at all: first under another name in its folder, then renamed."""
     replace_bytes(path, text.encode("utf-8"))
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed onto it."""
+    """Write a file whole or not at all: first under another name in its folder, then renamed."""
     partial = path.parent / (path.name + ".partial")
     try:
         partial.write_bytes(data)
@@ -99,7 +105,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def enter_file(folder: Path, name: str) -> None:
-    """Enter a file that a verb wrote later, or wrote anew, into the manifest.
+    """Record in the manifest the sha256 of a file that was written later, or written again.
 
     Raises:
         CheckpointError: the manifest can't be used.
@@ -110,21 +116,21 @@ def enter_file(folder: Path, name: str) -> None:
 
 
 def change_file(folder: Path, name: str, text: str) -> None:
-    """Give a file that the manifest lists a new text, and the manifest its new sha256, in one step.
+    """Replace the text of a file that the manifest lists, and its sha256 there: both or neither.
 
     Raises:
-        CheckpointError: the manifest can't be used, or the file is no longer what it lists.
+        CheckpointError: the manifest can't be used, or the file is no longer the one that it lists.
     """
     data, path = read_manifest(folder), folder / name
     if data["files"].get(name) != file_sha256(path):
         raise CheckpointError(f"{path} was changed after it was written; it is left as it is")
     data["files"][name] = hashlib.sha256(text.encode()).hexdigest()
-    before = path.read_text(encoding="utf-8")
+    old_text = path.read_text(encoding="utf-8")
     replace_text(path, text)
     try:
         write_manifest(folder, data)
     except BaseException:
-        replace_text(path, before)
+        replace_text(path, old_text)
         raise
 
 

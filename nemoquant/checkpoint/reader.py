@@ -1,9 +1,8 @@
-"""A checkpoint on disk: every header validated, tensors under their published names, bytes mapped and
-released.
+"""A checkpoint on disk: headers validated, tensors under their published names, bytes mapped and released.
 
-Two spellings are translated here and nowhere else: ``backbone.embedding.weight`` (transformers 5) is read as
-``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_proj`` [E, out, in] as E published
-expert tensors, each a view of its bytes.
+Two other spellings are translated, here and nowhere else: ``backbone.embedding.weight`` (transformers 5) is
+read as ``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_proj`` [E, out, in] as E
+published expert tensors, each a view of its bytes.
 """
 
 import json
@@ -25,7 +24,7 @@ from nemoquant.model.roles import TensorSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": np.uint8}
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python from 3.13 on
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in mmap from Python 3.13 on
 FUSED = re.compile(r"(.+\.mixer\.experts)\.(up_proj|down_proj)(\.weight)?")
 
 
@@ -43,7 +42,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: the folder or the index is not usable.
-            HeaderError: a shard's header is not.
+            HeaderError: a shard's header is not valid.
         """
         self.path = path
         self.aliases: dict[str, str] = {}
@@ -70,17 +69,17 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Drop the maps that nothing uses any more; arrays that are still held keep theirs."""
+        """Drop all maps; a map stays open as long as an array still uses it."""
         self._maps.clear()
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor, mapped, 1-D. Writing to them would not reach the file."""
+        """The bytes of a tensor, mapped, uint8, 1-D. Writing to them would not reach the file."""
         info = self.tensors[name]
         with self._lock:  # threads must share one map, or release() would miss the other's pages
             if info.file not in self._maps:
                 with info.file.open("rb") as f:
-                    # a private writable map: torch accepts no read-only memory without a warning; nothing is
-                    # reserved for it, or the system would refuse a file that is larger than memory
+                    # Private and writable, because torch warns about read-only memory. Without a reservation,
+                    # because with one the system would refuse a file that is larger than memory.
                     self._maps[info.file] = mmap.mmap(
                         f.fileno(),
                         0,
@@ -90,7 +89,11 @@ class Checkpoint:
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.start)
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A tensor as numpy array, mapped; BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes."""
+        """A tensor as a mapped numpy array; BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes.
+
+        Raises:
+            CheckpointError: its dtype is not in ``NUMPY``.
+        """
         info = self.tensors[name]
         if info.dtype not in NUMPY:
             raise CheckpointError(
@@ -98,18 +101,20 @@ class Checkpoint:
                 f"{', '.join(NUMPY)}"
             )
         data = self.raw(name)
-        if info.start % ITEM_SIZE[info.dtype]:  # legal in safetensors, but kernels want aligned data
+        if info.start % ITEM_SIZE[info.dtype]:  # allowed by safetensors, but kernels need aligned data
             data = data.copy()
         return data.view(NUMPY[info.dtype]).reshape(info.shape)
 
     def release(self, names: Iterable[str]) -> None:
-        """Let the system drop the pages of these tensors: they count as resident memory until then."""
+        """Let the system drop the pages of these tensors, which count as resident memory until then."""
         for name in names:
             self.release_bytes(name, 0, self.tensors[name].nbytes)
 
     def release_bytes(self, name: str, begin: int, end: int) -> None:
-        """The same for some bytes of a tensor. Pages at its edges belong to its neighbours too, and are read
-        again by these."""
+        """Let the system drop the pages of the bytes from ``begin`` to ``end`` of a tensor.
+
+        Pages at the edges hold bytes of its neighbours too, and are read again when these are used.
+        """
         info = self.tensors[name]
         if info.file in self._maps and end > begin:
             page = (info.start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -130,17 +135,17 @@ def _all_tensors(path: Path) -> list[TensorInfo]:
         return list(read_header(path / SINGLE)[0].values())
     weight_map = _read_index(index)
     result: list[TensorInfo] = []
-    found: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise CheckpointError(f"{path / shard} does not exist, but {INDEX} names it; download the shard")
         for name, info in read_header(path / shard)[0].items():
-            if name in found:
-                raise HeaderError(f"tensor {name!r} is in {found[name]} and in {shard}; expected it once")
-            found[name] = shard
+            if name in shard_of:
+                raise HeaderError(f"tensor {name!r} is in {shard_of[name]} and in {shard}; expected it once")
+            shard_of[name] = shard
             result.append(info)
-    wrong = [name for name, shard in weight_map.items() if found.get(name) != shard]
-    extra = [name for name in found if name not in weight_map]
+    wrong = [name for name, shard in weight_map.items() if shard_of.get(name) != shard]
+    extra = [name for name in shard_of if name not in weight_map]
     if wrong or extra:
         raise CheckpointError(
             f"{index} does not fit its shards: "
@@ -167,7 +172,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _published(info: TensorInfo) -> list[tuple[str, TensorInfo]]:
-    """A tensor of the file under its published name, or the experts that it fuses."""
+    """The published names of a tensor of the file with their places: one, or one for each fused expert."""
     fused = FUSED.fullmatch(info.name)
     if fused and len(info.shape) == 3:
         count, *shape = info.shape
@@ -193,7 +198,7 @@ def check_table(path: Path, expected: list[TensorSpec], tensors: dict[str, Tenso
     """Compare a checkpoint with the tensors that its config calls for.
 
     Raises:
-        TensorTableError: lists every kind of difference: missing, extra, misshapen.
+        TensorTableError: lists the differences of every kind: missing, extra, misshapen.
     """
     wanted = {spec.name: spec for spec in expected}
     missing = [n for n in wanted if n not in tensors]
@@ -203,13 +208,13 @@ def check_table(path: Path, expected: list[TensorSpec], tensors: dict[str, Tenso
         for n, spec in wanted.items()
         if n in tensors and tensors[n].shape != spec.shape
     ]
-    found = [
+    problems = [
         f"{len(names)} {kind}: {listing(names)}"
         for kind, names in (("missing", missing), ("extra", extra), ("misshapen", shapes))
         if names
     ]
-    if found:
+    if problems:
         raise TensorTableError(
-            f"{path}: its tensors are not those that its config.json calls for: {'; '.join(found)}; "
+            f"{path}: its tensors are not those that its config.json calls for: {'; '.join(problems)}; "
             "expected the published layout, is the config the right one?"
         )

@@ -1,5 +1,4 @@
-"""A layer's weights as torch tensors over the mapped file: read when asked for, dropped from memory soon
-after."""
+"""A layer's weights as torch tensors over the mapped file: read on demand, soon dropped from memory."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,9 +14,10 @@ HELD_BYTES = 64 << 20  # of mapped pages, before those of earlier tensors are re
 
 
 class LayerWeights(Mapping[str, Tensor]):
-    """The tensors under a prefix, by their names relative to it; floating source dtypes only.
+    """The tensors under a prefix, by their names relative to it; only for floating source dtypes.
 
-    A tensor stays valid after its pages were released: they are read again from the page cache when touched.
+    A tensor stays valid after its pages were released: when it is used, they are read again from the page
+    cache.
     """
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
@@ -29,7 +29,7 @@ class LayerWeights(Mapping[str, Tensor]):
         return torch.from_numpy(self.hold(full)).view(TORCH[self.checkpoint.tensors[full].dtype])
 
     def hold(self, name: str) -> npt.NDArray[Any]:
-        """A tensor by its full name, as the checkpoint maps it; its pages are dropped with the others."""
+        """A tensor by its full name, as the checkpoint maps it; its pages are released with the others."""
         nbytes = self.checkpoint.tensors[name].nbytes
         if sum(self._held.values()) + nbytes > HELD_BYTES:
             self.release()
@@ -43,6 +43,6 @@ class LayerWeights(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def release(self) -> None:
-        """Drop the pages of all tensors that were asked for."""
+        """Release the pages of all tensors that were looked up."""
         self.checkpoint.release(self._held)
         self._held.clear()

@@ -1,5 +1,7 @@
-"""Write one safetensors file from front to back: header first, then the tensors' bytes in order, hashed on
-the way."""
+"""Write one safetensors file from front to back, with its sha256 computed on the way.
+
+The header comes first, then the bytes of the tensors in order.
+"""
 
 import hashlib
 import math
@@ -17,15 +19,15 @@ METADATA = {"format": "pt"}
 
 
 def nothing() -> None:
-    """What there is to do after a write that nobody waits for."""
+    """Do nothing: the default for what follows a write."""
 
 
 class ShardWriter:
-    """Writes the tensors given (name, dtype, shape) in their order; every byte must come, and no more.
+    """Writes the given tensors (name, dtype, shape) in their order, exactly as many bytes as they have.
 
-    Use as a context manager; leaving it without an error checks the count. ``sha256`` is the file's, once it
-    is closed. With ``background`` hashing and writing are two threads, each with a short queue: arrays must
-    then stay as they are until their ``then`` was called.
+    Use as a context manager; leaving it without an error checks the number of bytes. ``sha256`` is that of
+    the file, once it is closed. With ``background``, hashing and writing are two threads, each with a short
+    queue; arrays must then not change until their ``then`` was called.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class ShardWriter:
         self._stages = (Background("hash"), Background("write")) if background else ()
 
     def write(self, data: npt.NDArray[np.generic], then: Callable[[], None] = nothing) -> None:
-        """Append the bytes of a C-contiguous array; ``then`` is called when they are no longer needed,
-        perhaps in a thread."""
+        """Append the bytes of a C-contiguous array.
+
+        ``then`` is called once they are no longer needed, with ``background`` in a thread.
+        """
         view = data.reshape(-1).view(np.uint8)
         self._left -= view.size
         assert self._left >= 0, f"{self.path.name}: more bytes than its header announces"

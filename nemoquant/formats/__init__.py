@@ -1,8 +1,9 @@
-"""Number formats: what a plan must know of each, without arrays. The arithmetic is in the modules of the same
-names.
+"""Number formats: what a plan needs to know of each, without arrays.
 
-    fp8    E4M3 codes of the weight's own shape, one fp32 scale
-    nvfp4  E2M1 codes, two a byte; an E4M3 scale for each 16 of the input dimension; one fp32 scale
+The arithmetic is in the modules of the same names.
+
+    fp8    E4M3 codes in the weight's own shape, one fp32 scale
+    nvfp4  E2M1 codes, two per byte; an E4M3 scale for each 16 of the input dimension; one fp32 scale
 
 Importing this package loads neither numpy nor numba.
 """
@@ -26,8 +27,13 @@ class PackedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """``weight_bits`` counts the codes alone, without scales. ``block`` is the number of inputs that share a
-    block scale."""
+    """A number format for weights.
+
+    Attributes:
+        weight_bits: bits of one code, without scales.
+        block: number of inputs that share a block scale; None without block scales.
+        code_dtype: safetensors dtype of the codes.
+    """
 
     name: str
     weight_bits: int
@@ -43,8 +49,10 @@ class Format:
         return None
 
     def packed_tensors(self, shape: tuple[int, int]) -> tuple[PackedTensor, ...]:
-        """What a weight [out, in] becomes, in the order in which it is written. Raises ValueError if it is
-        ``indivisible``."""
+        """The tensors that a weight [out, in] becomes, in the order in which they are written.
+
+        Raises ValueError if the shape is ``indivisible``.
+        """
         problem = self.indivisible(shape)
         if problem is not None:
             raise ValueError(f"format {self.name}: {problem}")

@@ -1,5 +1,7 @@
-"""The largest magnitude of a weight, from its bits: as integers, magnitudes keep their order, Inf above them,
-NaN on top."""
+"""The largest magnitude of a weight, computed on its bit patterns.
+
+As integers, magnitudes keep their order, with Inf above all numbers and NaN above Inf.
+"""
 
 import numpy as np
 
@@ -25,11 +27,9 @@ def amax(weight: Weight | gpu.OnGpu, device: Device = "cpu") -> np.float32:
     largest = 0
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        positive = int(
-            chunk.view(f"i{bits.itemsize}").max()
-        )  # the sign bit makes every negative value a negative integer
-        negative = (
-            int(chunk.max()) & magnitude_mask
-        )  # and the largest unsigned one; with no negative value, the same as above
+        # As signed integers, negative values are negative: the maximum is the largest positive value.
+        positive = int(chunk.view(f"i{bits.itemsize}").max())
+        # As unsigned integers, negative values are the largest; without any, this is the maximum above.
+        negative = int(chunk.max()) & magnitude_mask
         largest = max(largest, positive, negative)
     return np.uint32(largest << int(shift)).view(np.float32)

@@ -1,9 +1,10 @@
-"""E2M1: four bits, sign 1, exponent 2 (bias 1), mantissa 1; ``float4_e2m1`` of the OCP MX formats,
-``FLOAT4E2M1`` of ONNX.
+"""E2M1: four bits, sign 1, exponent 2 (bias 1), mantissa 1.
 
-Values by code 0 to 7: 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign. No infinity, no NaN. Source: OCP
-Microscaling Formats (MX) v1.0, 5.3.3. The sign bit is (value < 0), as Model Optimizer has it: -0.0 gives 0x0,
-and a negative that rounds to zero gives 0x8.
+It is ``float4_e2m1`` of the OCP MX formats and ``FLOAT4E2M1`` of ONNX. Values by code 0 to 7: 0, 0.5, 1, 1.5,
+2, 3, 4, 6; bit 3 is the sign. No infinity, no NaN. Source: OCP Microscaling Formats (MX) v1.0, 5.3.3.
+
+The sign bit is (value < 0), as in Model Optimizer: -0.0 gives 0x0, and a negative value that rounds to zero
+gives 0x8.
 """
 
 from typing import Any
@@ -22,11 +23,11 @@ VALUES.flags.writeable = False
 
 @kernel
 def encode_one(value: np.float32) -> np.uint8:
-    """The code of one finite float32: nearest, ties to the even code, beyond 6 to 6.
+    """The code of one finite float32: nearest, ties to the even code; magnitudes above 6 become 6.
 
     Adding 2^22, 2^23 or 2^24 makes the float32 addition itself round to a multiple of 0.5, 1 or 2, ties to
-    even, and leaves that multiple in the lowest bits. Codes count these multiples on from the binade before:
-    + 2 from 2 on, + 4 (= 8 / 2) from 4 on.
+    even. The lowest bits of the sum count these multiples. The code is this count, plus 2 for magnitudes from
+    2 on, or plus 4 (= 8 / 2) from 4 on.
     """
     magnitude = abs(value)
     if not magnitude < np.float32(6):
@@ -43,8 +44,7 @@ def encode_one(value: np.float32) -> np.uint8:
 
 @kernel
 def nearest(magnitude: np.float32) -> np.float32:
-    """The E2M1 value nearest to a float32 that is not negative: ``VALUES[encode_one(magnitude)]`` without the
-    table."""
+    """The E2M1 value nearest to a non-negative float32: ``VALUES[encode_one(magnitude)]``, no table."""
     if not magnitude < np.float32(6):
         magnitude = np.float32(6)
     anchor = np.float32(4194304)
@@ -57,8 +57,11 @@ def nearest(magnitude: np.float32) -> np.float32:
 
 @kernel
 def value_bits(code: np.uint32) -> np.uint32:
-    """The float32 bits of ``VALUES[code]``: for vectors, which a table would break up, and without subnormal
-    numbers, slow on some CPUs."""
+    """The float32 bits of ``VALUES[code]``, without the table.
+
+    A table would keep a loop from becoming vectors. Subnormal numbers are avoided: they are slow on some
+    CPUs.
+    """
     magnitude = np.uint32(code & np.uint32(7))
     bits = np.uint32(np.uint32(magnitude << np.uint32(22)) + np.uint32(126 << 23))
     if magnitude < np.uint32(2):
@@ -74,16 +77,16 @@ def _encode(values: Floats, codes: Codes) -> None:
 
 @kernel
 def pack_pairs(codes: Codes, packed: Codes) -> None:
-    """Flat codes [2n] -> flat bytes [n]; the even index goes to the low nibble."""
+    """Flat codes [2n] -> flat bytes [n]; codes at even indices go to the low nibble."""
     for i in range(packed.shape[0]):
         packed[i] = np.uint8(codes[2 * i] | np.uint8(codes[2 * i + 1] << np.uint8(4)))
 
 
 def encode(values: Floats) -> Codes:
-    """float32 of any shape -> uint8 codes 0 to 15 of that shape: nearest, ties to the even code, beyond 6 to
-    6.
+    """float32 of any shape -> uint8 codes 0 to 15 of that shape: nearest, ties to the even code.
 
-    Inf counts as beyond 6; the code of NaN is not defined. Raises ValueError for another dtype.
+    Magnitudes above 6, Inf too, become 6; the code of NaN is not defined. Raises ValueError for another
+    dtype.
     """
     codes = np.empty(values.shape, np.uint8)
     _encode(flat(values, np.float32, "values"), codes.reshape(-1))
@@ -91,8 +94,10 @@ def encode(values: Floats) -> Codes:
 
 
 def decode(codes: NDArray[Any]) -> Floats:
-    """uint8 codes 0 to 15 of any shape -> float32 of that shape, exact. Raises ValueError for another dtype
-    or a larger code."""
+    """uint8 codes 0 to 15 of any shape -> float32 of that shape, exact.
+
+    Raises ValueError for another dtype or a larger code.
+    """
     if codes.dtype != np.uint8:
         raise ValueError(f"codes: got dtype {codes.dtype}, expected uint8")
     if codes.size and codes.max() > 15:
@@ -102,7 +107,7 @@ def decode(codes: NDArray[Any]) -> Floats:
 
 
 def pack(codes: Codes) -> Codes:
-    """uint8 codes [..., 2n] -> bytes [..., n], the even index in the low nibble.
+    """uint8 codes [..., 2n] -> bytes [..., n], codes at even indices in the low nibble.
 
     Raises ValueError for another dtype, an odd last dimension, or a code above 15.
     """
@@ -117,8 +122,10 @@ def pack(codes: Codes) -> Codes:
 
 
 def unpack(packed: Codes) -> Codes:
-    """Bytes [..., n] -> uint8 codes 0 to 15 [..., 2n]; the inverse of ``pack``. Raises ValueError for another
-    dtype."""
+    """Bytes [..., n] -> uint8 codes 0 to 15 [..., 2n]; the inverse of ``pack``.
+
+    Raises ValueError for another dtype or a scalar.
+    """
     row = flat(packed, np.uint8, "packed")
     if packed.ndim == 0:
         raise ValueError("packed: got a scalar, expected at least one dimension")

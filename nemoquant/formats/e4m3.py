@@ -1,8 +1,8 @@
-"""E4M3: eight bits, sign 1, exponent 4 (bias 7), mantissa 3; ``float8_e4m3fn`` of torch and ``F8_E4M3`` of
-safetensors.
+"""E4M3: eight bits, sign 1, exponent 4 (bias 7), mantissa 3.
 
-No infinity; 0x7F and 0xFF are NaN; largest 448; smallest normal 2^-6; subnormals are the multiples of 2^-9.
-Source: Micikevicius et al., "FP8 formats for deep learning", 2022 (arXiv 2209.05433), table 1.
+It is ``float8_e4m3fn`` of torch and ``F8_E4M3`` of safetensors. No infinity; 0x7F and 0xFF are NaN; largest
+448; smallest normal 2^-6; subnormals are the multiples of 2^-9. Source: Micikevicius et al., "FP8 formats for
+deep learning", 2022 (arXiv 2209.05433), table 1.
 """
 
 import math
@@ -35,8 +35,10 @@ VALUES.flags.writeable = False
 
 @kernel
 def encode_one(value: np.float32) -> np.uint8:
-    """The code of one float32: nearest, ties to even, beyond 448 (Inf too) to 448, NaN to NaN, the sign
-    always kept."""
+    """The code of one float32: nearest, ties to even, the sign always kept.
+
+    Magnitudes above 448, Inf too, become 448; NaN becomes NaN.
+    """
     bits = bits_of(value)
     sign = np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80))
     magnitude_bits = np.uint32(bits & np.uint32(0x7FFFFFFF))
@@ -44,14 +46,14 @@ def encode_one(value: np.float32) -> np.uint8:
     if not magnitude < np.float32(448):
         magnitude = np.float32(448)
     kept = bits_of(magnitude)
-    # Normal: round away the lower 20 of 23 mantissa bits (half, less one where the kept part is even), then
-    # move the exponent's bias from 127 to 7; a carry out of the mantissa is the next exponent, as it should
-    # be.
+    # Normal: round off the lower 20 of 23 mantissa bits. The number added is half of their range, less one
+    # where the kept part is even: ties go to even. A carry out of the mantissa correctly raises the exponent.
+    # Then the exponent's bias changes from 127 to 7.
     odd = np.uint32(np.uint32(kept >> np.uint32(20)) & np.uint32(1))
     normal = np.uint32(np.uint32(np.uint32(kept + np.uint32(0x7FFFF)) + odd) >> np.uint32(20)) - np.uint32(
         (127 - 7) << 3
     )
-    # Subnormal: next to 2^14 the spacing of float32 is 2^-9, so that the addition itself rounds.
+    # Subnormal: just above 2^14 the spacing of float32 is 2^-9, so the addition itself rounds.
     subnormal = bits_of(np.float32(magnitude + np.float32(16384))) - np.uint32(0x46800000)
     code = np.uint32(subnormal) if magnitude < np.float32(0.015625) else np.uint32(normal)
     if magnitude_bits > np.uint32(0x7F800000):
@@ -61,8 +63,11 @@ def encode_one(value: np.float32) -> np.uint8:
 
 @kernel
 def value_of(code: np.uint8) -> np.float32:
-    """``VALUES[code]`` for vectors, which a table would break up, and without subnormal numbers, slow on some
-    CPUs."""
+    """``VALUES[code]`` without the table.
+
+    A table would keep a loop from becoming vectors. Subnormal numbers are avoided: they are slow on some
+    CPUs.
+    """
     magnitude = np.uint32(np.uint32(code) & np.uint32(0x7F))
     value = float_of(np.uint32(np.uint32(magnitude << np.uint32(20)) + np.uint32((127 - 7) << 23)))
     if magnitude < np.uint32(8):
@@ -91,8 +96,10 @@ def encode(values: Floats) -> Codes:
 
 
 def decode(codes: NDArray[Any]) -> Floats:
-    """uint8 codes of any shape -> float32 of that shape, exact; 0x7F and 0xFF are NaN. Raises ValueError for
-    another dtype."""
+    """uint8 codes of any shape -> float32 of that shape, exact; 0x7F and 0xFF are NaN.
+
+    Raises ValueError for another dtype.
+    """
     if codes.dtype != np.uint8:
         raise ValueError(f"codes: got dtype {codes.dtype}, expected uint8")
     values: Floats = VALUES[codes]

@@ -2,8 +2,8 @@
 
     decode_scale = amax / 448        codes = e4m3(w / decode_scale)
 
-both divided in fp32, the quotient rounded once. (Model Optimizer 0.47 divides a bf16 weight in bf16, and so
-rounds twice.)
+Both divisions are in fp32, and the fp32 quotient is rounded once, to E4M3. (Model Optimizer 0.47 divides a
+bf16 weight in bf16, and so rounds twice.)
 """
 
 import numpy as np
@@ -29,14 +29,18 @@ _encode_one = e4m3.encode_one
 
 
 def decode_scale(amax: float | np.float32) -> np.float32:
-    """``amax / 448`` in fp32; 1.0 where ``is_degenerate(amax)``. Raises ValueError if amax is negative, Inf
-    or NaN."""
+    """``amax / 448`` in fp32; 1.0 where ``is_degenerate(amax)``.
+
+    Raises ValueError if amax is negative, Inf or NaN.
+    """
     return tensor_scale(amax, e4m3.MAX)[0]
 
 
 def is_degenerate(amax: float | np.float32) -> bool:
-    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as
-    ``zeros(shape)``."""
+    """Whether amax is 0, or so small that its scale is not a normal fp32 number.
+
+    Such a weight is written as ``zeros(shape)``. Raises ValueError like ``decode_scale``.
+    """
     return tensor_scale(amax, e4m3.MAX)[1]
 
 
@@ -62,9 +66,9 @@ def encode(
 ) -> Codes:
     """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> uint8 E4M3 codes [out, in].
 
-    ``out`` is a uint8 buffer [out, in] to write into and return. What exceeds 448 scales saturates: a scale
-    that a group shares comes from the largest amax in it. Raises ValueError for a wrong dtype, layout or
-    buffer, or a scale that is not positive.
+    ``out`` is a uint8 buffer [out, in] to write into and return. Magnitudes above ``448 * decode_scale``
+    saturate; so a scale that a group shares must come from the largest amax in it. Raises ValueError for a
+    wrong dtype, layout or buffer, or a scale that is not positive.
     """
     if gpu.chosen(device):
         weight = gpu.put(weight)
@@ -78,8 +82,10 @@ def encode(
 
 
 def zeros(shape: tuple[int, int], out: Codes | None = None) -> Codes:
-    """The codes of a degenerate weight [out, in]: all 0x00. (Divided by the scale 1.0, tiny negatives would
-    give 0x80.)"""
+    """The codes of a degenerate weight [out, in]: all 0x00.
+
+    (Divided by the scale 1.0, tiny negative values would give 0x80.)
+    """
     codes = output(out, tuple(shape), "out")
     codes.fill(0)
     return codes

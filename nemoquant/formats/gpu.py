@@ -1,13 +1,14 @@
-"""The formats' kernels on a GPU, the same bytes. Behind ``device="cuda"`` of ``fp8``, ``nvfp4`` and ``amax``.
+"""The formats' kernels on a GPU, with the same bytes: ``device="cuda"`` of ``fp8``, ``nvfp4`` and ``amax``.
 
-What a weight costs: its bytes go up once (:func:`put`), and its largest magnitude and its codes are made of
-that one copy; codes and block scales come back in one piece. Each thread has a lane for this: a stream,
-pinned memory here and memory there for one weight at a time, kept from weight to weight, because asking for
-pinned memory halts the device. Two launches and two waits a weight; while one thread waits, others copy.
+A weight's bytes are copied to the GPU once (:func:`put`), and its largest magnitude and its codes are
+computed from that copy; codes and block scales come back in one copy. Each thread has a lane for this: a
+stream, and memory for one weight at a time, pinned on the host and on the GPU. It is kept from weight to
+weight, because allocating pinned memory halts the device. A weight takes two launches and two waits; while
+one thread waits, others copy.
 
-With the variable TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests
-alone, and a lane's memory is all here. (They were run in that interpreter only, and compiled for SM 80, 90
-and 120; no GPU was at hand so far: streams and pinned memory have not been run at all.)
+With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests only, and all
+memory of a lane is on the host. (The kernels were run in that interpreter only, and compiled for SM 80, 90
+and 120. No GPU was at hand so far: streams and pinned memory have not been run at all.)
 """
 
 import importlib.util
@@ -27,10 +28,8 @@ from nemoquant.formats.rounding import Codes, Weight, weight_bits
 
 _METHODS = {"max": 0, "four_over_six": 1, "mse": 2, "activations": 3}
 _LANES, _BLOCK_LANES = 1024, 128
-_SIGNED = {
-    np.dtype(np.uint16): "int16",
-    np.dtype(np.uint32): "int32",
-}  # with unsigned ones torch can do little
+# By dtype of the patterns: the signed integers of that size, because torch can do little with unsigned ones.
+_SIGNED = {np.dtype(np.uint16): "int16", np.dtype(np.uint32): "int32"}
 
 
 def chosen(device: str) -> bool:
@@ -54,14 +53,14 @@ def chosen(device: str) -> bool:
 
 
 def check(device: str) -> None:
-    """Make sure that ``device``, a user's word, can compute, before a run reads anything.
+    """Make sure that ``device``, as the user gave it, can compute, before a run reads anything.
 
-    A GPU is woken up: what that takes of this process's memory is there from now on, and seen by whoever
-    plans with the rest.
+    A GPU is initialized here. This takes memory of the process, and code that plans with the rest must see
+    it.
 
     Raises:
-        UsageError, MissingExtraError: it is neither cpu nor cuda, or as :func:`chosen`; or the GPU can't be
-            used, with the reason.
+        UsageError: it is neither cpu nor cuda, torch finds no GPU, or the GPU can't be used, with the reason.
+        MissingExtraError: as :func:`chosen`.
     """
     if device not in get_args(Device):
         raise UsageError(f"device is {device!r}; expected cpu or cuda")
@@ -97,7 +96,7 @@ def torch_device(device: str) -> Any:
 
 
 class _Lane:
-    """One thread's stream and memory; see the top of this file."""
+    """The stream and the memory of one thread; see the top of this file."""
 
     def __init__(self) -> None:
         import torch
@@ -109,33 +108,37 @@ class _Lane:
         self._memory: dict[tuple[str, bool], Any] = {}
 
     def running(self) -> AbstractContextManager[Any]:
-        """What is launched inside runs in this lane's stream."""
+        """A context: launches inside it run in this lane's stream."""
         import torch
 
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def wait(self) -> None:
-        """Until the stream is done, and the pinned memory free to be written again."""
+        """Wait until the stream is done, so that pinned memory may be written again."""
         if self.stream is not None:
             self.stream.synchronize()
 
     def memory(self, name: str, nbytes: int, *, here: bool = False) -> Any:
-        """The first ``nbytes`` of the buffer of that name, on the GPU, or pinned ``here``. It grows to the
-        largest that was asked for."""
+        """The first ``nbytes`` of the buffer of that name: on the GPU, or with ``here`` pinned on the host.
+
+        The buffer grows to the largest size requested.
+        """
         import torch
 
-        found = self._memory.get((name, here))
-        if found is None or found.numel() < nbytes:
+        buffer = self._memory.get((name, here))
+        if buffer is None or buffer.numel() < nbytes:
             with self.running():
                 kind: dict[str, Any] = (
                     {"pin_memory": self.stream is not None} if here else {"device": self.device}
                 )
-                found = self._memory[name, here] = torch.empty(nbytes, dtype=torch.uint8, **kind)
-        return found[:nbytes]
+                buffer = self._memory[name, here] = torch.empty(nbytes, dtype=torch.uint8, **kind)
+        return buffer[:nbytes]
 
     def send(self, name: str, array: NDArray[Any]) -> Any:
-        """A flat array's copy on the GPU, in the buffer of that name: uint16 or uint32 as signed integers of
-        the same bits."""
+        """Copy a flat array of uint16 or uint32 to the GPU, into the buffer of that name.
+
+        Returns a tensor of signed integers with the same bits.
+        """
         import torch
 
         staged, there = self.memory(name, array.nbytes, here=True), self.memory(name, array.nbytes)
@@ -146,32 +149,32 @@ class _Lane:
         return there.view(getattr(torch, _SIGNED[array.dtype]))
 
     def receive(self, there: Any) -> NDArray[np.uint8]:
-        """Bytes from the GPU, when all that was launched is done; good until the next ones come."""
+        """Copy bytes from the GPU, once all that was launched is done; valid until the next call."""
         staged = self.memory("received", there.numel(), here=True)
         with self.running():
             staged.copy_(there, non_blocking=True)
         self.wait()
-        found: NDArray[np.uint8] = staged.numpy()
-        return found
+        received: NDArray[np.uint8] = staged.numpy()
+        return received
 
 
 _lanes = threading.local()
 
 
 def _lane() -> _Lane:
-    """This thread's."""
+    """The lane of this thread."""
     if not hasattr(_lanes, "one"):
         _lanes.one = _Lane()
-    found: _Lane = _lanes.one
-    return found
+    lane: _Lane = _lanes.one
+    return lane
 
 
 @dataclass(frozen=True)
 class OnGpu:
-    """A weight [out, in] on the GPU, in its thread's lane: as good as the array, until that thread puts the
-    next one there.
+    """A weight [out, in] on the GPU, in its thread's lane; it is used instead of the array.
 
-    ``bits`` are flat patterns, int16 or int32; see ``rounding.weight_bits`` for ``shift``.
+    Valid until that thread puts the next weight there. ``bits`` are flat patterns, int16 or int32; see
+    ``rounding.weight_bits`` for ``shift``.
     """
 
     bits: Any
@@ -181,7 +184,7 @@ class OnGpu:
 
 
 def put(weight: "Weight | OnGpu") -> OnGpu:
-    """A weight's copy on the GPU; raises ValueError for a wrong dtype or layout."""
+    """Copy a weight to the GPU, unless it is there. Raises ValueError for a wrong dtype or layout."""
     if isinstance(weight, OnGpu):
         return weight
     bits, shift = weight_bits(weight)
@@ -189,13 +192,12 @@ def put(weight: "Weight | OnGpu") -> OnGpu:
     return OnGpu(lane.send("weight", bits), int(shift), weight.shape, lane)
 
 
-_launching = (
-    threading.Lock()
-)  # the first launch compiles, and the interpreter changes Triton's own module while it runs
+# One launch at a time: the first one compiles, and the interpreter changes Triton's own module while it runs.
+_launching = threading.Lock()
 
 
 def _launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
-    """``lanes`` of ``count`` a program, arguments by the kernel's names.
+    """Launch a kernel on ``count`` elements, ``lanes`` per program; ``arguments`` by the kernel's names.
 
     Never with fused multiply-add, which would round once where the definitions round twice.
     """
@@ -221,15 +223,15 @@ def amax(weight: OnGpu) -> np.float32:
             shift=weight.shift,
             largest=largest.view(torch.int32),
         )
-    found: np.float32 = lane.receive(largest).view(np.float32)[0]
-    return found
+    value: np.float32 = lane.receive(largest).view(np.float32)[0]
+    return value
 
 
 def fp8_encode(weight: OnGpu, decode_scale: np.float32, codes: Codes) -> None:
     from nemoquant.formats import triton_kernels
 
     lane = weight.lane
-    found = lane.memory("codes", codes.size)
+    encoded = lane.memory("codes", codes.size)
     with lane.running():
         _launch(
             triton_kernels.fp8_encode_kernel,
@@ -238,9 +240,9 @@ def fp8_encode(weight: OnGpu, decode_scale: np.float32, codes: Codes) -> None:
             weight=weight.bits,
             shift=weight.shift,
             decode_scale=float(decode_scale),
-            codes=found,
+            codes=encoded,
         )
-    codes.reshape(-1)[:] = lane.receive(found)
+    codes.reshape(-1)[:] = lane.receive(encoded)
 
 
 def nvfp4_encode(
@@ -252,7 +254,7 @@ def nvfp4_encode(
 
     lane, size = weight.lane, packed.size
     tables = lane.send("tables", _tables(global_scale))
-    found = lane.memory("codes", size + block_scales.size)
+    encoded = lane.memory("codes", size + block_scales.size)
     with lane.running():
         _launch(
             triton_kernels.nvfp4_encode_kernel,
@@ -263,44 +265,47 @@ def nvfp4_encode(
             onto=float(np.float32(6) * global_scale),
             reached=tables[:1024],
             scales=tables[1024:].view(torch.float32),
-            packed=found[:size],
-            block_scales=found[size:],
+            packed=encoded[:size],
+            block_scales=encoded[size:],
             METHOD=_METHODS[method],
         )
-    got = lane.receive(found)
-    packed.reshape(-1)[:], block_scales.reshape(-1)[:] = got[:size], got[size:]
+    received = lane.receive(encoded)
+    packed.reshape(-1)[:], block_scales.reshape(-1)[:] = received[:size], received[size:]
 
 
 def _tables(global_scale: np.float32) -> NDArray[np.uint32]:
-    """What depends on the scale alone: ``nvfp4_blocks.thresholds`` [128, 8] without their signs, at which the
-    kernel looks itself, then d by E4M3 code [128] as bits."""
+    """The kernel's tables, which depend on the scale alone, in one flat array.
+
+    First ``nvfp4_blocks.thresholds`` [128, 8] without sign bits, because the kernel looks at signs itself,
+    then d by E4M3 code [128] as bits.
+    """
     reached = np.empty((128, 8), np.uint32)
     nvfp4_blocks.thresholds(np.uint32(0), global_scale, reached)
     scales = (e4m3.VALUES[:128] * global_scale).view(np.uint32)
     return np.concatenate([(reached & 0x7FFFFFFF).reshape(-1), scales])
 
 
-# For computing: what is decoded or rounded stays on the GPU, in torch's current stream.
+# For computing: decoded or rounded tensors stay on the GPU, in torch's current stream.
 
 
 def computes(device: Any) -> bool:
-    """Whether these kernels are for tensors on that torch.device."""
-    there: bool = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return there
+    """Whether these kernels can compute on tensors of that torch.device."""
+    usable: bool = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return usable
 
 
 def fp8_decoded(codes: Codes, decode_scale: np.float32) -> Any:
-    """``fp8.decode`` as a tensor on the GPU, to which the codes cross as they are."""
+    """``fp8.decode`` as a tensor on the GPU; only the codes are copied there."""
     return _fp8_values(_copied(codes), decode_scale).view(codes.shape)
 
 
 def nvfp4_decoded(packed: Codes, block_scales: Codes, global_scale: np.float32) -> Any:
-    """``nvfp4.decode`` as a tensor on the GPU, to which codes and block scales cross as they are."""
+    """``nvfp4.decode`` as a tensor on the GPU; only codes and block scales are copied there."""
     return _nvfp4_values(_copied(packed), _copied(block_scales), global_scale).view(packed.shape[0], -1)
 
 
 def fp8_rounded(values: Any, decode_scale: np.float32) -> Any:
-    """A float32 tensor on the GPU through E4M3 codes and back: ``fp8.encode`` and ``decode``."""
+    """A float32 tensor on the GPU through E4M3 codes and back, as by ``fp8.encode`` and ``decode``."""
     import torch
 
     from nemoquant.formats import triton_kernels
@@ -320,8 +325,10 @@ def fp8_rounded(values: Any, decode_scale: np.float32) -> Any:
 
 
 def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
-    """A float32 tensor [..., in] on the GPU through codes and back, with block scales of its own:
-    ``nvfp4.encode_activations`` and ``decode``."""
+    """A float32 tensor [..., in] on the GPU through NVFP4 codes and back, with block scales of its own.
+
+    As by ``nvfp4.encode_activations`` and ``decode``.
+    """
     import torch
 
     from nemoquant.formats import triton_kernels
@@ -329,7 +336,7 @@ def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
     bits = values.contiguous().view(torch.int32).view(-1)
     blocks = bits.numel() // nvfp4_blocks.BLOCK
     packed, scales = (torch.empty(n, dtype=torch.uint8, device=bits.device) for n in (8 * blocks, blocks))
-    onto, (reached, by_code) = float(np.float32(6) * global_scale), _tables_there(global_scale)
+    onto, (reached, by_code) = float(np.float32(6) * global_scale), _tables_on_gpu(global_scale)
     _launch(
         triton_kernels.nvfp4_encode_kernel,
         blocks,
@@ -347,7 +354,7 @@ def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
 
 
 def _copied(array: NDArray[np.uint8]) -> Any:
-    """Bytes on the GPU, flat."""
+    """Bytes as a flat tensor on the GPU."""
     import torch
 
     row = np.ascontiguousarray(array).reshape(-1)
@@ -362,8 +369,11 @@ def _e4m3_values() -> Any:
 
 
 @lru_cache(maxsize=64)  # experts of a layer share the scale of their inputs
-def _tables_there(global_scale: np.float32) -> tuple[Any, Any]:
-    """The two :func:`_tables` on the GPU; for one stream only, which is the one that they are dropped in."""
+def _tables_on_gpu(global_scale: np.float32) -> tuple[Any, Any]:
+    """Both parts of :func:`_tables` on the GPU.
+
+    For one stream only, the one that is current when the cache drops them.
+    """
     import torch
 
     tables = torch.from_numpy(_tables(global_scale).view(np.int32)).to(torch_device("cuda"))
@@ -375,7 +385,7 @@ def _fp8_values(codes: Any, decode_scale: np.float32) -> Any:
 
     from nemoquant.formats import triton_kernels
 
-    found = torch.empty(codes.shape, device=codes.device)
+    decoded = torch.empty(codes.shape, device=codes.device)
     _launch(
         triton_kernels.fp8_decode_kernel,
         codes.numel(),
@@ -383,9 +393,9 @@ def _fp8_values(codes: Any, decode_scale: np.float32) -> Any:
         codes=codes,
         table=_e4m3_values(),
         decode_scale=float(decode_scale),
-        values=found,
+        values=decoded,
     )
-    return found
+    return decoded
 
 
 def _nvfp4_values(packed: Any, block_scales: Any, global_scale: np.float32) -> Any:
@@ -393,7 +403,7 @@ def _nvfp4_values(packed: Any, block_scales: Any, global_scale: np.float32) -> A
 
     from nemoquant.formats import triton_kernels
 
-    found = torch.empty(2 * packed.numel(), device=packed.device)
+    decoded = torch.empty(2 * packed.numel(), device=packed.device)
     scales = _e4m3_values() * float(global_scale)
     _launch(
         triton_kernels.nvfp4_decode_kernel,
@@ -402,6 +412,6 @@ def _nvfp4_values(packed: Any, block_scales: Any, global_scale: np.float32) -> A
         packed=packed,
         block_scales=block_scales,
         scales=scales,
-        values=found,
+        values=decoded,
     )
-    return found
+    return decoded

@@ -1,14 +1,15 @@
-"""Compiled kernels on disk: a folder for each state of the sources of ``nemoquant/formats``.
+"""Compiled kernels on disk: one folder for each state of the sources of ``nemoquant/formats``.
 
-numba's own cache watches the one file that a kernel stands in. A kernel calls helpers of other files and has
-their machine code inside, so an edited helper left stale kernels there. Here the folder's name is the hash of
-every source file of this package (and numba's version): an edit of any of them, a comment too, compiles anew.
-All virtual environments and clones of a user that have the same sources share a folder:
+numba's own cache watches only the file that defines a kernel. But a kernel contains the machine code of
+helpers from other files, so after an edit of a helper that cache still had stale kernels. Here the folder's
+name is the hash of every source file of this package (and numba's version): after any edit, even of a
+comment, kernels are compiled again. All virtual environments and clones of a user that have the same sources
+share a folder:
 
     $NUMBA_CACHE_DIR/nemoquant-kernels, else ($XDG_CACHE_HOME or ~/.cache)/nemoquant/kernels, else a private
     folder for temporary files
 
-Where none of them can be written, kernels are compiled in every process. Nothing here raises or prints.
+If none of them can be written, kernels are compiled in every process. Nothing here raises or prints.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
 KEPT = 8
-"""Folders, of other sources or Pythons too; those that were used last."""
+"""Number of folders kept, also for other sources and other Pythons: those that were used last."""
 
 _CONFIG: Any = numba.config  # from NUMBA_... in the environment
 _NAME = re.compile(r"[0-9a-f]{16}-[a-z]+-\d+")
@@ -36,7 +37,7 @@ _NAME = re.compile(r"[0-9a-f]{16}-[a-z]+-\d+")
 
 @cache
 def sources_hash() -> str:
-    """The sha256 of what the kernels are compiled from and by, when this process imported it."""
+    """sha256 of numba's version and of the kernels' sources, as they were when this process imported them."""
     total = hashlib.sha256(f"numba {numba.__version__}\0".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         data = path.read_bytes()
@@ -46,24 +47,24 @@ def sources_hash() -> str:
 
 @cache
 def folder() -> Path | None:
-    """Where this process keeps its kernels; None where it can't."""
+    """Where this process keeps its kernels; None if no folder can be used."""
     if not Path(__file__).with_suffix(".py").is_file():
-        return None  # installed without sources
-    for opened in (_named_by_the_user, _temporary):
-        with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-            return _opened(opened())
+        return None  # the package is installed without sources
+    for parent in (_user_folder, _temporary_folder):
+        with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
+            return _open_folder(parent())
     return None
 
 
 def keep(dispatcher: Any) -> Any:
-    """Give a kernel of ``numba.njit`` this cache, in place of none."""
+    """Make a kernel of ``numba.njit``, which has no cache yet, use this cache."""
     at = folder()
     if at is not None and not _CONFIG.DISABLE_JIT:
         dispatcher._cache = _Cache(dispatcher.py_func)
     return dispatcher
 
 
-def _named_by_the_user() -> Path:
+def _user_folder() -> Path:
     if _CONFIG.CACHE_DIR:
         parent = Path(_CONFIG.CACHE_DIR) / "nemoquant-kernels"
     else:
@@ -72,33 +73,39 @@ def _named_by_the_user() -> Path:
     return parent.absolute()
 
 
-def _temporary() -> Path:
-    """Others can write beside it, and what is loaded from it is run: it must be this user's own."""
+def _temporary_folder() -> Path:
+    """A private folder for temporary files.
+
+    Its place is open to others, and code loaded from it is executed: it must belong to this user alone.
+    """
     parent = Path(tempfile.gettempdir()) / f"nemoquant-kernels-{os.getuid()}"
     with suppress(FileExistsError):
         parent.mkdir(mode=0o700)
-    found = parent.lstat()
-    if (found.st_uid, found.st_mode) != (os.getuid(), 0o40700):
+    status = parent.lstat()
+    if (status.st_uid, status.st_mode) != (os.getuid(), 0o40700):
         raise PermissionError(parent)
     return parent
 
 
-def _opened(parent: Path) -> Path:
-    """The folder for these sources, after a try to write there. A new one takes the place of the oldest."""
+def _open_folder(parent: Path) -> Path:
+    """The folder for these sources, after a test that it can be written.
+
+    A new folder replaces the one whose last use is longest ago, once there are more than ``KEPT``.
+    """
     at = parent / f"{sources_hash()[:16]}-{sys.implementation.cache_tag}"
     try:
         at.mkdir()
     except FileExistsError:
-        os.utime(at)  # used now
+        os.utime(at)  # the time of its last use is now
     else:
-        for old in sorted(_folders(parent), reverse=True)[KEPT:]:
-            shutil.rmtree(old[1], ignore_errors=True)
+        for _, old in sorted(_cache_folders(parent), reverse=True)[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
     tempfile.TemporaryFile(dir=at).close()
     return at
 
 
-def _folders(parent: Path) -> Iterator[tuple[int, Path]]:
-    """Those of this cache, and when each was last used. Another process may be removing the same."""
+def _cache_folders(parent: Path) -> Iterator[tuple[int, Path]]:
+    """The folders of this cache with the time of their last use; other processes may be removing some."""
     for path in parent.iterdir():
         with suppress(OSError):
             if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -106,7 +113,7 @@ def _folders(parent: Path) -> Iterator[tuple[int, Path]]:
 
 
 class _Locator(_CacheLocator):
-    """What numba asks for the place of a kernel, and for the state of its source."""
+    """Gives numba the folder of a kernel, and the state of its source."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._py_file, self._line = function.__code__.co_filename, function.__code__.co_firstlineno
@@ -123,7 +130,7 @@ class _Locator(_CacheLocator):
 
 class _Implementation(CompileResultCacheImpl):
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Without numba's own, which looks through its list of locators."""
+        """Replaces numba's own, which searches its list of locators."""
         self._lineno, self._locator = function.__code__.co_firstlineno, _Locator(function)
         name = f"{Path(function.__code__.co_filename).stem}.{function.__qualname__}"
         self._filename_base = self.get_filename_base(name, sys.abiflags)
@@ -133,8 +140,10 @@ class _Cache(FunctionCache):
     _impl_class = _Implementation
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """None too where a file is damaged: unpickled, that can raise anything. The index is begun anew
-        then."""
+        """The compiled kernel; None also where a file is damaged.
+
+        Unpickling a damaged file can raise anything. The index is then emptied.
+        """
         try:
             return super().load_overload(sig, target_context)
         except Exception:
@@ -143,10 +152,10 @@ class _Cache(FunctionCache):
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """One process at a time: numba numbers data files by what it finds in the index, so that two could
-        take one number.
+        """Save a compiled kernel, one process at a time.
 
-        Nothing is kept where the disk is full, or where the folder was removed meanwhile.
+        numba numbers data files by what its index lists, so two processes could take the same number. Nothing
+        is saved if the disk is full, or if the folder was removed meanwhile.
         """
         with suppress(OSError), (Path(self.cache_path) / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

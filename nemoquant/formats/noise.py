@@ -1,9 +1,8 @@
-"""What quantization did to a tensor: energy of its values and of their errors, and how many values were
-clipped or lost.
+"""Quantization noise of a tensor: energy of values and errors, and numbers of clipped and lost values.
 
 SQNR = 10 log10(sum of w^2 / sum of (w - decoded)^2) dB
-saturated: decoded to the largest value that its scale can represent, and larger than that
-flushed:   not zero, and decoded to zero
+saturated: larger than the largest value that the scale can represent, and so decoded to that
+flushed:   not zero, but decoded to zero
 """
 
 import math
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from nemoquant.formats import e2m1, e4m3
 from nemoquant.formats.rounding import Floats, Weight, flat, kernel, weight_bits, widen
 
-_LANES = 16  # running sums side by side, in a fixed order: vectors of float64
+_LANES = 16  # running sums, added up in a fixed order: vectors of float64
 _BEYOND_ROUNDING = 1 + 2.0**-20  # a scale is amax / limit in fp32: amax itself must not count as larger
 
 
@@ -44,7 +43,7 @@ class Noise:
 
     @property
     def sqnr_db(self) -> float | None:
-        """None where it is not a finite number: no error at all, no signal, or NaN."""
+        """SQNR in dB; None where it is not a finite number: no error at all, no signal, or NaN."""
         return decibels(self.signal, self.error)
 
 
@@ -77,9 +76,8 @@ def _measure(
     limit: np.float32,
     sums: NDArray[np.float64],
 ) -> None:
-    for start in range(
-        0, bits.shape[0] // _LANES * _LANES, _LANES
-    ):  # of constant length inside, without branches: vectors
+    # The inner loop has a constant length and no branches, so it becomes vectors.
+    for start in range(0, bits.shape[0] // _LANES * _LANES, _LANES):
         for lane in range(_LANES):
             _add(widen(bits[start + lane], shift), decoded[start + lane], limit, lane, sums)
     for i in range(bits.shape[0] // _LANES * _LANES, bits.shape[0]):
@@ -87,15 +85,15 @@ def _measure(
 
 
 def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise:
-    """Compare ``values`` [rows, in] (uint16 bf16 patterns or float32, C-contiguous) with what they were
-    decoded to.
+    """Compare the values of a tensor with their decoded codes.
 
     Args:
+        values: [rows, in], uint16 bf16 patterns or float32, C-contiguous.
         decoded: float32 of that shape.
-        limit: the largest magnitude that values of this tensor can be decoded to; what is larger counts as
+        limit: the largest magnitude that values of this tensor can be decoded to; larger values count as
             saturated.
     Raises:
-        ValueError: wrong dtypes or layouts, or shapes that do not belong together.
+        ValueError: wrong dtypes or layouts, or shapes that do not match.
     """
     bits, shift = weight_bits(values)
     if decoded.shape != values.shape:
@@ -115,7 +113,7 @@ def fp8_limit(decode_scale: float | np.float32) -> float:
 def nvfp4_limit(global_decode_scale: float | np.float32) -> float:
     """The largest magnitude that an NVFP4 tensor can hold: in a block with the largest scale.
 
-    A block's own scale is rounded to the nearest E4M3 value, so that its largest value may be clipped by up
-    to a sixteenth: part of the format, and of the error, but no saturation.
+    A block's own scale is rounded to the nearest E4M3 value, so its largest value may be clipped by up to a
+    sixteenth. That belongs to the format and counts as error, not as saturation.
     """
     return _BEYOND_ROUNDING * e2m1.MAX * e4m3.MAX * float(global_decode_scale)

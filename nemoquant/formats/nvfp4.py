@@ -1,27 +1,27 @@
-"""NVFP4: E2M1 codes in blocks of 16 along the input dimension, one E4M3 scale a block, one fp32 a tensor.
+"""NVFP4: E2M1 codes in blocks of 16 inputs, one E4M3 scale per block, one fp32 scale per tensor.
 
     value = code * d,    d = fp32(block_scale * global_decode_scale)
-    codes = e2m1(w / d), divided in fp32, the quotient rounded once
+    codes = e2m1(w / d), divided in fp32, and the quotient rounded once, to E2M1
 
-The three methods differ in how a block gets its scale; a block of zeros gets 1.0 in all of them.
+The three methods differ in how a block gets its scale; a block of zeros gets the scale 1.0 in all of them.
 
 max            global_decode_scale = amax / (6 * 448),
                block_scale = e4m3(clamp(block_amax / (6 * global_decode_scale), 2^-9, 448)). Source: NVIDIA,
                "Pretraining large language models with NVFP4", 2025 (arXiv 2509.25149); Model Optimizer's
                bytes.
-mse            the same global scale; of the 126 positive finite E4M3 values the one with the least error,
-               ties to the smaller.
+mse            the same global scale; block_scale is the one with the least error of the 126 positive finite
+               E4M3 values, ties to the smaller.
 four_over_six  global_decode_scale = amax / (6 * 256); block_scale as in max (M = 6), or from 6/4 of the block
-               amax (M = 4): the largest value lands on 6 or on 4. The one with less error, ties to M = 6.
+               amax (M = 4): the largest value becomes 6 or 4. The one with less error, ties to M = 6.
                Source: Cook et al., "Four over six", 2025 (arXiv 2512.02010).
 
 The error of a block is the float64 sum, in index order, of (w - code * d)^2.
 
-Activations are encoded at run time (``encode_activations``): the global scale is the calibrated
-``input_scale``, the block's scale is e4m3(block_amax / (6 * global)) without the lower bound: it may round to
-zero, and the whole block with it, as in the kernels of vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``). What
-exceeds 448 * 6 global scales is clipped. (Model Optimizer's fake quantizer also drops blocks whose scale is
-below 1e-5.)
+Activations are encoded at run time (``encode_activations``). The global scale is the calibrated
+``input_scale``. The block's scale is e4m3(block_amax / (6 * global)) without the lower bound: it may round to
+zero, and the whole block with it, as in the kernels of vLLM and TensorRT-LLM (``cvt_warp_fp16_to_fp4``).
+Magnitudes above 448 * 6 * global are clipped. (Model Optimizer's fake quantizer also drops blocks whose scale
+is below 1e-5.)
 """
 
 from typing import Literal, TypeAlias
@@ -49,7 +49,8 @@ Method: TypeAlias = Literal["max", "mse", "four_over_six"]
 
 _LARGEST = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
 
-_PAIR = {np.dtype(np.uint16): np.uint32, np.dtype(np.uint32): np.uint64}  # the word of two elements' patterns
+# By dtype of a pattern: the word that holds the patterns of two elements.
+_PAIR = {np.dtype(np.uint16): np.uint32, np.dtype(np.uint32): np.uint64}
 _value_e4m3 = e4m3.value_of
 _value_bits = e2m1.value_bits
 _largest_magnitudes = nvfp4_blocks.largest
@@ -60,17 +61,19 @@ _write_codes = nvfp4_blocks.write_codes
 
 
 def global_decode_scale(amax: float | np.float32, method: Method = "max") -> np.float32:
-    """``amax / (6 * 448)`` in fp32, or ``amax / (6 * 256)`` for four_over_six; 1.0 where
-    ``is_degenerate(amax, method)``.
+    """``amax / (6 * 448)`` in fp32, for four_over_six ``amax / (6 * 256)``; 1.0 if degenerate.
 
-    Raises ValueError if amax is negative, Inf or NaN, or the method is unknown.
+    Degenerate as in ``is_degenerate``. Raises ValueError if amax is negative, Inf or NaN, or the method is
+    unknown.
     """
     return tensor_scale(amax, _largest(method))[0]
 
 
 def is_degenerate(amax: float | np.float32, method: Method = "max") -> bool:
-    """Whether amax is 0 or so small that its scale is not a normal fp32 number: such a weight is written as
-    ``zeros(shape)``."""
+    """Whether amax is 0, or so small that its scale is not a normal fp32 number.
+
+    Such a weight is written as ``zeros(shape)``. Raises ValueError like ``global_decode_scale``.
+    """
     return tensor_scale(amax, _largest(method))[1]
 
 
@@ -92,8 +95,10 @@ def _block_scales(
     magnitudes: Bits,
     codes: Codes,
 ) -> None:
-    """Each block's largest magnitude and the scale that follows from it, a tile at a time; ``words``,
-    ``scratch`` as for ``largest``."""
+    """The scale of each block, which follows from its largest magnitude, one tile at a time.
+
+    ``words`` and ``scratch`` as for ``largest``.
+    """
     onto = np.float32(np.float32(6) * global_scale)
     for start in range(0, codes.shape[0], TILE):
         end = min(start + TILE, codes.shape[0])
@@ -119,8 +124,10 @@ def _write(
     scales: Codes,
     packed: Codes,
 ) -> None:
-    """The codes under these block scales, a tile at a time; ``words`` and ``scratch`` as for
-    ``write_codes``."""
+    """The codes under the given block scales, one tile at a time.
+
+    ``words`` and ``scratch`` as for ``write_codes``.
+    """
     reached = np.empty((128, 8), bits.dtype)
     _thresholds(shift, global_scale, reached)
     for start in range(0, scales.shape[0], TILE):
@@ -131,7 +138,7 @@ def _write(
 def _encode(
     values: Weight, global_scale: np.float32, method: Method | None, packed: Codes, block_scales: Codes
 ) -> None:
-    """Weights by a method, or activations where it is None; what is written to are flat rows."""
+    """Encode weights by ``method``, or activations where it is None; both outputs are flat rows."""
     flat_bits, shift = weight_bits(values)
     bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(_PAIR[flat_bits.dtype])
     least, zeros = (np.float32(e4m3.SMALLEST), np.uint8(e4m3.ONE)) if method else (np.float32(0), np.uint8(0))
@@ -158,7 +165,7 @@ def _encode(
 
 @kernel
 def _decode_pairs(packed: Codes, values: NDArray[np.uint64]) -> None:
-    """Pairs of float32, as bits, so that each is stored in one piece."""
+    """float32 values in pairs, as bits, so that each pair is one store."""
     for i in range(packed.shape[0]):
         pair = np.uint32(packed[i])
         low, high = _value_bits(np.uint32(pair & np.uint32(15))), _value_bits(np.uint32(pair >> np.uint32(4)))
@@ -197,12 +204,12 @@ def encode(
     out: tuple[Codes, Codes] | None = None,
     device: Device = "cpu",
 ) -> tuple[Codes, Codes]:
-    """Weight [out, in] (uint16 bf16 patterns or float32, C-contiguous, finite) -> codes [out, in/2], E4M3
-    scales [out, in/16].
+    """Weight [out, in] -> packed codes [out, in/2] and E4M3 block scales [out, in/16], both uint8.
 
-    Both are uint8, the codes packed two a byte. ``out`` is a pair of buffers of these shapes to write into
-    and return. The scale must be the one of the same method. Raises ValueError for a wrong dtype, layout or
-    buffer, an input dimension that 16 does not divide, an unknown method, or a scale that is not positive.
+    The weight is uint16 bf16 patterns or float32, C-contiguous and finite; codes are packed two per byte.
+    ``out`` is a pair of buffers of these shapes to write into and return. ``global_decode_scale`` must be the
+    one of the same method. Raises ValueError for a wrong dtype, layout or buffer, an input dimension that 16
+    does not divide, an unknown method, or a scale that is not positive.
     """
     if gpu.chosen(device):
         weight = gpu.put(weight)
@@ -219,11 +226,11 @@ def encode(
 
 
 def encode_activations(values: Floats, global_decode_scale: float | np.float32) -> tuple[Codes, Codes]:
-    """A GEMM's input [tokens, in] (float32, C-contiguous) -> codes [tokens, in/2], E4M3 scales [tokens,
-    in/16], both uint8.
+    """A GEMM's input [tokens, in] -> packed codes [tokens, in/2], E4M3 block scales [tokens, in/16].
 
-    NaN makes its block's scale, and so all of its block, NaN. Raises ValueError for a wrong dtype or layout,
-    an input dimension that 16 does not divide, or a scale that is not positive.
+    The input is float32 and C-contiguous, both results are uint8. NaN makes the scale of its block NaN, and
+    so the whole block. Raises ValueError for a wrong dtype or layout, an input dimension that 16 does not
+    divide, or a scale that is not positive.
     """
     weight_bits(values)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
@@ -235,7 +242,7 @@ def encode_activations(values: Floats, global_decode_scale: float | np.float32) 
 def zeros(shape: tuple[int, int], out: tuple[Codes, Codes] | None = None) -> tuple[Codes, Codes]:
     """A degenerate weight [out, in]: codes 0x00 [out, in/2], block scales 1.0 (0x38) [out, in/16].
 
-    (Divided by the scale 1.0, tiny negatives would give the code 0x8.)
+    (Divided by the scale 1.0, tiny negative values would give the code 0x8.)
     """
     packed, block_scales = _outputs(shape, out)
     packed.fill(0)
@@ -263,11 +270,11 @@ def decode(
     out: Floats | None = None,
     device: Device = "cpu",
 ) -> Floats:
-    """Packed codes [out, in/2], E4M3 scales [out, in/16], both uint8 -> float32 [out, in] ``= code *
-    fp32(block * global)``.
+    """Packed codes [out, in/2] and E4M3 block scales [out, in/16] -> float32 [out, in].
 
-    ``out`` is a float32 buffer [out, in] to write into and return.
-    Raises ValueError for a wrong dtype, shapes that do not belong together, or a scale that is not positive.
+    Both inputs are uint8; a value is ``code * fp32(block_scale * global_decode_scale)``. ``out`` is a float32
+    buffer [out, in] to write into and return. Raises ValueError for a wrong dtype, shapes that do not match,
+    or a scale that is not positive.
     """
     scale = checked_scale(global_decode_scale, "global_decode_scale")
     rows, blocks = block_scales.shape

@@ -1,13 +1,12 @@
-"""What every NVFP4 encoding does with blocks of 16, a tile of blocks at a time: largest magnitudes, block
-scales, codes.
+"""What all NVFP4 encodings share: largest magnitudes, block scales and codes, a tile of blocks at a time.
 
-Each step runs over the whole tile in one loop that becomes vectors, with scratch that stays in the
+Each step runs over the whole tile in one loop that becomes vectors, with scratch memory that stays in the
 first-level cache.
 
-Codes come without a division. ``e2m1(w / d)`` grows with |w|, so that it is a count: of the seven codes above
-0, how many does |w| reach? What reaches them follows from d alone, and a tensor has only 126 of these
-(``thresholds``). Bit patterns of magnitudes keep their order, so that the comparison is one of integers, of
-16 bits for bf16.
+Codes are computed without a division. ``e2m1(w / d)`` grows with |w|, so a code is a count: how many of the
+seven codes above 0 does |w| reach? The least magnitude that reaches a code follows from d alone, and a tensor
+has only 126 different d (``thresholds``). Bit patterns of magnitudes keep their order, so the comparison is
+one of integers, of 16 bits for bf16.
 """
 
 import numpy as np
@@ -24,9 +23,8 @@ Halves = NDArray[np.uint32]
 Words = NDArray[np.uint64]
 
 _E4M3 = e4m3.VALUES
-_MIDPOINTS: Floats = np.array(
-    [0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32
-)  # [code]: between it and the code below
+# By code: the midpoint between its value and that of the code below.
+_MIDPOINTS: Floats = np.array([0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)
 _encode_e2m1 = e2m1.encode_one
 _encode_e4m3 = e4m3.encode_one
 _INFINITY = np.uint32(0x7F800000)
@@ -34,19 +32,24 @@ _INFINITY = np.uint32(0x7F800000)
 
 @kernel
 def _reaches(bits: np.uint32, scale: np.float32, code: int) -> bool:
-    """Whether the magnitude with these bits has at least this code; for code 0, whether its quotient keeps a
-    sign."""
+    """Whether the magnitude with these bits has at least this code.
+
+    For code 0: whether its quotient is not zero, so that a sign would count.
+    """
     quotient = np.float32(float_of(bits) / scale)
     return bool(quotient > np.float32(0)) if code == 0 else bool(_encode_e2m1(quotient) >= np.uint8(code))
 
 
 @kernel
 def _least_reaching(scale: np.float32, code: int) -> np.uint32:
-    """The bits of the smallest float32 that ``_reaches`` the code, by bisection; those of Inf if no finite
-    one does."""
+    """The bits of the smallest float32 that ``_reaches`` the code, by bisection.
+
+    Those of Inf if no finite one does.
+    """
     low, high = np.uint32(0), _INFINITY  # low never reaches: 0 / scale is 0
     guess = bits_of(np.float32(_MIDPOINTS[code] * scale))
-    if np.uint32(8) < guess < np.uint32(_INFINITY - np.uint32(8)):  # start close, where that is right
+    # Start with a narrow interval around the midpoint, if the result is inside.
+    if np.uint32(8) < guess < np.uint32(_INFINITY - np.uint32(8)):
         near, far = np.uint32(guess - np.uint32(4)), np.uint32(guess + np.uint32(4))
         if not _reaches(near, scale, code):
             low = near
@@ -65,12 +68,11 @@ def _least_reaching(scale: np.float32, code: int) -> np.uint32:
 
 @kernel
 def thresholds(shift: np.uint32, global_scale: np.float32, reached: Bits) -> None:
-    """``reached[s, c]`` = the least magnitude, as a pattern of the weight's type, that under block scale s
-    has a code of c or more.
+    """``reached[s, c]`` = the pattern of the least magnitude that has code c or more under block scale s.
 
-    [128, 8], of the dtype of the weight's bits. Column 0 is with the sign bit: the least pattern of a
-    negative whose sign counts (a quotient may underflow to zero). A pattern above all finite ones stands for
-    "never", as in row 0, the scale 0.
+    [128, 8], patterns of the weight's type and of its dtype. Column 0 has the sign bit: it is the least
+    pattern of a negative value whose sign counts (a quotient may underflow to zero). A pattern above all
+    finite ones means "never", as in row 0, where the scale is 0.
     """
     part = reached.dtype.type
     sign = np.uint64(1) << np.uint64(31 - shift)
@@ -97,9 +99,10 @@ def _larger_of_pairs(pairs: Bits, larger: Bits) -> None:
 
 @kernel
 def largest(pairs: Bits, words: Bits, scratch: Bits, magnitudes: Bits) -> None:
-    """``magnitudes[b]`` = the largest magnitude's pattern in block b: four times the larger of pairs.
+    """``magnitudes[b]`` = the pattern of block b's largest magnitude.
 
-    Among integers, because floats with NaN make the order matter, and the loop no vector.
+    In four steps, each of which keeps the larger of two. Integers are compared: with floats, NaN would make
+    the order matter, and the loop would not become vectors.
 
     Args:
         pairs: [8 n] words of two elements, of n blocks.
@@ -116,7 +119,7 @@ def largest(pairs: Bits, words: Bits, scratch: Bits, magnitudes: Bits) -> None:
 
 @kernel
 def twice(numbers: Halves, pairs: Words) -> None:
-    """Each number two times."""
+    """Write each number two times."""
     for i in range(pairs.shape[0]):
         number = np.uint64(numbers[i])
         pairs[i] = np.uint64(number | np.uint64(number << np.uint64(32)))
@@ -124,8 +127,10 @@ def twice(numbers: Halves, pairs: Words) -> None:
 
 @kernel
 def spread(numbers: Halves, scratch: Words, pairs: Words) -> None:
-    """Each of [n] numbers 16 times, by doubling, which is vectors all the way. ``scratch`` [>= 4 n],
-    ``pairs`` [>= 8 n]."""
+    """Write each of [n] numbers 16 times, by doubling four times, so that all loops become vectors.
+
+    ``scratch`` [>= 4 n], ``pairs`` [>= 8 n].
+    """
     n = numbers.shape[0]
     twice(numbers, scratch[:n])
     twice(scratch.view(np.uint32)[: 2 * n], pairs[: 2 * n])
@@ -143,14 +148,13 @@ def scale_codes(
     zeros: np.uint8,
     codes: Codes,
 ) -> None:
-    """``codes[b]`` = E4M3 of ``max(amax / onto, least)``, with amax = ``factor`` times block b's largest
-    magnitude; ``zeros`` where that is 0.
+    """``codes[b]`` = E4M3 of ``max(amax / onto, least)``; ``zeros`` where block b is all zeros.
 
-    With ``onto`` = 6 global scales, this puts amax on 6.
+    amax is ``factor`` times the block's largest magnitude. With ``onto`` = 6 global scales, amax becomes 6.
     """
     for b in range(magnitudes.shape[0]):
         scale = np.float32(np.float32(widen(magnitudes[b], shift) * factor) / onto)
-        if scale < least:  # not NaN
+        if scale < least:  # false for NaN
             scale = least
         code = np.uint8(_encode_e4m3(scale))
         codes[b] = code if magnitudes[b] != 0 else zeros
@@ -160,12 +164,12 @@ def scale_codes(
 def write_codes(
     bits: Bits, scale_codes: Codes, reached: Bits, words: Bits, scratch: Bits, packed: Codes
 ) -> None:
-    """``packed[b]`` = the codes of block b, two a byte.
+    """``packed[b]`` = the codes of block b, two per byte.
 
     Args:
-        bits: [n, 16], the weight's.
-        scale_codes: [n].
-        reached: ``thresholds``.
+        bits: [n, 16], patterns of the weight.
+        scale_codes: [n], the block scales.
+        reached: from ``thresholds``.
         words, scratch: [8 n] of words, and the same memory as [16 n] of the bits' dtype.
         packed: [n, 8], or flat [8 n].
     """

@@ -1,24 +1,25 @@
-"""Block scales by least error, exact: fp32 estimates with a proven bound leave few scales, and those are
-compared in float64.
+"""The exact search for the block scales with the least error.
 
-The error E(d) of a block under scale d is by definition a float64 sum in index order. Its estimate takes
-``m * (1 / d)`` for ``m / d``, either neighbour where that falls beside a midpoint, and adds up in fp32.
-With u = 2^-24, and t the difference of one value:
+fp32 estimates with a proven bound exclude most scales; the few that remain are compared in float64.
 
-    quotient      off by 2 u at most, and the definition's by u: beside a midpoint, at most 5, t moves by
-                  20 u d at most
+The error E(d) of a block under scale d is by definition a float64 sum in index order. The estimate uses
+``m * (1 / d)`` instead of ``m / d``, so near a midpoint it may choose the other neighbour, and it adds up in
+fp32. With u = 2^-24, and t the difference of one value:
+
+    quotient      off by 2 u at most, and the definition's by u: near a midpoint, which is at most 5, t
+                  changes by at most 20 u d
     difference    code * d rounds by up to 6 u d, the subtraction by u t
     square, sum   17 u E
 
     |estimate - E| <= sum of 2 |t| (26.1 u d + u |t|) + 17 u E
                    <= 209 u d sqrt(E) + 19 u E <= 105 u d^2 + 124 u E
 
-as the sum of 16 |t| is at most 4 sqrt(E). ``_SLACK = 256 u`` times (d^2 + the estimate) bounds that twice
-over. It bounds as well the distance from F(d), the error in exact arithmetic with each value at its nearest
-code. So a scale cannot win if its estimate less its slack exceeds another's estimate plus slack.
+because the sum of 16 |t| is at most 4 sqrt(E). ``_SLACK = 256 u`` times (d^2 + the estimate) is at least
+twice that bound. It also bounds the distance from F(d), the error in exact arithmetic with each value at its
+nearest code. So a scale cannot win if its estimate minus its slack exceeds another's estimate plus slack.
 
-Values and scales are multiplied by one power of two, that of the global scale, which keeps squares away from
-underflow and overflow. What overflows all the same is Inf or NaN, and excludes nothing.
+Values and scales are multiplied by one power of two, which follows from the global scale and keeps squares
+from underflow and overflow. Where they overflow nevertheless, they are Inf or NaN, and exclude no scale.
 """
 
 import numpy as np
@@ -45,13 +46,13 @@ _SMALLEST = np.float32(e4m3.SMALLEST)
 _LAST = e4m3.LARGEST_CODE  # 126: the codes 1 to 126 are the positive finite values, in ascending order
 _nearest_e2m1 = e2m1.nearest
 
-_BELOW = 5  # scales in the window below that of method max
+_BELOW = 5  # how many scales of the window are below the scale of method max
 _WINDOW = 32  # scales in the window
-_LANES = 16  # of a vector of float32
-# block scales tried at once in float64: a vector; also the number of E4M3 values from one to its double
+_LANES = 16  # float32 numbers in a vector
+# Block scales tried at once in float64, one vector; also how many codes later the E4M3 value has doubled.
 _STEP = 8
 _SLACK = np.float32(2.0**-16)
-_ANCHOR = np.uint32(22 << 23)  # of the exponent: 2^22 times as much
+_ANCHOR = np.uint32(22 << 23)  # added to float32 bits, it multiplies by 2^22
 
 
 # Estimates.
@@ -59,15 +60,20 @@ _ANCHOR = np.uint32(22 << 23)  # of the exponent: 2^22 times as much
 
 @kernel
 def _unit(global_scale: np.float32) -> np.float32:
-    """The power of two that brings the global scale to [1, 2), or near it where that power is no normal
-    float32."""
+    """The power of two that brings the global scale to [1, 2).
+
+    Near that interval, where the power would not be a normal float32.
+    """
     exponent = min(max(np.uint32(bits_of(global_scale) >> np.uint32(23)), np.uint32(1)), np.uint32(253))
     return float_of(np.uint32(np.uint32(np.uint32(254) - exponent) << np.uint32(23)))
 
 
 @kernel
 def _scales(global_scale: np.float32, unit: np.float32, scales: Floats, table: Floats) -> None:
-    """``scales`` [127]: d by E4M3 code; ``table`` [3, 127]: in units, d, 1 / d and the slack that d adds."""
+    """Fill both tables of E4M3 codes.
+
+    ``scales`` [127] holds d; ``table`` [3, 127] holds, in units, d, 1 / d and the slack that d adds.
+    """
     for code in range(_LAST + 1):
         scales[code] = np.float32(_E4M3[code] * global_scale)
         scale = np.float32(np.float64(scales[code]) * np.float64(unit))
@@ -85,8 +91,10 @@ def _values(bits: Bits, shift: np.uint32, unit: np.float32, values: Floats) -> N
 
 @estimate
 def _square(value: np.float32, reciprocal: np.float32, scale: np.float32) -> np.float32:
-    """The squared error of a magnitude. For the anchor see ``e2m1.nearest``; here it follows from the
-    exponent."""
+    """The squared error of one magnitude, estimated.
+
+    The anchor is that of ``e2m1.nearest``, here computed from the exponent.
+    """
     quotient = np.float32(value * reciprocal)
     quotient = quotient if quotient < np.float32(6) else np.float32(6)
     binade = np.uint32(max(bits_of(quotient), np.uint32(0x3F800000)) & np.uint32(0x7F800000))
@@ -100,8 +108,8 @@ def _square(value: np.float32, reciprocal: np.float32, scale: np.float32) -> np.
 def _bounds(values: Floats, firsts: Codes, table: Floats, lower: Floats, upper: Floats) -> None:
     """Bounds of block b's error with scale ``firsts[b] + k`` in row b, column k of ``lower`` and ``upper``.
 
-    Scales are the lanes, and the loop over the block unrolls. ``table`` as in ``_scales``; ``lower`` and
-    ``upper``, [2 n, 16], have two rows a block, because LLVM makes vectors well of exactly 16.
+    The scales are the vector's lanes, and the loop over the block is unrolled. ``table`` as in ``_scales``;
+    ``lower`` and ``upper``, [2 n, 16], have two rows per block, because LLVM vectorizes well for exactly 16.
     """
     for row in range(2 * firsts.shape[0]):
         b, first = row >> 1, firsts[row >> 1] + ((row & 1) << 4)
@@ -121,8 +129,9 @@ def _smaller_of_pairs(pairs: Words, smaller: Halves) -> None:
 
 @kernel
 def _least(pairs: Words, words: Words, least: Halves) -> None:
-    """The least of each block's 32 numbers, which are not negative or NaN, by their bits: NaN counts as
-    large.
+    """The least of each block's 32 numbers, compared by their bits.
+
+    The numbers are not negative, or they are NaN, which counts as large.
 
     Args:
         pairs: [16 n], the numbers in pairs.
@@ -142,8 +151,10 @@ def _least(pairs: Words, words: Words, least: Halves) -> None:
 def _winners(
     lower: Floats, ceilings: Halves, doubled: Words, scratch: Words, limits: Words, wins: Codes
 ) -> None:
-    """``wins[32 b + k]`` = 1 where a lower bound does not exceed the block's least upper bound; also where
-    either is NaN."""
+    """``wins[32 b + k]`` = 1 where scale k of block b can win, else 0.
+
+    It can where its lower bound does not exceed the block's least upper bound, and where either is NaN.
+    """
     twice(ceilings, doubled)
     spread(doubled.view(np.uint32), scratch, limits)
     limit = limits.view(np.float32)
@@ -156,11 +167,10 @@ def _winners(
 
 @kernel
 def _errors(magnitudes: Floats, scales: Floats, errors: Doubles) -> None:
-    """``errors[k]`` = the error of a block with ``scales[k]``. Signs do not matter to it: rounding is
-    symmetric.
+    """``errors[k]`` = the error of a block with ``scales[k]``, exactly as defined.
 
-    The scales are the vector's lanes (the loop over the block unrolls), so that each lane keeps the order of
-    its sum.
+    Signs do not matter, because rounding is symmetric. The scales are the vector's lanes (the loop over the
+    block is unrolled), so each lane keeps the order of its sum.
     """
     for k in range(scales.shape[0]):
         scale = scales[k]
@@ -176,9 +186,9 @@ def _errors(magnitudes: Floats, scales: Floats, errors: Doubles) -> None:
 def _error_below(magnitudes: Floats, scale: np.float32) -> np.float64:
     """A lower bound of the error of this scale *and of every larger one*.
 
-    What is at most a quarter of d rounds to zero and costs its square. These terms stand in the error's sum
+    A magnitude of at most d / 4 rounds to zero, and its error is its square. The full sum has these terms
     too, in the same order, and rounded addition is monotone: leaving out the other terms cannot make the sum
-    larger, not by a bit.
+    larger, not even by one bit.
     """
     quarter = np.float64(0.25) * np.float64(scale)
     error = np.float64(0)
@@ -190,13 +200,13 @@ def _error_below(magnitudes: Floats, scale: np.float32) -> np.float64:
 
 @kernel
 def _search(magnitudes: Floats, amax: np.float32, center: int, scales: Floats, errors: Doubles) -> np.uint8:
-    """The E4M3 code, of all 126, with the least error; ties to the smaller. ``scales[code]`` is d, ``center``
-    method max's code.
+    """The E4M3 code with the least error of all 126; ties to the smaller.
 
-    Works outwards from the center, a vector of codes at a time, and stops in each direction where a bound
-    proves that nothing further can win: downwards the largest value is clipped and costs (amax - 6 d)^2
-    alone, more with every smaller d; upwards ``_error_below``. A smaller scale wins ties, hence ``>``
-    downwards and ``>=`` upwards.
+    ``scales[code]`` is d, ``center`` the code of method max. The search goes outwards from the center, a
+    vector of codes at a time, and stops in each direction where a bound proves that no further scale can win.
+    Downwards, the largest value is clipped and alone costs (amax - 6 d)^2, more with every smaller d;
+    upwards, the bound is ``_error_below``. A smaller scale wins ties, hence ``>`` downwards and ``>=``
+    upwards.
     """
     first = max(center - 3, 1)
     last = min(first + _STEP - 1, _LAST)
@@ -236,16 +246,16 @@ def _search(magnitudes: Floats, amax: np.float32, center: int, scales: Floats, e
 def _proven(
     first: int, upper: np.uint64, amax: np.float32, ceiling: np.float32, scales: Floats, unit: np.float32
 ) -> bool:
-    """Whether nothing outside a window of scales can win.
+    """Whether no scale outside a window can win.
 
-    ``upper``: the ``_winners`` among the window's upper eight, a byte each; ``ceiling``: its least upper
-    bound, in units.
+    ``upper``: the flags of ``_winners`` for the window's upper eight scales, one byte each; ``ceiling``: the
+    block's least upper bound, in units.
 
-    Below it, amax is clipped and costs (amax - 6 d)^2 alone, more with every smaller d.
+    Below the window, amax is clipped and alone costs (amax - 6 d)^2, more with every smaller d.
 
-    Above it, amax is below 3.5 d, and no code above 3. But 0, 0.5, 1, 1.5, 2 and 3 times d are E2M1 values
-    times d / 2 too, the scale eight codes before, and so F(d) >= F(d / 2). If none of the window's upper
-    eight can win, nothing above can.
+    Above the window, amax is below 3.5 d, so no value becomes more than 3 d. But 0, 0.5, 1, 1.5, 2 and 3
+    times d are also E2M1 values times d / 2, the scale eight codes before, and so F(d) >= F(d / 2). If none
+    of the window's upper eight scales can win, none above can.
     """
     if first > 1:
         clipped = (np.float64(amax) - np.float64(6) * np.float64(scales[first - 1])) * np.float64(unit)
@@ -272,16 +282,15 @@ def choose_least_error(
     """``codes[b]`` = the block scale of block b by method mse.
 
     Args:
-        bits: [n, 16], the weight's.
+        bits: [n, 16], patterns of the weight.
         largest: [n], the pattern of each block's largest magnitude.
-        codes: [n]; holds method max's on entry.
+        codes: [n]; on entry the block scales of method max.
     """
     scales, table = np.empty(_LAST + 1, np.float32), np.empty((3, _LAST + 1), np.float32)
     unit = _unit(global_scale)
     _scales(global_scale, unit, scales, table)
-    doubles = (
-        scales[_STEP] >= SMALLEST_NORMAL
-    )  # below, d rounds, and is not twice the d of eight codes before
+    # Below the normal numbers d is rounded, and is not twice the d of eight codes before.
+    doubles = scales[_STEP] >= SMALLEST_NORMAL
 
     values, firsts, ceilings = (
         np.empty(TILE * BLOCK, np.float32),
@@ -308,19 +317,16 @@ def choose_least_error(
             firsts[b] = min(max(int(codes[start + b]) - _BELOW, 1), _LAST + 1 - _WINDOW)
         _bounds(values.reshape(-1, BLOCK), firsts[:n], table, lower, upper)
         _least(pairs[: n * _LANES], scratch, least[:n])
-        _winners(
-            lower.reshape(-1), least[:n], doubled[:n], scratch, pairs, wins[: n * _WINDOW]
-        )  # upper is not needed any more
+        # The limits are written to pairs, the memory of upper, which is no longer needed.
+        _winners(lower.reshape(-1), least[:n], doubled[:n], scratch, pairs, wins[: n * _WINDOW])
 
         for b in range(n):
             if largest[start + b] == 0:
                 continue
             amax, first = widen(largest[start + b], shift), int(firsts[b])
             count, place = np.uint64(0), np.uint64(0)
-            for w in range(
-                4
-                # a flag is a byte: products bring their number, and a single one's place, to the upper byte
-            ):
+            # Flags are bytes: the products bring their sum, and the place of a single one, to the upper byte.
+            for w in range(4):
                 count += np.uint64(np.uint64(words[b, w] * np.uint64(0x0101010101010101)) >> np.uint64(56))
                 place += np.uint64(np.uint64(words[b, w] * np.uint64(0x0001020304050607)) >> np.uint64(56))
                 place += np.uint64(8 * w) if words[b, w] != 0 else np.uint64(0)
@@ -347,8 +353,7 @@ def _look_up(row: Floats, codes: Codes, numbers: Floats) -> None:
 
 @estimate
 def _squares(values: Floats, reciprocals: Floats, scales: Floats, squares: Floats) -> None:
-    """The estimated squared errors of flat magnitudes, each with its own scale: for one long loop, which
-    becomes vectors."""
+    """The estimated squared errors of flat magnitudes, each with its own scale: one long loop for vectors."""
     for i in range(squares.shape[0]):
         squares[i] = _square(values[i], reciprocals[i], scales[i])
 
@@ -365,8 +370,10 @@ def _sums_of_pairs(pairs: Words, sums: Floats) -> None:
 
 @kernel
 def _sums(pairs: Words, words: Words, sums: Floats) -> None:
-    """The sum of each block's 16 numbers. ``pairs`` [8 n], the numbers in pairs; ``words`` scratch [8 n];
-    ``sums`` [n]."""
+    """The sum of each block's 16 numbers.
+
+    ``pairs`` [8 n] holds the numbers in pairs; ``words`` [8 n] is scratch; ``sums`` [n].
+    """
     n, middle = sums.shape[0], words.shape[0] // 2
     floats = words.view(np.float32)
     _sums_of_pairs(pairs, floats[: 8 * n])
@@ -379,10 +386,10 @@ def _sums(pairs: Words, words: Words, sums: Floats) -> None:
 def choose_four_over_six(
     bits: Bits, shift: np.uint32, largest: Bits, global_scale: np.float32, codes: Codes
 ) -> None:
-    """``codes[b]`` = the block scale of block b by method four_over_six: the one on entry (M = 6), or that of
-    M = 4 for less error.
+    """``codes[b]`` = the block scale of block b by method four_over_six.
 
-    Arguments as in ``choose_least_error``.
+    On entry it is the scale for M = 6; the one for M = 4 replaces it where that has less error. Arguments as
+    in ``choose_least_error``.
     """
     scales, table = np.empty(_LAST + 1, np.float32), np.empty((3, _LAST + 1), np.float32)
     unit = _unit(global_scale)

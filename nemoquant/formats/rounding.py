@@ -1,13 +1,12 @@
-"""What the kernels share: how they are compiled, how a float32 and its bits turn into each other, and how
-arguments are checked.
+"""What the kernels share: how they are compiled, float32 to bits and back, and checks of arguments.
 
 A weight enters every kernel as bit patterns and a shift: ``bits << shift`` are the bits of the float32 value,
 with shift 16 for bf16 (uint16) and 0 for float32 (uint32). So one kernel serves both, and no float copy of a
 tensor is made.
 
-A trap of numba, for whoever edits a kernel: uint32 (op) uint32 and float32 (op) Python number are 64 bits
-wide. Every constant has its own ``np.float32(...)`` or ``np.uint32(...)``, and every integer result is cut
-back, or results stop being fp32 (and loops stop being vectors).
+A trap of numba when you edit a kernel: uint32 (op) uint32 and float32 (op) Python number are 64 bits wide. So
+every constant has its own ``np.float32(...)`` or ``np.uint32(...)``, and every integer result is cast back.
+Otherwise results are no longer fp32, and loops no longer become vectors.
 """
 
 from collections.abc import Callable
@@ -29,14 +28,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kernel(function: F) -> F:
-    """Compile for the CPU: no GIL, sums in their order, and x / 0 is Inf or NaN as in numpy (a check would
-    break up vectors)."""
+    """Compile for the CPU: no GIL, sums in their order, and x / 0 is Inf or NaN as in numpy.
+
+    A check for division by zero would keep loops from becoming vectors.
+    """
     return cast(F, keep(numba.njit(nogil=True, fastmath=False, error_model="numpy")(function)))
 
 
 def estimate(function: F) -> F:
-    """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to keep within a
-    bound."""
+    """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to meet a bound."""
     return cast(F, keep(numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(function)))
 
 
@@ -59,7 +59,8 @@ def widen(bits: np.unsignedinteger, shift: np.uint32) -> np.float32:
 def weight_bits(weight: Weight) -> tuple[NDArray[np.unsignedinteger], np.uint32]:
     """A weight [out, in] as flat bit patterns and the shift that makes float32 of them; a view, read-only.
 
-    Read-only always, because numba compiles anew for arrays that are not, and a mapped file is not writable.
+    Always read-only: numba would compile another version of each kernel for writable arrays, and not every
+    weight is writable. Raises ValueError for a wrong dtype or layout.
     """
     if weight.ndim != 2 or not weight.flags.c_contiguous:
         layout = "C-contiguous" if weight.flags.c_contiguous else "strided"
@@ -79,7 +80,10 @@ def weight_bits(weight: Weight) -> tuple[NDArray[np.unsignedinteger], np.uint32]
 
 
 def flat(array: NDArray[Any], dtype: type[np.generic], name: str) -> NDArray[Any]:
-    """The array as one read-only row, copied only if it is strided; its dtype must already be right."""
+    """The array as one read-only row, copied only if it is strided.
+
+    Raises ValueError for a dtype other than ``dtype``.
+    """
     if array.dtype != dtype:
         raise ValueError(f"{name}: got dtype {array.dtype}, expected {np.dtype(dtype)}")
     row = np.ascontiguousarray(array).reshape(-1).view()
@@ -105,11 +109,10 @@ def _fitting(out: NDArray[Any], shape: tuple[int, ...], dtype: type[np.generic],
 
 
 def tensor_scale(amax: float | np.float32, largest: float) -> tuple[np.float32, bool]:
-    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number, so that 1.0 stands
-    in for it.
+    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number.
 
-    Raises ValueError for an amax that is negative, Inf or NaN: those are errors of the checkpoint, to be told
-    before any scale.
+    A degenerate scale is replaced by 1.0. Raises ValueError for an amax that is negative, Inf or NaN: those
+    are errors of the checkpoint, which must be reported before any scale is computed.
     """
     value = np.float32(amax)
     if not (np.isfinite(value) and value >= 0):

@@ -1,16 +1,16 @@
-"""The kernels of this package for GPUs, in Triton: the same bytes as those for the CPU.
+"""The kernels of this package in Triton, for GPUs: the same bytes as those for the CPU.
 
-Whatever rounds is either one IEEE operation (``div_rn``, a product, a float64 sum in index order; launches
-forbid fused multiply-add) or integer arithmetic on bit patterns. What depends on a block scale alone comes
-from the CPU's own tables: ``reached``, the ``nvfp4_blocks.thresholds`` of float32, and ``scales``, d by E4M3
-code. A block of 16 is one lane. The search is plain: all 126 scales.
+Every operation that rounds is either one IEEE operation (``div_rn``, a product, a float64 sum in index order;
+launches forbid fused multiply-add), or integer arithmetic on bit patterns. What depends on a block scale
+alone comes from the CPU's own tables: ``reached``, the ``nvfp4_blocks.thresholds`` of float32, and
+``scales``, d by E4M3 code. One lane computes a block of 16. The search is plain: all 126 scales.
 
 A weight is flat patterns and a shift, as for the CPU: ``pattern << shift`` are the bits of the float32 value.
-Loads of uint16 come as such, of float32 as int32.
+Patterns are signed: int16 for bf16, int32 for float32.
 """
 
 # mypy: ignore-errors
-# (Triton's language is a Python of its own: constants, and annotations that are no types.)
+# (Triton's language only looks like Python: it has its own constants, and annotations that are no types.)
 
 import triton
 import triton.language as tl
@@ -81,7 +81,7 @@ def fp8_decode_kernel(codes, table, decode_scale, values, count, LANES: tl.const
 
 @triton.jit
 def _error(weight, first, shift, scale_code, reached, scales, mask):
-    """The error of blocks under a scale, by definition."""
+    """The error of blocks under a scale, exactly as defined."""
     scale = tl.load(scales + scale_code, mask=mask, other=1.0).to(tl.float64)
     error = tl.zeros_like(scale)
     for i in tl.static_range(16):
@@ -111,8 +111,7 @@ def nvfp4_encode_kernel(
     METHOD: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Blocks of a flat weight -> ``packed`` [8 count], ``block_scales`` [count]. ``onto``: 6 global
-    scales."""
+    """Blocks of a weight -> ``packed`` [8 count], ``block_scales`` [count]; ``onto`` is 6 global scales."""
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     mask = block < count
     first = block * 16
@@ -120,7 +119,7 @@ def nvfp4_encode_kernel(
     for i in tl.static_range(16):
         largest = tl.maximum(largest, _magnitude_bits(tl.load(weight + first + i, mask=mask, other=0), shift))
     amax = largest.to(tl.float32, bitcast=True)
-    if METHOD == _ACTIVATIONS:  # no least scale: a block may be lost, and NaN makes its block NaN
+    if METHOD == _ACTIVATIONS:  # no lower bound: a block may round to zero, and NaN makes its block NaN
         chosen = _e4m3(tl.div_rn(amax, tl.zeros_like(amax) + onto).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         empty = 0
     else:

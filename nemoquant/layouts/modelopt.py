@@ -1,7 +1,6 @@
-"""The ModelOpt unified layout, written and read: names of tensors, and the two config files that describe
-them to engines.
+"""The ModelOpt unified layout, written and read: names of tensors, and the two config files for engines.
 
-This is the only file that knows these names. In this layout every stored scale is a decode scale:
+These names are in no other file. In this layout every stored scale is a decode scale:
 
     ours            FP8             NVFP4
     codes           weight          weight            (U8, two codes a byte, even column in the low nibble)
@@ -25,10 +24,8 @@ from nemoquant.planning.plan import Plan, Row
 
 LEGACY = "hf_quant_config.json"  # the older of the two config files
 SECTION = "quantization_config"  # of config.json, the newer one
-PRODUCER = (
-    "modelopt"  # vLLM and SGLang read the producer's name before anything else; ours is in nemoquant.json
-)
-LAYOUT_VERSION = "0.47.0"  # the Model Optimizer whose layout this is, byte for byte in the tests
+PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name first; our own name is in nemoquant.json
+LAYOUT_VERSION = "0.47.0"  # the Model Optimizer that has this layout; tests compare the bytes
 _SUFFIX = {
     ("fp8", "codes"): "weight",
     ("fp8", "global_scale"): "weight_scale",
@@ -39,7 +36,7 @@ _SUFFIX = {
     ("nvfp4", "input_scale"): "input_scale",
 }
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
-WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # what a `weight` of that dtype is
+WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # by dtype of a `weight`
 
 
 def tensor_name(row: Row, kind: str) -> str:
@@ -49,16 +46,21 @@ def tensor_name(row: Row, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """How one tensor of the model lies in a file of this layout: its format, and the names of its parts by
-    kind."""
+    """How one tensor of the model is stored in a file of this layout.
+
+    Attributes:
+        format: ``source``, ``fp8`` or ``nvfp4``.
+        parts: names of its parts in the file, by kind.
+    """
 
     format: str
     parts: dict[str, str]
 
 
 def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
-    """The reverse of ``tensor_name``: what holds the tensor ``spec``, told by dtypes and shapes, whoever
-    wrote the file.
+    """The reverse of ``tensor_name``: how the tensor ``spec`` is stored.
+
+    It is derived from dtypes and shapes, whichever program wrote the file.
 
     Raises:
         CheckpointError: it is missing, or its parts are not those of FP8 per tensor or NVFP4 in this layout.
@@ -78,12 +80,12 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
     parts = {}
     for kind, dtype, shape in expected:
         name = spec.name if kind == "source" else f"{spec.module}.{_SUFFIX[format, kind]}"
-        found = tensors.get(name)
-        if found is None:
+        part = tensors.get(name)
+        if part is None:
             raise CheckpointError(f"{name} is missing; {spec.name} is {info.dtype} and needs it")
-        if dtype != found.dtype or (found.shape or (1,)) != (shape or (1,)):
+        if dtype != part.dtype or (part.shape or (1,)) != (shape or (1,)):
             raise CheckpointError(
-                f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
+                f"{name} is {part.dtype} {list(part.shape)}, expected {dtype} {list(shape)}"
             )
         parts[kind] = name
     return Stored(format, parts)
@@ -95,7 +97,7 @@ def kv_scale_name(module: str) -> str:
 
 
 def algorithm(row: Row) -> str:
-    """ModelOpt's name for what was done to a row's module."""
+    """ModelOpt's name for the quantization of a row's module."""
     if row.format == "nvfp4":
         return "NVFP4" if row.activation_format else "W4A16_NVFP4"
     return {"fp8": "FP8", "source": ""}[row.format]
@@ -148,10 +150,10 @@ def _group(kind: str) -> dict[str, Any]:
 
 
 def excluded_modules(plan: Plan) -> list[str]:
-    """Modules that stay as the source, by names that hit nothing else in any consumer.
+    """Modules that are not quantized, by names that match nothing else in any engine.
 
-    vLLM matches an entry as a substring too, so there are no layer prefixes (``layers.1`` would hit 10 to
-    19): whole module names, one for all experts of a layer. ``mtp*`` stands for the multi-token-prediction
+    vLLM matches an entry as a substring too, so there are no layer prefixes (``layers.1`` would match 10
+    to 19): whole module names, one for all experts of a layer. ``mtp*`` stands for the multi-token-prediction
     modules.
     """
     names: dict[str, None] = {}
@@ -175,33 +177,35 @@ def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
-    """What says that the checkpoint in ``path`` is quantized already, in words; None where nothing does."""
+    """The evidence that the checkpoint in ``path`` is already quantized, in words; None if there is none."""
     if raw_config.get(SECTION) is not None:
         return f"config.json has `{SECTION}`"
     return f"it has {LEGACY}" if (path / LEGACY).exists() else None
 
 
 def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its own quantization, in the terms of config.json's ``SECTION``; empty if
-    nothing."""
+    """What a checkpoint declares about its quantization; empty if nothing.
+
+    It has the form of ``SECTION`` in config.json.
+    """
     declared = raw.get(SECTION)
     return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
 
 
 def declares_fp8_cache(quantization: Mapping[str, Any]) -> bool:
-    """Whether :func:`declared_quantization` asks for an FP8 KV cache."""
+    """Whether :func:`declared_quantization` has an FP8 KV cache."""
     cache = quantization.get("kv_cache_scheme")
     return isinstance(cache, dict) and cache.get("num_bits") == 8
 
 
 def _legacy_quantization(path: Path) -> dict[str, Any]:
-    """What ``LEGACY`` says, for checkpoints whose config.json is silent; in the other file's terms."""
+    """What ``LEGACY`` declares, in the form of ``SECTION``; for checkpoints whose config.json has none."""
     try:
-        found = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
-        bits = {"kv_cache_scheme": {"num_bits": 8}} if found.get("kv_cache_quant_algo") == "FP8" else {}
+        legacy = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
+        bits = {"kv_cache_scheme": {"num_bits": 8}} if legacy.get("kv_cache_quant_algo") == "FP8" else {}
         return {
-            "quant_algo": found.get("quant_algo"),
-            "quantized_layers": found.get("quantized_layers"),
+            "quant_algo": legacy.get("quant_algo"),
+            "quantized_layers": legacy.get("quantized_layers"),
             **bits,
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -209,13 +213,14 @@ def _legacy_quantization(path: Path) -> dict[str, Any]:
 
 
 def declared_algorithm(declared: Mapping[str, Any]) -> Any:
-    """The name of the whole checkpoint's algorithm in :func:`declared_quantization`; None if there is
-    none."""
+    """The algorithm of the whole checkpoint in :func:`declared_quantization`; None if there is none."""
     return declared.get("quant_algo")
 
 
 def declares_quantized_input(declared: Mapping[str, Any], module: str) -> bool:
-    """Whether :func:`declared_quantization` says that the input of a module's GEMM is quantized, so that a
-    scale is needed."""
+    """Whether :func:`declared_quantization` has a quantized input for a module's GEMM.
+
+    If so, the module needs an input scale.
+    """
     entry = (declared.get("quantized_layers") or {}).get(module)
     return declared_algorithm(entry if isinstance(entry, dict) else declared) in ("FP8", "NVFP4")

@@ -12,8 +12,11 @@ from nemoquant.model.taps import Tap, Weights, linear
 
 @dataclass(frozen=True)
 class KVState:
-    """What an attention layer keeps: keys and values [batch, kv_heads, past, head_dim], as the taps returned
-    them."""
+    """The state of an attention layer.
+
+    Attributes:
+        key, value: [batch, kv_heads, past, head_dim], as the taps returned them.
+    """
 
     key: Tensor
     value: Tensor
@@ -24,7 +27,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Args:
         query: [batch, heads, length, head_dim].
-        key, value: [batch, kv_heads, total, head_dim], total >= length; heads a multiple of kv_heads.
+        key, value: [batch, kv_heads, total, head_dim], total >= length; heads is a multiple of kv_heads.
     Returns:
         [batch, heads, length, head_dim].
     """
@@ -40,8 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def forward(
     config: NemotronHConfig, weights: Weights, x: Tensor, state: KVState | None, tap: Tap
 ) -> tuple[Tensor, KVState]:
-    """x [batch, length, hidden], already normalised -> (y of that shape, state with ``length`` more
-    positions)."""
+    """x [batch, length, hidden], already normalised -> (y of that shape, state after the last position)."""
     batch, length, _ = x.shape
     flat = x.flatten(0, 1)
 

@@ -1,7 +1,7 @@
-"""The architecture that a ``config.json`` of ``model_type: nemotron_h`` describes, in one spelling.
+"""The architecture that a ``config.json`` of ``model_type: nemotron_h`` describes, in canonical names.
 
-The family's configs spell the layer schedule in three ways and several scalars in two; this is the only place
-that knows. Nothing here reads weights.
+The family's configs spell the layer schedule in three ways and several scalars in two; these spellings are
+read only here. Nothing here reads weights.
 """
 
 import json
@@ -45,12 +45,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class NemotronHConfig:
-    """Sizes and constants of one Nemotron-H model. Sizes of a kind of layer that the schedule lacks are 0.
+    """Sizes and constants of one Nemotron-H model. Sizes of layer kinds that are not in the schedule are 0.
 
     ``layers`` is the schedule of the main model, ``mtp_layers`` that of each of ``mtp_modules``
     multi-token-prediction modules (empty when there are none). ``moe_latent_size`` is 0 for models whose
-    routed experts see the full hidden state. ``time_step_limit`` bounds dt after softplus: ``(0, inf)`` where
-    the config is silent, as serving engines do.
+    routed experts read the full hidden state. ``time_step_limit`` bounds dt after softplus; it is
+    ``(0, inf)`` where the config has none, as in serving engines.
     """
 
     layers: tuple[LayerKind, ...]
@@ -119,8 +119,7 @@ def layer_pattern(layers: Sequence[LayerKind]) -> str:
 
 
 def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
-    """Read ``config.json`` (or the folder that holds it): the parsed config, and its raw keys as the file has
-    them.
+    """Read ``config.json``, or the one in a folder: the parsed config, and the raw keys of the file.
 
     Raises:
         ConfigError: the file is missing, is not JSON, or does not describe a Nemotron-H model.
@@ -153,8 +152,10 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Nemotro
 
 
 def _plain(value: Any) -> Any:
-    """A value in one spelling: ``{"__float__": "Infinity"}`` as the number, layer kinds by our names, in
-    lists too."""
+    """A value in one spelling; in a list, every element.
+
+    ``{"__float__": "Infinity"}`` becomes the number, and layer kinds get our names.
+    """
     if isinstance(value, dict) and set(value) == {"__float__"}:
         return _plain(value["__float__"])
     if isinstance(value, list | tuple):
@@ -172,14 +173,16 @@ class _Parser:
         return ConfigError(f"{self.source}: {message}")
 
     def find(self, name: str) -> Any:
-        """The value under the canonical name or one of its aliases; None when absent. Two that disagree are
-        an error."""
-        found = {
+        """The value under the canonical name or one of its aliases; None when absent.
+
+        Two values that differ are an error.
+        """
+        given = {
             key: self.raw[key] for key in (name, *ALIASES.get(name, ())) if self.raw.get(key) is not None
         }
-        values = [_plain(value) for value in found.values()]
+        values = [_plain(value) for value in given.values()]
         if any(v != values[0] for v in values[1:]):
-            raise self.fail(f"{found} contradict each other; expected one value, remove the wrong key")
+            raise self.fail(f"{given} contradict each other; expected one value, remove the wrong key")
         return values[0] if values else None
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
@@ -340,7 +343,7 @@ class _Parser:
     def mamba(self, present: bool) -> dict[str, Any]:
         sizes = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel")
         dtype = self.raw.get("mamba_ssm_cache_dtype") or "float32"
-        dtype = "float32" if dtype == "auto" else dtype  # what engines take it for
+        dtype = "float32" if dtype == "auto" else dtype  # engines read "auto" as float32
         if dtype not in ("float32", "float16", "bfloat16"):
             raise self.fail(f"`mamba_ssm_cache_dtype` is {dtype!r}; expected float32, float16 or bfloat16")
         return {

@@ -1,5 +1,4 @@
-"""The Mamba-2 block: a projection, a short causal convolution, a selective state-space scan, a gated norm, a
-projection.
+"""The Mamba-2 block: projection, causal convolution, selective state-space scan, gated norm, projection.
 
 For each head with its group's B and C (Dao and Gu 2024, arXiv:2405.21060):
 
@@ -12,11 +11,11 @@ as masked attention, across chunks by carrying the state. The states of a group'
 matrix, so that one product with the group's B or C serves them all, and B and C are never repeated. Memory
 follows batch * heads * CHUNK^2.
 
-Between the two projections all is float32; the running sums of dt * A are float64, because the products need
-differences of them, and after one strong decay a float32 sum would have lost the weak ones that follow.
+Between the two projections everything is float32, but the running sums of dt * A are float64: the products
+use differences of these sums, and after one strong decay a float32 sum would lose the weak ones that follow.
 
-On CUDA, kernels built by `nemoquant plugins build` take over the convolution and the scan (``ops/library.py``
-says so once).
+On CUDA, kernels built by `nemoquant plugins build` compute the convolution and the scan, where they exist
+(``ops/library.py`` prints once which library is used).
 """
 
 from dataclasses import dataclass
@@ -30,14 +29,13 @@ from nemoquant.model.norm import gated_group_norm
 from nemoquant.model.taps import Tap, Weights, linear
 from nemoquant.ops.library import serves
 
-CHUNK = (
-    64  # positions; on two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
-)
+# Positions. On two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
 class MambaState:
-    """What a Mamba-2 layer keeps.
+    """The state of a Mamba-2 layer.
 
     ``conv`` [batch, channels, conv_kernel - 1]: the last inputs of the convolution, in the compute dtype,
     oldest first. ``ssm`` [batch, heads, head_dim, state]: float32.
@@ -61,7 +59,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -
 
     Args:
         x: [batch, length, channels], any floating dtype.
-        weight: [channels, 1, kernel]; the last tap meets the current position.
+        weight: [channels, 1, kernel]; the last tap multiplies the current position.
         bias: [channels] or None.
         state: [batch, channels, kernel - 1], the inputs before ``x``.
     Returns:
@@ -77,9 +75,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -
     taps = weight.to(x.device).float()[:, 0].mT.contiguous()  # [kernel, channels]
     full = torch.cat([state.to(x).mT, x], 1)
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for start in range(
-        0, length, CHUNK
-    ):  # one dtype in a block that fits the caches: six times as fast as bf16 times float32
+    # All in float32, in blocks that fit the caches: six times as fast as bf16 times float32.
+    for start in range(0, length, CHUNK):
         part = y[:, start : start + CHUNK]
         block = full[:, start : start + part.shape[1] + kernel - 1].float()
         torch.mul(block[:, : part.shape[1]], taps[0], out=part)
@@ -103,7 +100,7 @@ def scan(
     limit: tuple[float, float],
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence above over any length >= 1, from ``state`` on.
+    """The recurrence above over any length >= 1, starting from ``state``.
 
     Args:
         x: [batch, length, heads, head_dim].
@@ -142,14 +139,14 @@ def scan(
 
 
 def chunk(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk of q positions, by products; h is the number of heads in a group.
+    """One chunk of q positions by matrix products; h is the number of heads in a group.
 
     1. Within the chunk: y_t = sum over s <= t of (C_t . B_s) * exp(decay_t - decay_s) * dt_s * x_s.
-    2. From before it: y_t += exp(decay_t) * state @ C_t.
-    3. The state after it: exp(decay_q) * state + sum over s of exp(decay_q - decay_s) * dt_s * x_s (outer)
-       B_s.
+    2. From the state before the chunk: y_t += exp(decay_t) * state @ C_t.
+    3. The state after the chunk: exp(decay_q) * state
+       + sum over s of exp(decay_q - decay_s) * dt_s * x_s (outer) B_s.
 
-    No exponent is positive, whatever the decays: those of s > t are -inf before exp.
+    No exponent is positive, whatever the decays are: for s > t it is set to -inf before exp.
 
     Args:
         x: [batch, q, groups, h, head_dim] float32.
@@ -181,13 +178,12 @@ def chunk(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Ten
 def step(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``scan`` for one position, as the recurrence is written; ``dt`` [batch, 1, heads] is final."""
+    """``scan`` for one position, computed as the recurrence is written; ``dt`` [batch, 1, heads] is final."""
     batch, heads, width, size = state.shape
     groups = b.shape[2]
     x, dt = x[:, 0].float(), dt[:, 0]
-    written = (x * dt[..., None]).view(batch, groups, -1, 1) * b[:, 0].float()[
-        :, :, None
-    ]  # [batch, groups, rows, state]
+    # [batch, groups, rows, state]
+    written = (x * dt[..., None]).view(batch, groups, -1, 1) * b[:, 0].float()[:, :, None]
     state = torch.addcmul(written.view_as(state), state, torch.exp(dt * a)[..., None, None])
     y = (state.view(batch, groups, -1, size) @ c[:, 0].float()[..., None]).view(batch, heads, width)
     return torch.addcmul(y, x, d[:, None])[:, None], state
@@ -196,8 +192,7 @@ def step(
 def forward(
     config: NemotronHConfig, weights: Weights, x: Tensor, state: MambaState | None, tap: Tap
 ) -> tuple[Tensor, MambaState]:
-    """x [batch, length, hidden], already normalised -> (y of that shape, the state after the last
-    position)."""
+    """x [batch, length, hidden], already normalised -> (y of that shape, state after the last position)."""
     batch, length, _ = x.shape
     state = state or empty_state(config, batch, x)
     projected = linear("in_proj", x.flatten(0, 1), weights, tap).view(batch, length, -1)

@@ -1,4 +1,4 @@
-"""The dense MLP block, which is not gated: ``down(relu(up(x))^2)``. Shared experts are one too."""
+"""The dense MLP block, without a gate: ``down(relu(up(x))^2)``. Shared experts are such MLPs too."""
 
 from torch import Tensor
 

@@ -1,18 +1,18 @@
-"""The mixture-of-experts block: a sigmoid router, routed experts (behind a latent projection or not), and a
-shared expert.
+"""The mixture-of-experts block: a sigmoid router, routed experts, and a shared expert.
 
-The router scores in float32. ``e_score_correction_bias`` takes part in the choice and not in the weights
-(DeepSeek-V3's loss-free balancing, section 2.1.2 of arXiv:2412.19437); with ``n_group`` > 1 only the best
-``topk_group`` groups of experts, by the sum of their two best scores, are open to a token. The result is
+The router scores in float32. ``e_score_correction_bias`` takes part in the choice of experts, but not in
+their weights (DeepSeek-V3's loss-free balancing, section 2.1.2 of arXiv:2412.19437). With ``n_group`` > 1 a
+token can choose only from the best ``topk_group`` groups of experts, ranked by the sum of their two best
+scores. The result is
 
     fc2_latent_proj(sum over chosen e of w_e * down_e(relu(up_e(fc1_latent_proj(x)))^2)) + shared_experts(x)
 
 without fc1 and fc2 where the config has no latent size.
 
-Where a kernel library serves the operator (``ops/library.py``), no tap looks and all weights are bf16, the
-routed experts are stacked on the device, as many as ``SLAB_BYTES`` hold, and computed in one call. Bringing
-them there takes most of the time either way (by estimate: 5.6 GB a layer of Super are hundreds of
-milliseconds, its products some ten): what the call saves is thousands of small launches.
+If a kernel library has the operator (``ops/library.py``), there is no tap, and all weights are bf16, then the
+routed experts are copied to the device as stacks, as many as ``SLAB_BYTES`` hold, and computed in one call.
+The copy takes most of the time either way (by estimate: 5.6 GB per layer of Super take hundreds of
+milliseconds, its products about ten). What the one call saves is thousands of small launches.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ from nemoquant.model.mlp import mlp
 from nemoquant.model.taps import Scope, Tap, Weights, identity, linear, prefixed
 from nemoquant.ops.library import serves
 
-SLAB_BYTES = 1 << 30  # of experts' weights that are on the device together, for the operator
-OPERATOR_STEP = 32  # it takes weights whose dimensions are multiples of this
+SLAB_BYTES = 1 << 30  # of experts' weights that are on the device at once, for the operator
+OPERATOR_STEP = 32  # the operator needs weights whose dimensions are multiples of this
 
 
 def route(config: NemotronHConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The experts of each token, and what their outputs are multiplied with.
+    """The experts of each token, and the factors of their outputs.
 
     Args:
         weights: holds ``gate.weight`` [experts, hidden] and ``gate.e_score_correction_bias`` [experts].
         x: [tokens, hidden].
     Returns:
-        ids [tokens, k] int64, distinct in a row and in no particular order, and weights [tokens, k] float32.
+        ids [tokens, k] int64, distinct in a row and in no particular order, and factors [tokens, k] float32.
     """
     scores = torch.sigmoid(x.float() @ weights["gate.weight"].to(x.device).float().mT)
     choice = scores + weights["gate.e_score_correction_bias"].to(x.device).float()
@@ -50,7 +50,7 @@ def route(config: NemotronHConfig, weights: Weights, x: Tensor) -> tuple[Tensor,
 
 
 def close_groups(choice: Tensor, groups: int, open_groups: int) -> Tensor:
-    """-inf for the experts outside each token's best ``open_groups`` groups; ``choice`` [tokens, experts]."""
+    """``choice`` [tokens, experts], with -inf outside each token's best ``open_groups`` groups of experts."""
     grouped = choice.view(choice.shape[0], groups, -1)
     value = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
     best = value.topk(open_groups, dim=-1, sorted=False).indices
@@ -64,12 +64,12 @@ def routed_experts(weights: Weights, x: Tensor, ids: Tensor, factors: Tensor, ta
     Args:
         weights: holds ``experts.E.up_proj.weight`` [width, in] and ``experts.E.down_proj.weight`` [in,
             width].
-        x: [tokens, in]. An expert's tap sees its tokens' rows in ascending order.
+        x: [tokens, in]. An expert's tap gets its tokens' rows in ascending order.
         ids: [tokens, k] int64.
         factors: [tokens, k] float32.
     Returns:
         [tokens, in] in the dtype of ``x``, summed in float32 in ascending order of experts (by the operator:
-            of each token's choices).
+            in the order of each token's choices).
     """
     counts = torch.bincount(ids.flatten()).tolist()
     if tap is identity and serves("routed_experts", x.device.type):
@@ -95,17 +95,16 @@ def _names(expert: int) -> tuple[str, str]:
 
 
 def _all_fit(weights: Weights, experts: Sequence[int]) -> bool:
-    """Whether the operator takes all these experts' weights as they are. (Looking them up reads nothing of
-    them.)"""
-    found = (weights[name] for expert in experts for name in _names(expert))
+    """Whether the operator takes the weights of all these experts; looking them up reads no weight data."""
+    tensors = (weights[name] for expert in experts for name in _names(expert))
     return all(
         isinstance(w, Tensor) and w.dtype == torch.bfloat16 and not any(n % OPERATOR_STEP for n in w.shape)
-        for w in found
+        for w in tensors
     )
 
 
 def _by_operator(weights: Weights, experts: Sequence[int], x: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
-    """As :func:`routed_experts`, ``experts`` in slabs; a slab's sum is rounded to the dtype of ``x``."""
+    """As :func:`routed_experts`, for ``experts`` in slabs; a slab's sum is rounded to the dtype of ``x``."""
     from nemoquant.ops.functional import routed_experts as operator
 
     shapes = [weights[name].shape for name in _names(experts[0])]
@@ -120,9 +119,8 @@ def _by_operator(weights: Weights, experts: Sequence[int], x: Tensor, ids: Tenso
         for place, expert in enumerate(slab):
             for stack, name in zip(stacks, _names(expert), strict=True):
                 stack[place].copy_(weights[name])
-        places = torch.full(
-            (experts[-1] + 1,), -1, dtype=torch.int64
-        )  # of an expert in another slab: none, and it adds nothing
+        # The place of each expert in this slab; -1 for those of another slab, which then add nothing.
+        places = torch.full((experts[-1] + 1,), -1, dtype=torch.int64)
         places[list(slab)] = torch.arange(len(slab))
         up, down = (stack[: len(slab)] for stack in stacks)
         total += operator(x, places.to(x.device)[ids], factors, [up], [down], "bf16")

@@ -1,11 +1,11 @@
-"""Multi-token prediction: guesses token t+2 from the main model's hidden state at t and token t+1.
+"""Multi-token prediction: predicts token t+2 from the main model's hidden state at t and token t+1.
 
     x = eh_proj(concat(enorm(embedding of token t+1), hnorm(hidden_t)))
         where hidden is the main model's output after norm_f
     x = the module's layers, with residuals that start at this x
-    hidden' = final_layernorm(x), and the logits are the main model's lm_head of it
+    hidden' = final_layernorm(x), and the logits are the main model's lm_head of hidden'
 
-As vLLM, SGLang and TensorRT-LLM do it: all three norms are RMS norms. The layers of module m are
+This is as in vLLM, SGLang and TensorRT-LLM; all three norms are RMS norms. The layers of module m are
 ``mtp.layers.{i}.`` with i from m * len(pattern); enorm, hnorm and eh_proj are stored under its first layer,
 final_layernorm under its last. The layers themselves are those of the main model: run them by
 ``reference.layer_forward``.
@@ -29,13 +29,13 @@ def layer_prefixes(config: NemotronHConfig, module: int) -> list[str]:
 def mtp_input(
     config: NemotronHConfig, weights: Weights, embedded: Tensor, hidden: Tensor, tap: Tap = identity
 ) -> Tensor:
-    """What the module's first layer is given.
+    """The input of the module's first layer.
 
     Args:
         weights: of the module's first layer, by names relative to it.
         embedded: [batch, length, hidden], the embeddings of the tokens at t+1.
         hidden: [batch, length, hidden], the main model's output after norm_f at t.
-        tap: called as ``eh_proj``.
+        tap: called with ``eh_proj``.
     Returns:
         [batch, length, hidden].
     """
@@ -48,6 +48,8 @@ def mtp_input(
 
 @torch.no_grad()
 def mtp_output(config: NemotronHConfig, weights: Weights, x: Tensor) -> Tensor:
-    """``final_layernorm``, stored with the module's last layer, whose ``weights`` these are: what lm_head is
-    given."""
+    """``final_layernorm`` of ``x`` [batch, length, hidden], which is the input of lm_head.
+
+    ``weights`` are those of the module's last layer, which has this norm.
+    """
     return rms_norm(x, weights["final_layernorm.weight"], config.norm_eps)

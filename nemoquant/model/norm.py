@@ -1,8 +1,7 @@
-"""RMS norms (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32 and rounded once to the compute
-dtype.
+"""RMS norms (Zhang and Sennrich 2019, arXiv:1910.07467), in float32, rounded once to the compute dtype.
 
-Both work through blocks of rows, so that float32 intermediates stay in the caches, and small beside the
-layer.
+Both norms compute blocks of rows, so that float32 intermediates stay in the caches and take little memory
+beside the layer.
 """
 
 from collections.abc import Iterator
@@ -28,8 +27,10 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / sqrt(mean(x^2) + eps)``, the mean over the last dimension: x [..., D], weight [D] -> x's
-    shape and dtype."""
+    """``weight * x / sqrt(mean(x^2) + eps)``, the mean over the last dimension.
+
+    x [..., D], weight [D] -> shape and dtype of x.
+    """
     rows, factor = x.reshape(-1, x.shape[-1]), weight.to(x.device).float()
     y = torch.empty_like(rows)
     for part in blocks(*rows.shape):
@@ -39,14 +40,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """The norm before a Mamba-2 mixer's last projection: gate by ``silu(z)`` first, then one RMS for each
-    group of channels.
+    """The norm before a Mamba-2 mixer's last projection: gate by ``silu(z)``, then one RMS per group.
 
     Args:
         y: [..., D] float32, the scan's output.
         z: [..., D], the gate, in the compute dtype.
         weight: [D].
-        groups: how many equal, contiguous groups D splits into.
+        groups: number of equal, contiguous groups of channels in D.
     Returns:
         [..., D] in the dtype of ``z``.
     """

@@ -1,10 +1,10 @@
 """The reference model: what a Nemotron-H checkpoint computes, one layer's weights at a time.
 
-``layer_forward`` is the unit that streams: calibration keeps the rows' hidden states itself and runs them
+``layer_forward`` is the unit for streaming: calibration keeps the rows' hidden states itself and runs them
 through one layer after the other. ``ReferenceModel`` does the same for one batch of tokens. Compute is in one
 dtype, float32 or bfloat16, on one device; norms, the router, and all of a Mamba-2 mixer between its
-projections are float32 in either. Weights may lie in another dtype or on another device: each is converted
-when it is used, and forgotten.
+projections are always float32. Weights may have another dtype or be on another device: each is converted when
+it is used, and the converted copy is dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ WeightSource = Callable[[str], Weights]
 
 @dataclass(frozen=True)
 class State:
-    """What generation keeps between calls: one entry for each layer, None for those that keep nothing."""
+    """What generation keeps between calls: one entry for each layer, None for layers without a state."""
 
     layers: tuple[LayerState, ...]
 
@@ -35,7 +35,7 @@ class State:
 def mixer_forward(
     config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, state: LayerState, tap: Tap
 ) -> tuple[Tensor, LayerState]:
-    """The block of ``kind``; ``weights`` and ``tap`` by names relative to the mixer."""
+    """The block of ``kind``; ``weights`` and ``tap`` use names relative to the mixer."""
     if kind == "mamba":
         assert state is None or isinstance(state, MambaState)
         return mamba2.forward(config, weights, x, state, tap)
@@ -60,13 +60,13 @@ def layer_forward(
 
     Args:
         weights: by names relative to the layer, as published: ``norm.weight``, ``mixer.in_proj.weight``,
-            ``mixer.experts.3.up_proj.weight``. Asked for one at a time, and for experts only when a token
-            reached them.
-        x: [batch, length, hidden], float32 or bfloat16: the compute dtype. Not changed.
+            ``mixer.experts.3.up_proj.weight``. Read one at a time, and an expert's only if a token was routed
+            to it.
+        x: [batch, length, hidden] in the compute dtype, float32 or bfloat16. Not changed.
         state: of this layer, from the call on the positions before; None at the start of a sequence.
-        tap: called by names relative to the layer, ``mixer.in_proj``.
+        tap: called with names relative to the layer, such as ``mixer.in_proj``.
     Returns:
-        [batch, length, hidden] in the dtype of ``x``, and the layer's state, new tensors.
+        [batch, length, hidden] in the dtype of ``x``, and the layer's state; both are new tensors.
     """
     normed = rms_norm(x, weights["norm.weight"], config.norm_eps)
     y, state = mixer_forward(config, kind, Scope(weights, "mixer."), normed, state, prefixed(tap, "mixer."))
@@ -79,7 +79,7 @@ class ReferenceModel:
     Args:
         weights: called with a prefix (``backbone.embeddings.``, ``backbone.layers.3.``, ``backbone.norm_f.``,
             ``lm_head.``, ``mtp.layers.0.``), returns the tensors under it by their names relative to it.
-            Called again in each forward; what it returns is dropped before the next call.
+            Called again in each forward; its result is dropped before the next call.
         dtype: the compute dtype, float32 or bfloat16.
         device: where the compute happens, wherever the weights are.
     """
@@ -102,8 +102,9 @@ class ReferenceModel:
     def hidden(
         self, tokens: Tensor, state: State | None = None, tap: Tap | None = None
     ) -> tuple[Tensor, State]:
-        """The main model up to and with norm_f, which is what lm_head and MTP are given; arguments and state
-        as in ``forward``.
+        """The main model's output after norm_f, which is the input of lm_head and MTP.
+
+        Arguments and state as in ``forward``.
 
         Returns:
             [batch, length, hidden] in the compute dtype, and the state after the last token.
@@ -114,8 +115,10 @@ class ReferenceModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """hidden [batch, length, hidden], after its norm -> [batch, length, vocabulary], same dtype; taps
-        ``lm_head``."""
+        """hidden [batch, length, hidden] after norm_f -> logits [batch, length, vocabulary], same dtype.
+
+        Taps ``lm_head``.
+        """
         head = "backbone.embeddings." if self.config.tie_word_embeddings else "lm_head."
         weights = {"lm_head.weight": self.weights(head)["weight"]}
         return linear("lm_head", hidden.flatten(0, 1), weights, tap or identity).view(*hidden.shape[:2], -1)
@@ -128,7 +131,7 @@ class ReferenceModel:
         Args:
             tokens: [batch, length] int64, length >= 1.
             state: from the call on the tokens before these.
-            tap: called by full module names.
+            tap: called with full module names.
             last_only: only the last position's logits.
         Returns:
             [batch, length or 1, vocabulary] in the compute dtype, and the state after the last token.
@@ -148,13 +151,12 @@ class ReferenceModel:
 
         Args:
             tokens: [batch, length] int64, the token *after* each position of ``hidden``.
-            hidden: [batch, length, hidden] from ``hidden()``; for a further step or module, what this
-                returned.
+            hidden: [batch, length, hidden] from ``hidden()``; for a further step or module, the hidden
+                states that this method returned.
             state: of this module, from its call on the positions before.
         Returns:
-            logits of the token after ``tokens`` [batch, length, vocabulary], the hidden states [batch,
-                length, hidden]
-            that they were made from, and the module's state.
+            logits of the token after ``tokens`` [batch, length, vocabulary], the hidden states
+            [batch, length, hidden] that they were computed from, and the module's state.
         """
         prefixes = mtp.layer_prefixes(self.config, module)
         first, last = prefixes[0], prefixes[-1]

@@ -1,7 +1,7 @@
 """The tensor table of a Nemotron-H model: every tensor that a config calls for, with its role, in file order.
 
-Names are the published ones (``backbone.layers.3.mixer.experts.7.up_proj.weight``). Roles are what recipes
-speak of:
+Names are the published ones (``backbone.layers.3.mixer.experts.7.up_proj.weight``). Recipes select
+tensors by role:
 
     embedding  lm_head  norm  conv1d
     ssm.A_log  ssm.D  ssm.dt_bias
@@ -42,8 +42,10 @@ ROLES = (*LINEAR_ROLES, *OTHER_ROLES, *MTP_ROLES)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that the config calls for. ``dtype`` is what published bf16 checkpoints use: BF16, or F32
-    for the router's bias."""
+    """One tensor that the config calls for.
+
+    ``dtype`` is the one in published bf16 checkpoints: BF16, or F32 for the router's bias.
+    """
 
     name: str
     role: str
@@ -75,7 +77,7 @@ def tensor_table(config: NemotronHConfig) -> list[TensorSpec]:
 
 
 def mtp_table(config: NemotronHConfig, module: int) -> Iterator[TensorSpec]:
-    """The tensors of one multi-token-prediction module; its layers are numbered on from the module before."""
+    """The tensors of one multi-token-prediction module; layer numbers continue from the module before."""
     hidden, depth = config.hidden_size, len(config.mtp_layers)
     for j, kind in enumerate(config.mtp_layers):
         layer = module * depth + j
@@ -133,9 +135,7 @@ def _moe(c: NemotronHConfig) -> Iterator[_Entry]:
         yield _weight("fc1_latent_proj", "latent.fc1", latent, hidden)
         yield _weight("fc2_latent_proj", "latent.fc2", hidden, latent)
     if c.n_shared_experts:
-        shared = (
-            c.moe_shared_expert_intermediate_size
-        )  # of all shared experts together, as transformers has it
+        shared = c.moe_shared_expert_intermediate_size  # of all shared experts together, as in transformers
         yield _weight("shared_experts.up_proj", "shared_experts.up_proj", shared, hidden)
         yield _weight("shared_experts.down_proj", "shared_experts.down_proj", hidden, shared)
     for e in range(c.n_routed_experts):

@@ -1,15 +1,14 @@
-"""Taps: the one way into every matrix product of the reference model.
+"""Taps: functions through which the input of every matrix product of the reference model passes.
 
 A tap is called with a module's name and the input of its product, and returns the tensor that is multiplied
-instead. An observer returns its argument, a fake quantizer returns a rounded one, and the model can't tell
-them apart. Names are those of the checkpoint's modules: relative to the mixer inside a block (``in_proj``),
+instead. An observer returns its argument, a fake quantizer a rounded tensor; for the model there is no
+difference. Names are those of the checkpoint's modules: relative to the mixer inside a block (``in_proj``),
 to the layer in ``layer_forward`` (``mixer.in_proj``), and full in ``ReferenceModel``
-(``backbone.layers.3.mixer.in_proj``). Beside the products there are ``k_proj.output`` and ``v_proj.output``,
-keys and values as they enter the cache, and ``gate``, the router's input.
+(``backbone.layers.3.mixer.in_proj``). Besides the products, there are ``k_proj.output`` and
+``v_proj.output``, keys and values as they enter the cache, and ``gate``, the router's input.
 
-A tap must return the shape, dtype and device that it was given. It may keep what it was given, but not change
-it in place: q, k and v (and the router, the shared expert and fc1) are given the same tensor one after the
-other.
+A tap must return the shape, dtype and device of its argument. It may keep the argument, but must not change
+it in place: q, k and v (and the router, the shared expert and fc1) get the same tensor one after the other.
 """
 
 import threading
@@ -23,18 +22,17 @@ Tap = Callable[[str, Tensor], Tensor]
 Weights = Mapping[str, Tensor]
 
 PAD_ROWS = 16
-CAST_ELEMENTS = (
-    1 << 24
-)  # of a weight that is in another dtype than the compute: at most this much is converted at a time
+# A weight in another dtype than the compute dtype is converted in slices of at most this size.
+CAST_ELEMENTS = 1 << 24
 
 
 def identity(name: str, x: Tensor) -> Tensor:  # noqa: ARG001
-    """The tap that leaves the model as it is."""
+    """The tap that changes nothing."""
     return x
 
 
 def prefixed(tap: Tap | None, prefix: str) -> Tap:
-    """A tap for the modules under ``prefix``, which calls ``tap`` with their longer names."""
+    """A tap for the modules under ``prefix``, which calls ``tap`` with ``prefix`` before their names."""
     if tap is None or tap is identity:
         return identity
     outer = tap
@@ -42,8 +40,10 @@ def prefixed(tap: Tap | None, prefix: str) -> Tap:
 
 
 class Scope(Mapping[str, Tensor]):
-    """The weights under ``prefix``, by their shorter names. Looks up on demand: nothing is copied, nothing is
-    read early."""
+    """The weights under ``prefix``, by their names without it.
+
+    Each is looked up on demand: nothing is copied, and nothing is read early.
+    """
 
     def __init__(self, weights: Weights, prefix: str) -> None:
         self.weights, self.prefix = weights, prefix
@@ -63,7 +63,7 @@ def linear(name: str, x: Tensor, weights: Weights, tap: Tap) -> Tensor:
 
     Args:
         x: [tokens, in].
-        weights: holds [out, in] of any floating dtype; converted here, in slices of rows, and forgotten.
+        weights: holds [out, in] of any floating dtype; converted here in slices of rows that are dropped.
     Returns:
         [tokens, out], dtype of ``x``.
     """
@@ -73,9 +73,9 @@ def linear(name: str, x: Tensor, weights: Weights, tap: Tap) -> Tensor:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [tokens, in] times [out, in], in the dtype and on the device of ``x``.
 
-    In bfloat16 on a CPU zeros fill the tokens up to a multiple of ``PAD_ROWS``: a kernel is compiled for each
-    number of rows that is new, which takes longer than the product itself where each expert gets another
-    number of tokens.
+    In bfloat16 on a CPU the tokens are padded with zeros to a multiple of ``PAD_ROWS``. Without padding a
+    kernel would be compiled for each new number of rows, which takes longer than the product itself where
+    each expert gets another number of tokens.
     """
     count = x.shape[0]
     if (
@@ -105,18 +105,16 @@ _scratch = threading.local()
 
 
 def _converted(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight`` in the dtype and on the device of ``x``; on a CPU in this thread's scratch, which the next
-    call overwrites.
+    """``weight`` in the dtype and on the device of ``x``.
 
-    (One expert after the other in fresh memory breaks the heap into pieces: up to half a gigabyte stayed,
-    measured.)
+    On a CPU it is in this thread's scratch memory, which the next call overwrites. (Fresh memory for one
+    expert after the other fragments the heap: up to half a gigabyte stayed allocated, measured.)
     """
-    if not isinstance(weight, Tensor):  # a packed one decodes itself
+    if not isinstance(weight, Tensor):  # a packed weight decodes itself
         return weight.to(x)
     if x.device.type != "cpu":
-        return weight.to(x.device).to(
-            x.dtype
-        )  # crosses as it is, and grows there: torch alone would widen it first
+        # Copied in its own dtype and widened on the device: in one step torch would widen it before the copy.
+        return weight.to(x.device).to(x.dtype)
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.dtype != x.dtype or buffer.numel() < weight.numel():
         buffer = _scratch.buffer = torch.empty(weight.numel(), dtype=x.dtype)

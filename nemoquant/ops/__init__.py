@@ -1,2 +1,1 @@
-"""The nemoquant operators as compiled kernels: building them, finding and loading the library, and offering
-them to torch."""
+"""The nemoquant operators as compiled kernels: building and loading the library, operators for torch."""

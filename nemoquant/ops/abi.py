@@ -1,5 +1,4 @@
-"""The C interface of the kernels as ctypes structures, read from ``plugins/<op>/abi.h``: written down once,
-there."""
+"""The C interface of the kernels as ctypes structures, read from their source, ``plugins/<op>/abi.h``."""
 
 import ctypes
 import re
@@ -36,7 +35,7 @@ _SCALARS: dict[str, Any] = {
 
 @cache
 def structure(op: str) -> type[ctypes.Structure]:
-    """``nemoquant_<op>_args``, by the folder's name: ``causal_conv1d``.
+    """``nemoquant_<op>_args``; ``op`` is the folder's name, such as ``causal_conv1d``.
 
     Raises:
         BuildError: its header has no such structure, or a member of a type that no structure here may have.

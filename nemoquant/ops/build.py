@@ -1,10 +1,10 @@
-"""Building the plugins and their kernels by CMake: its tools and headers, and what becomes of its result.
+"""Build the plugins and their kernels with CMake: find tools and headers, compile, install the libraries.
 
 OUT/libnemoquant_kernels.so        kernels with a C interface, for torch and others
 OUT/libnemoquant_plugins.so        TensorRT plugins: trtexec --dynamicPlugins, or the registry's load_library
 OUT/libnemoquant_host.so,
 OUT/libnemoquant_plugins_host.so   the same sources run by an emulator on the CPU, for tests
-OUT/build.json (build_host.json)   what they were built from, and for what
+OUT/build.json (build_host.json)   what the libraries were built from, and for what
 OUT/build.log (build_host.log)     the compilers' output, with the registers and spills of every kernel
 """
 
@@ -32,8 +32,15 @@ ARCHITECTURES = ("80", "90a", "100a", "120a")
 
 @dataclass(frozen=True)
 class Built:
-    """What ``build.json`` holds. ``sources`` is the sha256 of all sources; ``tensorrt`` the version of its
-    headers, None without faces."""
+    """The content of ``build.json``.
+
+    Attributes:
+        nemoquant: version that built it.
+        sources: sha256 of all sources.
+        host: whether it is the emulated host library.
+        tensorrt: version of TensorRT's headers; None without TensorRT plugins.
+        libraries: file name to sha256.
+    """
 
     nemoquant: str
     sources: str
@@ -42,7 +49,6 @@ class Built:
     gemm_architectures: tuple[str, ...]
     tensorrt: str | None
     libraries: dict[str, str]
-    """File name to sha256."""
 
 
 def default_folder() -> Path:
@@ -51,7 +57,11 @@ def default_folder() -> Path:
 
 
 def read_built(folder: Path, host: bool = False) -> Built | None:
-    """What was built into ``folder``; None where nothing was."""
+    """What was built into ``folder``; None if nothing was.
+
+    Raises:
+        BuildError: its ``build.json`` can't be read.
+    """
     path = folder / f"{_stem(host)}.json"
     if not path.is_file():
         return None
@@ -65,19 +75,19 @@ def read_built(folder: Path, host: bool = False) -> Built | None:
 
 
 def tensorrt_headers() -> Path | None:
-    """The folder of NvInferRuntime.h: in TENSORRT_ROOT, else in an installed kernel-lens.
+    """The folder of NvInferRuntime.h: in TENSORRT_ROOT, else in an installed kernel-lens; else None.
 
     Raises:
-        BuildError: TENSORRT_ROOT is set and has none.
+        BuildError: TENSORRT_ROOT is set and has no such file.
     """
     return _headers("NvInferRuntime.h", "TENSORRT_ROOT", "kernel_lens", "include/tensorrt")
 
 
 def cutlass_headers() -> Path | None:
-    """The folder of cutlass/cutlass.h: in CUTLASS_ROOT, else in an installed nvidia-cutlass.
+    """The folder of cutlass/cutlass.h: in CUTLASS_ROOT, else in an installed nvidia-cutlass; else None.
 
     Raises:
-        BuildError: CUTLASS_ROOT is set and has none.
+        BuildError: CUTLASS_ROOT is set and has no such file.
     """
     return _headers("cutlass/cutlass.h", "CUTLASS_ROOT", "cutlass_library", "source/include")
 
@@ -85,20 +95,20 @@ def cutlass_headers() -> Path | None:
 def _headers(name: str, variable: str, package: str, inside: str) -> Path | None:
     root = os.environ.get(variable)
     if root:
-        found = next((at for at in (Path(root), Path(root) / "include") if (at / name).is_file()), None)
-        if found is None:
+        folder = next((at for at in (Path(root), Path(root) / "include") if (at / name).is_file()), None)
+        if folder is None:
             raise BuildError(
                 f"{variable}={root}: no {name} there, nor in its include; expected a folder that has it, or "
                 f"no {variable}"
             )
-        return found
+        return folder
     spec = importlib.util.find_spec(package)
     places = [Path(at) / inside for at in (spec.submodule_search_locations or [])] if spec else []
     return next((at for at in places if (at / name).is_file()), None)
 
 
 def tensorrt_version(headers: Path) -> str:
-    """``10.14.1``."""
+    """The version that the headers define, such as ``10.14.1``; ``?`` for a part that they lack."""
     text = (headers / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
     numbers = [
         re.search(rf"#define (?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part}) (\d+)", text)
@@ -108,25 +118,25 @@ def tensorrt_version(headers: Path) -> str:
 
 
 def parse_architectures(names: Sequence[str]) -> tuple[str, ...]:
-    """``sm_90a`` or ``90a`` -> ``90a``; several may stand in one string, with commas between.
+    """``sm_90a`` or ``90a`` -> ``90a``; one string may hold several names, separated by commas.
 
     Raises:
-        UsageError: a name that is none.
+        UsageError: a name that is not an architecture's.
     """
-    found = [part.strip().removeprefix("sm_") for name in names for part in name.split(",")]
-    for part in found:
+    parsed = [part.strip().removeprefix("sm_") for name in names for part in name.split(",")]
+    for part in parsed:
         if not re.fullmatch(r"\d{2,3}[af]?", part):
             raise UsageError(
                 f"--arch {part}: expected names as nvcc has them, such as sm_90a; the default is "
                 f"{', '.join(ARCHITECTURES)}"
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(parsed))
 
 
 def gemm_architectures() -> tuple[str, ...]:
-    """Those that an operator has CUTLASS's grouped products for."""
-    found = {path.stem.removeprefix("grouped_sm") for path in plugin_folder().glob("*/grouped_sm*.cu")}
-    return tuple(sorted(found, key=lambda name: int(name.rstrip("af"))))
+    """The architectures for which an operator has CUTLASS's grouped products."""
+    names = {path.stem.removeprefix("grouped_sm") for path in plugin_folder().glob("*/grouped_sm*.cu")}
+    return tuple(sorted(names, key=lambda name: int(name.rstrip("af"))))
 
 
 def build(
@@ -140,20 +150,20 @@ def build(
     strict: bool = False,
     progress: Progress = no_progress,
 ) -> Built:
-    """Compile, and put the libraries into ``out``.
+    """Compile the libraries, and put them into ``out``.
 
     Args:
         out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second
             build is quick.
-        architectures: of :func:`parse_architectures`; nothing for the host.
-        gemm: those of them that CUTLASS's grouped products are built for, of :func:`gemm_architectures`. They
+        architectures: as of :func:`parse_architectures`; not used for the host.
+        gemm: which of them get CUTLASS's grouped products, as of :func:`gemm_architectures`. These products
             have never run on a device.
-        jobs: compilers at once; default: the CPUs of this process.
-        host: for the CPU by the emulator, instead of for GPUs.
-        faces: the TensorRT plugins too, which need TensorRT's headers.
+        jobs: number of compilers at once; default: the CPUs of this process.
+        host: build for the emulator on the CPU, instead of for GPUs.
+        faces: build the TensorRT plugins too, which needs TensorRT's headers.
         strict: warnings are errors.
     Raises:
-        BuildError: a tool or headers are missing, or a compiler refused.
+        BuildError: a tool or headers are missing, or the build failed.
         OutputError: ``out`` can't be written.
     """
     out = (out or default_folder()).absolute()
@@ -187,7 +197,7 @@ def build(
     _run([cmake, "-S", str(folder), "-B", str(work), *(["-G", "Ninja"] if ninja else []), *defined], log)
     progress("configure", 1, 1, "")
     _run([cmake, "--build", str(work), "--parallel", str(jobs or usable_threads())], log, progress)
-    return _keep(
+    return _install(
         work,
         out,
         sources,
@@ -203,11 +213,14 @@ def _on(value: bool) -> str:
 
 
 def _prepare(work: Path, made_with: str) -> None:
-    """A folder for CMake: the last build's, so that what did not change is not compiled again, if that had
-    the same sources and tools."""
+    """Make the folder in which CMake works.
+
+    The folder of the last build is kept if it had the same source folder and tools: then only changes are
+    compiled.
+    """
     note = work / "made_with.txt"
     if work.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == made_with):
-        shutil.rmtree(work)  # CMake would refuse it, or go on with the old tools
+        shutil.rmtree(work)  # CMake would refuse it, or continue with the old tools
     work.mkdir(parents=True, exist_ok=True)
     note.write_text(made_with, encoding="utf-8")
 
@@ -217,7 +230,7 @@ def _stem(host: bool) -> str:
 
 
 def missing(host: bool = False, faces: bool = True, gemm: bool = False) -> str | None:
-    """What a build lacks here, as a sentence that says what to do; None where nothing is missing.
+    """What a build on this machine lacks, as a sentence with the remedy; None if nothing is missing.
 
     Raises:
         BuildError: TENSORRT_ROOT or CUTLASS_ROOT is set and has no headers.
@@ -257,7 +270,7 @@ def missing(host: bool = False, faces: bool = True, gemm: bool = False) -> str |
 
 
 def _run(command: list[str], log: Path, progress: Progress | None = None) -> None:
-    """Run it, everything it says into the log; ``[3/7]`` at the start of a line is progress."""
+    """Run a command and write its output to the log; ``[3/7]`` at the start of a line is progress."""
     with (
         log.open("a", encoding="utf-8") as file,
         subprocess.Popen(
@@ -284,7 +297,7 @@ def _run(command: list[str], log: Path, progress: Progress | None = None) -> Non
             progress("compile", 1, 1, "")
         return
     lines = log.read_text(encoding="utf-8").splitlines()
-    at = next(
+    first = next(
         (
             i
             for i, line in enumerate(lines)
@@ -292,11 +305,11 @@ def _run(command: list[str], log: Path, progress: Progress | None = None) -> Non
         ),
         len(lines) - 1,
     )
-    reason = " ".join(line.strip() for line in lines[at : at + 4])
+    reason = " ".join(line.strip() for line in lines[first : first + 4])
     raise BuildError(f"the build failed: {reason[:600]}; the whole log is {log}")
 
 
-def _keep(
+def _install(
     work: Path,
     out: Path,
     sources: str,
@@ -306,15 +319,15 @@ def _keep(
     gemm: tuple[str, ...],
     headers: Path | None,
 ) -> Built:
-    """Copy the libraries beside each other, each under its name only when it is whole."""
+    """Copy the libraries to ``out``, each under its name only once it is whole; write ``build.json``."""
     libraries = {}
-    for made in sorted(work.glob("libnemoquant_*.so")):
-        if headers is None and "plugins" in made.name:
-            continue  # of an earlier build
-        partial = out / f"{made.name}.partial"
-        shutil.copy2(made, partial)
-        partial.replace(out / made.name)
-        libraries[made.name] = hashlib.sha256((out / made.name).read_bytes()).hexdigest()
+    for library in sorted(work.glob("libnemoquant_*.so")):
+        if headers is None and "plugins" in library.name:
+            continue  # left by an earlier build
+        partial = out / f"{library.name}.partial"
+        shutil.copy2(library, partial)
+        partial.replace(out / library.name)
+        libraries[library.name] = hashlib.sha256((out / library.name).read_bytes()).hexdigest()
     version = tensorrt_version(headers) if headers else None
     built = Built(__version__, sources, host, architectures, gemm, tensorrt=version, libraries=libraries)
     (out / f"{_stem(host)}.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")

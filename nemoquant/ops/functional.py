@@ -1,8 +1,9 @@
-"""The operators for torch, ``torch.ops.nemoquant.*``: kernels on CUDA, on the CPU by the emulated host
-library where one was asked for.
+"""The operators for torch, ``torch.ops.nemoquant.*``.
+
+On CUDA they run the kernels; on the CPU the emulated host library, if one was chosen by ``library.use``.
 
 Names and order of arguments are those of ``plugins/<op>/spec.yaml``. Each has a fake kernel (shapes and
-dtypes without data), so that ``torch.compile`` and ``torch.export`` trace it. None has a gradient.
+dtypes without data), so that ``torch.compile`` and ``torch.export`` can trace it. None has a gradient.
 """
 
 import math
@@ -20,7 +21,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def dtype_number(dtype: torch.dtype) -> int:
-    """As ``enum nemoquant_dtype`` has it.
+    """The number of a dtype in ``enum nemoquant_dtype``.
 
     Raises:
         ValueError: it has none.
@@ -32,9 +33,13 @@ def dtype_number(dtype: torch.dtype) -> int:
 
 
 def expect_shapes(op: str, sizes: dict[str, int], **given: tuple[Tensor | None, str]) -> None:
-    """``given`` are tensors with the letters of their dimensions, "B L C"; a digit behind a letter is
-    subtracted ("K1" is K - 1).
+    """Check the shapes of an operator's tensors.
 
+    Args:
+        op: name of the operator, for the message.
+        sizes: size of each dimension, by its letter.
+        given: tensors with the letters of their dimensions, "B L C"; a digit after a letter is subtracted
+            ("K1" is K - 1). None instead of a tensor is not checked.
     Raises:
         ValueError: a rank or a dimension differs; names the tensor, its shape and what was expected.
     """
@@ -47,32 +52,31 @@ def expect_shapes(op: str, sizes: dict[str, int], **given: tuple[Tensor | None, 
 
 
 def library_for(device: torch.device) -> Kernels:
-    """The library for tensors there.
+    """The kernel library for tensors on ``device``.
 
     Raises:
         BuildError: there is none.
     """
-    found = kernels(device.type)
-    if found is None:
+    library = kernels(device.type)
+    if library is None:
         how = (
             "nemoquant plugins build"
             if device.type == "cuda"
             else "nemoquant plugins build --host, then nemoquant.ops.library.use"
         )
         raise BuildError(f"no kernels for tensors on {device.type}; build them: {how}")
-    return found
+    return library
 
 
 def call(op: str, device: torch.device, **arguments: Any) -> None:
-    """Start a kernel on the current stream of ``device``; tensors stand for their addresses."""
+    """Start a kernel on the current stream of ``device``; tensors are passed as their addresses."""
     library, on_cuda = library_for(device), device.type == "cuda"
     plain = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
     size = library.workspace(op, **plain)
-    workspace = torch.empty(
-        size, dtype=torch.uint8, device=device
-    )  # the allocator keeps it until the stream is past the kernel
+    # The allocator does not reuse this memory before the kernel has finished on the stream.
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     if size:
         plain["workspace"] = workspace.data_ptr()
     with torch.cuda.device(device) if on_cuda else nullcontext():
@@ -83,21 +87,21 @@ def call(op: str, device: torch.device, **arguments: Any) -> None:
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, state_in: Tensor, y_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution over time from a state on, then silu.
+    """Depthwise causal convolution over time, starting from a state, then silu.
 
     Args:
-        x: [batch, length, channels] float32, float16 or bfloat16; rows may lie apart (a slice of a wider
+        x: [batch, length, channels] float32, float16 or bfloat16; rows may be strided (a slice of a wider
             tensor is not copied).
-        weight: [channels, kernel] float32, kernel 2 to 4; the last tap meets the current position.
+        weight: [channels, kernel] float32, kernel 2 to 4; the last tap multiplies the current position.
         bias: [channels] float32, or None.
-        state_in: [batch, channels, kernel - 1] like ``x``: the inputs before it, oldest first.
-        y_dtype: float32 (default) or that of ``x``.
+        state_in: [batch, channels, kernel - 1] in the dtype of ``x``: the inputs before it, oldest first.
+        y_dtype: float32 (default) or the dtype of ``x``.
     Returns:
         y [batch, length, channels] and the last ``kernel - 1`` inputs like ``state_in``.
     Raises:
-        ValueError: shapes or dtypes that do not go together.
+        ValueError: shapes or dtypes that do not match.
         BuildError: no library for the device.
-        EngineError: the kernel refused.
+        EngineError: the kernel returned an error.
     """
     batch, length, channels = x.shape
     kernel = weight.shape[-1]
@@ -116,8 +120,8 @@ def causal_conv1d(
             f"expected float32 weight and bias, and a state like x, {x.dtype}"
         )
     stride = x.stride(1) if length > 1 else max(x.stride(0), channels)
-    rows_apart = x.stride(2) == 1 and stride >= channels and (batch == 1 or x.stride(0) == length * stride)
-    if not rows_apart:
+    rows_fit = x.stride(2) == 1 and stride >= channels and (batch == 1 or x.stride(0) == length * stride)
+    if not rows_fit:
         x, stride = x.contiguous(), channels
     y = torch.empty(batch, length, channels, dtype=y_dtype or torch.float32, device=x.device)
     state_out = torch.empty(state_in.shape, dtype=x.dtype, device=x.device)
@@ -173,25 +177,25 @@ def mamba2_scan(
     step: int = 0,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The selective state-space scan of Mamba-2 over any number of positions, from a state on.
+    """The selective state-space scan of Mamba-2 over any number of positions, starting from a state.
 
     Args:
-        x: [batch, length, heads, head_dim] float32, float16 or bfloat16; B and C alike. Positions may lie
-            apart.
+        x: [batch, length, heads, head_dim] float32, float16 or bfloat16; B and C have the same dtype.
+            Positions may be strided.
         dt: [batch, length, heads], before bias and softplus; float32, float16 or bfloat16.
-        A, D, dt_bias: [heads] float32; A is negative. Without D no skip, without dt_bias 0.
+        A, D, dt_bias: [heads] float32; A is negative. None for D means no skip, None for dt_bias means 0.
         B, C: [batch, length, groups, state].
         state_in: [batch, heads, head_dim, state] float32, float16 or bfloat16.
-        seed: int64 [1]; with ``rounding`` "stochastic" alone, which rounds a float16 state by Philox(counter
-            = (index, step), key = seed).
-        dt_min, dt_max: bounds of dt after softplus; None: no upper one.
+        seed: int64 [1]; only with ``rounding`` "stochastic", which rounds a float16 state by
+            Philox(counter = (index, step), key = seed).
+        dt_min, dt_max: bounds of dt after softplus; None: no upper bound.
         y_dtype: float32 (default), float16 or bfloat16.
     Returns:
         y [batch, length, heads, head_dim], and the state after the last position like ``state_in``.
     Raises:
-        ValueError: shapes or dtypes that do not go together.
+        ValueError: shapes or dtypes that do not match.
         BuildError: no library for the device.
-        EngineError: the kernel refused.
+        EngineError: the kernel returned an error.
     """
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
@@ -254,15 +258,17 @@ def mamba2_scan(
 
 
 def with_contiguous_positions(t: Tensor) -> Tensor:
-    """[batch, length, rows, size] as the scan wants it: each position contiguous, at multiples of 8 elements
-    and 16 bytes."""
-    apart = (
+    """[batch, length, rows, size] in the layout that the scan needs, copied if it is another.
+
+    Each position is contiguous, and starts at a multiple of 8 elements and 16 bytes.
+    """
+    fits = (
         t.stride(3) == 1
         and t.stride(2) == t.shape[3]
         and t.stride(0) % 8 == t.stride(1) % 8 == 0
         and t.data_ptr() % 16 == 0
     )
-    return t if apart else t.contiguous()
+    return t if fits else t.contiguous()
 
 
 @mamba2_scan.register_fake
@@ -316,24 +322,25 @@ def routed_experts(
     Args:
         x: [tokens, input] float32, float16 or bfloat16; bfloat16 is fastest. ``input`` and ``width`` are
             multiples of 32.
-        expert_ids: [tokens, k] int64; what is no expert's index adds nothing to the result, see ``skipped``.
+        expert_ids: [tokens, k] int64; an id that is no expert's index adds nothing to the result, see
+            ``skipped``.
         expert_weights: [tokens, k] float32.
         up, down: the parts of all experts' weights [experts, width, input] and [experts, input, width], in
             the order of ``EXPERT_FORMATS[format]``: bfloat16 ``weight``; or ``codes`` (one byte each, or two
             E2M1 a byte), ``block_scales`` (E4M3 bytes [experts, out, in / 16]), ``global_scale`` and
             ``input_scale`` (float32 [experts]).
         format: bf16, w8a16, fp8, w4a16 or nvfp4.
-        products: how they are multiplied; "auto" takes the fastest there is, the others are for tests:
+        products: how they are multiplied; "auto" takes the fastest available, the others are for tests:
             "decoded" (``mma.sync``, FP4 decoded to bfloat16), "native" (FP4 with block scales, format nvfp4
             on SM120), "grouped" (CUTLASS, where it was built).
-        skipped: int32 [1], to which the number of ids that are no expert's is added, on the device and
-            without waiting for it; or None.
+        skipped: int32 [1] or None; the number of ids that are no expert's index is added to it, on the device
+            and without waiting for it.
     Returns:
         [tokens, input] like ``x``; sums are float32.
     Raises:
-        ValueError: shapes or dtypes that do not go together, or an unknown name.
+        ValueError: shapes or dtypes that do not match, or an unknown name.
         BuildError: no library for the device.
-        EngineError: the kernel refused, for one because it has no such ``products`` here.
+        EngineError: the kernel returned an error, for example if it lacks these ``products`` on this device.
     """
     if format not in EXPERT_FORMATS or activation != "relu2":
         raise ValueError(

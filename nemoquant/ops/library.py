@@ -1,5 +1,4 @@
-"""Finding and loading the kernel libraries, calling them, and deciding where torch's operators give way to
-them."""
+"""Load and call the kernel libraries, and decide where they replace torch's operators."""
 
 import ctypes
 import os
@@ -17,15 +16,19 @@ VARIABLE = "NEMOQUANT_KERNELS"
 
 
 class Kernels:
-    """A loaded library. ``path`` says which, ``architectures`` what it was built for (empty: nothing says it,
-    or the host)."""
+    """A loaded library.
+
+    Attributes:
+        path: its file.
+        architectures: what it was built for; empty if that is unknown, or for the host.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Load it.
+        """Load the library.
 
         Raises:
-            BuildError: it is not there, can't be loaded, is no kernel library, or was built from other
-                sources than this version's.
+            BuildError: the file does not exist, can't be loaded, is no kernel library, or was built from
+                other sources than those of this version.
         """
         self.path = path.absolute()
         if not self.path.is_file():
@@ -52,8 +55,7 @@ class Kernels:
         return hasattr(self._library, f"nemoquant_{op}")
 
     def runs_on(self, major: int, minor: int) -> bool:
-        """Whether it was built for a device of that compute capability; True where nothing says for what it
-        was built."""
+        """Whether it was built for a device of that compute capability; True if that is unknown."""
         for name in self.architectures:
             number, exact = name.rstrip("af"), name[-1] in "af"
             built = int(number[:-1]), int(number[-1])
@@ -62,15 +64,18 @@ class Kernels:
         return not self.architectures
 
     def workspace(self, op: str, **arguments: Any) -> int:
-        """Bytes that a call wants."""
+        """Bytes of workspace that a call needs."""
         function = getattr(self._library, f"nemoquant_{op}_workspace")
         function.restype = ctypes.c_size_t
         return int(function(ctypes.byref(structure(op)(**arguments))))
 
     def call(self, op: str, *, stream: int | None = None, **arguments: Any) -> None:
-        """Start a kernel; arguments are the members of ``nemoquant_<op>_args``, addresses as integers. It
-        does not wait for the device.
+        """Start a kernel, without waiting for the device.
 
+        Args:
+            op: name of the operator.
+            stream: handle of the CUDA stream.
+            arguments: the members of ``nemoquant_<op>_args``, addresses as integers.
         Raises:
             EngineError: the kernel refused, with its reason.
         """
@@ -84,12 +89,13 @@ class Kernels:
             )
 
 
-_used: dict[str, Kernels | None] = {}  # by device type; "cpu" only where it was asked for
+_used: dict[str, Kernels | None] = {}  # by device type; "cpu" only after `use`
 
 
 def use(path: Path | None, device: str = "cuda") -> None:
-    """Take the kernels for tensors on ``device`` (``cuda``, or ``cpu`` with a host library) from this
-    library; None: none at all.
+    """Use the kernels of this library for tensors on ``device``; None: no kernels at all.
+
+    ``device`` is ``cuda``, or ``cpu`` with a host library.
 
     Raises:
         BuildError: see :class:`Kernels`.
@@ -99,7 +105,7 @@ def use(path: Path | None, device: str = "cuda") -> None:
 
 @cache
 def load(path: Path) -> Kernels:
-    """As :class:`Kernels`, once a process."""
+    """:class:`Kernels` of ``path``, loaded once per process."""
     return Kernels(path)
 
 
@@ -107,11 +113,11 @@ def kernels(device: str) -> Kernels | None:
     """The library for tensors on ``device``; None where there is none, and torch's own operators compute.
 
     For CUDA: that of :func:`use`, else of NEMOQUANT_KERNELS (a file, or "none"), else what `nemoquant plugins
-    build` put into its default folder. Which it was is said once, on standard error. For the CPU: that of
-    :func:`use` alone.
+    build` put into its default folder. The choice is printed once, on standard error. For the CPU: only
+    that of :func:`use`.
 
     Raises:
-        BuildError: NEMOQUANT_KERNELS names a library that can't serve.
+        BuildError: NEMOQUANT_KERNELS names a library that can't be used.
     """
     if device not in _used:
         _used[device] = _find() if device == "cuda" else None
@@ -120,44 +126,46 @@ def kernels(device: str) -> Kernels | None:
 
 def _find() -> Kernels | None:
     named, built = os.environ.get(VARIABLE), default_folder() / "libnemoquant_kernels.so"
-    found: Kernels | None = None
+    library: Kernels | None = None
     if named == "none":
-        _say(f"{VARIABLE}=none, torch computes")
+        _report(f"{VARIABLE}=none, torch computes")
     elif named:
-        found = load(Path(named))
+        library = load(Path(named))
     elif not built.is_file():
-        _say("none are built, torch computes; `nemoquant plugins build` makes them")
+        _report("none are built, torch computes; `nemoquant plugins build` makes them")
     else:
         try:
-            found = load(built)
-        except BuildError as error:  # left over from another version: nobody asked for it here
-            _say(f"torch computes: {error}")
-    if found is None:
+            library = load(built)
+        except BuildError as error:  # left over from another version; the user did not name it
+            _report(f"torch computes: {error}")
+    if library is None:
         return None
     import torch
 
     capability = torch.cuda.get_device_capability()
-    if not found.runs_on(*capability):
-        names = ", ".join(f"sm_{a}" for a in found.architectures)
+    if not library.runs_on(*capability):
+        names = ", ".join(f"sm_{a}" for a in library.architectures)
         message = (
-            f"{found.path} was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
+            f"{library.path} was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
         )
         if named:
             raise BuildError(f"{message}; build it again: nemoquant plugins build")
-        _say(f"torch computes: {message}")
+        _report(f"torch computes: {message}")
         return None
-    _say(f"{found.path}")
-    return found
+    _report(f"{library.path}")
+    return library
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(f"CUDA kernels: {text}", file=sys.stderr)
 
 
 def serves(op: str, device: str) -> bool:
-    """Whether ``op`` of tensors on ``device`` (``cuda``, ``cpu``) goes through a kernel: a library is there
-    for it, and has it."""
+    """Whether a kernel computes ``op`` for tensors on ``device`` (``cuda``, ``cpu``).
+
+    It does if there is a library for that device, and the library has the operator.
+    """
     if device not in ("cuda", *_used):
         return False
-    found = kernels(device)
-    return found is not None and found.has(op)
+    library = kernels(device)
+    return library is not None and library.has(op)

@@ -1,4 +1,4 @@
-"""What the compiled operators are made from."""
+"""The sources of the compiled operators."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ SUFFIXES = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".map", ".txt")
 
 
 def sources_hash() -> str:
-    """The sha256 of everything that is compiled, names included."""
+    """sha256 of all files that are compiled, names included."""
     folder, total = plugin_folder(), hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES):
         data = path.read_bytes()

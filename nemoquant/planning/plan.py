@@ -1,5 +1,7 @@
-"""The plan: one frozen row a tensor, and the sizes that follow from the rows. Later stages read it and match
-no names."""
+"""The plan: one frozen row per tensor, and the sizes that follow from the rows.
+
+Later stages read the plan and match no names.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,7 @@ class Row:
     """What becomes of one tensor of the source.
 
     ``format`` is ``source`` (kept bit for bit), ``fp8`` or ``nvfp4``. ``activation_format`` is the format of
-    the GEMM's input at run time, None when it stays as it is. Rows that share ``weight_group`` share their
+    the GEMM's input at run time, None if it is not quantized. Rows that share ``weight_group`` share their
     per-tensor weight scale, rows that share ``input_group`` their input scale; None means a scale of its own.
     ``reason`` names the recipe's rule.
     """
@@ -54,8 +56,10 @@ class Row:
         return self.elements * ITEM_SIZE[self.source_dtype]
 
     def parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """What is written for this row: (kind, safetensors dtype, shape), kind one of ``source``, ``codes``,
-        ``block_scales``, ``global_scale``, ``input_scale``."""
+        """The tensors that are written for this row: (kind, safetensors dtype, shape).
+
+        ``kind`` is one of ``source``, ``codes``, ``block_scales``, ``global_scale``, ``input_scale``.
+        """
         if self.format == "source":
             return [("source", self.source_dtype, self.shape)]
         parts: list[tuple[str, str, tuple[int, ...]]] = list(
@@ -70,8 +74,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows, in file order, with the recipe that made them. ``assumed``: dtypes come from the config
-    alone, not from headers."""
+    """All rows, in file order, with the recipe that made them.
+
+    Attributes:
+        assumed: dtypes come from the config alone, not from headers.
+        scale_groups: whether rows of a group share their scales.
+    """
 
     recipe: Recipe
     config: NemotronHConfig
@@ -94,7 +102,7 @@ class Plan:
 
     @property
     def unused_formats(self) -> list[str]:
-        """Formats that the recipe gives and no tensor got, because this model lacks the roles."""
+        """Formats that the recipe names but no tensor has, because this model lacks the roles."""
         return sorted({rule.format for rule in self.recipe.rules} - {row.format for row in self.rows})
 
     @property
@@ -117,7 +125,7 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """8 x bytes out over all elements of the source."""
+        """8 * bytes out / number of elements of the source."""
         return 8 * self.bytes_out / sum(row.elements for row in self.rows)
 
     @property
@@ -127,14 +135,16 @@ class Plan:
         return 8 * sum(row.bytes_out for row in self.quantized) / elements if elements else None
 
     def kv_cache_bytes_per_token(self) -> dict[str, int]:
-        """K and V of all attention layers of the main model; the source's cache is bf16."""
+        """Bytes of K and V in all attention layers of the main model; the source's cache is bf16."""
         c = self.config
         values = c.count("attention") * 2 * c.num_key_value_heads * c.head_dim
         return {"source": 2 * values, "planned": values if self.recipe.kv_cache == "fp8" else 2 * values}
 
     def ssm_state_bytes_per_sequence(self) -> dict[str, int]:
-        """Scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``; the plan does not
-        change it."""
+        """Bytes of the scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``.
+
+        The plan does not change it.
+        """
         c = self.config
         item = 4 if c.mamba_ssm_cache_dtype == "float32" else 2
         size = c.count("mamba") * c.mamba_inner * c.ssm_state_size * item
@@ -179,7 +189,7 @@ class Plan:
 
 
 def row_json(row: Row) -> dict[str, Any]:
-    """A row as JSON data; the two scale groups under one key."""
+    """A row as JSON data, with both scale groups under one key."""
     data = asdict(row)
     data["shape"] = list(row.shape)
     data["scale_group"] = {"weight": data.pop("weight_group"), "input": data.pop("input_group")}

@@ -62,7 +62,7 @@ class Rule(BaseModel):
 
     @property
     def activation_format(self) -> str | None:
-        """Format of the GEMM's input; None when it stays as it is."""
+        """Format of the GEMM's input; None if it is not quantized."""
         if self.format == "source" or self.activations == "none":
             return None
         return self.format
@@ -83,7 +83,7 @@ class Recipe(BaseModel):
     kv_cache: Literal["source", "fp8"] = "source"
 
     def dump(self) -> dict[str, Any]:
-        """The recipe as plain data, defaults left out; :func:`parse_recipe` takes it back."""
+        """The recipe as plain data without defaults; :func:`parse_recipe` reads it again."""
         return self.model_dump(exclude_defaults=True)
 
 
@@ -130,7 +130,7 @@ def parse_recipe(data: object, source: str = "recipe") -> Recipe:
 
 
 def _problem(error: Any) -> str:
-    """One of pydantic's findings in a line; rules are counted from 1, as everywhere."""
+    """One of pydantic's errors in a line; rules are counted from 1, as everywhere."""
     place = list(error["loc"])
     rule = f"rule {place[1] + 1}" if len(place) > 1 and place[0] == "rules" else ""
     key = ".".join(str(p) for p in (place[2:] if rule else place))
@@ -145,13 +145,13 @@ def _problem(error: Any) -> str:
 
 
 def _short(value: object) -> str:
-    """A value for a message; a whole book given as a recipe is cut."""
+    """A value for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML whose mappings have each key once; plain YAML silently takes the last."""
+    """YAML whose mappings have each key once; plain YAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -1,17 +1,16 @@
-"""Resolve a recipe against a tensor table. This is the only place that matches names; every later stage reads
-the rows.
+"""Resolve a recipe against a tensor table, the only place that matches names; later stages read the rows.
 
-Order of checks, each an error that lists what it found:
+The checks in order; each is an error that lists what is wrong:
 
 1. a role in the recipe that the family does not have (a role that this config lacks is fine: it matches
    nothing)
-2. a name pattern, or a layer of a rule, that matches nothing; a rule that matches only what earlier rules
-   took
+2. a name pattern, or a layer of a rule, that matches nothing; a rule that matches only tensors that earlier
+   rules take
 3. a tensor that no rule covers
 4. a tensor that must not be quantized
 5. an input dimension that the format's block does not divide
 6. tensors that consumers fuse, with different formats
-7. nothing that is quantized at all
+7. a recipe that quantizes nothing in this model
 """
 
 import re
@@ -44,7 +43,7 @@ def resolve(
     assumed: bool,
     scale_groups: bool = True,
 ) -> Plan:
-    """The plan for ``table`` (dtypes as the source has them, or assumed from a bare config).
+    """The plan for ``table`` (with the dtypes of the source, or assumed from a bare config).
 
     Raises:
         RecipeError: the recipe does not fit; the message lists what does not.
@@ -79,14 +78,14 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
                 f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}"
             )
     claims: list[tuple[int, Rule] | None] = [None] * len(table)
-    gone: set[str] = set()  # roles that earlier rules take in all layers
+    taken_roles: set[str] = set()  # roles that earlier rules take in all layers
     for number, rule in enumerate(recipe.rules, 1):
         matched = _matches(rule, table)
         _check_matched(recipe, rule, number, table, matched)
-        taken = [i for i in matched if claims[i] is None]
+        unclaimed = [i for i in matched if claims[i] is None]
         roles = _roles(rule)
-        # a rule for whole roles may find nothing left in this model, if it would in another
-        dead = roles <= gone if rule.roles and rule.layers is None else not taken
+        # A rule for whole roles may have nothing to take in this model, if it would have in another.
+        dead = roles <= taken_roles if rule.roles and rule.layers is None else not unclaimed
         if dead:
             raise RecipeError(
                 f"recipe {recipe.name}: rule {number} ({rule}) does nothing: earlier rules take all "
@@ -94,8 +93,8 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
                 "matches; the first match wins, move it up or remove it"
             )
         if rule.layers is None:
-            gone |= roles
-        for i in taken:
+            taken_roles |= roles
+        for i in unclaimed:
             claims[i] = (number, rule)
     uncovered = [spec.name for spec, claim in zip(table, claims, strict=True) if claim is None]
     if uncovered:
@@ -203,7 +202,7 @@ def _check_fused(rows: list[Row]) -> None:
     """q, k, v of a layer, and all experts of a layer, are one kernel in every engine: one format each."""
     fused: Mapping[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
-        group = _fused_with(row)
+        group = _fused_operation(row)
         if group:
             fused[group].setdefault(_fused_format(row), row.name)
     for group, formats in fused.items():
@@ -216,8 +215,10 @@ def _check_fused(rows: list[Row]) -> None:
 
 
 def _fused_format(row: Row) -> str:
-    """What must be the same in all of a fused operation; ``scales`` too where the weights share their
-    scale."""
+    """The part of a row's format that must be the same in all rows of a fused operation.
+
+    The scale method belongs to it where the weights share their scale.
+    """
     words = [row.format]
     if row.format == "nvfp4" and row.activation_format is None:
         words.append("weights only")
@@ -226,7 +227,8 @@ def _fused_format(row: Row) -> str:
     return " ".join(words)
 
 
-def _fused_with(row: Row) -> str | None:
+def _fused_operation(row: Row) -> str | None:
+    """The operation that a row's weight is part of in every engine, in words; None if it is not fused."""
     if row.role.startswith("mtp."):
         return None
     if row.expert is not None:

@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class BareConfig:
-    """What a config.json alone says; the table's dtypes are assumed."""
+    """A source that is a config.json alone; the dtypes of its table are assumed."""
 
     path: Path
     config: NemotronHConfig
@@ -25,8 +25,12 @@ class BareConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with weights: its config, the tensor table with the dtypes of the file, and the opened
-    checkpoint."""
+    """A source with weights, from a folder.
+
+    Attributes:
+        table: the tensor table, with the dtypes of the file.
+        checkpoint: opened.
+    """
 
     path: Path
     config: NemotronHConfig
@@ -36,7 +40,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source | BareConfig:
-    """Read the config, and all headers where ``path`` is a folder; no weight is touched.
+    """Read the config, and all headers if ``path`` is a folder; no weight is read.
 
     Raises:
         CheckpointError: or one of its kinds: not a Nemotron-H checkpoint, already quantized, tensors missing,
@@ -46,10 +50,10 @@ def open_source(path: Path) -> Source | BareConfig:
     table = tensor_table(config)
     if not path.is_dir():
         return BareConfig(path, config, raw, table)
-    where = quantized_by(path, raw)
-    if where is not None:
+    evidence = quantized_by(path, raw)
+    if evidence is not None:
         raise CheckpointError(
-            f"{path} is already quantized ({where}); expected the bf16 checkpoint that it was made from"
+            f"{path} is already quantized ({evidence}); expected the bf16 checkpoint that it was made from"
         )
     checkpoint = Checkpoint(path)
     check_table(path, table, checkpoint.tensors)
@@ -67,7 +71,7 @@ def open_weights(path: Path, needs: str) -> Source:
     """A source with its weights.
 
     Args:
-        needs: what is expected instead of a config.json, and by whom: the end of the message.
+        needs: the end of the message: who expects what instead of a config.json.
     Raises:
         CheckpointError: see :func:`open_source`; or ``path`` is a bare config.
     """

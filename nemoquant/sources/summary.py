@@ -1,4 +1,4 @@
-"""What ``inspect`` tells: figures from a config, and from headers where there are any."""
+"""The figures that ``inspect`` shows: from the config, and from headers if there are any."""
 
 import math
 from collections import Counter
@@ -61,7 +61,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:
-    """Parameters that one token uses: of routed experts, its top k of all."""
+    """Parameters that one token uses: of routed experts, the share of the top k in all of them."""
     return (
         elements * config.num_experts_per_tok // config.n_routed_experts
         if spec.expert is not None

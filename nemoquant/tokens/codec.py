@@ -8,29 +8,39 @@ from nemoquant.errors import CalibrationError
 
 
 class TextCodec:
-    """Raises CalibrationError where the folder has no tokenizer that can be read."""
+    """The tokenizer and the chat template of a checkpoint folder.
+
+    Raises CalibrationError if the folder has no readable tokenizer.
+    """
 
     def __init__(self, model: Path) -> None:
         self.model = model
         self.tokenizer = load_tokenizer(model)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def chat(self, text: str) -> list[int]:
-        """What a user says, as the template puts it, with the answer about to begin."""
+        """Token ids of one user message in the chat template, up to where the answer begins.
+
+        Raises CalibrationError if the template can't be used.
+        """
         render = chat_template(self.model, add_generation_prompt=True)
         return self.encode(render([{"role": "user", "content": text}], "the prompt"))
 
     def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a checkpoint folder (``tokenizers.Tokenizer``); raises CalibrationError where it can't
-    be read."""
+    """The tokenizer of a checkpoint folder, a ``tokenizers.Tokenizer``.
+
+    Raises CalibrationError if it can't be read.
+    """
     file = model / "tokenizer.json"
     if not file.exists():
         raise CalibrationError(
@@ -46,8 +56,11 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
-    """Renders messages with the checkpoint's template, in jinja's sandbox: a template is data from a
-    stranger."""
+    """A function (messages, place for errors) -> text, from the checkpoint's chat template.
+
+    It runs in jinja's sandbox, because a template comes from a stranger. Raises CalibrationError if there is
+    no template or it can't be read; the function raises it if the template refuses the messages.
+    """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -61,7 +74,7 @@ def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
         raise CalibrationError(
             f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`"
         )
-    # as transformers renders: `break` and `continue` exist, and JSON is not escaped for HTML
+    # As in transformers: `break` and `continue` exist, and JSON is not escaped for HTML.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -90,9 +103,7 @@ def chat_template(model: Path, *, add_generation_prompt: bool = False) -> Any:
                 raise_exception=refuse,
                 **tokens,
             )
-        except (
-            Exception
-        ) as error:  # a template is a program: whatever it raises is its own, or jinja's word on it
+        except Exception as error:  # a template is a program, it or jinja can raise anything
             raise CalibrationError(f"{where}: the chat template refuses its messages ({error})") from None
 
     return render

@@ -1,13 +1,13 @@
 """Calibration rows: text or token ids from a file, as one matrix of tokens.
 
-Documents are taken in file order, each followed by the eos token, and cut into rows without overlap; what is
-left of the last row is dropped and counted.
+Documents are taken in file order, each followed by the eos token, and cut into rows without overlap; tokens
+that do not fill a last row are dropped and counted.
 
     .txt       one document
-    .jsonl     one document a line: {"text": ...}, {"messages": [...]} through the chat template,
+    .jsonl     one document per line: {"text": ...}, {"messages": [...]} through the chat template,
                or {"input_ids": [...]}
     .parquet   the same by columns (extra `parquet`)
-    .npy       integer array [rows, length], taken as it is
+    .npy       integer array [rows, length], used unchanged
 """
 
 import hashlib
@@ -39,8 +39,8 @@ class Rows:
     Attributes:
         ids: [rows, length] int64.
         source: name of the file.
-        dropped: tokens that the cut left over.
-        warnings: what a user should know: fewer rows than asked for, tokens left over.
+        dropped: number of tokens that do not fill a row.
+        warnings: messages for the user: fewer rows than requested, tokens dropped.
     """
 
     ids: npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Rows:
 
     @property
     def sha256(self) -> str:
-        """Identity of the tokens, whatever file they came from."""
+        """Identity of the tokens and their shape, whatever file they came from."""
         return hashlib.sha256(
             np.ascontiguousarray(self.ids).tobytes() + repr(self.ids.shape).encode()
         ).hexdigest()
@@ -63,9 +63,10 @@ def load_rows(
     rows: int = DEFAULT_ROWS,
     length: int = DEFAULT_LENGTH,
 ) -> Rows:
-    """The first ``rows`` rows of ``length`` tokens of a file; ``model`` is the folder that holds the
-    tokenizer.
+    """The first ``rows`` rows of ``length`` tokens of a file.
 
+    Args:
+        model: the folder that holds the tokenizer.
     Raises:
         CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
         MissingExtraError: a .parquet file without the extra.
@@ -75,24 +76,28 @@ def load_rows(
             f"{path} {'is not a file' if path.exists() else 'does not exist'}; expected .txt, .jsonl, "
             f".parquet or .npy"
         )
-    ids = _array(path) if path.suffix == ".npy" else _cut(path, model, config, rows, length)
-    if ids.ids.size and not (ids.ids.min() >= 0 and ids.ids.max() < config.vocab_size):
+    loaded = (
+        _read_array(path) if path.suffix == ".npy" else _read_documents(path, model, config, rows, length)
+    )
+    if loaded.ids.size and not (loaded.ids.min() >= 0 and loaded.ids.max() < config.vocab_size):
         raise CalibrationError(
-            f"{path}: token ids from {ids.ids.min()} to {ids.ids.max()}, expected 0 to "
+            f"{path}: token ids from {loaded.ids.min()} to {loaded.ids.max()}, expected 0 to "
             f"{config.vocab_size - 1}; is the tokenizer this model's?"
         )
     warnings = []
-    if len(ids.ids) < rows and path.suffix != ".npy":
+    if len(loaded.ids) < rows and path.suffix != ".npy":
         warnings.append(
-            f"{ids.source} holds {len(ids.ids)} rows of {length} tokens, {rows} were asked for; all of them "
-            f"were used"
+            f"{loaded.source} holds {len(loaded.ids)} rows of {length} tokens, {rows} were asked for; "
+            f"all of them were used"
         )
-    if ids.dropped:
-        warnings.append(f"{ids.source}: its last {ids.dropped} tokens do not fill a row and were left out")
-    return replace(ids, warnings=tuple(warnings))
+    if loaded.dropped:
+        warnings.append(
+            f"{loaded.source}: its last {loaded.dropped} tokens do not fill a row and were left out"
+        )
+    return replace(loaded, warnings=tuple(warnings))
 
 
-def _array(path: Path) -> Rows:
+def _read_array(path: Path) -> Rows:
     try:
         with path.open("rb") as f:
             array = np.load(f, allow_pickle=False)
@@ -109,7 +114,7 @@ def _array(path: Path) -> Rows:
     return Rows(array.astype(np.int64), path.name, 0)
 
 
-def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
+def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
     stream: list[int] = []
     for document in _documents(path, model):
         before = len(stream)
@@ -129,12 +134,12 @@ def _cut(path: Path, model: Path, config: NemotronHConfig, rows: int, length: in
             f"{path} holds {len(stream)} tokens, less than one row of {length}; give more text or a smaller "
             f"--seq-len"
         )
-    rest = len(stream) - count * length if count < rows else 0
-    return Rows(np.array(stream[: count * length], np.int64).reshape(count, length), path.name, rest)
+    dropped = len(stream) - count * length if count < rows else 0
+    return Rows(np.array(stream[: count * length], np.int64).reshape(count, length), path.name, dropped)
 
 
 def _documents(path: Path, model: Path) -> Iterator[Iterable[list[int]]]:
-    """Token ids of each document, in pieces that are tokenized when they are asked for."""
+    """Token ids of each document, in pieces that are tokenized on demand."""
     tokenizer, template = None, None
     for number, document in _raw_documents(path):
         where = f"{path.name}, document {number}"
@@ -167,7 +172,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text cut between lines, so that no more of it is tokenized than rows need.
+    """A long text cut between lines, so that not much more of it is tokenized than the rows need.
 
     The cut is after a single line break between two other characters: no tokenizer of this family joins
     tokens across one.

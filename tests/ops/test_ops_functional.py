@@ -190,10 +190,11 @@ def test_the_reference_model_goes_through_the_kernels(
     inputs."""
     x, weight, bias, state = conv_arguments(dtype, length)
     scan = scan_arguments(torch.float32, length)
-    scan = [*scan[:1], scan[1].to(dtype), *scan[2:7], (0.0, math.inf), scan[7]]
+    scan[1] = scan[1].to(dtype)
 
     def run() -> list[torch.Tensor]:
-        return [*mamba2.causal_conv(x, weight[:, None], bias, state), *mamba2.scan(*scan)]
+        scanned = mamba2.scan(*scan[:6], dt_bias=scan[6], limit=(0.0, math.inf), state=scan[7])
+        return [*mamba2.causal_conv(x, weight[:, None], bias, state), *scanned]
 
     wanted = run()
     called = []
