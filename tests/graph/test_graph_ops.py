@@ -76,7 +76,7 @@ def recurrence(given: Arrays, low: float, high: float) -> tuple[NDArray[np.float
 
 def torch_scan(given: Arrays, low: float, high: float) -> tuple[NDArray[Any], NDArray[Any]]:
     x, dt, a, b, c, d, bias, state = (torch.from_numpy(value) for value in given.values())
-    y, after = mamba2.scan(x, dt, a, b, c, d, bias, (low, high), state)
+    y, after = mamba2.scan(x, dt, a, b, c, d, dt_bias=bias, limit=(low, high), state=state)
     return y.numpy(), after.numpy()
 
 

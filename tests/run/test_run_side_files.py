@@ -2,7 +2,7 @@
 
 import json
 
-from nemoquant.api import quantize
+from nemoquant.api import RunOptions, quantize
 
 SIDE_FILES = {  # name -> whether it is copied
     "generation_config.json": True,
@@ -29,7 +29,7 @@ def test_side_files_by_allow_list(make_checkpoint, tmp_path):
     for name in SIDE_FILES:
         (source / name).write_text("raise SystemExit('imported')\n" if name.endswith(".py") else f"{name}\n")
     (source / "tokenizer_parts").mkdir()
-    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", threads=1)
+    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1))
     for name, copied in SIDE_FILES.items():
         if name != "README.md":
             assert (result.out / name).exists() == copied, name
