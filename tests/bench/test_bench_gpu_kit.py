@@ -229,7 +229,7 @@ def refused(command: list[Any], **variables: str) -> str:
 
 
 def test_prepare_without_python_or_compiler_says_so(tmp_path: Path) -> None:
-    """It works from any folder, and before any file is made."""
+    """It refuses from any folder, and before it makes a file."""
     prepare = KIT / "prepare.sh"
     assert refused(["bash", prepare, tmp_path / "none"]) == (
         f"prepare.sh: {tmp_path}/none is not there; name a Python that has the project\n"

@@ -23,7 +23,7 @@ WITH_ENGINE = WITH_GRAPHS and importlib.util.find_spec("tensorrt_rtx") is not No
 def shown(tmp_path_factory):
     """(folder, result of the command), run once.
 
-    One thread: more threads would wait for a core that other work uses, and slow both down.
+    One thread: where other work uses a core, waiting threads would use CPU time too.
     """
     out = tmp_path_factory.mktemp("demo") / "shown"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The verbs that read no weights: plan, inspect, recipes; and that the command line itself loads little."""
+"""The verbs that read no weights: plan, inspect, recipes; and what the command line itself loads."""
 
 import json
 from collections.abc import Callable

@@ -191,7 +191,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
-    """One thread: the size of products must not depend on the number of threads here."""
+    """One thread: products whose size depends on the number of threads are not tested here."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -200,7 +200,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of ten likely tokens, so that a draft of the random MTP module is sometimes right."""
+    """Ten tokens are likely, so that a draft of the random MTP module is sometimes right."""
     tensors = random_tensors(CONFIG)
     tensors["lm_head.weight"][10:] *= 0.25
     return write_checkpoint(tmp_path_factory.mktemp("layers") / "source", CONFIG, tensors)
@@ -325,7 +325,7 @@ def parts(run: Run, module: Module) -> set[str]:
 
 
 def test_the_effect_of_every_module(run: Run) -> None:
-    """The effect is that on the module's layer, on the source's stream of four rows.
+    """The effect on the module's layer, whose input is the source's stream of four rows.
 
     The layer has this module's weights and rounded inputs, everything else from the source. For the head, the
     effect is that on the logits.

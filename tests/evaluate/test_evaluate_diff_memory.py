@@ -1,4 +1,4 @@
-"""Bounded memory: a diff of the source itself and an output against 0.8 GB of source needs a fraction of it.
+"""Bounded memory: with 0.8 GB of source, diffs of the source itself and an output take a fraction of that.
 
 Peak is VmHWM of a separate process, above that of a process that imports the same modules, compiles the
 kernels and runs a small diff. The difference consists of the pages of weights that both sides hold at a time
