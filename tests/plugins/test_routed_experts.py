@@ -197,7 +197,7 @@ def capability(kernels: Kernels, number: int) -> Iterator[None]:
 def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
     """Both projections pass one column each: y is (code * scale)^2, for every E4M3 code and block scale.
 
-    All finite ones, subnormal codes included, which decoding must keep.
+    These are all finite ones, subnormal codes included, which decoding must keep.
     """
     case = Case(tokens=1, chosen=1, experts=1, input=256, width=256)
     a = given(format, case)

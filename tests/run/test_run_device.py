@@ -108,7 +108,7 @@ def test_after_calibration_the_device_may_change(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before it, the device affects the calibration: the run is refused.
+    """Before that, another device would change the calibration: the run is refused.
 
     Only the device's name is used: nothing runs on a GPU here. After calibration, the dtype that the other
     device would choose for calibration does not matter either.

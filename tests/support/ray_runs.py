@@ -65,7 +65,7 @@ def options(**changes):
 def lose_in(stage, options):
     """A run that loses the second node when a third of ``stage`` is done.
 
-    Returns the time of the loss, and the result of each task.
+    Returns the id of the lost node, and the result of each task.
     """
     second = two.add_node(num_cpus=1, object_store_memory=100 << 20)
     two.wait_for_nodes()

@@ -119,7 +119,7 @@ def test_parquet(model, tmp_path):
 def test_npy_is_taken_as_it_is(source, tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, np.arange(15, dtype=np.uint8).reshape(3, 5))
-    found = rows(path, source, count=1, length=2)  # the array has its own size
+    found = rows(path, source, count=1, length=2)  # the array sets count and length
     assert found.ids.tolist() == np.arange(15).reshape(3, 5).tolist()
     assert found.dropped == 0
 
