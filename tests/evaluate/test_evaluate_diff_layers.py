@@ -327,8 +327,8 @@ def parts(run: Run, module: Module) -> set[str]:
 def test_the_effect_of_every_module(run: Run) -> None:
     """The effect on the module's layer, whose input is the source's stream of four rows.
 
-    The layer has this module's weights and rounded inputs, everything else is the source's. For the head it is
-    the effect on the logits.
+    The layer has this module's weights and rounded inputs; everything else is the source's. For the head it
+    is the effect on the logits.
     """
     modules = run.report.candidates[0].modules
     for module in modules:
