@@ -251,13 +251,13 @@ def test_the_histogram() -> None:
     edges = HISTOGRAM_EDGES
     below = [math.nextafter(edge, 0) for edge in (edges[1], edges[-1])]
     values = [0.0, 1e-300, 1e-12, edges[0], edges[1], below[0], 1.0, 2.0, below[1], edges[-1], 1e5]
-    found = summarize(filled(np.array([values])), Positions(1, 2)).kl_histogram
+    histogram = summarize(filled(np.array([values])), Positions(1, 2)).kl_histogram
     expected = [0] * (len(edges) - 1)
-    one = edges.index(1.0)
-    for i in (0, 0, 0, 0, 1, 0, one, one + 1, -1, -1, -1):
+    bin_of_one = edges.index(1.0)
+    for i in (0, 0, 0, 0, 1, 0, bin_of_one, bin_of_one + 1, -1, -1, -1):
         expected[i] += 1
-    assert found.counts == expected
-    assert found.edges == edges
+    assert histogram.counts == expected
+    assert histogram.edges == edges
     assert (edges[0], edges[-1]) == (1e-9, 100.0)
 
 

@@ -394,17 +394,17 @@ def test_which_library_serves_cuda(
     folder = tmp_path / "nemoquant/plugins"
     folder.mkdir(parents=True)
 
-    def found(**environment: str) -> tuple[Kernels | None, str]:
+    def chosen(**environment: str) -> tuple[Kernels | None, str]:
         library._used.clear()
         library.load.cache_clear()
         monkeypatch.delenv(library.VARIABLE, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        one = library.kernels("cuda")
-        assert library.kernels("cuda") is one
-        return one, capfd.readouterr().err
+        kernels = library.kernels("cuda")
+        assert library.kernels("cuda") is kernels
+        return kernels, capfd.readouterr().err
 
-    assert found() == (
+    assert chosen() == (
         None,
         "CUDA kernels: none are built, torch computes; `nemoquant plugins build` makes them\n",
     )
@@ -416,27 +416,31 @@ def test_which_library_serves_cuda(
         (folder / "build.json").write_text(json.dumps(facts | changes))
 
     write(architectures=["80", "90a"])
-    one, said = found()
-    assert one is not None and one.path == built
-    assert said == f"CUDA kernels: {built}\n"
-    assert found(NEMOQUANT_KERNELS="none") == (None, "CUDA kernels: NEMOQUANT_KERNELS=none, torch computes\n")
-    one, said = found(NEMOQUANT_KERNELS=str(host_folder() / HOST))
-    assert one is not None and one.path == host_folder() / HOST
+    kernels, message = chosen()
+    assert kernels is not None and kernels.path == built
+    assert message == f"CUDA kernels: {built}\n"
+    assert chosen(NEMOQUANT_KERNELS="none") == (
+        None,
+        "CUDA kernels: NEMOQUANT_KERNELS=none, torch computes\n",
+    )
+    kernels, message = chosen(NEMOQUANT_KERNELS=str(host_folder() / HOST))
+    assert kernels is not None and kernels.path == host_folder() / HOST
     with pytest.raises(BuildError, match=r"missing.so is not there"):
-        found(NEMOQUANT_KERNELS=str(tmp_path / "missing.so"))
+        chosen(NEMOQUANT_KERNELS=str(tmp_path / "missing.so"))
 
     write(architectures=["100a"])
-    one, said = found()
-    assert one is None
+    kernels, message = chosen()
+    assert kernels is None
     assert (
-        said == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
+        message
+        == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
     )
     with pytest.raises(BuildError, match="was built for sm_100a, not for this device, SM 90; build it again"):
-        found(NEMOQUANT_KERNELS=str(built))
+        chosen(NEMOQUANT_KERNELS=str(built))
     write(sources="0" * 64)
-    one, said = found()
-    assert one is None
-    assert "torch computes: " in said and "other sources" in said
+    kernels, message = chosen()
+    assert kernels is None
+    assert "torch computes: " in message and "other sources" in message
 
 
 @pytest.mark.parametrize(
@@ -454,9 +458,9 @@ def test_which_library_serves_cuda(
     ],
 )
 def test_what_a_library_runs_on(built: tuple[str, ...], device: tuple[int, int], runs: bool) -> None:
-    one = Kernels.__new__(Kernels)
-    one.architectures = built
-    assert one.runs_on(*device) == runs
+    kernels = Kernels.__new__(Kernels)
+    kernels.architectures = built
+    assert kernels.runs_on(*device) == runs
 
 
 @pytest.mark.parametrize("op", ["causal_conv1d", "mamba2_scan"])
