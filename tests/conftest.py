@@ -1,12 +1,11 @@
-"""Fixtures of several rooms: the synthetic checkpoint and what is made of it; the demo model in each
-preset."""
+"""Fixtures that several rooms use: the synthetic checkpoint, its outputs, the demo model in each preset."""
 
-# ruff: noqa: E402 - a worker's threads are set before anything loads torch
+# ruff: noqa: E402 - a worker's number of threads is set before any import of torch
 
 import os
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of pytest -n
-if WORKER:  # one thread for each, and for the processes that it starts
+if WORKER:  # one thread for each worker, and for the processes that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
@@ -26,17 +25,16 @@ from nemoquant.evaluate.schema import Report
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """xdist is to keep the order below, instead of starting with what has most tests."""
+    """xdist keeps the order below; by default it starts with the file that has most tests."""
     config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n 2 --dist loadgroup``: one worker runs a file's tests, and makes the file's fixtures
-    once.
+    """For ``pytest -n 2 --dist loadgroup``: one worker runs all tests of a file.
 
-    What files share is made once under a lock (``once``, and the host libraries). Files with slow tests go
-    first, so that no worker is left with one at the end.
+    So it makes the file's fixtures once. What several files share is made once under a lock (``once``, and
+    the host libraries). Files with slow tests go first, so that no worker still runs one at the end.
     """
     if WORKER:
         for item in items:
@@ -47,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread_a_worker() -> Iterator[None]:
-    """Commands set the threads of their process, the worker: the next test begins with one again."""
+    """Commands set the number of threads of the worker's process; this resets it to one after each test."""
     yield
     if WORKER:
         torch.set_num_threads(1)
@@ -55,8 +53,7 @@ def one_thread_a_worker() -> Iterator[None]:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a checkpoint: config keys changed by name, ``edit`` changes the tensors before they are
-    written."""
+    """Makes a checkpoint. Config keys are changed by name; ``edit`` changes the tensors before writing."""
 
     def make(
         name: str = "source",
@@ -87,8 +84,7 @@ def token_rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Quantizes ``source`` (or the folder given) and returns the new folder, which is named like the
-    preset."""
+    """Quantizes ``source`` (or the folder given); returns the new folder, which has the preset's name."""
 
     def make(
         preset: str = "nvfp4",
@@ -105,8 +101,7 @@ def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., P
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
-    """Copies a folder with ``edit`` done to its tensors (a dict by name) and ``config`` put into its
-    config.json."""
+    """Copies a folder; ``edit`` changes its tensors (a dict by name), ``config`` updates its config.json."""
     return lambda folder, edit, name="changed", **config: changed_copy(
         folder, tmp_path / name, edit, **config
     )
@@ -114,7 +109,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def compare(token_rows: Path) -> Callable[..., Report]:
-    """Runs the diff through the API, over all of ``token_rows``, one thread, cards left alone."""
+    """Runs the diff through the API, on all of ``token_rows``, with one thread; cards are not changed."""
 
     def run(source: Path, *candidates: Path, **options: Any) -> Report:
         return diff(source, candidates, **{"data": token_rows, "threads": 1, "card": False, **options})
@@ -124,16 +119,17 @@ def compare(token_rows: Path) -> Callable[..., Report]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Makes a folder once in a session, whichever worker asks first. What changes such a folder copies it
-    first."""
+    """Makes a folder once in a session, in whichever worker needs it first. Copy it before changing it."""
     base = tmp_path_factory.getbasetemp()
     return Once((base.parent if WORKER else base) / "once")
 
 
 @pytest.fixture(scope="session")
 def demo(once: Once) -> Callable[[str], Path]:
-    """The demo model's folder in a preset (``bf16``: a copy of the source), with both graphs; calibrated
-    once."""
+    """The demo model's folder in a preset, with both graphs; calibrated once.
+
+    ``bf16`` is a copy of the source.
+    """
 
     def make(preset: str) -> Path:
         def build(out: Path) -> None:
@@ -154,8 +150,10 @@ def demo(once: Once) -> Callable[[str], Path]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[..., Path]:
-    """A folder of one's own with the same files; ``graphs`` False leaves these out (and out of no
-    manifest)."""
+    """A separate folder with the same files.
+
+    ``graphs`` False leaves the graphs out. No manifest lists them.
+    """
 
     def make(folder: Path, name: str = "copy", graphs: bool = True) -> Path:
         ignored = shutil.ignore_patterns() if graphs else shutil.ignore_patterns("*.onnx")

@@ -1,7 +1,7 @@
-"""Every row of bench_ops' wide table without a GPU: by the host build, with tiny models, without a clock.
+"""Every row of bench_ops' wide table, run without a GPU: host build, tiny models, no timing.
 
-python rehearsal.py LIBRARY OUT.json, in the root of the checkout. What is made for "cuda" is made on the CPU;
-of the calls that would be timed one runs, once.
+python rehearsal.py LIBRARY OUT.json, run in the root of the checkout. Tensors for "cuda" are made on the CPU.
+Of the calls that would be timed, one runs, once.
 """
 
 import sys
@@ -18,7 +18,7 @@ from nemoquant.ops import library
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Tensors for CUDA are made on the CPU."""
+    """Makes tensors for CUDA on the CPU."""
 
     def __torch_function__(
         self,
@@ -34,7 +34,7 @@ class OnTheCpu(TorchFunctionMode):
 
 
 def once(calls: Sequence[Callable[[], object]], repeats: int = 1) -> float:  # noqa: ARG001
-    """In the place of ``timing.timed``: a microsecond."""
+    """Stands in for ``timing.timed``; returns a microsecond."""
     calls[0]()
     return 1.0
 

@@ -1,7 +1,7 @@
-"""bench/gpu as far as it goes without a GPU: every script is imported, every check runs small, on the CPU.
+"""bench/gpu without a GPU: every script is imported, every check runs with small sizes on the CPU.
 
-A GPU adds its own sizes, graphs, streams, compute-sanitizer and times. What runs as a script has a process of
-its own: Triton's interpreter, and what torch does with memory that nobody wrote, are chosen for a whole one.
+A GPU adds its own sizes, graphs, streams, compute-sanitizer and times. Each script runs in its own process:
+Triton's interpreter, and how torch treats uninitialized memory, are chosen once per process.
 """
 
 import importlib
@@ -34,13 +34,13 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton (extra: d
 
 
 def run(command: list[Any], **variables: str) -> subprocess.CompletedProcess[str]:
-    """In the checkout's root."""
+    """Runs a command in the root of the checkout."""
     words, environment = list(map(str, command)), os.environ | variables
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def python(*arguments: object, **variables: str) -> str:
-    """What Python says in the checkout's root; it must succeed."""
+    """Runs Python in the root of the checkout, which must succeed; returns its output."""
     done = run([sys.executable, *arguments], PYTHONPATH=str(ROOT), **variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -57,14 +57,14 @@ def test_every_script_is_imported(name: str) -> None:
 
 @pytest.mark.parametrize(("device", "count"), [("cpu", 104), ("cuda", 246)])
 def test_no_case_is_lost(device: str, count: int) -> None:
-    """Listed without running; each has its own name."""
+    """Cases are listed without running; each has its own name."""
     names = [case.name for case in cases(device, Path("libnemoquant_host.so"))]
     assert len(names) == len(set(names)) == count
 
 
 @needs_compiler
 def test_every_twelfth_operator_case_through_the_host_build(tmp_path: Path) -> None:
-    """The whole takes a minute and more: NQ_HOST_LIB=... python -m bench.gpu.check_ops OUT.json cpu."""
+    """All cases take more than a minute: NQ_HOST_LIB=... python -m bench.gpu.check_ops OUT.json cpu."""
     out = tmp_path / "correct.json"
     variables = {"NQ_HOST_LIB": str(host_library()), "NQ_SECONDS": "600"}
     said = python("-m", "bench.gpu.check_ops", out, "cpu", "--every", 12, **variables)
@@ -92,7 +92,7 @@ def test_a_case_over_its_limit_is_bad_and_one_that_fails_or_is_late_too(tmp_path
 
 @needs_compiler
 def test_all_120_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> None:
-    """Compiled as C++; with "grouped" four more, which a library without CUTLASS's products refuses."""
+    """Compiled as C++. "grouped" adds four cases, which a library without CUTLASS's products refuses."""
     runner, folder = tmp_path / "runner", host_folder()
     compiler = [
         "g++",
@@ -127,7 +127,7 @@ def test_all_15_small_rows_of_triton_in_its_interpreter(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_every_row_of_the_wide_table_of_times_with_tiny_models(tmp_path: Path) -> None:
-    """Everything but the times: rehearsal.py says how."""
+    """Everything but the times: see rehearsal.py."""
     out = tmp_path / "timing.json"
     python(Path(__file__).with_name("rehearsal.py"), host_library(), out)
     found = json.loads(out.read_text())
@@ -147,7 +147,7 @@ def test_every_row_of_the_wide_table_of_times_with_tiny_models(tmp_path: Path) -
 
 
 def test_packing_and_the_diff_of_a_tiny_checkpoint(tmp_path: Path) -> None:
-    """Of the step "pack" the random checkpoint alone, the CPU in the device's place."""
+    """Only the random checkpoint of the step "pack", on the CPU in place of the device."""
     program = """
 import sys
 from pathlib import Path
@@ -202,13 +202,13 @@ def test_files_that_they_name_exist(script: str) -> None:
     named |= {f"bench/gpu/{name}" for name in re.findall(r"`(\w+\.(?:py|cu|sh))`", text)}
     modules = re.findall(r"^[^#\n]*\b(?:bench|limited \d+) (\w+) \"", text, re.M)
     named |= {f"bench/gpu/{module}.py" for module in modules + re.findall(r"`(\w+) OUT\.json", text)}
-    elsewhere = {"bench/gpu/test_gpu_grouped_experts.py"}  # tests/gpu is said beside it
+    elsewhere = {"bench/gpu/test_gpu_grouped_experts.py"}  # the scripts name it next to tests/gpu
     assert len(named) > 2
     assert [name for name in sorted(named - elsewhere) if not (ROOT / name).is_file()] == []
 
 
 def test_every_file_of_the_folder_that_all_takes_is_put_there_by_prepare() -> None:
-    """``$kit/NAME`` in one, ``NAME`` in the other."""
+    """``$kit/NAME`` in all.sh, ``NAME`` in prepare.sh."""
     taken = set(re.findall(r"\$kit\"?/([\w./*]+)", (KIT / "all.sh").read_text(encoding="utf-8")))
     assert {"libnemoquant_kernels.so", "libnemoquant_host.so", "build.json", "runner", "*.whl"} <= taken
     prepare = (KIT / "prepare.sh").read_text(encoding="utf-8")
@@ -222,14 +222,14 @@ def test_all_steps_have_a_row_in_the_readme() -> None:
 
 
 def refused(command: list[Any], **variables: str) -> str:
-    """What a script says when it refuses, in a line or two, with exit code 2."""
+    """Runs a script that must refuse with exit code 2; returns its message, a line or two."""
     done = run(command, **variables)
     assert done.returncode == 2, done.stdout + done.stderr
     return done.stderr
 
 
 def test_prepare_without_python_or_compiler_says_so(tmp_path: Path) -> None:
-    """From any folder, and before anything is made."""
+    """It refuses from any folder, and before it makes a file."""
     prepare = KIT / "prepare.sh"
     assert refused(["bash", prepare, tmp_path / "none"]) == (
         f"prepare.sh: {tmp_path}/none is not there; name a Python that has the project\n"
@@ -273,7 +273,7 @@ NVCC = "#!/bin/bash\ntouch runner\nwhile [ $# -gt 1 ]; do shift; done\nmv runner
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that prepare.sh takes for the project; in its bin/ what stands for Python and nvcc."""
+    """A folder that prepare.sh takes for the project; its bin/ has stand-ins for Python and nvcc."""
     root = tmp_path / "checkout"
     for name in ("bench/gpu/prepare.sh", "bench/gpu/all.sh", "plugins/CMakeLists.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def prepared(checkout: Path, fail: str = "") -> tuple[int, str, set[str]]:
-    """The exit code, what was said, and the files of .gpu/."""
+    """Returns the exit code, the output, and the files of .gpu/."""
     done = run(["bash", checkout / "bench/gpu/prepare.sh", checkout / "bin/python"], FAIL=fail)
     kit = checkout / ".gpu"
     files = {str(path.relative_to(kit)) for path in kit.rglob("*") if path.is_file()}
@@ -294,20 +294,20 @@ def prepared(checkout: Path, fail: str = "") -> tuple[int, str, set[str]]:
 
 
 def test_prepare_puts_everything_together_and_leaves_out_what_can_be_missing(checkout: Path) -> None:
-    """With tools in the place of the real ones: no compiler, no network."""
+    """With stand-ins for the real tools: no compiler, no network."""
     code, said, files = prepared(checkout)
     assert (code, said) == (0, "")
     libraries = {"libnemoquant_kernels.so", "libnemoquant_host.so", "build.json", "build_host.json", "runner"}
     grouped = {"gemm/libnemoquant_kernels.so", "gemm/build.json"}
     theirs = {name for name in files if name.startswith("mamba/")}
     assert files - theirs == libraries | grouped | {"all.sh", "pydantic.whl"}
-    assert len(theirs) == 4 + 9 + 2  # __init__ files, kernels, what those import
+    assert len(theirs) == 4 + 9 + 2  # __init__ files, kernels, and the modules that these import
     assert not any("not_taken" in name for name in theirs)
 
     code, said, files = prepared(checkout, "--gemm-arch")
     assert code == 0
     assert said.endswith("no library with CUTLASS's products, see above; all.sh leaves them out\n")
-    assert not files & grouped  # those of the run before are gone
+    assert not files & grouped  # the files of the previous run are removed
 
     code, said, files = prepared(checkout, "mamba-ssm")
     assert code == 0

@@ -1,5 +1,7 @@
-"""Calibration on a device that only looks like one (tests/support/elsewhere.py): no product is left on the
-CPU, and the scales are the CPU's."""
+"""Calibration on a simulated device (tests/support/elsewhere.py).
+
+No matrix product is left on the CPU, and the scales equal the CPU's.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from nemoquant.tokens.rows import load_rows
 
 
 def test_layers_are_on_the_device(source: Path, token_rows: Path) -> None:
-    """Within 1e-5 (docs/design.md, "Reproducible"): sums in another order."""
+    """Within 1e-5 (docs/design.md, "Reproducible"): sums are taken in another order."""
     opened = open_source(source)
     rows = load_rows(token_rows, source, opened.config, 8, 32)
 

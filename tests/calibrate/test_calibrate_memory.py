@@ -1,7 +1,6 @@
-"""Memory that is promised: what a batch of rows takes against measured peaks, and whole runs under
-``--memory``.
+"""Promised memory: the figure for a batch of rows against measured peaks, and whole runs under ``--memory``.
 
-Peaks are read from /proc in processes of their own, where torch and the kernels were warmed up first.
+Peaks are read from /proc in separate processes, after torch and the kernels were warmed up.
 """
 
 import json
@@ -91,13 +90,15 @@ print(json.dumps({"peak": memory(), "promised": promised[0].memory, "row_batch":
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A third of a gigabyte."""
+    """A checkpoint of a third of a gigabyte."""
     return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (16, 512), 16 << 20)
 
 
 def test_what_a_batch_takes_is_what_was_promised(large):
-    """Never more than promised (what the heap keeps in pieces is allowed 16 MB), and not so much less that
-    the promise is worthless."""
+    """Never more than promised, and the promise is not much too high.
+
+    16 MB are allowed for memory that the heap keeps in fragments.
+    """
     config = parse_config(CONFIG)
     table = []
     for kind, rows, length, dtype, peak in child(LAYERS, large, json.dumps([(4, 512), (1, 2048)])):

@@ -1,5 +1,7 @@
-"""Observers from outside: a second quantity beside the maxima, whose arrays live for a layer, then lie in a
-file that resume finds."""
+"""A user's own observer: a second quantity next to the maxima.
+
+Its arrays live for one layer, then lie in a file that resume reads.
+"""
 
 import hashlib
 
@@ -34,7 +36,7 @@ class Moments:
 
 
 class MomentsInFiles:
-    """Adds them up for a layer, and writes them beside the run's state."""
+    """Adds the moments up for a layer, and writes them next to the run's state."""
 
     name = "moments"
     observer = Moments
@@ -67,8 +69,10 @@ def tokens():
 
 
 def run(source, folder, *, begin=None, current=0, stop_after=None):
-    """Scales, the moments' collector, and what ``keep`` was last called with, with the number of the hidden
-    states' file."""
+    """Returns the scales, the moments' collector, and the arguments of the last call of ``keep``.
+
+    One of these arguments is the number of the hidden states' file.
+    """
     folder.mkdir(exist_ok=True)
     opened, last = open_weights(source, ""), []
     amax, moments = AmaxCollector(opened.config, Scales()), MomentsInFiles(folder)
@@ -99,8 +103,10 @@ def run(source, folder, *, begin=None, current=0, stop_after=None):
 
 
 def test_a_second_observer_sees_what_the_model_computes(source, tmp_path):
-    """All rows at once through the reference model, against batches of two, within the rule for reordered
-    sums."""
+    """The reference model takes all rows at once, calibration takes batches of two.
+
+    They agree within the rule for reordered sums.
+    """
     scales, moments, _ = run(source, tmp_path / "all")
     expected = Moments()
     opened = open_weights(source, "")
@@ -119,7 +125,7 @@ def test_a_second_observer_sees_what_the_model_computes(source, tmp_path):
     assert alone.scales == scales, "the maxima are not disturbed"
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 4])  # before, after the attention layer, and later
+@pytest.mark.parametrize("stop_after", [1, 2, 4])  # before the attention layer, after it, and later
 def test_a_run_continues_with_the_files_of_the_layers_before(stop_after, source, tmp_path):
     whole, moments, _ = run(source, tmp_path / "whole")
     _, _, (between, current) = run(source, tmp_path / "cut", stop_after=stop_after)

@@ -1,5 +1,7 @@
-"""Maxima against the reference model with a recording tap of the test's own; coverage, batches, rows with
-NaN, the scales file."""
+"""Calibration's maxima against the reference model with a recording tap that is written here.
+
+Also coverage of experts, batches, rows with NaN, and the scales file.
+"""
 
 import json
 import re
@@ -37,8 +39,10 @@ def run(folder, rows, **options):
 
 
 def record(folder, rows):
-    """All rows at once through ReferenceModel over weights that the safetensors library read: name -> amax,
-    name -> tokens."""
+    """Records all rows at once: name -> amax, and name -> tokens.
+
+    ReferenceModel runs over weights that the safetensors library read.
+    """
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -77,7 +81,7 @@ def test_maxima_are_those_of_the_reference_model(make_checkpoint):
         "backbone.layers.2.mixer.experts.0.down_proj",
         "lm_head",
     } <= inputs.keys()
-    # the batches differ, so sums are in another order: fp32 rounding
+    # the batches differ, so sums are taken in another order: fp32 rounding
     assert scales.input_amax == pytest.approx(inputs, rel=1e-6)
     assert scales.kv_amax == pytest.approx(kv, rel=1e-6)
     counts = {layer: [0] * 8 for layer in (2, 5)}
@@ -114,8 +118,10 @@ def test_the_same_settings_give_the_same_bytes(source):
 
 
 def test_bfloat16_is_near_float32(source):
-    """A maximum of values rounded to 8 bits at each of some 20 operations: 5% is far above that, and far
-    below a missed layer."""
+    """A maximum of values that are rounded to 8 bits in each of some 20 operations.
+
+    5% is far above that error, and far below the effect of a missed layer.
+    """
     a, b = run(source, tokens(), dtype=torch.bfloat16), run(source, tokens())
     shared = [n for n in b.input_amax if ".experts." not in n]  # rounding sends some tokens to other experts
     assert {n: a.input_amax[n] for n in shared} == pytest.approx(
@@ -132,8 +138,10 @@ def balanced(tensors):
 
 
 def without_expert(tensors, layer=2, expert=5):
-    """Router's bias: sigmoid scores are in (0, 1), so -10 keeps an expert out of every top 2, and 0 lets all
-    others in."""
+    """Changes the router's bias so that one expert is never chosen.
+
+    Sigmoid scores are in (0, 1): a bias of -10 keeps an expert out of every top 2, and 0 lets all others in.
+    """
     balanced(tensors)
     tensors[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"][expert] = -10.0
 
@@ -171,7 +179,7 @@ def test_an_expert_that_no_token_reached(make_checkpoint, token_rows, tmp_path):
 
 
 def test_experts_of_a_whole_layer_that_no_token_reached(source, tmp_path):
-    """It cannot happen to a router, but to a scales file."""
+    """A router cannot cause this, but a scales file can say it."""
     scales = run(source, tokens())
     for name in [
         n
@@ -190,11 +198,11 @@ def test_experts_of_a_whole_layer_that_no_token_reached(source, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-# Rows that come to NaN.
+# Rows with NaN.
 
 
 def poisoned(tensors):
-    """Token 95 is embedded as NaN: a row that has it is lost, the others know nothing of it."""
+    """Embeds token 95 as NaN: a row that has it is lost, the other rows are unaffected."""
     tensors["backbone.embeddings.weight"][95] = torch.nan
 
 
@@ -213,9 +221,7 @@ def test_rows_with_nan_are_counted_and_left_out(bad, row_batch, make_checkpoint)
     clean = Rows(np.delete(with_token_95(bad).ids, bad, 0), "rows", 0)
     without = run(source, clean, row_batch=row_batch)
     assert with_them.non_finite_rows == len(bad)
-    assert with_them.input_amax == pytest.approx(
-        without.input_amax, rel=1e-5
-    )  # other rows stand together in a batch
+    assert with_them.input_amax == pytest.approx(without.input_amax, rel=1e-5)  # other rows share a batch
     assert with_them.kv_amax == pytest.approx(without.kv_amax, rel=1e-5)
     assert with_them.tokens_per_expert == without.tokens_per_expert
 

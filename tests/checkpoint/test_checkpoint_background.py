@@ -1,4 +1,4 @@
-"""Work in the background: order, the bound of the queue, errors, and a shard that is written so."""
+"""Work in the background: order, the limit of the queue, errors, and a shard that is written this way."""
 
 import threading
 import time
@@ -46,7 +46,7 @@ def test_after_an_error_nothing_is_run_and_the_caller_is_told():
     done, stage = [], Background("test")
     stage.put(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        for i in range(1000):  # the first ones may be put before the thread comes to the error
+        for i in range(1000):  # the first items may be queued before the thread reaches the error
             stage.put(lambda i=i: done.append(i))
     stage.end()
     with pytest.raises(ZeroDivisionError):

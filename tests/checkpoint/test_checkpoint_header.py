@@ -1,4 +1,4 @@
-"""safetensors headers, written by hand, and every way in which one can be wrong."""
+"""safetensors headers, written by hand, and every error that a header can have."""
 
 import json
 import random
@@ -21,8 +21,10 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes header (an object, or text as it is) and data: 8 bytes of size, little endian, then the JSON,
-    then the data."""
+    """Writes a header (an object, or text that is written unchanged) and data.
+
+    8 bytes of size, little endian, then the JSON, then the data.
+    """
 
     def write(header: Any, data: bytes = b"", size: int | None = None) -> Path:
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -234,7 +236,7 @@ def test_a_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "some.safetensors"
     with file.open("wb") as f:
         f.write(struct.pack("<Q", 100_000_001))
-        f.truncate(200_000_000)  # sparse: it takes no room
+        f.truncate(200_000_000)  # sparse: it takes no disk space
     with pytest.raises(
         HeaderError,
         match=r"some\.safetensors: header size is 100,000,001; expected at most 100,000,000 bytes",
@@ -294,14 +296,14 @@ def test_no_damage_escapes_as_another_error(
 
 @pytest.mark.parametrize(
     "longest", [1, 3_850, *range(3_870, 3_960), 9_000]
-)  # passes the 4096 step byte by byte
+)  # crosses the 4096 step byte by byte
 def test_data_begin_at_a_multiple_of_4096(longest: int) -> None:
     header = encode_header([("n" * longest, "F32", (2, 3))], {"format": "pt"})
     (size,) = struct.unpack("<Q", header[:8])
     text = header[8:].decode("ascii").rstrip(" ")
     assert len(header) == 8 + size
     assert len(header) % 4096 == 0
-    assert len(header) - 4096 < 8 + len(text) <= len(header)  # not a page too many
+    assert len(header) - 4096 < 8 + len(text) <= len(header)  # at most one page
     assert json.loads(text) == {
         "__metadata__": {"format": "pt"},
         "n" * longest: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

@@ -1,4 +1,4 @@
-"""Checkpoint folders: index and shards, published names, mapped bytes, and memory that is given back."""
+"""Checkpoint folders: index and shards, published names, mapped bytes, and released memory."""
 
 import json
 import os
@@ -27,7 +27,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 
 def write(file: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
-    """A safetensors file by hand: dtype, shape and bytes by name, back to back."""
+    """Writes a safetensors file by hand: dtype, shape and bytes by name, without gaps."""
     entries, data = {}, b""
     for name, (dtype, shape, content) in tensors.items():
         entries[name] = {
@@ -199,7 +199,7 @@ def test_a_tensor_in_two_shards(two_shards: Path) -> None:
 
 
 def fuse(tensors: Tensors, projection: str, suffix: str) -> None:
-    """Experts as transformers 5 keeps them: one [E, out, in] a layer."""
+    """Stacks the experts as transformers 5 stores them: one [E, out, in] tensor a layer."""
     prefixes = {n.split("experts.")[0] for n in tensors if f".experts.0.{projection}.weight" in n}
     for prefix in sorted(prefixes):
         parts = [tensors.pop(f"{prefix}experts.{e}.{projection}.weight") for e in range(8)]
@@ -326,7 +326,7 @@ def test_arrays_outlive_the_checkpoint(two_shards: Path) -> None:
 
 
 def smaps(file: Path, field: str) -> list[int]:
-    """A figure of the kernel's, in bytes, for each map of ``file`` in this process."""
+    """A figure that the kernel gives, in bytes, for each map of ``file`` in this process."""
     found, inside = [], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
@@ -344,7 +344,7 @@ def resident() -> int:
 
 
 SIZE = 24 << 20
-MARGIN = 4 << 20  # the kernel maps up to 2 MiB around a page that is touched, over a tensor's ends too
+MARGIN = 4 << 20  # the kernel maps up to 2 MiB around a touched page, beyond a tensor's ends too
 
 
 @pytest.fixture
@@ -359,14 +359,14 @@ def test_release_drops_resident_pages(large: Path) -> None:
     file = large / "model.safetensors"
     with Checkpoint(large) as checkpoint:
         a, b = checkpoint.raw("a"), checkpoint.raw("b")
-        assert smaps(file, "Rss")[0] < MARGIN  # nothing was touched yet
+        assert smaps(file, "Rss")[0] < MARGIN  # nothing was read yet
         assert (int(a.sum(dtype=np.int64)), int(b.sum(dtype=np.int64))) == (SIZE, 2 * SIZE)
         touched = resident()
         assert smaps(file, "Rss")[0] >= 2 * SIZE
         checkpoint.release(["a"])
         assert SIZE - MARGIN <= smaps(file, "Rss")[0] <= SIZE + MARGIN  # b stays
         assert touched - resident() > SIZE * 3 // 4
-        assert int(a.sum(dtype=np.int64)) == SIZE  # the array is still good: its pages come back
+        assert int(a.sum(dtype=np.int64)) == SIZE  # the array still works: its pages are read again
         checkpoint.release(["a", "b"])
         assert smaps(file, "Rss")[0] < MARGIN
 
@@ -385,7 +385,7 @@ def test_close_unmaps(large: Path) -> None:
     assert len(smaps(large / "model.safetensors", "Rss")) == 1
     checkpoint.close()
     assert smaps(large / "model.safetensors", "Rss") == []
-    assert checkpoint.raw("a")[0] == 1  # opened again when asked
+    assert checkpoint.raw("a")[0] == 1  # opened again when needed
 
 
 def test_threads_share_one_map(large: Path) -> None:
@@ -456,7 +456,7 @@ def test_layer_weights_hold_few_pages(large: Path, monkeypatch: pytest.MonkeyPat
 
 @needs_proc
 def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
-    """A sparse file: mapped privately and writable, it must not be counted as memory that is promised."""
+    """A sparse file, mapped privately and writable: the kernel must not count it as promised memory."""
     rows = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * 65536)
     header = encode_header([("a", "BF16", (rows, 65536)), ("b", "BF16", (16,))], {})
     with (tmp_path / "model.safetensors").open("wb") as f:

@@ -1,4 +1,4 @@
-"""Written shards, and the manifest that signs itself."""
+"""Written shards, and the manifest, which contains a hash of itself."""
 
 import hashlib
 import json

@@ -1,9 +1,8 @@
-"""Each bad input that docs/design.md, "Bad input", lists: its exit code, its one line on standard error, and
-nothing left behind.
+"""Each bad input that docs/design.md, "Bad input", lists.
 
-OUT lies two folders deep that do not exist: they must not be made either. Where a layer or a shard was
-finished, OUT.partial stays for ``--resume`` and the line says so: tests/run/test_run_resume.py goes on from
-there.
+Each has its exit code and one line on standard error, and leaves nothing on disk. OUT lies two folders deep
+that do not exist: they must not be made either. Where a layer or a shard was finished, OUT.partial stays for
+``--resume`` and the line says so; tests/run/test_run_resume.py continues from there.
 """
 
 import json
@@ -26,8 +25,7 @@ RECIPE = "name: mine\nsummary: s\nrules:\n{rules}\n- {{roles: ['*'], format: sou
 
 @pytest.fixture
 def refused(tmp_path, token_rows):
-    """Runs ``nemoquant quantize SRC OUT ...`` and checks how it is refused; the message is asserted by its
-    parts."""
+    """Runs ``nemoquant quantize SRC OUT ...`` and checks the refusal; ``parts`` must be in the message."""
 
     def check(source, *options, parts, code=2, out=None, fmt="nvfp4", calib=token_rows, kept=False):
         out = tmp_path / "new/deeper/out" if out is None else out
@@ -95,7 +93,7 @@ def test_nan_and_inf_in_weights(preset, name, value, make_checkpoint, refused):
     in_layer_0 = ".layers.0.mixer.in_proj" in name or (
         name.endswith("A_log") and value != -torch.inf
     )  # exp(-inf) is finite
-    kept = preset == "nvfp4" and not in_layer_0  # some layer was calibrated before it came up
+    kept = preset == "nvfp4" and not in_layer_0  # a layer was calibrated before the error occurred
     parts = [f"{name} has ", "expected finite weights", "download or convert it again"]
     line = refused(source, "--recipe", preset, fmt=None, parts=parts, kept=kept)
     assert "NaN" in line if np.isnan(value) else "Inf" in line
@@ -436,13 +434,13 @@ def test_activations_that_overflow(make_checkpoint, refused):
     )
 
 
-# In the middle.
+# Errors in the middle of a run.
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "nvfp4-w4a16"])
 @pytest.mark.parametrize("shards", [[], ["--shard-size", "0.00002"]], ids=["one shard", "several"])
 def test_a_write_error(shards, fmt, source, refused, monkeypatch):
-    """It leaves what was finished: calibration, or a shard; else nothing."""
+    """Finished work is kept: the calibration, or a shard. Without any, nothing is left."""
     written = 0
     write = ShardWriter.write
 

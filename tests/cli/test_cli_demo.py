@@ -1,4 +1,4 @@
-"""``nemoquant demo``: the whole toolchain on the trained model, in one go, whole or not at all."""
+"""``nemoquant demo``: the whole toolchain on the trained model in one command, complete or not at all."""
 
 import importlib.util
 from pathlib import Path
@@ -21,8 +21,10 @@ WITH_ENGINE = WITH_GRAPHS and importlib.util.find_spec("tensorrt_rtx") is not No
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """(folder, result of the command), run once; in one thread, because threads that wait for a core that is
-    taken take it too."""
+    """(folder, result of the command), run once.
+
+    One thread: where other work uses a core, waiting threads would use CPU time too.
+    """
     out = tmp_path_factory.mktemp("demo") / "shown"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.sched_getaffinity", lambda pid: {0})
@@ -62,8 +64,10 @@ def test_it_runs(shown):
 @pytest.mark.slow
 @pytest.mark.skipif(not WITH_GRAPHS, reason="needs onnx and onnxruntime (extra: ort)")
 def test_each_was_run_through_its_graph(shown, report):
-    """Weights only: nothing to flip, the runtimes agree to rounding. Rounded inputs: flips, well below the
-    cost of the format."""
+    """Weights only: no code can flip, and the runtimes agree to rounding.
+
+    Rounded inputs: codes flip, which costs far less than the format itself.
+    """
     for candidate in report.candidates:
         run = candidate.engine
         assert run is not None
@@ -78,7 +82,7 @@ def test_each_was_run_through_its_graph(shown, report):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_checkpoint_verifies(preset, shown):
-    """With the figures in its card."""
+    """The figures of the diff are in its card."""
     found = verify(shown[0] / preset, demo_model())
     assert (found["ok"], found["problems"], found["warnings"]) == (True, [], [])
     card = (shown[0] / preset / "README.md").read_text()
@@ -127,7 +131,7 @@ def interrupt(*_, **__):
 
 
 def an_output(_, out, *__, **___):
-    """In the place of ``quantize``, where it is not looked at."""
+    """Stands in for ``quantize`` where the output is not read."""
     out.mkdir()
     (out / "nemoquant_scales.json").write_text("{}")
 

@@ -1,5 +1,4 @@
-"""The verb's manners: exit codes, what goes where, Markdown from strangers' words, the model card, the
-schema."""
+"""``nemoquant diff``: exit codes, which output goes where, escaped Markdown, the model card, the schema."""
 
 import json
 import re
@@ -25,7 +24,7 @@ COST = "- Cost in accuracy: "
 
 @pytest.fixture
 def run(source, token_rows):
-    """Runs ``nemoquant diff`` of the base checkpoint."""
+    """Runs ``nemoquant diff`` on the base checkpoint."""
 
     def check(*arguments, code=0, of=source, data=token_rows):
         return nemoquant("diff", of, *arguments, "--data", data, "--threads", 1, code=code)
@@ -33,7 +32,7 @@ def run(source, token_rows):
     return check
 
 
-# What goes where.
+# Which output goes where.
 
 
 def test_output_for_people(run, source, quantized):
@@ -103,7 +102,7 @@ def test_files(run, quantized, tmp_path):
 
 
 def test_html(run, quantized, tmp_path):
-    """What is in it has tests of its own."""
+    """The page's content has its own tests."""
     page = tmp_path / "report.html"
     result = run(quantized("nvfp4"), "--html", page, "--json", "-")
     assert Report.model_validate_json(result.stdout).candidates[0].name == "nvfp4"
@@ -211,7 +210,7 @@ def test_every_figure_can_be_held(metric, run, quantized):
     )
 
 
-# Strangers' words in Markdown.
+# Text from outside in Markdown.
 
 
 @pytest.mark.parametrize(
@@ -231,7 +230,7 @@ def test_names_are_no_markup(name, run, quantized):
     out = quantized("nvfp4", name=name.replace("/", ""))
     result = run(out, "--no-card")
     lines = result.stdout.splitlines()
-    plain = re.sub(r"\\[\\`*\[\]<>|_]", "", result.stdout)  # what is escaped is text
+    plain = re.sub(r"\\[\\`*\[\]<>|_]", "", result.stdout)  # without the escapes it is plain text
     code = re.sub(r"`[^`]*`", "", plain)
     assert not set("<>[]*") & set(code), "nothing that begins markup is left"
     table = [line for line in lines if line.startswith("|")]
@@ -255,7 +254,7 @@ def test_a_data_file_is_no_markup(run, quantized, token_rows):
 
 
 def cost(out):
-    """What the card says of the cost in accuracy."""
+    """The card's statement of the cost in accuracy."""
     (line,) = [line for line in (out / "README.md").read_text().splitlines() if line.startswith(COST)]
     return line.removeprefix(COST)
 
@@ -354,8 +353,10 @@ def test_a_card_that_cannot_be_read(content, run, quantized):
 
 @pytest.mark.parametrize("name", ["README.md", FILE])
 def test_a_folder_that_cannot_be_written(name, run, quantized, source, monkeypatch):
-    """Written beside and renamed; where the second file fails, the first must not have changed alone. Root
-    may write anywhere."""
+    """Files are written under another name and renamed: if the second fails, the first must not have changed.
+
+    Root may write anywhere.
+    """
     replace = manifest.replace_text
 
     def denied(path, text):
@@ -403,7 +404,7 @@ def test_the_schema_says_what_everything_is():
         assert part["description"]
 
 
-# What it loads.
+# Which modules it loads.
 
 LIGHT = """
 import sys

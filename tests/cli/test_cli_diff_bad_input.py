@@ -1,5 +1,4 @@
-"""Each bad input of a diff: its exit code, its one line on standard error, and nothing changed or left
-behind."""
+"""Each bad input of a diff: exit code, one line on standard error, nothing changed and no file left."""
 
 import json
 import math
@@ -31,8 +30,7 @@ def run(*arguments):
 
 @pytest.fixture
 def refused(tmp_path, token_rows):
-    """Runs ``nemoquant diff SRC OUT... ...`` and checks how it is refused; the message is asserted by its
-    parts."""
+    """Runs ``nemoquant diff SRC OUT... ...`` and checks the refusal; ``parts`` must be in the message."""
 
     def check(source, *arguments, parts, code=2, data=token_rows):
         arguments = [*arguments, *(["--data", data] if data else [])]
@@ -46,7 +44,7 @@ def refused(tmp_path, token_rows):
 
 @pytest.fixture
 def usage(tmp_path):
-    """The same for what click itself refuses: the usage, and its reason in the last line."""
+    """The same for what click itself refuses: the usage, and the reason in the last line."""
 
     def check(*arguments, parts):
         before = tree(tmp_path)
@@ -61,7 +59,7 @@ def usage(tmp_path):
     return check
 
 
-# What is compared on.
+# The rows.
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_counts(option, value, least, source, usage):
         diff(source, [source], **{name: value})
 
 
-# Which checkpoints.
+# The checkpoints.
 
 
 def test_no_candidate(source, token_rows, usage):
@@ -234,7 +232,7 @@ def test_a_model_of_other_sizes(changes, names, source, make_checkpoint, quantiz
 
 
 def test_an_output_of_another_source(source, make_checkpoint, quantized, refused):
-    """The manifest knows what it was made from, where the sizes are the same."""
+    """The manifest records the source; the sizes are the same here."""
     other = make_checkpoint("other", max_position_embeddings=512)
     out = quantized("fp8", of=other)
     refused(
@@ -331,7 +329,7 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
         refused(source, out, parts=[f"{out}/tokenizer.json", "cannot be read as a tokenizer"])
 
 
-# What is in them.
+# What the checkpoints contain.
 
 
 @pytest.mark.parametrize(
@@ -462,7 +460,7 @@ def test_scales_that_are_no_scales(name, value, source, quantized, refused):
 def test_inputs_that_are_declared_and_lack_their_scale(
     where, preset, module, source, quantized, changed, refused
 ):
-    """Wherever it is declared: older tools write the second file alone."""
+    """Whichever config file declares them: older tools write only the second file."""
     out = changed(quantized(preset), lambda t: t.pop(f"{module}.input_scale"))
     if where == "config.json":
         (out / "hf_quant_config.json").unlink()
@@ -495,9 +493,9 @@ def test_experts_of_several_formats(source, quantized, changed, refused):
     )
 
 
-# What they compute.
+# What the models compute.
 
-BAD = {  # what -> (tensor of the NVFP4 output, new bytes from the old, where it is seen)
+BAD = {  # what -> (tensor of the NVFP4 output, new bytes from the old, where the error shows)
     "a weight scale that overflows": (
         f"{IN_PROJ}.weight_scale",
         lambda data: np.float32(3e38).tobytes(),
@@ -558,7 +556,7 @@ def test_a_source_that_computes_nan(what, source, make_checkpoint, refused):
 
 
 def test_nan_that_no_token_reaches(source, quantized, compare, tmp_path):
-    """An expert's codes are looked at where no token is: it must not pass for one without error."""
+    """An expert's codes are checked even if no token reaches it: it must not pass as free of errors."""
     data = tmp_path / "short.npy"
     np.save(data, np.array([[5, 6]]))
     out = quantized("fp8")
@@ -593,7 +591,7 @@ def test_report_folders_that_are_none(kind, source, tmp_path, token_rows, refuse
     usage(source, source, kind, tmp_path, parts=[f"'{kind}'", "is a directory"])
     monkeypatch.setattr(
         "os.access", lambda path, mode: path != tmp_path
-    )  # someone else's folder: root may write anywhere
+    )  # a folder of another user: root may write anywhere
     refused(
         source,
         source,
@@ -680,7 +678,7 @@ def test_the_second_condition_is_read_before_the_work_too(source, refused):
     )
 
 
-# In the middle.
+# Errors in the middle of a run.
 
 
 @pytest.mark.parametrize("at", [0, 4, 8])
@@ -708,7 +706,7 @@ def test_an_interrupt_changes_nothing(at, source, quantized, tmp_path, refused, 
         tmp_path / "cache",
     ]
     if at == 8:
-        files = files[:-2]  # the cache is whole by then, and kept
+        files = files[:-2]  # the cache is complete by then, and kept
     refused(source, out, *files, code=130, parts=["interrupted; nothing was kept"])
 
 
@@ -728,7 +726,7 @@ def test_a_report_that_cannot_be_written(source, tmp_path, token_rows, monkeypat
 
 
 def test_the_order_of_messages(source, tmp_path, refused):
-    """Cheap checks come first: nothing is read of a candidate whose source is none."""
+    """Cheap checks come first: no candidate is read when the source does not exist."""
     shutil.rmtree(source)
     assert re.search(
         r"source/?\S* does not exist", refused(source, tmp_path / "nowhere", parts=["does not exist"])

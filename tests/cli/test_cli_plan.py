@@ -1,4 +1,4 @@
-"""The light verbs on the command line: plan, inspect, recipes; and that the command line itself is light."""
+"""The verbs that read no weights: plan, inspect, recipes; and what the command line itself loads."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ REST = "- roles: ['*']\n  format: source"
 
 
 def data(*args: str | Path) -> Any:
-    """What a verb prints with --json, and nothing else."""
+    """Runs a verb with --json and parses its output, which must be nothing else."""
     result = command(*args, "--json")
     assert result.stderr == ""
     return parse_strictly(result.stdout)
@@ -363,7 +363,7 @@ def test_wrong_usage(args: list[str], message: str) -> None:
     assert message in result.stderr.splitlines()[-1]
 
 
-# --- light
+# --- what it loads
 
 HEAVY = ("torch", "numpy", "numba", "rich", "pydantic", "safetensors", "onnx", "tokenizers", "yaml", "jinja2")
 
@@ -438,8 +438,10 @@ def test_names_that_the_api_lacks() -> None:
 
 
 def test_a_format_that_no_tensor_gets_is_said(make_checkpoint: Callable[..., Path]) -> None:
-    """`nvfp4` gives NVFP4 to routed experts alone: a model without them gets none, which nobody would guess
-    from the option."""
+    """`nvfp4` gives NVFP4 to routed experts only: a model without experts gets none.
+
+    The option's name does not show that, so the command must say it.
+    """
     dense = make_checkpoint("dense", hybrid_override_pattern="M-*-", num_nextn_predict_layers=0)
     result = command("plan", dense, "--fmt", "nvfp4")
     assert "warning: no tensor of this model got the format nvfp4" in result.stderr

@@ -1,4 +1,4 @@
-"""How people write and read sizes and durations."""
+"""Reading and writing sizes and durations."""
 
 import click
 import pytest

@@ -1,4 +1,4 @@
-"""The command line's manners: help, dry runs, JSON, progress, exit codes, and how little it loads."""
+"""The command line: help, dry runs, JSON, progress, exit codes, and which modules it loads."""
 
 import json
 import re
@@ -197,7 +197,7 @@ def test_plain_progress_when_not_a_terminal(quantize):
 
 
 class Terminal:
-    """A standard error that says it is a terminal, and keeps what is written."""
+    """A standard error that claims to be a terminal, and keeps the text."""
 
     encoding = "utf-8"
 
@@ -230,7 +230,7 @@ def test_bars_on_a_terminal(slow, monkeypatch):
     assert ("100%" in terminal.text) is slow
 
 
-# The other verbs: --json is parseable and alone, plain text has the figures.
+# The other verbs: --json prints JSON and nothing else, plain text has the figures.
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_inspect_of_a_quantized_checkpoint(quantize, tmp_path):
     assert {"BF16", "F32", "F8_E4M3", "U8"} == set(found["dtypes"])
 
 
-# What it loads.
+# Which modules it loads.
 
 LIGHT = """
 import sys
@@ -308,14 +308,14 @@ def test_planning_and_inspecting_load_no_torch():
 
 
 def test_exit_codes_of_a_real_process(tmp_path):
-    """The console script's entry point, not a runner: code 2, one line, no traceback."""
+    """Through the entry point of the console script, not click's runner: code 2, one line, no traceback."""
     code = "from nemoquant.cli import main; main(prog_name='nemoquant')"
     done = run_python(code, "quantize", tmp_path / "nowhere", tmp_path / "out", "--fmt", "fp8", code=2)
     assert done.stdout == ""
     error_line(done.stderr)
 
 
-# What would else be silent, or found only after hours.
+# Conditions that would otherwise go unnoticed, or appear only after hours.
 
 
 def test_a_changed_preset_should_not_pass_for_it(quantize, tmp_path):

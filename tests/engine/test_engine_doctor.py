@@ -1,4 +1,4 @@
-"""What ``doctor`` says of the machine."""
+"""The report of ``doctor`` on this machine."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line for each engine, with a reason; less where packages are hidden."""
+    """One line for each engine, with a reason; fewer engines where packages are hidden."""
 
     def found() -> dict[str, dict[str, object]]:
         return {entry["name"]: entry for entry in json.loads(nemoquant("doctor", "--json").stdout)}

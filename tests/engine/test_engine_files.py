@@ -1,9 +1,8 @@
-"""Engine files loaded and run: what is checked before a GPU is touched, and, over a stand-in for the runtime,
-how calls are made.
+"""Engine files: the checks before a GPU is used, and the calls of the runtime, through a stand-in.
 
-No GPU is at hand here, so no TensorRT ever runs. The stand-in has the part of its Python interface that the
-runner uses (held to the names of the real module), reads and writes raw addresses as it does, and computes
-with ONNX Runtime; the oracle is the onnxruntime engine.
+No GPU is at hand here, so TensorRT never runs. The stand-in has the part of TensorRT's Python interface that
+the runner uses; its names are checked against the real module. It reads and writes raw addresses as TensorRT
+does, and computes with ONNX Runtime. The oracle is the onnxruntime engine.
 """
 
 import ctypes
@@ -117,7 +116,7 @@ class Engine:
 
 
 def stand_in(limits: tuple[int, int]) -> Any:
-    """A module; an engine file of its own holds the path of a graph of ours."""
+    """The module; its engine file holds the path of one of our graphs."""
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -134,8 +133,10 @@ def stand_in(limits: tuple[int, int]) -> Any:
 
 
 def write_engine(file: Path, folder: Path, data: bytes | None = None, **changed: Any) -> Path:
-    """An engine file for the graph ``model.onnx`` (or ``mtp.onnx``) of ``folder``, with the facts that the
-    builder writes."""
+    """Writes an engine file for a graph of ``folder``, with the facts that the builder writes.
+
+    The graph is ``model.onnx`` or ``mtp.onnx``.
+    """
     part = changed.get("part", "main")
     data = str(folder / ("model.onnx" if part == "main" else "mtp.onnx")).encode() if data is None else data
     manifest = folder / "nemoquant.json"
@@ -180,8 +181,7 @@ def loaded(
 
 
 def test_calls_carry_their_state(loaded: Callable[..., tuple[gpu.TensorRTEngine, Path]]) -> None:
-    """A prompt, single tokens, a batch: the same arrays in, so the same bytes out as ONNX Runtime gives by
-    itself."""
+    """A prompt, single tokens, a batch: the arrays are the same, so ONNX Runtime gives the same bytes."""
     engine, folder = loaded("nvfp4")
     beside = OnnxRuntimeEngine(folder, 1)
     tokens = np.random.default_rng(0).integers(0, 2048, (3, 12))
@@ -296,7 +296,7 @@ def test_refusals(
 def test_refusals_of_the_command_line(
     demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a GPU is asked for, and then that there is none."""
+    """First the refusals before a GPU is used, then the refusal because there is no GPU."""
     monkeypatch.setattr("nemoquant.engine.load.device", lambda: None)
     folder, file = demo("fp8"), tmp_path / "model.engine"
 
@@ -346,8 +346,10 @@ def test_the_stand_in_has_only_what_the_runtime_has() -> None:
 
 @pytest.fixture
 def disguised(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
-    """TensorRT-RTX in TensorRT's place, told the GPU that TensorRT would find: the builder's other half, up
-    to the plugins."""
+    """TensorRT-RTX in place of TensorRT, with the GPU that TensorRT would report.
+
+    This runs the second half of the builder, up to the plugins.
+    """
 
     def make() -> list[Any]:
         import tensorrt_rtx
@@ -382,8 +384,10 @@ def disguised(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
 def test_the_other_half_of_the_builder(
     disguised: Callable[[], list[Any]], demo: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Two profiles; the GPU of the machine; the plugins named in the facts. (TensorRT-RTX has no timing
-    cache.)"""
+    """Two profiles; the GPU of the machine; the plugins are named in the facts.
+
+    TensorRT-RTX has no timing cache.
+    """
     configs = disguised()
     library = tmp_path / "plugins.so"
     library.write_bytes(b"plugins")
@@ -442,8 +446,7 @@ def test_what_can_be_built_where(
 
 
 def test_formats_that_the_gpu_lacks(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts are decoded by the plugin, so W4A16 experts need no FP4 GPU under TensorRT; GEMMs of the
-    runtime's own do."""
+    """W4A16 experts need no FP4 GPU under TensorRT: the plugin decodes them. The runtime's GEMMs need one."""
     monkeypatch.setattr(targets.Target, "package", lambda self: stand_in((64, 3)))
     hopper = Device("a stand-in", 90)
     for preset, part in (

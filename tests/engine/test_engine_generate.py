@@ -1,5 +1,4 @@
-"""``nemoquant generate``: the same text from every engine, drafts that change nothing but the speed, and
-refusals."""
+"""``nemoquant generate``: the same text from every engine, with and without drafts, and refusals."""
 
 import importlib.util
 import json
@@ -30,13 +29,13 @@ def run(folder: Path, *options: object, prompt: str = PROMPT, code: int = 0) -> 
 
 @pytest.fixture(scope="module")
 def folder(demo: Callable[[str], Path]) -> Path:
-    """Weights only: nothing is rounded at run time, so that runtimes agree."""
+    """Weights only: no input is rounded at run time, so that runtimes agree."""
     return demo("nvfp4-w4a16")
 
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> str:
-    """What torch writes without drafts."""
+    """The text that torch writes without drafts."""
     return str(run(folder, "--max-tokens", 24).stdout)
 
 
@@ -54,7 +53,7 @@ def test_the_same_text_from_every_engine_with_drafts_or_without(
 
 
 def test_it_stops_at_the_end_of_sequence(folder: Path, copied: Callable[..., Path]) -> None:
-    """At the third token, when that one is named as the end; it is not shown."""
+    """At the third token, when that token is set as the end; it is not shown."""
     engine = TorchEngine(folder)
     tokens = list(generate(engine, [5, 6, 7], max_tokens=6, stop=set(), sampler=Sampler()))
     assert len(tokens) == 6
@@ -83,8 +82,10 @@ def test_a_temperature_is_reproducible_by_its_seed(folder: Path) -> None:
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """Two tokens with odds 3 to 1 at temperature 1, and 9 to 1 at 0.5: shares of 20,000 within four standard
-    deviations."""
+    """Two tokens with odds 3 to 1 at temperature 1, and 9 to 1 at 0.5.
+
+    Shares of 20,000 draws are within four standard deviations.
+    """
     logits = np.log(np.array([0.75, 0.25], np.float32))
     for temperature, share in ((1.0, 0.75), (0.5, 0.9)):
         sampler = Sampler(temperature, seed=3)
@@ -93,10 +94,9 @@ def test_sampling_follows_the_distribution() -> None:
 
 
 class Counting:
-    """A fake engine whose next token is last + 1, and whose module guesses that, but wrongly after the tokens
-    in ``wrong``.
+    """A fake engine whose next token is last + 1; its module guesses wrongly after tokens in ``wrong``.
 
-    Its state is the list of tokens that it has seen, so that a state that was not cut back shows.
+    Its state is the list of tokens that it has processed, so that a state that was not cut back is detected.
     """
 
     name, has_mtp, max_seq_len = "fake", True, None
@@ -114,7 +114,7 @@ class Counting:
 
     def draft(self, tokens: Any, hidden: Any, state: Any = None) -> Step:
         assert tokens.shape == hidden.shape[:2]
-        known = tokens[0] != 0  # the others are wrong guesses that it drafts on from
+        known = tokens[0] != 0  # the others are wrong guesses, from which it drafts further
         assert (hidden[0, :, 0] + 1 == tokens[0])[known].all(), "hidden states belong to the positions before"
         guess = np.where(np.isin(tokens, list(self.wrong)), 0, tokens + 1)
         return Step(self._logits(guess), tokens[..., None].astype(np.float32), (state or 0) + tokens.shape[1])
@@ -160,7 +160,7 @@ def test_refusals(folder: Path, copied: Callable[..., Path], tmp_path: Path) -> 
 
 
 def test_chat_goes_through_the_template(folder: Path, copied: Callable[..., Path]) -> None:
-    """With the answer about to begin."""
+    """The prompt ends where the answer begins."""
     own = copied(folder, graphs=False)
     (own / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt "

@@ -1,4 +1,4 @@
-"""Sessions keep weights packed: what a process holds follows the file's bytes, not what they unpack to."""
+"""Sessions keep weights packed: memory of the process follows the file's size, not the unpacked size."""
 
 import importlib.util
 from collections.abc import Callable
@@ -42,8 +42,8 @@ rules:
 def test_weights_stay_packed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """A dense MLP and 64 experts, 100 million weights in NVFP4: 57 MB packed, 403 MB in float32.
 
-    Measured above the idle process: 11 MB with the session (the rest is mapped), 640 MB at the peak of a
-    prompt, where one matrix of the MLP at a time (134 MB in float32) is unpacked in a few steps. With
+    Measured above the idle process: 11 MB with the session (the rest is mapped), and 640 MB at the peak of a
+    prompt. At that peak one matrix of the MLP at a time (134 MB in float32) is unpacked in a few steps. With
     constant folding the session alone takes 1,523 MB.
     """
     source = make_checkpoint(

@@ -37,8 +37,7 @@ pytestmark = pytest.mark.skipif(
 def test_engines_are_built(
     preset: str, sm: int, compute: str, demo: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One engine for prompts and single tokens; formats stay what they are; the facts beside the file are
-    those of the file."""
+    """One engine for prompts and single tokens; formats are kept; the facts next to the file describe it."""
     folder, out = demo(preset), tmp_path / "model.engine"
     facts = nemoquant.export_engine(folder, out, target="rtx", sm=sm, compute=compute, max_seq_len=1024)
     assert json.loads((tmp_path / "model.engine.json").read_text()) == json.loads(json.dumps(facts))
@@ -61,8 +60,11 @@ def test_engines_are_built(
 def test_weights_stand_in_an_engine_once_and_packed(
     tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    """A branch for few tokens beside one for many held all experts twice; unpacked they would be four times
-    as large."""
+    """One copy of the experts, packed.
+
+    With a branch for few tokens and one for many, the engine held all experts twice. Unpacked they would be
+    four times as large.
+    """
     source = make_checkpoint(
         hybrid_override_pattern="E",
         n_routed_experts=64,
@@ -78,7 +80,7 @@ def test_weights_stand_in_an_engine_once_and_packed(
     facts = nemoquant.export_engine(out, tmp_path / "model.engine", target="rtx", sm=120)
     assert packed < facts["bytes"] < 1.15 * packed + 2e6, (
         facts["bytes"] / packed
-    )  # measured: 1.02 and kernels
+    )  # measured: 1.02 times, plus kernels
 
 
 def refused(*arguments: object, parts: list[str], code: int = 2) -> None:
@@ -115,7 +117,7 @@ def test_without_the_extra(
 
 
 def test_the_builders_own_words(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that its parser refuses: NonZero is among the operators that it lacks."""
+    """A graph that its parser refuses: NonZero is one of the operators that it lacks."""
     from nemoquant.engine.build import EngineOptions, build
     from nemoquant.graph.dialects import DIALECTS
 

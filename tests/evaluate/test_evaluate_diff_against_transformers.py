@@ -1,10 +1,9 @@
-"""``diff`` of weights alone against transformers: two models in float32, one of the source's weights, one of
-weights decoded here.
+"""``diff`` of weights alone, against transformers.
 
-Nothing of nemoquant computes what is expected: the checkpoint is read by the safetensors library and decoded
-from a table, transformers' NemotronHForCausalLM computes hidden states and logits, and the figures are their
-formulas in float64. Rows have 64 tokens, one chunk: transformers' torch path is wrong beyond it (its issue
-47246).
+Two models in float32: one with the source's weights, one with weights decoded here. The expected figures use
+no code of nemoquant: the safetensors library reads the checkpoint, a table decodes it, transformers'
+NemotronHForCausalLM computes hidden states and logits, and the figures follow from their formulas in float64.
+Rows have 64 tokens, one chunk: transformers' torch path is wrong beyond one chunk (its issue 47246).
 """
 
 import importlib.util
@@ -35,10 +34,10 @@ pytestmark = pytest.mark.skipif(
 
 ROWS, LENGTH = 16, 64
 
-# Two float32 models on the same weights have logits that differ by 1e-6 of their size. KL is about the square
-# of logits' differences, here 0.1: 2e-5 of it at a position, less in the mean. Measured: mean 7e-7, median
-# 6e-7, p99 8e-6, max 1.2e-5; perplexity 4e-8; residual streams, whose errors are sums over 200000 values,
-# 3e-8.
+# Two float32 models with the same weights have logits that differ by a relative 1e-6. KL is about the square
+# of the logits' differences, here 0.1: 2e-5 of it at a position, less in the mean. Measured: mean 7e-7,
+# median 6e-7, p99 8e-6, max 1.2e-5; perplexity 4e-8; residual streams, whose errors are sums over 200000
+# values, 3e-8.
 KL, PERPLEXITY, STREAM = 1e-4, 1e-6, 1e-6
 
 
@@ -49,15 +48,17 @@ def dense(folder: Path) -> dict[str, Tensor]:
 
 @dataclass
 class Outputs:
-    """What transformers computes: logits [rows, length, vocabulary], and the stream [rows, length, hidden]
-    after each layer; float64."""
+    """Results of transformers in float64: logits, and the stream after each layer.
+
+    Shapes are [rows, length, vocabulary] and [rows, length, hidden].
+    """
 
     logits: Tensor
     streams: list[Tensor]
 
     @property
     def log_probabilities(self) -> Tensor:
-        """Of positions whose next token is known."""
+        """At positions whose next token is known."""
         return torch.log_softmax(self.logits[:, :-1], -1)
 
 
@@ -105,7 +106,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
 
 
 def test_the_candidate_is_what_the_test_means(compared: Compared) -> None:
-    """Experts in NVFP4, nothing rounded at run time, and an error that is worth a comparison."""
+    """Experts are in NVFP4, no input is rounded at run time, and the error is large enough to compare."""
     candidate = compared.report.candidates[0]
     assert compared.tokens.shape == (ROWS, LENGTH)
     assert compared.report.data.predicted_positions == ROWS * (LENGTH - 1)
@@ -138,11 +139,11 @@ def test_perplexities(compared: Compared) -> None:
     assert reference.perplexity == pytest.approx(expected[0], rel=PERPLEXITY)
     assert found.perplexity == pytest.approx(expected[1], rel=PERPLEXITY)
     assert found.perplexity_ratio == pytest.approx(expected[1] / expected[0], rel=PERPLEXITY)
-    assert abs(expected[1] / expected[0] - 1) > 1e-3  # or the two could be mistaken for each other
+    assert abs(expected[1] / expected[0] - 1) > 1e-3  # otherwise the two could be confused
 
 
 def test_likeliest_tokens(compared: Compared) -> None:
-    """No position is so near a tie that float32 decides it, so these are equal but for the order of a sum."""
+    """No position is so near a tie that float32 decides it: only the order of a sum differs."""
     first, second = (x.logits[:, :-1] for x in (compared.source, compared.candidate))
     top1 = float((first.argmax(-1) == second.argmax(-1)).double().mean())
     best, own = (x.topk(5).indices for x in (first, second))
@@ -164,7 +165,7 @@ def test_the_stream_after_every_layer(compared: Compared) -> None:
         assert (layer.name, expected == 0) == (
             str(i),
             "E" not in kinds[: i + 1],
-        )  # up to the first experts all is equal
+        )  # up to the first experts nothing differs
         assert layer.stream.relative == pytest.approx(expected, rel=STREAM, abs=0), f"layer {i}, {layer.kind}"
 
 

@@ -1,4 +1,4 @@
-"""The reference cache: the same figures to the last byte, and never another source's or other rows'."""
+"""The reference cache: it gives identical figures, and is never used for another source or other rows."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_it_serves_other_candidates(source, quantized, compare, cache):
 
 
 def test_it_is_read(source, compare, cache):
-    """What it holds is what the candidate is compared with: a changed stream is an error of the candidate."""
+    """The candidate is compared with the cache's content: a changed stream is an error of the candidate."""
     compare(source, source, reference_cache=cache)
     folder = cache.parent / "holds"
     folder.mkdir()
@@ -66,12 +66,12 @@ def test_it_is_a_safetensors_file_of_the_stream(source, compare, cache):
     assert shapes == hidden | {f"ssm_state.{i}": (8, 4, 16, 16) for i in (0, 4)}
 
 
-# What is not this run's is refused, and stays as it is.
+# A cache that does not belong to this run is refused and not changed.
 
 
 @pytest.fixture
 def refused(source, cache):
-    """Runs the diff of ``source`` with itself, and checks how the cache is refused."""
+    """Runs the diff of ``source`` with itself, and checks that the cache is refused."""
 
     def check(*parts, of=source, kind=CheckpointError, **options):
         before = cache.read_bytes() if cache.is_file() else None
@@ -187,7 +187,7 @@ def test_through_the_command_line(source, cache, token_rows, tmp_path):
     refusal(*command, "--reference-cache", tmp_path / "no/where", parts=["no is not a folder"])
 
 
-# Interrupted while it is written.
+# Interrupted while the cache is written.
 
 
 @pytest.mark.parametrize("at", [0, 3, 7, 8])

@@ -1,5 +1,7 @@
-"""The diff on a GPU: on a device that only looks like one (tests/support/elsewhere.py), and through Triton's
-interpreter in a process of its own."""
+"""The diff on a GPU, without one.
+
+On a simulated device (tests/support/elsewhere.py), and through Triton's interpreter in a separate process.
+"""
 
 import importlib.util
 import json
@@ -26,8 +28,10 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear")
 
 
 def differences(a: Any, b: Any, rel: float = 1e-5, where: str = "") -> list[str]:
-    """Where two reports differ by more than ``rel`` of a figure (by default what the rounding of sums does),
-    or 1e-9 where it is next to nothing."""
+    """Where two reports differ by more than ``rel`` of a figure, or by 1e-9 where it is almost zero.
+
+    The default of ``rel`` is what the rounding of sums causes.
+    """
     if isinstance(a, dict):
         return [
             d
@@ -47,8 +51,7 @@ def differences(a: Any, b: Any, rel: float = 1e-5, where: str = "") -> list[str]
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
-    """ "cuda" is the device of tests/support/elsewhere.py, and the Triton kernels' work is done by the
-    CPU's."""
+    """The device "cuda" is that of tests/support/elsewhere.py; CPU kernels do the Triton kernels' work."""
     made, round_trip = Elsewhere(), packed.fake_quantize
 
     def rounded(format: str) -> Callable[..., torch.Tensor]:
@@ -73,9 +76,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 def test_all_products_are_on_the_device(
     device: Elsewhere, source: Path, quantized: Callable[..., Path], compare: Callable[..., Report]
 ) -> None:
-    """Layers of each kind, the head, the multi-token prediction, effects of modules; and all figures are
-    those of the CPU: where inputs are rounded but for a code or two that fall to the other side (0.07% of an
-    expert's effect, seen), because sums are in another order."""
+    """All matrix products run on the device, and all figures equal the CPU's.
+
+    Covered are layers of each kind, the head, the multi-token prediction and the effects of modules. Where
+    inputs are rounded, a code or two may flip (0.07% of an expert's effect, seen), because sums are taken in
+    another order.
+    """
     candidates = [quantized("nvfp4-w4a16"), source, quantized("nvfp4-full")]
     expected = compare(source, *candidates)
     with device:
@@ -93,7 +99,7 @@ def test_all_products_are_on_the_device(
 def test_a_tied_head(
     device: Elsewhere, make_checkpoint: Callable[..., Path], compare: Callable[..., Report]
 ) -> None:
-    """Where the head is the embedding, which is looked up on the CPU."""
+    """The head is the embedding, which is looked up on the CPU."""
     tied = make_checkpoint("tied", tie_word_embeddings=True)
     with device:
         assert compare(tied, tied, device="cuda").candidates[0].logits.kl.max == 0
@@ -103,7 +109,7 @@ def test_a_tied_head(
 def test_a_cache_of_another_device(
     device: Elsewhere, source: Path, compare: Callable[..., Report], tmp_path: Path
 ) -> None:
-    """It would give a model an error against itself."""
+    """With it a model compared with itself would show an error."""
     cache = tmp_path / "cache"
     compare(source, source, reference_cache=cache)
     says = r"cache was computed on another device \(--device\): its device differ; .*give another file"
@@ -117,8 +123,10 @@ def test_a_cache_of_another_device(
 
 
 def test_rows_at_once(source: Path) -> None:
-    """On a GPU more of them in a MoE layer, whose weights cross once a batch; by hand for segments of 2,048
-    tokens of this model."""
+    """On a GPU a MoE layer takes more rows at once: its weights are copied once a batch.
+
+    Expected numbers were computed by hand for segments of 2,048 tokens of this model.
+    """
     config, length = api.open_source(source).config, 1 << 14
     values = {"mamba": 3 * 64 + 4 * 128, "moe": 2 * 80 + 4 * 32}
     for kind, there in (("mamba", 384 << 20), ("moe", 2 << 30)):
@@ -141,8 +149,7 @@ print(api.diff(source, candidates, data=rows, device="cuda", threads=1, card=Fal
 def test_through_the_kernels(
     source: Path, quantized: Callable[..., Path], compare: Callable[..., Report], token_rows: Path
 ) -> None:
-    """The same figures with weights decoded and inputs rounded by Triton, interpreted: one row of 8
-    tokens."""
+    """The same figures when Triton, interpreted, decodes weights and rounds inputs: one row of 8 tokens."""
     candidates = [quantized("nvfp4-full"), quantized("fp8")]
     np.save(token_rows, np.load(token_rows)[:1, :8])
     done = run_python(PROGRAM, source, token_rows, *candidates, TRITON_INTERPRET="1")

@@ -1,8 +1,8 @@
-"""``diff``'s figures by layer and module against a straight computation: the reference model over weights
-decoded here, with taps written here, one call a layer, on all rows at once.
+"""``diff``'s figures by layer and module, against a plain computation.
 
-What is multiplied is the same to the bit, so that the figures differ by how sums and differences are rounded
-alone.
+It is the reference model over weights decoded here, with taps written here, one call a layer, on all rows at
+once. The operands of all products are the same to the bit, so that the figures differ only by how sums and
+differences are rounded.
 """
 
 import math
@@ -30,17 +30,17 @@ from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import ReferenceModel, layer_forward
 from nemoquant.model.taps import Scope, Tap, identity, prefixed
 
-# Sums of float64: n squares, n below 10^6, in another order, differ by n 2^-53 at the very most, and a
+# Sums in float64: n squares, n below 10^6, in another order, differ by n 2^-53 at the very most, and a
 # logarithm by less.
 FLOAT64 = 1e-10
-# diff subtracts streams in float32: each difference is off by 2^-24 of it at most, error and signal each.
-# Measured: 2e-9.
+# diff subtracts streams in float32: each difference has a relative error of at most 2^-24, for error and
+# signal each. Measured: 2e-9.
 DIFFERENCE = 2.0**-23
 
 ROWS, LENGTH, EFFECT_ROWS = 6, 40, 4
 
 
-# The rounding of inputs, written once more.
+# The rounding of inputs, a second implementation.
 
 MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 
@@ -50,7 +50,7 @@ def round_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
-    """A code is the number of midpoints below a magnitude; on one, the even code."""
+    """A code is the number of midpoints below a magnitude; on a midpoint, the even code."""
     blocks = x.reshape(-1, 16)
     wanted = blocks.abs().amax(-1, keepdim=True) / (6 * scale)
     step = wanted.clamp(max=448).to(torch.float8_e4m3fn).float() * scale
@@ -62,7 +62,7 @@ def round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass
 class Sums:
-    """What a tap did to its inputs."""
+    """What a tap changed in its inputs."""
 
     signal: float = 0.0
     error: float = 0.0
@@ -84,7 +84,7 @@ class Sums:
 
 @dataclass
 class Straight:
-    """A checkpoint, computed without evaluate/: weights as float32, taps by the scales in the file."""
+    """A checkpoint, computed without evaluate/: weights as float32, taps with the scales in the file."""
 
     tensors: dict[str, Tensor]
     config: NemotronHConfig
@@ -145,7 +145,7 @@ class Straight:
         return [set(ids) for ids in scores.topk(self.config.num_experts_per_tok).indices.tolist()]
 
     def logits(self, x: Tensor, tap: Tap) -> Tensor:
-        """Of the stream after the last layer."""
+        """Computed from the stream after the last layer."""
         normed = rms_norm(x, self.dense["backbone.norm_f.weight"], self.config.norm_eps)
         return tap("lm_head", normed.flatten(0, 1)) @ self.dense["lm_head.weight"].mT
 
@@ -167,7 +167,7 @@ class Run:
 
     @cached_property
     def streams(self) -> list[Tensor]:
-        """The source's, before each layer and after the last."""
+        """The source's streams, before each layer and after the last."""
         x = [self.source.dense["backbone.embeddings.weight"][self.ids]]
         for i in range(len(self.source.config.layers)):
             x.append(self.source.layer(i, x[-1], identity)[0])
@@ -175,14 +175,14 @@ class Run:
 
     @cached_property
     def own_streams(self) -> list[Tensor]:
-        """The candidate's."""
+        """The candidate's streams."""
         x = [self.candidate.dense["backbone.embeddings.weight"][self.ids]]
         for i in range(len(self.source.config.layers)):
             x.append(self.candidate.layer(i, x[-1], self.candidate.tap())[0])
         return x
 
     def mixed(self, names: set[str]) -> Straight:
-        """The source with some modules from the candidate."""
+        """The source with some modules taken from the candidate."""
         mixed = Straight({}, self.source.config)
         changed = {n: w for n, w in self.candidate.dense.items() if n.removesuffix(".weight") in names}
         mixed.__dict__["dense"] = self.source.dense | changed
@@ -191,7 +191,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
-    """One, as products of other sizes than these tests' are not at stake here."""
+    """One thread: products whose size depends on the number of threads are not tested here."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -200,14 +200,14 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of ten likely tokens, so that a draft of the random MTP module is right now and then."""
+    """Ten tokens are likely, so that a draft of the random MTP module is sometimes right."""
     tensors = random_tensors(CONFIG)
     tensors["lm_head.weight"][10:] *= 0.25
     return write_checkpoint(tmp_path_factory.mktemp("layers") / "source", CONFIG, tensors)
 
 
 def compare(source: Path, name: str, preset: str) -> Run:
-    """Calibrated on two short rows, so that others go beyond what was seen."""
+    """Calibrated on two short rows, so that other rows go beyond the calibrated range."""
     folder = source.parent
     write_rows(folder / "rows.npy", (ROWS, LENGTH), seed=1)
     calibration = write_rows(folder / "calibration.npy", (2, 16))
@@ -273,7 +273,7 @@ def test_the_stream(run: Run) -> None:
 
 
 def test_each_layer_alone(run: Run) -> None:
-    """Fed the source's stream; the error is that of what the block adds to it."""
+    """The layer's input is the source's stream; the error is that of what the block adds to it."""
     for i in layer_numbers(run):
         found, _ = run.candidate.layer(i, run.streams[i], run.candidate.tap())
         expected = relative(found, run.streams[i + 1], run.streams[i])
@@ -282,7 +282,7 @@ def test_each_layer_alone(run: Run) -> None:
 
 
 def test_the_head_alone(run: Run) -> None:
-    """Of the logits, on the source's stream of four rows."""
+    """Error of the logits, computed from the source's stream of four rows."""
     x = run.streams[-1][:EFFECT_ROWS]
     expected = relative(run.candidate.logits(x, run.candidate.tap()), run.source.logits(x, identity))
     assert (expected > 0) == ("lm_head" in run.candidate.rounded)
@@ -290,7 +290,7 @@ def test_the_head_alone(run: Run) -> None:
 
 
 def test_the_scans_state(run: Run) -> None:
-    """In the candidate's own stream."""
+    """The state in the candidate's own stream."""
     for i in layer_numbers(run):
         _, expected = run.source.layer(i, run.streams[i], identity)
         _, found = run.candidate.layer(i, run.own_streams[i], run.candidate.tap())
@@ -302,7 +302,7 @@ def test_the_scans_state(run: Run) -> None:
 
 
 def test_routing(run: Run) -> None:
-    """Of the candidate's own stream."""
+    """Routing in the candidate's own stream."""
     for i in layer_numbers(run):
         found = layer_of(run, str(i)).routing
         if run.source.config.layers[i] != "moe":
@@ -318,15 +318,18 @@ def test_routing(run: Run) -> None:
 
 
 def parts(run: Run, module: Module) -> set[str]:
-    """The checkpoint's modules that a module of the report stands for."""
+    """The checkpoint's modules that one module of the report stands for."""
     names = {name.removesuffix(".weight") for name in run.source.tensors}
     experts = {module.name.replace(".experts.", f".experts.{e}.") for e in range(8)}
     return (experts if module.experts else {module.name}) & names
 
 
 def test_the_effect_of_every_module(run: Run) -> None:
-    """Its layer with this module's weights and rounded inputs, all else the source's, on the source's stream
-    of four rows; of the head, the logits."""
+    """The effect on the module's layer, whose input is the source's stream of four rows.
+
+    The layer has this module's weights and rounded inputs; everything else is the source's. For the head it
+    is the effect on the logits.
+    """
     modules = run.report.candidates[0].modules
     for module in modules:
         names = parts(run, module)
@@ -357,7 +360,7 @@ def test_every_module_that_is_not_the_sources_is_there_once(run: Run) -> None:
 
 
 def test_the_noise_of_every_module(run: Run) -> None:
-    """Weights against the source's; inputs when the layer is fed the source's stream."""
+    """Weights against the source's weights; inputs with the source's stream as the layer's input."""
     run.candidate.sums.clear()
     for i in layer_numbers(run):
         run.candidate.layer(i, run.streams[i], run.candidate.tap(keep=True))
@@ -412,8 +415,10 @@ def test_sizes_of_modules(run: Run) -> None:
 
 
 def test_acceptance_of_multi_token_prediction(run: Run) -> None:
-    """At t the module is given the main model's hidden state of t and the token at t + 1; its choice is held
-    against the main model's own at t + 1."""
+    """The module gets the main model's hidden state at t and the token at t + 1.
+
+    Its choice is compared with the main model's own choice at t + 1.
+    """
     for model, tap, found in (
         (run.source, identity, run.report.reference.mtp_acceptance),
         (run.candidate, run.candidate.tap(), run.report.candidates[0].mtp_acceptance),
@@ -443,7 +448,7 @@ def test_logits(run: Run) -> None:
 
 # Batches and segments.
 
-# Products of other sizes, and a scan in other chunks, round differently: 1e-7 of the stream, whose errors
+# Products of other sizes, and a scan in other chunks, round differently: by 1e-7 of the stream, whose errors
 # here are 0.1 of it. Measured: 5e-6, for KL.
 FLOAT32 = 1e-4
 
@@ -474,7 +479,7 @@ def weights_only(source: Path, threads: None) -> Run:  # noqa: ARG001
 def test_batches_and_segments_do_not_matter(
     cut: dict[str, int], weights_only: Run, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For weights alone: a rounded input that a last bit moves to the next code would be another number."""
+    """Weights only: with rounded inputs a last bit could move a value to the next code, another number."""
     for name, value in cut.items():
         monkeypatch.setattr(layers, name, value)
     report = nemoquant.diff(
@@ -495,8 +500,11 @@ def test_batches_and_segments_do_not_matter(
 def test_noise_of_inputs_is_of_all_batches_and_segments(
     run: Run, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last bits of the stream differ, and move a value in a hundred thousand to the next code: measured 7e-5
-    dB at most. Of the last segment alone, a module's noise is another by 0.1 dB and more."""
+    """Noise is measured over all batches and segments, not only the last segment.
+
+    Last bits of the stream differ, and move one value in a hundred thousand to the next code: measured 7e-5
+    dB at most. With the last segment alone, a module's noise would differ by 0.1 dB and more.
+    """
     monkeypatch.setattr(layers, "BATCH_BYTES", 1)
     monkeypatch.setattr(layers, "SEGMENT", 7)
     report = nemoquant.diff(source, [run.folder], data=source.parent / "rows.npy", card=False, threads=1)
@@ -511,7 +519,7 @@ def test_noise_of_inputs_is_of_all_batches_and_segments(
 def test_a_copy_has_no_error_at_all_in_any_cut(
     cut: dict[str, int], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference is cut as the candidate is."""
+    """The reference is cut in the same way as the candidate."""
     for name, value in cut.items():
         monkeypatch.setattr(layers, name, value)
     rows = write_rows(tmp_path / "rows.npy", (ROWS, LENGTH), seed=1)

@@ -1,8 +1,7 @@
-"""Bounded memory: 0.8 GB of source, beside it the source itself and a quantized output, in a fraction of
-that.
+"""Bounded memory: with 0.8 GB of source, diffs of the source itself and an output take a fraction of that.
 
-Peak is VmHWM of a process of its own, above that of a process that imports the same modules, compiles the
-kernels and runs a small diff. Above it come the pages of weights that both sides hold at a time
+Peak is VmHWM of a separate process, above that of a process that imports the same modules, compiles the
+kernels and runs a small diff. The difference consists of the pages of weights that both sides hold at a time
 (``HELD_BYTES``: 67 MB each), and some 50 MB of arrays: weights decoded or widened to float32 (17 MB for
 Mamba-2's in_proj), the streams and logits of the rows.
 """
@@ -39,14 +38,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """0.8 GB."""
+    """A checkpoint of 0.8 GB."""
     return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (2, 64))
 
 
 def test_peak_memory_stays_under_the_limit(large, quantized, tmp_path):
     size = (large / "model.safetensors").stat().st_size
     assert size > 3.5 * LIMIT
-    quantized("nvfp4")  # the small one, for kernels and libraries to be loaded by
+    quantized("nvfp4")  # the small one: loads kernels and libraries first
     out = quantized("nvfp4-w4a16", name="large", of=large)
 
     def peak(*candidates):

@@ -1,4 +1,4 @@
-"""What a diff finds: nothing in the source itself, a damage where it was done, and figures that add up."""
+"""Whole diffs: no error in the source itself, damage shown where it was done, and consistent figures."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from nemoquant.evaluate.schema import Report
 from nemoquant.model.config import load_config
 from nemoquant.model.roles import tensor_table
 
-ROWS, LENGTH, CHOSEN = 8, 32, 2  # of token_rows; experts of a token
+ROWS, LENGTH, CHOSEN = 8, 32, 2  # rows and length of token_rows; experts that a token takes
 PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 LAYER = "backbone.layers.{}.mixer."
 IN_PROJ, O_PROJ, K_PROJ = (
@@ -28,7 +28,7 @@ IN_PROJ, O_PROJ, K_PROJ = (
 
 
 def strict(report):
-    """The JSON, read by a parser that takes no NaN or Infinity."""
+    """The JSON, read by a parser that refuses NaN and Infinity."""
     return parse_strictly(report.dump())
 
 
@@ -46,7 +46,7 @@ def mtp_tensors(source):
 
 
 def figures(candidate):
-    """All of a candidate's numbers and words but its name."""
+    """All numbers and texts of a candidate except its name."""
     return candidate.model_dump(exclude={"name"})
 
 
@@ -79,9 +79,9 @@ def test_the_source_is_no_different_from_itself(source, compare):
     assert report.warnings == []
 
 
-# One tensor of the source changed. Doubled, its error is as large as itself: 0 dB.
+# One tensor of the source changed. Doubled, its error is as large as the tensor itself: 0 dB.
 
-PERTURBED = {  # tensor -> module and layer that must be found
+PERTURBED = {  # tensor -> module and layer that the diff must name
     "backbone.embeddings.weight": ("backbone.embeddings", "embedding"),
     LAYER.format(0) + "in_proj.weight": (IN_PROJ, "0"),
     LAYER.format(0) + "conv1d.weight": (LAYER.format(0) + "conv1d", "0"),
@@ -123,7 +123,7 @@ def test_a_changed_tensor_is_found(name, source, make_checkpoint, compare):
     assert only.effect > 0
     assert only.weight.sqnr_db == pytest.approx(
         10 * math.log10(signal["module"] / signal["tensor"]), abs=1e-9
-    )  # sums of float64
+    )  # sums in float64
     names = [entry.name for entry in found.layers]
     at = names.index(place)
     exact = {entry.name for entry in found.layers if entry.stream.relative == 0}
@@ -168,8 +168,7 @@ def test_a_changed_router_flips_choices(name, change, source, make_checkpoint, c
 
 
 def test_the_effect_is_what_reaches_the_stream(source, make_checkpoint, compare, tmp_path):
-    """With one module changed and all rows among those that effects are measured on, effect and stream are
-    one number."""
+    """One module is changed, and effects are measured on all rows: effect and stream are then one number."""
     data = tmp_path / "few.npy"
     np.save(data, np.random.default_rng(1).integers(3, 96, (EFFECT_ROWS, LENGTH)))
     for name, place in ((IN_PROJ, "0"), (LAYER.format(2) + "experts.3.up_proj", "2"), ("lm_head", "head")):
@@ -180,16 +179,16 @@ def test_the_effect_is_what_reaches_the_stream(source, make_checkpoint, compare,
         )  # float32 sums, in two shapes
 
 
-# One part of a quantized checkpoint damaged where it lies.
+# One part of a quantized checkpoint damaged in the file.
 
 
 def flipped(mask):
-    """Signs of all codes turned: an error of twice the tensor."""
+    """Inverts the signs of all codes: an error of twice the tensor."""
     return lambda data: bytes(byte ^ mask for byte in data)
 
 
 def scaled(factor):
-    """A scale of another size."""
+    """Multiplies a scale by a factor."""
     return lambda data: (np.frombuffer(data, np.float32) * np.float32(factor)).tobytes()
 
 
@@ -230,7 +229,7 @@ def test_damage_is_the_worst_module_by_far(what, source, quantized, compare):
             assert (one.weight, one.effect) == (
                 other.weight,
                 other.effect,
-            )  # its input may come from the damaged one
+            )  # its input may come from the damaged module
     if what == "input scale":
         assert worst.weight == before.weight
         assert worst.input.saturated > 0.5 > before.input.saturated
@@ -241,7 +240,7 @@ def test_damage_is_the_worst_module_by_far(what, source, quantized, compare):
         assert worst.weight.sqnr_db < before.weight.sqnr_db - 6
     if worst.experts:
         assert worst.experts.worst_expert == 6
-        assert worst.experts.weight_sqnr_db[6] == pytest.approx(-6, abs=0.1)  # an error of 2 of 1: -6.02 dB
+        assert worst.experts.weight_sqnr_db[6] == pytest.approx(-6, abs=0.1)  # twice the value: -6.02 dB
     if what == "NVFP4 block scales":
         assert worst.weight.flushed > 0.99
 
@@ -420,7 +419,7 @@ def test_other_models(what, make_checkpoint, quantized, compare):
 
 
 def test_a_changed_embedding_that_is_the_head_too(make_checkpoint, compare):
-    """Tied, it is found once, and the head's own error is seen."""
+    """With a tied head the embedding is listed once, and the head's own error is shown."""
     source = make_checkpoint("tied", tie_word_embeddings=True)
     name = "backbone.embeddings.weight"
     other = make_checkpoint("other", lambda t: t.update({name: t[name] * 2}), tie_word_embeddings=True)
@@ -449,7 +448,7 @@ def test_mtp_weights_may_be_missing(source, quantized, changed, compare):
     assert found.bytes < whole.bytes
     foreign = changed(
         out, drop, "foreign", num_nextn_predict_layers=0
-    )  # its config may say so, as other tools write it
+    )  # the config may contain that, as other tools write it
     (foreign / "nemoquant.json").unlink()
     (other,) = compare(source, foreign).candidates
     assert figures(other) | {"warnings": []} == figures(found) | {"recipe": None, "warnings": []}
@@ -457,7 +456,7 @@ def test_mtp_weights_may_be_missing(source, quantized, changed, compare):
 
 
 def test_mtp_weights_that_the_source_lacks(make_checkpoint, compare):
-    """Nothing to compare them with: the main model is, and no acceptance is given."""
+    """Without the source's MTP weights only the main model is compared, and no acceptance is given."""
     source = make_checkpoint("without", num_nextn_predict_layers=0)
     report = compare(source, make_checkpoint("with"))
     (found,) = report.candidates
@@ -466,12 +465,12 @@ def test_mtp_weights_that_the_source_lacks(make_checkpoint, compare):
     assert found.bytes > report.reference.bytes
 
 
-# The trained model: a better preset must look better.
+# The trained model: a better preset must have better figures.
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Report:
-    """All presets of the demo model side by side; calibrated once."""
+    """All presets of the demo model next to each other; calibrated once."""
     folder, scales = tmp_path_factory.mktemp("trained"), None
     for preset in PRESETS:
         given = scales if nemoquant.plan(DEMO, preset).needs_calibration else None
@@ -514,7 +513,7 @@ def test_errors_build_up_and_flip_choices(trained):
 
 @pytest.fixture(scope="session")
 def modelopt_fp8(tmp_path_factory):
-    """(source, Model Optimizer's FP8 of it, rows) of the synthetic checkpoint."""
+    """(source, Model Optimizer's FP8 output, rows) of the synthetic checkpoint."""
     folder = tmp_path_factory.mktemp("modelopt")
     source, rows = synthetic_checkpoint(folder / "source"), write_rows(folder / "rows.npy", (ROWS, LENGTH))
     theirs = modelopt_run.run(

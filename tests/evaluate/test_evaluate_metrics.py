@@ -1,5 +1,4 @@
-"""Figures from logits: against the formulas written once more in numpy, and by hand where a choice could go
-two ways."""
+"""Figures from logits: against the formulas in numpy, and by hand where a rule decides a case."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +12,8 @@ from nemoquant.evaluate import metrics
 from nemoquant.evaluate.layers import routing
 from nemoquant.evaluate.metrics import HISTOGRAM_EDGES, Positions, compare, shared, summarize, top, top1
 
-# Both sides are float64. A log-probability of size 30 has an error of a few 2^-53 x 30 = 3e-15, the sum over
-# the vocabulary adds as many roundings as it has terms; measured: 4e-15 of log-probabilities and of KL.
+# Both sides are float64. A log-probability of size 30 has an error of a few 2^-53 x 30 = 3e-15. The sum over
+# the vocabulary adds as many roundings as it has terms. Measured: 4e-15 for log-probabilities and for KL.
 FLOAT64 = 1e-12
 
 
@@ -33,7 +32,7 @@ def kl_of(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 def random_logits(
     rows: int, length: int, vocabulary: int, models: int = 2, seed: int = 0
 ) -> list[np.ndarray]:
-    """The reference's, and others that are nearer and nearer to it."""
+    """The reference's logits, and others that come nearer to it step by step."""
     rng = np.random.default_rng(seed)
     first = rng.standard_normal((rows, length, vocabulary)) * 6
     others = [first + rng.standard_normal(first.shape) * 10.0**-i for i in range(models - 1)]
@@ -41,8 +40,7 @@ def random_logits(
 
 
 def run(logits: list[np.ndarray], tokens: np.ndarray | None = None) -> list[Positions]:
-    """All positions of [rows, length, vocabulary] at once; the tokens that came are ``tokens`` [rows,
-    length]."""
+    """All positions of [rows, length, vocabulary] at once; ``tokens`` [rows, length] are the real ones."""
     rows, length, vocabulary = logits[0].shape
     targets = np.zeros((rows, length), np.int64) if tokens is None else np.roll(tokens, -1, 1)
     out = [Positions(rows, length) for _ in logits]
@@ -73,7 +71,7 @@ def test_every_position(shape: tuple[int, int, int]) -> None:
         best, own = (np.argsort(-x, -1)[..., :5] for x in (logits[0], model))
         count = (best[..., :, None] == own[..., None, :]).sum((-1, -2))
         np.testing.assert_array_equal(found.top5_same, count / 5)
-    assert not out[0].kl.any()  # of the reference there is no figure but nll
+    assert not out[0].kl.any()  # the reference has only one figure, nll
 
 
 def test_the_summary() -> None:
@@ -103,7 +101,7 @@ def test_the_summary() -> None:
 
 
 def test_the_last_position_of_a_row_counts_nowhere() -> None:
-    """It predicts a token that is not known. Its figures are made as bad as can be."""
+    """It predicts a token that is not known. Its figures are made as bad as possible."""
     found, reference = Positions(2, 9), Positions(2, 9)
     for positions in (found, reference):
         positions.nll[:], positions.top1_same[:], positions.top5_same[:] = 1.0, 1.0, 1.0
@@ -119,12 +117,13 @@ def test_the_last_position_of_a_row_counts_nowhere() -> None:
 
 
 def test_two_tokens() -> None:
-    """p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 log 2 + 1/2 log 2/3 = log(2 / sqrt 3). And the other way
-    round: 3/4 log 3 - log 2."""
+    """KL of two short distributions, in both directions.
+
+    p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 log 2 + 1/2 log 2/3 = log(2 / sqrt 3). The other direction: 3/4
+    log 3 - log 2.
+    """
     even, odd = hand([0.0, 0.0]), hand([0.0, math.log(3.0)])
-    log3 = float(
-        np.float32(math.log(3.0))
-    )  # the logit is a float32: 2^-25 of it, and so of KL, is its rounding
+    log3 = float(np.float32(math.log(3.0)))  # the logit is a float32: its rounding is 2^-25 of it, and of KL
     assert run([even, odd])[1].kl[0, 0] == pytest.approx(math.log(2 / math.sqrt(3)), rel=1e-6)
     assert run([odd, even])[1].kl[0, 0] == pytest.approx(0.75 * log3 - math.log(2), rel=1e-6)
     assert run([even, odd], np.array([[0]]))[1].nll[0, 0] == pytest.approx(math.log(4), rel=1e-6)
@@ -143,7 +142,7 @@ def test_kl_of_equal_logits_is_exactly_zero() -> None:
 
 
 def test_kl_is_never_negative() -> None:
-    """Logits that differ in their last bit: terms of 1e-11 add up to 1e-18, and to below zero by rounding."""
+    """Logits differ in their last bit: terms of 1e-11 add up to 1e-18, which rounding can make negative."""
     rng = np.random.default_rng(0)
     first = (rng.standard_normal((1, 2000, 50)) / 100).astype(np.float32)
     other = np.nextafter(first, first + rng.choice([-1, 1], first.shape).astype(np.float32))
@@ -174,8 +173,7 @@ def test_ties_go_to_the_lower_id() -> None:
 
 
 def test_a_tie_at_the_fifth_place() -> None:
-    """Three tokens share the fifth place: the one with the lowest id has it, wherever the better ones
-    stand."""
+    """Three tokens share the fifth place: the lowest id has it, wherever the better tokens stand."""
     reference = [1.0, 9.0, 1.0, 8.0, 7.0, 1.0, 6.0, 0.0]
     same_four = [0.0, 9.0, 1.0, 8.0, 7.0, 1.0, 6.0, 0.0]
     assert top(torch.tensor([reference, same_four]), 5).tolist() == [[0, 1, 3, 4, 6], [1, 2, 3, 4, 6]]
@@ -194,7 +192,7 @@ def test_the_likeliest_of_many_ties(count: int) -> None:
 
 
 def test_a_vocabulary_of_less_than_five() -> None:
-    """All of it are the likeliest, and agree."""
+    """All tokens are among the likeliest, and agree."""
     assert top(torch.tensor([[1.0, 2.0, 0.0]]), 5).tolist() == [[0, 1, 2]]
     reference, found = run([hand([1.0, 2.0, 0.0], [0.0, 0.0, 1.0]), hand([9.0, 2.0, 0.0], [0.0, 0.0, 1.0])])
     assert found.top5_same.tolist() == [[1.0, 1.0]]
@@ -242,25 +240,24 @@ def test_parts_are_filled_where_they_belong() -> None:
 
 
 def filled(kl: np.ndarray) -> Positions:
-    """Positions whose KL is ``kl`` [rows, predicted]; the last of each row is added."""
+    """Positions whose KL is ``kl`` [rows, predicted]; the last position of each row is added."""
     found = Positions(kl.shape[0], kl.shape[1] + 1)
     found.kl[:, :-1], found.kl[:, -1] = kl, 77.0
     return found
 
 
 def test_the_histogram() -> None:
-    """Below the first edge and at it: the first bin. At an edge: the bin above. From the last edge on: the
-    last bin."""
+    """Up to the first edge: first bin. On an inner edge: the bin above. From the last edge on: last bin."""
     edges = HISTOGRAM_EDGES
     below = [math.nextafter(edge, 0) for edge in (edges[1], edges[-1])]
     values = [0.0, 1e-300, 1e-12, edges[0], edges[1], below[0], 1.0, 2.0, below[1], edges[-1], 1e5]
-    found = summarize(filled(np.array([values])), Positions(1, 2)).kl_histogram
+    histogram = summarize(filled(np.array([values])), Positions(1, 2)).kl_histogram
     expected = [0] * (len(edges) - 1)
-    one = edges.index(1.0)
-    for i in (0, 0, 0, 0, 1, 0, one, one + 1, -1, -1, -1):
+    bin_of_one = edges.index(1.0)
+    for i in (0, 0, 0, 0, 1, 0, bin_of_one, bin_of_one + 1, -1, -1, -1):
         expected[i] += 1
-    assert found.counts == expected
-    assert found.edges == edges
+    assert histogram.counts == expected
+    assert histogram.edges == edges
     assert (edges[0], edges[-1]) == (1e-9, 100.0)
 
 

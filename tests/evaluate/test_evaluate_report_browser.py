@@ -1,5 +1,7 @@
-"""The HTML report in a headless browser: it draws, sorts, selects and follows the theme; it runs nothing from
-a report and asks for nothing."""
+"""The HTML report in a headless browser: it draws, sorts, selects and follows the theme.
+
+It runs no code from a report's data and requests no other file.
+"""
 
 import importlib.util
 import shutil
@@ -53,7 +55,7 @@ def browser() -> "Iterator[Browser]":
 
 @dataclass
 class Watched:
-    """A page opened from a file, and all that it complained of or asked for."""
+    """A page opened from a file, with all its console messages and requests."""
 
     page: "Page"
     file: Path
@@ -62,7 +64,7 @@ class Watched:
 
     def open(self, made: Report) -> "Page":
         self.file.write_text(render(made), encoding="utf-8")
-        self.page.set_default_timeout(30_000)  # beside other workers
+        self.page.set_default_timeout(30_000)  # other workers run at the same time
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -76,8 +78,7 @@ class Watched:
 
 @pytest.fixture
 def show(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
-    """Opens a report. Whatever the test does, the page may say nothing on the console and ask for no other
-    file."""
+    """Opens a report. The page may write nothing to the console and request no other file in any test."""
     opened: list[Watched] = []
 
     def open_(made: Report, width: int = 1280, scheme: Literal["light", "dark"] = "light") -> "Page":
@@ -93,7 +94,7 @@ def show(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def shared(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """One page for many tests: plotly.js takes a second to load."""
+    """One page for many tests: loading plotly.js takes a second."""
     watched = Watched(
         browser.new_page(viewport={"width": 1280, "height": 900}),
         tmp_path_factory.mktemp("report") / "report.html",
@@ -104,7 +105,7 @@ def shared(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Watc
 
 @pytest.fixture
 def page(shared: Watched) -> "Iterator[Page]":
-    """The page of ``report()``, with the selection that it begins with."""
+    """The page of ``report()``, with its initial selection."""
     shared.page.locator("#pick label").nth(1).click()
     shared.page.locator("#colour label").first.click()
     select_layer(shared.page, 5)
@@ -113,7 +114,7 @@ def page(shared: Watched) -> "Iterator[Page]":
 
 
 def drawn(page: "Page", plot: str) -> int:
-    """Traces that stand in a plot's SVG."""
+    """Traces in a plot's SVG."""
     return page.locator(f"#figure-{plot} .plot svg .trace").count()
 
 
@@ -157,7 +158,7 @@ def test_every_plot_has_its_traces(page: "Page") -> None:
 
 @pytest.mark.parametrize(
     "shape", sorted(SHAPES.keys() - {"one candidate", "five candidates", "only an identical one"})
-)  # other tests have those
+)  # tested separately
 def test_every_shape_of_report(show: Open, shape: str) -> None:
     made = SHAPES[shape]()
     page = show(made)

@@ -1,5 +1,4 @@
-"""The HTML report as text: what it says, that nothing in a report can become markup, its size, that it is
-reproducible."""
+"""The HTML report as text: its content, escaping of markup, its size, and that it is reproducible."""
 
 import base64
 import hashlib

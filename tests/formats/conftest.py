@@ -14,8 +14,10 @@ ROWS, COLUMNS = 24, 160
 
 @pytest.fixture(scope="session")
 def to_bf16() -> Callable[[Floats], Bits]:
-    """Cuts float32 values to bf16 patterns; which way they round does not matter to weights that are random
-    or exact."""
+    """Cuts float32 values to bf16 patterns.
+
+    The direction of rounding does not matter, because the weights are random or exact.
+    """
     return lambda values: (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -25,8 +27,7 @@ def to_float() -> Callable[[Bits], Floats]:
 
 
 def _spread(kind: str, rng: np.random.Generator) -> Floats:
-    """Distributions that take a quantizer's different paths; float64 first, so that powers do not
-    overflow."""
+    """Distributions for a quantizer's different paths; first in float64, where powers do not overflow."""
     shape = (ROWS, COLUMNS)
     normal = rng.standard_normal(shape)
     values = {

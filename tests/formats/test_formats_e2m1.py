@@ -25,7 +25,7 @@ def encode(*values: float) -> list[int]:
 
 
 def plain_code(value: float) -> int:
-    """Nearest of the eight magnitudes in float64, the even code of two equally near."""
+    """The nearest of the eight magnitudes in float64; of two equally near ones, the even code."""
     distances = [abs(abs(value) - v) for v in VALUES[:8]]
     nearest = [code for code, distance in enumerate(distances) if distance == min(distances)]
     code = nearest[0] if len(nearest) == 1 else next(c for c in nearest if c % 2 == 0)

@@ -10,7 +10,7 @@ from nemoquant.formats import e4m3
 
 
 def torch_codes(values: np.ndarray) -> np.ndarray:
-    """torch's cast does not saturate, so that its input is clamped first (NaN stays NaN)."""
+    """torch's cast does not saturate, so the input is clamped first (NaN stays NaN)."""
     return torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
@@ -26,7 +26,7 @@ def torch_codes(values: np.ndarray) -> np.ndarray:
         (1.1875, 0x3A),
         (448.0, 0x7E),
         (449.0, 0x7E),
-        (464.0, 0x7E),  # where a format with more exponents would round up
+        (464.0, 0x7E),  # a format with more exponents would round up here
         (1e30, 0x7E),
         (-1e30, 0xFE),
         (np.inf, 0x7E),
@@ -35,7 +35,7 @@ def torch_codes(values: np.ndarray) -> np.ndarray:
         (2.0**-6 * (1 - 2.0**-4), 0x08),  # midway to the largest subnormal, 7 x 2^-9, whose code is odd
         (2.0**-9, 0x01),
         (2.0**-10, 0x00),  # half of the smallest: to even, which is zero
-        (-(2.0**-10), 0x80),  # its sign stays
+        (-(2.0**-10), 0x80),  # the sign is kept
         (1.5 * 2.0**-9, 0x02),
         (1e-45, 0x00),
     ],

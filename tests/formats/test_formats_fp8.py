@@ -28,8 +28,11 @@ def test_hand_written_codes() -> None:
 
 
 def test_the_quotient_is_rounded_once() -> None:
-    """1.0629 lies above 1.0625, midway between codes 0x38 and 0x39; rounded to bf16 first it would be 1.0625,
-    and so 0x38."""
+    """The quotient must not be rounded to bf16 first.
+
+    1.0629 lies above 1.0625, midway between codes 0x38 and 0x39. Rounded to bf16 first it would be 1.0625,
+    and so 0x38.
+    """
     assert fp8.encode(np.array([[1.0629]], np.float32), 1.0).tolist() == [[0x39]]
     scale = np.float32(1.0) / np.float32(1.0629)
     assert fp8.encode(np.array([[0x3F80]], np.uint16), scale).tolist() == [[0x39]]

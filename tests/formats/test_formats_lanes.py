@@ -1,4 +1,4 @@
-"""What a packing thread keeps for a GPU, its lane: one memory for each use, here on the CPU."""
+"""The GPU memory that a packing thread keeps, its lane: one buffer for each use, here on the CPU."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from nemoquant.formats import gpu
 
 @pytest.fixture
 def lane(monkeypatch: pytest.MonkeyPatch) -> gpu._Lane:
-    """A thread's memory with the GPU's half on the CPU."""
+    """A thread's memory, with the GPU's part on the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(gpu, "_lanes", type("Lanes", (), {})())
     return gpu._lane()
@@ -45,7 +45,7 @@ def test_a_lane_keeps_its_memory_and_grows_to_the_largest_weight(lane: gpu._Lane
 def test_pinned_memory_is_not_written_before_it_was_read(
     lane: gpu._Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a stream that does nothing until it is waited for, as a GPU that is far behind."""
+    """The stream runs nothing until it is waited for, like a GPU that is far behind."""
 
     class Late:
         def __init__(self) -> None:

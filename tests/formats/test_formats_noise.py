@@ -1,4 +1,4 @@
-"""Noise of a tensor: sums against numpy in float64, counts by values made by hand."""
+"""Noise of a tensor: sums against numpy in float64, counts with values made by hand."""
 
 import math
 
@@ -12,7 +12,7 @@ SHAPES = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 1000), (7, 33), (24, 160), (0, 
 
 
 def plain(values: np.ndarray, decoded: np.ndarray, limit: np.float32) -> Noise:
-    """By the definition; the sums are exact (fsum of exact float64 squares, but for their own rounding)."""
+    """By the definition; sums are exact (fsum of float64 squares), except that each square is rounded."""
     wide, other = values.astype(np.float64).ravel(), decoded.astype(np.float64).ravel()
     return Noise(
         signal=math.fsum(wide * wide),
@@ -24,8 +24,10 @@ def plain(values: np.ndarray, decoded: np.ndarray, limit: np.float32) -> Noise:
 
 
 def assert_same(found: Noise, expected: Noise) -> None:
-    """Counts are exact. A float64 sum of n positive terms, each within 2^-53, is within n 2^-53 in whatever
-    order."""
+    """Counts are equal; sums differ at most by rounding.
+
+    A float64 sum of n positive terms, each within 2^-53, is within n 2^-53 in any order.
+    """
     bound = max(1, expected.count) * 2.0**-53
     assert (found.saturated, found.flushed, found.count) == (
         expected.saturated,
@@ -91,8 +93,10 @@ LIMITS = [
 
 @pytest.mark.parametrize(("scale_of", "limit_of", "largest"), LIMITS)
 def test_amax_itself_is_not_saturated_and_a_little_more_is(scale_of, limit_of, largest: int) -> None:
-    """A scale is amax / largest in fp32, so that largest * scale, in fp32 too, is less than amax for 6 to 9%
-    of all amax."""
+    """A scale is amax / largest in fp32.
+
+    Therefore largest * scale, in fp32 too, is less than amax for 6 to 9% of all amax.
+    """
     amax = np.random.default_rng(0).uniform(1, 2, 1000).astype(np.float32)
     scales = [scale_of(a) for a in amax]
     below = sum(np.float32(largest) * s < a for a, s in zip(amax, scales, strict=True))
@@ -109,8 +113,10 @@ def test_the_limits_are_the_largest_decoded_values() -> None:
 
 
 def test_a_clipped_block_is_no_saturation() -> None:
-    """A block amax of 6 x 1.0625 gets the block scale 1.0 (a tie), and its largest value becomes 6: rounding,
-    not saturation."""
+    """A block amax of 6 x 1.0625 gets the block scale 1.0 (a tie), and its largest value becomes 6.
+
+    That is rounding, not saturation.
+    """
     values = np.full((1, 16), 6.375, np.float32)
     decoded = nvfp4.decode(*nvfp4.encode(values, 1.0), 1.0)
     assert decoded.max() == 6.0
@@ -180,7 +186,7 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
 
 
 def test_read_only_arrays_will_do() -> None:
-    """Weights are mapped files."""
+    """Weights are mapped files, so their arrays are read-only."""
     values, decoded = np.ones((2, 8), np.float32), np.zeros((2, 8), np.float32)
     values.flags.writeable = decoded.flags.writeable = False
     assert noise.measure(values, decoded, 2.0).flushed == 16

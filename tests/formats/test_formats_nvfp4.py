@@ -19,8 +19,10 @@ from nemoquant.formats.amax import amax
     "group", [1.0, 37.0, 1e-3], ids=["own scale", "scale of a larger group", "scale far too small"]
 )
 def test_bytes_are_those_of_the_plain_definition(bf16_weight, to_float, method, group: float) -> None:
-    """A scale that is too small saturates block scales at 448 and codes at 6; one from a group drives them
-    towards 2^-9."""
+    """A scale that is too small saturates block scales at 448 and codes at 6.
+
+    A scale from a group pushes block scales towards 2^-9.
+    """
     values = to_float(bf16_weight)
     scale = nvfp4.global_decode_scale(amax(bf16_weight) * np.float32(group), method)
     expected = plain_encode(values, scale, method)
@@ -129,8 +131,10 @@ def test_decode_by_hand() -> None:
 
 
 def test_signal_to_noise_of_normal_weights(to_bf16, to_float) -> None:
-    """Floors in dB, half a dB or so below what is measured. The search includes the choice of max, so that it
-    cannot be worse."""
+    """Floors in dB, about half a dB below the measured values.
+
+    The search includes the choice of max, so that it cannot be worse.
+    """
     weight = to_bf16(np.random.default_rng(3).standard_normal((64, 256)) * 0.02)
     values = to_float(weight).astype(np.float64)
     sqnr = {}
@@ -145,7 +149,7 @@ def test_signal_to_noise_of_normal_weights(to_bf16, to_float) -> None:
 
 
 def test_a_weight_mapped_at_an_odd_address(bf16_weight) -> None:
-    """A safetensors header may have any length, so that a mapped tensor need not be aligned."""
+    """A safetensors header may have any length, so a mapped tensor may not be aligned."""
     padded = np.frombuffer(b"\0" + bf16_weight.tobytes(), np.uint8)
     weight = padded[1:].view(np.uint16).reshape(bf16_weight.shape)
     assert not weight.flags.aligned

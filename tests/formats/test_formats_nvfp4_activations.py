@@ -1,10 +1,9 @@
-"""NVFP4 inputs, encoded at run time: bytes by hand, and the definition written once more in numpy, all in
-float32.
+"""NVFP4 inputs, encoded at run time: bytes by hand, and a second implementation in numpy, all in float32.
 
-The weights' method ``max`` and this one differ in one thing, the smallest block scales. They give the same
+The weights' method ``max`` and this encoding differ only in the smallest block scales. They give the same
 bytes for a block exactly where fp32(amax / (6 * scale)) > 2^-10, the midpoint below the smallest E4M3 value
-2^-9. At or below it, the weights' scale is 2^-9 (1.0 for a block of zeros), and here it is zero, with all of
-the block.
+2^-9. At or below it, the weights' scale is 2^-9 (1.0 for a block of zeros). Here the scale is zero, and so is
+the whole block.
 """
 
 import numpy as np
@@ -26,10 +25,9 @@ ALL_CODES = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def plain_e2m1(quotients: np.ndarray) -> np.ndarray:
-    """Codes of magnitudes [n]: the nearest value, of two the one with the even code; distances are exact in
-    float64."""
+    """Codes of magnitudes [n]: the nearest value, in a tie the even code; distances are exact in float64."""
     distances = np.abs(quotients.astype(np.float64)[:, None] - E2M1)
-    nearest = distances.argmin(1)  # the first of two that are as near
+    nearest = distances.argmin(1)  # the first of two that are equally near
     tied = (distances == distances.min(1, keepdims=True)).sum(1) == 2
     return np.where(tied & (nearest % 2 == 1), nearest + 1, nearest)
 
@@ -102,7 +100,7 @@ def test_bytes_are_those_of_the_plain_definition(values: np.ndarray, scale: floa
 
 
 def test_scales_and_values_that_are_subnormal_float32() -> None:
-    """Nothing is flushed on the way: 2^-128 is below the smallest normal float32, 2^-126."""
+    """Nothing is flushed: 2^-128 is below the smallest normal float32, 2^-126."""
     values = SPREADS["normal"] * np.float32(2.0**-128)
     scale = np.float32(0.0123 * 2.0**-128)
     assert 0 < scale < np.finfo(np.float32).smallest_normal
@@ -112,8 +110,7 @@ def test_scales_and_values_that_are_subnormal_float32() -> None:
 
 
 def test_block_scales_next_to_a_midpoint() -> None:
-    """Where it shows in what order one divides: fp32(amax / fp32(6 scale)), and not, say, fp32(amax / 6) /
-    scale."""
+    """These scales show the order of divisions: fp32(amax / fp32(6 scale)), not fp32(amax / 6) / scale."""
     midpoints = (E4M3[1:126] + E4M3[2:127]) / 2
     other_order = 0
     for scale in np.random.default_rng(0).uniform(0.001, 0.1, 50).astype(np.float32):
@@ -157,8 +154,7 @@ def test_any_float32_block(numbers: list[float], exponent: int) -> None:
 @settings(max_examples=200, deadline=None)  # the first example may wait for the compiler
 @given(steps=st.lists(st.integers(-48, 48), min_size=16, max_size=16), exponent=st.integers(-14, 6))
 def test_ties(steps: list[int], exponent: int) -> None:
-    """Small multiples of a power of two land on midpoints of codes and of scales, and on the one between 0
-    and 2^-9."""
+    """Small multiples of a power of two land on midpoints of codes and scales, and on that of 0 and 2^-9."""
     values = np.array([steps], np.float32) * np.float32(2.0**exponent)
     assert_same(nvfp4.encode_activations(values, 0.25), plain_encode(values, np.float32(0.25)))
 
@@ -175,7 +171,7 @@ def test_the_weights_method_max_agrees_exactly_where_no_scale_underflows(
     np.testing.assert_array_equal(block_scales[survives], weight_scales[survives])
     assert not packed[~survives].any()
     assert not block_scales[~survives].any()
-    assert weight_scales.all()  # there no block has the scale zero
+    assert weight_scales.all()  # the weights' method never gives a block the scale zero
 
 
 # Bytes written by hand. With global scale 1 a block whose amax is 6 has block scale 1.0 = 0x38.
@@ -243,7 +239,7 @@ def test_hand_written_blocks(block: list[float], packed: list[int], scale: int) 
 
 
 def test_two_blocks_of_two_rows_keep_apart() -> None:
-    """Each block has its own scale, and one that vanishes leaves its neighbours alone."""
+    """Each block has its own scale, and a scale that becomes zero does not affect the neighbours."""
     rows = [[6.0] * 16 + [1e-9] * 16, [0.0] * 16 + [-12.0] * 16]
     packed, scales = nvfp4.encode_activations(np.array(rows, np.float32), 1.0)
     assert scales.tolist() == [[0x38, 0x00], [0x00, 0x40]]
@@ -251,7 +247,7 @@ def test_two_blocks_of_two_rows_keep_apart() -> None:
 
 
 def test_what_a_block_that_underflows_is_decoded_to() -> None:
-    """Zeros here. A weight's block keeps 2^-9, and so 3/2 of what was there."""
+    """Zeros here. A weight's block keeps 2^-9, and is decoded to 3/2 of the original."""
     values = np.full((1, 16), -4 * 2.0**-10, np.float32)
     assert nvfp4.decode(*nvfp4.encode_activations(values, 1.0), 1.0).tolist() == [[0.0] * 16]
     assert not np.signbit(nvfp4.decode(*nvfp4.encode_activations(values, 1.0), 1.0)).any()

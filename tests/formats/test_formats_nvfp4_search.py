@@ -1,5 +1,7 @@
-"""NVFP4's shortcuts held against what they stand for: thresholds for quotients, bounds for errors, windows
-for all scales."""
+"""NVFP4's shortcuts against the full computation.
+
+Thresholds replace quotients, bounds replace errors, and windows replace all scales.
+"""
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def test_a_threshold_reaches_its_code_and_the_pattern_below_does_not(scale: floa
 
 @pytest.mark.parametrize("scale", [1.0, 0.0123, 3e-5, 2.0**-126], ids="{:.3g}".format)
 def test_every_finite_bf16_pattern(scale: float, to_float) -> None:
-    """In order, so that blocks hold neighbours, and shuffled, so that they hold all magnitudes."""
+    """Once in order, so that blocks hold neighbours; once shuffled, so that they hold all magnitudes."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
     patterns = patterns[(patterns & 0x7F80) != 0x7F80]
     for weight in (patterns, np.random.default_rng(0).permutation(patterns)):
@@ -71,7 +73,7 @@ def test_bounds_hold_and_are_twice_as_wide_as_proven(scale: float) -> None:
     first = rng.integers(1, 96, 256).astype(np.uint8)
     lattice = (
         scales[first, None] * rng.integers(0, 28, (256, 16)) * np.float32(0.25)
-    )  # on midpoints, and beside them
+    )  # on midpoints, and next to them
     nudged = np.nextafter(
         lattice, rng.choice([0, np.float32(np.inf)], lattice.shape).astype(np.float32), dtype=np.float32
     )
@@ -89,12 +91,14 @@ def test_bounds_hold_and_are_twice_as_wide_as_proven(scale: float) -> None:
             assert not outside.any(), f"scale {k}: {np.flatnonzero(outside)[:5]}"
 
 
-# Choices that windows and bounds must leave to the definition.
+# Choices that windows and bounds must not change.
 
 
 def lattices(rng: np.random.Generator, steps: np.ndarray, blocks: int) -> np.ndarray:
-    """Blocks whose values are codes times one scale, or lie halfway between: several scales have no error, or
-    the same."""
+    """Blocks whose values are codes times one scale, or lie halfway between two such values.
+
+    Several scales then have no error, or the same error.
+    """
     picked = rng.choice(steps, (blocks, 1))
     codes = np.where(
         rng.random((blocks, 16)) < 0.8,
@@ -149,7 +153,7 @@ def test_adversarial_blocks(scale: float, method) -> None:
 
 
 def test_many_blocks_of_weights() -> None:
-    """Among 20,000 blocks some have two scales within the bounds, and some a window that proves nothing."""
+    """Some of 20,000 blocks have two scales within the bounds, and some a window that proves nothing."""
     rng = np.random.default_rng(2)
     weight = bf16(rng.standard_t(4, (100, 3200)) * 0.02)
     scale = nvfp4.global_decode_scale(1.0)

@@ -1,9 +1,9 @@
-"""The GPU's kernels, in Triton's interpreter on the CPU: every byte that of the CPU's kernels, whose oracles
-are in the other tests here.
+"""The GPU's kernels in Triton's interpreter on the CPU: every byte equals that of the CPU's kernels.
 
-The interpreter must be chosen before Triton is imported, so that each case runs in a process of its own. Its
-compiler needs no GPU either: what it makes of the kernels is looked at for what would change bytes, fused
-multiply-adds, quick divisions, subnormal numbers made zero.
+The CPU's kernels have their oracles in the other tests of this folder. The interpreter must be chosen before
+Triton is imported, so each case runs in a separate process. Triton's compiler needs no GPU either: its output
+is searched for what would change bytes: fused multiply-adds, approximate divisions, subnormal numbers flushed
+to zero.
 """
 
 import importlib.util
@@ -86,8 +86,10 @@ assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is se
     ("methods", "weights"), [(("max", "four_over_six"), 2), (("mse",), 1)], ids=["max, four_over_six", "mse"]
 )
 def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> None:
-    """bf16, then float32 with scales far too small; the search through all scales takes its time and gets
-    bf16 alone. Inputs too."""
+    """Weights in bf16, then in float32 with scales far too small; inputs too.
+
+    The search through all scales is slow and gets only bf16.
+    """
     program = PROGRAM.replace("METHODS", repr(methods)).replace("WEIGHTS", str(weights))
     run_python(program, TRITON_INTERPRET="1")
 
@@ -137,8 +139,10 @@ print(json.dumps(found))
 @needs_triton
 @pytest.mark.slow
 def test_what_they_compile_to_for_sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two roundings where two are defined. (Single-precision fused multiply-adds are in the division of IEEE,
-    which is made of them.)"""
+    """Two roundings where two are defined.
+
+    IEEE division is itself made of single-precision fused multiply-adds, so those are allowed there.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = json.loads(run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).stdout)
     dividing = {"max", "four_over_six", "activations", "fp8"}

@@ -1,8 +1,9 @@
-"""Compiled kernels on disk: an edit of any source compiles anew, equal sources share, and where nothing can
-be written all works still.
+"""Compiled kernels on disk.
 
-Each run is a process of its own over a copy of the package's formats, in which a helper (``e4m3.encode_one``)
-is edited. Its caller (``fp8.encode``) stands in another file, which numba alone would watch.
+An edit of any source compiles again, equal sources share a cache, and without a writable folder everything
+still works. Each run is a separate process over a copy of the package's formats, in which a helper
+(``e4m3.encode_one``) is edited. Its caller (``fp8.encode``) is in another file; numba alone would watch only
+that file.
 """
 
 import os
@@ -35,7 +36,7 @@ class Ran(NamedTuple):
 
 
 class Copy:
-    """A package ``nemoquant`` of the formats alone, and the home of its user."""
+    """A package ``nemoquant`` that has only the formats, and the home folder of its user."""
 
     def __init__(self, at: Path, home: Path) -> None:
         self.at, self.home = at, home
@@ -126,7 +127,7 @@ def test_where_it_cannot_be_written_a_private_temporary_folder_serves(
 
 
 def test_where_others_can_write_nothing_is_kept(make: Callable[[str], Copy], tmp_path: Path) -> None:
-    """Whatever lies in such a folder would be run."""
+    """Any file in such a folder would be executed."""
     copy, theirs = make("one"), tmp_path / "temporary" / f"nemoquant-kernels-{os.getuid()}"
     theirs.mkdir(parents=True)
     theirs.chmod(0o777)
@@ -163,10 +164,10 @@ def test_a_new_folder_takes_the_place_of_the_oldest(make: Callable[[str], Copy],
 
 
 def test_kernels_can_be_run_without_being_compiled(make: Callable[[str], Copy]) -> None:
-    """What a debugger steps through."""
+    """A debugger can then step through them."""
     process = make("one").start(NUMBA_DISABLE_JIT="1")
     _, err = process.communicate()
-    assert "'function' object has no attribute 'stats'" in err  # of RUN's last line: encoded by then
+    assert "'function' object has no attribute 'stats'" in err  # of RUN's last line, after encoding
 
 
 def test_every_kernel_stands_in_the_folder_that_is_hashed() -> None:

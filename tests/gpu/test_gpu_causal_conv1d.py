@@ -1,8 +1,8 @@
-"""CausalConv1d on a CUDA device: Super's and Nano's channels against float64, the host's bits, streams,
-strides, states that are cut.
+"""CausalConv1d on a CUDA device, with Super's and Nano's channels.
 
-Build the kernels first: `nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under
-compute-sanitizer: `compute-sanitizer python -m pytest tests/gpu/test_gpu_causal_conv1d.py`.
+Against float64 and the host's bits; streams, strides, states that are cut. Build the kernels first:
+`nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under compute-sanitizer:
+`compute-sanitizer python -m pytest tests/gpu/test_gpu_causal_conv1d.py`.
 """
 
 import pytest
@@ -103,11 +103,11 @@ def test_it_runs_on_the_current_stream_and_in_a_graph() -> None:
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    """2^31 elements and more in x: the last rows are those of a short sequence from the same state."""
+    """2^31 elements and more in x: the last rows equal those of a short sequence from the same state."""
     channels = 4096
     length = 2**31 // channels + 5
     if torch.cuda.mem_get_info()[0] < 3 * 2 * length * channels:
-        length = 2**20 // 4  # still long
+        length = 2**20 // 4  # this is still long
     x, weight, bias, state = given(torch.bfloat16, 1, 64, channels)
     long = torch.zeros(1, length, channels, dtype=torch.bfloat16, device="cuda")
     long[:, -64:] = x

@@ -1,8 +1,8 @@
 """CUTLASS's grouped products of RoutedExperts on a CUDA device, against the decoded products and float64.
 
 Build them first: `nemoquant plugins build --arch sm_90a --gemm-arch sm_90a` on an H100 or H200, sm_100a on a
-B200. The tests of tests/plugins/test_grouped_experts.py hold for all that surrounds them; what is tested here
-has not been run when this was written.
+B200. tests/plugins/test_grouped_experts.py tests all code around them; these tests had not been run when they
+were written.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from nemoquant.ops.library import kernels, serves
 
 
 def formats() -> list[str]:
-    """Those that the library in use has grouped products of, for this device."""
+    """The formats for which the library in use has grouped products on this device."""
     if not (torch.cuda.is_available() and serves("routed_experts", "cuda")):
         return []
     library = kernels("cuda")
@@ -43,7 +43,7 @@ def grouped(one: Layer, x: Tensor, ids: Tensor, weights: Tensor, products: str =
 @every_format
 @pytest.mark.parametrize("model", ["super", "nano"])
 def test_error_is_below_twice_that_of_a_framework(model: str, format: str, tokens: int) -> None:
-    """As the test of that name of the other products; and the bits are the same each time."""
+    """Like the test of the same name for the other products; and repeated calls give the same bits."""
     one = layer(format, model)
     x, ids, weights = given(model, tokens, torch.bfloat16)
     exact = mixture(one, x, ids, weights, torch.float64)
@@ -56,10 +56,10 @@ def test_error_is_below_twice_that_of_a_framework(model: str, format: str, token
 
 
 def single_terms(format: str) -> Layer:
-    """Products whose sums have one term each, so that they are exact: one column of up a token, a permutation
-    as down.
+    """Products whose sums have one term each, so that they are exact.
 
-    Sizes are no multiples of 64, 128 or a tile: 160 inputs, 224 wide, 4 experts.
+    Each token meets one column of up; down is a permutation. Sizes are no multiples of 64, 128 or a tile: 160
+    inputs, 224 wide, 4 experts.
     """
     experts, size, width = 4, 160, 224
     g = torch.Generator("cuda").manual_seed(3)
@@ -97,8 +97,10 @@ def single_terms(format: str) -> Layer:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @every_format
 def test_every_code_and_scale_is_where_it_belongs(format: str, dtype: torch.dtype) -> None:
-    """Bit for bit what the decoded products give, which have tests of their own: every input, every row, in
-    tiles that are not full."""
+    """Bit for bit equal to the decoded products, which have their own tests.
+
+    Every input and every row is tested, in tiles that are not full.
+    """
     if format == "bf16":
         dtype = torch.bfloat16
     one = single_terms(format)
@@ -147,7 +149,7 @@ def test_many_tokens_go_that_way_by_themselves(format: str) -> None:
 
 @every_format
 def test_it_runs_on_the_current_stream_and_in_a_graph(format: str) -> None:
-    """Sizes of the products are read on the device: a replay follows new ids."""
+    """Sizes of the products are read on the device: a replay of the graph uses the new ids."""
     one = layer(format, "nano")
     x, ids, weights = given("nano", 256, torch.bfloat16)
     grouped(one, x, ids, weights)

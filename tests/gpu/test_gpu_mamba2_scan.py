@@ -1,7 +1,8 @@
-"""The scan's kernels on a GPU, through torch: at the published models' sizes against float64, against the
-host's bits, at a million tokens.
+"""The scan's kernels on a GPU, through torch, at the published models' sizes.
 
-Needs `nemoquant plugins build`. Under compute-sanitizer (memcheck, racecheck, synccheck):
+Against float64, against the host's bits, and at a million tokens. Needs `nemoquant plugins build`. Under
+compute-sanitizer (memcheck, racecheck, synccheck):
+
     compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_gpu_mamba2_scan.py -k "base or cut or
     bits"
 """
@@ -68,7 +69,7 @@ def scan(given: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def recurrence(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Position by position in float64, by the definition."""
+    """The definition, position by position, in float64."""
     x, dt, a, b, c, d, bias, state = (value.double() for value in given.values())
     dt = torch.nn.functional.softplus(dt + bias, threshold=200.0)
     share = x.shape[2] // b.shape[2]
@@ -106,8 +107,10 @@ def pieces(given: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16], ids=str)
 def test_scan_is_the_recurrence(change: dict[str, Any], dtype: torch.dtype) -> None:
-    """Below twice the rounding of the true result to the inputs' dtype; float32 below a few roundings of its
-    sums."""
+    """16 bits: error below twice that of rounding the true result to the inputs' dtype.
+
+    float32: below a few roundings of its sums.
+    """
     given = inputs(**change, dtype=dtype)
     for y_dtype in (torch.float32, dtype):
         for found, true in zip(scan(given, y_dtype=y_dtype), recurrence(given), strict=True):
@@ -149,8 +152,7 @@ def test_twice_the_same_call_gives_the_same_bits() -> None:
 def test_steps_have_the_host_s_bits(
     length: int, dtype: torch.dtype, seed: int | None, tmp_path: Path
 ) -> None:
-    """Decode, y and state, stochastic states too: the same bits here and in the emulator, so on every
-    device."""
+    """Decode: y and state, stochastic states too, have the emulator's bits, so the same on every device."""
     from nemoquant.ops.build import build
     from nemoquant.ops.library import use
 
@@ -202,8 +204,10 @@ def test_a_captured_decode_step_takes_its_seed_from_memory() -> None:
     reason="needs 40 GB of GPU memory",
 )
 def test_a_million_tokens() -> None:
-    """2^31 elements of x and more. Decays are strong, so that the last positions follow from the last
-    thousand alone."""
+    """x has 2^31 elements and more.
+
+    Decays are strong, so that the last positions depend only on the last thousand.
+    """
     given = inputs(length=2**20 + 7, heads=33, groups=1, bias=1.0)
     given["A"] -= 1.0
     assert given["x"].numel() > 2**31
@@ -218,8 +222,10 @@ def test_a_million_tokens() -> None:
 @pytest.mark.parametrize("shape", [SUPER, NANO], ids=["Super", "Nano"])
 @pytest.mark.parametrize("length", [1, 300, 4096])
 def test_error_is_below_twice_that_of_mamba_ssm(length: int, shape: dict[str, int]) -> None:
-    """Its Triton kernels on the same bf16 inputs: mamba_chunk_scan_combined, and selective_state_update for
-    one position."""
+    """mamba_ssm's Triton kernels on the same bf16 inputs.
+
+    mamba_chunk_scan_combined, and selective_state_update for one position.
+    """
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

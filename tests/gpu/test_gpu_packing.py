@@ -1,7 +1,7 @@
-"""Packing and the diff on a CUDA device: the CPU's bytes from every kernel, from threads side by side, in
-whole files; the CPU's figures.
+"""Packing and the diff on a CUDA device: every kernel gives the CPU's bytes, and the diff the CPU's figures.
 
-Its bodies were run in Triton's interpreter; no GPU was at hand.
+Also from parallel threads, and in whole files. The code of the tests was run in Triton's interpreter; no GPU
+was at hand.
 """
 
 import importlib.util
@@ -49,7 +49,7 @@ def weight(kind: str, dtype: str, seed: int = 0) -> NDArray[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_codes(dtype: str, kind: str) -> None:
-    """Every method, with the tensor's own scale and with one that is far too small."""
+    """Every method, with the tensor's own scale and with a scale that is far too small."""
     one = weight(kind, dtype)
     largest = amax(one)
     assert amax(one, "cuda").tobytes() == largest.tobytes()
@@ -66,7 +66,7 @@ def test_codes(dtype: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs(kind: str) -> None:
-    """Rounded there and back again; NaN and Inf among them."""
+    """Rounded on the device and decoded again; NaN and Inf are among them."""
     values = weight(kind, "float32")
     values[0, 5], values[1, 20], values[2, 40] = np.nan, np.inf, -np.inf
     there = torch.from_numpy(values).to(gpu.torch_device("cuda"))
@@ -79,7 +79,7 @@ def test_inputs(kind: str) -> None:
 
 
 def test_threads_do_not_disturb_each_other() -> None:
-    """Lanes of their own: 64 weights through 8 threads, each for its maximum and its codes from one copy."""
+    """Each thread has its own lane: 64 weights through 8 threads, maximum and codes of each from one copy."""
     weights = [weight("normal", "bfloat16", seed) for seed in range(8)]
     scales = [nvfp4.global_decode_scale(amax(one)) for one in weights]
     expected = [nvfp4.encode(one, scale) for one, scale in zip(weights, scales, strict=True)]
@@ -99,8 +99,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_and_figures(source: Path, token_rows: Path, tmp_path: Path) -> None:
-    """Whole outputs with scales given, byte for byte; calibration there within 1e-5; the diff there within
-    what flipped codes do."""
+    """Whole outputs with given scales are equal byte for byte.
+
+    Calibration on the device is within 1e-5, the diff within the effect of flipped codes.
+    """
     made: dict[str, Path] = {}
     for device in ("cpu", "cuda"):
         options = RunOptions(data=token_rows, dtype="float32", device=device, threads=4)

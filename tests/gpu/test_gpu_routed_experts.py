@@ -1,8 +1,8 @@
-"""RoutedExperts on a CUDA device: Super's and Nano's sizes against float64 in every format, the host's bits
-of decoding, streams, graphs.
+"""RoutedExperts on a CUDA device: Super's and Nano's sizes against float64 in every format.
 
-Build the kernels first: `nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under
-compute-sanitizer: `compute-sanitizer python -m pytest tests/gpu/test_gpu_routed_experts.py -k "not super"`.
+Also the host's bits of decoding, streams and graphs. Build the kernels first: `nemoquant plugins build` (or
+name a library in NEMOQUANT_KERNELS). Under compute-sanitizer: `compute-sanitizer python -m pytest
+tests/gpu/test_gpu_routed_experts.py -k "not super"`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build"
 )
 
-# Native products of FP4 were built, and the device has them.
+# Native FP4 products were built, and the device has them.
 NATIVE = (
     AVAILABLE
     and torch.cuda.get_device_capability() == (12, 0)
@@ -58,7 +58,7 @@ class Layer:
         )
 
     def rounded(self, projection: str, v: Tensor, expert: int) -> Tensor:
-        """A product's inputs [n, in] float64, as the format has them."""
+        """A product's inputs [n, in] in float64, after the format's rounding."""
         parts = self.up if projection == "up" else self.down
         if "input_scale" not in parts:
             return v
@@ -76,15 +76,17 @@ def e4m3(v: Tensor) -> Tensor:
 
 
 def e2m1(v: Tensor) -> Tensor:
-    """Ties to the even code: what is added rounds to multiples of 0.5, 1 or 2."""
+    """Adding and subtracting a large number rounds to multiples of 0.5, 1 or 2, ties to the even code."""
     size = v.abs().clamp(max=6)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return torch.copysign((size / step).round() * step, v)
 
 
 def layer(format: str, model: str) -> Layer:
-    """Random codes of every magnitude, block scales around 1, global scales so that hidden values have the
-    spread of the inputs."""
+    """Random codes of every magnitude, block scales around 1.
+
+    Global scales give the hidden values the spread of the inputs.
+    """
     experts, _, size, width = MODELS[model]
     g = torch.Generator("cuda").manual_seed(0)
     made = Layer(format, {}, {})
@@ -122,7 +124,7 @@ def given(model: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def mixture(one: Layer, x: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Expert by expert; with bfloat16 as a framework computes it, each product and its inputs rounded."""
+    """Expert by expert; with bfloat16 as a framework computes it: each product and its inputs are rounded."""
     total = torch.zeros(x.shape, dtype=torch.float64, device="cuda")
     for expert in ids.unique().tolist():
         rows, j = (ids == expert).nonzero(as_tuple=True)
@@ -149,8 +151,10 @@ def error(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("format", EXPERT_FORMATS)
 @pytest.mark.parametrize("model", MODELS)
 def test_error_is_below_twice_that_of_a_framework(model: str, format: str, tokens: int) -> None:
-    """bfloat16 inputs. Codes of hidden values that flip count here: one of 59,136 moves a token by less than
-    bfloat16 rounds."""
+    """bfloat16 inputs. Flipped codes of hidden values count here.
+
+    One of 59,136 moves a token by less than bfloat16 rounds.
+    """
     one = layer(format, model)
     x, ids, weights = given(model, tokens, torch.bfloat16)
     exact = mixture(one, x, ids, weights, torch.float64)
@@ -166,11 +170,11 @@ def test_error_is_below_twice_that_of_a_framework(model: str, format: str, token
 @pytest.mark.parametrize("tokens", [1, 94, 745, 4096])
 @pytest.mark.parametrize("model", MODELS)
 def test_native_products(model: str, tokens: int) -> None:
-    """float32 in and out: 1e-4 of float64, and of the decoded products, but for tokens with a hidden code
-    that flipped, one in twenty at most.
+    """float32 in and out: within 1e-4 of float64 and of the decoded products.
 
-    How many bits of a sum of 64 products are kept is not documented; sums of 128 are added in float32. With
-    all of float32's it would be 1e-6.
+    Tokens with a flipped hidden code are left out, one in twenty at most. How many bits of a sum of 64
+    products are kept is not documented; sums of 128 are added in float32. With all bits of float32 it would
+    be 1e-6.
     """
     one = layer("nvfp4", model)
     x, ids, weights = given(model, tokens, torch.float32)
@@ -184,8 +188,10 @@ def test_native_products(model: str, tokens: int) -> None:
 
 @needs_native
 def test_native_products_of_whole_numbers_are_exact() -> None:
-    """One block at a time is not zero, so that each code meets the scales of its own block in both operands:
-    bit for bit, for each lane's place."""
+    """One block at a time is not zero, so that each code meets the scales of its own block in both operands.
+
+    Equal bit for bit, for the position of each lane.
+    """
     g = torch.Generator("cuda").manual_seed(3)
     size, tokens = 512, 64
     codes = torch.randint(0, 256, (1, size, size // 2), generator=g, device="cuda", dtype=torch.uint8)
@@ -226,7 +232,7 @@ def test_native_products_of_whole_numbers_are_exact() -> None:
 
 @needs_native
 def test_native_products_keep_a_nan_with_its_token() -> None:
-    """A block that has one gets a scale that is NaN."""
+    """A block with a NaN gets a NaN scale."""
     one = layer("nvfp4", "nano")
     x, ids, weights = given("nano", 64, torch.bfloat16)
     clean = run(one, x, ids, weights, "native")
@@ -241,8 +247,10 @@ def test_native_products_keep_a_nan_with_its_token() -> None:
 @pytest.mark.parametrize("tokens", [1, 40, 600, 2000])
 @pytest.mark.parametrize("format", ["bf16", "w8a16", "w4a16"])
 def test_other_dtypes(format: str, tokens: int, dtype: torch.dtype) -> None:
-    """float16: within 2% of rounding the exact result once. float32: 1e-5, tensor cores add up with less than
-    float32's care."""
+    """float16: within 2% of the error of rounding the exact result once.
+
+    float32: 1e-5, because tensor cores add less precisely than float32.
+    """
     one = layer(format, "nano")
     x, ids, weights = given("nano", tokens, dtype)
     exact = mixture(one, x, ids, weights, torch.float64)
@@ -252,8 +260,10 @@ def test_other_dtypes(format: str, tokens: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("format", ["w8a16", "w4a16"])
 def test_every_code_is_decoded(format: str) -> None:
-    """One column of codes through, subnormal ones too: y is (code * scale)^2, exactly. Both kernels: one
-    token, and 300."""
+    """Each code goes through one column, subnormal ones too: y is (code * scale)^2, exactly.
+
+    Both kernels: one token, and 300.
+    """
     byte = torch.arange(256, dtype=torch.uint8, device="cuda")
     packed = 2 if format == "w4a16" else 1
     up, down = (torch.zeros(1, 256, 256 // packed, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -305,7 +315,7 @@ def test_all_tokens_on_one_expert() -> None:
 
 
 def test_it_runs_on_the_current_stream_and_in_a_graph() -> None:
-    """Routing is read on the device: a replay follows new ids."""
+    """Routing is read on the device: a replay of the graph uses the new ids."""
     one = layer("w4a16", "nano")
     x, ids, weights = given("nano", 16, torch.bfloat16)
     run(one, x, ids, weights)

@@ -1,5 +1,7 @@
-"""What an export writes, and does not write: graphs over the shards' own bytes; copies; refusals; what the
-engine refuses to load."""
+"""The files that an export writes: graphs over the shards' own bytes; copies; refusals.
+
+Also graphs that the engine refuses to load.
+"""
 
 import importlib.util
 import json
@@ -47,7 +49,7 @@ def places(model: Any) -> dict[str, tuple[str, int, int]]:
 
 @pytest.fixture
 def quantized(demo: Callable[[str], Path], copied: Callable[..., Path]) -> Callable[..., Path]:
-    """A demo checkpoint of one's own, as ``quantize`` wrote it, without graphs."""
+    """A private copy of a demo checkpoint, as ``quantize`` wrote it, without graphs."""
 
     def make(preset: str = "nvfp4", name: str = "quantized") -> Path:
         from nemoquant.checkpoint.manifest import read_manifest, write_manifest
@@ -63,8 +65,7 @@ def quantized(demo: Callable[[str], Path], copied: Callable[..., Path]) -> Calla
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """Runs ``nemoquant export onnx`` and checks how it is refused: one line, its exit code, and nothing
-    written."""
+    """Runs ``nemoquant export onnx`` and checks the refusal: one line, its exit code, and no file written."""
 
     def check(*arguments: Any, parts: list[str], code: int = 2) -> str:
         before = tree(tmp_path)
@@ -75,7 +76,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
     return check
 
 
-# What is in the file.
+# The content of the file.
 
 
 def nested(nodes: Any) -> Iterator[Any]:
@@ -90,7 +91,7 @@ def nested(nodes: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("graph", ["model.onnx", "mtp.onnx"])
 @pytest.mark.parametrize("preset", ["bf16", "nvfp4", "nvfp4-full"])
 def test_no_weight_is_in_the_file(preset: str, graph: str, demo: Callable[[str], Path]) -> None:
-    """Constants, in functions and loops too, stay below 1 KB: the largest is a table of 512 bytes."""
+    """Constants stay below 1 KB, in functions and loops too: the largest is a table of 512 bytes."""
     import onnx
 
     model = proto(demo(preset) / graph)
@@ -115,8 +116,10 @@ PARTS = {
 
 
 def stored_names(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The tensors of the shards that an initializer stands for; ``...experts.up_proj.codes`` for those of all
-    16 experts."""
+    """The tensors of the shards that an initializer stands for.
+
+    ``...experts.up_proj.codes`` stands for those of all 16 experts.
+    """
     mixer, experts, rest = name.partition(".experts.")
     if name in tensors or not experts:
         return [name]
@@ -129,8 +132,7 @@ def stored_names(name: str, tensors: dict[str, torch.Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-w4a16", "nvfp4-full"])
 def test_entries_point_at_the_bytes(preset: str, demo: Callable[[str], Path]) -> None:
-    """Through the offset lie the bytes that safetensors reads under the name; each tensor of the model is
-    used once."""
+    """At each offset are the bytes that safetensors reads under that name; each tensor is used once."""
     import onnx
 
     folder = demo(preset)
@@ -156,7 +158,7 @@ def test_entries_point_at_the_bytes(preset: str, demo: Callable[[str], Path]) ->
             assert list(tensor.dims) == ([len(names), *shape] if len(names) > 1 else shape), tensor.name
             if graph == "model.onnx" or names[0].startswith("mtp."):
                 used.update(names)
-    ignored = {"backbone.embeddings.weight", "lm_head.weight"} & used.keys()  # MTP uses them again
+    ignored = {"backbone.embeddings.weight", "lm_head.weight"} & used.keys()  # MTP uses them a second time
     assert len(ignored) == 2
     assert set(used) == set(tensors)
     assert set(used.values()) == {1}
@@ -198,8 +200,7 @@ def test_one_function_for_each_kind_and_format(
 
 
 def test_layers_of_one_kind_in_two_formats(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """A recipe by layers, weights only: each format has its function, and the whole computes what torch
-    does."""
+    """A recipe by layers, weights only: one function for each format, and torch's results for the whole."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "name: mixed\nsummary: Two Mamba layers, two formats.\nrules:\n- {roles: [mamba.*], layers: [0], "
@@ -225,7 +226,7 @@ def test_onnx_checks_it(preset: str, demo: Callable[[str], Path]) -> None:
         onnx.checker.check_model(str(demo(preset) / graph), full_check=True)
 
 
-# What an export writes.
+# The files that an export writes.
 
 
 def test_only_graphs_and_the_manifest_are_written(quantized: Callable[..., Path]) -> None:
@@ -248,7 +249,7 @@ def test_an_old_graph_is_replaced_and_entered_again(quantized: Callable[..., Pat
     folder = quantized()
     export_onnx(folder)
     first = (folder / "model.onnx").read_bytes()
-    export_onnx(folder, folder, compute="float16")  # its own folder as OUT is no copy
+    export_onnx(folder, folder, compute="float16")  # OUT is the folder itself: this is not a copy
     assert (folder / "model.onnx").read_bytes() != first
     assert verify(folder)["warnings"] == [] and verify(folder)["ok"]
 
@@ -297,7 +298,7 @@ def test_out_is_a_whole_checkpoint(quantized: Callable[..., Path], tmp_path: Pat
 
 
 def test_a_copy_takes_every_side_file(quantized: Callable[..., Path], tmp_path: Path) -> None:
-    """All that ``quantize`` may have copied from the source: by the same list."""
+    """Every file that ``quantize`` may have copied from the source: both use the same list."""
     folder = quantized()
     names = [
         "tokenizer.model",
@@ -316,7 +317,7 @@ def test_a_copy_takes_every_side_file(quantized: Callable[..., Path], tmp_path: 
 def test_links_are_refused_in_place_and_followed_for_a_copy(
     quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """Hub caches are made of links."""
+    """Hub caches consist of links."""
     folder, links = quantized(), tmp_path / "links"
     links.mkdir()
     for file in folder.iterdir():
@@ -342,8 +343,10 @@ def test_hard_links_are_refused_too(
 
 
 def test_a_published_layout_is_written_anew(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """Experts of one layer and projection lie back to back then, and every tensor keeps its name, dtype,
-    shape and bytes."""
+    """The copy stores the experts of one layer and projection without gaps.
+
+    Every tensor keeps its name, dtype, shape and bytes.
+    """
     published = Path(shutil.copytree(DEMO, tmp_path / "published"))
     refused(published, parts=[str(published), "experts do not lie back to back", "give an OUT folder"])
     made = export_onnx(published, tmp_path / "out", mtp=True)
@@ -452,7 +455,7 @@ def test_bfloat16_is_not_for_onnxruntime(
 def test_mtp_needs_the_module(
     make_checkpoint: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """The config has none; or the file lacks its tensors, in which case the rest can be exported."""
+    """The config has no module, or the file lacks its tensors; then the rest can be exported."""
     refused(
         make_checkpoint("none", num_nextn_predict_layers=0),
         tmp_path / "out",
@@ -488,7 +491,7 @@ def test_without_the_extra(
 def test_experts_with_scales_of_their_own(
     source: Path, token_rows: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """``--no-scale-groups``: ONNX Runtime takes them, TensorRT-RTX has one input scale for all."""
+    """``--no-scale-groups``: ONNX Runtime accepts it; TensorRT-RTX has one input scale for all experts."""
     options = RunOptions(data=token_rows, dtype="float32", threads=1, scale_groups=False)
     folder = quantize(source, tmp_path / "out", "nvfp4", options).out
     refused(
@@ -507,7 +510,7 @@ def test_experts_with_scales_of_their_own(
     assert np.median(errors) < 1e-4  # a flip may touch some positions
 
 
-# What the engine refuses.
+# Graphs that the engine refuses.
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -598,7 +601,7 @@ def test_the_engine_refuses(
     damage: Callable[[Path], Any], parts: list[str], demo: Callable[[str], Path], copied: Callable[..., Path]
 ) -> None:
     folder = copied(demo("nvfp4-w4a16"))
-    Graph(folder / "model.onnx")  # it is whole
+    Graph(folder / "model.onnx")  # this one is complete
     damage(folder)
     with pytest.raises(CheckpointError) as caught:
         OnnxRuntimeEngine(folder)
@@ -626,7 +629,7 @@ def test_metadata_that_are_no_facts(
 def test_constants_may_not_point_out_of_the_folder(
     inside: str, demo: Callable[[str], Path], copied: Callable[..., Path]
 ) -> None:
-    """External data of a node's attribute, wherever the node stands."""
+    """External data of a node's attribute, in the graph, a function or a subgraph."""
     import onnx
 
     folder = copied(demo("nvfp4-w4a16"))

@@ -1,9 +1,8 @@
-"""Graphs in ONNX Runtime against the torch forward of the same checkpoint: whole, by layers, in pieces and
-batches.
+"""Graphs in ONNX Runtime against torch on the same checkpoint: whole, by layers, in pieces and batches.
 
-Graphs without quantized inputs agree within rounding. Where inputs are quantized, a sum that was taken in
-another order can carry a value across a rounding boundary: its code flips, and the flip is no error of either
-side. Two things are asked there instead: fed the same input, a layer may differ only where torch itself has a
+Graphs without quantized inputs agree within rounding. Where inputs are quantized, a sum taken in another
+order can move a value across a rounding boundary: its code flips, and this is an error of neither side. There
+the tests require two other things: with the same input, a layer may differ only where torch itself has a
 value within rounding of a boundary; and the whole model must stay near.
 """
 
@@ -48,7 +47,7 @@ Floats = NDArray[np.float32]
 
 
 def row_errors(found: Any, expected: Any) -> NDArray[np.float64]:
-    """The same for each position: [batch, length, ...] -> [batch, length]."""
+    """The relative error at each position: [batch, length, ...] -> [batch, length]."""
     difference = np.asarray(found, np.float64) - expected
     return np.linalg.norm(difference, axis=-1) / np.linalg.norm(expected, axis=-1)  # type: ignore[no-any-return]
 
@@ -61,7 +60,7 @@ def divergence(p: Floats, q: Floats) -> NDArray[np.float64]:
 
 @dataclass
 class Pair:
-    """Both engines over one folder."""
+    """Both engines on one folder."""
 
     torch: TorchEngine
     ort: OnnxRuntimeEngine
@@ -83,7 +82,7 @@ def pair(demo: Callable[[str], Path]) -> Callable[[str], Pair]:
 
 @pytest.fixture(scope="module")
 def rows() -> Tokens:
-    """Short rows of text: the longer a row, the more of it lies behind a flip."""
+    """Short rows of text: in a longer row, more positions come after a flip."""
     config = TorchEngine(DEMO).opened.config
     return load_rows(evaluation_data(), DEMO, config, ROWS, LENGTH).ids
 
@@ -126,12 +125,14 @@ def test_greedy_tokens(preset: str, pair: Callable[[str], Pair], rows: Tokens) -
 def test_logits_with_quantized_inputs(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, costs: dict[str, float]
 ) -> None:
-    """Measured: mean KL 0.1% (fp8) to 1.0% (nvfp4-full) of the preset's own, and 3 to 8% of positions behind
-    a flip.
+    """Most positions agree within rounding; the mean KL is a small part of the preset's own.
 
-    Torch against itself, its GEMM inputs changed by 1e-7 to 3e-7 of their size, gives up to 1.3% and 19%: no
-    graph could do better. (With rows of 128 tokens both come to 1 to 4%.) All other positions agree within
-    rounding: the median KL is 4e-13.
+    Measured: mean KL 0.1% (fp8) to 1.0% (nvfp4-full) of the preset's own, and 3 to 8% of positions after a
+    flip.
+
+    Torch against itself, with its GEMM inputs changed by 1e-7 to 3e-7 of their size, gives up to 1.3% and
+    19%: no graph could do better. (With rows of 128 tokens both give 1 to 4%.) All other positions agree
+    within rounding: the median KL is 4e-13.
     """
     both = pair(preset)
     found = divergence(both.torch.forward(rows).logits, both.ort.forward(rows).logits)
@@ -145,8 +146,8 @@ def test_logits_with_quantized_inputs(
 ROUNDING = (
     1e-6  # of a row's size. Measured where no inputs are quantized: at most 7e-7 in a row of a layer's output
 )
-# How near to a boundary a value must be for its code to flip. What follows the layer's norm directly is
-# rounded value by value; what a product gave is off by a part of its row's size.
+# How near to a boundary a value must be for its code to flip. Values directly after the layer's norm are
+# rounded one by one; a product's result has an error relative to the size of its row.
 NEAR_NORM, NEAR_PRODUCT = 4e-7, 1e-6
 AFTER_NORM = ("in_proj", "q_proj", "k_proj", "v_proj", "mixer.up_proj", "shared_experts.up_proj")
 LOOKED_BACK_AT = (
@@ -155,7 +156,7 @@ LOOKED_BACK_AT = (
     "v_proj",
     "k_proj.output",
     "v_proj.output",
-)  # later positions see a flip there
+)  # a flip affects later positions through these
 
 
 def round_trip(v: Tensor, format: str, scale: np.float32) -> Tensor:
@@ -168,8 +169,8 @@ def round_trip(v: Tensor, format: str, scale: np.float32) -> Tensor:
 def positions_near_a_tie(engine: TorchEngine, number: int, x: Tensor) -> tuple[Tensor, NDArray[np.bool_]]:
     """One layer by torch: its output, and the positions [batch, length] that a flip could reach.
 
-    These are where some GEMM input gets another code for a small shift, and all behind one whose projection
-    later positions look at.
+    These are the positions where some GEMM input gets another code after a small shift. If later positions
+    read that projection's result, all positions after it are included.
     """
     opened, prefix = engine.opened, f"backbone.layers.{number}."
     kind, weights = opened.config.layers[number], opened.weights(prefix)
@@ -204,8 +205,10 @@ def positions_near_a_tie(engine: TorchEngine, number: int, x: Tensor) -> tuple[T
 def layers(
     engine: TorchEngine, folder: Path, rows: Tokens
 ) -> Iterator[tuple[str, Floats, Floats, NDArray[np.bool_]]]:
-    """For each layer, fed what torch's layers before it gave: its kind, ONNX Runtime's and torch's output,
-    positions near a tie."""
+    """For each layer: its kind, ONNX Runtime's and torch's output, and positions near a tie.
+
+    The input is the output of torch's layers before it.
+    """
     model, config = engine.model, engine.opened.config
     x = model.embed(torch.from_numpy(rows))
     for number, kind in enumerate(config.layers):
@@ -235,8 +238,10 @@ def test_layers_without_quantized_inputs(
 def test_layers_with_quantized_inputs(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path]
 ) -> None:
-    """A position that differs by more than rounding has a value near a tie, or (scan and attention look back)
-    one before it has."""
+    """A position that differs by more than rounding has a value near a tie.
+
+    For scan and attention, which read earlier positions, that value may be at an earlier position.
+    """
     both, flipped, excused, total = pair(preset), 0, 0, 0
     for number, (kind, found, expected, near) in enumerate(layers(both.torch, copied(both.folder), rows)):
         errors = row_errors(found, expected)
@@ -255,10 +260,10 @@ def test_layers_with_quantized_inputs(
             total + differs.size,
         )
     assert flipped < 0.05 * total  # measured 10, 37 and 4 of 5,120
-    assert excused < 0.75 * total  # measured 0.52, 0.46 and 0.10: the rest had to agree
+    assert excused < 0.75 * total  # measured 0.52, 0.46 and 0.10: the other positions had to agree
 
 
-# In pieces, in batches, and what is kept.
+# Cut sequences, batches, and the state.
 
 
 def in_pieces(engine: OnnxRuntimeEngine, rows: Tokens, cuts: list[int]) -> tuple[Floats, Any]:
@@ -288,7 +293,7 @@ def test_a_prompt_may_be_cut_anywhere(
 def test_a_prompt_with_quantized_inputs_may_be_cut_anywhere(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, costs: dict[str, float]
 ) -> None:
-    """By the rule of whole models above."""
+    """By the rule for whole models above."""
     engine = pair(preset).ort
     whole = engine.forward(rows).logits
     for cuts in ([1], [LENGTH - 1], [5, 6, 20]):
@@ -299,8 +304,10 @@ def test_a_prompt_with_quantized_inputs_may_be_cut_anywhere(
 
 @pytest.mark.parametrize("preset", WHOLE_INPUTS + QUANTIZED_INPUTS)
 def test_a_batch_is_its_rows(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """Rows do not see each other. With quantized inputs the order of sums, which follows the batch, may flip
-    codes: in few rows."""
+    """Rows do not affect each other.
+
+    The order of sums depends on the batch. With quantized inputs this may flip codes, in few rows.
+    """
     engine = pair(preset).ort
     together = engine.forward(rows[:3])
     for i in range(3):
@@ -317,8 +324,7 @@ def test_a_batch_is_its_rows(preset: str, pair: Callable[[str], Pair], rows: Tok
 
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
 def test_state_is_that_of_the_model(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """Names by the layer's index, shapes as the design says, dtypes that plain numpy feeds, and torch's
-    values."""
+    """Names by the layer's index, shapes as in the design, dtypes of plain numpy, and torch's values."""
     both = pair(preset)
     c = both.torch.opened.config
     expected, found = both.torch.forward(rows[:3]).state, both.ort.forward(rows[:3]).state
@@ -348,7 +354,7 @@ STATES = {
 
 
 def test_a_cache_in_fp8_holds_rounded_values(pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """In float32, but each of them an FP8 code times the scale: exactly."""
+    """The state is float32, but each value is an FP8 code times the scale, exactly."""
     both = pair("fp8")
     state = both.ort.forward(rows[:2]).state
     for layer in (3, 8):
@@ -366,10 +372,10 @@ def test_a_cache_in_fp8_holds_rounded_values(pair: Callable[[str], Pair], rows: 
 
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
 def test_float16(preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path]) -> None:
-    """float16 keeps 11 bits where bfloat16 keeps 8: the graph's error stays below half of that of torch in
-    bfloat16.
+    """The graph's error in float16 stays below half of that of torch in bfloat16.
 
-    (8e-4 and 1.4e-3; torch in bfloat16 4.7e-3 and 6.7e-3.)
+    float16 keeps 11 bits where bfloat16 keeps 8. (Errors 8e-4 and 1.4e-3; torch in bfloat16 4.7e-3 and
+    6.7e-3.)
     """
     both = pair(preset)
     folder = copied(both.folder)
@@ -397,8 +403,7 @@ def test_float16_with_quantized_inputs(
     copied: Callable[..., Path],
     costs: dict[str, float],
 ) -> None:
-    """Every row has codes that flip for float16's rounding: measured mean KL 30 to 43% of the preset's
-    own."""
+    """float16's rounding flips codes in every row: measured mean KL 30 to 43% of the preset's own."""
     both = pair(preset)
     folder = copied(both.folder)
     export_onnx(folder, compute="float16", mtp=True)
@@ -416,7 +421,7 @@ def test_last_token_only(pair: Callable[[str], Pair], rows: Tokens, copied: Call
     found, whole = engine.forward(rows[:3]), both.ort.forward(rows[:3])
     assert found.logits.shape == (3, 1, both.torch.opened.config.vocab_size)
     assert error(found.logits[:, 0], whole.logits[:, -1]) < SAME
-    assert error(found.hidden, whole.hidden) < SAME  # MTP needs all of it
+    assert error(found.hidden, whole.hidden) < SAME  # MTP needs all positions
     assert (
         error(
             engine.forward(rows[:3, :1], found.state).logits,
@@ -428,8 +433,7 @@ def test_last_token_only(pair: Callable[[str], Pair], rows: Tokens, copied: Call
 
 @pytest.mark.parametrize("preset", [*WHOLE_INPUTS, "nvfp4"])
 def test_multi_token_prediction(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
-    """The module is not quantized by any preset: given the same hidden states it agrees, whole and from its
-    state on."""
+    """No preset quantizes the module: with the same hidden states it agrees, whole and from its state."""
     both = pair(preset)
     assert both.ort.has_mtp
     hidden, after = both.torch.forward(rows[:3]).hidden[:, :-1], rows[:3, 1:]
@@ -442,7 +446,7 @@ def test_multi_token_prediction(preset: str, pair: Callable[[str], Pair], rows: 
     assert error(rest.state["past_key.0"], expected.state.layers[0].key.numpy()) < SAME
     own = both.ort.draft(
         after, both.ort.forward(rows[:3]).hidden[:, :-1]
-    )  # the graph's own hidden states fit it
+    )  # the graph's own hidden states work with it
     assert error(own.logits, expected.logits) < (SAME if preset in WHOLE_INPUTS else 0.1)
 
 
@@ -489,7 +493,7 @@ def test_architecture(changes: dict[str, Any], make_checkpoint: Callable[..., Pa
 def test_architecture_in_nvfp4(
     changes: dict[str, Any], make_checkpoint: Callable[..., Path], token_rows: Path, tmp_path: Path
 ) -> None:
-    """Layer by layer, by the rule of quantized inputs above."""
+    """Layer by layer, by the rule for quantized inputs above."""
     tokens = np.random.default_rng(1).integers(3, 96, (8, 8))
     options = RunOptions(data=token_rows, dtype="float32", threads=1)
     folder = quantize(make_checkpoint(**changes), tmp_path / "nvfp4", "nvfp4", options).out

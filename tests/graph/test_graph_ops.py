@@ -31,7 +31,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def first_differences(found: NDArray[Any], expected: NDArray[Any]) -> str:
-    """Empty where the bits are equal; else how many are not, and the first."""
+    """Empty if the bits are equal; otherwise the number of differences, and the first ones."""
     kind = f"u{found.dtype.itemsize}"
     places = np.argwhere(found.view(kind) != expected.view(kind))
     return "" if not len(places) else f"{len(places)} of {found.size} differ, first at {places[:5].tolist()}"
@@ -62,13 +62,13 @@ FLOOR = 3e-7
 
 
 def scan_inputs(o: dict[str, Any]) -> Arrays:
-    """Those of the kernel's tests, by the names of the operator."""
+    """Inputs of the kernel's tests, by the operator's names."""
     made = scan_call.inputs(**{key: value for key, value in o.items() if key not in ("low", "high", "chunk")})
     return {name.upper() if len(name) == 1 and name != "x" else name: value for name, value in made.items()}
 
 
 def recurrence(given: Arrays, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Position by position in float64, by the definition."""
+    """The definition, position by position, in float64."""
     return scan_call.recurrence(
         {name if len(name) > 1 else name.lower(): value for name, value in given.items()}, low, high
     )
@@ -139,7 +139,7 @@ def test_scan_without_attributes_has_the_specified_ones() -> None:
 
 
 def test_scan_may_be_cut_anywhere() -> None:
-    """Two calls that hand the state on, for every cut, give what one call gives."""
+    """Two calls that pass the state on give the result of one call, for every cut."""
     o = {**BASE, "length": 2 * CHUNK + 5, "width": 8}
     given = scan_inputs(o)
     run = scan_of(o, given)
@@ -193,8 +193,8 @@ def test_convolution(
     for j in range(kernel):
         expected += line[:, j : j + length].astype(np.float64) * given["weight"][:, j]
     expected /= 1 + np.exp(-expected)
-    # torch computes the same sums in float32. Sums that nearly cancel and a sigmoid of its own cost this a
-    # little: measured at most 1.9e-7 where torch has 5e-8, on one position
+    # torch computes the same sums in float32. Sums that nearly cancel and another sigmoid cost a little
+    # accuracy here: measured at most 1.9e-7 where torch has 5e-8, at one position
     x, weight, bias, before = (torch.from_numpy(value) for value in given.values())
     torchs = mamba2.causal_conv(x, weight[:, None], bias, before)[0].numpy()
     assert y.dtype == np.float32
@@ -216,16 +216,17 @@ def of_all_sizes() -> NDArray[np.float32]:
 
 
 def midpoints() -> NDArray[np.float32]:
-    """With a block scale of 1: every value half way between two codes, both signs, and its neighbours in
-    float32."""
+    """With a block scale of 1: every midpoint between two codes, both signs, and its float32 neighbours."""
     middle = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
     rows = [np.nextafter(middle, np.float32(0)), middle, np.nextafter(middle, np.float32(9))]
     return np.array([[*row, 6.0, *-row, -0.0] for row in rows], np.float32)
 
 
 def block_scales_at_ties(scale: float) -> NDArray[np.float32]:
-    """Blocks whose largest value puts their E4M3 scale half way between two codes, as near as float32 comes,
-    and next to that."""
+    """Blocks whose E4M3 scale is halfway between two codes, as near as float32 comes, or next to that.
+
+    The largest value of each block sets the scale.
+    """
     codes = e4m3.VALUES[:127].astype(np.float64)
     six = np.float32(6) * np.float32(scale)
     middle = ((codes[1:] + codes[:-1]) / 2 * six).astype(np.float32)
@@ -240,7 +241,7 @@ def block_scales_at_ties(scale: float) -> NDArray[np.float32]:
 
 
 def zeros() -> NDArray[np.float32]:
-    """Blocks of zeros, a block of -0, zeros of both signs among values."""
+    """Blocks of zeros, a block of -0, zeros of both signs among other values."""
     x = values(8, 64)
     x[:, ::3], x[:, 1::7] = 0.0, -0.0
     x[0], x[1, :16] = 0.0, -0.0
@@ -268,8 +269,7 @@ def zeros() -> NDArray[np.float32]:
     ],
 )
 def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: float) -> None:
-    """Bit for bit, save that negatives in a block whose scale rounds to zero come out as -0 here and as +0
-    there."""
+    """Bit for bit equal, except negatives in a block whose scale rounds to zero: -0 here, +0 there."""
     decode_scale = np.array(scale, np.float32)
     given = {"x": x, "decode_scale": decode_scale}
     found = single_op(ops.nvfp4_dynamic_quant_dequant(), given)(given)[0]
@@ -281,8 +281,10 @@ def test_nvfp4_round_trip_is_that_of_the_format(x: NDArray[np.float32], scale: f
 
 
 def test_nan_stays_in_its_block() -> None:
-    """At its own place at least: ONNX Runtime's ReduceMax passes over a NaN, where the format makes all of
-    its block NaN."""
+    """A NaN stays a NaN at its own position.
+
+    ONNX Runtime's ReduceMax ignores a NaN; the format makes its whole block NaN.
+    """
     x, scale = values(4, 64), np.array(0.001, np.float32)
     run = single_op(ops.nvfp4_dynamic_quant_dequant(), {"x": x, "decode_scale": scale})
     clean = run({"x": x, "decode_scale": scale})[0]
@@ -334,7 +336,7 @@ def mixture(
     down: Any,
     rounded: Callable[[str, Any], Any],
 ) -> NDArray[np.float64]:
-    """Token by token in float64; ``rounded(projection, values)`` is what a GEMM's input becomes."""
+    """Token by token in float64; ``rounded(projection, values)`` gives the rounded input of a GEMM."""
     y = np.zeros(x.shape)
     for t in range(len(x)):
         for expert, factor in zip(ids[t], factors[t], strict=True):
@@ -348,7 +350,7 @@ def mixture(
 def stacks(
     name: str, weights: dict[str, NDArray[np.float32]], scales: dict[str, Any], input_scales: dict[str, Any]
 ) -> tuple[Arrays, dict[str, NDArray[np.float32]]]:
-    """Inputs of the operator behind ``expert_weights``, and the decoded weights by projection."""
+    """The operator's inputs after ``expert_weights``, and the decoded weights by projection."""
     parts: Arrays = {}
     decoded = {}
     for projection, stack in weights.items():
@@ -399,11 +401,10 @@ def round_trip(name: str, v: NDArray[np.float64], scale: np.float32) -> NDArray[
 @pytest.mark.parametrize("ids", ROUTINGS)
 @pytest.mark.parametrize("name", ["fp8", "nvfp4"])
 def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64]) -> None:
-    """Small integers and powers of two, so that every sum is exact in any order, no code can flip, and
-    equality is asked.
+    """Small integers and powers of two: results must be equal.
 
-    Inputs saturate, and experts have scales of their own; the hidden values are no multiples of the scale and
-    must be rounded.
+    Every sum is exact in any order, and no code can flip. Inputs saturate, and each expert has its own
+    scales. The hidden values are no multiples of the scale and must be rounded.
     """
     g = np.random.default_rng(2)
     whole = np.array([-2, -1, -1, 0, 0, 0, 1, 1, 2], np.float32)
@@ -494,8 +495,7 @@ def test_functions_are_what_the_specification_says(op: str, function: Any) -> No
 
 
 def test_experts_are_what_the_specification_says() -> None:
-    """One function a format, which its name says instead of the attribute; inputs by projection, then by
-    part."""
+    """One function a format, named by it, without the attribute; inputs by projection, then by part."""
     spec = written("routed_experts")
     assert (
         sorted(spec["formats"])

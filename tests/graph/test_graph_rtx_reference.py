@@ -1,8 +1,7 @@
-"""The tensorrt_rtx dialect computes what it should: each kind of layer in each format through onnx's
-reference evaluator, against torch.
+"""The tensorrt_rtx dialect against torch: each kind of layer in each format.
 
-TensorRT's own operator for inputs in NVFP4 is a small custom operator here, written in numpy from its
-definition.
+onnx's reference evaluator runs the graphs. TensorRT's own operator for inputs in NVFP4 is replaced by a small
+custom operator, written in numpy from its definition.
 """
 
 import importlib.util
@@ -45,8 +44,10 @@ ROWS, LENGTH = 2, 7
 
 
 class TRT_FP4DynamicQuantize(OpRun):
-    """codes = e2m1(x / (block scale * scale)), block scale = e4m3(amax of 16 / (6 * scale)): a zero scale
-    makes its block zero."""
+    """The operator's definition: a zero scale makes its block zero.
+
+    codes = e2m1(x / (block scale * scale)), block scale = e4m3(amax of 16 / (6 * scale))
+    """
 
     op_domain = "trt"
 
@@ -80,8 +81,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 def evaluate(folder: Path, layer: int, feeds: dict[str, Any]) -> dict[str, Any]:
-    """One layer's graph, exported beside the shards and run with its weights loaded; functions inlined, as
-    for the parser, because the evaluator knows no custom operators inside them."""
+    """Exports one layer's graph next to the shards and runs it with its weights loaded.
+
+    Functions are inlined, as for the parser, because the evaluator knows no custom operators inside them.
+    """
     path = nemoquant.export_onnx(
         folder, dialect="tensorrt_rtx", compute="float32", layers=(layer, layer + 1)
     ).graphs[0]
@@ -94,7 +97,7 @@ def evaluate(folder: Path, layer: int, feeds: dict[str, Any]) -> dict[str, Any]:
 
 
 def inputs(opened: PackedCheckpoint, kind: str, layer: int) -> tuple[dict[str, Any], Any]:
-    """Hidden states (token ids for the first layer) and an empty state, for the graph; and for torch."""
+    """Hidden states (token ids for the first layer) and an empty state: for the graph, and for torch."""
     c, g = opened.config, np.random.default_rng(layer)
     hidden = g.standard_normal((ROWS, LENGTH, c.hidden_size)).astype(np.float32)
     feeds: dict[str, Any] = {"hidden": hidden}
@@ -119,10 +122,9 @@ def inputs(opened: PackedCheckpoint, kind: str, layer: int) -> tuple[dict[str, A
 def test_a_layer_computes_what_torch_computes(
     preset: str, kind: str, checkpoints: Callable[[str], Path]
 ) -> None:
-    """Within 1e-5 where no input is rounded (measured 3e-7); elsewhere each token does, but for those in
-    which a code flipped.
+    """Within 1e-5 where no input is rounded (measured 3e-7); otherwise so are tokens without a flipped code.
 
-    A flip moves its token by a code's share of the output, well over 1e-4; at most one token in seven may
+    A flip changes its token by a code's share of the output, well over 1e-4. At most one token in seven may
     have one (measured: none or one of 14).
     """
     opened = PackedCheckpoint(checkpoints(preset))
@@ -168,7 +170,7 @@ def test_weights_are_the_files_bytes(checkpoints: Callable[[str], Path]) -> None
     assert codes.data_type == onnx.TensorProto.FLOAT4E2M1
 
 
-# Code by code, from a state of earlier positions.
+# Code by code, from a state that earlier positions left.
 
 PAST = 5
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -176,8 +178,7 @@ E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.fl
 
 
 class Graph:
-    """A layer's graph in memory, from the builder, with every rounded tensor put out beside its results: what
-    it makes of an input."""
+    """A layer's graph in memory, from the builder; every rounded tensor is an output as well."""
 
     def __init__(self, opened: PackedCheckpoint, layer: int) -> None:
         options = GraphOptions(compute="float32", layers=(layer, layer + 1))
@@ -187,7 +188,7 @@ class Graph:
         self.names = [str(value.name) for value in model.graph.outputs]
         self.rounding: list[
             tuple[str, int]
-        ] = []  # the scale's name, and how many outputs: codes, and for NVFP4 block scales
+        ] = []  # the scale's name, and the number of outputs: codes, and for NVFP4 block scales
         for node in model.graph:
             if node.op_type in ("QuantizeLinear", "TRT_FP4DynamicQuantize"):
                 scale = node.inputs[1]
@@ -199,8 +200,7 @@ class Graph:
     def run(
         self, feeds: dict[str, Any], scale: Callable[[str], Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Its results, and by the scale's name what each rounded tensor stands for, decoded here from codes
-        and scales."""
+        """Returns its results, and by the scale's name each rounded tensor, decoded here."""
         values = ReferenceEvaluator(self.proto, new_ops=[TRT_FP4DynamicQuantize]).run(None, feeds)
         results = dict(zip(self.names, values, strict=False))
         rest = iter(values[len(self.names) :])
@@ -213,8 +213,10 @@ class Graph:
 
 
 def decode(parts: list[Any], scale: Any) -> Any:
-    """FP8 codes, or E2M1 codes with a block scale for each 16 of them, in float32: code * (block scale *
-    scale)."""
+    """Decodes FP8 codes, or E2M1 codes with a block scale for each 16 codes, to float32.
+
+    The value is code * (block scale * scale).
+    """
     codes = parts[0].astype(np.float32)
     if len(parts) == 1:
         return codes * scale
@@ -226,7 +228,7 @@ def round_fp8(x: Any, scale: Any) -> Any:
 
 
 def rounded_apart(x: Any, format: str, scale: Any) -> Any:
-    """x as its own codes have it."""
+    """Rounds x to its own codes."""
     if format == "fp8":
         return round_fp8(x, scale)
     return decode(list(TRT_FP4DynamicQuantize._run(None, x, scale)), scale)  # type: ignore[arg-type]
@@ -237,12 +239,11 @@ def rounded_apart(x: Any, format: str, scale: Any) -> Any:
 def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
     preset: str, kind: str, checkpoints: Callable[[str], Path]
 ) -> None:
-    """With the graph's rounded inputs in torch's place no flip can spread: all positions agree within 1e-5
-    (measured: 5e-7).
+    """With the graph's rounded inputs used in torch, no flip can spread: all positions agree within 1e-5.
 
-    What torch would have rounded to is compared value by value: a different code is a flip. At most one value
-    in 1,000 may differ (measured: none; half the values of a tensor differ, or more, where a scale is that of
-    another tensor).
+    Measured: 5e-7. The inputs that torch itself would round are compared value by value: a different code is
+    a flip. At most one value in 1,000 may differ (measured: none; with the scale of another tensor, half the
+    values of a tensor or more differ).
     """
     opened = PackedCheckpoint(checkpoints(preset))
     c, layer = opened.config, KINDS[kind]
@@ -303,7 +304,7 @@ def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
 
 
 def place(tap: str) -> tuple[str, int | None]:
-    """A tap's name -> the name of its scale in the graph, and which expert's it is."""
+    """A tap's name -> the name of its scale in the graph, and the number of the expert."""
     if tap.endswith(".output"):
         module = tap.removesuffix(".output")
         return f"{module}.{module.rsplit('.', 1)[1][0]}_scale", None
@@ -312,7 +313,7 @@ def place(tap: str) -> tuple[str, int | None]:
 
 
 def scale_of(opened: PackedCheckpoint, name: str) -> str:
-    """A scale's name in the graph -> its name in the file: the first expert's stands for all."""
+    """A scale's name in the graph -> its name in the file: the first expert's scale serves all experts."""
     return name if name in opened.checkpoint.tensors else name.replace(".experts.", ".experts.0.")
 
 
@@ -345,11 +346,10 @@ def with_past(opened: PackedCheckpoint, kind: str, layer: int, feeds: dict[str, 
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("name", ["bf16", "fp8", "w8a16", "nvfp4", "w4a16"])
 def test_experts_are_their_formula(name: str, tokens: int) -> None:
-    """Against float64 by the definition, within 1e-6 (measured: 1e-7): sums of few short numbers are exact,
-    so no code can flip.
+    """Against float64 by the definition, within 1e-6 (measured: 1e-7).
 
-    Scales are powers of two, each expert's another; token 0 is zero, so that it has blocks without a scale;
-    no token chose expert 3.
+    Sums of few short numbers are exact, so no code can flip. Scales are powers of two, different for each
+    expert. Token 0 is zero, so that it has blocks without a scale. No token chose expert 3.
     """
     g = np.random.default_rng(tokens)
     experts, width_in, width = 4, 32, 48
@@ -380,7 +380,7 @@ def test_experts_are_their_formula(name: str, tokens: int) -> None:
 
 
 def rounding(name: str, x: Any, scale: Any) -> Any:
-    """One row as the format has an input, in float64; scales are powers of two, so that nothing is lost."""
+    """Rounds one row to the format, in float64; scales are powers of two, so that this is exact."""
     if name not in ("fp8", "nvfp4"):
         return x.astype(np.float64)
     if name == "fp8":
@@ -396,8 +396,10 @@ def rounding(name: str, x: Any, scale: Any) -> Any:
 
 
 def nearest(magnitudes: Any, x: Any) -> Any:
-    """By search: the nearest of the ascending magnitudes, the even code where two are as near, the largest
-    beyond it."""
+    """The nearest of the ascending magnitudes, by search; in a tie, the even code.
+
+    Beyond the largest magnitude it is the largest.
+    """
     distance = np.abs(np.abs(x.astype(np.float64))[:, None] - magnitudes.astype(np.float64))
     near = distance == distance.min(1, keepdims=True)
     even = near & (np.arange(len(magnitudes)) % 2 == 0)
@@ -408,8 +410,10 @@ def nearest(magnitudes: Any, x: Any) -> Any:
 def expert_parts(
     g: np.random.Generator, name: str, experts: int, rows: int, columns: int
 ) -> tuple[dict[str, Any], Any]:
-    """Stacks as the file has them, and the float64 weights [E, out, in] that they stand for, unpacked by the
-    even column's low nibble."""
+    """Stacked parts as in the file, and the float64 weights [E, out, in] that they stand for.
+
+    FP4 codes are unpacked with the even column in the low nibble.
+    """
     parts: dict[str, Any] = {}
     scales = np.float32(2.0) ** g.permutation(np.arange(-experts, 0)).astype(np.float32)
     if name in ("fp8", "nvfp4"):
@@ -421,7 +425,7 @@ def expert_parts(
     if name in ("fp8", "w8a16"):
         codes = g.integers(0x28, 0x42, (experts, rows, columns)).astype(np.uint8) | g.choice(
             np.array([0, 0x80], np.uint8), (experts, rows, columns)
-        )  # from 2^-2 to 2.25, and below zero
+        )  # from 2^-2 to 2.25, and negative ones
         parts["codes"] = codes
         return parts, E4M3[codes].astype(np.float64) * scales[:, None, None]
     packed = g.integers(0, 256, (experts, rows, columns // 2)).astype(np.uint8)
@@ -435,8 +439,7 @@ def expert_parts(
 def run_experts(
     name: str, feeds: dict[str, Any], given: dict[str, Any], compute: ir.DataType = ir.DataType.FLOAT
 ) -> Any:
-    """A graph that calls the operator once, with its weights as initializers typed as the dialect types
-    them."""
+    """A graph that calls the operator once; weights are initializers with the dialect's types."""
     dialect = DIALECTS["tensorrt_rtx"]
     function = dialect.routed_experts(name, compute)
     assert function is not None
@@ -484,10 +487,10 @@ def run_experts(
 def test_whole_graphs_refer_to_each_byte_once(
     preset: str, compute: str, checkpoints: Callable[[str], Path]
 ) -> None:
-    """The checker passes them; every tensor of the file is referred to once, but for input scales that one
-    stands for.
+    """The checker accepts the graphs; they refer to every tensor of the file once.
 
-    Codes and block scales are the file's bytes under another type, twice as many columns for E2M1.
+    The exception: one input scale may stand for others. Codes and block scales are the file's bytes under
+    another type, with twice as many columns for E2M1.
     """
     opened = PackedCheckpoint(checkpoints(preset))
     tensors = opened.checkpoint.tensors

@@ -1,5 +1,7 @@
-"""The complete graph of Super, 88 layers, over shards of the right sizes: sparse files, only their scalar
-scales are written."""
+"""The complete graph of Super, 88 layers, over shards of the right sizes.
+
+The shards are sparse files; only their scalar scales are written.
+"""
 
 import importlib.util
 import json
@@ -69,8 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dialect", ["onnxruntime", "tensorrt_rtx", "tensorrt"])
 def test_the_whole_graph(dialect: str, folder: Path) -> None:
-    """Under 30 s and 1 GB (measured on two cores: 3 s; the scalar scales are read, a page of the map each,
-    and released)."""
+    """Under 30 s and 1 GB (measured on two cores: 3 s).
+
+    Scalar scales are read, one page of the map each, and the pages are released.
+    """
     import onnx
 
     seconds, peak = child(CHILD, folder, dialect)
@@ -86,7 +90,7 @@ def test_the_whole_graph(dialect: str, folder: Path) -> None:
         assert (folder / name).stat().st_size < 5e6
         model = onnx.load(str(folder / name), load_external_data=False)
         assert len(model.functions) <= 9
-        if dialect == "onnxruntime":  # the others have operators of their runtime
+        if dialect == "onnxruntime":  # the other dialects have operators of their runtime
             onnx.checker.check_model(str(folder / name), full_check=True)
         for tensor in model.graph.initializer:
             entry = {e.key: e.value for e in tensor.external_data}
@@ -102,8 +106,8 @@ def test_the_whole_graph(dialect: str, folder: Path) -> None:
             assert calls == {"MambaLayer": 40, "MoeLayer": 40, "AttentionLayer": 8}
     plan = nemoquant.plan(SUPER, "nvfp4")
     mtp = sum(row.bytes_out for row in plan.rows if row.role.startswith("mtp."))
-    # every byte of the main model once (RTX reads one input scale for all experts of a projection: 4 bytes
-    # each are left out)
+    # every byte of the main model is used once (RTX reads one input scale for all experts of a projection: 4
+    # bytes for each other expert are left out)
     left_out = 4 * 2 * 40 * 511 if dialect == "tensorrt_rtx" else 0
     assert sum(referred.values()) == plan.bytes_out - mtp - left_out
 

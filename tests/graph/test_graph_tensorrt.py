@@ -1,5 +1,7 @@
-"""The tensorrt dialect: plugin nodes where TensorRT has no operator, as the specifications have them. Nothing
-here can run it."""
+"""The tensorrt dialect: plugin nodes, as specified, for operators that TensorRT lacks.
+
+Nothing here can run it.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,8 +32,10 @@ def graph(quantized: Callable[..., Path]) -> Callable[..., onnx.ModelProto]:
 def test_plugins_are_nodes_as_their_specifications_have_them(
     preset: str, graph: Callable[..., onnx.ModelProto]
 ) -> None:
-    """No function of that name; inputs by count, attributes by name, version and namespace for TensorRT's
-    look-up."""
+    """No function has that name; inputs by count, attributes by name.
+
+    Version and namespace are there for TensorRT's look-up.
+    """
     model = graph(preset)
     assert not {f.name for f in model.functions} & set(NODES)
     found = {node.op_type: node for f in model.functions for node in f.node if node.domain == "nemoquant"}
@@ -49,8 +53,7 @@ def test_plugins_are_nodes_as_their_specifications_have_them(
 
 
 def test_packed_codes_enter_plugins_as_int8(graph: Callable[..., onnx.ModelProto]) -> None:
-    """All experts as they lie in the file, [E, out, in / 2] bytes; scales in float32; what GEMMs read stays
-    FP8."""
+    """All experts as in the file, [E, out, in / 2] bytes; scales in float32; inputs of GEMMs stay FP8."""
     initializers = {tensor.name: tensor for tensor in graph("nvfp4").graph.initializer}
     stacks = {
         name: t

@@ -1,7 +1,7 @@
-"""The two config files: their exact content, and what engines make of them.
+"""The two config files: their exact content, and how engines read them.
 
-The engines' lookup rules are written here a second time, from their sources (FACTS.md, "Config files"), as
-plain functions on the two JSON files: whatever the plan gives a module, an engine must find.
+The engines' lookup rules are implemented here a second time, from their sources (FACTS.md, "Config files"),
+as plain functions on the two JSON files. An engine must find for every module what the plan gives it.
 """
 
 import json
@@ -23,14 +23,14 @@ TWO_LAYERS = {"hybrid_override_pattern": "*E", "n_routed_experts": 2, "num_exper
 
 
 def files_of(out):
-    """(quantization_config, the other keys of config.json, hf_quant_config.json)"""
+    """Returns quantization_config, the other keys of config.json, and hf_quant_config.json."""
     config = json.loads((out / "config.json").read_text())
     return config.pop("quantization_config"), config, json.loads((out / "hf_quant_config.json").read_text())
 
 
 @pytest.fixture
 def two_layers(make_checkpoint):
-    """Attention, experts, MTP: small enough for its config files to be written out by hand."""
+    """Attention, experts, MTP: small enough to write out its config files by hand."""
     return make_checkpoint("two", **TWO_LAYERS, made_up_key={"kept": [1, None, 2.5]})
 
 
@@ -181,7 +181,7 @@ def test_mixed(two_layers, quantized):
     assert rest == json.loads((two_layers / "config.json").read_text())
 
 
-# What engines make of it.
+# How engines read them.
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
@@ -192,8 +192,10 @@ def renamed(name):
 
 
 def vllm_excluded(prefix, excluded):
-    """Exact (fused modules by their parts; experts also by what lies under them), then as a substring, then
-    by fnmatch."""
+    """Exact, then as a substring, then by fnmatch.
+
+    Fused modules match by their parts; experts also by the modules inside them.
+    """
     base, _, last = prefix.rpartition(".")
     if last in FUSED and prefix not in excluded:
         parts = {f"{base}.{part}" in excluded for part in FUSED[last]}
@@ -240,7 +242,7 @@ def vllm(prefix, algorithm, excluded, layers):
 
 
 def tensorrt_llm_experts(layer, algorithm, excluded, layers):
-    """TensorRT-LLM: the first expert key of a layer decides for all experts of it."""
+    """TensorRT-LLM: the first expert key of a layer decides for all its experts."""
     prefix = f"model.layers.{layer}.mixer.experts."
     if algorithm != "MIXED_PRECISION":
         return None if any(fnmatch(f"{prefix}0.up_proj", name) for name in excluded) else algorithm
@@ -248,8 +250,10 @@ def tensorrt_llm_experts(layer, algorithm, excluded, layers):
 
 
 def engine_modules(plan):
-    """Module as vLLM names it -> the algorithm that the plan gives it. Every module that multiplies,
-    convolves or routes."""
+    """Module as vLLM names it -> the algorithm that the plan gives it.
+
+    Contains every module that multiplies, convolves or routes.
+    """
     algorithms = {
         ("source", None): None,
         ("fp8", "fp8"): "FP8",
@@ -269,7 +273,7 @@ def engine_modules(plan):
 
 
 def check_engines(plan):
-    """Every module, by either file, in either engine; returns the modules."""
+    """Checks every module, in both files and both engines; returns the modules."""
     section, legacy = quantization_sections(plan)
     quantization = legacy["quantization"]
     by_file = {
@@ -333,7 +337,7 @@ def test_engines_find_what_the_plan_says_of_super(preset):
 
 
 RECIPES = {
-    # vLLM takes any key under the mixer for `.experts`: they must be ignored by name
+    # vLLM takes any key under the mixer for `.experts`: those modules must be ignored by name
     "bf16 experts beside FP8 shared "
     "experts": "- {roles: [shared_experts.*], format: fp8}\n- {roles: [mamba.*], format: nvfp4}",
     "experts of one layer "
@@ -355,7 +359,7 @@ def test_engines_find_what_other_recipes_say(rules, source, tmp_path):
 
 
 def test_the_rules_here_have_teeth():
-    """The traps that our lists avoid do spring in these functions."""
+    """The functions above do detect the traps that our lists avoid."""
     assert vllm("model.layers.11.mixer.in_proj", *as_engines_read("FP8", ["backbone.layers.1"], {})) is None
     assert (
         vllm("model.layers.11.mixer.in_proj", *as_engines_read("FP8", ["backbone.layers.1.mixer"], {}))

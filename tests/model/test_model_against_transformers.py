@@ -1,5 +1,4 @@
-"""The reference model against an implementation that nobody here wrote: transformers' NemotronHForCausalLM,
-same weights."""
+"""The reference model against an independent one: transformers' NemotronHForCausalLM, same weights."""
 
 import importlib.util
 from typing import Any
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
 
-# float32 has 6e-8; some hundred roundings in seven layers, amplified by norms and softmax, are 9e-7 at most,
-# as measured.
+# float32 rounds by 6e-8. Some hundred roundings in seven layers, amplified by norms and softmax, give 9e-7 at
+# most, measured.
 FLOAT32 = 1e-5
 
 
@@ -55,12 +54,12 @@ def test_logits_in_float32(changes: dict[str, Any]) -> None:
     ids = tokens(2, 41)
     expected = their_logits(transformers_model(raw, config, weights), ids)
     got, _ = ReferenceModel(config, source(weights)).forward(ids)
-    assert 0.3 < float(expected.std()) < 3  # O(1), or the comparison says little
+    assert 0.3 < float(expected.std()) < 3  # O(1), otherwise the comparison proves little
     assert relative(got, expected) < FLOAT32
 
 
 def test_every_layer_matters() -> None:
-    """The random model is a fair test: no layer's output drowns in the residual."""
+    """The random model is a fair test: no layer's output is negligible in the residual."""
     config, _ = small_config()
     weights = source(random_weights(config))
     x = ReferenceModel(config, weights).embed(tokens(2, 41))
@@ -71,8 +70,7 @@ def test_every_layer_matters() -> None:
 
 
 def test_decode_and_states() -> None:
-    """A prompt, then token by token from the cache: logits of each step, and both kinds of state at the
-    end."""
+    """A prompt, then token by token from the cache: each step's logits, both kinds of state at the end."""
     config, raw = small_config(hybrid_override_pattern="M*EM")
     weights = random_weights(config)
     ids = tokens(2, 30)
@@ -95,8 +93,10 @@ def test_decode_and_states() -> None:
 
 
 def test_their_floor_of_dt_is_a_difference_that_we_do_not_copy() -> None:
-    """transformers floors dt at ``time_step_min`` = 0.001: slower heads write and decay too fast. Our limit
-    can do the same."""
+    """transformers limits dt to at least ``time_step_min`` = 0.001: slower heads write and decay too fast.
+
+    Our limit can be set to do the same.
+    """
     config, raw = small_config(hybrid_override_pattern="M*-M")
     weights = random_weights(config)
     for name in weights:
@@ -119,11 +119,11 @@ def test_their_floor_of_dt_is_a_difference_that_we_do_not_copy() -> None:
 
 @pytest.mark.parametrize("pattern", ["M*-M*-", "M*EM-E*"])
 def test_bfloat16(pattern: str) -> None:
-    """Both round at other places, so neither is the truth: that is float32 on the same bf16 weights.
+    """Both round at different places, so the truth is float32 on the same bf16 weights.
 
-    Our error must stay below twice that of the same-dtype framework result. It is the median over positions
-    of the relative error, because a token whose eighth expert flips by a rounding is off by a tenth in
-    either.
+    Our error must stay below twice that of the framework in the same dtype. The error is the median over
+    positions of the relative error, because a token whose eighth expert flips by a rounding is off by a tenth
+    in either.
     """
     config, raw = small_config(hybrid_override_pattern=pattern)
     weights = {name: w.bfloat16() for name, w in random_weights(config).items()}

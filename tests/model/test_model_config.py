@@ -344,7 +344,7 @@ def test_defaults() -> None:
     assert (silent.num_key_value_heads, silent.head_dim) == (
         4,
         16,
-    )  # as many as query heads; hidden size over heads
+    )  # the number of query heads; hidden size over heads
 
 
 @pytest.mark.parametrize(("value", "ids"), [(2, (2,)), ([2, 11], (2, 11)), (None, ())])
@@ -414,7 +414,7 @@ def test_nano() -> None:
 def test_the_folder_or_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw(anything=[1, {"b": 2}])))
     assert load_config(tmp_path) == load_config(tmp_path / "config.json")
-    assert load_config(tmp_path)[1] == raw(anything=[1, {"b": 2}])  # keys that nobody reads are kept
+    assert load_config(tmp_path)[1] == raw(anything=[1, {"b": 2}])  # unused keys are kept
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The scan and the convolution against float64 recurrences written step by step."""
+"""The scan and the convolution against plain float64 recurrences."""
 
 import itertools
 import math
@@ -64,7 +64,7 @@ def recurrence(
     limit: Any,
     state: Tensor,
 ) -> Any:
-    """Position by position, head by head, in float64, by the definition."""
+    """The definition, position by position and head by head, in float64."""
     x, a, b, c, d, state = (t.double() for t in (x, a, b, c, d, state.clone()))
     raw = dt.double() + dt_bias.double()
     dt = torch.clamp(torch.maximum(raw, torch.zeros_like(raw)) + torch.log1p(torch.exp(-raw.abs())), *limit)
@@ -122,7 +122,7 @@ def test_scan_is_the_recurrence(change: dict[str, Any]) -> None:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(cuts=st.lists(st.integers(1, 2 * CHUNK + 30), max_size=5))
 def test_scan_may_be_cut_anywhere(cuts: list[int]) -> None:
-    """Parts that hand the state on give what the whole gives, up to rounding."""
+    """Parts that pass the state on give the result of the whole, up to rounding."""
     whole = inputs(**{**BASE, "length": 2 * CHUNK + 31})
     y, state = scan(**whole)
     edges = sorted({0, *cuts, 2 * CHUNK + 31})

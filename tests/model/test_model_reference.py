@@ -1,4 +1,4 @@
-"""Streaming, states, MTP and the small promises of the reference model."""
+"""Streaming, states, MTP and smaller promises of the reference model."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ def test_token_by_token() -> None:
 
 
 def check_cuts(edges: list[int]) -> None:
-    """Logits and final states of parts against those of the whole; the MTP module's likewise."""
+    """Logits and final states of parts against those of the whole; also for the MTP module."""
     hidden, state = MODEL.hidden(IDS)
     mtp, _, mtp_state = MODEL.mtp_forward(IDS.roll(-1, 1), hidden)
     logits, mtp_logits, at, mtp_at = [], [], None, None
@@ -59,7 +59,7 @@ def check_cuts(edges: list[int]) -> None:
 
 
 def test_layers_by_hand_are_the_model() -> None:
-    """What calibration does: hidden states kept outside, one layer at a time over the rows one by one."""
+    """As in calibration: hidden states are kept outside; each layer in turn takes the rows one by one."""
     rows = [MODEL.embed(row[None]) for row in IDS]
     for i, kind in enumerate(CONFIG.layers):
         layer = source(WEIGHTS)(f"backbone.layers.{i}.")
@@ -91,8 +91,7 @@ def test_tied_embeddings() -> None:
 
 
 def test_weights_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 weights under float32 compute, converted at once or in slices of rows: the same, up to the order
-    of sums."""
+    """bf16 weights, float32 compute: converted at once or in slices, only the order of sums differs."""
     half = ReferenceModel(CONFIG, source({name: w.bfloat16() for name, w in WEIGHTS.items()}))
     whole, _ = half.forward(IDS)
     monkeypatch.setattr(taps, "CAST_ELEMENTS", 700)
@@ -101,7 +100,7 @@ def test_weights_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watched(Mapping[str, Tensor]):
-    """Weights that remember which were read."""
+    """Weights that record which names were read."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights, self.read = weights, []
@@ -133,8 +132,10 @@ def test_an_expert_without_tokens_is_neither_read_nor_tapped() -> None:
 
 
 def test_router_by_hand() -> None:
-    """Scores by sigmoid, choice by score plus bias, weights by score alone; the two groups with the best
-    pairs stay open."""
+    """Scores by sigmoid, choice by score plus bias, weights by score alone.
+
+    The two groups with the best pairs stay open.
+    """
     config, _ = small_config(n_group=4, topk_group=2, num_experts_per_tok=2, hidden_size=8)
     logits = torch.tensor([[3.0, -4.0, 1.0, 1.0, 0.5, 0.4, 0.0, -1.0]])
     weights = {
@@ -142,7 +143,7 @@ def test_router_by_hand() -> None:
         "gate.e_score_correction_bias": torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 0.9]),
     }
     # pairs: .953 + .018 = .971 | .731 + .731 = 1.462 | .622 + .599 = 1.221 | .5 + .269 + .9 = 1.669: groups 1
-    # and 3 are open. in them: .731 .731 .5 and .269 + .9: experts 7 and 2 or 3
+    # and 3 are open. In them: .731 .731 .5 and .269 + .9: experts 7 and 2 or 3
     ids, factors = route(config, weights, logits)
     chosen = dict(zip(ids[0].tolist(), factors[0].tolist(), strict=True))
     assert 7 in chosen
@@ -178,7 +179,7 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def plain_attention(w: Mapping[str, Tensor], xs: list[Tensor]) -> Tensor:
-    """The last position's output, one head after another."""
+    """The last position's output, one head at a time."""
     size, per = CONFIG.head_dim, CONFIG.num_attention_heads // CONFIG.num_key_value_heads
     heads = []
     for h in range(CONFIG.num_attention_heads):
@@ -203,8 +204,10 @@ def plain_moe(w: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def test_mtp_against_a_plain_float64_computation() -> None:
-    """Embedding of the next token, both norms, eh_proj, attention, experts, last norm, lm_head: one position
-    at a time."""
+    """One position at a time: both norms, eh_proj, attention, experts, last norm, lm_head.
+
+    The first norm's input is the embedding of the next token.
+    """
     ids = IDS[:1, :12]
     hidden, _ = MODEL.hidden(ids)
     got, out, state = MODEL.mtp_forward(ids.roll(-1, 1), hidden)

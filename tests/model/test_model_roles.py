@@ -21,7 +21,7 @@ def table() -> dict[str, TensorSpec]:
 
 
 def layer(table: dict[str, TensorSpec], prefix: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """name -> role, shape, dtype of what lies under a prefix; of experts only the first and the last."""
+    """name -> role, shape, dtype of the tensors under a prefix; of experts only the first and the last."""
     middle = re.compile(r"\.experts\.([1-9]|[1-9]\d|[1-4]\d\d|50\d|510)\.")
     found = {
         n.removeprefix(prefix): s for n, s in table.items() if n.startswith(prefix) and not middle.search(n)

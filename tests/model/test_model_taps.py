@@ -1,5 +1,4 @@
-"""Every matrix product goes through its tap: names, shapes, and that what a tap returns is what is
-multiplied."""
+"""Every matrix product goes through its tap: names, shapes, and the tap's result is what gets multiplied."""
 
 import pytest
 import torch
@@ -65,12 +64,12 @@ def test_rows_of_experts_are_the_tokens_that_chose_them() -> None:
             latent = seen[mixer + "fc1_latent_proj"] @ WEIGHTS[mixer + "fc1_latent_proj.weight"].mT
             torch.testing.assert_close(
                 seen[f"{mixer}experts.{expert}.up_proj"], latent[chosen]
-            )  # its defaults for float32
+            )  # torch's defaults for float32
 
 
 @pytest.mark.parametrize("name", PRODUCTS + TAPPED)
 def test_what_the_tap_returns_is_multiplied(name: str) -> None:
-    """Twice the input is, to the bit, twice the weight; both differ from the model as it is."""
+    """Twice the input equals, to the bit, twice the weight; both differ from the unchanged model."""
 
     def double(module: str, x: Tensor) -> Tensor:
         return x * 2 if module == name else x
@@ -110,8 +109,10 @@ def test_cached_values_are_what_the_tap_returned(projection: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_rows_changes_no_row(count: int, dtype: torch.dtype) -> None:
-    """bfloat16 rows are filled up for the kernel: nobody may see it. Exact sums, so that any order gives the
-    same bits."""
+    """bfloat16 rows are padded for the kernel, which must change no result.
+
+    Sums are exact, so that any order gives the same bits.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (count, 32), generator=g).to(dtype)
     weight = torch.randint(-2, 3, (8, 32), generator=g).to(dtype)

@@ -1,5 +1,7 @@
-"""`nemoquant plugins build`: what it makes, what it says, what it refuses; the registers in a log; what
-doctor says of the result."""
+"""`nemoquant plugins build`: its files, its messages, its refusals.
+
+Also the registers in a log, and doctor's report on the result.
+"""
 
 import json
 import os
@@ -35,8 +37,7 @@ def nobodys_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def toolbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A PATH with stand-ins for the tools that are named, and headers of TensorRT and CUTLASS; nothing of it
-    works."""
+    """A PATH with stand-ins for the named tools, and headers of TensorRT and CUTLASS; none of them works."""
 
     def make(*tools: str, headers: bool = True) -> None:
         folder = tmp_path / "tools"
@@ -56,15 +57,17 @@ def toolbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-# What it makes.
+# The files of a build.
 
 
 @needs_compiler
 @pytest.mark.slow
 @needs_tensorrt_headers
 def test_a_build_says_what_and_where_and_keeps_what_it_was_made_of() -> None:
-    """The host build of the session is one: two libraries, facts, a log. A build that changes nothing is
-    quick, and says the same."""
+    """The session's host build: two libraries, facts, a log.
+
+    A second build that changes nothing is quick, and prints the same.
+    """
     folder = host_folder()
     facts = json.loads((folder / "build_host.json").read_text())
     assert facts["sources"] == sources_hash()
@@ -86,7 +89,7 @@ def test_a_build_says_what_and_where_and_keeps_what_it_was_made_of() -> None:
 def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A source with a mistake: the error names it and the log; what was built before stays."""
+    """A source with a mistake: the error names the source and the log; the previous libraries stay."""
     sources = tmp_path / "plugins"
     shutil.copytree(plugin_folder(), sources, ignore=shutil.ignore_patterns("mamba2_scan", "routed_experts"))
     monkeypatch.setattr(build, "plugin_folder", lambda: sources)
@@ -106,7 +109,7 @@ def test_a_compilers_refusal_is_one_line_and_leaves_the_last_library(
     assert (out / "libnemoquant_host.so").read_bytes() == before
     moved = sources.rename(
         tmp_path / "elsewhere"
-    )  # of another installation: nothing of the old one is in the way
+    )  # another installation: files of the old one do not disturb
     (moved / "causal_conv1d/launch.cu").write_text(text)
     monkeypatch.setattr(build, "plugin_folder", lambda: moved)
     run("--host", "--kernels-only", "--out", out)
@@ -173,7 +176,7 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert (
         "nothing works here" in run("--kernels-only", "--out", tmp_path / "out", code=2).stderr
-    )  # without it, they are not
+    )  # without this option they are not
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_a_folder_that_cannot_be_written(toolbox: Any) -> None:
     assert "choose another folder with --out" in run("--out", "/proc/nothing", code=2).stderr
 
 
-# What a log says.
+# The content of a log.
 
 LOG = """[1/9] Building CUDA object CMakeFiles/objects.dir/one/launch.cu.o
 ptxas info    : Compiling entry function '_ZN2nq3one4workI13__nv_bfloat16fLi4EEEvNS_1PE' for 'sm_80'
@@ -261,7 +264,7 @@ def test_registers_and_spills_are_read_from_a_log() -> None:
     alone = replace(kernels[2], name="native<8>")
     assert (
         registers.table([*kernels, alone]).splitlines()[2] == "| `native` (1) |  | 64 |"
-    )  # of one architecture
+    )  # built for one architecture only
     assert registers.parse("# a head\n" + "\n".join(k.line() for k in kernels)) == kernels
 
 
@@ -269,13 +272,13 @@ def test_a_log_that_was_not_written_anew_is_noticed() -> None:
     built = registers.read(LOG.splitlines())
     other_arch = replace(built[0], arch="sm_90a")  # not built this time
     assert registers.check(built, [*built, other_arch]) == []
-    assert registers.check(built[1:], built) == [f"kept:  {built[0].line()}"]  # no longer there
+    assert registers.check(built[1:], built) == [f"kept:  {built[0].line()}"]  # no longer in the build
     changed = [replace(built[0], registers=41), *built[1:]]
     assert registers.check(built, changed) == [f"built: {built[0].line()}", f"kept:  {changed[0].line()}"]
 
 
 def test_the_tables_of_the_readmes_are_those_of_the_log_that_is_kept() -> None:
-    """And the log knows every operator that has a launcher."""
+    """The kept log also has every operator that has a launcher."""
     kernels = registers.parse((PLUGINS / "registers.tsv").read_text(encoding="utf-8"))
     folders = {path.parent.name for path in PLUGINS.glob("*/launch.cu")}
     assert {k.folder for k in kernels} == folders
@@ -291,7 +294,7 @@ def test_no_kernel_of_the_convolution_spills() -> None:
     assert [k for k in kernels if k.folder == "causal_conv1d" and (k.stores or k.loads)] == []
 
 
-# What doctor says.
+# doctor's report.
 
 
 def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
-"""The operators for torch over the host library: schemas and fake kernels by torch's own check, values by the
-reference model, refusals."""
+"""The operators for torch over the host library.
+
+Schemas and fake kernels are checked by torch itself, values against the reference model; also refusals.
+"""
 
 import json
 import math
@@ -25,7 +27,7 @@ HOST = "libnemoquant_host.so"
 
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test decides anew what is used, and finds nothing of this user's."""
+    """Each test chooses the library afresh, and no setting or library of the user is used."""
     monkeypatch.setattr(library, "_used", {})
     monkeypatch.delenv(library.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
@@ -162,7 +164,7 @@ def test_opcheck_of_the_experts(format: str, dtype: torch.dtype, tokens: int) ->
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
 def test_experts_count_the_ids_that_are_none() -> None:
-    """Added up over calls, and a mutation that torch knows of."""
+    """The count adds up over calls, and torch's schema declares that this input is mutated."""
     skipped = torch.zeros(1, dtype=torch.int32)
     given = expert_arguments()
     given[1][2, 1], given[1][3, 0] = -1, 4
@@ -176,7 +178,7 @@ def test_formats_of_the_experts_are_those_of_the_specification() -> None:
     assert {name: parts for name, (_, parts) in EXPERT_FORMATS.items()} == spec("routed_experts").formats
 
 
-# The reference forward.
+# The reference model's forward.
 
 
 @needs_compiler
@@ -186,8 +188,10 @@ def test_formats_of_the_experts_are_those_of_the_specification() -> None:
 def test_the_reference_model_goes_through_the_kernels(
     dtype: torch.dtype, length: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Convolution and scan give what torch gives, to float32's rounding: both compute in it from the same
-    inputs."""
+    """Convolution and scan agree with torch to float32's rounding.
+
+    Both compute in float32 from the same inputs.
+    """
     x, weight, bias, state = conv_arguments(dtype, length)
     scan = scan_arguments(torch.float32, length)
     scan[1] = scan[1].to(dtype)
@@ -210,7 +214,7 @@ def test_the_reference_model_goes_through_the_kernels(
     assert [t.dtype for t in got] == [t.dtype for t in wanted]
     assert max(map(error, got, wanted)) < 1e-6
     assert got[1].equal(wanted[1])
-    assert capfd.readouterr().err == ""  # the CPU is only used where it was asked for
+    assert capfd.readouterr().err == ""  # the CPU is used only where it was asked for
 
 
 def test_without_a_library_torch_computes() -> None:
@@ -226,8 +230,10 @@ def test_without_a_library_torch_computes() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
 def test_views_are_not_copied_and_odd_strides_are() -> None:
-    """A slice of a wide projection, as the model has it, goes in as it lies; the results are those of the
-    copy in any case."""
+    """A slice of a wide projection, as in the model, is passed without a copy.
+
+    Strides that the kernel cannot take are copied. The results equal those of a copy in both cases.
+    """
     x, weight, bias, state = conv_arguments(torch.bfloat16, 6)
     wanted = causal_conv1d(x, weight, bias, state)
     wide = torch.randn(2, 6, 40, dtype=torch.bfloat16)
@@ -348,7 +354,7 @@ def test_a_kernel_that_refuses_gives_its_reason() -> None:
         causal_conv1d(x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
 
 
-# Which library.
+# The choice of the library.
 
 
 @needs_compiler
@@ -379,24 +385,26 @@ def test_libraries_that_cannot_serve_are_refused(tmp_path: Path) -> None:
 def test_which_library_serves_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What was named, else what was built; said once. The host library stands for one of a device: nothing is
-    run."""
+    """The named library, otherwise the built one; reported once.
+
+    The host library stands in for a device's; no kernel runs.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "nemoquant/plugins"
     folder.mkdir(parents=True)
 
-    def found(**environment: str) -> tuple[Kernels | None, str]:
+    def chosen(**environment: str) -> tuple[Kernels | None, str]:
         library._used.clear()
         library.load.cache_clear()
         monkeypatch.delenv(library.VARIABLE, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        one = library.kernels("cuda")
-        assert library.kernels("cuda") is one
-        return one, capfd.readouterr().err
+        kernels = library.kernels("cuda")
+        assert library.kernels("cuda") is kernels
+        return kernels, capfd.readouterr().err
 
-    assert found() == (
+    assert chosen() == (
         None,
         "CUDA kernels: none are built, torch computes; `nemoquant plugins build` makes them\n",
     )
@@ -408,33 +416,37 @@ def test_which_library_serves_cuda(
         (folder / "build.json").write_text(json.dumps(facts | changes))
 
     write(architectures=["80", "90a"])
-    one, said = found()
-    assert one is not None and one.path == built
-    assert said == f"CUDA kernels: {built}\n"
-    assert found(NEMOQUANT_KERNELS="none") == (None, "CUDA kernels: NEMOQUANT_KERNELS=none, torch computes\n")
-    one, said = found(NEMOQUANT_KERNELS=str(host_folder() / HOST))
-    assert one is not None and one.path == host_folder() / HOST
+    kernels, message = chosen()
+    assert kernels is not None and kernels.path == built
+    assert message == f"CUDA kernels: {built}\n"
+    assert chosen(NEMOQUANT_KERNELS="none") == (
+        None,
+        "CUDA kernels: NEMOQUANT_KERNELS=none, torch computes\n",
+    )
+    kernels, message = chosen(NEMOQUANT_KERNELS=str(host_folder() / HOST))
+    assert kernels is not None and kernels.path == host_folder() / HOST
     with pytest.raises(BuildError, match=r"missing.so is not there"):
-        found(NEMOQUANT_KERNELS=str(tmp_path / "missing.so"))
+        chosen(NEMOQUANT_KERNELS=str(tmp_path / "missing.so"))
 
     write(architectures=["100a"])
-    one, said = found()
-    assert one is None
+    kernels, message = chosen()
+    assert kernels is None
     assert (
-        said == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
+        message
+        == f"CUDA kernels: torch computes: {built} was built for sm_100a, not for this device, SM 90\n"
     )
     with pytest.raises(BuildError, match="was built for sm_100a, not for this device, SM 90; build it again"):
-        found(NEMOQUANT_KERNELS=str(built))
+        chosen(NEMOQUANT_KERNELS=str(built))
     write(sources="0" * 64)
-    one, said = found()
-    assert one is None
-    assert "torch computes: " in said and "other sources" in said
+    kernels, message = chosen()
+    assert kernels is None
+    assert "torch computes: " in message and "other sources" in message
 
 
 @pytest.mark.parametrize(
     ("built", "device", "runs"),
     [
-        ((), (9, 0), True),  # nothing says for what it was built
+        ((), (9, 0), True),  # the library does not say for which device it was built
         (("80",), (8, 0), True),
         (("80",), (8, 9), True),  # the same major number, a later minor one
         (("86",), (8, 0), False),
@@ -446,14 +458,14 @@ def test_which_library_serves_cuda(
     ],
 )
 def test_what_a_library_runs_on(built: tuple[str, ...], device: tuple[int, int], runs: bool) -> None:
-    one = Kernels.__new__(Kernels)
-    one.architectures = built
-    assert one.runs_on(*device) == runs
+    kernels = Kernels.__new__(Kernels)
+    kernels.architectures = built
+    assert kernels.runs_on(*device) == runs
 
 
 @pytest.mark.parametrize("op", ["causal_conv1d", "mamba2_scan"])
 def test_structures_are_read_from_the_headers(op: str) -> None:
-    """As gcc lays them out for a 64-bit machine: pointers and int64 are 8 bytes, int32 and float are 4."""
+    """The sizes are gcc's on a 64-bit machine: pointers and int64 have 8 bytes, int32 and float 4."""
     fields = dict(structure(op)._fields_)
     assert len(fields) == len(structure(op)._fields_)
     assert {"y", "state_in", "state_out", "batch", "length", "dtype", "y_dtype"} <= set(fields)

@@ -1,5 +1,7 @@
-"""One small checkpoint, and what Model Optimizer and nemoquant make of it: each run once in a session, when
-first asked for."""
+"""One small checkpoint, and the outputs of Model Optimizer and nemoquant for it.
+
+Each tool runs once in a session, when a test first needs the output.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,10 @@ from nemoquant.api import RunOptions, quantize
 
 
 def edge_cases(tensors: dict[str, Tensor]) -> None:
-    """What a whole run must get right too: a zero block, one whose scale underflows, an outlier, signs of
-    zero, F32 tensors."""
+    """Cases that a whole run must handle too.
+
+    A zero block, a block whose scale underflows, an outlier, signs of zero, F32 tensors.
+    """
     w = tensors["backbone.layers.0.mixer.in_proj.weight"]
     w[0, :16] = 0.0
     w[1, :16] = 1e-7
@@ -34,15 +38,14 @@ def edge_cases(tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class Runs:
-    """Folders that hold ``source`` quantized. Calibration takes the first ``rows`` rows of ``length``
-    tokens."""
+    """Folders with ``source`` quantized; calibration takes the first ``rows`` rows of ``length`` tokens."""
 
     once: Once
     source: Path
     token_rows: np.ndarray[Any, Any]
 
     def theirs(self, preset: str, *, compute: str = "bfloat16", rows: int = 8, length: int = 32) -> Path:
-        """By Model Optimizer; ``compute`` is the dtype that it loads the model in."""
+        """Model Optimizer's output; ``compute`` is the dtype in which it loads the model."""
         tokens = torch.from_numpy(self.token_rows[:rows, :length])
 
         def build(out: Path) -> None:
@@ -59,7 +62,7 @@ class Runs:
         rows: int = 8,
         length: int = 32,
     ) -> Path:
-        """By nemoquant; ``compute`` is the dtype of calibration."""
+        """nemoquant's output; ``compute`` is the dtype of calibration."""
 
         def build(out: Path) -> None:
             data = out.with_name(f"{rows}x{length}.npy")
@@ -72,8 +75,10 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(once: Once) -> Runs:
-    """Both tools over ``M*E-ME``: latent experts, shared expert, MTP, 8 experts a layer; rows no longer than
-    ``chunk_size``."""
+    """Both tools over ``M*E-ME``: latent experts, shared expert, MTP, 8 experts a layer.
+
+    Rows are no longer than ``chunk_size``.
+    """
 
     def build(folder: Path) -> None:
         tensors = random_tensors(CONFIG)
@@ -85,5 +90,5 @@ def runs(once: Once) -> Runs:
 
 @pytest.fixture(scope="session")
 def source_tensors(runs: Runs) -> dict[str, Tensor]:
-    """What both tools were given."""
+    """The tensors that both tools read."""
     return read(runs.source)

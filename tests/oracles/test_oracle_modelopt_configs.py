@@ -1,18 +1,17 @@
-"""``quantization_config`` and ``hf_quant_config.json`` against Model Optimizer's, its forgotten mark taken
-off the names.
+"""``quantization_config`` and ``hf_quant_config.json`` against Model Optimizer's files.
 
-Equal are: algorithm, KV cache scheme, groups with their numbers and targets, group size, producer. These
-differ, on purpose:
+The mark that Model Optimizer leaves on names is removed first. Equal are: algorithm, KV cache scheme, groups
+with their numbers and targets, group size, producer. These differ, on purpose:
 
-- Exclusions. Theirs are prefixes with a star where a whole branch stays (``backbone.layers.1*``, which vLLM,
-  matching by fnmatch, lets hit layers 10 to 19 as well); ours are whole module names. Ours add ``mtp*``,
-  since we keep MTP and they drop it.
-- Mixed maps. They write no ``ignore``; vLLM takes any entry of the same mixer for an expert, so that ours
-  says what stays.
+- Exclusions. Theirs are prefixes with a star where a whole branch stays (``backbone.layers.1*``; vLLM matches
+  by fnmatch, so this also matches layers 10 to 19); ours are whole module names. Ours add ``mtp*``, since we
+  keep MTP and they drop it.
+- Mixed maps. They write no ``ignore``; vLLM takes any entry of the same mixer for an expert, so ours lists
+  the modules that stay.
 - Mixed maps, again: they name a layer's experts by one key, we name each expert's projections: TensorRT-LLM
   reads the first of them, vLLM any.
 - Keys of the model. They write transformers' spelling, without the schedule string; we keep the source's keys
-  as they are.
+  unchanged.
 """
 
 import json
@@ -42,7 +41,7 @@ def sections(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def modules(folder: Path) -> set[str]:
-    """Every module of the main model that holds a matrix or a convolution, by the names that configs use."""
+    """Every module of the main model that has a matrix or a convolution, by the names that configs use."""
     names = {
         name.rsplit(".", 1)[0] for name in read(folder) if name.endswith(".weight") and not is_scale(name)
     }
@@ -54,7 +53,7 @@ def excluded(module: str, patterns: list[str]) -> bool:
 
 
 def by_layer(names: Any) -> Any:
-    """Module names (of a list, or the keys of a dict) with a layer's experts as one."""
+    """Module names (of a list, or the keys of a dict), with all experts of a layer as one name."""
 
     def short(name: str) -> str:
         return re.sub(r"(\.experts)\..*", r"\1", name)
@@ -74,7 +73,7 @@ def test_one_format(preset, runs) -> None:
         [theirs[0].pop("ignore"), theirs[1].pop("exclude_modules")],
     )
     assert ours == theirs
-    assert ignored[0][0] == ignored[0][1]  # both files say the same
+    assert ignored[0][0] == ignored[0][1]  # both files have the same list
     assert set(ignored[1][0]) == set(ignored[1][1])
     assert (
         ours[0]["quant_algo"] == {"fp8": "FP8", "nvfp4-full": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}[preset]
@@ -85,7 +84,7 @@ def test_one_format(preset, runs) -> None:
 
 @pytest.mark.parametrize("preset", UNIFORM)
 def test_exclusions_mean_the_same(preset, runs) -> None:
-    """Each module of the main model is excluded by both or by neither, and quantized exactly if not."""
+    """Both exclude the same modules of the main model; the others are quantized."""
     ours, theirs = (sections(out)[0]["ignore"] for out in (runs.ours(preset), runs.theirs(preset)))
     quantized = {
         name.removesuffix(".weight_scale")
@@ -138,7 +137,7 @@ def test_keys_of_the_model(preset, runs) -> None:
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
 def test_names_that_engines_read(preset, runs) -> None:
-    """Ours need no mark taken off, and each of them, less its star, is a module or a branch that is there."""
+    """Our names need no mark removed, and each, less its star, is an existing module or branch."""
     tensors, (section, _) = read(runs.ours(preset)), sections(runs.ours(preset))
     named = [*section["ignore"], *section.get("quantized_layers", ())]
     branches = [name.removesuffix("*").removesuffix(".") + "." for name in named]

@@ -1,14 +1,15 @@
-"""Scales that calibration decides, against Model Optimizer's: ``input_scale``, ``k_scale``, ``v_scale``, on
-the same rows.
+"""Scales from calibration against Model Optimizer's, on the same rows.
+
+They are ``input_scale``, ``k_scale`` and ``v_scale``.
 
 Both compute in float32 here (Model Optimizer loads the same bf16 values as float32). In bfloat16 the two
-round at other places: we keep all of a Mamba-2 mixer between its projections in float32, transformers runs
-its convolution in bf16. Hidden states then differ by some roundings of 2^-8 each, and a token whose second
-and third expert are that near goes elsewhere; scales of this model differ by up to 1.3%, measured, and there
-is no bound to hold them to. In float32 only the order of sums is left.
+round at different places: we keep all of a Mamba-2 mixer between its projections in float32, transformers
+runs its convolution in bf16. Hidden states then differ by some roundings of 2^-8 each, and a token whose
+second and third expert are that near may take another expert. Scales of this model differ by up to 1.3%,
+measured, and no bound follows from theory. In float32 only the order of sums differs.
 
-Experts of a layer and projection share their ``input_scale`` in both tools; FP8 q, k, v have the same input,
-so that it makes no difference there.
+Experts of a layer and projection share their ``input_scale`` in both tools. FP8 q, k, v have the same input,
+so that sharing makes no difference there.
 """
 
 import json
@@ -21,8 +22,8 @@ from torch import Tensor
 pytestmark = modelopt_run.MARKS
 
 # Sums of some hundred float32 products in another order differ by 5e-7 here, measured. A wrong scale differs
-# by a step of the format at least (an amax of another row, module or dtype: percents), so that a thousandth
-# lies far from both.
+# by a step of the format at least (an amax of another row, module or dtype: percents). A thousandth lies far
+# from both.
 TOLERANCE = 1e-3
 
 
@@ -33,7 +34,7 @@ def activation_scales(tensors: dict[str, Tensor]) -> dict[str, float]:
 
 
 def differences(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
-    """Relative difference by name; both must name the same."""
+    """Relative difference by name; both must have the same names."""
     assert ours.keys() == theirs.keys()
     return {name: abs(ours[name] / theirs[name] - 1) for name in ours}
 
@@ -53,7 +54,7 @@ def test_scales_of_activations_and_kv_cache(preset, runs) -> None:
     assert {name: d for name, d in found.items() if d > TOLERANCE} == {}
     assert (
         len(set(ours.values())) > 15
-    )  # 2 x 2 projections of experts, 10 other inputs, K and V: not one number everywhere
+    )  # 2 x 2 projections of experts, 10 other inputs, K and V: the values differ
 
 
 def test_w4a16_has_none(runs) -> None:
@@ -64,8 +65,10 @@ def test_w4a16_has_none(runs) -> None:
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
 def test_experts_that_no_token_reached(preset, length, runs) -> None:
-    """One row of a token or three through 8 experts, 2 for a token: the others take their layer's scale in
-    both tools."""
+    """Rows of one or three tokens through 8 experts, 2 for a token.
+
+    The other experts take their layer's scale in both tools.
+    """
     few = {"compute": "float32", "rows": 1, "length": length}
     out = runs.ours(preset, **few)
     theirs, ours = read(runs.theirs(preset, **few)), read(out)
@@ -84,7 +87,7 @@ def test_experts_that_no_token_reached(preset, length, runs) -> None:
                 shared.setdefault(expert, set()).add(value)
         assert len(shared) == 4
         assert all(len(values) == 1 and min(values) > 0 for values in shared.values())
-    # their weights are quantized like any other
+    # their weights are quantized like the others
     reached = read(runs.ours(preset))
     codes = [name for name in ours if expert_projection(name) and not name.endswith("input_scale")]
     assert [name for name in codes if not equal(ours[name], reached[name])] == []

@@ -1,7 +1,7 @@
-"""Every tensor that is written, by name, against what Model Optimizer writes for the same folder and
-calibration rows.
+"""Every written tensor, by name, against Model Optimizer's output for the same folder and rows.
 
-The scales of activations have their own file; here Model Optimizer loads the model in bfloat16, as users do.
+The scales of activations are tested in test_oracle_modelopt_scales.py. Here Model Optimizer loads the model
+in bfloat16, as users do.
 """
 
 import pytest
@@ -12,8 +12,8 @@ from torch import Tensor
 
 pytestmark = modelopt_run.MARKS
 
-# Where a preset has FP8 q, k, v, our scale groups are off: Model Optimizer leaves these apart, NVFP4 ones
-# not.
+# Where a preset has FP8 q, k, v, our scale groups are off: Model Optimizer gives those separate scales, and
+# NVFP4 ones a shared scale.
 SCALE_GROUPS = {"fp8": False, "nvfp4": False, "nvfp4-full": True, "nvfp4-w4a16": True}
 # Two Mamba layers of 2, one attention layer of 4, one MLP and two shared experts of 2, and 2 x 8 experts of
 # 2.
@@ -23,21 +23,23 @@ QUANTIZED = {  # preset -> how many weights are FP8, how many NVFP4
     "nvfp4-full": (0, 46),
     "nvfp4-w4a16": (0, 32),
 }
-# It loads everything in the model's dtype, but for the router's bias; we keep the source's.
+# It loads everything in the model's dtype, except the router's bias; we keep the source's dtypes.
 CAST_TO_BF16 = ["backbone.layers.0.mixer.A_log", "backbone.layers.2.mixer.gate.weight"]
 FP8 = torch.float8_e4m3fn
 
 
 @pytest.fixture
 def tables(runs, preset):
-    """What both tools wrote, theirs and ours, with a preset's map."""
+    """A preset's map, and the outputs of both tools, theirs and ours."""
     return read(runs.theirs(preset)), read(runs.ours(preset, scale_groups=SCALE_GROUPS[preset]))
 
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
 def test_names_dtypes_and_shapes(preset, tables, source_tensors) -> None:
-    """The same table, but that Model Optimizer drops MTP (transformers' model has none) and casts F32 tensors
-    to bf16."""
+    """The same table, with two differences.
+
+    Model Optimizer drops MTP (transformers' model has none) and casts F32 tensors to bf16.
+    """
 
     def table(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
         return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -54,7 +56,7 @@ def test_names_dtypes_and_shapes(preset, tables, source_tensors) -> None:
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
 def test_unquantized_tensors(preset, tables, source_tensors) -> None:
-    """Ours are the source's to the byte, MTP included; theirs too, but for the casts to bf16."""
+    """Ours equal the source's to the byte, MTP included; theirs too, except for the casts to bf16."""
     theirs, ours = tables
     kept = [name for name in source_tensors if ours[name].dtype in (torch.bfloat16, torch.float32)]
     assert len(kept) == len(source_tensors) - sum(QUANTIZED[preset])
@@ -64,12 +66,12 @@ def test_unquantized_tensors(preset, tables, source_tensors) -> None:
     assert [name for name in main if not equal(cast[name], theirs[name])] == []
     assert not torch.equal(
         cast[CAST_TO_BF16[0]].float(), ours[CAST_TO_BF16[0]]
-    )  # the cast loses something, so it is seen
+    )  # the cast loses bits, so the test can detect it
 
 
 @pytest.mark.parametrize("preset", ["nvfp4-full", "nvfp4", "nvfp4-w4a16"])
 def test_nvfp4_codes_block_scales_and_global_scales(preset, tables) -> None:
-    """Equal to the byte: experts, and with ``nvfp4-full`` q, k, v under the scale that they share."""
+    """Equal to the byte: experts, and with ``nvfp4-full`` q, k, v with their shared scale."""
     theirs, ours = tables
     names = weights(ours, torch.uint8)
     parts = [name + suffix for name in names for suffix in ("", "_scale", "_scale_2")]
@@ -80,8 +82,10 @@ def test_nvfp4_codes_block_scales_and_global_scales(preset, tables) -> None:
 
 
 def test_the_hard_blocks_are_in_it(runs) -> None:
-    """That test would show little on smooth weights only: these blocks of layer 0's in_proj are in what it
-    compares."""
+    """These blocks of layer 0's in_proj are among the compared ones.
+
+    On smooth weights only, that test would prove little.
+    """
     ours = read(runs.ours("nvfp4-full"))
     codes, scales = (ours[f"backbone.layers.0.mixer.in_proj.{part}"] for part in ("weight", "weight_scale"))
     assert scales[:3, 0].tolist() == [1.0, 2.0**-9, 448.0]  # zeros, an underflow, the tensor's amax
@@ -98,8 +102,7 @@ def test_fp8_scales(preset, tables) -> None:
 
 
 def test_fp8_scales_of_q_k_v_in_a_group(runs) -> None:
-    """By default q, k, v share the largest of the scales that Model Optimizer gives the three; nothing else
-    changes."""
+    """By default q, k, v share the largest of Model Optimizer's three scales; nothing else changes."""
     theirs, ours = read(runs.theirs("fp8")), read(runs.ours("fp8"))
     names = [f"backbone.layers.1.mixer.{p}_proj.weight_scale" for p in "qkv"]
     largest = max((theirs[name] for name in names), key=float)
@@ -118,15 +121,17 @@ def test_fp8_codes_are_a_division_in_fp32_rounded_once(groups, runs, source_tens
         quotient = source_tensors[name].float() / ours[name + "_scale"]
         assert float(quotient.abs().max()) < 448 * (
             1 + 2**-23
-        )  # nothing saturates by more than that rounding
+        )  # no value saturates by more than that rounding
         if not equal(ours[name], quotient.clamp(-448, 448).to(FP8)):
             wrong.append(name)
     assert wrong == []
 
 
 def test_fp8_codes_of_model_optimizer_are_a_division_in_bf16(runs, source_tensors) -> None:
-    """It divides a bf16 weight by a 0-dimensional fp32 scale, for which torch keeps bf16: the quotient is
-    rounded twice."""
+    """It divides a bf16 weight by a 0-dimensional fp32 scale, and torch keeps bf16 for that.
+
+    So the quotient is rounded twice.
+    """
     theirs = read(runs.theirs("fp8"))
     names = weights(theirs, FP8)
     quotients = {name: source_tensors[name] / theirs[name + "_scale"] for name in names}
@@ -135,22 +140,22 @@ def test_fp8_codes_of_model_optimizer_are_a_division_in_bf16(runs, source_tensor
 
 
 def test_fp8_codes_differ_from_it_by_that_division_only(runs) -> None:
-    """Let Model Optimizer load the same bf16 values as float32, and its FP8 codes are ours, all of them."""
+    """If Model Optimizer loads the same bf16 values as float32, all its FP8 codes equal ours."""
     theirs, ours = read(runs.theirs("fp8", compute="float32")), read(runs.ours("fp8", scale_groups=False))
     assert [name for name in weights(ours, FP8) if not equal(theirs[name], ours[name])] == []
 
 
 def test_fp8_codes_have_the_lower_error(runs, source_tensors) -> None:
-    """A few codes differ, each by one; where they do ours is the nearer, so no weight's squared error is
-    above theirs."""
+    """A few codes differ, each by one, and ours is the nearer one there.
+
+    So no weight's squared error is above theirs.
+    """
     theirs, ours = read(runs.theirs("fp8")), read(runs.ours("fp8", scale_groups=False))
     names = weights(ours, FP8)
     differ, total, steps = 0, 0, set()
     errors: dict[str, tuple[float, float]] = {}
     for name in names:
-        step = (
-            raw(ours[name]).int() - raw(theirs[name]).int()
-        )  # codes of one sign are in the order of their magnitudes
+        step = raw(ours[name]).int() - raw(theirs[name]).int()  # codes of one sign are ordered by magnitude
         differ, total = differ + int((step != 0).sum()), total + step.numel()
         steps |= set(step.abs().unique().tolist())
         scale, weight = ours[name + "_scale"].double(), source_tensors[name].double()
@@ -170,8 +175,10 @@ def test_fp8_codes_have_the_lower_error(runs, source_tensors) -> None:
 
 
 def test_mixed_has_the_bytes_of_both(runs) -> None:
-    """A module's bytes do not depend on what the map says of others: ``nvfp4`` is made of ``nvfp4-full`` and
-    ``fp8``."""
+    """A module's bytes do not depend on the formats of others.
+
+    ``nvfp4`` consists of parts of ``nvfp4-full`` and ``fp8``.
+    """
     mixed, parts = read(runs.ours("nvfp4", scale_groups=False)), read(runs.ours("fp8", scale_groups=False))
     experts = {
         name: t

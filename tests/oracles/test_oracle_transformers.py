@@ -1,7 +1,7 @@
-"""What was written, read by others: the safetensors library, a decoder written for the tests, and
-transformers' model.
+"""Written checkpoints, read by other software.
 
-If a tensor were transposed, its nibbles swapped, its scale another's or a name wrong, logits would be far
+The safetensors library, a decoder written for the tests, and transformers' model read them. If a tensor were
+transposed, its nibbles swapped, its scale taken from another tensor or its name wrong, logits would be far
 off. They are near:
 
 - FP8 rounds to 4 significant bits, a relative error of at most 2^-4 and 2 to 3% on average, 31 dB; 28 with
@@ -10,10 +10,10 @@ off. They are near:
   bit of slack.
 
 Let e be the error of a weight at that floor: 4% and 14%. A layer is two products in a row, and relu squared
-between them doubles what the first one brings: sqrt(1 + 4) e = 2.2 e for each of six layers, which add up as
-independent ones in the residual stream: sqrt(6) x 2.2 e = 5.5 e, were each layer the whole stream. The logits
-of the median position must be within that: 0.22 for FP8, 0.77 for NVFP4. The median, because a token whose
-second expert flips by a rounding is off by more. Activations stay as they are.
+between them doubles the error of the first: sqrt(1 + 4) e = 2.2 e for each of six layers. These add up as
+independent errors in the residual stream: sqrt(6) x 2.2 e = 5.5 e, if each layer were the whole stream. The
+logits of the median position must be within that: 0.22 for FP8, 0.77 for NVFP4. The median, because a token
+whose second expert flips by a rounding is off by more. Activations are not rounded.
 """
 
 import importlib.util
@@ -40,12 +40,12 @@ BOUND = {"fp8": FP8_BOUND, "nvfp4": NVFP4_BOUND, "nvfp4-full": NVFP4_BOUND, "nvf
 
 @torch.no_grad()
 def logits(folder: Path, tokens: Tensor) -> Tensor:
-    """By transformers in float32: [rows, length, vocabulary]."""
+    """transformers' logits in float32: [rows, length, vocabulary]."""
     return modelopt_run.load(folder, torch.float32)(tokens, use_cache=False).logits
 
 
 def plain(tensors: dict[str, Tensor], config: Path, folder: Path) -> Path:
-    """An unquantized checkpoint of these tensors, under the names that they have."""
+    """An unquantized checkpoint of these tensors, names unchanged."""
     folder.mkdir()
     raw = json.loads(config.read_text())
     raw.pop("quantization_config", None)
@@ -63,7 +63,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def tokens() -> Tensor:
     return torch.randint(
         3, 96, (8, 32), generator=torch.Generator().manual_seed(5)
-    )  # not the rows of the calibration
+    )  # not the calibration rows
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_weights_decode_near_the_source(preset, runs, source_tensors) -> None:
     importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors (extra: dev)"
 )
 def test_nvfp4_codes_by_compressed_tensors(runs) -> None:
-    """Its unpacking of two codes a byte, written for vLLM, and the decoder here agree on each value."""
+    """Its unpacking of two codes a byte, written for vLLM, agrees with our decoder on each value."""
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
     stored = read(runs.ours("nvfp4-full"))
@@ -107,7 +107,7 @@ def test_logits_are_near_the_source(preset, runs, tokens, expected, tmp_path) ->
 
 
 def test_the_bound_sees_faults(runs, tokens, expected, tmp_path) -> None:
-    """One thing wrong at a time, each of which stays under the bound of no preset."""
+    """One fault at a time; each puts the logits beyond the bound of every preset."""
 
     def faulty(name: str, preset: str, change) -> float:
         tensors = change(read(runs.ours(preset)))
@@ -135,7 +135,7 @@ def test_the_bound_sees_faults(runs, tokens, expected, tmp_path) -> None:
 
 
 def test_the_folder_is_whole(runs, tmp_path) -> None:
-    """The index names every tensor and file; nothing outside the folder is needed."""
+    """The index names every tensor and file; the folder needs no file outside it."""
     out = shutil.copytree(runs.ours("nvfp4"), tmp_path / "moved")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == read(out).keys()

@@ -10,11 +10,11 @@ from support import oracle_tensors, pack_oracle
 from support.commands import nemoquant
 from support.pack_oracle import PRESETS, read, scales_of
 
-EXPERTS = 12  # numerically 9 < 10, as text not
+EXPERTS = 12  # numerically 9 < 10, as text it is not
 
 
 def differences(found, expected):
-    """Names that are missing, extra, or whose dtype, shape or bytes differ: empty when all is as expected."""
+    """Names that are missing, extra, or differ in dtype, shape or bytes; empty if the outputs are equal."""
     got = {name: (t.dtype, t.shape, t.data) for name, t in found.items()}
     return sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
 
@@ -47,7 +47,7 @@ def test_groups_share_their_scales_and_only_they_do(quantized):
     assert len(set(values(grouped, qkv))) == 1
     assert len(set(values(apart, qkv))) == 3
     assert max(values(apart, qkv)) == values(grouped, qkv)[0]
-    # an FP8 scale that is shared changes codes: those of the two smaller weights
+    # a shared FP8 scale changes the codes of the two smaller weights
     changed = [
         p for p in "qkv" if grouped[n := f"backbone.layers.1.mixer.{p}_proj.weight"].data != apart[n].data
     ]
@@ -69,8 +69,11 @@ def test_groups_share_their_scales_and_only_they_do(quantized):
 
 
 def test_safetensors_loads_it_and_it_decodes_near_the_source(source, quantized):
-    """Against what nobody here wrote: the safetensors library. SQNR floors: 4-bit codes with a scale for each
-    16 values give about 20 dB for normal weights, FP8 about 31 dB; half a bit (3 dB) of slack."""
+    """Read by an independent implementation, the safetensors library.
+
+    SQNR floors: 4-bit codes with a scale for each 16 values give about 20 dB for normal weights, FP8 about 31
+    dB; half a bit (3 dB) of slack.
+    """
     loaded, original = oracle_tensors.read(quantized("nvfp4")), oracle_tensors.read(source)
     quantized_weights = 0
     for name, weight in original.items():
@@ -95,7 +98,7 @@ def test_safetensors_loads_it_and_it_decodes_near_the_source(source, quantized):
 def test_sources_of_other_dtypes(dtype, preset, make_checkpoint, quantized):
     def convert(tensors):
         g = torch.Generator().manual_seed(1)
-        for name, t in tensors.items():  # values that bf16 does not have
+        for name, t in tensors.items():  # values that bf16 cannot hold
             tensors[name] = (t.float() * (1 + 1e-3 * torch.rand(t.shape, generator=g))).to(dtype)
 
     source = make_checkpoint("other", convert)
@@ -107,7 +110,7 @@ def test_sources_of_other_dtypes(dtype, preset, make_checkpoint, quantized):
 
 @pytest.mark.parametrize(
     ("method", "largest"), [("mse", 6 * 448), ("four_over_six", 6 * 256)], ids=["mse", "four_over_six"]
-)  # their block scales are the business of tests/formats
+)  # tests/formats tests their block scales
 def test_other_scale_methods_reach_the_file(method, largest, source, quantized, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -1,5 +1,4 @@
-"""Where the bytes lie: order inside a shard, shards' limits, page alignment, and `[E, out, in]` as one
-range."""
+"""Positions of bytes: order inside a shard, shards' limits, page alignment, `[E, out, in]` as one range."""
 
 import json
 import re
@@ -20,7 +19,7 @@ def twelve(make_checkpoint):
 
 
 def units(tensors):
-    """Names in order of their bytes -> the units that must stay together: (what, names)."""
+    """Names in the order of their bytes -> the units that must stay together: (kind, names)."""
     result = []
     for name in tensors:
         expert = EXPERT.fullmatch(name)
@@ -110,7 +109,7 @@ def test_header_data_and_index(shard_bytes, quantized):
         assert text.rstrip(b" ").endswith(b"}"), "padded with spaces only"
         assert header.pop("__metadata__") == {"format": "pt"}
         at = 0
-        for entry in header.values():  # the header's order is the data's
+        for entry in header.values():  # the header has the order of the data
             assert entry["data_offsets"][0] == at
             at = entry["data_offsets"][1]
         assert begin + at == len(raw)

@@ -1,4 +1,4 @@
-"""Where shards end: at whole units, at most at their limit, a unit beyond it alone."""
+"""Where shards end: after whole units, at most at their limit; a unit above the limit gets its own shard."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def files(plan, limit):
 
 
 def test_a_shard_exactly_at_its_limit_is_not_cut(made):
-    """A byte less, and the last unit begins the next shard."""
+    """With a limit one byte lower, the last unit begins the next shard."""
     sizes = [unit.nbytes for unit in units(made)]
     whole = sum(sizes)
     assert files(made, whole) == [len(sizes)]

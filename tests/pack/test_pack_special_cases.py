@@ -1,4 +1,4 @@
-"""Weights and inputs without magnitude."""
+"""Weights and inputs that are zero or nearly zero."""
 
 import json
 
@@ -14,7 +14,7 @@ ZERO = {  # one of each kind
     "fp8": ["backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.shared_experts.down_proj"],
     "nvfp4": ["backbone.layers.2.mixer.experts.3.up_proj", "backbone.layers.5.mixer.experts.7.down_proj"],
 }
-# The largest magnitude whose scale is no normal fp32 number any more: below 448 * 2^-126 or 2688 * 2^-126.
+# The largest magnitude whose scale is no longer a normal fp32 number: below 448 * 2^-126 or 2688 * 2^-126.
 TINY = {"fp8": 447 * 2.0**-126, "nvfp4": 2687 * 2.0**-126, "zero": 0.0}
 
 
@@ -78,7 +78,7 @@ def test_a_zero_weight_in_a_group_takes_the_groups_scale(preset, make_checkpoint
 
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4-full"])
 def test_zero_inputs(preset, make_checkpoint, token_rows, tmp_path):
-    """A norm of zeros: nothing goes into layers 1 (attention) and 3 (MLP)."""
+    """A norm of zeros: the inputs of layers 1 (attention) and 3 (MLP) are zero."""
 
     def edit(tensors):
         for layer in (1, 3):

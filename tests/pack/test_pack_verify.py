@@ -1,6 +1,6 @@
-"""Verify finds each kind of damage, by the check that is there for it, and names it.
+"""Verify detects each kind of damage with the check meant for it, and names it.
 
-``sign`` gives a tampered output a manifest that fits: then only the deeper check can tell.
+``sign`` gives a changed output a matching manifest: then only the deeper check can detect the damage.
 """
 
 import json
@@ -33,7 +33,7 @@ def command(out, *more):
 
 
 def failed(out, *more):
-    """The problems, one line; the exit code must say so too."""
+    """The problems, one line; the exit code must report failure too."""
     code, report = command(out, *more)
     assert code == 1, report
     assert report["ok"] is False
@@ -132,7 +132,7 @@ def test_a_foreign_file_is_a_warning(out):
     assert report["warnings"] == ["notes.txt is not in the manifest; nemoquant did not write it"]
 
 
-# With a manifest that fits.
+# With a matching manifest.
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_an_activation_scale_that_the_scales_file_does_not_give(name, out):
 
 
 def test_zeros_in_place_of_a_weight_are_found_with_the_source(source, out):
-    """What a zero weight is written as (codes 0, scale 1.0) must not pass for another weight."""
+    """The encoding of a zero weight (codes 0, scale 1.0) must not pass for another weight."""
     overwrite(out, f"{IN_PROJ}.weight", bytes(len(read(out)[f"{IN_PROJ}.weight"].data)))
     overwrite(out, f"{IN_PROJ}.weight_scale", np.float32(1).tobytes())
     sign(out)
@@ -223,7 +223,7 @@ def test_a_changed_unquantized_tensor_is_found_with_the_source(name, source, out
 
 
 def rewrite(out, change):
-    """Write the shard anew with another header; ``change`` gets name -> (dtype, shape, bytes) in order."""
+    """Rewrites the shard with another header; ``change`` gets name -> (dtype, shape, bytes) in order."""
     tensors = {name: (t.dtype, t.shape, t.data) for name, t in read(out).items()}
     tensors = change(tensors) or tensors
     header, at = {"__metadata__": {"format": "pt"}}, 0
@@ -350,7 +350,7 @@ def test_source_keys_that_were_lost(source, out):
     assert "config.json: keys differ from the source's: architectures" in failed(out, "--against", source)
 
 
-# Against something else.
+# Against other sources.
 
 
 def test_against_another_model(out, make_checkpoint):
@@ -387,7 +387,7 @@ def test_plain_report(out, source):
 
 
 def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monkeypatch):
-    """A packer that writes wrong scales: caught, and OUT does not come to be."""
+    """The packer writes wrong scales: verify detects it, and OUT is not created."""
     from nemoquant.errors import VerificationError
     from nemoquant.pack import write
 

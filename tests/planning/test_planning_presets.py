@@ -63,7 +63,7 @@ TOTAL = {  # tensors, elements, elements stored as fp32, attention layers
 
 
 def packed(form: str, elements: int, weights_only: bool = False) -> tuple[int, int]:
-    """Tensors and bytes that a weight of two dimensions becomes."""
+    """Number of tensors and bytes that a weight of two dimensions becomes."""
     if form == "fp8":
         return 3, elements + 4 + 4  # codes, weight_scale, input_scale
     scalars = 4 if weights_only else 4 + 4
@@ -131,7 +131,7 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_on_a_checkpoint(preset: str, make_checkpoint: Make) -> None:
-    """One with dense MLP layers, from headers; sizes by safetensors' own reading of the files."""
+    """A checkpoint with dense MLP layers, planned from headers; compared with safetensors' reading."""
     folder = make_checkpoint(num_nextn_predict_layers=1)
     shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
@@ -164,7 +164,7 @@ def test_a_preset_on_a_checkpoint(preset: str, make_checkpoint: Make) -> None:
     assert (made.tensors_out, made.bytes_out) == (tensors_out + scales, bytes_out + 4 * scales)
 
 
-# --- the published map of Super: from FACTS.md, layer by layer
+# --- the published map of Super, layer by layer, from FACTS.md
 
 IN_PROJ = "0,2,4,6,9,11,13,15,18,20,27,29,31,40,49,51,53,55,57,60,62,66,68,71,73,82,84,86"
 OUT_PROJ = "0,2,4,9,11,13,18,38,40,42,44,49,51,53,55,57,60,62,64,66,68,71,73,75,77,80,82,84,86"
@@ -237,7 +237,7 @@ def test_the_published_figures() -> None:
     assert (made.tensors_out, made.bytes_out) == (tensors_out, bytes_out)
     assert made.bits_per_weight == 8 * bytes_out / 123_611_033_088
     assert made.bits_per_quantized_weight == 8 * size_of_all / elements
-    assert 4.5 < made.bits_per_quantized_weight < 4.75  # the budget of the search that found it
+    assert 4.5 < made.bits_per_quantized_weight < 4.75  # the budget of the search that produced this map
 
 
 def test_the_published_map_is_for_super_only(source: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_published_map_is_for_super_only(source: Path) -> None:
         assert text.endswith("expected layers that have them, is the recipe for another model?")
 
 
-# --- what no preset touches
+# --- tensors that no preset changes
 
 
 def untouched(plan: Plan) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The recipe's schema: what each key takes, and what a recipe file that breaks it is told."""
+"""The recipe's schema: the values of each key, and the messages for a recipe file that breaks it."""
 
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,7 @@ def test_presets() -> None:
         assert recipe == load_recipe(str(file))
         assert recipe.summary.endswith((".", ")."))
         text = file.read_text()
-        assert text.startswith("# ")  # says what it is before the keys
+        assert text.startswith("# ")  # a comment says what it is before the keys
         assert list(yaml.safe_load(text)) == ["name", "summary", "rules", "kv_cache"]
         assert parse_recipe(recipe.dump()) == recipe
 

@@ -1,4 +1,4 @@
-"""Recipes against tensor tables: what matches what, every refusal, scale groups, and the plan's identity."""
+"""Recipes against tensor tables: matching, every refusal, scale groups, and the plan's identity."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def quantized(plan: Plan) -> set[str]:
     return {row.name.removesuffix(".weight") for row in plan.rows if row.format != "source"}
 
 
-# --- what matches
+# --- which patterns match
 
 
 def test_the_first_match_wins() -> None:
@@ -151,7 +151,7 @@ def test_patterns(rule: Rule, expected: list[str]) -> None:
 
 
 def test_patterns_match_whole_names() -> None:
-    """``layers.1`` is layer 1, not 10 to 19; nothing matches a part of a name or role."""
+    """``layers.1`` is layer 1, not 10 to 19; no pattern matches a part of a name or role."""
     raw = RAW | {"hybrid_override_pattern": "M" * 12}
     rule = {"names": ["backbone.layers.1.mixer.*_proj"], "format": "fp8"}
     assert quantized(planned(rule, REST, raw=raw)) == {
@@ -169,7 +169,7 @@ def test_a_role_that_the_config_lacks_matches_nothing() -> None:
     assert {row.role for row in made.quantized} == {"mamba.out_proj"}
 
 
-# --- what is refused, in order
+# --- refusals, in order
 
 
 def test_an_unknown_role() -> None:
@@ -198,7 +198,7 @@ def test_layers_without_the_role() -> None:
         "them, "
         "is the recipe for another model?"
     )
-    # a role that the config lacks altogether is no excuse for naming its layers
+    # naming layers of a role is an error even if the config lacks that role
     assert "rule 1: layers 0 have no tensor" in refusal(
         {"roles": ["mlp.*"], "layers": [0], "format": "fp8"}, REST
     )
@@ -231,7 +231,7 @@ def test_a_rule_that_does_nothing(rules: list[Rule], dead: str, count: int) -> N
 
 
 def test_a_rule_that_finds_something_in_other_models_may_stay() -> None:
-    """In this model the layers named first are all that there are; a recipe should still fit a deeper one."""
+    """Here the layers named first are all layers of the model; a recipe should still fit a deeper model."""
     made = planned(
         {"roles": ["mlp.*"], "layers": [3], "format": "fp8"}, {"roles": ["mlp.*"], "format": "nvfp4"}, REST
     )
@@ -407,9 +407,7 @@ def test_what_is_not_fused_may_differ() -> None:
     assert {row.format for row in made.rows} == {"source", "fp8", "nvfp4"}
 
 
-MISTAKES: dict[
-    str, list[Rule]
-] = {  # in the order in which they are found; that no rule covers the rest is the third
+MISTAKES: dict[str, list[Rule]] = {  # in the order of the checks; tensors that no rule covers are the third
     "no role matches": [{"roles": ["no.such"], "format": "fp8"}],
     "matches none of": [{"names": ["nothing"], "format": "fp8"}],
     "no rule covers": [],
@@ -421,7 +419,7 @@ MISTAKES: dict[
 
 @pytest.mark.parametrize("place", range(len(MISTAKES)), ids=list(MISTAKES))
 def test_the_order_of_checks(place: int) -> None:
-    """A recipe with a mistake and all later ones is told of the first."""
+    """A recipe with one mistake and all later ones gets the message of the first."""
     rules = [rule for mistake in list(MISTAKES.values())[place:] for rule in mistake]
     rest = [REST] if place > list(MISTAKES).index("no rule covers") else []
     assert list(MISTAKES)[place] in refusal(*rules, *rest, raw=RAW | {"intermediate_size": 97})
@@ -530,11 +528,11 @@ def test_the_hash_is_stable_across_processes(tmp_path: Path) -> None:
     assert len(found.pop()) == 64
 
 
-# --- the plan's own figures
+# --- the plan's figures
 
 
 def test_a_recipe_that_changes_nothing_is_refused() -> None:
-    """It would write a copy and call it quantized."""
+    """Otherwise it would write a copy and call it quantized."""
     assert refusal(REST).startswith("recipe mine quantizes nothing in this model")
     dense = RAW | {"hybrid_override_pattern": "M-"}
     with pytest.raises(RecipeError, match="quantizes nothing in this model"):
@@ -544,7 +542,7 @@ def test_a_recipe_that_changes_nothing_is_refused() -> None:
 def test_an_fp8_cache_needs_calibration_and_adds_its_scales() -> None:
     made = planned(REST, kv_cache="fp8")
     assert made.needs_calibration
-    assert made.kv_layers == [1, 6]  # of the main model only: MTP's cache stays
+    assert made.kv_layers == [1, 6]  # of the main model only: MTP's cache is not quantized
     assert made.tensors_out == len(made.rows) + 4
     assert made.bytes_out == made.bytes_in + 4 * 4
     assert made.kv_cache_bytes_per_token() == {"source": 2 * 2 * 2 * 16 * 2, "planned": 2 * 2 * 2 * 16}

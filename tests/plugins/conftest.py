@@ -9,7 +9,7 @@ from nemoquant.ops.library import Kernels
 
 @pytest.fixture(scope="session")
 def kernels() -> Kernels:
-    """The kernels run by the emulator, behind their C interface."""
+    """The kernels run by the emulator, called through their C interface."""
     return Kernels(host_folder() / "libnemoquant_host.so")
 
 

@@ -1,4 +1,4 @@
-// Kernels that need what the emulator gives: barriers, warp exchanges, shared memory, atomics, asynchronous copies; and wrong ones.
+// Kernels that use the emulator's features: barriers, warp exchanges, shared memory, atomics, asynchronous copies; and wrong kernels.
 #include "../../plugins/common/platform.cuh"
 
 namespace {
@@ -9,7 +9,7 @@ struct Params {
     int count;
 };
 
-// The sum of a block's values by halving, through dynamic shared memory: wrong without each of its barriers.
+// The sum of a block's values by halving, through dynamic shared memory. Without any one of its barriers the result is wrong.
 template <int unused>
 __global__ void block_sum(Params p) {
     NQ_DYNAMIC_SHARED(float, values);
@@ -45,7 +45,7 @@ __global__ void warp_exchanges(Params p) {
     row[0] = sum, row[1] = running, row[2] = next, row[3] = third, row[4] = static_cast<float>(__popc(positive)), row[5] = half;
 }
 
-// Some threads leave early; barriers and exchanges count the others.
+// Some threads return early; barriers and exchanges wait only for the others.
 __global__ void early_exit(Params p) {
     if (threadIdx.x % 32 >= 20) return;
     __syncthreads();

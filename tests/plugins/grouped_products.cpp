@@ -1,6 +1,6 @@
-// What stands in for CUTLASS in the tests: the products of grouped.hpp by plain loops in double, so that all that surrounds them runs on
-// the host. It reads what CUTLASS would read and checks what CUTLASS would rely on; codes and the order of block scales are written down
-// here once more, from the formats' definitions and NVIDIA's description of block scales for tensor cores.
+// Replaces CUTLASS in the tests: the products of grouped.hpp by plain loops in double, so that all code around them runs on the host.
+// It reads the same memory as CUTLASS and checks what CUTLASS relies on. Codes and the order of block scales are implemented here a second
+// time, from the formats' definitions and NVIDIA's description of block scales for tensor cores.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -35,14 +35,14 @@ double e2m1(int code) {
     return code & 8 ? -sizes[code & 7] : sizes[code & 7];
 }
 
-// A scale of [rows, inputs / 16]: tiles of 128 rows by 4 scales have 512 bytes, row by row of tiles; in one, 32 lines of 16 bytes: line r
+// A scale of [rows, inputs / 16]. Tiles of 128 rows by 4 scales have 512 bytes and lie row by row. A tile has 32 lines of 16 bytes: line r
 // has the 4 scales of the rows r, r + 32, r + 64, r + 96.
 double scale_at(const unsigned char* scales, int row, int block, int inputs) {
     const int across = (inputs + 63) / 64, tile = row / 128 * across + block / 4;
-    return e4m3(scales[tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4] & 127);  // UE4M3: there is no sign
+    return e4m3(scales[tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + block % 4] & 127);  // UE4M3 has no sign
 }
 
-// A row as double; NVFP4's to a multiple of 64, as it is multiplied: zero codes, whose scales must be zero too, else this is NaN.
+// A row as double. NVFP4 rows are padded to a multiple of 64 with zero codes; if their scales are not zero too, the result is NaN.
 std::vector<double> row_of(Operands operands, const void* codes, const void* scales, int row, int inputs) {
     const auto* const bytes = static_cast<const unsigned char*>(codes);
     std::vector<double> values(static_cast<size_t>(operands == Operands::nvfp4 ? (inputs + 63) / 64 * 64 : inputs));
@@ -67,7 +67,7 @@ std::vector<double> row_of(Operands operands, const void* codes, const void* sca
     return values;
 }
 
-// Output ``at`` of a group: the sum in float32, or what down takes of it.
+// Output ``at`` of a group: the sum in float32, or the input of down that is made from it.
 void store(const Grouped& g, int group, int64_t at, double exact) {
     auto* const to = static_cast<unsigned char*>(g.outputs[group]);
     const float sum = static_cast<float>(exact);
@@ -92,7 +92,7 @@ int multiply(const Grouped& g) {
     const auto wrong = [](const char* what, int group) { return nq::fail(NEMOQUANT_BAD_ARGUMENT, "stand-in: %s of group %d", what, group); };
     if (g.squares && scaled) return wrong("squares in NVFP4", -1);
     if (!aligned(g.scratch, 128) || !aligned(g.layouts, 16)) return wrong("scratch", -1);
-    std::memset(g.scratch, 0x77, nq::experts::SCRATCH_BYTES);  // all of it is CUTLASS's
+    std::memset(g.scratch, 0x77, nq::experts::SCRATCH_BYTES);  // CUTLASS may use all of it
     std::memset(g.layouts, 0x77, static_cast<size_t>(2 * g.groups * nq::experts::LAYOUT_BYTES));
     bool ended = false;
     for (int group = 0; group < g.groups; ++group) {
@@ -132,7 +132,7 @@ int grouped_sm100a(const Grouped& g, void*) { return multiply(g); }
 
 }  // namespace nq::experts
 
-// How many grouped products there were since the last call.
+// Number of grouped products since the last call.
 extern "C" NEMOQUANT_API int test_grouped_calls(void) {
     const int count = calls;
     calls = 0;

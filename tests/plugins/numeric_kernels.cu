@@ -62,7 +62,7 @@ __global__ void product(Params p) {
 }
 
 // out [16, 8] += a b, of E2M1 codes a [16, 64] and b [8, 64] (columns), one a byte, with E4M3 scales of 16: scales [24, 4], those of a first.
-// Lanes that are not asked for a scale bring another's.
+// Lanes that the instruction does not ask for a scale pass one of another row.
 template <int PAIR, int LANE>
 __global__ void scaled_product(Params p, const uint32_t* scales) {
     const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;

@@ -1,5 +1,4 @@
-"""CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, states cut anywhere,
-refusals."""
+"""CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, cut states, refusals."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +72,7 @@ ROWS = {
 
 
 def aligned(shape: tuple[int, ...], dtype: Any, offset: int = 0) -> Array:
-    """Memory that begins ``offset`` elements behind a multiple of 16 bytes."""
+    """Memory that begins ``offset`` elements after a multiple of 16 bytes."""
     size, count = np.dtype(dtype).itemsize, int(np.prod(shape))
     space = np.zeros(count * size + 64, np.uint8)
     start = -space.ctypes.data % 16 + offset * size
@@ -147,10 +146,9 @@ def torch_conv(a: Given, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_against_float64(name: str, kernels: Kernels) -> None:
-    """float32 results: within twice torch's error in float32. 16 bits: within 2% of the error of rounding the
-    exact result once.
+    """float32: within twice torch's error in float32. 16 bits: within 2% of one rounding of the exact result.
 
-    The new state is the last inputs, bit for bit.
+    The new state equals the last inputs, bit for bit.
     """
     a = given(ROWS[name])
     y, state = run(kernels, a)
@@ -206,10 +204,9 @@ def test_what_is_not_finite_reaches_its_taps_and_no_further(
 
 @pytest.mark.parametrize("y_dtype", ["float32", "bfloat16"])
 def test_the_ends_of_silu(y_dtype: str, kernels: Kernels) -> None:
-    """One tap of 1, and values where exp over- or underflows, for both ways silu is computed: float32 keeps
-    20 bits, bfloat16 its 8.
+    """One tap of 1, and values where exp over- or underflows, for both implementations of silu.
 
-    As in torch, -inf gives NaN. What is below 1e-30 counts as zero.
+    float32 keeps 20 bits, bfloat16 its 8. As in torch, -inf gives NaN. Results below 1e-30 count as zero.
     """
     values = [-3e38, -1e4, -100, -88, -87, -30, -1, -0.0, 0.0, 1e-30, 1, 20, 88, 1e4, 3e38, np.inf, -np.inf]
     a = given(Case(batch=1, length=1, channels=len(values), y_dtype=y_dtype, bias=False))
@@ -224,8 +221,10 @@ def test_the_ends_of_silu(y_dtype: str, kernels: Kernels) -> None:
 
 
 def test_the_onnx_function(kernels: Kernels) -> None:
-    """The body in ``graph/ops.py``, run by ONNX Runtime: the kernel errs at most twice as much; the states
-    are the same bits."""
+    """The body in ``graph/ops.py``, run by ONNX Runtime, against the kernel.
+
+    The kernel's error is at most twice as large; the states are the same bits.
+    """
     a = given(replace(BASE, dtype="float32", y_dtype="float32"))
     feeds = {"x": a.x, "weight": a.weight, "bias": a.bias, "state_in": a.state}
     wanted = single_op(ops.causal_conv1d(a.case.kernel), feeds, activation="silu")(feeds)

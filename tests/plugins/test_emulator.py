@@ -1,4 +1,4 @@
-"""The host emulator of CUDA: kernels whose results are known, and wrong kernels that it must refuse."""
+"""The host emulator of CUDA: kernels with known results, and wrong kernels that it must refuse."""
 
 import ctypes
 import shutil
@@ -27,7 +27,7 @@ Run = Callable[[str, NDArray[np.float32], int, int], tuple[int, NDArray[np.float
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a kernel of ``emulator_kernels.cu`` by the first letter of its name -> error code, output, reason.
 
-    Stacks are switched by hand on x86-64, and by the C library elsewhere.
+    Stacks are switched by hand-written code on x86-64, and by the C library elsewhere.
     """
     library = tmp_path_factory.mktemp("emulator") / "emulator.so"
     subprocess.run(
@@ -67,7 +67,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def whole_numbers(*shape: int) -> NDArray[np.float32]:
-    """Sums of them are exact in any order."""
+    """Whole numbers: their sums are exact in any order."""
     return np.random.default_rng(0).integers(-50, 50, shape).astype(np.float32)
 
 

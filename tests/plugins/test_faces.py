@@ -1,8 +1,7 @@
-"""Every plugin through TensorRT's interface, as a caller walks it: creation, shapes, formats, serialization,
-enqueue. No TensorRT is here.
+"""Every plugin through TensorRT's interface, in the order of a caller's calls, without TensorRT.
 
-The tables of the library are held to ``plugins/<op>/spec.yaml``; what a plugin must admit and refuse follows
-from the specification.
+Creation, shapes, formats, serialization, enqueue. The library's tables are compared with
+``plugins/<op>/spec.yaml``; the inputs that a plugin must accept or refuse follow from the specification.
 """
 
 import itertools
@@ -37,7 +36,7 @@ NUMPY = {
     "int32": np.int32,
 }
 COMPUTE = ["bfloat16", "float16", "float32"]
-# Sizes of two calls, which the kernels admit; what is not a size of the second call is that of the first.
+# Sizes of two calls that the kernels accept; sizes missing in the second are those of the first.
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "causal_conv1d": ({"B": 2, "L": 5, "C": 12, "K": 4}, {"B": 1, "L": 1, "K": 3}),
     "mamba2_scan": ({"B": 2, "L": 5, "H": 4, "P": 64, "G": 2, "N": 64}, {"B": 1, "L": 1}),
@@ -54,7 +53,7 @@ def defaults(op: str) -> dict[str, Any]:
 
 
 def fields_of(op: str, **changes: Any) -> list[Field]:
-    """As nemoquant's export and TensorRT's parser give them; ``changes`` are values by name."""
+    """Fields as nemoquant's export and TensorRT's parser give them; ``changes`` are values by name."""
     return [field(name, value) for name, value in (defaults(op) | changes).items()]
 
 
@@ -67,12 +66,16 @@ def size_of(word: str, sizes: dict[str, int]) -> int:
 
 
 class Operator:
-    """A creator, its specification, and ports as the library describes them (which a test holds to the
-    specification)."""
+    """A creator, its specification, and ports as the library describes them.
+
+    A test compares this description with the specification.
+    """
 
     def __init__(self, caller: Caller, op: str, **attributes: str) -> None:
-        """With ``attributes`` (one text, the others at their defaults) the inputs are those that go with it,
-        optional ones too."""
+        """With ``attributes``, the inputs are those that belong to them, optional ones too.
+
+        Give one text attribute; the others keep their defaults.
+        """
         self.op, self.spec = op, read_spec(op)
         self.caller, self.attributes = caller, attributes
         self.creator: Creator = caller.creators[self.spec["name"]]
@@ -83,7 +86,7 @@ class Operator:
         self.outputs = self.table["outputs"]
 
     def texts(self) -> list["Operator"]:
-        """One for each value of each text attribute."""
+        """One operator for each value of each text attribute."""
         fields = [f for f in self.table["fields"] if f["type"] == "string"]
         return [Operator(self.caller, self.op, **{f["name"]: value}) for f in fields for value in f["values"]]
 
@@ -93,7 +96,7 @@ class Operator:
         return made
 
     def types(self, first: int = 0) -> list[str]:
-        """Of inputs and outputs, each the ``first`` of those it may have."""
+        """Types of inputs and outputs: of each, number ``first`` of the allowed types."""
         found: dict[str, str] = {}
         for port in (*self.inputs, *self.outputs):
             one = port["types"][min(first, len(port["types"]) - 1)]
@@ -120,7 +123,7 @@ def operator(request: pytest.FixtureRequest, caller: Caller) -> Operator:
 
 
 def memory(tensor: Tensor, seed: int) -> NDArray[np.generic]:
-    """Small values: indices of experts are among the first two, and codes small."""
+    """Small values: indices of experts are 0 or 1, and codes are small."""
     g = np.random.default_rng(seed)
     if tensor.type in ("int64", "int32", "int8"):
         return g.integers(0, 2, tensor.dims).astype(NUMPY[tensor.type])
@@ -153,8 +156,10 @@ def enqueue(
 
 
 def test_the_library_has_tensorrts_entry_points_and_needs_no_tensorrt(caller: Caller) -> None:
-    """The creators are the folders with a plugin.cpp, of the version that TensorRT looks up, and named as the
-    graph names them."""
+    """The creators are the folders with a plugin.cpp.
+
+    They have the version that TensorRT looks up, and the names that the graph uses.
+    """
     assert b"libnvinfer" not in (host_folder() / "libnemoquant_plugins_host.so").read_bytes()
     specs = [read_spec(op) for op in OPERATORS]
     assert sorted(caller.creators) == sorted(spec["name"] for spec in specs)
@@ -178,7 +183,7 @@ def test_plugins_name_themselves_as_their_creators(operator: Operator) -> None:
 
 
 def test_fields_equal_the_specification(operator: Operator) -> None:
-    """Names, order, types, defaults, ranges: of the table and of what getFieldNames gives."""
+    """Names, order, types, defaults, ranges: of the table and of the result of getFieldNames."""
     infinite = {"inf": math.inf, "-inf": -math.inf}
     table = {
         f["name"]: {
@@ -207,8 +212,7 @@ def test_fields_equal_the_specification(operator: Operator) -> None:
 
 
 def expected_ports(ports: list[dict[str, Any]], before: dict[str, str]) -> list[dict[str, Any]]:
-    """From the specification; ``before`` collects the first input of the dtype "compute", which the others
-    share."""
+    """Ports by the specification; ``before`` holds the first input of dtype "compute", others share it."""
     made = []
     for port in ports:
         types = port.get("plugin_dtypes", port["dtype"])
@@ -225,8 +229,10 @@ def expected_ports(ports: list[dict[str, Any]], before: dict[str, str]) -> list[
 
 
 def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
-    """Names, order, shapes, dtypes. Inputs that depend on a format are in ``formats``: for each projection
-    its parts."""
+    """Names, order, shapes, dtypes.
+
+    Inputs that depend on a format are in ``formats``: for each projection its parts.
+    """
     before: dict[str, str] = {}
     inputs = expected_ports(operator.spec["inputs"], before)
     assert operator.table["outputs"] == expected_ports(operator.spec["outputs"], before)
@@ -247,8 +253,10 @@ def test_inputs_and_outputs_equal_the_specification(operator: Operator) -> None:
 
 @pytest.mark.parametrize("phase", [BUILD, RUNTIME])
 def test_creation_with_every_value_that_is_allowed(phase: int, operator: Operator) -> None:
-    """Both ends of each range, each text; int64 and float64 serve as well, and texts without the terminating
-    zero."""
+    """Both ends of each range, each text.
+
+    int64 and float64 are also accepted, and texts without the terminating zero.
+    """
     for name, attribute in operator.spec["attributes"].items():
         values = attribute.get("values") or [
             attribute["default"],
@@ -270,7 +278,7 @@ def test_creation_with_every_value_that_is_allowed(phase: int, operator: Operato
 
 
 def bad_fields(op: str) -> list[tuple[str, list[Field] | None, str]]:
-    """One thing wrong each: (what, the fields, what the log must say)."""
+    """One fault each: (what, the fields, text that the log must contain)."""
     good = fields_of(op)
     rows: list[tuple[str, list[Field] | None, str]] = [
         ("no collection", None, "there is no collection of fields"),
@@ -333,7 +341,7 @@ def bad_fields(op: str) -> list[tuple[str, list[Field] | None, str]]:
 def test_bad_fields_give_no_plugin_and_a_logged_reason(
     phase: int, op: str, fields: list[Field] | None, says: str, caller: Caller
 ) -> None:
-    """And the process lives: the next good creation succeeds."""
+    """The process continues: the next creation with good fields succeeds."""
     operator = Operator(caller, op)
     caller.log()
     assert operator.creator.create(fields, phase) is None
@@ -359,8 +367,10 @@ def test_without_a_logger_reasons_go_to_standard_error(
 
 
 def test_serialized_fields_make_the_same_plugin(operator: Operator) -> None:
-    """Build, serialize, deserialize: the fields are the creator's, in values that differ from the defaults
-    where they can."""
+    """Build, serialize, deserialize: the fields equal the creator's.
+
+    Values differ from the defaults where they can.
+    """
     other = {}
     for name, attribute in operator.spec["attributes"].items():
         choices = attribute.get("values") or [
@@ -395,8 +405,10 @@ def test_output_types_follow_the_inputs(operator: Operator) -> None:
 
 
 def test_output_shapes_are_those_of_the_specification_in_symbols(operator: Operator) -> None:
-    """Every dimension of an output is an expression that the inputs have; one that is constant anywhere is
-    constant."""
+    """Every dimension of an output is an expression of the inputs' dimensions.
+
+    A dimension that is constant in any input is constant in the output.
+    """
     plugin = operator.plugin()
     symbolic = [[f"{port['name']}.{word}" for word in port["shape"].split()] for port in operator.inputs]
     first: dict[str, str] = {}
@@ -407,7 +419,7 @@ def test_output_shapes_are_those_of_the_specification_in_symbols(operator: Opera
     assert plugin.output_shapes(symbolic) == expected
     constant = {word: str(100 + i) for i, word in enumerate(first)}
     words = [port["shape"].split() for port in operator.inputs]
-    for word in first:  # symbolic everywhere but in the last input that has it
+    for word in first:  # symbolic everywhere except in the last input that has it
         last = max(i for i, shape in enumerate(words) if word in shape)
         given = [
             [constant[w] if w == word and i == last else name for w, name in zip(shape, names, strict=True)]
@@ -428,7 +440,7 @@ def test_output_shapes_are_those_of_the_specification_in_symbols(operator: Opera
 
 
 def test_format_combinations_are_those_of_the_specification(operator: Operator) -> None:
-    """Linear only; each dtype at each place, the places before it as they should be."""
+    """Linear only; each dtype at each position, with valid dtypes at the positions before."""
     plugin = operator.plugin()
     ports = (*operator.inputs, *operator.outputs)
     for first in range(3):
@@ -440,7 +452,7 @@ def test_format_combinations_are_those_of_the_specification(operator: Operator) 
                 admitted = {by_name[t[1:]] if t[0] == "=" else t for t in port["types"]}
                 later = [
                     t.but(type="bool", format=HWC8) for t in tensors[i + 1 :]
-                ]  # what TensorRT has not decided yet
+                ]  # not yet decided by TensorRT
                 asked = [*tensors[:i], tensors[i].but(type=type), *later]
                 assert plugin.supports(i, asked, len(inputs)) == (type in admitted), (port["name"], type)
             assert not plugin.supports(
@@ -491,11 +503,13 @@ def dependent(operator: Operator) -> list[tuple[int, int]]:
 
 
 def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> None:
-    """Each size that two inputs share, changed in one of them: in configuration and at run time, with the
-    input that was got."""
+    """Each size that two inputs share, changed in one of them, in configuration and at run time.
+
+    The message names the input with the wrong size.
+    """
     inputs, outputs = operator.tensors(operator.sizes())
     plugin = operator.plugin().attach()
-    run(plugin, inputs, outputs)  # shapes that were good before do not serve those that are not
+    run(plugin, inputs, outputs)  # a successful call before must not make the wrong shapes pass
     assert dependent(operator)
     for i, axis in dependent(operator):
         t = inputs[i]
@@ -504,19 +518,19 @@ def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> Non
         assert plugin.configure(changed, outputs) != 0
         assert (
             plugin.configure([*inputs[:i], t.but(maximum=wrong.dims), *inputs[i + 1 :]], outputs) != 0
-        )  # at the profile's end alone
+        )  # wrong only at the profile's end
         assert plugin.configure([*inputs[:i], t.but(minimum=wrong.dims), *inputs[i + 1 :]], outputs) != 0
         log = operator.caller.log()
         assert log.count("; expected [") == 3
         assert " with " in log or "no whole number" in log
         operator.caller.recorded()
         assert plugin.shape_change(changed, outputs) != 0
-        assert "; expected [" in operator.caller.recorded()  # the application hears of it
+        assert "; expected [" in operator.caller.recorded()  # the application gets the error too
         operator.caller.log()
         given = [(t, memory(t, 0)) for t in changed]
         assert plugin.enqueue(given, [(t, blank(t)) for t in outputs], np.zeros(1, np.uint8)) != 0
         assert "enqueue before a successful onShapeChange" in operator.caller.log()
-    run(plugin, inputs, outputs)  # and it goes on
+    run(plugin, inputs, outputs)  # the plugin still works
 
 
 def test_the_workspace_of_a_profile_serves_its_smaller_shapes(operator: Operator) -> None:
@@ -530,8 +544,10 @@ def test_the_workspace_of_a_profile_serves_its_smaller_shapes(operator: Operator
 
 
 def test_enqueue_follows_shape_changes(operator: Operator) -> None:
-    """Two shapes in turn give what a plugin made of the serialized fields gives for each alone; every output
-    is written whole."""
+    """For two shapes in turn, a deserialized plugin gives what a new plugin gives for each shape alone.
+
+    Every output is written completely.
+    """
     plugin = operator.creator.create(operator.plugin().serialize(), RUNTIME)
     assert plugin is not None
     context = plugin.attach()
@@ -555,7 +571,7 @@ def test_enqueue_follows_shape_changes(operator: Operator) -> None:
 
 
 def test_every_text_attribute_runs_with_every_input_that_goes_with_it(operator: Operator) -> None:
-    """Formats and roundings have their own inputs and dtypes; optional ones are given here."""
+    """Formats and roundings have their own inputs and dtypes; optional inputs are given here."""
     for one in operator.texts():
         for first in range(max(len(port["types"]) for port in one.inputs)):
             plugin, (inputs, outputs) = one.plugin(), one.tensors(one.sizes(), first)

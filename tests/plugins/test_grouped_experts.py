@@ -1,7 +1,7 @@
-"""Grouped products of RoutedExperts on the host: all that surrounds CUTLASS, with plain loops in its place
-(grouped_products.cpp).
+"""Grouped products of RoutedExperts on the host: all code around CUTLASS.
 
-What CUTLASS itself does is not run here, nor anywhere without a GPU: see plugins/routed_experts/README.md.
+Plain loops replace CUTLASS (grouped_products.cpp). CUTLASS itself does not run here, nor anywhere without a
+GPU: see plugins/routed_experts/README.md.
 """
 
 import ctypes
@@ -41,31 +41,31 @@ FORMATS = {
     "bf16": ("bfloat16",),
     "fp8": ("float32", "bfloat16", "float16"),
     "nvfp4": ("float32", "bfloat16", "float16"),
-}  # of x
+}  # dtypes of x
 WAYS = [("bf16", SM90), ("fp8", SM90), ("bf16", SM100), ("fp8", SM100), ("nvfp4", SM100)]
 SOURCES = ("launch.cu", "native_sm120a.cu", "plain.cu")
 Array = np.ndarray[Any, Any]
 
 
 class Device:
-    """The kernels with both of the architectures' products, as if on one device or the other."""
+    """The kernels with both architectures' products; either device can be emulated."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self._library = ctypes.CDLL(str(kernels.path))
 
     def be(self, capability: int) -> None:
-        """0: the emulator's own."""
+        """Sets the device's compute capability; 0: the emulator's own."""
         self._library.nemoquant_host_capability(capability)
 
     def grouped_calls(self) -> int:
-        """Products by groups since the last call, two a slab."""
+        """Grouped products since the last call, two a slab."""
         return int(self._library.test_grouped_calls())
 
 
 @pytest.fixture(scope="session")
 def library() -> Kernels:
-    """As the host library, built as where both architectures' products are, which the stand-in gives."""
+    """The host library, built as if both architectures' products were there; the stand-in provides them."""
     path = host_folder() / "libnemoquant_grouped_host.so"
     ours = [HERE / "grouped_products.cpp", PLUGINS / "common/emulator.cpp", PLUGINS / "common/last_error.cpp"]
     options = [
@@ -97,7 +97,7 @@ def device(library: Kernels) -> Iterator[Device]:
 
 
 def run(device: Device, a: Given, products: int = GROUPED, **more: Any) -> Array:
-    """y; the workspace is full of NaN and has guard bytes behind it."""
+    """y; the workspace is full of NaN and has guard bytes after it."""
     y = aligned(np.full(a.x.shape, 99, a.x.dtype))
     plain = arguments(a, y) | {"products": products} | more
     size = device.kernels.workspace("routed_experts", **plain)
@@ -109,8 +109,10 @@ def run(device: Device, a: Given, products: int = GROUPED, **more: Any) -> Array
 
 
 def firm_tokens(a: Given, exact: Array) -> Array:
-    """Those whose hidden codes don't depend on a change of 1e-6: a sum in another order may change the
-    others, a twentieth at most."""
+    """Tokens whose hidden codes don't depend on a change of 1e-6.
+
+    A sum in another order may change the others, a twentieth at most.
+    """
     firm = np.ones(len(exact), bool)
     if a.format == "bf16":
         return firm
@@ -147,7 +149,7 @@ CASES = {name: replace(ROWS[name], tile=0) for name in NAMES} | {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("format", "capability"), WAYS)
 def test_against_float64(format: str, capability: int, name: str, device: Device) -> None:
-    """The stand-in's sums are exact, so that the hidden values' rounding and that of y are all there is.
+    """The stand-in's sums are exact: only the roundings of the hidden values and of y remain.
 
     bf16: hidden values are rounded to bfloat16 once. The others: y to 2% more than rounding the exact result
     once.
@@ -169,8 +171,10 @@ def test_against_float64(format: str, capability: int, name: str, device: Device
 
 @pytest.mark.parametrize(("format", "dtype"), [(f, d) for f, dtypes in FORMATS.items() for d in dtypes])
 def test_the_decoded_products_give_the_same(format: str, dtype: str, device: Device) -> None:
-    """Codes are the same, sums differ by float32's rounding: so do results of float32, and of 16 bits but for
-    a last bit here and there."""
+    """Codes are equal, and sums differ by float32's rounding.
+
+    So do float32 results. 16-bit results may differ in a last bit here and there.
+    """
     a = given(format, Case(tokens=70, chosen=4, experts=9, input=160, width=224, dtype=dtype))
     device.be(SM100)
     grouped, decoded = (run(device, a, products).astype(np.float64) for products in (GROUPED, DECODED))
@@ -188,8 +192,10 @@ def test_the_decoded_products_give_the_same(format: str, dtype: str, device: Dev
 def test_numbers_that_are_exact_come_out_exact(
     format: str, capability: int, dtype: str, device: Device
 ) -> None:
-    """As the test of that name of the other products: small integers, powers of two as scales, inputs that
-    saturate."""
+    """Like the test of the same name for the other products.
+
+    Small integers, powers of two as scales, inputs that saturate.
+    """
     case = Case(tokens=150, chosen=2, experts=5, input=160, width=96, dtype=dtype)
     a, exact = exact_numbers(format, case)
     device.be(capability)
@@ -198,7 +204,7 @@ def test_numbers_that_are_exact_come_out_exact(
 
 @pytest.mark.parametrize(("format", "capability"), WAYS)
 def test_ids_that_are_no_experts_add_nothing(format: str, capability: int, device: Device) -> None:
-    """Also where no id is one: then there are no groups at all."""
+    """Also if no id is an expert: then there are no groups at all."""
     device.be(capability)
     case = replace(BASE, dtype="bfloat16", tokens=40)
     a, wanted = given(format, case), given(format, case)
@@ -252,7 +258,7 @@ def test_what_is_not_finite_stays_with_its_token(format: str, capability: int, d
     assert spoilt[others].tobytes() == y[others].tobytes()
 
 
-# What is chosen, and what is refused.
+# The choice of products, and refusals.
 
 
 @pytest.mark.parametrize(
@@ -262,7 +268,7 @@ def test_what_is_not_finite_stays_with_its_token(format: str, capability: int, d
         ("bf16", "bfloat16", 192, SM100, 2),
         ("fp8", "float32", 192, SM90, 2),
         ("nvfp4", "bfloat16", 192, SM100, 2),
-        ("nvfp4", "bfloat16", 192, SM90, 0),  # it has no products of FP4
+        ("nvfp4", "bfloat16", 192, SM90, 0),  # SM90 has no FP4 products
         ("bf16", "float32", 192, SM90, 0),  # three bfloat16, not one
         ("w8a16", "bfloat16", 192, SM90, 0),  # weights and inputs of different kinds
         ("w4a16", "bfloat16", 192, SM100, 0),
@@ -281,7 +287,7 @@ def test_groups_are_taken_for_many_tokens_where_they_are_built(
     assert device.grouped_calls() == calls
     assert run(device, a, GROUPED if calls else DECODED).tobytes() == y.tobytes()
     device.grouped_calls()
-    if format != "nvfp4":  # a tile is of the other products
+    if format != "nvfp4":  # a tile belongs to the other products
         run(device, a, AUTO, tile=64)
         assert device.grouped_calls() == 0
 
@@ -334,8 +340,7 @@ def test_a_library_without_them_says_so(kernels: Kernels) -> None:
 
 
 def test_the_workspace_grows_with_every_size(device: Device, kernels: Kernels) -> None:
-    """Whatever device it is asked on; without the products, and for formats that have none, it is what it
-    was."""
+    """On any device; without the products, and for formats that have none, the size is unchanged."""
     base = {"tokens": 4096, "chosen": 22, "experts": 512, "input": 1024, "width": 2688, "dtype": 2}
     for format in range(5):
         for products in (AUTO, GROUPED):
@@ -380,8 +385,10 @@ int main(int, char** given) {
 def test_block_scales_stand_where_cutlass_looks_for_them(
     rows: int, inputs: int, layout: Callable[[int, int], Array]
 ) -> None:
-    """CUTLASS's own layout, compiled for the host, against the formula that grouped_layer.cuh and the
-    stand-in have."""
+    """CUTLASS's own layout, compiled for the host, against our formula.
+
+    grouped_layer.cuh and the stand-in use this formula.
+    """
     row, block = np.divmod(np.arange(rows * (inputs // 16)), inputs // 16)
     across = -(-inputs // 64)
     formula = (row // 128 * across + block // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4

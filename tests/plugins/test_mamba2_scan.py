@@ -1,5 +1,7 @@
-"""The scan's kernels, run by the host emulator: against float64, the ONNX function, torch, transformers;
-every path, every refusal."""
+"""The scan's kernels, run by the host emulator: every path, every refusal.
+
+Against float64, the ONNX function, torch and transformers.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from nemoquant.model import mamba2
 pytestmark = [needs_compiler, pytest.mark.slow]
 
 CHUNK = 64
-# Torch keeps running sums in float64. In float32 after one strong decay a little more is lost; measured at
+# Torch keeps running sums in float64. In float32, a little more is lost after one strong decay; measured at
 # most 2.5e-7.
 FLOOR = 3e-7
 
@@ -39,10 +41,10 @@ def in_torch(given: Arrays, low: float = 0.0, high: float = np.inf) -> list[Arra
 
 
 class Bound:
-    """The truth for some inputs, and what the errors of y and state must stay below.
+    """The true result for some inputs, and the limits for the errors of y and state.
 
     Float32 inputs: twice the error of torch's scan. 16-bit inputs: twice the error of the true result rounded
-    once to their dtype, which no framework's result in that dtype can undercut.
+    once to their dtype; no framework's result in that dtype can be below that rounding.
     """
 
     def __init__(self, given: Arrays, low: float = 0.0, high: float = np.inf) -> None:
@@ -64,7 +66,7 @@ class Bound:
         )
 
 
-# One factor at a time. Float32 takes the kernel of single steps; 16-bit inputs that of chunks, from 32
+# One factor at a time. Float32 uses the kernel of single steps; 16-bit inputs use that of chunks, from 32
 # positions on.
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
@@ -128,7 +130,7 @@ def test_scan_is_the_recurrence(change: dict[str, Any], dtype: str, scan: Scan) 
 @pytest.mark.parametrize("length", [1, 5, 40])
 @pytest.mark.parametrize("state_dtype", ["float32", "float16", "bfloat16"])
 def test_states_of_every_dtype(state_dtype: str, length: int, scan: Scan) -> None:
-    """Rounded once, at the end: twice the rounding of its dtype, or of the inputs' if that is wider."""
+    """Rounded once, at the end: twice the rounding of the state's dtype, or of a coarser inputs' dtype."""
     given = inputs(length=length, dtype="bfloat16", state_dtype=state_dtype)
     y, state = scan(given, y_dtype="bfloat16")
     truth = recurrence(given)
@@ -150,7 +152,7 @@ def test_inputs_that_may_be_left_out(length: int, scan: Scan) -> None:
             assert np.array_equal(one, other)
 
 
-# Oracles that nobody here wrote.
+# Independent oracles.
 
 
 def test_scan_is_the_onnx_function(scan: Scan) -> None:
@@ -174,7 +176,7 @@ def test_scan_is_the_onnx_function(scan: Scan) -> None:
 
 
 class Collected(torch.nn.Module):
-    """In place of a layer's norm: keeps what the scan put out."""
+    """Replaces a layer's norm and keeps the scan's output."""
 
     def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         self.y = y
@@ -182,8 +184,10 @@ class Collected(torch.nn.Module):
 
 
 def in_transformers(given: Arrays, dtype: torch.dtype) -> tuple[Array, Array]:
-    """Their mixer with everything around the scan taken away. One chunk: their torch path is wrong beyond
-    it."""
+    """Their mixer with everything around the scan removed.
+
+    One chunk: their torch path is wrong beyond one chunk.
+    """
     from transformers import DynamicCache, NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
@@ -209,7 +213,7 @@ def in_transformers(given: Arrays, dtype: torch.dtype) -> tuple[Array, Array]:
         mixer.A_log.copy_(torch.log(-tensor("a")))
         mixer.D.copy_(tensor("d"))
         mixer.dt_bias.copy_(tensor("dt_bias"))
-        mixer.conv1d.weight.zero_()[:, 0, -1] = 1.0  # what comes in goes out
+        mixer.conv1d.weight.zero_()[:, 0, -1] = 1.0  # the output equals the input
         if mixer.conv1d.bias is not None:
             mixer.conv1d.bias.zero_()
         mixer.to(dtype)
@@ -242,7 +246,7 @@ def test_error_is_below_twice_that_of_transformers(dtype: str, length: int, scan
 
 @pytest.mark.parametrize("length", [9, 100])
 def test_nan_in_dt_is_nan_from_there_on(length: int, scan: Scan) -> None:
-    """In its head alone; bounds do not hide it."""
+    """Only in its head; the limits of dt do not hide the NaN."""
     given = inputs(length=length, dtype="bfloat16")
     clean, _ = scan(given, low=0.001, high=1.0)
     given["dt"][1, 5, 2] = np.nan
@@ -255,12 +259,12 @@ def test_nan_in_dt_is_nan_from_there_on(length: int, scan: Scan) -> None:
     assert np.isnan(state).sum() == state[1, 2].size
 
 
-# Cutting, and what must not change a bit.
+# Cutting, and changes that must not change a bit.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_scan_may_be_cut_anywhere(dtype: str, scan: Scan) -> None:
-    """Two calls that hand the state on, for cuts at and around every boundary: the bound of one call."""
+    """Two calls that pass the state on keep the bound of one call, for cuts at and around every boundary."""
     length = 2 * CHUNK + 37
     given = inputs(
         batch=1, heads=2, groups=1, width=16 if dtype == "float32" else 64, length=length, dtype=dtype
@@ -294,7 +298,7 @@ def test_the_state_may_be_written_in_place(length: int, segments: int, state_dty
 @pytest.mark.parametrize("length", [3, 70])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_views_into_a_wider_array(dtype: str, length: int, scan: Scan) -> None:
-    """x, B and C as they lie in the convolution's output, dt behind them."""
+    """x, B and C are slices of the convolution's output, followed by dt."""
     given = inputs(length=length, dtype=dtype, dt_dtype=dtype)
     wide = np.concatenate(
         [given[name].reshape(2, length, -1) for name in ("x", "b", "c", "dt")] + [np.zeros((2, length, 4))],
@@ -329,8 +333,10 @@ def test_segments_with_decays_that_end_everything(scan: Scan) -> None:
 
 
 def test_long_sequences_are_cut_by_themselves(scan: Scan) -> None:
-    """Few heads and many positions: more segments, for which workspace is asked; it never falls when a size
-    grows."""
+    """Few heads and many positions: more segments, which need workspace.
+
+    The workspace never shrinks when a size grows.
+    """
     given = inputs(batch=1, heads=1, groups=1, length=2100, dtype="bfloat16")
     Bound(given).check(scan(given))
     fixed = {"groups": 1, "head_dim": 64, "state": 128, "dtype": 2}
@@ -350,8 +356,10 @@ def test_long_sequences_are_cut_by_themselves(scan: Scan) -> None:
 
 
 def test_a_device_with_little_shared_memory(scan: Scan) -> None:
-    """99 KB (SM120): one chunk in flight instead of two, the same bits; too little for state 256: single
-    steps."""
+    """99 KB (SM120): one chunk in flight instead of two, the same bits.
+
+    It is too little for state 256, which takes single steps.
+    """
     given, large = inputs(dtype="bfloat16"), inputs(dtype="bfloat16", size=256, batch=1)
     wide = scan(given)
     scan.shared_limit(99 * 1024)
@@ -365,7 +373,7 @@ def test_a_device_with_little_shared_memory(scan: Scan) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_more_elements_than_32_bits_count(dtype: str, scan: Scan, tmp_path: Path) -> None:
-    """Positions so far apart that the last lies 2^32 elements behind the first, in files of holes."""
+    """Positions so far apart that the last lies 2^32 elements after the first, in sparse files."""
     given = inputs(batch=1, heads=2, groups=1, length=40, dtype=dtype)
     far, stride = dict(given), 2**32 // 39 // 8 * 8 + 8
     for name in ("x", "b", "c"):
@@ -382,7 +390,7 @@ def test_more_elements_than_32_bits_count(dtype: str, scan: Scan, tmp_path: Path
 
 
 def philox_words(count: int, seed: int, step: int, rounds: int) -> Array:
-    """By the definition of abi.h, in numpy: a word for each of ``count`` flat indices."""
+    """By the definition in abi.h, in numpy: a word for each of ``count`` flat indices."""
     low = np.uint64(0xFFFFFFFF)
     places = np.arange((count + 3) // 4, dtype=np.uint64)
     fixed = [
@@ -405,8 +413,10 @@ def philox_words(count: int, seed: int, step: int, rounds: int) -> Array:
 
 
 def rounded_by_chance(x: Array, words: Array) -> Array:
-    """Up where the fraction of an ulp and word / 2^32 reach 1 together; in Python's and numpy's whole
-    numbers."""
+    """Rounds up where the fraction of an ulp and word / 2^32 together reach 1.
+
+    Computed in integers of Python and numpy.
+    """
     wide = x.astype(np.float64)
     ulp = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(wide), 2.0**-30))), -14) - 10)
     units = np.abs(wide) / ulp
@@ -432,7 +442,7 @@ def rounded_by_chance(x: Array, words: Array) -> Array:
 def test_stochastic_states_are_the_definition_bit_for_bit(
     seed: int, step: int, rounds: int, length: int, scan: Scan
 ) -> None:
-    """The float32 state of the same call, rounded in numpy. Again: the same bits."""
+    """Equal to the float32 state of the same call, rounded in numpy; a repeated call gives the same bits."""
     given = inputs(length=length, dtype="bfloat16", state=0.0)
     wide = scan(given)[1]
     given["state_in"] = given["state_in"].astype(np.float16)
@@ -457,7 +467,7 @@ def test_stochastic_states_differ_by_seed_and_step(scan: Scan) -> None:
 
 
 def test_stochastic_states_are_unbiased(scan: Scan) -> None:
-    """A million values: the mean error, in units of the last place, within three standard errors of zero."""
+    """A million values: the mean error, in ulps, is within three standard errors of zero."""
     given = inputs(batch=1, heads=128, groups=8, length=1, dtype="bfloat16", state=0.0)
     wide = scan(given)[1].ravel().astype(np.float64)
     given["state_in"] = given["state_in"].astype(np.float16)
@@ -467,7 +477,7 @@ def test_stochastic_states_are_unbiased(scan: Scan) -> None:
     off = (found - wide) / ulp
     assert np.abs(off).max() < 1
     assert abs(off.mean()) < 3 * off.std() / np.sqrt(off.size)
-    assert off.std() > 0.35  # of a uniform fraction: 1 / sqrt(6)
+    assert off.std() > 0.35  # for a uniform fraction: 1 / sqrt(6)
 
 
 # Refusals.

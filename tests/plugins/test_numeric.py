@@ -1,5 +1,7 @@
-"""What all kernels compute with: random words, rounding, exp and softplus, packed formats, matrix products.
-On the host build."""
+"""The math that all kernels share, in the host build.
+
+Random words, rounding, exp and softplus, packed formats, matrix products.
+"""
 
 import ctypes
 import shutil
@@ -73,7 +75,7 @@ def pointer(array: Array | None) -> Any:
 
 @pytest.fixture(scope="module")
 def numbers(library: ctypes.CDLL) -> Callable[..., Array]:
-    """One function over an array."""
+    """Calls a function on an array."""
 
     def call(mode: int, given: Array, more: Array | None = None) -> Array:
         given = np.ascontiguousarray(given)
@@ -94,7 +96,8 @@ def numbers(library: ctypes.CDLL) -> Callable[..., Array]:
     return call
 
 
-# Philox. The published vectors: Random123, tests/kat_vectors, the lines "philox4x32 7" and "philox4x32 10".
+# Philox. The published vectors are from Random123, tests/kat_vectors, the lines "philox4x32 7" and
+# "philox4x32 10".
 
 DIGITS = "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0"  # of pi
 PUBLISHED = [
@@ -112,7 +115,7 @@ def words(text: str) -> NDArray[np.uint32]:
 
 
 def philox(row: NDArray[np.uint32], rounds: int) -> list[int]:
-    """The definition in Python's integers: four words of counter, two of key."""
+    """The definition in Python integers: four words of counter, two of key."""
     c, key = [int(w) for w in row[:4]], [int(w) for w in row[4:]]
     for _ in range(rounds):
         first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -139,14 +142,13 @@ def test_philox_of_five_rounds_is_the_definition(numbers: Callable[..., Array]) 
     assert numbers(PHILOX + 5, given).tolist() == [philox(row, 5) for row in given]
 
 
-# Rounding to float16 by chance.
+# Stochastic rounding to float16.
 
 
 def test_rounding_by_chance_is_unbiased(numbers: Callable[..., Array]) -> None:
-    """A million values of all sizes, in units of their float16 ulp: the mean error lies within three standard
-    errors of zero.
+    """A million values of all sizes: the mean error, in float16 ulps, is within three standard errors of 0.
 
-    And so in each decade alone, subnormals too.
+    Also in each decade alone, subnormals too.
     """
     g = np.random.default_rng(1)
     x = (g.standard_normal(1_000_000) * np.exp2(g.uniform(-26, 14, 1_000_000))).astype(np.float32)
@@ -164,7 +166,7 @@ def test_rounding_by_chance_is_unbiased(numbers: Callable[..., Array]) -> None:
 
 
 def test_rounding_by_chance_goes_up_as_often_as_it_is_far(numbers: Callable[..., Array]) -> None:
-    """The bound between up and down, exactly: up where fraction + random / 2^32 reaches 1."""
+    """The exact boundary between up and down: up where fraction + random / 2^32 reaches 1."""
     for x, ulp in [
         (1.0 + 2.0**-12, 2.0**-10),
         (2.0**-26, 2.0**-24),
@@ -194,7 +196,7 @@ def test_rounding_by_chance_leaves_what_is_exact(numbers: Callable[..., Array]) 
     ]
 
 
-# Functions with the same bits on every device: their error in units in the last place, against float64.
+# Functions with the same bits on every device: error against float64, in units in the last place.
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_function_is_accurate(
     most: int,
     numbers: Callable[..., Array],
 ) -> None:
-    """Each rounds a few times: exp and log1p less than two units in all, the softplus of both three."""
+    """Each rounds a few times: exp and log1p err by less than two units, softplus, of both, by three."""
     x = np.concatenate(
         [np.linspace(low, high, 400_001), np.random.default_rng(2).uniform(-1, 1, 100_000) * min(1, high)]
     )
@@ -231,7 +233,7 @@ def test_ends_of_exp(numbers: Callable[..., Array]) -> None:
     assert np.array_equal(found, expected, equal_nan=True)
 
 
-# Packed formats: ml_dtypes has them too.
+# Packed formats, against ml_dtypes.
 
 
 def test_e4m3(numbers: Callable[..., Array]) -> None:
@@ -271,7 +273,10 @@ def test_pairs_have_the_first_in_the_low_half(numbers: Callable[..., Array]) -> 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("dtype", "code"), [(np.float16, 1), (ml_dtypes.bfloat16, 2)])
 def test_matrix_product(dtype: Any, code: int, transposed: bool, library: ctypes.CDLL) -> None:
-    """Of whole numbers, which is exact; D [16, 8] += A [16, 16] B, where B lies by columns or by rows."""
+    """Whole numbers give exact products.
+
+    D [16, 8] += A [16, 16] B, where B is stored by columns or by rows.
+    """
     g = np.random.default_rng(3)
     a, b = (g.integers(-8, 9, (16, 16)).astype(dtype) for _ in range(2))
     d = g.integers(-100, 100, (16, 8)).astype(np.float32)
@@ -283,10 +288,9 @@ def test_matrix_product(dtype: Any, code: int, transposed: bool, library: ctypes
 
 @pytest.mark.parametrize("mode", range(4))
 def test_product_of_scaled_blocks(mode: int, library: ctypes.CDLL) -> None:
-    """D [16, 8] += A [16, 64] B of every E2M1 code, with E4M3 scales that are powers of two, so that sums are
-    exact.
+    """D [16, 8] += A [16, 64] B with every E2M1 code; E4M3 scales are powers of two, so sums are exact.
 
-    The modes are the lanes that bring the scales; what the others bring must not matter.
+    The modes are the lanes that provide the scales; the values in other lanes must not matter.
     """
     g = np.random.default_rng(4)
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float64)
@@ -302,7 +306,7 @@ def test_product_of_scaled_blocks(mode: int, library: ctypes.CDLL) -> None:
 
 
 def test_a_scale_with_a_sign_is_refused(library: ctypes.CDLL) -> None:
-    """The instruction's scales have none, so that a kernel that hands it one is wrong."""
+    """The instruction's scales have no sign, so a kernel that passes one is wrong."""
     codes, d = np.zeros((16, 64), np.uint8), np.zeros((16, 8), np.float32)
     scales = np.full((24, 4), 0x80, np.uint8)
     library.nemoquant_last_error.restype = ctypes.c_char_p
@@ -323,7 +327,7 @@ def test_bytes_by_their_numbers(numbers: Callable[..., Array]) -> None:
 def test_the_conversion_instruction_is_an_option_of_sm100(
     arch: str, option: bool, used: bool, tmp_path: Path
 ) -> None:
-    """Compiled and assembled: no device that has it was at hand."""
+    """Compiled and assembled only: no device with this instruction was at hand."""
     source = tmp_path / "pair.cu"
     source.write_text(
         '#include "numeric.cuh"\n'

@@ -1,5 +1,7 @@
-"""The reference model's routed experts through the operator, on the host library: against the loop over
-experts, and when it is taken."""
+"""The reference model's routed experts through the operator, on the host library.
+
+Against the loop over experts, and when the operator is used.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ EXPERTS, CHOSEN, SIZE, WIDTH, TOKENS = 7, 3, 64, 96, 11
 
 
 class Counting(Kernels):
-    """The host library, and the number of experts of each call."""
+    """The host library; it also records the number of experts of each call."""
 
     def __init__(self) -> None:
         super().__init__(host_folder() / "libnemoquant_host.so")
@@ -37,7 +39,7 @@ class Counting(Kernels):
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Counting:
-    """Tensors of the CPU go through it."""
+    """Sends tensors of the CPU to the host library."""
     made = Counting()
     monkeypatch.setattr(library, "_used", {"cpu": made})
     return made
@@ -57,7 +59,7 @@ def weights(dtype: torch.dtype = torch.bfloat16, size: int = SIZE, width: int = 
 
 
 def tokens(among: tuple[int, ...] = tuple(range(EXPERTS)), size: int = SIZE) -> tuple[Tensor, Tensor, Tensor]:
-    """x, ids and factors; ids are taken from ``among``."""
+    """x, ids and factors; ids are drawn from ``among``."""
     g = torch.Generator().manual_seed(1)
     ids = torch.stack(
         [torch.tensor(among)[torch.randperm(len(among), generator=g)[:CHOSEN]] for _ in range(TOKENS)]
@@ -79,9 +81,9 @@ def by_definition(given: dict[str, Tensor], x: Tensor, ids: Tensor, factors: Ten
     ("experts_a_slab", "among", "calls"),
     [
         (100, tuple(range(EXPERTS)), [7]),
-        (3, tuple(range(EXPERTS)), [3, 3, 1]),  # a token's experts lie in several slabs
+        (3, tuple(range(EXPERTS)), [3, 3, 1]),  # a token's experts are in several slabs
         (1, (1, 3, 4, 6), [1] * 4),
-        (100, (1, 3, 4, 6), [4]),  # those that no token chose are not brought there
+        (100, (1, 3, 4, 6), [4]),  # experts that no token chose are not loaded
         (2, (0, 5, 6), [2, 1]),
     ],
 )
@@ -94,8 +96,10 @@ def test_slabs_against_float64(
     served: Counting,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In float32 no worse than twice the loop; in bfloat16 each slab's sum is rounded once, the loop's
-    products each: no worse either."""
+    """float32: error at most twice that of the loop; bfloat16: not above the loop's.
+
+    In bfloat16 each slab's sum is rounded once, the loop rounds each product.
+    """
     given, (x, ids, factors) = weights(), tokens(among)
     x = x.to(dtype)
     looked_up: list[str] = []
@@ -147,8 +151,10 @@ def test_no_token_is_no_call(served: Counting) -> None:
 def test_a_diff_through_the_kernels(
     make_checkpoint: Callable[..., Path], token_rows: Path, served: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both sides take the same way where nothing is rounded: a model against itself has no error at all. Its
-    perplexity is that of torch."""
+    """Both sides use the same path where nothing is rounded, so a model against itself has no error at all.
+
+    Its perplexity equals torch's.
+    """
     source = make_checkpoint(moe_intermediate_size=64)
     options: dict[str, Any] = {"data": token_rows, "threads": 1, "card": False}
     found = diff(source, [source], **options)

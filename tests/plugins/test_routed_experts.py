@@ -1,5 +1,7 @@
-"""RoutedExperts on the host: a token-by-token float64 sum as oracle, torch in the same dtype, the ONNX
-function, refusals."""
+"""RoutedExperts on the host: a token-by-token float64 sum as oracle, torch, the ONNX function, refusals.
+
+torch computes in the same dtype.
+"""
 
 import ctypes
 import importlib.util
@@ -50,8 +52,10 @@ pytestmark = [needs_compiler, pytest.mark.slow]
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("format", WHOLE)
 def test_float32_with_whole_inputs(format: str, name: str, kernels: Kernels) -> None:
-    """Inputs are three bfloat16, so that products are exact: within twice the error of torch in float32, or
-    two of its roundings."""
+    """Inputs are split into three bfloat16, so that products are exact.
+
+    The error is within twice that of torch in float32, or within two float32 roundings.
+    """
     a = given(format, ROWS[name])
     exact = mixture(a)
     assert 0 < distance(run(kernels, a), exact) <= max(2 * distance(in_torch(a).numpy(), exact), 2.0**-23)
@@ -60,10 +64,9 @@ def test_float32_with_whole_inputs(format: str, name: str, kernels: Kernels) -> 
 @pytest.mark.parametrize("name", DTYPE_ROWS)
 @pytest.mark.parametrize("format", WHOLE)
 def test_16_bits_with_whole_inputs(format: str, name: str, kernels: Kernels) -> None:
-    """Hidden values of bfloat16 are rounded once, those of float16 not to speak of: less error than torch in
-    that dtype.
+    """Less error than torch in the same dtype; float16 within 2% of rounding the exact result once.
 
-    float16 within 2% of rounding the exact result once.
+    Hidden values of bfloat16 are rounded once; the rounding of float16's is negligible.
     """
     a = given(format, DTYPE_ROWS[name])
     exact = mixture(a)
@@ -76,8 +79,7 @@ def test_16_bits_with_whole_inputs(format: str, name: str, kernels: Kernels) -> 
 @pytest.mark.parametrize("name", [*ROWS, *DTYPE_ROWS])
 @pytest.mark.parametrize(("format", "products"), [("fp8", AUTO), ("nvfp4", DECODED), ("nvfp4", NATIVE)])
 def test_rounded_inputs(format: str, products: int, name: str, kernels: Kernels) -> None:
-    """Tokens whose hidden codes depend on a change of 1e-6 are counted and left out, a twentieth at most; the
-    others agree.
+    """Tokens whose hidden codes a change of 1e-6 flips are left out, a twentieth at most; the others agree.
 
     float32 to its own rounding, 16 bits to 2% more than rounding the exact result once.
     """
@@ -117,10 +119,10 @@ def test_numbers_that_are_exact_come_out_exact(
 
 
 def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> None:
-    """Any code and block scale in the weights, inputs that differ by 2^14 from block to block: the same
-    numbers but for float32's sums.
+    """Any code and block scale in the weights, inputs that differ by 2^14 from block to block.
 
-    They are added up in another order. A code or scale in a wrong place puts tokens off by more than 1e-3.
+    Both give the same numbers, except for float32's sums, which are taken in another order. A code or scale
+    in a wrong place would put tokens off by more than 1e-3.
     """
     for tile, tokens, sizes in ((32, 40, (672, 96)), (64, 70, (96, 672)), (64, 70, (352, 288))):
         case = Case(tokens=tokens, chosen=2, experts=3, input=sizes[0], width=sizes[1], tile=tile)
@@ -129,7 +131,7 @@ def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> 
         for projection in ("up", "down"):
             codes, blocks = (a.parts[f"{projection}_{part}"] for part in ("codes", "block_scales"))
             codes[:] = g.integers(0, 256, codes.shape)
-            blocks[:] = g.integers(0, 0x7F, blocks.shape)  # what has a sign, and NaN, are none
+            blocks[:] = g.integers(0, 0x7F, blocks.shape)  # signed scales and NaN do not occur
             a.decoded[projection] = np.stack(
                 [
                     nvfp4.decode(c, b, s)
@@ -154,8 +156,10 @@ def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> 
 
 
 def test_the_device_decides_what_auto_is(kernels: Kernels) -> None:
-    """Native products for NVFP4 with many tokens an expert, on SM120 alone; sums in another order tell which
-    it was."""
+    """Native products for NVFP4 with many tokens an expert, on SM120 only.
+
+    Sums in another order show which products ran.
+    """
     case = Case(tokens=40, chosen=1, experts=1, input=672, width=672)
     a = given("nvfp4", case)
     a.x[:] *= np.exp2(np.random.default_rng(7).uniform(-14, 0, (40, 42))).astype(np.float32).repeat(16, 1)
@@ -180,7 +184,7 @@ def test_the_device_decides_what_auto_is(kernels: Kernels) -> None:
 
 @contextmanager
 def capability(kernels: Kernels, number: int) -> Iterator[None]:
-    """The emulated device's, 10 * major + minor."""
+    """Sets the emulated device's compute capability, 10 * major + minor."""
     change = ctypes.CDLL(str(kernels.path)).nemoquant_host_capability
     change(number)
     try:
@@ -191,10 +195,9 @@ def capability(kernels: Kernels, number: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("format", ["w8a16", "w4a16"])
 def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
-    """Both projections pass one column each through: y is (code * scale)^2, for every finite E4M3 code and
-    block scale.
+    """Both projections pass one column each: y is (code * scale)^2, for every E4M3 code and block scale.
 
-    Subnormal codes among them, which decoding must not lose.
+    These are all finite ones, subnormal codes included, which decoding must keep.
     """
     case = Case(tokens=1, chosen=1, experts=1, input=256, width=256)
     a = given(format, case)
@@ -233,10 +236,10 @@ def test_every_code_is_decoded(format: str, kernels: Kernels) -> None:
 @pytest.mark.parametrize("name", ["the base", "33 tokens an expert, tile 32", "several experts, tile 64"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_onnx_function(format: str, name: str, kernels: Kernels) -> None:
-    """The body in ``graph/dialects.py``, run by ONNX Runtime on the same arrays: within 1e-6 of each other
-    where no code flipped.
+    """The body in ``graph/dialects.py``, run by ONNX Runtime on the same arrays.
 
-    At most a token in twenty has one that did (see test_rounded_inputs).
+    The two are within 1e-6 of each other where no code flipped. At most a token in twenty has a flipped code
+    (see test_rounded_inputs).
     """
     a = given(format, ROWS[name])
     helpers = [ops.nvfp4_dynamic_quant_dequant()] if format == "nvfp4" else []
@@ -253,7 +256,7 @@ def test_the_onnx_function(format: str, name: str, kernels: Kernels) -> None:
 
 
 def test_ids_that_are_no_experts_add_nothing(kernels: Kernels) -> None:
-    """Negative, E, beyond 32 bits: as if the pair were not there, whatever its weight."""
+    """Negative ids, E, and ids beyond 32 bits: the pair adds nothing, whatever its weight."""
     for format in FORMATS:
         a = given(format, BASE)
         bad = [
@@ -275,7 +278,10 @@ def test_ids_that_are_no_experts_add_nothing(kernels: Kernels) -> None:
 
 
 def test_ids_that_are_no_experts_are_counted(kernels: Kernels) -> None:
-    """Added to ``skipped`` in every pass, threads of one sorting block or of two; nothing else touches it."""
+    """Their number is added to ``skipped`` in every pass, by the threads of one sorting block or of two.
+
+    No other code changes it.
+    """
     for tokens, slab in ((9, 0), (9, 6), (200, 0)):
         a = given("bf16", replace(BASE, tokens=tokens, input=32, width=32))
         y = aligned(np.zeros(a.x.shape, a.x.dtype))
@@ -305,8 +311,10 @@ def test_an_expert_that_is_chosen_twice_counts_twice(kernels: Kernels) -> None:
 def test_a_token_alone_gives_the_bits_that_it_gives_among_others(
     format: str, products: int, kernels: Kernels
 ) -> None:
-    """With the same tile: sums are in one order, whatever else is computed. So a call that is repeated
-    repeats its bits."""
+    """With the same tile, sums have one order, whatever other tokens are computed.
+
+    So a repeated call gives the same bits.
+    """
     for tile in (32, 64) if products == NATIVE else (8, 64):
         whole = given(format, replace(BASE, tile=tile, tokens=21, products=products))
         y = run(kernels, whole)
@@ -322,8 +330,10 @@ def test_a_token_alone_gives_the_bits_that_it_gives_among_others(
 def test_tokens_in_several_passes_give_the_same_bits(
     format: str, products: int, tile: int, kernels: Kernels
 ) -> None:
-    """The workspace is bounded by ``slab`` pairs; passes of 7 tokens, and of one where the slab has no room
-    for it."""
+    """``slab`` pairs bound the workspace.
+
+    Passes have 7 tokens, or one token where the slab has room for no more.
+    """
     a = given(format, replace(BASE, tokens=20, tile=tile, products=products))
     y = run(kernels, a)
     sizes = [kernels.workspace("routed_experts", **arguments(a, y))]
@@ -351,7 +361,7 @@ def test_what_is_not_finite_stays_with_its_token(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_large_hidden_values_do_not_overflow(dtype: str, kernels: Kernels) -> None:
-    """Hidden values of 1e8, beyond float16: they are no float16, whatever x is."""
+    """Hidden values of 1e8, beyond float16's range: they are never stored as float16, whatever x is."""
     a = given("bf16", replace(BASE, dtype=dtype))
     weights = {p: w.copy() for p, w in a.decoded.items()}
     weights["up"] *= 1e4
@@ -441,7 +451,7 @@ def test_native_products_are_refused_by_other_devices(kernels: Kernels) -> None:
 
 
 def test_the_workspace_grows_with_every_size(kernels: Kernels) -> None:
-    """As TensorRT needs it: it asks for the largest shapes of a profile."""
+    """TensorRT needs this: it asks only for the largest shapes of a profile."""
     base = {"tokens": 4096, "chosen": 22, "experts": 512, "input": 1024, "width": 2688, "dtype": 2}
     for format in FORMATS.values():
         for name in ("tokens", "chosen", "experts", "input", "width"):

@@ -1,5 +1,5 @@
-// The caller's side of TensorRT's plugin interface, for tests: it loads the plugin library as TensorRT would, and walks the objects
-// that it gets through the interface of the headers alone. No TensorRT library is linked; Python drives it by the functions below.
+// The caller's side of TensorRT's plugin interface, for tests. It loads the plugin library as TensorRT would, and uses the library's
+// objects only through the interface in the headers. No TensorRT library is linked; Python calls the functions below.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -11,7 +11,7 @@ using namespace nvinfer1;
 
 namespace {
 
-// ---- what TensorRT gives to plugins
+// ---- objects that TensorRT passes to plugins
 
 struct Logger : ILogger {
     std::string text;
@@ -75,7 +75,7 @@ struct Builder final : IExprBuilder, private apiv::VExprBuilder {
     const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override { return nullptr; }
 };
 
-// ---- what Python holds
+// ---- objects that Python holds
 
 struct Tensor {  // as in trt_caller.py
     int32_t rank, type, format, unused;
@@ -133,7 +133,7 @@ IPluginV3OneRuntime* runtime(void* plugin) { return capability<IPluginV3OneRunti
 
 EXPORT int trt_major() { return NV_TENSORRT_MAJOR; }
 
-// Loads the library and gives it a logger, in the order in which TensorRT does. Its handle, or null with the reason in log().
+// Loads the library and gives it a logger, in TensorRT's order. Returns a handle, or null with the reason in log().
 EXPORT void* trt_load(const char* path, bool with_logger) {
     void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
@@ -179,7 +179,7 @@ EXPORT void* trt_create(void* creator, const PluginFieldCollection* fields, int3
 EXPORT void trt_destroy(void* plugin) { delete static_cast<IPluginV3*>(plugin); }
 EXPORT void* trt_clone(void* plugin) { return static_cast<IPluginV3*>(plugin)->clone(); }
 
-// name|version|namespace, and the kinds of the object and its capabilities
+// name|version|namespace, and the types of the object and its capabilities
 EXPORT const char* trt_plugin_facts(void* plugin) {
     auto* core = capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
     kept = std::string(core->getPluginName()) + "|" + core->getPluginVersion() + "|" + core->getPluginNamespace() + "|" +
@@ -198,7 +198,7 @@ EXPORT int32_t trt_output_types(void* plugin, const int32_t* inputs, int32_t cou
     return code;
 }
 
-// names: one a dimension, of all inputs one after another; ranks: one an input. The outputs' dimensions as text, "B L C;B C 3".
+// names: one a dimension, all inputs in order; ranks: one an input. Returns the outputs' dimensions as text, "B L C;B C 3".
 EXPORT const char* trt_output_shapes(void* plugin, const char* const* names, const int32_t* ranks, int32_t count, int32_t outputs) {
     Builder builder;
     std::vector<DimsExprs> in(count), out(outputs);
@@ -245,7 +245,7 @@ EXPORT int32_t trt_enqueue(void* plugin, const Tensor* in, int32_t inputs, const
     return runtime(plugin)->enqueue(fixed(in, inputs).data(), fixed(out, outputs).data(), from, to, space, nullptr);
 }
 
-// What was logged (a line each, the severity in front), or reported to the error recorder, since the last time.
+// Messages logged (one a line, severity first), or reported to the error recorder, since the last call.
 EXPORT const char* trt_take_log(bool of_recorder) {
     std::string& text = of_recorder ? recorder.text : finder.logger.text;
     kept = text;

@@ -1,16 +1,17 @@
-"""Quantized weights and inputs as an engine has them: against Model Optimizer's TensorQuantizer on the same
-tensors, and themselves.
+"""Quantized weights and inputs as an engine computes them, against Model Optimizer's TensorQuantizer.
 
-FP8. TensorQuantizer in real-quantize mode divides by amax / 448 and multiplies with it, as we and ONNX's
+Also against themselves, in pieces and threads.
+
+FP8. TensorQuantizer in real-quantize mode divides by amax / 448 and multiplies by it, as we and ONNX's
 QuantizeLinear do: every bit is equal. Its fake mode multiplies by 448 / amax and by the inverse of that, so
-that last bits differ, and now and then a code.
+that last bits differ, and sometimes a code.
 
-NVFP4. Its fake mode needs a CUDA tensor. Real-quantize mode goes through its weights' code, which clamps a
-block's scale at 2^-9; inputs at run time have no such clamp, neither in its kernel (``fp8_quantize_scale`` in
-kernels/quantization/common/nvfp4_quant.py: "values below its rounding range may become zero") nor in engines,
-nor here. So blocks that underflow are compared with zero instead. (That kernel, run in Triton's interpreter
-with torch's cast to E4M3, gave our values for all of 1.6 million; but by its code it makes zeros of any block
-whose decode scale is below 1e-5, as engines do not.)
+NVFP4. Its fake mode needs a CUDA tensor. Real-quantize mode uses its code for weights, which limits a block's
+scale to at least 2^-9. Inputs at run time have no such limit, neither in its kernel (``fp8_quantize_scale``
+in kernels/quantization/common/nvfp4_quant.py: "values below its rounding range may become zero") nor in
+engines, nor here. So blocks that underflow are compared with zero instead. (That kernel, run in Triton's
+interpreter with torch's cast to E4M3, gave our values for all of 1.6 million; but by its code it makes zeros
+of any block whose decode scale is below 1e-5, which engines do not do.)
 """
 
 from typing import Any
@@ -49,7 +50,7 @@ def quantizer(amax: float, **settings: Any) -> Any:
 
 
 def real(x: Tensor, amax: float, **settings: Any) -> Tensor:
-    """Encoded by TensorQuantizer, and decoded by it."""
+    """Encoded and decoded by TensorQuantizer."""
     made = quantizer(amax, **settings, fake_quant=False)
     result: Tensor = made(made(x))
     return result
@@ -61,7 +62,7 @@ def scale_of(amax: float, largest: float) -> np.float32:
 
 
 def inputs() -> dict[str, Tensor]:
-    """GEMM inputs [2, 24, 320] whose largest magnitude is 1, of all kinds that quantizers find hard."""
+    """GEMM inputs [2, 24, 320] with largest magnitude 1, of all kinds that are hard to quantize."""
     g = torch.Generator().manual_seed(0)
     shape = (2, 24, 320)
     normal = torch.randn(shape, generator=g)
@@ -97,7 +98,7 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 @every_input
 @pytest.mark.parametrize("amax", AMAX)
 def test_fp8_is_modelopts_real_quantizer_to_the_bit(x: Tensor, amax: float) -> None:
-    """Within amax: it leaves saturation to torch's cast, which has not always saturated."""
+    """Values are within amax: it leaves saturation to torch's cast, which has not always saturated."""
     x = (x * amax).clamp(-amax, amax)
     found, _ = fake_quantize(x, "fp8", scale_of(amax, 448))
     assert torch.equal(bits(found), bits(real(x, amax, **FP8)))
@@ -109,7 +110,7 @@ def test_fp8_is_modelopts_real_quantizer_to_the_bit(x: Tensor, amax: float) -> N
 def test_fp8_is_modelopts_fake_quantizer_to_the_bit_where_its_inverse_is_exact(
     x: Tensor, exponent: int
 ) -> None:
-    """A power of two as scale; three times beyond amax, where both saturate."""
+    """The scale is a power of two; values up to three times amax, where both saturate."""
     amax = 448 * 2.0**exponent
     x = 3 * amax * x
     found, measured = fake_quantize(x, "fp8", scale_of(amax, 448))
@@ -119,14 +120,16 @@ def test_fp8_is_modelopts_fake_quantizer_to_the_bit_where_its_inverse_is_exact(
 
 @modelopt
 def test_fp8_differs_from_modelopts_fake_quantizer_by_rounding_only() -> None:
-    """Decoded values: ours carry two roundings of 2^-24 (scale, product), theirs four (reciprocal, times 448,
-    its inverse, product), so that they differ by less than 6 x 2^-24 of the value, which is at most six steps
-    of float32. Measured: two.
+    """Decoded values and codes differ no more than the number of roundings explains.
 
-    Codes: our quotient carries two roundings and theirs three, so that a code may differ where the exact
-    quotient lies within 3 x 2^-24 of a midpoint between two codes. There are eight midpoints in an octave: a
-    share of 8 x 2 x 3 x 2^-24 / ln 2 = 4.2e-6 of values that are spread evenly over octaves. Measured: 1 of
-    3.9 million.
+    Decoded values: ours have two roundings of 2^-24 (scale, product), theirs four (reciprocal, times 448, its
+    inverse, product), so that they differ by less than 6 x 2^-24 of the value, which is at most six steps of
+    float32. Measured: two.
+
+    Codes: our quotient has two roundings and theirs three, so that a code may differ where the exact quotient
+    lies within 3 x 2^-24 of a midpoint between two codes. There are eight midpoints in an octave: a share of
+    8 x 2 x 3 x 2^-24 / ln 2 = 4.2e-6 of values that are spread evenly over octaves. Measured: 1 of 3.9
+    million.
     """
     g = torch.Generator().manual_seed(1)
     x = torch.randn(1, 128, 1024, generator=g) * 3
@@ -151,8 +154,10 @@ def test_fp8_differs_from_modelopts_fake_quantizer_by_rounding_only() -> None:
 
 @modelopt
 def test_a_value_whose_fp8_code_differs() -> None:
-    """The exact quotient is 68.0000035, past the midpoint of 64 and 72; theirs comes out as 68.0, and the tie
-    goes to 64."""
+    """The exact quotient is 68.0000035, past the midpoint of 64 and 72.
+
+    Theirs is computed as 68.0, and the tie goes to 64.
+    """
     amax, x = float.fromhex("0x1.154fd4p+4"), torch.tensor([[float.fromhex("0x1.50bc5ep+1")]])
     scale = scale_of(amax, 448)
     assert fake_quantize(x, "fp8", scale)[0].item() == np.float32(72) * scale
@@ -164,8 +169,10 @@ def test_a_value_whose_fp8_code_differs() -> None:
 
 
 def vanishing(x: Tensor, scale: np.float32) -> Tensor:
-    """Which values stand in a block whose scale rounds to zero: fp32(amax / (6 scale)) <= 2^-10, midway to
-    the smallest."""
+    """Marks values in a block whose scale rounds to zero: fp32(amax / (6 scale)) <= 2^-10.
+
+    2^-10 is midway to the smallest scale.
+    """
     blocks = x.view(*x.shape[:-1], -1, 16)
     low = blocks.abs().amax(-1, keepdim=True) / torch.tensor(np.float32(6) * scale) <= 2.0**-10
     return low.expand_as(blocks).reshape(x.shape)
@@ -176,8 +183,10 @@ def vanishing(x: Tensor, scale: np.float32) -> Tensor:
 @pytest.mark.parametrize("amax", AMAX)
 @pytest.mark.parametrize("beyond", [1.0, 4.0], ids=["within amax", "beyond amax: saturated"])
 def test_nvfp4_is_modelopts_real_quantizer(x: Tensor, amax: float, beyond: float) -> None:
-    """All bits where it is not zero. Zero is +0.0 in their table for code 8 too, and -0.0 for us, as in
-    engines' tables."""
+    """All bits are equal where the value is not zero.
+
+    Code 8 is +0.0 in their table, and -0.0 for us, as in engines' tables.
+    """
     x = x * (amax * beyond)
     scale = scale_of(amax, 2688)
     found, measured = fake_quantize(x, "nvfp4", scale)
@@ -196,7 +205,7 @@ def test_the_inputs_have_blocks_that_vanish_and_modelopts_weights_keep_them() ->
     assert not fake_quantize(x, "nvfp4", scale)[0][vanished].any()
 
 
-# What is done in pieces is done as a whole.
+# Work in pieces gives the result of the whole.
 
 
 def weight(format: str, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
@@ -244,8 +253,10 @@ def test_rows_of_it_decode_to_the_same(format: str, rows: slice) -> None:
 @both
 @pytest.mark.parametrize("elements", [1, 160, 161, 500, 1 << 18])
 def test_pieces_change_nothing(format: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values exactly; sums of float64, of which there are as many as pieces, by their rounding: 2^-53 for
-    each of 3840 terms."""
+    """Values are equal; float64 sums differ by rounding: 2^-53 for each of 3840 terms.
+
+    There are as many sums as pieces.
+    """
     w, x = weight(format, (24, 160)), INPUTS["outliers"]
     source = np.random.default_rng(0).standard_normal((24, 160)).astype(np.float32)
     scale = scale_of(0.5, 448 if format == "fp8" else 2688)
@@ -266,7 +277,7 @@ def test_pieces_change_nothing(format: str, elements: int, monkeypatch: pytest.M
 
 @both
 def test_threads_change_nothing(format: str) -> None:
-    """Not even the sums: pieces do not depend on threads, and are added up in order."""
+    """Even the sums are equal: pieces do not depend on threads, and are added up in order."""
     x = torch.randn(3, 100, 4096, generator=torch.Generator().manual_seed(2))  # five pieces
     w = weight(format, (300, 4096))
     threads, found = torch.get_num_threads(), []
@@ -293,15 +304,15 @@ def test_the_noise_is_that_of_what_comes_out(format: str) -> None:
     source = np.random.default_rng(0).standard_normal((24, 160)).astype(np.float32)
     assert w.limit == limit(w.scale)
     assert w.noise(source) == noise.measure(source, decoded(w), limit(w.scale))
-    assert w.noise(source).saturated == 0  # it is the weight that was encoded, and its scale is of its amax
+    assert w.noise(source).saturated == 0  # the encoded weight is this one, and the scale is that of its amax
     assert (
         w.noise(source).sqnr_db or 0
-    ) > 17  # the floor of test_oracle_transformers.py; of another weight it is below zero
+    ) > 17  # the floor of test_oracle_transformers.py; with another weight it is below zero
 
 
 @both
 def test_the_input_is_neither_changed_nor_shared(format: str) -> None:
-    """q, k and v are given the same tensor one after the other. A view of another layout is as good."""
+    """q, k and v get the same tensor one after the other. A view with another layout is also accepted."""
     x = INPUTS["normal"].clone()
     found, _ = fake_quantize(x, format, np.float32(0.001))
     assert torch.equal(x, INPUTS["normal"])
@@ -315,8 +326,7 @@ def test_the_input_is_neither_changed_nor_shared(format: str) -> None:
 
 @both
 def test_a_product_in_slices_is_the_product(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes of a power-of-two scale times small integers: every sum is exact in float32, whatever its
-    order."""
+    """Codes with a power-of-two scale times small integers: every sum is exact in float32, in any order."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (40, 64)).astype(np.uint8)
     if format == "fp8":

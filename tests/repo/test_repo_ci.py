@@ -1,4 +1,4 @@
-"""What .ci/ relies on, and what the package promises about versions."""
+"""What .ci/ relies on, and the versions that the package promises."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ def test_scripts_are_whole(script: str) -> None:
 
 
 def test_readme_has_the_commands_that_ci_runs() -> None:
-    """One line each; the second one in two halves, since its installation runs beside the demo."""
+    """One line each; the second is tested in two halves, since its installation runs next to the demo."""
     found = dict(re.findall(r"^<!-- (run|test) -->\n```\n(.*)\n```$", (ROOT / "README.md").read_text(), re.M))
     assert found["run"].startswith("pip install -c constraints.txt . && nemoquant demo --out ${OUT:-")
     assert re.fullmatch(r"pip install -c constraints\.txt [^&]* && python -m pytest[^&]*", found["test"])
@@ -41,7 +41,7 @@ def test_promised_pythons_are_named() -> None:
 
 @pytest.mark.parametrize("extra", ["", "dev", "onnx", "ort", "rtx", "ray", "parquet", "modelopt"])
 def test_versions_that_were_tested_are_pinned(extra: str) -> None:
-    """What CI installs."""
+    """The versions that CI installs."""
     wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in wanted} - {"nemoquant"}
     assert names <= PINNED

@@ -1,4 +1,4 @@
-"""Rules of the code that no linter holds."""
+"""Rules of the code that no linter checks."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ MOST_POSITIONAL = 6
 
 
 def test_no_call_passes_seven_or_more_positional_arguments():
-    """Beyond six nobody can tell them apart: they are passed by their names."""
+    """With more than six nobody can tell them apart: they are passed by name."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node.func)}"
         for path in sorted((ROOT / "nemoquant").rglob("*.py"))
@@ -19,8 +19,10 @@ def test_no_call_passes_seven_or_more_positional_arguments():
 
 
 def test_foreign_names_stand_in_one_file():
-    """Names of other tools' tensors and config files: in layouts/modelopt.py alone, whatever reads or writes
-    them."""
+    """Names of other tools' tensors and config files are only in layouts/modelopt.py.
+
+    This holds for code that reads them and code that writes them.
+    """
     foreign = {
         "weight_scale",
         "weight_scale_2",

@@ -1,5 +1,7 @@
-"""The demo model is what its manifest says, and good enough to test quantization with: every kind of block
-matters."""
+"""The demo model matches its manifest, and is good enough to test quantization with.
+
+Every kind of block matters.
+"""
 
 import json
 
@@ -30,7 +32,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def forward(model, rows):
-    """Hidden states of the rows, and the experts that their tokens went to."""
+    """Hidden states of the rows, and the experts that their tokens chose."""
     reached = set()
 
     def tap(name, x):
@@ -76,7 +78,7 @@ def test_calibration_evaluation_and_training_share_no_work():
 
 
 def test_perplexity_is_what_the_manifest_says(model, rows, forward):
-    """On eight of the rows, recomputed; the manifest's figure is over all of them, so it is only near."""
+    """Recomputed on eight of the rows; the manifest's figure is over all rows, so the two are only near."""
     logits = model.logits(forward[0])
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), rows[:, 1:].flatten())
     claimed = MANIFEST["evaluation"]["perplexity"]

@@ -1,5 +1,4 @@
-"""The file map of CONTRIBUTING.md: its paths exist, and it has the top of the repository and of the
-package."""
+"""The file map of CONTRIBUTING.md: its paths exist; it has the top of the repository and the package."""
 
 import re
 import subprocess
@@ -30,7 +29,7 @@ def tops() -> set[str]:
 
 
 def missing(paths: list[str], expected: set[str]) -> list[str]:
-    """What is not there, nor anything in it."""
+    """Expected paths that are not listed, and of which no inner path is listed."""
     inside = tuple(f"{path}/" for path in paths)
     return sorted(name for name in expected if not any(path.startswith(f"{name}/") for path in inside))
 

@@ -1,5 +1,7 @@
-"""Every shipped preset that fits the demo model quantizes it, and the result verifies against it, every code
-encoded again."""
+"""Every shipped preset that fits the demo model quantizes it, and the result verifies.
+
+Verify encodes every code again from the source.
+"""
 
 import pytest
 from support.places import DEMO
@@ -7,12 +9,12 @@ from support.places import DEMO
 import nemoquant
 from nemoquant.planning.recipe import presets
 
-PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # that one fits Super only
+PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # the excluded one fits Super only
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset(preset, demo, tmp_path):
-    """Calibrated once, for the graphs' tests too: a scales file serves every recipe."""
+    """Calibrated once, also for the graphs' tests: one scales file serves every recipe."""
     out, scales = tmp_path / preset, demo("nvfp4") / "nemoquant_scales.json"
     needed = nemoquant.plan(DEMO, preset).needs_calibration
     result = nemoquant.quantize(DEMO, out, preset, nemoquant.RunOptions(scales=scales) if needed else None)

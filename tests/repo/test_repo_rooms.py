@@ -1,5 +1,7 @@
-"""The order of the rooms: each imports only what stands above it, lazily too, and nothing imports in a
-circle."""
+"""The order of the rooms: each imports only rooms above it, and no import is circular.
+
+This includes imports inside functions.
+"""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -8,8 +10,7 @@ from pathlib import Path
 import pytest
 from support.places import PACKAGE
 
-# From the top; names on one line may import each other. `solve` (solved weights) has its place after
-# `calibrate`.
+# From the top; rooms on one line may import each other. `solve` (solved weights) will come after `calibrate`.
 ORDER = (
     ("_version", "errors", "machine", "units", "progress", "shipped"),
     ("formats",),
@@ -40,7 +41,7 @@ MODULES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of ours that a file imports, anywhere in it: the deepest module that each name belongs to."""
+    """Our modules that a file imports, anywhere in it: the deepest module that each name belongs to."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Slow tests: `-m "not slow"` leaves some in every room."""
+"""Slow tests: `-m "not slow"` keeps some tests in every room."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOMS = sorted({file.parent.name for file in PACKAGE.glob("*/*.py")})
 
 
 def is_slow(mark: ast.AST) -> bool:
-    """Whether it is ``pytest.mark.slow`` or a list with it; a parameter's mark leaves other parameters."""
+    """Whether it is ``pytest.mark.slow`` or a list with it; a mark on one parameter leaves the others."""
     if isinstance(mark, ast.List | ast.Tuple):
         return any(is_slow(one) for one in mark.elts)
     return isinstance(mark, ast.Attribute) and mark.attr == "slow"

@@ -1,4 +1,4 @@
-"""What packing holds and what hidden states take on disk, by hand: two halves of what a run promises."""
+"""Memory that packing holds and disk space of hidden states, by hand: both are promised to the user."""
 
 import shutil
 from collections import namedtuple
@@ -12,7 +12,7 @@ from nemoquant.run.budget import pack_bytes
 
 WAITING = (
     2 * 8 * (4 << 20)
-)  # two queues, to be hashed and to be written, of 8 pieces: codes of 8 MiB of bf16 at most
+)  # two queues, for hashing and writing, of 8 pieces: codes of 8 MiB of bf16 at most
 IN_PROJ = (64 + 64 + 2 * 2 * 16 + 4) * 64 // 16  # rows z, x, B and C, dt; a scale for 16 of 64 columns
 EXPERTS = 8 * 48 * 32 // 16  # of one layer and projection together
 
@@ -35,7 +35,7 @@ def test_hidden_states_are_two_files_of_all_rows(dtype, item):
 
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
 def test_the_disk_has_room_for_them_or_the_run_is_refused(dtype, item, source, tmp_path, monkeypatch):
-    """To the byte. With room enough the next thing that is missing is the tokenizer, for the shipped text."""
+    """Exact to the byte. With enough space the next error is the tokenizer, missing for the shipped text."""
     made = plan(source, "fp8")
     needed = made.bytes_out + 600 * made.tensors_out + (64 << 20) + 2 * 5 * 48 * 64 * item
     usage = namedtuple("usage", "total used free")

@@ -1,5 +1,7 @@
-"""Packing on a GPU, by Triton's interpreter in processes of their own: the same files, each weight sent there
-once; and what is refused."""
+"""Packing on a GPU, by Triton's interpreter in separate processes: the same files, and refusals.
+
+Each weight is sent to the device once.
+"""
 
 import importlib.util
 import json
@@ -43,7 +45,7 @@ print(json.dumps({"sent": len(sent), "chunks": len(chunks)}))
 def on_gpu(
     source: Path, out: Path, preset: str, calibration: dict[str, Any] | None = None, **options: Any
 ) -> dict[str, int]:
-    """``quantize`` with the device cuda; how many weights were sent there, and how many chunks there are."""
+    """``quantize`` on the device cuda; returns the number of weights sent there, and of chunks."""
     arguments = [source, out, preset, json.dumps({"threads": 2} | options), json.dumps(calibration or {})]
     done = run_python(RUN, *arguments, TRITON_INTERPRET="1")
     found: dict[str, int] = json.loads(done.stdout)
@@ -51,7 +53,7 @@ def on_gpu(
 
 
 def stopping(at: str | None) -> Callable[..., None]:
-    """Progress that ends the run, as Ctrl-C does, in the middle of a stage."""
+    """Progress that ends the run in the middle of a stage, as Ctrl-C does."""
 
     def report(*told: Any) -> None:
         stage, done, total, _ = told
@@ -65,8 +67,10 @@ def stopping(at: str | None) -> Callable[..., None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
 def test_every_file_is_that_of_the_cpu(preset: str, source: Path, token_rows: Path, tmp_path: Path) -> None:
-    """With calibration and without; verify, which runs on the CPU, encodes everything again. (The
-    interpreter's cuda is this CPU.)"""
+    """With and without calibration; verify, which runs on the CPU, encodes everything again.
+
+    The interpreter's cuda is this CPU.
+    """
     calibration = {"data": str(token_rows), "dtype": "float32", "row_batch": 8}
     quantize(source, tmp_path / "expected", preset, RunOptions(**calibration, threads=2))
     found = on_gpu(source, tmp_path / "found", preset, calibration)
@@ -81,8 +85,10 @@ def test_every_file_is_that_of_the_cpu(preset: str, source: Path, token_rows: Pa
 def test_a_run_goes_on_with_the_other_device(
     source: Path, quantized: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Begun on the CPU, interrupted between shards, gone on with on the GPU, with scales given: the file set
-    of a run in one go."""
+    """Begun on the CPU, interrupted between shards, resumed on the GPU, with given scales.
+
+    The files equal those of an uninterrupted run.
+    """
     scales = quantized("fp8", "first") / "nemoquant_scales.json"
     expected = quantized("fp8", "expected", scales=scales, shard_bytes=30_000)
 
@@ -102,10 +108,10 @@ def test_after_calibration_the_device_may_change(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before, it decides what is calibrated: then the run is refused. (The device's name alone: nothing runs
-    on a GPU here.)
+    """Before that, another device would change the calibration: the run is refused.
 
-    Nor does it matter then in which dtype the other device would have calibrated by itself.
+    Only the device's name is used: nothing runs on a GPU here. After calibration, the dtype that the other
+    device would choose for calibration does not matter either.
     """
     usual = {"cpu": "float32", "cuda": "bfloat16"}
     monkeypatch.setattr("nemoquant.run.job.compute_dtype", lambda device: usual[device])
@@ -138,7 +144,7 @@ def test_after_calibration_the_device_may_change(
 def test_without_a_gpu_nothing_is_read(
     verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A source that does not even exist is not looked at; recipes without calibration are refused too."""
+    """A source that does not exist is not checked first; recipes without calibration are refused too."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
     monkeypatch.setattr(api, "plan", lambda *arguments, **options: None)

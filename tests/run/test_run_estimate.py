@@ -1,4 +1,4 @@
-"""What is told before a run: seconds from given speeds against arithmetic by hand, and sizes."""
+"""The estimate before a run: seconds from given speeds, against arithmetic by hand, and sizes."""
 
 import threading
 import time
@@ -28,8 +28,7 @@ SPEEDS = Speeds(
 
 @pytest.fixture
 def estimated(source, monkeypatch):
-    """An estimate from ``SPEEDS`` (or changed ones) for 8 rows of 32 tokens, 4 of them at once, and its
-    plan."""
+    """An estimate from ``SPEEDS`` (or changed ones) for 8 rows of 32 tokens, 4 at once, and its plan."""
 
     def make(preset, threads=2, **changes):
         from dataclasses import replace
@@ -60,7 +59,7 @@ def test_packing_waits_for_the_slowest(estimated):
 
 
 def test_calibration_is_products_mixers_and_weights_read_once_a_batch(estimated):
-    """8 x 32 tokens; of 8 experts 2 answer; M*E-ME; MoE layers in one batch, the others in two."""
+    """8 x 32 tokens; 2 of 8 experts a token; M*E-ME; MoE layers in one batch, the others in two."""
     found, _ = estimated("nvfp4")
     h, inner, bc, heads, latent = 64, 64, 2 * 16, 4, 32
     mamba = h * (2 * inner + 2 * bc + heads) + inner * h
@@ -90,7 +89,7 @@ def test_a_chosen_row_batch_is_kept(source):
 
 
 def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source, monkeypatch):
-    """On a stand-in: a GPU that takes chunks one at a time, 10 ms each, and whose products are the CPU's."""
+    """The stand-in is a GPU that takes chunks one at a time, 10 ms each; its products are the CPU's."""
     one_at_a_time, asked = threading.Lock(), set()
 
     def pack_weights(*given):

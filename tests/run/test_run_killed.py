@@ -1,4 +1,4 @@
-"""Runs that were killed, and gone on with: the same bytes as of a run that was not, and nothing else.
+"""Runs that were killed and resumed: the same bytes as an uninterrupted run, and no other file.
 
 The kills are SIGKILL in the middle of writes, of renames and between them (tests/support/killed_runs.py).
 """
@@ -50,7 +50,7 @@ def killed(source, token_rows, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
 def test_killed_at_ten_random_points(preset, killed, tmp_path):
-    """Each run is killed, gone on with and killed once more, and gone on with to its end."""
+    """Each run is killed, resumed, killed once more, and resumed to its end."""
     whole = killed("whole", preset)
     assert (whole["status"], whole["error"]) == (0, None)
     expected = tree(tmp_path / "whole")
@@ -74,8 +74,7 @@ def test_killed_at_ten_random_points(preset, killed, tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_behind_the_rename(killed, tmp_path):
-    """OUT has its name, its state is not removed yet: --resume finishes that, whether or not there is
-    anything else to do."""
+    """OUT has its name, but its state is not removed yet: --resume removes it, with or without other work."""
     events = killed("whole", "nvfp4")["events"]
     expected = tree(tmp_path / "whole")
     for back in range(5):  # the last events are removals in OUT

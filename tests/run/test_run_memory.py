@@ -1,6 +1,6 @@
-"""Bounded memory: a checkpoint three times the limit goes through with its peak under the limit.
+"""Bounded memory: the peak stays under the limit for a checkpoint three times as large as the limit.
 
-Peak is VmHWM of a process of its own, above that of a process that only imports the same modules and compiles
+Peak is VmHWM of a separate process, above that of a process that only imports the same modules and compiles
 the kernels.
 """
 
@@ -41,7 +41,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """Half a gigabyte."""
+    """A checkpoint of half a gigabyte."""
     return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (4, 128))
 
 

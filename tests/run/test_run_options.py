@@ -1,5 +1,7 @@
-"""The options of a run: one table says flag, default and what may change on resume; the command line and the
-state follow it."""
+"""The options of a run: one table has flag, default and what may change on resume.
+
+The command line and the state follow it.
+"""
 
 from dataclasses import FrozenInstanceError, fields
 

@@ -1,5 +1,4 @@
-"""A run spread over two Ray nodes, one of which is lost in the middle: the bytes of the run in one
-process."""
+"""A run on two Ray nodes, one of which is lost in the middle: the bytes equal those of one process."""
 
 import importlib.util
 import json
@@ -37,7 +36,7 @@ def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
         "two",
         "calibrate",
         "pack",
-    ):  # a row at a time and one thread: even the calibrated scales are the same
+    ):  # one row at a time and one thread: even the calibrated scales are equal
         assert changed_files(folder / name, whole.out) == [], name
     for stage in ("calibrate", "pack"):
         node, tasks = report[stage]["lost"], report[stage]["tasks"]
@@ -50,8 +49,10 @@ def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
 @pytest.mark.slow
 @needs_ray
 def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
-    """NaN in an expert: found on a node, told as it is without a cluster. Through the command line, which
-    starts a cluster for it."""
+    """NaN in an expert, detected on a node: the message is the same as without a cluster.
+
+    Through the command line, which starts a cluster for it.
+    """
     import torch
 
     name = "backbone.layers.2.mixer.experts.3.up_proj.weight"
@@ -66,7 +67,7 @@ def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
 
 @needs_ray
 def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
-    """Whatever clusters others have on this machine, which Ray finds by its processes and a file in /tmp."""
+    """Other clusters on this machine must not be used; Ray detects them by processes and a file in /tmp."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))  # Ray clears its own cache
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda temp_dir: None)
@@ -111,7 +112,7 @@ def test_options_of_the_engine(source, tmp_path):
 
 
 def test_a_node_with_another_source_or_version(source, make_checkpoint):
-    """What a worker does before its first task, called here."""
+    """A worker's check before its first task, called here directly."""
     from nemoquant.checkpoint.manifest import weights_fingerprint
     from nemoquant.checkpoint.reader import Checkpoint
     from nemoquant.run.cluster import _opened

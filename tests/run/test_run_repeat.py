@@ -1,5 +1,7 @@
-"""The same bytes again: of two runs, of other thread counts, of a scales file given back, of other layouts of
-the source."""
+"""The same bytes from two runs.
+
+Also with other thread counts, with a given scales file, and with other layouts of the source.
+"""
 
 import json
 
@@ -32,7 +34,7 @@ def test_threads_do_not_change_weights(preset, quantized):
     by_activations = ("input_scale", "k_scale", "v_scale")
     assert [n for n in one if one[n].data != two[n].data and not n.endswith(by_activations)] == []
     for name in (n for n in one if n.endswith(by_activations)):
-        # docs/design.md, "Reproducible": within 1e-5, sums are in another order
+        # docs/design.md, "Reproducible": within 1e-5, sums are taken in another order
         assert two[name].tensor().item() == pytest.approx(one[name].tensor().item(), rel=1e-5)
 
 
@@ -69,10 +71,9 @@ def test_scales_repeat_the_warnings_too(source, tmp_path):
 
 
 def test_warnings_of_the_plan_are_not_repeated(make_checkpoint, quantized):
-    """They come from the recipe and the model, in each run; the scales file keeps those of the calibration
-    only."""
+    """They come from the recipe and the model in each run; the scales file keeps only the calibration's."""
     source = make_checkpoint("dense", hybrid_override_pattern="M*-", num_nextn_predict_layers=0)
-    first = quantized("nvfp4", "first", of=source)  # no experts, so nothing is NVFP4
+    first = quantized("nvfp4", "first", of=source)  # no experts, so no tensor is NVFP4
     again = quantized("nvfp4", "again", of=source, scales=first / "nemoquant_scales.json")
     assert changed_files(first, again) == []
 
@@ -86,8 +87,7 @@ def test_one_scales_file_serves_other_recipes(quantized):
 
 
 def fuse(source, folder):
-    """The layout of transformers 5: one file, experts stacked in numeric order, and its name of the
-    embedding."""
+    """The layout of transformers 5: one file, experts stacked in numeric order, its name of the embedding."""
     tensors = oracle_tensors.read(source)
     fused, experts = {}, {}
     for name, tensor in tensors.items():
@@ -117,7 +117,7 @@ def test_a_fused_single_file_source_gives_the_same_output(preset, make_checkpoin
 
 def test_links_in_the_source_are_followed_and_none_is_written(source, quantized, tmp_path):
     (source / "tokenizer_config.json").write_text("{}")
-    linked, blobs = tmp_path / "snapshot", tmp_path / "blobs"  # as a hub cache lays it out
+    linked, blobs = tmp_path / "snapshot", tmp_path / "blobs"  # the layout of a hub cache
     linked.mkdir()
     blobs.mkdir()
     for i, path in enumerate(sorted(source.iterdir())):

@@ -1,7 +1,6 @@
-"""Runs that were interrupted or failed, and gone on with: the bytes of a run that was not, and what is
-refused.
+"""Runs that were interrupted or failed, and resumed: the bytes of an uninterrupted run, and refusals.
 
-tests/run/test_run_killed.py kills them in the middle of a write.
+tests/run/test_run_killed.py kills runs in the middle of a write.
 """
 
 import json
@@ -21,8 +20,7 @@ SHARD_BYTES = 30_000
 
 @pytest.fixture
 def begun(source, token_rows, tmp_path, monkeypatch):
-    """Begins a run of ``source`` into ``out`` that an interrupt ends: after ``layers`` layers or ``shards``
-    shards."""
+    """Begins a run of ``source`` into ``out``, interrupted after ``layers`` layers or ``shards`` shards."""
     from nemoquant.calibrate import run
     from nemoquant.pack import write
 
@@ -95,7 +93,7 @@ def test_what_is_finished_is_not_done_again(begun, source, token_rows, tmp_path,
 
 
 def test_rows_with_nan_are_remembered(make_checkpoint, begun, tmp_path):
-    """Packing refuses the embedding that made them; the scales file tells of the calibration before that."""
+    """Packing refuses the embedding that caused the NaN; the scales file still records the lost rows."""
 
     def edit(tensors):
         tensors["backbone.embeddings.weight"][95] = torch.nan
@@ -264,7 +262,7 @@ def test_strange_files_in_a_folder_of_ours(begun, source, token_rows, tmp_path):
 
 def test_nothing_to_go_on_with(source, token_rows, tmp_path):
     make(source, token_rows, tmp_path / "whole")
-    (tmp_path / "b.partial").mkdir()  # killed before its first file
+    (tmp_path / "b.partial").mkdir()  # killed before it wrote a file
     for name in ("a", "b"):
         said = []
         make(source, token_rows, tmp_path / name, resume=True, said=said)
@@ -308,7 +306,7 @@ def test_an_out_that_came_to_be_meanwhile(source, token_rows, tmp_path, monkeypa
 
 
 def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, monkeypatch):
-    """The disk has room for the rest, not for the whole."""
+    """The disk has space for the rest, not for the whole."""
     import shutil
     from collections import namedtuple
 
@@ -322,7 +320,7 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
 
 
 def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_rows, tmp_path, monkeypatch):
-    """``demo`` quantizes into a folder of its own, which goes when anything in it fails."""
+    """``demo`` quantizes into its own folder, which is removed after any error in it."""
     from nemoquant.checkpoint.folder import making
     from nemoquant.run import write as run
 

@@ -1,4 +1,4 @@
-"""The files beside the tensors: which are copied, and that the others are named."""
+"""The files next to the tensors: which are copied; the others are named in the output."""
 
 import json
 

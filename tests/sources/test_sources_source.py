@@ -1,4 +1,4 @@
-"""What may be quantized: the config's own tensors, all of them, floating, and not quantized before."""
+"""Sources that may be quantized: all of the config's tensors and no other, floating, not quantized before."""
 
 import json
 from collections.abc import Callable

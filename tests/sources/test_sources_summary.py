@@ -1,4 +1,4 @@
-"""What ``inspect`` shows: figures by arithmetic over the published sizes, layer kind by layer kind."""
+"""The summary of ``inspect``: figures by arithmetic over the published sizes, one layer kind at a time."""
 
 import json
 from collections import Counter
@@ -42,7 +42,7 @@ def test_golden_figures_of_super(inspected: dict[str, Any]) -> None:
 
 
 def test_active_parameters_of_super(inspected: dict[str, Any]) -> None:
-    """Published as 12.7 B. Everything that a token's forward touches, of 512 experts 22, comes to 12.77 B."""
+    """Published as 12.7 B; all weights that a token's forward uses, with 22 of 512 experts, are 12.77 B."""
     active = MAIN - 40 * (512 - 22) * EXPERT
     assert inspected["active_parameters"] == active == 12_770_237_440
     assert 12.7e9 <= active < 12.8e9

@@ -1,4 +1,4 @@
-"""The command line in this process, and how it refuses."""
+"""Runs the command line in this process, and checks its refusals."""
 
 from click.testing import CliRunner, Result
 
@@ -6,12 +6,12 @@ from nemoquant.cli import main
 
 
 def invoke(*arguments: object) -> Result:
-    """``nemoquant ARGUMENTS``, whatever comes of it."""
+    """Runs ``nemoquant ARGUMENTS``, with any result."""
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def nemoquant(*arguments: object, code: int = 0) -> Result:
-    """The same, with the exit code that it must end with: 0, or by a message, never a traceback."""
+    """The same with an expected exit code; an error must be a message, never a traceback."""
     result = invoke(*arguments)
     assert result.exit_code == code, (result.output, result.exception)
     if code:
@@ -20,7 +20,7 @@ def nemoquant(*arguments: object, code: int = 0) -> Result:
 
 
 def check_parts(parts: list[str], text: str) -> None:
-    """All parts are in the text."""
+    """Checks that all parts are in the text."""
     missing = [part for part in parts if part not in text]
     assert not missing, f"{missing} not in {text}"
 
@@ -33,7 +33,7 @@ def refusal(*arguments: object, parts: list[str] = [], code: int = 2) -> str:  #
 
 
 def error_line(text: str, parts: list[str] = []) -> str:  # noqa: B006
-    """The one line ``error: ...`` that standard error holds, which has these parts."""
+    """The only line ``error: ...`` of standard error, which must have these parts."""
     lines = text.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: "), lines

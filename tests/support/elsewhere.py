@@ -1,9 +1,8 @@
-"""A device that is not the CPU, without one: tensors that say so, and refuse to meet a tensor of the CPU, as
-a GPU's would.
+"""A simulated device: its tensors refuse to meet tensors of the CPU, as a GPU's would.
 
-Each holds a tensor of the CPU, on which its operators really compute. Moving (``to``, ``cpu``, ``copy_``) is
-the only way across; numbers may be read, arrays may not be made of it. The device goes by the name ``meta``,
-the only one for which torch asks no driver.
+Each holds a tensor of the CPU, on which its operators really compute. Data move only by ``to``, ``cpu`` and
+``copy_``; single numbers may be read, but no array may be made from a tensor. The device has the name
+``meta``, the only one for which torch needs no driver.
 """
 
 from collections import Counter
@@ -20,7 +19,7 @@ _MOVES = (_COPY, torch.ops.aten._to_copy.default)
 
 
 class There(torch.Tensor):
-    """A tensor on that device."""
+    """A tensor on the simulated device."""
 
     inner: torch.Tensor
 
@@ -46,12 +45,12 @@ class There(torch.Tensor):
 
 
 class Elsewhere(TorchDispatchMode):
-    """While it is entered, the device exists.
+    """The device exists while this mode is entered.
 
     Attributes:
         here, there: how often each operator (``mm``, ``add``) ran on the CPU and on the device.
-        changed: how often a tensor was given another dtype on its way there; torch does that before it
-            crosses.
+        changed: how often a tensor got another dtype on its way to the device; torch does that before it
+        crosses.
     """
 
     def __init__(self) -> None:
@@ -64,7 +63,7 @@ class Elsewhere(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = [t for t in given if isinstance(t, There)]
-        alien = [t for t in given if not isinstance(t, There) and t.dim()]  # a number may come from anywhere
+        alien = [t for t in given if not isinstance(t, There) and t.dim()]  # a number may be on any device
         if there and alien and func not in _MOVES:
             raise AssertionError(f"{func}: {len(there)} tensors of the device meet {len(alien)} of the CPU")
         asked = kwargs.get("device")
@@ -80,7 +79,5 @@ class Elsewhere(TorchDispatchMode):
         found = func(*plain_args, **plain_kwargs)
         if not on_device:
             return found
-        known = {
-            id(t.inner): t for t in there
-        }  # what an operator changed in place comes back as it was given
+        known = {id(t.inner): t for t in there}  # an operator that works in place returns its own argument
         return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known else There(t), found)

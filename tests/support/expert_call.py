@@ -33,8 +33,10 @@ Arrays = dict[str, Array]
 
 @dataclass(frozen=True)
 class Case:
-    """``among``: the experts that tokens choose of, all if empty; ``tile`` and ``products`` as in the C
-    interface."""
+    """``among``: the experts that tokens choose from, all if empty.
+
+    ``tile`` and ``products`` as in the C interface.
+    """
 
     tokens: int = 9
     chosen: int = 3
@@ -49,7 +51,7 @@ class Case:
 
 BASE = Case()
 ONE = Case(chosen=1, experts=1)
-# Tiles are 8, 32 or 64 tokens of an expert and 64 or 256 rows; chunks 128 inputs. By their mean, 9 x 3 / 6
+# Tiles are 8, 32 or 64 tokens of an expert and 64 or 256 rows; chunks 128 inputs. The base's mean, 9 x 3 / 6,
 # takes tiles of 8.
 ROWS = {
     "the base": BASE,
@@ -104,14 +106,16 @@ DTYPE_ROWS = {
 
 
 def natively(case: Case) -> Case:
-    """By products of FP4, which take no tile of 8."""
+    """The case with FP4 products, which take no tile of 8."""
     return replace(case, products=NATIVE, tile=case.tile if case.tile != 8 else 32)
 
 
 @dataclass
 class Given:
-    """Arrays of a case: ``parts`` as the operator takes them, ``decoded`` float32 [E, out, in] by
-    projection."""
+    """Arrays of a case: ``parts`` as the operator takes them, and ``decoded`` weights by projection.
+
+    Decoded weights are float32 [E, out, in].
+    """
 
     case: Case
     format: str
@@ -125,7 +129,7 @@ class Given:
 def pack(
     given: Given, weights: dict[str, Array], scales: dict[str, Array], input_scales: dict[str, Array]
 ) -> None:
-    """Fill in parts and decoded weights."""
+    """Fills in parts and decoded weights."""
     for projection, stack in weights.items():
         made = [packed(given.format, w, s) for w, s in zip(stack, scales[projection], strict=True)]
         given.decoded[projection] = np.stack([values for _, values in made])
@@ -144,7 +148,7 @@ def choices(case: Case, g: np.random.Generator) -> NDArray[np.int64]:
 
 
 def given(format: str, case: Case, seed: int = 0) -> Given:
-    """Normal values; the hidden ones have about the spread of the input."""
+    """Normal values; the hidden values have about the spread of the input."""
     g = np.random.default_rng(seed)
     x = aligned(g.standard_normal((case.tokens, case.input)).astype(NUMPY[case.dtype]))
     ids, factors = aligned(choices(case, g)), aligned(g.random((case.tokens, case.chosen), np.float32))
@@ -195,7 +199,7 @@ def arguments(a: Given, y: Array, workspace: Array | None = None) -> dict[str, A
 
 
 def run(kernels: Kernels, a: Given) -> Array:
-    """y; the workspace is full of NaN and has guard bytes behind it."""
+    """Returns y; the workspace is full of NaN and has guard bytes after it."""
     y = aligned(np.full(a.x.shape, 99, a.x.dtype))
     size = kernels.workspace("routed_experts", **arguments(a, y))
     workspace = aligned(np.full(size + 64, 0xFF, np.uint8))
@@ -215,7 +219,9 @@ def round_trip(format: str, v: NDArray[np.float32], scale: np.float32) -> NDArra
 
 def mixture(a: Given, *, nudge: float = 0.0) -> NDArray[np.float64]:
     """Expert by expert in float64; inputs that a format rounds, hidden ones too, are rounded from float32.
-    ``nudge``: relative, of hidden."""
+
+    ``nudge`` is a relative change of the hidden values.
+    """
     y = np.zeros(a.x.shape)
     x = a.x.astype(np.float32)
 
@@ -248,11 +254,10 @@ def in_torch(a: Given) -> torch.Tensor:
 
 
 def exact_numbers(format: str, case: Case) -> tuple[Given, Array]:
-    """Small integers and powers of two, so that every sum is exact in any order: the codes of both inputs are
-    the formats' own.
+    """Small integers and powers of two, so that every sum is exact in any order; the result is in float64.
 
-    Inputs saturate, experts have scales of their own, and hidden values must be rounded. For 5 experts; with
-    the result in float64.
+    The codes of both inputs are the formats' own. Inputs saturate, each expert has its own scales, and hidden
+    values must be rounded. For 5 experts.
     """
     a = given(format, case)
     g = np.random.default_rng(2)

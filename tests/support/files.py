@@ -1,4 +1,4 @@
-"""Folders as tests compare them, and JSON files that they edit."""
+"""Compares folders, and edits JSON files."""
 
 import json
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below, with the content of files (folders have None)."""
+    """Every path below a folder, with the content of files (folders have None)."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def changed_files(a: Path, b: Path) -> list[str]:
-    """Paths below two folders whose content differs or that are missing on a side."""
+    """Paths below two folders whose content differs, or that one of them lacks."""
     one, two = tree(a), tree(b)
     absent = object()
     return sorted(name for name in one.keys() | two.keys() if one.get(name, absent) != two.get(name, absent))
@@ -27,7 +27,7 @@ def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def parse_strictly(text: str) -> Any:
-    """JSON, by a parser that takes no NaN or Infinity."""
+    """Parses JSON and refuses NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in JSON")
@@ -36,7 +36,7 @@ def parse_strictly(text: str) -> Any:
 
 
 def leaves(data: Any, path: str = "") -> dict[str, Any]:
-    """What is neither list nor dict in JSON data, by its path ``.key.0``."""
+    """All values in JSON data that are neither list nor dict, by their path ``.key.0``."""
     if isinstance(data, dict | list):
         items = data.items() if isinstance(data, dict) else enumerate(data)
         return {place: leaf for key, inner in items for place, leaf in leaves(inner, f"{path}.{key}").items()}

@@ -1,10 +1,9 @@
-"""Runs ``quantize`` again and again in forked children, which can be killed at any of their writes. A process
-of its own.
+"""Runs ``quantize`` repeatedly in forked children, which can be killed at any of their writes.
 
-Reads a JSON object a line: ``out``, ``preset``, ``resume``, ``kill_at`` (null: to the end), and the paths. A
-child counts each file or folder that it opens, makes, renames or removes in OUT, and each write; at number
-``kill_at`` it kills itself with SIGKILL, a write half done. Answers with ``{"status", "events", "error"}`` a
-line.
+This is a separate program. It reads a JSON object a line: ``out``, ``preset``, ``resume``, ``kill_at`` (null:
+to the end), and the paths. A child counts each file or folder that it opens, makes, renames or removes in
+OUT, and each write; at number ``kill_at`` it kills itself with SIGKILL, with a write half done. The program
+answers with ``{"status", "events", "error"}`` a line.
 """
 
 import json
@@ -17,18 +16,18 @@ from pathlib import Path
 import torch
 
 from nemoquant import api
-from nemoquant.calibrate import run  # noqa: F401  all that a run loads is loaded once
+from nemoquant.calibrate import run  # noqa: F401  loads all modules of a run once
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.run import job
 
 WATCHED = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 shutil.rmtree.avoids_symlink_attacks = (
-    False  # its other way removes by names relative to a handle, which cannot be watched
+    False  # rmtree's other way removes by names relative to a handle, which cannot be watched
 )
 
 
 class Events:
-    """Counts, and kills when it is time."""
+    """Counts events, and kills the process at the chosen one."""
 
     def __init__(self, out: str, kill_at: int | None) -> None:
         self.out, self.kill_at, self.count = out, kill_at, 0

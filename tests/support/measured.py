@@ -1,5 +1,4 @@
-"""What tests of memory share: programs in processes of their own, which tell how much they took, and
-checkpoints large enough to show."""
+"""For memory tests: programs in separate processes that report their peak, and large checkpoints."""
 
 import json
 import sys
@@ -18,7 +17,7 @@ from support.processes import run_python
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
-LARGE = {  # a model but for its layers: the experts of one take 268 MB
+LARGE = {  # a model without its layers: the experts of one take 268 MB
     "model_type": "nemotron_h",
     "vocab_size": 4096,
     "hidden_size": 1024,
@@ -54,16 +53,19 @@ def memory(field="VmHWM"):
 
 
 def child(program: str, *arguments: object) -> Any:
-    """Run a program, which has ``memory``, ``json``, ``sys`` and ``Path``, with ``sys.argv[1:]``; returns
-    what it printed, as JSON."""
+    """Runs a program with ``sys.argv[1:]``; returns its output, parsed as JSON.
+
+    The program can use ``memory``, ``json``, ``sys`` and ``Path``.
+    """
     return json.loads(run_python(PROLOGUE + program, *arguments).stdout)
 
 
 def large_checkpoint(
     folder: Path, config: Mapping[str, Any], rows: tuple[int, int], elements: int = 8 << 20
 ) -> Path:
-    """``folder``/source, of finite bf16 written from one buffer of ``elements`` a tensor at a time, and
-    tokens beside it in rows.npy.
+    """Writes ``folder``/source, and tokens next to it in rows.npy.
+
+    The tensors are finite bf16, each written from one buffer of ``elements``.
 
     Args:
         rows: count and length.

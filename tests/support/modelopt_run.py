@@ -1,8 +1,7 @@
-"""The oracle: NVIDIA Model Optimizer quantizes a checkpoint folder with ``mtq.quantize`` and
-``export_hf_checkpoint``, on a CPU.
+"""The oracle: NVIDIA Model Optimizer quantizes a checkpoint folder on a CPU.
 
-The maps are written here in Model Optimizer's own terms, under the names of our presets. Needs the extra
-`modelopt`.
+It uses ``mtq.quantize`` and ``export_hf_checkpoint``. The maps are written here in Model Optimizer's own
+terms, with the names of our presets. Needs the extra `modelopt`.
 """
 
 import importlib.util
@@ -46,14 +45,16 @@ MAPS = {  # preset -> patterns by format
     "nvfp4-w4a16": {"nvfp4": EXPERTS},
 }
 # modelopt 0.47 marks names with ".\0modelopt_name_sentinel" while it renames them. transformers' rule
-# `model.` -> `backbone.` is a regular expression and hits "modelo" as well, so that the mark is not
+# `model.` -> `backbone.` is a regular expression that matches "modelo" as well, so that the mark is not
 # recognised and stays in the files.
 SENTINEL = ".\0backbone.pt_name_sentinel"
 
 
 def quant_config(preset: str) -> dict[str, Any]:
-    """The mtq configuration: all off, then weights and inputs of the map on, then the KV cache; max
-    calibration."""
+    """The mtq configuration, with max calibration.
+
+    All is off first, then the map's weights and inputs are on, then the KV cache.
+    """
     weight_only = preset == "nvfp4-w4a16"
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for fmt, patterns in MAPS[preset].items():
@@ -69,7 +70,7 @@ def quant_config(preset: str) -> dict[str, Any]:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' model of a checkpoint folder, on its torch path, without its floor of dt.
+    """transformers' model of a checkpoint folder, on its torch path, without its lower limit of dt.
 
     That path is wrong for sequences longer than ``chunk_size`` (its issue 47246).
     """
@@ -88,12 +89,13 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 def run(
     source: Path, out: Path, preset: str, rows: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
-    """Quantize ``source`` by a preset's map, calibrated with ``rows`` [rows, length], and export it to
-    ``out``.
+    """Quantizes ``source`` by a preset's map and exports it to ``out``.
+
+    Calibration takes ``rows`` [rows, length].
 
     Args:
-        dtype: what the model is loaded and calibrated in. The users' way is bfloat16; see
-            test_oracle_modelopt_scales.py.
+        dtype: the dtype of the loaded model and of calibration. Users take bfloat16; see
+        test_oracle_modelopt_scales.py.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -101,7 +103,7 @@ def run(
     @torch.no_grad()
     def calibrate(model: Any) -> None:
         for row in rows:
-            model(row[None], use_cache=False)  # its cache knows no MLP layers
+            model(row[None], use_cache=False)  # its cache does not support MLP layers
 
     model = load(source, dtype)
     mtq.quantize(model, quant_config(preset), calibrate)

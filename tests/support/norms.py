@@ -1,4 +1,4 @@
-"""How far arrays or tensors lie apart."""
+"""The distance between arrays or tensors."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def _float64(values: Any) -> NDArray[np.float64]:
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """Norm of the difference over the norm of what is expected, in float64."""
+    """Norm of the difference over the norm of the expected value, in float64."""
     found, expected = _float64(found), _float64(expected)
     assert found.shape == expected.shape
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -1,5 +1,7 @@
-"""NVFP4 once more, plainly, in numpy with nothing left out: it rounds by comparing with midpoints, casts by
-torch, and tries every scale."""
+"""A plain second implementation of NVFP4 in numpy, without shortcuts.
+
+It rounds by comparing with midpoints, casts with torch, and tries every scale.
+"""
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nu
 
 
 def plain_e2m1(quotients: np.ndarray) -> np.ndarray:
-    """Codes of magnitudes: how many midpoints lie below, or at, where the code above is the even one."""
+    """Codes of magnitudes: the number of midpoints below, or equal where the code above is the even one."""
     up_on_tie = (0.75, 1.75, 3.5)
     return sum(
         (quotients >= m) if m in up_on_tie else (quotients > m)

@@ -1,5 +1,4 @@
-"""Tensors of a written folder, read by the safetensors library, and a decoder of both formats that knows
-nothing of ours."""
+"""Tensors of a written folder, read by the safetensors library; an independent decoder of both formats."""
 
 import re
 from pathlib import Path
@@ -28,22 +27,22 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """The same dtype, shape and bytes (so that -0.0 is not 0.0)."""
+    """The same dtype, shape and bytes (so -0.0 differs from 0.0)."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
 
 
 def is_scale(name: str) -> bool:
-    """Whether a name is that of a scale, of whatever kind."""
+    """Whether a name is that of a scale of any kind."""
     return name.rsplit(".", 1)[1] in SCALES
 
 
 def weights(tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    """Names of the weights whose codes are of this dtype: float8_e4m3fn of FP8, uint8 of NVFP4."""
+    """Names of the weights whose codes have this dtype: float8_e4m3fn for FP8, uint8 for NVFP4."""
     return [name for name, tensor in tensors.items() if tensor.dtype == dtype and not is_scale(name)]
 
 
 def decode(tensors: dict[str, Tensor], low_nibble_first: bool = True) -> dict[str, Tensor]:
-    """The weights as float32 under the names of the source, what is not quantized as it is, no scales."""
+    """The weights as float32 with the source's names, without scales; tensors that are not quantized stay."""
     result = {}
     for name, tensor in tensors.items():
         if is_scale(name):
@@ -58,8 +57,7 @@ def decode(tensors: dict[str, Tensor], low_nibble_first: bool = True) -> dict[st
 
 
 def expert_projection(module: str) -> str | None:
-    """``backbone.layers.2.mixer.experts.*.up_proj`` of an expert's module (or tensor) name; None of any
-    other."""
+    """``backbone.layers.2.mixer.experts.*.up_proj`` of an expert's module (or tensor) name, else None."""
     return (
         re.sub(r"\.experts\.\d+\.", ".experts.*.", module) if re.search(r"\.experts\.\d+\.", module) else None
     )

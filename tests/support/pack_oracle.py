@@ -1,7 +1,7 @@
-"""A second implementation of docs/design.md, "Numbers", and of the safetensors format: numpy and torch only,
-nothing of nemoquant.
+"""A second implementation of docs/design.md, "Numbers", and of the safetensors format.
 
-Rounding to E4M3 is torch's own cast; rounding to E2M1 counts the midpoints that a magnitude passes.
+It uses only numpy and torch, nothing of nemoquant. Rounding to E4M3 is torch's own cast; rounding to E2M1
+counts the midpoints that a magnitude passes.
 """
 
 import json
@@ -41,7 +41,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, 
 
 
 class Stored(NamedTuple):
-    """One tensor of a file; ``start`` is its byte's offset from the beginning of the file."""
+    """One tensor of a file; ``start`` is the offset of its first byte from the beginning of the file."""
 
     dtype: str
     shape: list[int]
@@ -68,13 +68,13 @@ def read(folder: Path) -> dict[str, Stored]:
 
 
 def scales_of(out: Path) -> dict[str, Any] | None:
-    """Content of an output's scales file, None where it needed none."""
+    """Content of an output's scales file, None if it needed none."""
     file = out / "nemoquant_scales.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def format_of(preset: str, name: str) -> str | None:
-    """The format that a preset gives a tensor of the source; None where it stays."""
+    """The format that a preset gives a tensor of the source; None if the tensor stays."""
     module = name.removesuffix(".weight")
     return next(
         (form for group, form in FORMATS[preset].items() if re.fullmatch(GROUPS[group], module)), None
@@ -87,8 +87,10 @@ def e4m3(values: torch.Tensor) -> torch.Tensor:
 
 
 def e2m1(values: torch.Tensor) -> torch.Tensor:
-    """float32 -> codes 0 to 15: a magnitude's code is the number of midpoints below it, a tie goes to the
-    even code."""
+    """float32 -> codes 0 to 15; a tie goes to the even code.
+
+    A magnitude's code is the number of midpoints below it.
+    """
     magnitude = values.abs()
     code = torch.zeros(values.shape, dtype=torch.uint8)
     for i, midpoint in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
@@ -116,7 +118,7 @@ def nvfp4(weight: torch.Tensor, amax: float) -> tuple[bytes, bytes, np.float32]:
 
 
 def decode_nvfp4(codes: torch.Tensor, block_scales: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The other direction, from a table: [out, in/2], [out, in/16] -> float32 [out, in]."""
+    """Decodes from a table: [out, in/2], [out, in/16] -> float32 [out, in]."""
     values = torch.stack([E2M1[(codes & 15).long()], E2M1[(codes >> 4).long()]], -1).flatten(1)
     return values * (block_scales.float() * scale).repeat_interleave(16, 1)
 
@@ -128,8 +130,10 @@ def scalar(value: np.float32) -> tuple[str, list[int], bytes]:
 def expected(
     source: Path, preset: str, scales: dict[str, Any] | None, groups: bool = True
 ) -> dict[str, tuple[str, list[int], bytes]]:
-    """Name -> (dtype, shape, bytes) of everything that ``preset`` makes of ``source``; ``scales`` is the
-    scales file's content."""
+    """Name -> (dtype, shape, bytes) of every tensor that ``preset`` makes from ``source``.
+
+    ``scales`` is the scales file's content.
+    """
     tensors = read(source)
     amax = {name: float(t.tensor().float().abs().max()) for name, t in tensors.items()}
     inputs = scales["input_amax"] if scales else {}

@@ -1,4 +1,4 @@
-"""One expert's weight in each format that RoutedExperts takes: its parts by name, and what they decode to."""
+"""One expert's weight in each format of RoutedExperts: its parts by name, and their decoded values."""
 
 from typing import Any
 

@@ -1,5 +1,4 @@
-"""What the tests of the plugins share: the host libraries, built once and kept while the sources are the
-same."""
+"""The host libraries for the tests of the plugins, built once and kept until a source changes."""
 
 import fcntl
 import os
@@ -32,7 +31,7 @@ needs_tensorrt_headers = pytest.mark.skipif(
 
 @cache
 def cuda_headers() -> Path:
-    """Beside nvcc."""
+    """The headers next to nvcc."""
     tried = subprocess.run(
         ["nvcc", "--dryrun", "-E", "-x", "cu", "/dev/null"], check=True, capture_output=True, text=True
     ).stderr
@@ -43,7 +42,7 @@ def cuda_headers() -> Path:
 
 
 def cache_folder() -> Path:
-    """Of this user, these sources and these headers; a change of any makes a new one."""
+    """The folder for this user, these sources and these headers; any change gives a new one."""
     headers = tensorrt_headers()
     faces = f"tensorrt-{tensorrt_version(headers)}" if headers else "kernels"
     return Path(tempfile.gettempdir()) / f"nemoquant-host-{os.getuid()}" / f"{sources_hash()[:16]}-{faces}"
@@ -51,7 +50,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """One process at a time compiles into a folder, which may be another session's too."""
+    """Only one process at a time compiles into a folder, which other sessions may use too."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,7 +58,7 @@ def building(folder: Path) -> Iterator[None]:
 
 
 def host_folder() -> Path:
-    """With libnemoquant_host.so and, where TensorRT's headers are, libnemoquant_plugins_host.so."""
+    """The folder with libnemoquant_host.so and, if TensorRT's headers exist, libnemoquant_plugins_host.so."""
     folder = cache_folder()
     with building(folder):
         built = read_built(folder, host=True) if folder.is_dir() else None
@@ -69,7 +68,7 @@ def host_folder() -> Path:
 
 
 def harness() -> Path:
-    """``tests/plugins/trt_caller.cpp``, compiled beside them."""
+    """``tests/plugins/trt_caller.cpp``, compiled next to them."""
     source = HERE / "trt_caller.cpp"
     library = host_folder() / "trt_caller.so"
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
@@ -80,7 +79,7 @@ def harness() -> Path:
 
 
 def compile_once(command: list[str | Path], library: Path, source: Path) -> None:
-    """Run a compiler for a library, unless it is there and newer than its source."""
+    """Runs a compiler for a library, unless the library exists and is newer than its source."""
     with building(library.parent):
         if not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
             unfinished = library.with_suffix(".unfinished")

@@ -1,8 +1,8 @@
-"""Quantizes on a Ray cluster of two nodes on this machine, and again while one of them is lost. A process of
-its own.
+"""Quantizes on a Ray cluster of two nodes on this machine, and again while one of them is lost.
 
-Arguments: source, tokens, folder, preset. Tasks are slowed down and write down where they begin and end, so
-that the test can see that a lost node had work. Prints JSON: the fate of each task, and what was said.
+This is a separate program with the arguments source, tokens, folder, preset. Tasks are slowed down and record
+where they begin and end, so that the test can check that a lost node had work. It prints JSON: the result of
+each task, and the messages.
 """
 
 import json
@@ -29,7 +29,7 @@ def write_down(what, name):
 
 
 def slowed(name):
-    """Some time for other things to happen; on the node that is to be lost, until it is."""
+    """Slows a task down; on the node that will be lost, the task waits until the loss."""
     write_down("begin", name)
     time.sleep(0.4)
     if doomed.exists() and doomed.read_text() == ray.get_runtime_context().get_node_id():
@@ -63,8 +63,10 @@ def options(**changes):
 
 
 def lose_in(stage, options):
-    """A run during which the second node is lost, a third into ``stage``: when that was, and the fate of each
-    task."""
+    """A run that loses the second node when a third of ``stage`` is done.
+
+    Returns the id of the lost node, and the result of each task.
+    """
     second = two.add_node(num_cpus=1, object_store_memory=100 << 20)
     two.wait_for_nodes()
     lost, threads = [], []

@@ -1,4 +1,4 @@
-"""Reports for the tests of its pages: invented figures of the right shape, made from a layer schedule."""
+"""Reports for the tests of the HTML page: invented figures of the right shape, made from a layer schedule."""
 
 import math
 from typing import Any
@@ -33,8 +33,10 @@ def error(relative: float) -> Error:
 def report(
     pattern: str = "ME*E-M", scales: tuple[float, ...] = (0.0, 0.01, 0.05), experts: int = 8, **changes: Any
 ) -> Report:
-    """A report with a candidate for each of ``scales``: the size of its errors, 0 for one that is identical
-    to the reference."""
+    """A report with a candidate for each of ``scales``, the size of its errors.
+
+    0 makes a candidate that is identical to the reference.
+    """
     reference = Reference(
         name="source",
         pattern=pattern,
@@ -174,7 +176,7 @@ def without_perplexity() -> Report:
 
 
 def hostile() -> Report:
-    """Names that are markup wherever a name can stand."""
+    """Names that are markup, in every place for a name."""
     made = report(scales=(0.05, 0.01))
     modules = [
         m.model_copy(update={"name": SCRIPT, "role": ENTITY}) if i == 1 else m
@@ -217,5 +219,5 @@ SHAPES = {
 
 
 def huge() -> Report:
-    """As large as a report gets: 88 layers, 512 experts, five candidates."""
+    """A report of the largest size: 88 layers, 512 experts, five candidates."""
     return report(pattern="MEMEMEM*EMEMEMEM*EMEME" * 4, scales=(0.0, 0.004, 0.01, 0.02, 0.05), experts=512)

@@ -16,14 +16,14 @@ Arrays = dict[str, Array]
 
 CODES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-GUARD = 64  # bytes around each output and the workspace that nobody may write
+GUARD = 64  # bytes around each output and the workspace that must not be written
 
 
 Args: Any = structure("mamba2_scan")
 
 
 class Guarded:
-    """Memory that is full of 0xff, aligned to 16, with guards before and behind."""
+    """Memory full of 0xff, aligned to 16, with guards before and after."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -37,7 +37,7 @@ class Guarded:
 
 
 class Refused(Exception):
-    """The launcher's reason; ``code`` is one of plugins/common/abi.h."""
+    """The launcher's reason; ``code`` is one of those in plugins/common/abi.h."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -45,14 +45,14 @@ class Refused(Exception):
 
 
 def aligned(array: Array) -> Array:
-    """A copy at a multiple of 16 bytes."""
+    """A copy, aligned to 16 bytes."""
     kept = Guarded(array.shape, array.dtype)
     kept.array[...] = array
     return kept.array
 
 
 class Scan:
-    """The operator behind its C interface."""
+    """The operator through its C interface."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -60,7 +60,7 @@ class Scan:
         self.library.nemoquant_mamba2_scan_workspace.restype = ctypes.c_size_t
 
     def shared_limit(self, size: int) -> None:
-        """Bytes of shared memory that a block can have; 0 restores the default."""
+        """Sets the shared memory that a block can have, in bytes; 0 restores the default."""
         self.library.nemoquant_host_shared_limit(ctypes.c_size_t(size))
 
     def workspace(self, **sizes: int) -> int:
@@ -81,8 +81,7 @@ class Scan:
         in_place: bool = False,
         fields: Mapping[str, Any] | None = None,
     ) -> tuple[Array, Array]:
-        """x, b and c may be views with strides between positions. ``fields`` replaces some of the arguments
-        at the end.
+        """x, b and c may be views with strides between positions; ``fields`` replaces arguments at the end.
 
         Raises:
             Refused: the launcher returned an error; no output was written then.
@@ -198,7 +197,7 @@ def inputs(
 
 
 def recurrence(given: Mapping[str, Array], low: float = 0.0, high: float = np.inf) -> tuple[Array, Array]:
-    """Position by position in float64, by the definition."""
+    """The definition, position by position, in float64."""
     x, dt, a, b, c, d, bias, state = (
         given[name].astype(np.float64) for name in ("x", "dt", "a", "b", "c", "d", "dt_bias", "state_in")
     )
@@ -214,5 +213,5 @@ def recurrence(given: Mapping[str, Array], low: float = 0.0, high: float = np.in
 
 
 def pieces(given: Mapping[str, Array], part: slice) -> Arrays:
-    """Some of the positions."""
+    """The inputs of some positions."""
     return {name: value[:, part] if name in ("x", "dt", "b", "c") else value for name, value in given.items()}

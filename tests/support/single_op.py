@@ -1,4 +1,4 @@
-"""An operator's body alone, in ONNX Runtime."""
+"""One operator's body in ONNX Runtime."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,10 +11,10 @@ def single_op(
     helpers: Any = (),
     **attributes: Any,
 ) -> Callable[[Mapping[str, Any]], list[Any]]:
-    """One function of the nemoquant domain in a graph that only calls it, checked; returns what runs it.
+    """A checked graph that only calls one function of the nemoquant domain; returns a function that runs it.
 
     ``example`` gives the inputs' dtypes and ranks; every axis is symbolic. ``stored`` are initializers by
-    input. ``helpers`` are functions that it calls.
+    input. ``helpers`` are functions that the function calls.
     """
     import onnx
     import onnx_ir as ir
@@ -51,9 +51,7 @@ def single_op(
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     for result, found in zip(proto.graph.output, inferred.graph.output, strict=True):
         result.type.CopyFrom(found.type)
-        if not result.type.tensor_type.HasField(
-            "shape"
-        ):  # what a Loop carries: as many axes as the first input
+        if not result.type.tensor_type.HasField("shape"):  # state of a Loop: as many axes as the first input
             for axis in range(next(iter(example.values())).ndim):
                 result.type.tensor_type.shape.dim.add().dim_param = f"{result.name}_{axis}"
     onnx.checker.check_model(proto, full_check=True)

@@ -1,4 +1,4 @@
-"""Parameters of tests that are quick alone and take minutes together."""
+"""Parameters of tests that are quick one by one, but take minutes together."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """All of them as parameters (a tuple: of several names), slow but for ``quick``."""
+    """All values as parameters (a tuple: of several names), marked slow except ``quick``."""
     values = list(values)
     assert set(quick) <= set(values)
 

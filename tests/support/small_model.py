@@ -1,5 +1,4 @@
-"""Small random models for the tests here: their config, their weights, and transformers' model of the same
-weights."""
+"""Small random models: config, weights, and transformers' model of the same weights."""
 
 import math
 import os
@@ -49,7 +48,7 @@ RAW: dict[str, Any] = {
 
 
 def small_config(**changes: Any) -> tuple[NemotronHConfig, dict[str, Any]]:
-    """The base config with some keys changed (None removes one): parsed, and as a config.json has it."""
+    """The base config with some keys changed (None removes one): parsed, and as in a config.json."""
     raw = {key: value for key, value in {**RAW, **changes}.items() if value is not None}
     raw["num_hidden_layers"] = len(raw["hybrid_override_pattern"])
     return parse_config(raw), raw
@@ -113,7 +112,7 @@ def mixer_weights(config: NemotronHConfig, kind: str, g: torch.Generator) -> dic
 
 
 def random_weights(config: NemotronHConfig, seed: int = 0) -> dict[str, Tensor]:
-    """A whole checkpoint under its published names, float32."""
+    """All weights of a checkpoint with their published names, float32."""
     g = torch.Generator().manual_seed(seed)
     h, vocab = config.hidden_size, config.vocab_size
 
@@ -144,13 +143,15 @@ def random_weights(config: NemotronHConfig, seed: int = 0) -> dict[str, Tensor]:
 
 
 def source(weights: Mapping[str, Tensor]) -> Callable[[str], Scope]:
-    """The weights as ``ReferenceModel`` asks for them."""
+    """The weights in the form that ``ReferenceModel`` asks for."""
     return lambda prefix: Scope(weights, prefix)
 
 
 def fused(config: NemotronHConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names: ``model.`` for ``backbone.``, one [experts, out, in] tensor for all experts of a
-    layer, no MTP."""
+    """transformers' names: ``model.`` for ``backbone.``, no MTP.
+
+    All experts of a layer are one [experts, out, in] tensor.
+    """
     result = {}
     for name, w in weights.items():
         if not name.startswith("mtp.") and ".experts." not in name:
@@ -174,10 +175,10 @@ def transformers_model(
 ) -> Any:
     """``NemotronHForCausalLM`` with these weights, in evaluation mode, on its torch path.
 
-    Two of its faults shape the tests. Across chunks that path (5.6 to 5.14) sums over the wrong axis, so that
-    sequences longer than ``chunk_size`` come out wrong (its issue 47246): theirs must fit one chunk, and may
-    go on by single tokens only. And its cache knows no "mlp" layers: pass ``use_cache=False`` where there are
-    some.
+    Two of its faults limit the tests. Across chunks that path (5.6 to 5.14) sums over the wrong axis, so that
+    sequences longer than ``chunk_size`` are wrong (its issue 47246): sequences must fit one chunk, and may
+    continue only with single tokens. And its cache does not support "mlp" layers: pass ``use_cache=False`` if
+    there are any.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import NemotronHConfig as TheirConfig
@@ -185,7 +186,7 @@ def transformers_model(
 
     keys = {key: value for key, value in raw.items() if key not in ("model_type", "num_hidden_layers")}
     keys["time_step_min"] = (
-        0.001  # their initialisation takes its logarithm; the floor that is asked for is set below
+        0.001  # its initialisation takes the logarithm of this; the requested lower limit is set below
     )
     model = NemotronHForCausalLM(TheirConfig(**keys, use_mamba_kernels=False)).eval()
     model.load_state_dict(fused(config, weights), strict=True)

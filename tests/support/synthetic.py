@@ -1,5 +1,4 @@
-"""The synthetic checkpoint: a layer of each kind and more, latent experts, MTP, two shards; rows of tokens
-for it."""
+"""The synthetic checkpoint: a layer of each kind and more, latent experts, MTP, two shards; token rows."""
 
 import json
 from collections.abc import Callable
@@ -76,7 +75,7 @@ def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor
 def write_checkpoint(
     folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 2
 ) -> Path:
-    """Write config, index and shards as published checkpoints have them."""
+    """Writes config, index and shards as published checkpoints have them."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     names = list(tensors)
@@ -104,7 +103,7 @@ def random_rows(shape: tuple[int, int] = (8, 32), seed: int = 0) -> np.ndarray[A
 
 
 def write_rows(path: Path, shape: tuple[int, int] = (8, 32), seed: int = 0) -> Path:
-    """The same as an .npy file: the checkpoint has no tokenizer."""
+    """The same as an .npy file, since the checkpoint has no tokenizer."""
     np.save(path, random_rows(shape, seed))
     return path
 

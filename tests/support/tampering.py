@@ -1,5 +1,4 @@
-"""Outputs that are changed after they were written: tensors where they lie, and a manifest that fits
-again."""
+"""Changes outputs after they were written: tensors in their files, and a manifest that matches again."""
 
 import json
 import shutil
@@ -17,14 +16,17 @@ from support.pack_oracle import read
 
 
 def sign(out: Path) -> None:
-    """A manifest that names the files as they are now: then only a deeper check can tell."""
+    """Writes a manifest of the changed files: then only a deeper check can detect the change."""
     data = json.loads((out / FILE).read_text())
     data["files"] = {p.name: file_sha256(p) for p in sorted(out.iterdir()) if p.name != FILE}
     write_manifest(out, data)
 
 
 def overwrite(out: Path, name: str, data: bytes | Callable[[bytes], bytes], at: int = 0) -> None:
-    """Change a tensor's bytes where they lie, from ``at`` on; a function is given all and returns as many."""
+    """Changes a tensor's bytes in its file, from ``at`` on.
+
+    A function gets all of them and returns the same number.
+    """
     stored = read(out)[name]
     if callable(data):
         data = data(stored.data)
@@ -36,8 +38,7 @@ def overwrite(out: Path, name: str, data: bytes | Callable[[bytes], bytes], at: 
 
 
 def changed_copy(folder: Path, out: Path, edit: Callable[[dict[str, Tensor]], object], **config: Any) -> Path:
-    """A copy with ``edit`` done to its tensors (a dict by name), now in one file, and ``config`` put into its
-    config.json."""
+    """A copy in one file; ``edit`` changes its tensors (a dict by name), ``config`` its config.json."""
     ignored = shutil.ignore_patterns("*.safetensors", "model.safetensors.index.json")
     shutil.copytree(folder, out, ignore=ignored)
     tensors = load_tensors(folder)

@@ -67,8 +67,10 @@ class CTensor(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Field:
-    """A plugin field as a caller gives it: ``data`` are its raw bytes (None: a null pointer), ``length``
-    counts values."""
+    """A plugin field as a caller gives it: raw bytes (None: a null pointer) and a count of values.
+
+    The bytes are ``data``, the count is ``length``.
+    """
 
     name: str | None
     type: str
@@ -77,7 +79,7 @@ class Field:
 
 
 def field(name: str, value: Any, type: str | None = None) -> Field:
-    """As TensorRT's parser makes them: int32, float32, or characters with the terminating zero."""
+    """A field as TensorRT's parser makes it: int32, float32, or characters with the terminating zero."""
     if isinstance(value, str):
         data = value.encode() + b"\0"
         return Field(name, type or "string", data, len(data))
@@ -88,8 +90,7 @@ def field(name: str, value: Any, type: str | None = None) -> Field:
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a plugin is told of an input or output; ``minimum`` and ``maximum`` of the profile default to
-    ``dims``."""
+    """Describes an input or output; the profile's ``minimum`` and ``maximum`` default to ``dims``."""
 
     type: str
     dims: tuple[int, ...]
@@ -116,7 +117,7 @@ def _tensors(tensors: Sequence[Tensor]) -> ctypes.Array[CTensor]:
 
 
 def _collection(fields: Sequence[Field]) -> tuple[CFields, list[Any]]:
-    """The C collection, and what must stay alive with it."""
+    """The C collection, and the objects that must stay alive with it."""
     buffers = [
         ctypes.create_string_buffer(f.data, len(f.data)) if f.data is not None else None for f in fields
     ]
@@ -176,11 +177,11 @@ class Caller:
             self.creators[creator.name] = creator
 
     def log(self) -> str:
-        """What was logged since the last call, a line each."""
+        """Messages logged since the last call, one a line."""
         return str(self.c.trt_take_log(False).decode())
 
     def recorded(self) -> str:
-        """What the error recorder was told since the last call."""
+        """Errors in the error recorder since the last call."""
         return str(self.c.trt_take_log(True).decode())
 
     def describe(self) -> dict[str, Any]:
@@ -198,20 +199,20 @@ class Creator:
         return _read(self.caller.c.trt_field_names(self.pointer).contents)
 
     def create(self, fields: Sequence[Field] | None, phase: int = BUILD) -> "Plugin | None":
-        """None where the creator gives none; ``fields`` None is a null collection."""
+        """None if the creator returns no plugin; ``fields`` None is a null collection."""
         if fields is None:
             made = self.caller.c.trt_create(self.pointer, None, phase)
         else:
             collection, alive = _collection(fields)
             made = self.caller.c.trt_create(self.pointer, ctypes.byref(collection), phase)
-            for buffer in alive[0]:  # what a plugin still reads after creation is now wrong
+            for buffer in alive[0]:  # if a plugin still reads them after creation, it now reads wrong values
                 if buffer:
                     ctypes.memset(buffer, 0xA5, len(buffer))
         return Plugin(self.caller, made) if made else None
 
 
 class Plugin:
-    """Owned: destroyed with the Python object."""
+    """A plugin, destroyed together with the Python object."""
 
     def __init__(self, caller: Caller, pointer: int) -> None:
         self.caller, self.pointer = caller, ctypes.c_void_p(pointer)
@@ -220,7 +221,7 @@ class Plugin:
         self.caller.c.trt_destroy(self.pointer)
 
     def facts(self) -> list[str]:
-        """Name, version, namespace; kinds of the object, of core, build and runtime."""
+        """Name, version, namespace; types of the object, of core, build and runtime."""
         return str(self.caller.c.trt_plugin_facts(self.pointer).decode()).split("|")
 
     def clone(self) -> "Plugin":
@@ -241,7 +242,7 @@ class Plugin:
         return [names[t] for t in made]
 
     def output_shapes(self, inputs: Sequence[Sequence[str]]) -> list[list[str]] | None:
-        """Dimensions as text: digits are constants, the rest are symbols."""
+        """Dimensions as text: digits are constants, the others are symbols."""
         names = [word.encode() for shape in inputs for word in shape]
         count = self.caller.c.trt_output_count(self.pointer)
         made = self.caller.c.trt_output_shapes(
@@ -290,7 +291,7 @@ class Plugin:
         outputs: Sequence[tuple[Tensor, NDArray[Any]]],
         workspace: NDArray[Any],
     ) -> int:
-        """Tensors with their memory."""
+        """Takes tensors together with their memory."""
         pairs = list(inputs.items()) if isinstance(inputs, Mapping) else list(inputs)
 
         def pointers(some: Sequence[tuple[Tensor, NDArray[Any]]]) -> Any:

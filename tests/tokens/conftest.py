@@ -1,4 +1,4 @@
-"""A tokenizer whose ids can be counted by hand, beside the synthetic checkpoint."""
+"""A tokenizer whose ids can be counted by hand, next to the synthetic checkpoint."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ WORDS = [
     "e",
     "[user]",
     "[assistant]",
-]  # id = index; eos is 2, as the config says
+]  # id = index; eos is 2, as in the config
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m['content'] }} {% endfor %}"
 
 

@@ -40,7 +40,7 @@ def test_documents_are_joined_by_eos_and_cut_without_overlap(model, tmp_path):
     [(7, 4, 2, 0), (8, 4, 2, 1), (10, 4, 2, 3), (7, 8, 1, 0), (12, 8, 1, 5)],
 )
 def test_the_remainder_is_dropped_and_counted(words, length, kept, dropped, model, tmp_path):
-    found = rows(write(tmp_path, "x.txt", "a " * words), model, length=length)  # an eos follows
+    found = rows(write(tmp_path, "x.txt", "a " * words), model, length=length)  # followed by an eos
     assert (len(found.ids), found.dropped) == (kept, dropped)
 
 
@@ -100,7 +100,7 @@ def test_ids_need_no_tokenizer(source, tmp_path):
         tmp_path, "x.jsonl", [{"input_ids": [90, 91, 92]}, {"input_ids": []}, {"input_ids": [93, 94]}]
     )
     assert rows(path, source).ids.tolist() == [[90, 91, 92, 2]]
-    assert rows(path, source).dropped == 3  # 93, 94 and its eos: the empty one adds none
+    assert rows(path, source).dropped == 3  # 93, 94 and its eos: the empty document adds none
 
 
 def test_parquet(model, tmp_path):
@@ -119,7 +119,7 @@ def test_parquet(model, tmp_path):
 def test_npy_is_taken_as_it_is(source, tmp_path):
     path = tmp_path / "x.npy"
     np.save(path, np.arange(15, dtype=np.uint8).reshape(3, 5))
-    found = rows(path, source, count=1, length=2)  # it says itself how much it is
+    found = rows(path, source, count=1, length=2)  # the array sets count and length
     assert found.ids.tolist() == np.arange(15).reshape(3, 5).tolist()
     assert found.dropped == 0
 
