@@ -31,14 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n 2 --dist loadgroup``: one worker runs all tests of a file.
+    """For ``pytest -n 2 --dist loadfile``: files with slow tests first, so that none is left for the end.
 
-    So it makes the file's fixtures once. What several files share is made once under a lock (``once``, and
-    the host libraries). Files with slow tests go first, so that no worker still runs one at the end.
+    One worker runs all tests of a file, and makes the file's fixtures once. What several files share is made
+    once under a lock (``once``, and the host libraries).
     """
     if WORKER:
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
 
