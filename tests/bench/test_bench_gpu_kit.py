@@ -62,6 +62,7 @@ def test_no_case_is_lost(device: str, count: int) -> None:
     assert len(names) == len(set(names)) == count
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_twelfth_operator_case_through_the_host_build(tmp_path: Path) -> None:
     """All cases take more than a minute: NQ_HOST_LIB=... python -m bench.gpu.check_ops OUT.json cpu."""
@@ -90,6 +91,7 @@ def test_a_case_over_its_limit_is_bad_and_one_that_fails_or_is_late_too(tmp_path
     assert rows[3]["why"] == "ZeroDivisionError: division by zero"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_all_120_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> None:
     """Compiled as C++. "grouped" adds four cases, which a library without CUTLASS's products refuses."""
@@ -117,6 +119,7 @@ def test_all_120_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> N
     assert all("CUTLASS, which this library was built without" in row["reason"] for row in bad)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_all_15_small_rows_of_triton_in_its_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "triton.json"
@@ -125,6 +128,7 @@ def test_all_15_small_rows_of_triton_in_its_interpreter(tmp_path: Path) -> None:
     assert all(row["ok"] is True for row in json.loads(out.read_text()))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_row_of_the_wide_table_of_times_with_tiny_models(tmp_path: Path) -> None:
     """Everything but the times: see rehearsal.py."""
@@ -146,6 +150,7 @@ def test_every_row_of_the_wide_table_of_times_with_tiny_models(tmp_path: Path) -
     assert "CUTLASS" in eight_bits["grouped"]
 
 
+@pytest.mark.slow
 def test_packing_and_the_diff_of_a_tiny_checkpoint(tmp_path: Path) -> None:
     """Only the random checkpoint of the step "pack", on the CPU in place of the device."""
     program = """

@@ -483,6 +483,7 @@ def test_a_module_of_its_own_and_nothing_left_behind(
     assert sorted(tmp_path.iterdir()) == left
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_an_engine_that_was_built_says_all_that_loading_needs(
     demo: Callable[[str], Path], tmp_path: Path

@@ -39,6 +39,7 @@ def expected(folder: Path) -> str:
     return str(run(folder, "--max-tokens", 24).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--mtp", 1), ("--mtp", 2), ("--mtp", 3)], ids=str)
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_the_same_text_from_every_engine_with_drafts_or_without(

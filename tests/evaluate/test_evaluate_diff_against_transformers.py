@@ -27,10 +27,13 @@ from nemoquant.model.config import load_config
 from nemoquant.shipped import evaluation_data
 from nemoquant.tokens.rows import load_rows
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None,
-    reason="needs transformers (extra: modelopt), which computes the logits",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformers") is None,
+        reason="needs transformers (extra: modelopt), which computes the logits",
+    ),
+]
 
 ROWS, LENGTH = 16, 64
 

@@ -73,6 +73,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
     return made
 
 
+@pytest.mark.slow
 def test_all_products_are_on_the_device(
     device: Elsewhere, source: Path, quantized: Callable[..., Path], compare: Callable[..., Report]
 ) -> None:

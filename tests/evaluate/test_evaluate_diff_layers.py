@@ -475,6 +475,7 @@ def weights_only(source: Path, threads: None) -> Run:  # noqa: ARG001
     return compare(source, "weights", "nvfp4-w4a16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 def test_batches_and_segments_do_not_matter(
     cut: dict[str, int], weights_only: Run, source: Path, monkeypatch: pytest.MonkeyPatch
@@ -497,6 +498,7 @@ def test_batches_and_segments_do_not_matter(
     }
 
 
+@pytest.mark.slow
 def test_noise_of_inputs_is_of_all_batches_and_segments(
     run: Run, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

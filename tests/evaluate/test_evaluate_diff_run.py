@@ -522,6 +522,7 @@ def modelopt_fp8(tmp_path_factory):
     return source, theirs, rows
 
 
+@pytest.mark.slow
 class TestModelOptimizer:
     pytestmark = modelopt_run.MARKS
 

@@ -96,11 +96,13 @@ def test_an_edited_helper_of_another_file_is_compiled_anew(make: Callable[[str],
     assert second.folder != first.folder
 
 
+@pytest.mark.slow
 def test_equal_sources_in_two_places_share_their_kernels(make: Callable[[str], Copy]) -> None:
     first = make("one").run()
     assert make("elsewhere").run() == (RIGHT, 1, first.folder)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_may_share_a_new_folder(make: Callable[[str], Copy]) -> None:
     copy = make("one")
     ran = [finished(process) for process in [copy.start() for _ in range(3)]]
@@ -108,6 +110,7 @@ def test_processes_that_start_together_may_share_a_new_folder(make: Callable[[st
     assert copy.run().hits == 1
 
 
+@pytest.mark.slow
 def test_the_folder_can_be_chosen(make: Callable[[str], Copy], tmp_path: Path) -> None:
     copy = make("one")
     assert copy.run(XDG_CACHE_HOME=tmp_path / "xdg").folder.parent == tmp_path / "xdg/nemoquant/kernels"
@@ -115,6 +118,7 @@ def test_the_folder_can_be_chosen(make: Callable[[str], Copy], tmp_path: Path) -
     assert not copy.home.exists()
 
 
+@pytest.mark.slow
 def test_where_it_cannot_be_written_a_private_temporary_folder_serves(
     make: Callable[[str], Copy], tmp_path: Path
 ) -> None:
@@ -126,6 +130,7 @@ def test_where_it_cannot_be_written_a_private_temporary_folder_serves(
     assert copy.run(XDG_CACHE_HOME="/dev/null", TMPDIR=temporary).hits == 1
 
 
+@pytest.mark.slow
 def test_where_others_can_write_nothing_is_kept(make: Callable[[str], Copy], tmp_path: Path) -> None:
     """Any file in such a folder would be executed."""
     copy, theirs = make("one"), tmp_path / "temporary" / f"nemoquant-kernels-{os.getuid()}"
@@ -136,6 +141,7 @@ def test_where_others_can_write_nothing_is_kept(make: Callable[[str], Copy], tmp
     assert not list(theirs.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["fp8._encode*.nbc", "fp8._encode*.nbi"])
 def test_damaged_files_are_compiled_again(make: Callable[[str], Copy], pattern: str) -> None:
     copy = make("one")
@@ -146,6 +152,7 @@ def test_damaged_files_are_compiled_again(make: Callable[[str], Copy], pattern: 
     assert copy.run() == (RIGHT, 1, folder)
 
 
+@pytest.mark.slow
 def test_a_new_folder_takes_the_place_of_the_oldest(make: Callable[[str], Copy], tmp_path: Path) -> None:
     copy = make("one")
     parent = copy.home / ".cache/nemoquant/kernels"
@@ -163,6 +170,7 @@ def test_a_new_folder_takes_the_place_of_the_oldest(make: Callable[[str], Copy],
     assert all((path / "a file").is_file() for path in (*others, link))
 
 
+@pytest.mark.slow
 def test_kernels_can_be_run_without_being_compiled(make: Callable[[str], Copy]) -> None:
     """A debugger can then step through them."""
     process = make("one").start(NUMBA_DISABLE_JIT="1")

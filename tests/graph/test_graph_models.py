@@ -107,6 +107,7 @@ def test_logits_without_quantized_inputs(preset: str, pair: Callable[[str], Pair
     assert error(found.hidden, expected.hidden) < SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
 def test_greedy_tokens(preset: str, pair: Callable[[str], Pair], rows: Tokens) -> None:
     def tokens(engine: Any) -> list[int]:
@@ -121,6 +122,7 @@ def test_greedy_tokens(preset: str, pair: Callable[[str], Pair], rows: Tokens) -
     assert tokens(both.ort) == tokens(both.torch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", QUANTIZED_INPUTS)
 def test_logits_with_quantized_inputs(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, costs: dict[str, float]
@@ -234,6 +236,7 @@ def test_layers_without_quantized_inputs(
         assert row_errors(found, expected).max() < ROUNDING, kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", QUANTIZED_INPUTS)
 def test_layers_with_quantized_inputs(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path]
@@ -289,6 +292,7 @@ def test_a_prompt_may_be_cut_anywhere(
         assert error(state[name], value) < SAME, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", QUANTIZED_INPUTS)
 def test_a_prompt_with_quantized_inputs_may_be_cut_anywhere(
     preset: str, pair: Callable[[str], Pair], rows: Tokens, costs: dict[str, float]
@@ -370,6 +374,7 @@ def test_a_cache_in_fp8_holds_rounded_values(pair: Callable[[str], Pair], rows: 
 # Options.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", WHOLE_INPUTS)
 def test_float16(preset: str, pair: Callable[[str], Pair], rows: Tokens, copied: Callable[..., Path]) -> None:
     """The graph's error in float16 stays below half of that of torch in bfloat16.
@@ -395,6 +400,7 @@ def test_float16(preset: str, pair: Callable[[str], Pair], rows: Tokens, copied:
     assert error(in_pieces(engine, rows, [7])[0], found.logits) < error(bf16, expected.logits) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", QUANTIZED_INPUTS)
 def test_float16_with_quantized_inputs(
     preset: str,
@@ -469,6 +475,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_architecture(changes: dict[str, Any], make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     tokens = np.random.default_rng(1).integers(3, 96, (3, 40))
@@ -489,6 +496,7 @@ def test_architecture(changes: dict[str, Any], make_checkpoint: Callable[..., Pa
         assert error(drafted[0].logits, drafted[1].logits) < SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_architecture_in_nvfp4(
     changes: dict[str, Any], make_checkpoint: Callable[..., Path], token_rows: Path, tmp_path: Path

@@ -322,6 +322,7 @@ def test_engines_find_what_the_plan_says(preset, source):
     assert modules["mtp.layers.1.mixer.experts"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [*PRESETS, "super-nvfp4-published"])
 def test_engines_find_what_the_plan_says_of_super(preset):
     modules = check_engines(api.plan(SUPER, preset))

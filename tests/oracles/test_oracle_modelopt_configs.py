@@ -65,6 +65,7 @@ def by_layer(names: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", UNIFORM)
 def test_one_format(preset, runs) -> None:
     ours, theirs = sections(runs.ours(preset)), sections(runs.theirs(preset))
