@@ -62,8 +62,6 @@ def estimate(
     Args:
         options: of the run; calibration data is not read, ``rows`` and ``seq_len`` give its amount.
         out: a path on the disk that would be written to; a file without a name is written beside it.
-        options: of the run; calibration data is not read, ``rows`` and ``seq_len`` say how much it would be.
-        out: a path on the disk that would be written to; a file without a name is written beside it.
     Raises:
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """

@@ -111,15 +111,11 @@ class AmaxCollector:
             self._tokens[expert] = self._tokens.get(expert, 0) + count
 
     def finish(self, layer: int | None) -> None:
-        caches = {name for name in self._amax if name.endswith(KV_OUTPUT)}
-        self.scales.kv_amax |= {
-            name.removesuffix(KV_OUTPUT): self._amax[name] for name in self._amax if name in caches
-        }
-        self.scales.input_amax |= {
-            name: amax
-            for name, amax in self._amax.items()
-            if name not in caches and not name.endswith(ROUTER)
-        }
+        for name, amax in self._amax.items():
+            if name.endswith(KV_OUTPUT):
+                self.scales.kv_amax[name.removesuffix(KV_OUTPUT)] = amax
+            elif not name.endswith(ROUTER):
+                self.scales.input_amax[name] = amax
         if layer is not None and self.config.layers[layer] == "moe":
             experts = range(self.config.n_routed_experts)
             self.scales.tokens_per_expert[layer] = [self._tokens.get(expert, 0) for expert in experts]

@@ -129,7 +129,7 @@ def check_identity(found: Unfinished, identity: Identity) -> None:
     """
     changed = []
     for name in dict.fromkeys([*found.identity, *identity]):
-        option = OPTIONS.get(name) or Option(None, FACTS[name], "fixed")
+        option = OPTIONS.get(name) or Option(None, FACTS.get(name, name), "fixed")
         may_change = option.resume == "free" or (option.resume == "once calibrated" and found.calibrated)
         was, now = found.identity.get(name), identity.get(name)
         if was != now and not may_change:

@@ -328,3 +328,11 @@ def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_ro
     with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:
         make(source, token_rows, folder / "out")
     assert not (tmp_path / "demo.partial").exists()
+
+
+def test_a_state_with_an_option_that_this_version_does_not_know(tmp_path):
+    """It is named as the state names it: nothing is assumed of it, and the run is not continued."""
+    from nemoquant.run.unfinished import Unfinished, check_identity
+
+    with pytest.raises(UsageError, match=r"another_option was 3 and is not given; give the same ones"):
+        check_identity(Unfinished(tmp_path, {"rows": 1, "another_option": 3}), {"rows": 1})
