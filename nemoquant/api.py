@@ -69,7 +69,7 @@ def estimate(
     from nemoquant.checkpoint.folder import nearest_folder
     from nemoquant.formats.gpu import check
     from nemoquant.run.budget import budget
-    from nemoquant.run.estimate import estimate as estimate_run
+    from nemoquant.run.estimate import estimate_run
 
     options = options or RunOptions()
     check(options.device)
@@ -253,7 +253,7 @@ def diff(
 
     from nemoquant.engine.base import Engine
     from nemoquant.engine.load import load_engine
-    from nemoquant.evaluate.candidate import Candidate
+    from nemoquant.evaluate.candidate import CandidateCheckpoint
     from nemoquant.evaluate.card import update_card
     from nemoquant.evaluate.reference import check_cache
     from nemoquant.evaluate.run import diff as compare
@@ -263,7 +263,7 @@ def diff(
         stack.enter_context(opened.checkpoint)
         names = [p.resolve().name for p in paths]
         names = names if len(set(names)) == len(names) else [str(p) for p in paths]
-        sides = [Candidate(path, opened, name) for path, name in zip(paths, names, strict=True)]
+        sides = [CandidateCheckpoint(path, opened, name) for path, name in zip(paths, names, strict=True)]
         for side in sides:
             stack.enter_context(side.checkpoint)
         if cache is not None:
@@ -375,9 +375,9 @@ def export_engine(
     onnx_package()
     from nemoquant.engine.build import EngineOptions
     from nemoquant.engine.export import export_engine as export
-    from nemoquant.engine.targets import default_target, device
+    from nemoquant.engine.targets import default_target, find_gpu
 
-    gpu = device()
+    gpu = find_gpu()
     options = EngineOptions(
         target or default_target(gpu),
         sm,

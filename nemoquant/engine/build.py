@@ -20,7 +20,7 @@ from nemoquant.checkpoint.manifest import file_sha256, replace_bytes
 from nemoquant.engine.messages import logger
 from nemoquant.engine.targets import (
     TARGETS,
-    Device,
+    Gpu,
     Target,
     check_formats,
     load_plugins,
@@ -94,7 +94,7 @@ def check_options(options: EngineOptions) -> None:
 def build(
     path: Path,
     options: EngineOptions,
-    device: Device | None,
+    device: Gpu | None,
     say: Callable[[str], None] = lambda text: None,
     *,
     mtp: bool = False,

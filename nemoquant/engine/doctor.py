@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
-from nemoquant.engine.targets import TARGETS, Device, device, plugin_library
+from nemoquant.engine.targets import TARGETS, Gpu, find_gpu, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.machine import usable_threads
 from nemoquant.ops.build import default_folder, missing, read_built
@@ -32,11 +32,11 @@ def _version(*packages: str) -> str | None:
     return None
 
 
-def _rtx_runs(gpu: Device | None) -> bool:
+def _rtx_runs(gpu: Gpu | None) -> bool:
     return gpu is not None and gpu.sm in (TARGETS["rtx"].sms or ())
 
 
-def _rtx_why(gpu: Device | None) -> str:
+def _rtx_why(gpu: Gpu | None) -> str:
     if gpu is None:
         return f"{NO_GPU}, so nothing runs"
     return (
@@ -46,7 +46,7 @@ def _rtx_why(gpu: Device | None) -> str:
     )
 
 
-def plugins(found: Device | None) -> Finding:
+def plugins(found: Gpu | None) -> Finding:
     """The plugin library: what is missing to build it, and what was built."""
     try:
         lacking, built = missing(), read_built(default_folder())
@@ -68,7 +68,7 @@ def plugins(found: Device | None) -> Finding:
 
 def doctor() -> list[Finding]:
     """All engines, and the machine."""
-    cuda = device()
+    cuda = find_gpu()
     gpu = f"{cuda.name} (SM {cuda.sm})" if cuda else None
     ort = _version("onnxruntime", "onnxruntime-gpu")
     rtx, trt = _version("tensorrt-rtx-cu13"), _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")

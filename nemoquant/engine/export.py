@@ -10,7 +10,7 @@ from typing import Any
 from nemoquant.checkpoint.manifest import replace_bytes, replace_text
 from nemoquant.engine.build import Built, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
-from nemoquant.engine.targets import Device
+from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
 
 
@@ -18,7 +18,7 @@ def export_engine(
     path: Path,
     out: Path,
     options: EngineOptions,
-    device: Device | None,
+    device: Gpu | None,
     say: Callable[[str], None] = lambda text: None,
     *,
     mtp: bool = False,

@@ -11,7 +11,7 @@ from nemoquant.engine.base import Floats, GraphEngine, Step
 from nemoquant.engine.build import EngineOptions, engine_graph
 from nemoquant.engine.enginefile import mtp_file, read_facts
 from nemoquant.engine.messages import logger
-from nemoquant.engine.targets import TARGETS, Device, load_plugins, plugin_library
+from nemoquant.engine.targets import TARGETS, Gpu, load_plugins, plugin_library
 from nemoquant.errors import EngineError, UsageError
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
@@ -177,7 +177,7 @@ class TensorRTEngine(GraphEngine[Session]):
         target: str,
         file: Path,
         folder: Path,
-        device: Device | None,
+        device: Gpu | None,
         plugins: Path | None = None,
         on: str = "cuda",
     ) -> None:
@@ -216,7 +216,7 @@ class TensorRTEngine(GraphEngine[Session]):
         }
 
 
-def check_device(facts: dict[str, Any], file: Path, device: Device | None) -> None:
+def check_device(facts: dict[str, Any], file: Path, device: Gpu | None) -> None:
     """Raises UsageError where there is no GPU, or not the kind that the engine was built for."""
     if device is None:
         raise UsageError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nemoquant.engine.base import Engine
-from nemoquant.engine.targets import TARGETS, device
+from nemoquant.engine.targets import TARGETS, find_gpu
 from nemoquant.errors import UsageError
 from nemoquant.machine import usable_threads
 
@@ -43,4 +43,4 @@ def load_engine(
     assert file is not None
     from nemoquant.engine.gpu import TensorRTEngine
 
-    return TensorRTEngine(name, file, path, device(), plugins)
+    return TensorRTEngine(name, file, path, find_gpu(), plugins)

@@ -52,29 +52,29 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Device:
+class Gpu:
     """A CUDA device: its name and SM, 90 for compute capability 9.0."""
 
     name: str
     sm: int
 
 
-def device() -> Device | None:
+def find_gpu() -> Gpu | None:
     """The first CUDA device that torch can use; None without one."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(0)
-    return Device(torch.cuda.get_device_name(0), 10 * major + minor)
+    return Gpu(torch.cuda.get_device_name(0), 10 * major + minor)
 
 
-def default_target(found: Device | None) -> str:
+def default_target(found: Gpu | None) -> str:
     """``rtx`` without a GPU, else ``trt``: the plugins work with TensorRT only."""
     return "rtx" if found is None else "trt"
 
 
-def target_sm(target: Target, sm: int | None, found: Device | None, path: Path) -> int:
+def target_sm(target: Target, sm: int | None, found: Gpu | None, path: Path) -> int:
     """The SM to build for.
 
     Args:

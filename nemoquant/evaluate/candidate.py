@@ -24,7 +24,7 @@ CACHE_ROLE = "kv_cache"
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleSpec:
     """A unit of measurement: a tensor, all experts of a layer and projection, or a layer's KV cache.
 
     ``layer`` is None for embedding, final norm and head. ``specs`` is empty for a KV cache. ``taps`` are the
@@ -40,7 +40,7 @@ class Module:
     taps: frozenset[str]
 
 
-class Candidate(PackedCheckpoint):
+class CandidateCheckpoint(PackedCheckpoint):
     """An opened checkpoint that was made from ``source``; ``name`` is its name in reports."""
 
     def __init__(self, path: Path, source: Source, name: str) -> None:
@@ -83,7 +83,7 @@ class Candidate(PackedCheckpoint):
                 )
 
     @cached_property
-    def modules(self) -> list[Module]:
+    def modules(self) -> list[ModuleSpec]:
         """The modules of the main model, in file order."""
         grouped: dict[str, list[TensorSpec]] = {}
         for spec in self.table:
@@ -106,13 +106,15 @@ class Candidate(PackedCheckpoint):
                     "input scale; expected one for all, engines run them as one operation"
                 )
             modules.append(
-                Module(name, first.layer, first.role, formats[0], inputs.pop(), specs=tuple(specs), taps=taps)
+                ModuleSpec(
+                    name, first.layer, first.role, formats[0], inputs.pop(), specs=tuple(specs), taps=taps
+                )
             )
             if first.role == "attention.v_proj" and self.fp8_cache:
                 mixer = first.module.removesuffix(".v_proj")
                 caches = frozenset(f"{mixer}.{p}_proj.output" for p in "kv")
                 modules.append(
-                    Module(
+                    ModuleSpec(
                         f"{mixer}.{CACHE_ROLE}",
                         first.layer,
                         CACHE_ROLE,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, WeightError
-from nemoquant.evaluate.candidate import Candidate
+from nemoquant.evaluate.candidate import CandidateCheckpoint
 from nemoquant.evaluate.layers import Energy, into, run_layer
 from nemoquant.evaluate.metrics import Positions, compare, top1
 from nemoquant.evaluate.reference import embed
@@ -101,7 +101,7 @@ def _slices(config: NemotronHConfig, positions: int) -> Iterator[slice]:
 
 
 def heads_of(
-    source: Source, candidates: Sequence[Candidate], streams: Sequence[Tensor], device: torch.device
+    source: Source, candidates: Sequence[CandidateCheckpoint], streams: Sequence[Tensor], device: torch.device
 ) -> list[Head]:
     """The heads of all models over their streams after the last layer, the reference's first."""
     checkpoint = source.checkpoint
@@ -113,7 +113,11 @@ def heads_of(
 
 
 def compare_heads(
-    source: Source, candidates: Sequence[Candidate], heads: Sequence[Head], rows: Rows, progress: Shares
+    source: Source,
+    candidates: Sequence[CandidateCheckpoint],
+    heads: Sequence[Head],
+    rows: Rows,
+    progress: Shares,
 ) -> tuple[Positions, list[Positions], list[Energy], list[float | None]]:
     """Logits of all models, and the figures that follow from them.
 

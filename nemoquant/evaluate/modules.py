@@ -13,10 +13,9 @@ from torch import Tensor
 
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, WeightError
-from nemoquant.evaluate.candidate import Candidate, Module
+from nemoquant.evaluate.candidate import CandidateCheckpoint, ModuleSpec
 from nemoquant.evaluate.layers import SEGMENT, Energy
-from nemoquant.evaluate.schema import Experts, Quantized
-from nemoquant.evaluate.schema import Module as Measured
+from nemoquant.evaluate.schema import Experts, Module, Quantized
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
 from nemoquant.layouts.modelopt import kv_scale_name
@@ -51,7 +50,7 @@ def sample(x: Tensor) -> Tensor:
     return x[:EFFECT_ROWS, :SEGMENT]
 
 
-def weight_noise(candidate: Candidate, spec: TensorSpec) -> Noise:
+def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> Noise:
     """Noise of one tensor of the candidate against the source's.
 
     Raises:
@@ -89,7 +88,7 @@ def _matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Weight:
 class ModuleNoise:
     """Noise of one module's weights by tensor, and of its inputs by tap."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: ModuleSpec) -> None:
         self.module = module
         self.weights: list[Noise] = []
         self.inputs: dict[str, Noise] = {}
@@ -105,10 +104,10 @@ class ModuleNoise:
         """Whether the module differs from the source's in any way."""
         return self.module.format != "source" or bool(self.module.taps) or any(n.error for n in self.weights)
 
-    def measured(self, candidate: Candidate, effect: float) -> Measured:
+    def measured(self, candidate: CandidateCheckpoint, effect: float) -> Module:
         module, stored = self.module, [candidate.stored[spec.name] for spec in self.module.specs]
         changed = module.format == "source" and any(n.error for n in self.weights)
-        return Measured(
+        return Module(
             name=module.name,
             layer=module.layer,
             role=module.role,
@@ -123,7 +122,7 @@ class ModuleNoise:
             experts=self._experts() if module.specs and module.specs[0].expert is not None else None,
         )
 
-    def _cache_bytes(self, candidate: Candidate) -> int:
+    def _cache_bytes(self, candidate: CandidateCheckpoint) -> int:
         """Bytes of the scales of a KV cache."""
         names = [
             kv_scale_name(tap.removesuffix(".output")) for tap in self.module.taps if tap.endswith(".output")
@@ -158,8 +157,12 @@ def _quantized(parts: list[Noise]) -> Quantized | None:
 
 
 def effects(
-    candidate: Candidate, found: list[ModuleNoise], source: Weights, weights: PackedWeights, run: Run
-) -> list[Measured]:
+    candidate: CandidateCheckpoint,
+    found: list[ModuleNoise],
+    source: Weights,
+    weights: PackedWeights,
+    run: Run,
+) -> list[Module]:
     """Measure the effects of the modules that differ, one at a time.
 
     Args:

@@ -21,7 +21,7 @@ from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.engine.base import Engine
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.evaluate import schema
-from nemoquant.evaluate.candidate import Candidate
+from nemoquant.evaluate.candidate import CandidateCheckpoint
 from nemoquant.evaluate.engines import check_engines, run_engines
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
@@ -43,7 +43,7 @@ WORST = 10
 class Side:
     """A candidate between layers: its stream and its results so far; layers compute on ``device``."""
 
-    def __init__(self, candidate: Candidate, device: torch.device) -> None:
+    def __init__(self, candidate: CandidateCheckpoint, device: torch.device) -> None:
         self.candidate, self.device = candidate, device
         self.hidden = torch.empty(0)
         self.layers: list[schema.Layer] = []
@@ -80,7 +80,7 @@ class Side:
 
 def diff(
     source: Source,
-    candidates: list[Candidate],
+    candidates: list[CandidateCheckpoint],
     rows: Rows,
     cache: Path | None,
     progress: Progress,

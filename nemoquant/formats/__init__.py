@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-Kind = Literal["codes", "block_scales", "global_scale"]
+PartKind = Literal["codes", "block_scales", "global_scale"]
 Device = Literal["cpu", "cuda"]
 
 
 class PackedTensor(NamedTuple):
     """One tensor of a packed weight: its kind, its safetensors dtype, its shape (a scalar is ``()``)."""
 
-    kind: Kind
+    kind: PartKind
     dtype: str
     shape: tuple[int, ...]
 

@@ -32,7 +32,7 @@ from nemoquant.formats.rounding import (
     Codes,
     Floats,
     bits_of,
-    estimate,
+    contracted_kernel,
     float_of,
     kernel,
     widen,
@@ -89,7 +89,7 @@ def _values(bits: Bits, shift: np.uint32, unit: np.float32, values: Floats) -> N
         values[i] = np.float32(abs(widen(bits[i], shift)) * unit)
 
 
-@estimate
+@contracted_kernel
 def _square(value: np.float32, reciprocal: np.float32, scale: np.float32) -> np.float32:
     """The squared error of one magnitude, estimated.
 
@@ -104,7 +104,7 @@ def _square(value: np.float32, reciprocal: np.float32, scale: np.float32) -> np.
     return np.float32(difference * difference)
 
 
-@estimate
+@contracted_kernel
 def _bounds(values: Floats, firsts: Codes, table: Floats, lower: Floats, upper: Floats) -> None:
     """Bounds of block b's error with scale ``firsts[b] + k`` in row b, column k of ``lower`` and ``upper``.
 
@@ -351,7 +351,7 @@ def _look_up(row: Floats, codes: Codes, numbers: Floats) -> None:
         numbers[b] = row[codes[b]]
 
 
-@estimate
+@contracted_kernel
 def _squares(values: Floats, reciprocals: Floats, scales: Floats, squares: Floats) -> None:
     """The estimated squared errors of flat magnitudes, each with its own scale: one long loop for vectors."""
     for i in range(squares.shape[0]):

@@ -35,7 +35,7 @@ def kernel(function: F) -> F:
     return cast(F, keep(numba.njit(nogil=True, fastmath=False, error_model="numpy")(function)))
 
 
-def estimate(function: F) -> F:
+def contracted_kernel(function: F) -> F:
     """Like ``kernel``, but ``a * b + c`` may be rounded once: for numbers that only have to meet a bound."""
     return cast(F, keep(numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")(function)))
 

@@ -39,7 +39,7 @@ class Variant:
         return f"{self.kind.capitalize()}Layer_{text}" + ("_fp8_cache" if self.fp8_cache else "")
 
 
-class Layer:
+class LayerRecorder:
     """Records one layer function."""
 
     def __init__(
@@ -117,7 +117,7 @@ def layer_function(
 
     def record(t: Tape, x: ir.Value, *rest: ir.Value) -> list[ir.Value]:
         named = dict(zip(weights, rest[len(states) :], strict=True))
-        layer = Layer(t, config, dialect, variant, compute, named)
+        layer = LayerRecorder(t, config, dialect, variant, compute, named)
         wide = t.cast(x, FLOAT)
         normed = t.cast(layer.rms_norm(wide, layer.f32("layer_norm")), compute)
         y, *after = MIXERS[variant.kind](layer, normed, *rest[: len(states)])
@@ -127,7 +127,7 @@ def layer_function(
     return make_function(LAYERS, variant.name, ["x", *states, *weights], record)
 
 
-def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) -> list[ir.Value]:
+def mamba(layer: LayerRecorder, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) -> list[ir.Value]:
     t, c = layer.t, layer.c
     shape = t.op("Shape", x, start=0, end=2)
     bc = c.n_groups * c.ssm_state_size
@@ -180,7 +180,7 @@ def mamba(layer: Layer, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) 
     return [layer.gemm("out_proj", y), conv_out, ssm_out]
 
 
-def attention(layer: Layer, x: ir.Value, past_key: ir.Value, past_value: ir.Value) -> list[ir.Value]:
+def attention(layer: LayerRecorder, x: ir.Value, past_key: ir.Value, past_value: ir.Value) -> list[ir.Value]:
     t, c = layer.t, layer.c
     kv, group, size = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim
     shape = t.op("Shape", x, start=0, end=2)
@@ -215,11 +215,11 @@ def attention(layer: Layer, x: ir.Value, past_key: ir.Value, past_value: ir.Valu
     return [layer.gemm("o_proj", t.reshape(y, -1, kv * group * size)), key_out, value_out]
 
 
-def mlp(layer: Layer, x: ir.Value) -> list[ir.Value]:
+def mlp(layer: LayerRecorder, x: ir.Value) -> list[ir.Value]:
     return [layer.gemm("down_proj", squared_relu(layer.t, layer.gemm("up_proj", layer.flat(x))))]
 
 
-def moe(layer: Layer, x: ir.Value) -> list[ir.Value]:
+def moe(layer: LayerRecorder, x: ir.Value) -> list[ir.Value]:
     t, c = layer.t, layer.c
     flat = layer.flat(x)
     ids, factors = route(layer, t.cast(flat, FLOAT))
@@ -238,7 +238,7 @@ def moe(layer: Layer, x: ir.Value) -> list[ir.Value]:
     return [y]
 
 
-def route(layer: Layer, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def route(layer: LayerRecorder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """x [tokens, hidden] float32 -> expert ids [tokens, k] int64 and their factors [tokens, k] float32."""
     t, c = layer.t, layer.c
     scores = t.op("Sigmoid", t.op("Gemm", x, layer.f32("gate.weight"), transB=1))

@@ -29,7 +29,7 @@ Encoded = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
 Part = tuple[Row, slice]
 
 
-class PackedWeight(NamedTuple):
+class EncodedWeight(NamedTuple):
     """A whole weight: decode scale, degenerate (all zeros) or not, codes and block scales in chunks."""
 
     scale: np.float32
@@ -95,7 +95,7 @@ def _codes(row: Row, weight: Array | gpu.OnGpu, scale: np.float32, degenerate: b
     return nvfp4.zeros(shape) if degenerate else nvfp4.encode(weight, scale, row.scale_method)
 
 
-def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[PackedWeight]:
+def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[EncodedWeight]:
     """Encode whole weights that share no scale, such as experts.
 
     The maximum and the codes of each are computed while it is in the cache, or on the GPU.
@@ -103,17 +103,17 @@ def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "
     return [_pack_weight(checkpoint, row, device) for row in rows]
 
 
-def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> PackedWeight:
+def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> EncodedWeight:
     parts = slices(row)
     if len(parts) > 1:
         scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part) for part in parts))
-        return PackedWeight(
+        return EncodedWeight(
             scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts]
         )
     with _reading(checkpoint, row, parts[0]) as array:
         weight = _on(device, array)
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
-        return PackedWeight(scale, degenerate, [_codes(row, weight, scale, degenerate)])
+        return EncodedWeight(scale, degenerate, [_codes(row, weight, scale, degenerate)])
 
 
 def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Array:

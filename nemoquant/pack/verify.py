@@ -43,7 +43,7 @@ from nemoquant.sources.source import Source
 COMPARE_BYTES = 16 << 20
 
 
-class Report:
+class Verification:
     """Result of verify: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts checked items."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Report:
     def ok(self) -> bool:
         return not self.problems
 
-    def add(self, other: "Report") -> None:
+    def add(self, other: "Verification") -> None:
         """Add another report's results to this one."""
         self.problems += other.problems
         self.warnings += other.warnings
@@ -73,7 +73,7 @@ class Report:
 
 def verify(
     out: Path, source: Source | None = None, *, encode_again: bool = True, progress: Progress = no_progress
-) -> Report:
+) -> Verification:
     """Check the checkpoint in ``out``; problems are collected, not raised.
 
     Args:
@@ -82,7 +82,7 @@ def verify(
     Raises:
         CheckpointError: the checkpoint can't be checked at all, because its manifest can't be used.
     """
-    report = Report()
+    report = Verification()
     manifest = read_manifest(out)
     total = sum((out / name).stat().st_size for name in manifest["files"] if (out / name).is_file())
     if source is not None:
@@ -95,7 +95,7 @@ def verify(
             done += size
             progress("verify", min(done, total), total, "")
 
-    rest = Report()
+    rest = Verification()
     with ThreadPoolExecutor(usable_threads()) as pool:  # files are hashed while their content is checked
         hashes = [
             pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()
@@ -135,7 +135,7 @@ def _check_file(path: Path, digest: str, count: Count) -> str | None:
     return None
 
 
-def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
+def _plan_again(out: Path, manifest: dict[str, Any], report: Verification) -> Plan:
     config, _ = load_config(out)
     dtypes = manifest["source"]["dtypes"]
     table = [
@@ -153,7 +153,7 @@ def _plan_again(out: Path, manifest: dict[str, Any], report: Report) -> Plan:
     return plan
 
 
-def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, report: Report) -> bool:
+def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, report: Verification) -> bool:
     """Check name, dtype, shape, order and place of every tensor; True if the rest can be checked."""
     before = len(report.problems)
     for shard in layout:
@@ -212,7 +212,7 @@ def _check_scales(
     layout: list[Shard],
     checkpoint: Checkpoint,
     activations: dict[tuple[str, str], np.float32],
-    report: Report,
+    report: Verification,
 ) -> None:
     for e in (e for shard in layout for e in shard.entries if e.kind not in ("source", "codes")):
         values = checkpoint.array(e.name)
@@ -230,7 +230,7 @@ def _check_scales(
         report.checked["scales"] += values.size
 
 
-def _check_configs(out: Path, plan: Plan, source: Source | None, report: Report) -> None:
+def _check_configs(out: Path, plan: Plan, source: Source | None, report: Verification) -> None:
     section, legacy = quantization_sections(plan)
     written = _json(out / "config.json")
     if written.pop(SECTION, None) != section:
@@ -258,7 +258,7 @@ def _compare(
     layout: list[Shard],
     written: Checkpoint,
     source: Source,
-    report: Report,
+    report: Verification,
     *,
     again: bool,
     count: Count,

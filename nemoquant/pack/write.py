@@ -22,7 +22,7 @@ from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.pack.encode import (
     Array,
     Encoded,
-    PackedWeight,
+    EncodedWeight,
     Part,
     amax,
     copy,
@@ -124,7 +124,7 @@ class Packer:
                 block_scales.append(blocks)
             self.progress(nbytes)
 
-        def put_weights(rows: tuple[Row, ...], packed: list[PackedWeight]) -> None:
+        def put_weights(rows: tuple[Row, ...], packed: list[EncodedWeight]) -> None:
             for row, (scale, degenerate, chunks) in zip(rows, packed, strict=True):
                 for part, encoded in zip(slices(row), chunks, strict=True):
                     put(row.bytes_in * (part.stop - part.start) // row.shape[0], encoded)

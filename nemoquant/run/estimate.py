@@ -42,7 +42,7 @@ class Estimate:
         return data
 
 
-def estimate(
+def estimate_run(
     checkpoint: Checkpoint,
     plan: Plan,
     folder: Path,

@@ -21,7 +21,7 @@ from nemoquant.pack.workers import Threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
 from nemoquant.run.budget import Budget, budget
-from nemoquant.run.estimate import Estimate, estimate
+from nemoquant.run.estimate import Estimate, estimate_run
 from nemoquant.run.options import RunOptions
 from nemoquant.run.unfinished import Unfinished, check_identity, earlier, finish, unfinished
 from nemoquant.run.write import Output
@@ -164,7 +164,7 @@ class Job:
         """If the listener wants an estimate, measure this machine and report what the run will need."""
         if self.listener.expected is None:
             return
-        expected = estimate(
+        expected = estimate_run(
             self.source.checkpoint,
             self.plan,
             nearest_folder(self.out),

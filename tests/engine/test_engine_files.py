@@ -27,13 +27,13 @@ from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.engine import build, gpu, targets
 from nemoquant.engine.generate import Drafts, Sampler, generate
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
-from nemoquant.engine.targets import TARGETS, Device
+from nemoquant.engine.targets import TARGETS, Gpu
 from nemoquant.errors import EngineError, NemoquantError, UsageError
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (extra: rtx)"
 )
-GPU = Device("a stand-in", 100)
+GPU = Gpu("a stand-in", 100)
 NAMES = {np.float32: "DataType.FLOAT", np.int64: "DataType.INT64"}
 
 
@@ -392,7 +392,7 @@ def test_the_other_half_of_the_builder(
     library = tmp_path / "plugins.so"
     library.write_bytes(b"plugins")
     options = build.EngineOptions("trt", None, max_seq_len=256, plugins=library, last_token_only=True)
-    made = build.build(demo("nvfp4-w4a16"), options, Device("a stand-in", 120))
+    made = build.build(demo("nvfp4-w4a16"), options, Gpu("a stand-in", 120))
     assert configs[0].num_optimization_profiles == 2
     assert (made.facts["sm"], made.facts["realised"], made.facts["last_token_only"]) == (120, ["{}"], True)
     assert made.facts["plugins"] == {"file": "plugins.so", "sha256": hashlib.sha256(b"plugins").hexdigest()}
@@ -434,7 +434,7 @@ def test_a_timing_cache_of_another_gpu(tmp_path: Path) -> None:
 )
 def test_what_can_be_built_where(
     options: dict[str, Any],
-    device: Device | None,
+    device: Gpu | None,
     part: str,
     demo: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -448,7 +448,7 @@ def test_what_can_be_built_where(
 def test_formats_that_the_gpu_lacks(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """W4A16 experts need no FP4 GPU under TensorRT: the plugin decodes them. The runtime's GEMMs need one."""
     monkeypatch.setattr(targets.Target, "package", lambda self: stand_in((64, 3)))
-    hopper = Device("a stand-in", 90)
+    hopper = Gpu("a stand-in", 90)
     for preset, part in (
         ("nvfp4-full", "holds NVFP4 outside of TensorRT's plugins"),
         ("nvfp4-w4a16", "plugin library"),

@@ -10,7 +10,7 @@ from nemoquant import api
 from nemoquant.calibrate.batch import Batch
 from nemoquant.run import speeds
 from nemoquant.run.budget import Budget, budget
-from nemoquant.run.estimate import estimate
+from nemoquant.run.estimate import estimate_run
 from nemoquant.run.speeds import Speeds
 
 BATCH = Batch(8, 32, "float32")
@@ -41,7 +41,7 @@ def estimated(source, monkeypatch):
             plan = api.plan(source, preset)
             batch = BATCH if plan.needs_calibration else None
             chosen = Budget(10**9, {"mamba": 4, "moe": 8, "attention": 4, "mlp": 4} if batch else None, 6)
-            return estimate(opened.checkpoint, plan, source.parent, batch, chosen, threads=threads), plan
+            return estimate_run(opened.checkpoint, plan, source.parent, batch, chosen, threads=threads), plan
 
     return make
 
