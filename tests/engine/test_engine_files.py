@@ -297,7 +297,7 @@ def test_refusals_of_the_command_line(
     demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First the refusals before a GPU is used, then the refusal because there is no GPU."""
-    monkeypatch.setattr("nemoquant.engine.load.device", lambda: None)
+    monkeypatch.setattr("nemoquant.engine.load.find_gpu", lambda: None)
     folder, file = demo("fp8"), tmp_path / "model.engine"
 
     def refused(*arguments: object, part: str) -> None:

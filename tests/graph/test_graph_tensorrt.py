@@ -75,7 +75,7 @@ def test_packed_codes_enter_plugins_as_int8(graph: Callable[..., onnx.ModelProto
 def test_the_engine_is_refused_with_what_it_needs(
     quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemoquant.engine.targets.device", lambda: None)
+    monkeypatch.setattr("nemoquant.engine.targets.find_gpu", lambda: None)
     result = command(
         "export", "trt", quantized("fp8"), tmp_path / "e", "--target", "trt", "--sm", 100, code=2
     )
