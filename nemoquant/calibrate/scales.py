@@ -101,7 +101,7 @@ class Scales:
         if self.non_finite_rows:
             warnings.append(f"{self.non_finite_rows} calibration rows came to NaN or Inf and were left out")
         unreached, experts = self.unreached(), sum(map(len, self.tokens_per_expert.values()))
-        if unreached and any(row.expert is not None and row.activation_format for row in plan.rows):
+        if unreached and any(row.expert is not None and row.calibrated for row in plan.rows):
             warnings.append(
                 f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
                 "each has the largest input scale of its layer and projection, give more rows to see them"
@@ -134,7 +134,7 @@ class Scales:
         missing = [
             r.module
             for r in plan.quantized
-            if r.activation_format and r.expert is None and r.module not in self.input_amax
+            if r.calibrated and r.expert is None and r.module not in self.input_amax
         ]
         missing += [m for m in kv_modules(plan) if m not in self.kv_amax]
         if missing:
@@ -145,5 +145,5 @@ class Scales:
 
 
 def kv_modules(plan: Plan) -> list[str]:
-    """The projections whose outputs go into an FP8 cache."""
+    """The projections whose outputs go into a quantized cache."""
     return [f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"]

@@ -110,7 +110,7 @@ class CandidateCheckpoint(PackedCheckpoint):
                     name, first.layer, first.role, formats[0], inputs.pop(), specs=tuple(specs), taps=taps
                 )
             )
-            if first.role == "attention.v_proj" and self.fp8_cache:
+            if first.role == "attention.v_proj" and self.cache is not None:
                 mixer = first.module.removesuffix(".v_proj")
                 caches = frozenset(f"{mixer}.{p}_proj.output" for p in "kv")
                 modules.append(
@@ -119,7 +119,7 @@ class CandidateCheckpoint(PackedCheckpoint):
                         first.layer,
                         CACHE_ROLE,
                         "source",
-                        "fp8",
+                        self.cache.number,
                         specs=(),
                         taps=caches,
                     )

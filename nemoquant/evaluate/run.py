@@ -313,7 +313,7 @@ def _candidate(
         name=candidate.name,
         recipe=plan.get("recipe", {}).get("name"),
         formats=dict(sorted(formats.items())),
-        kv_cache="fp8" if candidate.fp8_cache else "source",
+        kv_cache="source" if candidate.cache is None else candidate.cache.name,
         bytes=size,
         compression=reference.bytes / size,
         bits_per_weight=8 * size / reference.parameters,

@@ -1,7 +1,8 @@
 """The model card (README.md) of a quantized checkpoint: format, size, engines that load it, accuracy."""
 
 from nemoquant._version import __version__
-from nemoquant.layouts.modelopt import algorithm
+from nemoquant.formats import FORMATS
+from nemoquant.layouts.modelopt import MIXED, algorithm
 from nemoquant.planning.plan import Plan
 from nemoquant.units import size
 
@@ -30,11 +31,7 @@ LOADERS = {
         ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
     ],
 }
-NAMES = {
-    "fp8": "FP8 (E4M3, one scale a tensor)",
-    "nvfp4": "NVFP4 (E2M1, a scale for each 16 values)",
-    "source": "as the source",
-}
+NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
 
 
 COST = "- Cost in accuracy: "  # start of the line that diff replaces
@@ -53,7 +50,7 @@ def with_cost(text: str, sentence: str) -> str | None:
 def algorithms(plan: Plan) -> tuple[str, ...]:
     """ModelOpt's names for the formats in the checkpoint; MIXED_PRECISION stands for several."""
     kinds = sorted({algorithm(row) for row in plan.quantized})
-    return ("MIXED_PRECISION",) if len(kinds) > 1 else tuple(kinds)
+    return (MIXED,) if len(kinds) > 1 else tuple(kinds)
 
 
 def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
