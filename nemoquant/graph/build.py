@@ -17,7 +17,8 @@ import onnx_ir as ir
 from nemoquant._version import __version__
 from nemoquant.errors import UsageError
 from nemoquant.graph import ops
-from nemoquant.graph.dialects import Dialect, format_name, parts_of
+from nemoquant.graph.dialects import Dialect
+from nemoquant.graph.gemms import GEMMS, gemm_of
 from nemoquant.graph.layers import LAYERS, Variant, layer_function, rms_norm, state_names, weight_names
 from nemoquant.graph.tape import FLOAT, INT64, IR_VERSION, OPSET, Tape
 from nemoquant.graph.weights import GraphWeights
@@ -131,8 +132,8 @@ class Builder:
         return t.cast(wide, self.compute)
 
     def gemm(self, module: str, x: ir.Value) -> ir.Value:
-        name = format_name(*self.opened.formats(module))
-        parts = {part: self.weights.part(module, part) for part in parts_of(name)}
+        name = gemm_of(*self.opened.formats(module)).name
+        parts = {part: self.weights.part(module, part) for part in GEMMS[name].parts}
         self.need(name)
         return self.dialect.linear(self.tape, x, parts, name, self.compute)
 
@@ -172,7 +173,7 @@ class Builder:
             return self.compute, "batch", c.conv_channels, c.conv_kernel - 1
         if name == "ssm_state":
             return FLOAT, "batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size
-        cached = ops.F8 if variant.fp8_cache and self.dialect.fp8_caches else self.compute
+        cached = self.dialect.cache_dtype(variant.cache, self.compute)
         return cached, "batch", c.num_key_value_heads, "past", c.head_dim
 
     def variant(self, kind: LayerKind, mixer: str) -> Variant:
@@ -185,7 +186,7 @@ class Builder:
                 if projection.startswith("experts.")
                 else projection
             )
-            name = format_name(*self.opened.formats(mixer + module))
+            name = gemm_of(*self.opened.formats(mixer + module)).name
             gemms.append((projection, name))
             self.need(name)
             if projection == "experts.up_proj" and not self.dialect.has_plugins:
@@ -197,8 +198,9 @@ class Builder:
                 "scan",
                 lambda: ops.mamba2_scan(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size),
             )
-        fp8_cache = kind == "attention" and f"{mixer}k_proj.output" in self.opened.inputs
-        return Variant(kind, tuple(gemms), fp8_cache)
+        quantized = kind == "attention" and f"{mixer}k_proj.output" in self.opened.inputs
+        cache = self.opened.cache.name if quantized and self.opened.cache is not None else None
+        return Variant(kind, tuple(gemms), cache)
 
     def projections(self, kind: LayerKind) -> Sequence[str]:
         c = self.config
@@ -225,8 +227,12 @@ class Builder:
         return self.weights.plain(mixer + name)
 
     def need(self, name: str) -> None:
-        if name == "nvfp4" and self.dialect.rounds_nvfp4_inputs:
-            self.function("nvfp4", ops.nvfp4_dynamic_quant_dequant)
+        """Add the function of nemoquant that rounds the inputs of a GEMM, where the dialect has one."""
+        gemm = GEMMS[name]
+        if gemm.number is not None and gemm.rounds:
+            make = self.dialect.codecs[gemm.number].function
+            if make is not None:
+                self.function(name, make)
 
     def function(self, key: str, make: Callable[[], ir.Function | None]) -> None:
         if key not in self.functions:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from nemoquant.graph.dialects import Dialect, parts_of, squared_relu
+from nemoquant.formats import CacheName
+from nemoquant.graph.dialects import Dialect, squared_relu
+from nemoquant.graph.gemms import GEMMS
 from nemoquant.graph.tape import DOMAIN, FLOAT, Tape, make_function
 from nemoquant.model.config import LayerKind, NemotronHConfig
 
@@ -16,11 +18,11 @@ LAYERS = "nemoquant.layers"
 
 @dataclass(frozen=True)
 class Variant:
-    """Layers share a function if kind, format of each GEMM (by projection) and FP8 cache are the same."""
+    """Layers share a function if kind, format of each GEMM (by projection) and of the cache are the same."""
 
     kind: LayerKind
     gemms: tuple[tuple[str, str], ...]
-    fp8_cache: bool = False
+    cache: CacheName | None = None
 
     def format(self, projection: str) -> str:
         return next(name for p, name in self.gemms if p == projection)
@@ -36,7 +38,7 @@ class Variant:
             if len(groups) > 1
             else next(iter(groups))
         )
-        return f"{self.kind.capitalize()}Layer_{text}" + ("_fp8_cache" if self.fp8_cache else "")
+        return f"{self.kind.capitalize()}Layer_{text}" + (f"_{self.cache}_cache" if self.cache else "")
 
 
 class LayerRecorder:
@@ -63,7 +65,7 @@ class LayerRecorder:
     def gemm(self, projection: str, x: ir.Value) -> ir.Value:
         """x [tokens, in] -> [tokens, out], both in the compute dtype."""
         name = self.variant.format(projection)
-        parts = {part: self.w[f"{projection}.{part}"] for part in parts_of(name)}
+        parts = {part: self.w[f"{projection}.{part}"] for part in GEMMS[name].parts}
         return self.dialect.linear(self.t, x, parts, name, self.compute)
 
     def f32(self, name: str) -> ir.Value:
@@ -92,7 +94,7 @@ def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
     """Inputs of the function after x and state: ``layer_norm``, then names relative to the mixer."""
     names = ["layer_norm"]
     for projection, name in variant.gemms:
-        names += [f"{projection}.{part}" for part in parts_of(name)]
+        names += [f"{projection}.{part}" for part in GEMMS[name].parts]
     if variant.kind == "mamba":
         names += [
             "conv1d.weight",
@@ -102,7 +104,7 @@ def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
             "dt_bias",
             "norm.weight",
         ]
-    if variant.kind == "attention" and variant.fp8_cache:
+    if variant.kind == "attention" and variant.cache:
         names += ["k_scale", "v_scale"]
     if variant.kind == "moe":
         names += ["gate.weight", "gate.e_score_correction_bias"]
@@ -192,8 +194,11 @@ def attention(layer: LayerRecorder, x: ir.Value, past_key: ir.Value, past_value:
 
     query, key, value = heads("q_proj", kv * group), heads("k_proj", kv), heads("v_proj", kv)
     k_scale, v_scale = (layer.w.get(name) for name in ("k_scale", "v_scale"))
-    key, key_out = layer.dialect.cached(t, key, past_key, k_scale, layer.compute)
-    value, value_out = layer.dialect.cached(t, value, past_value, v_scale, layer.compute)
+    cache = layer.variant.cache
+    key, key_out = layer.dialect.cached(t, key, past_key, cache=cache, scale=k_scale, compute=layer.compute)
+    value, value_out = layer.dialect.cached(
+        t, value, past_value, cache=cache, scale=v_scale, compute=layer.compute
+    )
     length, total = t.size(query, 2), t.size(key, 2)
     scores = t.op(
         "MatMul",
@@ -225,7 +230,7 @@ def moe(layer: LayerRecorder, x: ir.Value) -> list[ir.Value]:
     ids, factors = route(layer, t.cast(flat, FLOAT))
     inputs = layer.gemm("fc1_latent_proj", flat) if c.moe_latent_size else flat
     name = layer.variant.format("experts.up_proj")
-    experts = [layer.w[f"experts.{p}.{part}"] for p in ("up_proj", "down_proj") for part in parts_of(name)]
+    experts = [layer.w[f"experts.{p}.{part}"] for p in ("up_proj", "down_proj") for part in GEMMS[name].parts]
     op, attributes = layer.dialect.experts_node(name)
     y = t.op(op, inputs, ids, factors, *experts, domain=DOMAIN, **attributes)
     if c.moe_latent_size:

@@ -133,7 +133,7 @@ class PackedCheckpoint:
             scale = stored.parts.get("input_scale")
             if scale is not None:
                 self.inputs[spec.module] = stored.format, self.scalar(scale)
-            elif not FORMATS[stored.format].calibrated and algorithm != layout.weights_only:
+            elif not FORMATS[stored.format].calibrated and algorithm in (None, layout.algorithm):
                 self.inputs[spec.module] = stored.format, np.float32(1)
             elif algorithm == layout.algorithm:
                 unscaled.append(spec.module)
