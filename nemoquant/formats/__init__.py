@@ -4,6 +4,7 @@ Their arithmetic is in the modules of the same names, each behind one object (se
 tables of both have the same names, and so has every table by format in other rooms.
 
     fp8    E4M3 codes in the weight's own shape, one fp32 scale
+    mxfp8  E4M3 codes; an E8M0 scale, a power of two, for each 32 of the input dimension
     nvfp4  E2M1 codes, two per byte; an E4M3 scale for each 16 of the input dimension; one fp32 scale
 
 Importing this package loads neither numpy nor numba.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-FormatName = Literal["fp8", "nvfp4"]
+FormatName = Literal["fp8", "mxfp8", "nvfp4"]
 CacheName = Literal["fp8"]
 ScaleMethod = Literal["max", "mse", "four_over_six"]
 PartKind = Literal["codes", "block_scales", "global_scale"]
@@ -64,6 +65,13 @@ class Format:
             return f"input dimension {shape[1]} is not a multiple of {self.name}'s block of {self.block}"
         return None
 
+    def checked_method(self, method: str) -> ScaleMethod:
+        """The method, if it is one of ``methods``; raises ValueError otherwise."""
+        for known in self.methods:
+            if known == method:
+                return known
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(self.methods)}")
+
     def packed_tensors(self, shape: tuple[int, int]) -> tuple[PackedTensor, ...]:
         """The tensors that a weight [out, in] becomes, in the order in which they are written.
 
@@ -93,6 +101,18 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             global_scale=True,
             methods=("max",),
             calibrated=True,
+            weights_only=False,
+        ),
+        "mxfp8": Format(
+            "mxfp8",
+            title="MXFP8 (E4M3, a power-of-two scale for each 32 values)",
+            weight_bits=8,
+            block=32,
+            code_dtype="F8_E4M3",
+            scale_dtype="U8",
+            global_scale=False,
+            methods=("max",),
+            calibrated=False,
             weights_only=False,
         ),
         "nvfp4": Format(

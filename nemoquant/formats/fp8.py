@@ -79,7 +79,9 @@ def encode(
     scale = checked_scale(decode_scale, "decode_scale")
     codes = output(out, weight.shape, "out")
     if isinstance(weight, gpu.OnGpu):
-        gpu.fp8_encode(weight, scale, codes)
+        from nemoquant.formats import fp8_gpu
+
+        fp8_gpu.encode(weight, scale, codes)
     else:
         _encode(*weight_bits(weight), scale, codes.reshape(-1))
     return codes
@@ -107,7 +109,9 @@ def decode(
     values = float_output(out, codes.shape)
     row = flat(codes, np.uint8, "codes")
     if gpu.chosen(device):
-        values[...] = gpu.fp8_decoded(codes, scale).cpu().numpy()
+        from nemoquant.formats import fp8_gpu
+
+        values[...] = fp8_gpu.decoded(codes, scale).cpu().numpy()
     else:
         _decode(row, scale, values.reshape(-1))
     return values
@@ -118,10 +122,12 @@ class Fp8:
 
     format = FORMATS["fp8"]
 
-    def decode_scale(self, amax: float | np.float32, method: str = "max") -> TensorScale:  # noqa: ARG002
+    def decode_scale(self, amax: float | np.float32, method: str = "max") -> TensorScale:
+        self.format.checked_method(method)
         return TensorScale(*tensor_scale(amax, e4m3.MAX))
 
-    def encode(self, weight: Weight | gpu.OnGpu, scale: np.float32, method: str = "max") -> Encoded:  # noqa: ARG002
+    def encode(self, weight: Weight | gpu.OnGpu, scale: np.float32, method: str = "max") -> Encoded:
+        self.format.checked_method(method)
         return Encoded(encode(weight, scale), None)
 
     def zeros(self, shape: tuple[int, int]) -> Encoded:
@@ -133,13 +139,17 @@ class Fp8:
         return decode(encoded.codes, scale, out, device)
 
     def decoded_on_gpu(self, encoded: Encoded, scale: np.float32) -> Any:
-        return gpu.fp8_decoded(encoded.codes, scale)
+        from nemoquant.formats import fp8_gpu
+
+        return fp8_gpu.decoded(encoded.codes, scale)
 
     def encode_inputs(self, x: Floats, scale: np.float32) -> Encoded:
         return Encoded(encode(x, scale), None)
 
     def round_trip_on_gpu(self, x: Any, scale: np.float32) -> Any:
-        return gpu.fp8_rounded(x, scale)
+        from nemoquant.formats import fp8_gpu
+
+        return fp8_gpu.rounded(x, scale)
 
     def limit(self, scale: np.float32) -> float:
         return BEYOND_ROUNDING * e4m3.MAX * float(scale)

@@ -24,15 +24,16 @@ Magnitudes above 448 * 6 * global are clipped. (Model Optimizer's fake quantizer
 is below 1e-5.)
 """
 
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import FORMATS, Device, e2m1, e4m3, gpu, nvfp4_blocks
+from nemoquant.formats import FORMATS, Device, ScaleMethod, blocks, e2m1, e4m3, gpu, nvfp4_blocks
 from nemoquant.formats.arithmetic import Encoded, TensorScale
+from nemoquant.formats.blocks import PAIR, Bits
 from nemoquant.formats.noise import BEYOND_ROUNDING
-from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits
+from nemoquant.formats.nvfp4_blocks import BLOCK, TILE
 from nemoquant.formats.nvfp4_search import choose_four_over_six, choose_least_error
 from nemoquant.formats.rounding import (
     Codes,
@@ -47,15 +48,13 @@ from nemoquant.formats.rounding import (
     weight_bits,
 )
 
-_LARGEST: dict[str, float] = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
+_LARGEST: dict[ScaleMethod, float] = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
 
-# By dtype of a pattern: the word that holds the patterns of two elements.
-_PAIR = {np.dtype(np.uint16): np.uint32, np.dtype(np.uint32): np.uint64}
 _value_e4m3 = e4m3.value_of
 _value_bits = e2m1.value_bits
-_largest_magnitudes = nvfp4_blocks.largest
+_largest_magnitudes = blocks.largest
 _scale_codes = nvfp4_blocks.scale_codes
-_spread = nvfp4_blocks.spread
+_spread = blocks.spread
 _thresholds = nvfp4_blocks.thresholds
 _write_codes = nvfp4_blocks.write_codes
 
@@ -78,9 +77,7 @@ def is_degenerate(amax: float | np.float32, method: str = "max") -> bool:
 
 
 def _largest(method: str) -> float:
-    if method not in _LARGEST:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(_LARGEST)}")
-    return _LARGEST[method]
+    return _LARGEST[FORMATS["nvfp4"].checked_method(method)]
 
 
 @kernel
@@ -136,11 +133,11 @@ def _write(
 
 
 def _encode(
-    values: Weight, global_scale: np.float32, method: str | None, packed: Codes, block_scales: Codes
+    values: Weight, global_scale: np.float32, method: ScaleMethod | None, packed: Codes, block_scales: Codes
 ) -> None:
     """Encode weights by ``method``, or activations where it is None; both outputs are flat rows."""
     flat_bits, shift = weight_bits(values)
-    bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(_PAIR[flat_bits.dtype])
+    bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(PAIR[flat_bits.dtype])
     least, zeros = (np.float32(e4m3.SMALLEST), np.uint8(e4m3.ONE)) if method else (np.float32(0), np.uint8(0))
     words = np.empty(TILE * BLOCK // 2, pairs.dtype)
     scratch = words.view(bits.dtype)
@@ -156,10 +153,15 @@ def _encode(
         magnitudes=magnitudes,
         codes=block_scales,
     )
-    if method == "mse":
-        choose_least_error(bits, shift, magnitudes, global_scale, block_scales)
-    if method == "four_over_six":
-        choose_four_over_six(bits, shift, magnitudes, global_scale, block_scales)
+    match method:
+        case None | "max":
+            pass
+        case "mse":
+            choose_least_error(bits, shift, magnitudes, global_scale, block_scales)
+        case "four_over_six":
+            choose_four_over_six(bits, shift, magnitudes, global_scale, block_scales)
+        case _:
+            assert_never(method)
     _write(bits, shift, global_scale, words=words, scratch=scratch, scales=block_scales, packed=packed)
 
 
@@ -216,12 +218,14 @@ def encode(
     if not isinstance(weight, gpu.OnGpu):
         weight_bits(weight)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
-    _largest(method)
+    known = FORMATS["nvfp4"].checked_method(method)
     packed, block_scales = _outputs(weight.shape, out)
     if isinstance(weight, gpu.OnGpu):
-        gpu.nvfp4_encode(weight, scale, method, packed, block_scales)
+        from nemoquant.formats import nvfp4_gpu
+
+        nvfp4_gpu.encode(weight, scale, known, packed, block_scales)
     else:
-        _encode(weight, scale, method, packed.reshape(-1), block_scales.reshape(-1))
+        _encode(weight, scale, known, packed.reshape(-1), block_scales.reshape(-1))
     return packed, block_scales
 
 
@@ -290,7 +294,9 @@ def decode(
         values.reshape(-1),
     )
     if gpu.chosen(device):
-        values[...] = gpu.nvfp4_decoded(packed, block_scales, scale).cpu().numpy()
+        from nemoquant.formats import nvfp4_gpu
+
+        values[...] = nvfp4_gpu.decoded(packed, block_scales, scale).cpu().numpy()
     else:
         _decode(codes, scales, scale, row.view(np.uint64), row)
     return values
@@ -317,14 +323,18 @@ class Nvfp4:
         return decode(encoded.codes, encoded.block_scales, scale, out, device)
 
     def decoded_on_gpu(self, encoded: Encoded, scale: np.float32) -> Any:
+        from nemoquant.formats import nvfp4_gpu
+
         assert encoded.block_scales is not None
-        return gpu.nvfp4_decoded(encoded.codes, encoded.block_scales, scale)
+        return nvfp4_gpu.decoded(encoded.codes, encoded.block_scales, scale)
 
     def encode_inputs(self, x: Floats, scale: np.float32) -> Encoded:
         return Encoded(*encode_activations(x, scale))
 
     def round_trip_on_gpu(self, x: Any, scale: np.float32) -> Any:
-        return gpu.nvfp4_rounded(x, scale)
+        from nemoquant.formats import nvfp4_gpu
+
+        return nvfp4_gpu.rounded(x, scale)
 
     def limit(self, scale: np.float32) -> float:
         """The largest value in a block with the largest scale.
