@@ -19,6 +19,7 @@ from typing import Any
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
 from nemoquant.formats import FORMATS
+from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 
@@ -163,7 +164,7 @@ def excluded_modules(plan: Plan) -> list[str]:
         if row.role.startswith("mtp."):
             names["mtp*"] = None
         elif row.expert is not None:
-            experts = row.module.rsplit(".", 2)[0]
+            experts = experts_of(row.module)
             names[experts] = names[f"{experts}.*"] = None
         else:
             names[row.module.removesuffix(".bias")] = None

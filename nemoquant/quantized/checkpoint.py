@@ -24,7 +24,8 @@ from nemoquant.layouts.modelopt import (
     find_stored,
     kv_scale_name,
 )
-from nemoquant.model.config import load_config
+from nemoquant.model.names import OUTPUT
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
 from nemoquant.model.taps import Tap, identity
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
@@ -143,7 +144,7 @@ class PackedCheckpoint:
             stored = name in self.checkpoint.tensors
             present, missing = present + stored, missing + (not stored)
             if self.fp8_cache:
-                self.inputs[f"{spec.module}.output"] = "fp8", self.scalar(name) if stored else np.float32(1)
+                self.inputs[f"{spec.module}{OUTPUT}"] = "fp8", self.scalar(name) if stored else np.float32(1)
         if self.fp8_cache and missing:
             self.warnings.append(
                 f"its FP8 KV cache has no scale for {missing} of {present + missing} projections: engines "

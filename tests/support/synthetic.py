@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 
 Tensors = dict[str, torch.Tensor]
