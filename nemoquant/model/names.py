@@ -74,7 +74,8 @@ def member(module: str, number: int) -> str:
 
 def stack_of(module: str) -> str:
     """``....experts.7.up_proj`` -> ``....experts.up_proj``; a module that is no expert's is unchanged."""
-    return _EXPERT.sub(r"\1.\3", module)
+    found = _EXPERT.fullmatch(module)
+    return f"{found[1]}.{found[3]}" if found is not None else module
 
 
 def experts_of(module: str) -> str:
