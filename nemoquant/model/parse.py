@@ -1,7 +1,7 @@
 """Reads a ``config.json`` of ``model_type: nemotron_h`` into canonical names.
 
 The family's configs spell the layer schedule in three ways and several scalars in two; these spellings are
-read only here. Nothing here reads weights.
+read only here (those of a layer kind stand in its record). Nothing here reads weights.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The tensor table of a Nemotron-H model: every tensor that a config calls for, with its role, in file order.
 
-Names are the published ones (``backbone.layers.3.mixer.experts.7.up_proj.weight``). Recipes select
-tensors by role:
+Names are the published ones (``names.py``); the tensors of a mixer stand in the record of its layer's kind
+(``kinds/``). Recipes select tensors by role:
 
     embedding  lm_head  norm  conv1d
     ssm.A_log  ssm.D  ssm.dt_bias
