@@ -23,6 +23,7 @@ from typing import Any, Literal
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
+from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 
@@ -257,7 +258,7 @@ def excluded_modules(plan: Plan) -> list[str]:
         if row.role.startswith("mtp."):
             names |= dict.fromkeys(mtp)
         elif row.expert is not None:
-            experts = row.module.rsplit(".", 2)[0]
+            experts = experts_of(row.module)
             names[experts] = names[f"{experts}.*"] = None
         else:
             names[row.module.removesuffix(".bias")] = None

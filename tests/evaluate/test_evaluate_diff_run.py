@@ -16,7 +16,7 @@ import nemoquant
 from nemoquant.checkpoint.header import read_header
 from nemoquant.evaluate.modules import EFFECT_ROWS
 from nemoquant.evaluate.schema import Report
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 
 ROWS, LENGTH, CHOSEN = 8, 32, 2  # rows and length of token_rows; experts that a token takes
