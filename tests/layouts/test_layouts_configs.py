@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 import pytest
 from support.pack_oracle import PRESETS
 from support.places import SUPER
+from support.synthetic import WIDE
 
 from nemoquant import api
 from nemoquant.layouts.modelopt import quantization_sections
@@ -31,7 +32,7 @@ def files_of(out):
 @pytest.fixture
 def two_layers(make_checkpoint):
     """Attention, experts, MTP: small enough to write out its config files by hand."""
-    return make_checkpoint("two", **TWO_LAYERS, made_up_key={"kept": [1, None, 2.5]})
+    return make_checkpoint("two", **TWO_LAYERS, **WIDE, made_up_key={"kept": [1, None, 2.5]})
 
 
 def test_fp8(two_layers, quantized):
@@ -338,8 +339,8 @@ def check_engines(plan):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_engines_find_what_the_plan_says(preset, source):
-    modules = check_engines(api.plan(source / "config.json", preset))
+def test_engines_find_what_the_plan_says(preset, fitting):
+    modules = check_engines(api.plan(fitting(preset) / "config.json", preset))
     assert (
         set(modules.values()) - {None}
         == {
@@ -386,10 +387,10 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("rules", RECIPES.values(), ids=RECIPES.keys())
-def test_engines_find_what_other_recipes_say(rules, source, tmp_path):
+def test_engines_find_what_other_recipes_say(rules, fitting, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: r\nsummary: s\nrules:\n{rules}\n- {{roles: ['*'], format: source}}\n")
-    modules = check_engines(api.plan(source, str(recipe)))
+    modules = check_engines(api.plan(fitting("mxfp8"), str(recipe)))
     assert None in modules.values()
     assert set(modules.values()) != {None}
 

@@ -135,9 +135,9 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_on_a_checkpoint(preset: str, make_checkpoint: Make) -> None:
+def test_a_preset_on_a_checkpoint(preset: str, fitting: Make) -> None:
     """A checkpoint with dense MLP layers, planned from headers; compared with safetensors' reading."""
-    folder = make_checkpoint(num_nextn_predict_layers=1)
+    folder = fitting(preset, num_nextn_predict_layers=1)
     shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "np") as f:

@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
     "moe_latent_size": 32,
-    "moe_intermediate_size": 96,
-    "moe_shared_expert_intermediate_size": 160,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
     "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
     "n_group": 1,
@@ -51,6 +51,10 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+# Sizes that blocks of 32 divide, for presets whose format has them.
+WIDE = {"moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 160}
 
 
 def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
