@@ -5,7 +5,7 @@
 Every figure is the best of several, by the CPU time of the thread (on a GPU by wall time, copies in both
 directions included). It counts the bytes of the bf16 weight, 2 an element, whether they are read (encode) or
 correspond to the output (decode). `--peers` adds a plain torch loop over all block scales, and Model
-Optimizer's `NVFP4QTensor.quantize` where it is installed.
+Optimizer's `MXFP8QTensor` and `NVFP4QTensor.quantize` where it is installed, all on one thread of the CPU.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.measure import machine
-from nemoquant.formats import e4m3, fp8, nvfp4
+from nemoquant.formats import e4m3, fp8, mxfp8, nvfp4
 from nemoquant.formats.amax import amax
 
 SHAPE = (2688, 1024)  # an expert of Super, 5.5 MB: about what packing gives to a kernel at a time
@@ -55,11 +55,14 @@ def kernels(repeat: int, device: str) -> dict[str, float]:
     clock = time.thread_time if device == "cpu" else time.perf_counter
     codes, values = np.empty(SHAPE, np.uint8), np.empty(SHAPE, np.float32)
     blocks = np.empty((SHAPE[0], SHAPE[1] // 2), np.uint8), np.empty((SHAPE[0], SHAPE[1] // 16), np.uint8)
+    mxfp8_blocks = codes, np.empty((SHAPE[0], SHAPE[1] // 32), np.uint8)
     scale = fp8.decode_scale(largest)
     calls: dict[str, Callable[[], object]] = {
         "amax": lambda: amax(weight, device),
         "FP8 encode": lambda: fp8.encode(weight, scale, codes, device),
         "FP8 decode": lambda: fp8.decode(codes, scale, values, device),
+        "MXFP8 encode": lambda: mxfp8.encode(weight, mxfp8_blocks, device),
+        "MXFP8 decode": lambda: mxfp8.decode(*mxfp8_blocks, values, device),
     }
     for method in ("max", "four_over_six", "mse"):
         block_scale = nvfp4.global_decode_scale(largest, method)
@@ -107,13 +110,18 @@ def peers() -> dict[str, float]:
         "torch, loop over all block scales": rows.nbytes / best(lambda: torch_loop(rows, scale), 2) / 1e9
     }
     try:
-        from modelopt.torch.quantization.qtensor import NVFP4QTensor
+        from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
     except ImportError:
         print("Model Optimizer is not installed here: left out", file=sys.stderr)
     else:
-        speeds["Model Optimizer, NVFP4QTensor.quantize"] = (
-            bits.nbytes / best(lambda: NVFP4QTensor.quantize(weight, 16), 5) / 1e9
-        )
+        theirs, scales = MXFP8QTensor.quantize(weight)
+        calls: dict[str, Callable[[], object]] = {
+            "MXFP8QTensor.quantize": lambda: MXFP8QTensor.quantize(weight),
+            "MXFP8QTensor.dequantize": lambda: theirs.dequantize(torch.float32, scale=scales),
+            "NVFP4QTensor.quantize": lambda: NVFP4QTensor.quantize(weight, 16),
+        }
+        for name, call in calls.items():
+            speeds[f"Model Optimizer, {name}"] = bits.nbytes / best(call, 5) / 1e9
     return speeds
 
 

@@ -9,7 +9,7 @@ OUT.json is a list of rows, written after each. The exit code is 1 if one is not
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemoquant.formats import fp8, gpu, nvfp4
+from nemoquant.formats import fp8, fp8_gpu, gpu, mxfp8, mxfp8_gpu, nvfp4, nvfp4_gpu
 from nemoquant.formats.amax import amax
 
 SECONDS = 60  # for the cases of weights; then no new one starts
@@ -101,6 +101,12 @@ def same(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
 
 
+def same_numbers(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """:func:`same`, but any NaN equals any other: a GPU's products have one pattern for all."""
+    nan = np.isnan(b)
+    return bool(a.shape == b.shape and (np.isnan(a) == nan).all() and same(a[~nan], b[~nan]))
+
+
 def all_same(ours: Iterable[NDArray[Any]], theirs: Iterable[NDArray[Any]]) -> bool:
     return all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -116,10 +122,14 @@ def check_weights(rows: Rows, extent: Extent) -> None:
 
 
 def check_weight(rows: Rows, extent: Extent, kind: str, dtype: str) -> None:
-    """amax, then FP8 and every method of NVFP4 by both scales; how long the GPU and the CPU took."""
+    """amax and MXFP8, then FP8 and every method of NVFP4 by both scales; how long GPU and CPU took."""
     one = weight(kind, dtype, extent.shape)
     largest = amax(one)
     rows.add(f"amax {kind} {dtype}", ok=same(np.asarray(amax(one, "cuda")), np.asarray(largest)))
+    expected = mxfp8.encode(one)
+    rows.add(f"mxfp8 {kind} {dtype}", ok=all_same(mxfp8.encode(one, device="cuda"), expected))
+    decoded = mxfp8.decode(*expected, device="cuda")
+    rows.add(f"mxfp8 decoded {kind} {dtype}", ok=same(decoded, mxfp8.decode(*expected)))
     for group in GROUPS:
         name = f"{kind} {dtype} {group}"
         try:
@@ -144,12 +154,20 @@ def check_inputs(rows: Rows, extent: Extent) -> None:
         values = weight(kind, "float32", extent.shape)
         values[0, 5], values[1, 20], values[2, 40] = np.nan, np.inf, -np.inf
         there = torch.from_numpy(values).to(gpu.torch_device("cuda"))
+        by_mxfp8 = mxfp8.decode(*mxfp8.encode_activations(values))
+        ok = same_numbers(mxfp8_gpu.rounded(there).cpu().numpy(), by_mxfp8)
+        rows.add(f"inputs mxfp8 {kind}", ok=ok)
         for scale in INPUT_SCALES:
             name = f"{kind} {scale}"
             by_fp8 = fp8.decode(fp8.encode(values, scale), scale)
-            rows.add(f"inputs fp8 {name}", ok=same(gpu.fp8_rounded(there, scale).cpu().numpy(), by_fp8))
+            rows.add(
+                f"inputs fp8 {name}", ok=same_numbers(fp8_gpu.rounded(there, scale).cpu().numpy(), by_fp8)
+            )
             by_nvfp4 = nvfp4.decode(*nvfp4.encode_activations(values, scale), scale)
-            rows.add(f"inputs nvfp4 {name}", ok=same(gpu.nvfp4_rounded(there, scale).cpu().numpy(), by_nvfp4))
+            rows.add(
+                f"inputs nvfp4 {name}",
+                ok=same_numbers(nvfp4_gpu.rounded(there, scale).cpu().numpy(), by_nvfp4),
+            )
 
 
 def check_threads(rows: Rows, extent: Extent) -> None:
@@ -176,43 +194,31 @@ def check_threads(rows: Rows, extent: Extent) -> None:
 
 
 def time_kernels(rows: Rows) -> None:
-    """The kernels of NVFP4 alone, their inputs on the device: milliseconds, GB/s of bf16."""
-    from nemoquant.formats import triton_kernels
-
+    """The encoders of MXFP8 and NVFP4 alone, their inputs on the device: milliseconds, GB/s of bf16."""
     large = torch.randn(1 << 28, device="cuda").to(torch.bfloat16).view(torch.int16)
-    tables = torch.from_numpy(gpu._tables(np.float32(1e-3)).view(np.int32)).cuda()
-    reached, by_code = tables[:1024], tables[1024:].view(torch.float32)
-    onto = float(np.float32(6e-3))
+    codes, scales = (torch.empty(n, dtype=torch.uint8, device="cuda") for n in (1 << 28, 1 << 24))
+    blocks = large.numel() // 32
+    mxfp8_launch = partial(mxfp8_gpu.launch_encode, large, 16, codes, scales[:blocks])
+    time_kernel(rows, "mxfp8", large.numel(), mxfp8_launch)
+    tables = nvfp4_gpu.tables_on_gpu(np.float32(1e-3))
     for method in WHOLE.methods:
         blocks = large.numel() // (256 if method == "mse" else 16)
-        bits = large[: blocks * 16]
-        packed = torch.empty(blocks * 8, dtype=torch.uint8, device="cuda")
-        scales = torch.empty(blocks, dtype=torch.uint8, device="cuda")
-        launch = partial(
-            gpu._launch,
-            triton_kernels.nvfp4_encode_kernel,
-            blocks,
-            128,
-            weight=bits,
-            shift=16,
-            onto=onto,
-            reached=reached,
-            scales=by_code,
-            packed=packed,
-            block_scales=scales,
-            METHOD=gpu._METHODS[method],
-        )
+        parts = large[: blocks * 16], 16, np.float32(1e-3), tables, codes[: blocks * 8], scales[:blocks]
+        time_kernel(rows, f"nvfp4 {method}", blocks * 16, partial(nvfp4_gpu.launch_encode, method, *parts))
+
+
+def time_kernel(rows: Rows, name: str, count: int, launch: Callable[[], None]) -> None:
+    """A launch that encodes ``count`` elements, the mean of five."""
+    launch()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(5):
         launch()
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            launch()
-        end.record()
-        end.synchronize()
-        each = start.elapsed_time(end) / 5
-        rate = round(bits.numel() * 2 / each / 1e6, 1)
-        rows.add(f"kernel nvfp4 {method}", ms=round(each, 3), GB_s=rate)
+    end.record()
+    end.synchronize()
+    each = start.elapsed_time(end) / 5
+    rows.add(f"kernel {name}", ms=round(each, 3), GB_s=round(count * 2 / each / 1e6, 1))
 
 
 def main() -> None:

@@ -4,8 +4,9 @@
     e     = the smallest integer with fp32(block_amax / 448) <= 2^e, at least -127 and at most 127
     codes = e4m3(w * 2^-e), rounded once
 
-A block's largest value becomes a code between 224 and 448: rounded up, the scale makes none saturate. A block
-of zeros gets the byte 0, which is 2^-127. Source: OCP Microscaling Formats (MX) v1.0, 6.3, for the format;
+A block's largest value becomes a code between 224 and 448: rounded up, the scale makes none saturate. (But
+248 * 2^120 and more is rounded to 2^128, which float32 does not have, and so is decoded to Inf.) A block of
+zeros gets the byte 0, which is 2^-127. Source: OCP Microscaling Formats (MX) v1.0, 6.3, for the format;
 for the scale Model Optimizer 0.47 (``MXFP8QTensor``). (OCP's own example takes the power of two at or below
 block_amax / 256, which clips the largest values.)
 

@@ -57,7 +57,7 @@ def encode(weight: gpu.OnGpu, codes: Codes, block_scales: Codes) -> None:
     lane, size = weight.lane, codes.size
     encoded = lane.memory("codes", size + block_scales.size)
     with lane.running():
-        _launch_encode(weight.bits, weight.shift, encoded[:size], encoded[size:])
+        launch_encode(weight.bits, weight.shift, encoded[:size], encoded[size:])
     received = lane.receive(encoded)
     codes.reshape(-1)[:], block_scales.reshape(-1)[:] = received[:size], received[size:]
 
@@ -77,11 +77,12 @@ def rounded(values: Any) -> Any:
     bits = values.contiguous().view(torch.int32).view(-1)
     codes = torch.empty(bits.shape, dtype=torch.uint8, device=bits.device)
     block_scales = torch.empty(bits.numel() // _BLOCK.value, dtype=torch.uint8, device=bits.device)
-    _launch_encode(bits, 0, codes, block_scales)
+    launch_encode(bits, 0, codes, block_scales)
     return _values(codes, block_scales).view(values.shape)
 
 
-def _launch_encode(bits: Any, shift: int, codes: Any, block_scales: Any) -> None:
+def launch_encode(bits: Any, shift: int, codes: Any, block_scales: Any) -> None:
+    """Flat patterns on the GPU -> codes and block scales there, tensors of uint8."""
     gpu.launch(
         encode_kernel,
         block_scales.numel(),

@@ -149,27 +149,41 @@ def encode(
     weight: gpu.OnGpu, global_scale: np.float32, method: ScaleMethod, packed: Codes, block_scales: Codes
 ) -> None:
     """``nvfp4.encode`` of a weight on the GPU, into arrays on the host."""
-    import torch
-
     lane, size = weight.lane, packed.size
-    tables = lane.send("tables", _tables(global_scale))
+    tables = _parts(lane.send("tables", _tables(global_scale)))
     encoded = lane.memory("codes", size + block_scales.size)
     with lane.running():
-        gpu.launch(
-            encode_kernel,
-            block_scales.size,
-            _PROGRAM,
-            weight=weight.bits,
-            shift=weight.shift,
-            onto=float(np.float32(6) * global_scale),
-            reached=tables[:1024],
-            scales=tables[1024:].view(torch.float32),
-            packed=encoded[:size],
-            block_scales=encoded[size:],
-            METHOD=_METHODS[method],
-        )
+        launch_encode(method, weight.bits, weight.shift, global_scale, tables, encoded[:size], encoded[size:])
     received = lane.receive(encoded)
     packed.reshape(-1)[:], block_scales.reshape(-1)[:] = received[:size], received[size:]
+
+
+def launch_encode(
+    method: ScaleMethod | Literal["activations"],
+    bits: Any,
+    shift: int,
+    global_scale: np.float32,
+    tables: tuple[Any, Any],
+    packed: Any,
+    block_scales: Any,
+) -> None:
+    """Flat patterns on the GPU -> packed codes and block scales there, tensors of uint8.
+
+    ``tables`` are those of this scale, as :func:`tables_on_gpu` has them.
+    """
+    gpu.launch(
+        encode_kernel,
+        block_scales.numel(),
+        _PROGRAM,
+        weight=bits,
+        shift=shift,
+        onto=float(np.float32(6) * global_scale),
+        reached=tables[0],
+        scales=tables[1],
+        packed=packed,
+        block_scales=block_scales,
+        METHOD=_METHODS[method],
+    )
 
 
 def _tables(global_scale: np.float32) -> NDArray[np.uint32]:
@@ -199,32 +213,25 @@ def rounded(values: Any, global_scale: np.float32) -> Any:
     bits = values.contiguous().view(torch.int32).view(-1)
     blocks = bits.numel() // nvfp4_blocks.BLOCK
     packed, scales = (torch.empty(n, dtype=torch.uint8, device=bits.device) for n in (8 * blocks, blocks))
-    onto, (reached, by_code) = float(np.float32(6) * global_scale), _tables_on_gpu(global_scale)
-    gpu.launch(
-        encode_kernel,
-        blocks,
-        _PROGRAM,
-        weight=bits,
-        shift=0,
-        onto=onto,
-        reached=reached,
-        scales=by_code,
-        packed=packed,
-        block_scales=scales,
-        METHOD=_METHODS["activations"],
-    )
+    launch_encode("activations", bits, 0, global_scale, tables_on_gpu(global_scale), packed, scales)
     return _values(packed, scales, global_scale).view(values.shape)
 
 
 @lru_cache(maxsize=64)  # experts of a layer share the scale of their inputs
-def _tables_on_gpu(global_scale: np.float32) -> tuple[Any, Any]:
+def tables_on_gpu(global_scale: np.float32) -> tuple[Any, Any]:
     """Both parts of :func:`_tables` on the GPU.
 
     For one stream only, the one that is current when the cache drops them.
     """
     import torch
 
-    tables = torch.from_numpy(_tables(global_scale).view(np.int32)).to(gpu.torch_device("cuda"))
+    return _parts(torch.from_numpy(_tables(global_scale).view(np.int32)).to(gpu.torch_device("cuda")))
+
+
+def _parts(tables: Any) -> tuple[Any, Any]:
+    """:func:`_tables` on the GPU as int32 -> ``reached`` int32 [1024], ``scales`` float32 [128]."""
+    import torch
+
     return tables[:1024], tables[1024:].view(torch.float32)
 
 

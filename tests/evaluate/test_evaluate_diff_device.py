@@ -21,7 +21,7 @@ from nemoquant.cli import main
 from nemoquant.errors import CheckpointError, UsageError
 from nemoquant.evaluate.layers import batches
 from nemoquant.evaluate.schema import Report
-from nemoquant.formats import fp8, gpu, nvfp4
+from nemoquant.formats import fp8, fp8_gpu, gpu, nvfp4, nvfp4_gpu
 from nemoquant.quantized import packed
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear")
@@ -59,12 +59,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 
     monkeypatch.setattr(gpu, "check", lambda device: None)
     monkeypatch.setattr(gpu, "computes", lambda device: device == ELSEWHERE)
-    monkeypatch.setattr(gpu, "fp8_decoded", lambda *parts: torch.from_numpy(fp8.decode(*parts)).to(ELSEWHERE))
+    monkeypatch.setattr(fp8_gpu, "decoded", lambda *parts: torch.from_numpy(fp8.decode(*parts)).to(ELSEWHERE))
     monkeypatch.setattr(
-        gpu, "nvfp4_decoded", lambda *parts: torch.from_numpy(nvfp4.decode(*parts)).to(ELSEWHERE)
+        nvfp4_gpu, "decoded", lambda *parts: torch.from_numpy(nvfp4.decode(*parts)).to(ELSEWHERE)
     )
-    monkeypatch.setattr(gpu, "fp8_rounded", rounded("fp8"))
-    monkeypatch.setattr(gpu, "nvfp4_rounded", rounded("nvfp4"))
+    monkeypatch.setattr(fp8_gpu, "rounded", rounded("fp8"))
+    monkeypatch.setattr(nvfp4_gpu, "rounded", rounded("nvfp4"))
     for module in ("run", "reference"):
         monkeypatch.setattr(
             f"nemoquant.evaluate.{module}.torch_device",

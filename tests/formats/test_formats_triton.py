@@ -114,6 +114,42 @@ def test_bytes_are_those_of_the_cpu(methods: tuple[str, ...], weights: int) -> N
     run_python(program, TRITON_INTERPRET="1")
 
 
+OBJECTS = """
+import numpy as np
+import torch
+from nemoquant.formats import gpu
+from nemoquant.formats.amax import amax
+from nemoquant.formats.registry import ARITHMETIC
+
+rng = np.random.default_rng(0)
+weight = (rng.standard_normal((2, 64)) * 0.02).astype(np.float32)
+x = (rng.standard_normal((2, 3, 64)) * 4).astype(np.float32)
+for name, one in ARITHMETIC.items():
+    there = gpu.put(weight)  # its maximum, then its codes, from one copy
+    scale = one.decode_scale(amax(there)).value
+    expected = one.encode(weight, scale)
+    for part, theirs, ours in zip(("codes", "scales"), expected, one.encode(there, scale)):
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"{name}, {part}")
+    decoded = one.decode(expected, scale)
+    found = one.decoded_on_gpu(expected, scale)
+    assert (found.dtype, found.shape) == (torch.float32, (2, 64)), name
+    assert found.numpy().tobytes() == decoded.tobytes(), name
+    assert one.decode(expected, scale, device="cuda").tobytes() == decoded.tobytes(), name
+    here = one.decode(one.encode_inputs(x.reshape(6, 64), scale), scale).reshape(x.shape)
+    for tensor in (torch.from_numpy(x), torch.from_numpy(x.transpose(2, 0, 1).copy()).permute(1, 2, 0)):
+        rounded = one.round_trip_on_gpu(tensor, scale)
+        assert rounded.shape == (2, 3, 64), name
+        assert rounded.numpy().tobytes() == here.tobytes(), name
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_each_format_by_its_object() -> None:
+    """What other rooms call: codes of a weight that was put there, decoded tensors, inputs of any shape."""
+    run_python(OBJECTS, TRITON_INTERPRET="1")
+
+
 COMPILE = """
 import json, re, subprocess, tempfile
 from pathlib import Path

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemoquant.api import RunOptions, diff, quantize
-from nemoquant.formats import fp8, gpu, nvfp4
+from nemoquant.formats import fp8, fp8_gpu, gpu, mxfp8, mxfp8_gpu, nvfp4, nvfp4_gpu
 from nemoquant.formats.amax import amax
 
 AVAILABLE = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
@@ -53,6 +53,10 @@ def test_codes(dtype: str, kind: str) -> None:
     one = weight(kind, dtype)
     largest = amax(one)
     assert amax(one, "cuda").tobytes() == largest.tobytes()
+    expected = mxfp8.encode(one)
+    for ours, theirs in zip(mxfp8.encode(one, device="cuda"), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(mxfp8.decode(*expected, device="cuda"), mxfp8.decode(*expected))
     for group in (np.float32(1), np.float32(0.01)):
         scale = fp8.decode_scale(largest * group)
         np.testing.assert_array_equal(fp8.encode(one, scale, device="cuda"), fp8.encode(one, scale))
@@ -70,12 +74,14 @@ def test_inputs(kind: str) -> None:
     values = weight(kind, "float32")
     values[0, 5], values[1, 20], values[2, 40] = np.nan, np.inf, -np.inf
     there = torch.from_numpy(values).to(gpu.torch_device("cuda"))
+    expected = mxfp8.decode(*mxfp8.encode_activations(values))
+    np.testing.assert_array_equal(mxfp8_gpu.rounded(there).cpu().numpy(), expected)
     for scale in (np.float32(0.01), np.float32(1e-4)):
         np.testing.assert_array_equal(
-            gpu.fp8_rounded(there, scale).cpu().numpy(), fp8.decode(fp8.encode(values, scale), scale)
+            fp8_gpu.rounded(there, scale).cpu().numpy(), fp8.decode(fp8.encode(values, scale), scale)
         )
         expected = nvfp4.decode(*nvfp4.encode_activations(values, scale), scale)
-        np.testing.assert_array_equal(gpu.nvfp4_rounded(there, scale).cpu().numpy(), expected)
+        np.testing.assert_array_equal(nvfp4_gpu.rounded(there, scale).cpu().numpy(), expected)
 
 
 def test_threads_do_not_disturb_each_other() -> None:
