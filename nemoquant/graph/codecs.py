@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from nemoquant.formats import CacheName, FormatName, e2m1, e4m3
+from nemoquant.formats import CacheName, FormatName, e2m1, e4m3, e8m0
 from nemoquant.graph import ops
 from nemoquant.graph.ops import BLOCK, F8, MX_BLOCK
 from nemoquant.graph.tape import DOMAIN, FLOAT, Tape
@@ -21,12 +21,10 @@ Parts = Mapping[str, ir.Value]
 
 # E2M1_PAIRS: both values of a byte of E2M1 codes, doubled so that they are integers [256, 2].
 # E4M3_VALUES: the values of E4M3 codes, exact in float16.
-# E8M0_VALUES: the powers of two of E8M0 bytes, exact in float32; 0xFF is NaN.
 E2M1_PAIRS = np.stack(
     [2 * e2m1.VALUES[np.arange(256) % 16], 2 * e2m1.VALUES[np.arange(256) // 16]], 1
 ).astype(np.int8)
 E4M3_VALUES = e4m3.VALUES.astype(np.float16)
-E8M0_VALUES = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.nan).astype(np.float32)
 
 
 class Codec(Protocol):
@@ -86,7 +84,7 @@ class _Mxfp8:
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:
         # from a table, not by Pow(2, byte - 127): exact everywhere, byte 0 too
-        scales = t.op("Gather", t.constant(E8M0_VALUES), t.cast(w["block_scales"], ir.DataType.INT32), axis=0)
+        scales = t.op("Gather", t.constant(e8m0.VALUES), t.cast(w["block_scales"], ir.DataType.INT32), axis=0)
         if not stacked:
             values = t.op("DequantizeLinear", w["codes"], scales, axis=-1, block_size=MX_BLOCK)
             return t.cast(values, compute)

@@ -201,7 +201,7 @@ def nvfp4_dynamic_quant_dequant() -> ir.Function:
 
 
 def mxfp8_dynamic_quant_dequant() -> ir.Function:
-    """``formats.mxfp8.encode_activations`` and decoding, in float32.
+    """``formats.mxfp8.encode_activations`` and decoding, in float32, for finite inputs.
 
     A block's scale is q = amax / 448 rounded up to a power of two, at least 2^-127. In float64, q * 2^53 + q
     rounds q to a multiple of the spacing at q * 2^53, which is the next power of two: exact, where Log is not
