@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nemoquant._version import __version__
-from nemoquant.errors import UsageError
+from nemoquant.errors import UsageError, listing
 from nemoquant.graph.dialects import Dialect
 from nemoquant.graph.gemms import GEMMS, gemm_of
 from nemoquant.graph.layers import LAYER_GRAPHS, LAYERS, Variant, layer_function, rms_norm, weight_names
@@ -23,6 +23,7 @@ from nemoquant.graph.weights import GraphWeights
 from nemoquant.model import mtp, names
 from nemoquant.model.config import LayerKind
 from nemoquant.model.kinds import KINDS
+from nemoquant.model.kinds.moe import UP
 from nemoquant.model.kinds.record import PAST, StateTensor
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
@@ -51,7 +52,7 @@ class Builder:
     """Records one graph over an opened checkpoint."""
 
     def __init__(self, opened: PackedCheckpoint, dialect: Dialect, options: GraphOptions) -> None:
-        """Raises UsageError for a compute dtype that the dialect lacks, or layers that the model lacks."""
+        """Raises UsageError for what the dialect (a dtype, experts' format) or the model (layers) lacks."""
         self.opened, self.config, self.dialect, self.options = opened, opened.config, dialect, options
         self.compute = dialect.compute(options.compute)
         count = len(self.config.layers)
@@ -60,11 +61,27 @@ class Builder:
             raise UsageError(
                 f"--layers {self.first}:{self.end}: expected 0 <= first < end <= {count}, the model's layers"
             )
+        self.check_experts()
         self.tape = Tape()
         self.weights = GraphWeights(opened, dialect)
         self.functions: dict[str, ir.Function] = {}
         self.inputs: list[ir.Value] = []
         self.states: list[ir.Value] = []
+
+    def check_experts(self) -> None:
+        """Raises UsageError where routed experts have a format that the dialect can't run."""
+        known = self.dialect.expert_gemms
+        for i in range(self.first, self.end):
+            if self.config.layers[i] != "moe":
+                continue
+            expert = names.layer(i) + names.MIXER + names.member(UP, 0)
+            gemm = gemm_of(*self.opened.formats(expert))
+            if gemm.name not in known:
+                raise UsageError(
+                    f"{self.opened.path}: the experts of layer {i} are {gemm.name}, for which the "
+                    f"{self.dialect.name} dialect has no kernel; expected {listing(list(known))}: take "
+                    f"another dialect, or quantize the experts to one of these"
+                )
 
     def main(self) -> ir.Model:
         """The main model, or the requested layers."""

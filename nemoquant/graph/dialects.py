@@ -8,7 +8,7 @@ tensorrt      the same GEMMs; CausalConv1d, Mamba2Scan and RoutedExperts are plu
               which take packed codes as INT8
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,11 @@ class Dialect:
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:  # noqa: ARG002
         """The attributes of one of nemoquant's nodes; a plugin has more than a function."""
         return attributes
+
+    @property
+    def expert_gemms(self) -> Collection[str]:
+        """Names of the GEMMs that routed experts may have."""
+        return GEMMS
 
     def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
         """Name and attributes of the node for the routed experts of a format."""
@@ -274,6 +279,10 @@ class TensorRT(TensorRTRTX):
             "plugin_version": str(known.version),
             "plugin_namespace": known.domain,
         }
+
+    @property
+    def expert_gemms(self) -> Collection[str]:
+        return spec("routed_experts").formats
 
     def experts_node(self, name: str) -> tuple[str, dict[str, Any]]:
         return spec("routed_experts").name, self.plugin("routed_experts", format=name, activation="relu2")
