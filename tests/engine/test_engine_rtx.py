@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(
         [
             ("fp8", 89, "float16"),
             ("fp8", 120, "bfloat16"),
+            ("mxfp8", 89, "float16"),
+            ("mxfp8", 120, "bfloat16"),
             ("nvfp4", 120, "bfloat16"),
             ("nvfp4-full", 120, "float16"),
             ("nvfp4-w4a16", 120, "bfloat16"),
@@ -46,6 +48,7 @@ def test_engines_are_built(
     assert facts["bytes"] == out.stat().st_size
     types = facts["layers_by_output_type"]
     assert ("FP4" in types) == preset.startswith("nvfp4")
+    assert ("E8M0" in types) == (preset == "mxfp8")
     assert ("FP8" in types) == (preset != "bf16")
     manifest = folder / "nemoquant.json"
     assert facts["plan"] == (
@@ -93,6 +96,7 @@ def test_refusals(demo: Callable[[str], Path], copied: Callable[..., Path], tmp_
     for sm in (90, 100, 103):
         refused(fp8, out, "--sm", sm, parts=[f"--sm {sm}", "data-centre", "--target trt"])
     refused(fp8, out, "--sm", 70, parts=["--sm 70", "75, 80, 86, 89, 120, 121"])
+    refused(demo("mxfp8"), out, "--sm", 80, parts=["holds MXFP8", "from SM 89 on"])
     refused(nvfp4, out, "--sm", 89, parts=["holds NVFP4", "from SM 100 on"])
     refused(fp8, out, "--sm", 86, parts=["holds FP8", "from SM 89 on"])
     refused(fp8, tmp_path / "no/e", "--sm", 89, parts=["is not a folder"])

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 ROWS, LENGTH = 16, 32
 SAME = 1e-4  # docs/design.md, "Numbers"; measured at most 5.1e-7 where no inputs are quantized
 WHOLE_INPUTS = ["bf16", "nvfp4-w4a16"]
-QUANTIZED_INPUTS = ["fp8", "nvfp4", "nvfp4-full"]
+QUANTIZED_INPUTS = ["fp8", "mxfp8", "nvfp4", "nvfp4-full"]
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]

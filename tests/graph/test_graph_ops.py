@@ -15,7 +15,7 @@ from support.norms import relative_error as error
 from support.packed_weights import packed
 from support.single_op import single_op
 
-from nemoquant.formats import e4m3, fp8, nvfp4
+from nemoquant.formats import e4m3, fp8, mxfp8, nvfp4
 from nemoquant.graph import ops
 from nemoquant.graph.dialects import Dialect, experts_op
 from nemoquant.graph.gemms import GEMMS
@@ -296,6 +296,45 @@ def test_nan_stays_in_its_block() -> None:
     assert first_differences(found, clean) == ""
 
 
+def at_powers() -> NDArray[np.float32]:
+    """Blocks of 32 whose largest value is 448 times a power of two, or a neighbour of that in float32."""
+    exponents = np.arange(-130, 115)
+    exact = np.ldexp(np.float32(448), exponents).astype(np.float32)
+    largest = np.concatenate(
+        [exact, np.nextafter(exact, np.float32(0)), np.nextafter(exact, np.float32(1e38))]
+    )
+    blocks = values(len(largest), 32) / np.float32(8)
+    blocks *= (largest / np.abs(blocks).max(1))[:, None] * np.float32(0.75)
+    blocks[:, 5] = largest * np.where(np.arange(len(largest)) % 2, -1, 1)
+    return blocks.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(values(64, 256), id="base"),
+        pytest.param(values(2, 3, 5, 32), id="four dimensions"),
+        pytest.param(of_all_sizes().reshape(-1, 32), id="blocks of all sizes"),
+        pytest.param(at_powers(), id="largest values at and beside 448 times a power of two"),
+        pytest.param(zeros().reshape(-1, 32), id="zeros, -0 too"),
+        pytest.param(values(16, 64) * np.float32(1e-40), id="subnormal numbers"),
+    ],
+)
+def test_mxfp8_round_trip_is_that_of_the_format(x: NDArray[np.float32]) -> None:
+    """Bit for bit equal."""
+    found = single_op(ops.mxfp8_dynamic_quant_dequant(), {"x": x})({"x": x})[0]
+    expected = mxfp8.decode(*mxfp8.encode_activations(x.reshape(-1, x.shape[-1]))).reshape(x.shape)
+    assert first_differences(found, expected) == ""
+
+
+def test_mxfp8_round_trip_in_float16() -> None:
+    """Computed in float32 and rounded to the input's dtype at the end."""
+    x = values(16, 64).astype(np.float16)
+    found = single_op(ops.mxfp8_dynamic_quant_dequant(), {"x": x})({"x": x})[0]
+    expected = mxfp8.decode(*mxfp8.encode_activations(x.astype(np.float32)))
+    assert first_differences(found, expected.astype(np.float16)) == ""
+
+
 def test_nvfp4_round_trip_in_float16() -> None:
     """Computed in float32 and rounded to the input's dtype at the end."""
     x, scale = values(16, 64).astype(np.float16), np.array(0.00177, np.float32)
@@ -308,7 +347,7 @@ def test_nvfp4_round_trip_in_float16() -> None:
 
 # RoutedExperts.
 
-EXPERTS, INPUT, WIDTH = 6, 32, 48
+EXPERTS, INPUT, WIDTH = 6, 32, 96
 
 
 def choices(tokens: int, k: int, of: list[int]) -> NDArray[np.int64]:
@@ -369,7 +408,9 @@ def experts_of(
     name: str, x: Any, ids: Any, factors: Any, parts: Arrays, compute: Any = FLOAT
 ) -> NDArray[Any]:
     given = {"x": x, "expert_ids": ids, "expert_weights": factors}
-    helpers = [ops.nvfp4_dynamic_quant_dequant()] if name == "nvfp4" else []
+    number = GEMMS[name].number
+    make = Dialect.codecs[number].function if number is not None and GEMMS[name].rounds else None
+    helpers = [make()] if make is not None else []
     run = single_op(Dialect().routed_experts(name, compute), given, parts, helpers, activation="relu2")
     return run(given)[0]  # type: ignore[no-any-return]
 
@@ -396,11 +437,13 @@ def round_trip(name: str, v: NDArray[np.float64], scale: np.float32) -> NDArray[
     row = v.astype(np.float32)[None]
     if name == "fp8":
         return fp8.decode(fp8.encode(row, scale), scale)[0]
+    if name == "mxfp8":
+        return mxfp8.decode(*mxfp8.encode_activations(row))[0]
     return nvfp4.decode(*nvfp4.encode_activations(row, scale), scale)[0]
 
 
 @pytest.mark.parametrize("ids", ROUTINGS)
-@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4"])
 def test_experts_with_quantized_inputs(name: str, ids: NDArray[np.int64]) -> None:
     """Small integers and powers of two: results must be equal.
 

@@ -1,11 +1,12 @@
 """The tensorrt_rtx dialect against torch: each kind of layer in each format.
 
-onnx's reference evaluator runs the graphs. TensorRT's own operator for inputs in NVFP4 is replaced by a small
-custom operator, written in numpy from its definition.
+onnx's reference evaluator runs the graphs. TensorRT's own operators for NVFP4 and MXFP8 are replaced by small
+custom operators, written in numpy from their definitions.
 """
 
 import importlib.util
 import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx_ir.passes.common import InlinePass
 from support.norms import relative_error as error
-from support.synthetic import synthetic_checkpoint, write_rows
+from support.synthetic import WIDE, synthetic_checkpoint, write_rows
 
 import nemoquant
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
-from nemoquant.graph.spec import spec
+from nemoquant.graph.gemms import GEMMS
 from nemoquant.model.attention import KVState
 from nemoquant.model.mamba2 import MambaState
 from nemoquant.model.moe import route
@@ -62,16 +63,48 @@ class TRT_FP4DynamicQuantize(OpRun):
         return ratio.astype(ml_dtypes.float4_e2m1fn).reshape(x.shape), block_scale
 
 
+class TRT_MXFP8DynamicQuantize(OpRun):
+    """codes = e4m3(x / scale), scale = amax of 32 / 448 rounded up to a power of two, as its E8M0 byte."""
+
+    op_domain = "trt"
+
+    def _run(self, x: Any, axis: int = -1, block_size: int = 32, output_dtype: int = 17) -> Any:
+        assert (axis, block_size, output_dtype) == (-1, 32, 17)
+        blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, 32)
+        quotient = (np.abs(blocks).max(-1) / np.float32(448)).astype(np.float64)
+        byte = np.searchsorted(np.exp2(np.arange(-127.0, 128.0)), quotient).astype(np.uint8)
+        codes = (blocks / np.exp2(byte.astype(np.float64) - 127)[..., None]).astype(ml_dtypes.float8_e4m3fn)
+        return codes.reshape(x.shape), byte
+
+
+class TRT_MXFP8DequantizeLinear(OpRun):
+    """code * 2^(byte - 127)."""
+
+    op_domain = "trt"
+
+    def _run(
+        self, codes: Any, scales: Any, axis: int = -1, block_size: int = 32, output_dtype: int = 1
+    ) -> Any:
+        assert (axis, block_size, output_dtype) == (-1, 32, 1)
+        step = np.exp2(scales.view(np.uint8).astype(np.float64) - 127)
+        return ((codes.astype(np.float64) * np.repeat(step, 32, -1)).astype(np.float32),)
+
+
+OPERATORS = [TRT_FP4DynamicQuantize, TRT_MXFP8DynamicQuantize, TRT_MXFP8DequantizeLinear]
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The synthetic checkpoint in a preset, made once."""
     base = tmp_path_factory.mktemp("rtx")
-    source, rows = synthetic_checkpoint(base / "source"), write_rows(base / "rows.npy")
+    narrow, rows = synthetic_checkpoint(base / "source"), write_rows(base / "rows.npy")
+    wide = synthetic_checkpoint(base / "wide", **WIDE)
 
     def make(preset: str) -> Path:
         out = base / preset
         if out.exists():
             return out
+        source = wide if preset == "mxfp8" else narrow
         if preset == "bf16":
             return nemoquant.export_onnx(source, out).folder
         options = nemoquant.RunOptions(data=rows, dtype="float32", threads=1)
@@ -92,7 +125,7 @@ def evaluate(folder: Path, layer: int, feeds: dict[str, Any]) -> dict[str, Any]:
     inlined = ir.from_proto(onnx.load(str(path)))
     InlinePass()(inlined)
     model = ir.to_proto(inlined)
-    session = ReferenceEvaluator(model, new_ops=[TRT_FP4DynamicQuantize])
+    session = ReferenceEvaluator(model, new_ops=OPERATORS)
     return dict(zip([out.name for out in model.graph.output], session.run(None, feeds), strict=True))
 
 
@@ -118,7 +151,7 @@ def inputs(opened: PackedCheckpoint, kind: str, layer: int) -> tuple[dict[str, A
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
+@pytest.mark.parametrize("preset", ["bf16", "fp8", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
 def test_a_layer_computes_what_torch_computes(
     preset: str, kind: str, checkpoints: Callable[[str], Path]
 ) -> None:
@@ -201,7 +234,7 @@ class Graph:
         self, feeds: dict[str, Any], scale: Callable[[str], Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns its results, and by the scale's name each rounded tensor, decoded here."""
-        values = ReferenceEvaluator(self.proto, new_ops=[TRT_FP4DynamicQuantize]).run(None, feeds)
+        values = ReferenceEvaluator(self.proto, new_ops=OPERATORS).run(None, feeds)
         results = dict(zip(self.names, values, strict=False))
         rest = iter(values[len(self.names) :])
         rounded: dict[str, Any] = {}
@@ -344,7 +377,7 @@ def with_past(opened: PackedCheckpoint, kind: str, layer: int, feeds: dict[str, 
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-@pytest.mark.parametrize("name", ["bf16", "fp8", "w8a16", "nvfp4", "w4a16"])
+@pytest.mark.parametrize("name", ["bf16", "fp8", "w8a16", "mxfp8", "nvfp4", "w4a16"])
 def test_experts_are_their_formula(name: str, tokens: int) -> None:
     """Against float64 by the definition, within 1e-6 (measured: 1e-7).
 
@@ -352,10 +385,10 @@ def test_experts_are_their_formula(name: str, tokens: int) -> None:
     expert. Token 0 is zero, so that it has blocks without a scale. No token chose expert 3.
     """
     g = np.random.default_rng(tokens)
-    experts, width_in, width = 4, 32, 48
+    experts, width_in, width = 4, 32, 96
     given: dict[str, Any] = {}
     dense: dict[str, Any] = {}
-    formats = spec("routed_experts").formats[name]
+    formats = GEMMS[name].parts
     for projection, (rows, columns) in {"up": (width, width_in), "down": (width_in, width)}.items():
         parts, dense[projection] = expert_parts(g, name, experts, rows, columns)
         assert set(formats) == set(parts)
@@ -381,11 +414,17 @@ def test_experts_are_their_formula(name: str, tokens: int) -> None:
 
 def rounding(name: str, x: Any, scale: Any) -> Any:
     """Rounds one row to the format, in float64; scales are powers of two, so that this is exact."""
-    if name not in ("fp8", "nvfp4"):
+    if not GEMMS[name].rounds:
         return x.astype(np.float64)
     if name == "fp8":
         return nearest(E4M3[:127], x / scale) * np.float64(scale)
     out = np.zeros(x.shape)
+    if name == "mxfp8":
+        for start in range(0, len(x), 32):
+            block = x[start : start + 32]
+            power = 2.0 ** max(-127, math.ceil(math.log2(max(np.abs(block).max() / 448, 2.0**-127))))
+            out[start : start + 32] = nearest(E4M3[:127], block / power) * power
+        return out
     for start in range(0, len(x), 16):
         block = x[start : start + 16]
         block_scale = nearest(E4M3[:127], np.abs(block).max(keepdims=True) / (np.float32(6) * scale))
@@ -421,6 +460,11 @@ def expert_parts(
     if name == "bf16":
         weight = (g.integers(-16, 17, (experts, rows, columns)) / 16).astype(np.float32)
         return {"weight": weight.astype(ml_dtypes.bfloat16)}, weight.astype(np.float64)
+    if name == "mxfp8":
+        codes = g.integers(0x28, 0x42, (experts, rows, columns)).astype(np.uint8)
+        powers = g.integers(122, 127, (experts, rows, columns // 32)).astype(np.uint8)  # 2^-5 to 2^-1
+        step = np.repeat(np.exp2(powers.astype(np.float64) - 127), 32, -1)
+        return {"codes": codes, "block_scales": powers}, E4M3[codes].astype(np.float64) * step
     parts["global_scale"] = scales
     if name in ("fp8", "w8a16"):
         codes = g.integers(0x28, 0x42, (experts, rows, columns)).astype(np.uint8) | g.choice(
@@ -448,8 +492,8 @@ def run_experts(
         part = key.split("_", 1)[1]
         in_file = {
             "weight": "BF16",
-            "codes": "F8_E4M3" if name in ("fp8", "w8a16") else "U8",
-            "block_scales": "F8_E4M3",
+            "codes": "U8" if name in ("nvfp4", "w4a16") else "F8_E4M3",
+            "block_scales": "U8" if name == "mxfp8" else "F8_E4M3",
         }.get(part, "F32")
         dtype, shape = dialect.stored(part, in_file, True), dialect.shape(part, in_file, array.shape, True)
         tensor = onnx.TensorProto(name=key, data_type=int(dtype), dims=shape, raw_data=array.tobytes())
@@ -476,14 +520,14 @@ def run_experts(
     model = ir.Model(graph, ir_version=11, functions=[function])
     onnx.checker.check_model(ir.to_proto(model))
     InlinePass()(model)
-    return ReferenceEvaluator(ir.to_proto(model), new_ops=[TRT_FP4DynamicQuantize]).run(None, feeds)[0]
+    return ReferenceEvaluator(ir.to_proto(model), new_ops=OPERATORS).run(None, feeds)[0]
 
 
 # Whole graphs and their bytes.
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("preset", ["bf16", "fp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
+@pytest.mark.parametrize("preset", ["bf16", "fp8", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"])
 def test_whole_graphs_refer_to_each_byte_once(
     preset: str, compute: str, checkpoints: Callable[[str], Path]
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats import fp8, mxfp8, nvfp4
 
 Floats = NDArray[np.float32]
 
@@ -17,6 +17,9 @@ def packed(format: str, weight: Floats, scale: np.float32) -> tuple[dict[str, ND
 
         part = weight.astype(ml_dtypes.bfloat16)
         return {"weight": part}, part.astype(np.float32)
+    if format == "mxfp8":
+        codes, blocks = mxfp8.encode(weight)
+        return {"codes": codes, "block_scales": blocks}, mxfp8.decode(codes, blocks)
     if "8" in format:
         codes = fp8.encode(weight, scale)
         return {"codes": codes, "global_scale": scale}, fp8.decode(codes, scale)

@@ -96,9 +96,10 @@ def write_checkpoint(
     return folder
 
 
-def synthetic_checkpoint(folder: Path) -> Path:
-    """The base checkpoint, unchanged."""
-    return write_checkpoint(folder, CONFIG, random_tensors(CONFIG))
+def synthetic_checkpoint(folder: Path, **changes: Any) -> Path:
+    """The base checkpoint; config keys are changed by name."""
+    raw = {**CONFIG, **changes}
+    return write_checkpoint(folder, raw, random_tensors(raw))
 
 
 def random_rows(shape: tuple[int, int] = (8, 32), seed: int = 0) -> np.ndarray[Any, Any]:
