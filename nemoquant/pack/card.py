@@ -2,7 +2,7 @@
 
 from nemoquant._version import __version__
 from nemoquant.layouts.modelopt import algorithm
-from nemoquant.planning.plan import Plan
+from nemoquant.planning.plan import Plan, role_table
 from nemoquant.units import size
 
 # From the engines' sources and release notes, read in November 2026; none was run here.
@@ -54,19 +54,6 @@ def algorithms(plan: Plan) -> tuple[str, ...]:
     """ModelOpt's names for the formats in the checkpoint; MIXED_PRECISION stands for several."""
     kinds = sorted({algorithm(row) for row in plan.quantized})
     return ("MIXED_PRECISION",) if len(kinds) > 1 else tuple(kinds)
-
-
-def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
-    """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
-    totals: dict[tuple[str, str, str], list[int]] = {}
-    for row in plan.rows:
-        weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
-        entry = totals.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
-        entry[0] += 1
-        entry[1] += row.bytes_out
-    return [
-        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in totals.items()
-    ]
 
 
 def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:

@@ -12,7 +12,7 @@ from support.processes import run_python
 
 from nemoquant._version import __version__
 from nemoquant.cli import VERBS
-from nemoquant.cli.shared import progress_bars
+from nemoquant.progress import progress_bars
 
 
 @pytest.fixture
@@ -217,12 +217,10 @@ class Terminal:
 
 @pytest.mark.parametrize("slow", [False, True], ids=["soon over", "over two seconds"])
 def test_bars_on_a_terminal(slow, monkeypatch):
-    from nemoquant.cli import shared
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(shared, "SHOW_AFTER", -1.0 if slow else 60.0)
+    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0 if slow else 60.0)
     with progress_bars(quiet=False) as report:
         for i in range(5):
             report("pack", i, 4, f"layer {i}")

@@ -23,6 +23,7 @@ from nemoquant.evaluate.layers import batches
 from nemoquant.evaluate.schema import Report
 from nemoquant.formats import fp8, gpu, nvfp4
 from nemoquant.quantized import packed
+from nemoquant.sources.source import open_source
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear")
 
@@ -128,7 +129,7 @@ def test_rows_at_once(source: Path) -> None:
 
     Expected numbers were computed by hand for segments of 2,048 tokens of this model.
     """
-    config, length = api.open_source(source).config, 1 << 14
+    config, length = open_source(source).config, 1 << 14
     values = {"mamba": 3 * 64 + 4 * 128, "moe": 2 * 80 + 4 * 32}
     for kind, there in (("mamba", 384 << 20), ("moe", 2 << 30)):
         for device, room in (("cpu", 384 << 20), ("cuda", there)):
