@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 from nemoquant.arguments import refuse
@@ -27,9 +27,8 @@ def no_progress(stage: str, done: int, total: int, what: str) -> None:
     """A Progress that reports nothing."""
 
 
-@contextmanager
-def shown(progress: Progress | Literal[False] | None) -> Iterator[Progress]:
-    """Yields the Progress for a call of the Python API.
+def shown(progress: Progress | Literal[False] | None) -> AbstractContextManager[Progress]:
+    """The Progress for a call of the Python API, as a context manager.
 
     Args:
         progress: None shows bars in a terminal or a notebook, and nothing elsewhere; False shows nothing; a
@@ -37,13 +36,16 @@ def shown(progress: Progress | Literal[False] | None) -> Iterator[Progress]:
     Raises:
         UsageError: it is something else.
     """
-    if progress is False:
-        yield no_progress
-    elif progress is not None:
-        if not callable(progress):
-            raise refuse("progress", progress, "None (shown in a terminal or notebook), False or a function")
-        yield progress
-    elif in_notebook():
+    if progress is None:
+        return _automatic()
+    if progress is not False and not callable(progress):
+        raise refuse("progress", progress, "None (shown in a terminal or notebook), False or a function")
+    return nullcontext(no_progress if progress is False else progress)
+
+
+@contextmanager
+def _automatic() -> Iterator[Progress]:
+    if in_notebook():
         if importlib.util.find_spec("ipywidgets"):  # what rich draws its bars in
             with _bars(notebook=True) as report:
                 yield report

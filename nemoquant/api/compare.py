@@ -57,6 +57,7 @@ def diff(
     """
     arguments.check_word("engine", engine, ENGINES)
     arguments.check_flags(card=card)
+    bars = shown(progress)
     rows, seq_len = arguments.whole("rows", rows, 1), arguments.whole("seq_len", seq_len, 2)
     threads = None if threads is None else arguments.whole("threads", threads, 1)
     source, paths = arguments.path("source", source), arguments.paths("candidates", candidates)
@@ -110,7 +111,7 @@ def diff(
                 load_engine(engine, path, threads, file, library)
                 for path, file in zip(paths, given, strict=True)
             ]
-        report = stack.enter_context(shown(progress))
+        report = stack.enter_context(bars)
         found = compare(opened, sides, tokens, cache, report, engines=engines, device=device)
     warnings = list(tokens.warnings)
     if card:

@@ -42,6 +42,7 @@ def export_onnx(
     if compute is not None:
         arguments.check_word("compute", compute, COMPUTES)
     arguments.check_flags(last_token_only=last_token_only, mtp=mtp, copy=copy)
+    bars = shown(progress)
     if layers is not None:
         layers = _layers(layers)
     source, out = arguments.path("source", source), arguments.optional_path("out", out)
@@ -53,7 +54,7 @@ def export_onnx(
     from nemoquant.graph.export import export_onnx as export
 
     options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
-    with shown(progress) as report:
+    with bars as report:
         return export(source, out, dialect, options, mtp=mtp, copy=copy, progress=report)
 
 
@@ -88,6 +89,7 @@ def export_engine(
         target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is
             for. None is ``rtx`` where no GPU is found, else ``trt``.
         sm: the GPU to build for; None is the one in this machine.
+        compute: ``float32``, ``float16`` or ``bfloat16``, the dtype of activations.
         max_seq_len, max_batch: most positions of a sequence, past ones included, and most sequences at once.
         workspace: bytes of scratch memory; None is the builder's own choice.
         last_token_only: logits of the last position only.

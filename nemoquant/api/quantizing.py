@@ -15,7 +15,7 @@ from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.progress import Progress, shown
-from nemoquant.run.options import RunOptions, RunOptionsDict
+from nemoquant.run.options import RunOptions, RunOptionsDict, renamed
 from nemoquant.sources.source import open_weights
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run_options(function: str, options: RunOptions | None, given: RunOptionsDict
             f"{', '.join(known[:-1])}"
         )
     if options is None:
-        return RunOptions(**given)
+        return RunOptions(**renamed(given, 4))  # points to the caller of quantize
     if not isinstance(options, RunOptions):
         raise UsageError(f"options is {options!r}; expected RunOptions, or its fields as keyword arguments")
     if given:
@@ -197,6 +197,7 @@ def quantize(
     options = run_options("quantize", options, given)
     source, out, name = arguments.path("source", source), arguments.path("out", out), recipe_name(recipe)
     arguments.check_flags(dry_run=dry_run)
+    bars = shown(progress)
     arguments.check_functions(planned=planned, expected=expected, say=say)
     from nemoquant.formats.gpu import check
 
@@ -204,7 +205,7 @@ def quantize(
     opened = open_weights(
         source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
     )
-    with opened.checkpoint, shown(progress) as report:
+    with opened.checkpoint, bars as report:
         made = resolved(opened, name, options.scale_groups)
         warnings = _recipe_warnings(name, made)
         warnings += [
@@ -243,10 +244,11 @@ def verify(
     Raises:
         CheckpointError: the manifest, or the source, can't be used. UsageError
     """
+    bars = shown(progress)
     folder, other = arguments.path("out", out), arguments.optional_path("against", against)
     from nemoquant.pack.verify import verify as check
 
     needs = "--against needs the source's folder with its weights"
     source = None if other is None else open_weights(other, needs)
-    with shown(progress) as report:
+    with bars as report:
         return check(folder, source, progress=report).to_json()

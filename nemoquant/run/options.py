@@ -43,6 +43,24 @@ class RunOptionsDict(TypedDict, total=False):
     resume: bool
 
 
+def renamed(given: Mapping[str, Any], stacklevel: int) -> dict[str, Any]:
+    """Options with ``engine``, the old name of ``on``, under the new one; with a DeprecationWarning.
+
+    Args:
+        stacklevel: where the warning points to, as of warnings.warn: 2 is the caller of this function.
+    Raises:
+        UsageError: both names are given, with different words.
+    """
+    rest = {name: value for name, value in given.items() if name != "engine"}
+    old = given.get("engine")
+    if old is None:
+        return rest
+    if rest.get("on", old) != old:
+        raise UsageError(f"on is {rest['on']!r} and engine, its old name, {old!r}; expected on alone")
+    warnings.warn(RENAMED, DeprecationWarning, stacklevel=stacklevel)
+    return rest | {"on": old}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """All options of a run; its source, output and recipe are separate arguments.
@@ -84,16 +102,11 @@ class RunOptions:
     engine: InitVar[Where | None] = None  # the old name of ``on``
 
     def __new__(cls, **given: Any) -> "RunOptions":
-        old = given.get("engine")
-        if old is not None and given.get("on", old) != old:
-            raise UsageError(
-                f"on is {given['on']!r} and engine, its old name, {old!r}; expected one of them: on"
-            )
+        renamed(given, 3)
         return super().__new__(cls)
 
     def __post_init__(self, engine: Where | None) -> None:
         if engine is not None:
-            warnings.warn(RENAMED, DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "on", engine)
         for name in ("rows", "seq_len", "row_batch", "memory", "threads", "shard_bytes"):
             value = getattr(self, name)

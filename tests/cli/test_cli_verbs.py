@@ -108,6 +108,19 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     )
 
 
+def test_the_old_name_of_on(quantize):
+    result = quantize("--fmt", "fp8", "--engine", "local", "--dry-run")
+    assert result.stderr.startswith("note: --engine is now --on\n")
+    assert "note" not in quantize("--fmt", "fp8", "--on", "local", "--dry-run").stderr
+    assert "--engine" not in nemoquant("quantize", "--help").stdout
+    refused = quantize("--fmt", "fp8", "--engine", "ray", "--on", "local", code=2)
+    assert error_line(refused.stderr) == (
+        "error: got --on local and --engine ray, its old name; expected --on alone"
+    )
+    both = quantize("--fmt", "fp8", "--on", "local", "--engine", "local", "--dry-run")
+    assert both.stderr.count("note: ") == 1
+
+
 def test_what_is_left_behind_is_told(quantize, source):
     (source / "notes.txt").write_text("mine")
     assert "not copied: notes.txt (not part of a checkpoint)\n" in quantize("--fmt", "fp8").stderr

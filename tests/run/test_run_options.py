@@ -3,7 +3,8 @@
 The command line and the state follow it.
 """
 
-from dataclasses import FrozenInstanceError, fields
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
@@ -61,6 +62,25 @@ def test_what_no_run_can_be_told(options, says):
     with pytest.raises(UsageError) as error:
         RunOptions(**options)
     assert str(error.value) == says
+
+
+def test_the_old_name_of_on():
+    with pytest.warns(DeprecationWarning, match="--engine is now --on") as warned:
+        options = RunOptions(engine="ray")
+    assert warned[0].filename == __file__
+    assert options == RunOptions(on="ray")
+    assert replace(options, rows=3) == RunOptions(on="ray", rows=3)
+    with pytest.warns(DeprecationWarning):
+        assert RunOptions(engine="ray", on="ray") == RunOptions(on="ray")
+    with pytest.raises(UsageError, match="on is 'local' and engine, its old name, 'ray'; expected on alone"):
+        RunOptions(engine="ray", on="local")
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(UsageError, match="on is 'spark'; expected local"),
+    ):
+        RunOptions(engine="spark")
+    assert "engine" not in repr(options)
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 def test_values_are_shown_as_the_command_line_spells_them():
