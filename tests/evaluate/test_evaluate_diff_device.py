@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from support.elsewhere import ELSEWHERE, Elsewhere
 from support.processes import run_python
 
-from nemoquant import api
 from nemoquant.cli import main
 from nemoquant.errors import CheckpointError, UsageError
 from nemoquant.evaluate.layers import batches
@@ -168,7 +167,7 @@ def test_an_unknown_device(source: Path, compare: Callable[..., Report]) -> None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a machine without a GPU")
 def test_without_a_gpu_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("nemoquant.api.compare.open_weights", lambda *_: pytest.fail("read"))
     result = CliRunner().invoke(
         main, ["diff", str(tmp_path / "none"), str(tmp_path / "out"), "--device", "cuda"]
     )
