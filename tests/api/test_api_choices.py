@@ -10,6 +10,7 @@ from support.places import PACKAGE
 from nemoquant.calibrate.batch import ITEM_SIZE
 from nemoquant.cli import diff, export, generate, plan, quantize
 from nemoquant.engine import ENGINES, TARGETS, EngineName, TargetName
+from nemoquant.engine.doctor import doctor
 from nemoquant.engine.load import load_engine
 from nemoquant.errors import CheckpointError, NemoquantError, UsageError
 from nemoquant.formats import Device
@@ -45,7 +46,7 @@ def test_choices_of_the_command_line(command, name, known):
 
 
 def test_no_verb_has_a_list_of_its_own():
-    """A click.Choice takes a name; formats of ``--fmt`` are the preset's, of the recipe's own place."""
+    """A click.Choice takes a name; only ``--fmt``, in shared.py, has words: presets with a format's name."""
     written = [
         f"{path.name}:{node.lineno}"
         for path in sorted((PACKAGE / "cli").glob("*.py"))
@@ -55,7 +56,7 @@ def test_no_verb_has_a_list_of_its_own():
         and isinstance(node.args[0], ast.List | ast.Tuple)
         and all(isinstance(word, ast.Constant) for word in node.args[0].elts)
     ]
-    assert [place.split(":")[0] for place in written] == ["shared.py"]  # --fmt
+    assert [place for place in written if not place.startswith("shared.py:")] == []
 
 
 def test_the_light_names_are_those_of_the_heavy_tables():
@@ -71,6 +72,10 @@ def test_the_light_names_are_those_of_the_heavy_tables():
 def test_the_engines_are_the_targets_and_two_more():
     assert get_args(EngineName) == ENGINES == ("torch", "onnxruntime", *TARGETS)
     assert get_args(TargetName) == tuple(TARGETS) == tuple(target.name for target in TARGETS.values())
+
+
+def test_the_doctor_looks_at_every_engine():
+    assert {finding.name for finding in doctor()} == {"machine", "plugins", *ENGINES}
 
 
 @pytest.mark.parametrize("name", ENGINES)
