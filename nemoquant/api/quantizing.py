@@ -10,6 +10,7 @@ from nemoquant import arguments
 from nemoquant.api.look import recipe_name, resolved
 from nemoquant.arguments import PathLike
 from nemoquant.errors import UsageError, listing
+from nemoquant.layouts.loaders import cautions
 from nemoquant.machine import usable_threads
 from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
@@ -212,6 +213,7 @@ def quantize(
             f"no tensor of this model got the format {unused}: it lacks the roles that the recipe names"
             for unused in made.unused_formats
         ]
+        warnings += cautions(made)
         if not made.needs_calibration:
             warnings += [
                 f"recipe {made.recipe.name} needs no calibration: {flag} is not used"

@@ -100,7 +100,7 @@ def generate(
     from nemoquant.engine.generate import Drafts, Sampler, stop_tokens
     from nemoquant.engine.generate import generate as new_tokens
     from nemoquant.engine.load import load_engine
-    from nemoquant.model.config import load_config
+    from nemoquant.model.parse import load_config
     from nemoquant.tokens.codec import TextCodec
 
     config, _ = load_config(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import CalibrationError, listing
+from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 
 SCHEMA = 1
@@ -108,7 +109,7 @@ class Scales:
         if self.non_finite_rows:
             warnings.append(f"{self.non_finite_rows} calibration rows came to NaN or Inf and were left out")
         unreached, experts = self.unreached(), sum(map(len, self.tokens_per_expert.values()))
-        if unreached and any(row.expert is not None and row.activation_format for row in plan.rows):
+        if unreached and any(row.expert is not None and row.calibrated for row in plan.rows):
             warnings.append(
                 f"{len(unreached)} of {experts} experts got no calibration token ({listing(unreached)}); "
                 "each has the largest input scale of its layer and projection, give more rows to see them"
@@ -131,7 +132,7 @@ class Scales:
         Raises:
             CalibrationError: lists the modules whose maxima are missing, or that the model does not have.
         """
-        known = {row.module for row in plan.rows} | {"lm_head"}  # a tied head is no tensor, but a GEMM
+        known = {row.module for row in plan.rows} | {names.HEAD}  # a tied head is no tensor, but a GEMM
         strange = [m for m in self.input_amax | self.kv_amax if m not in known]
         if strange:
             raise CalibrationError(
@@ -141,7 +142,7 @@ class Scales:
         missing = [
             r.module
             for r in plan.quantized
-            if r.activation_format and r.expert is None and r.module not in self.input_amax
+            if r.calibrated and r.expert is None and r.module not in self.input_amax
         ]
         missing += [m for m in kv_modules(plan) if m not in self.kv_amax]
         if missing:
@@ -152,5 +153,5 @@ class Scales:
 
 
 def kv_modules(plan: Plan) -> list[str]:
-    """The projections whose outputs go into an FP8 cache."""
-    return [f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"]
+    """The projections whose outputs go into a quantized cache."""
+    return [module for i in plan.kv_layers for module in names.kv_projections(i)]

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from nemoquant.errors import MissingExtraError
+from nemoquant.formats import FormatName
 
 EngineName = Literal["torch", "onnxruntime", "rtx", "trt"]
 TargetName = Literal["rtx", "trt"]
@@ -27,13 +28,19 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 @dataclass(frozen=True)
 class Target:
-    """One TensorRT; ``sms`` are the SMs that it builds for, None is only the GPU in the machine."""
+    """One TensorRT.
+
+    Attributes:
+        sms: the SMs that it builds for; None is only the GPU in the machine.
+        least_sm: the first GPUs for which it takes a format.
+    """
 
     name: TargetName
     title: str
     module: str
     dialect: str
     sms: tuple[int, ...] | None
+    least_sm: Mapping[FormatName, int]
 
     def package(self) -> Any:
         """Its Python module.
@@ -49,9 +56,24 @@ class Target:
             ) from None
 
 
+# From the refusals of TensorRT-RTX 1.7's builder, and for TensorRT from its support matrix.
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "rtx": Target("rtx", "TensorRT-RTX", "tensorrt_rtx", "tensorrt_rtx", (75, 80, 86, 89, 120, 121)),
-        "trt": Target("trt", "TensorRT", "tensorrt", "tensorrt", None),
+        "rtx": Target(
+            "rtx",
+            "TensorRT-RTX",
+            "tensorrt_rtx",
+            "tensorrt_rtx",
+            sms=(75, 80, 86, 89, 120, 121),
+            least_sm=MappingProxyType({"fp8": 89, "mxfp8": 89, "nvfp4": 100}),
+        ),
+        "trt": Target(
+            "trt",
+            "TensorRT",
+            "tensorrt",
+            "tensorrt",
+            sms=None,
+            least_sm=MappingProxyType({"fp8": 89, "mxfp8": 100, "nvfp4": 100}),
+        ),
     }
 )

@@ -11,7 +11,6 @@ from nemoquant.errors import UsageError
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
 
-LEAST_SM = {"fp8": (89, "FP8"), "nvfp4": (100, "NVFP4")}  # the first GPUs that multiply in a format
 DATA_CENTRE = (90, 100, 103)
 PLUGINS = "NEMOQUANT_PLUGINS"  # environment variable: the plugin library
 
@@ -80,7 +79,8 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
     Args:
         formats: of the weights and inputs of GEMMs that the runtime itself computes.
     """
-    for name, (least, title) in LEAST_SM.items():
+    for name, least in target.least_sm.items():
+        title = name.upper()
         if name in formats and sm < least:
             raise UsageError(
                 f"SM {sm}: {path} holds {title} outside of {target.title}'s plugins, which GPUs have from "

@@ -1,8 +1,10 @@
 """Number formats: what a plan needs to know of each, without arrays.
 
-The arithmetic is in the modules of the same names.
+Their arithmetic is in the modules of the same names, each behind one object (see ``arithmetic.py``); the
+tables of both have the same names, and so has every table by format in other rooms.
 
     fp8    E4M3 codes in the weight's own shape, one fp32 scale
+    mxfp8  E4M3 codes; an E8M0 scale, a power of two, for each 32 of the input dimension
     nvfp4  E2M1 codes, two per byte; an E4M3 scale for each 16 of the input dimension; one fp32 scale
 
 Importing this package loads neither numpy nor numba.
@@ -13,6 +15,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+FormatName = Literal["fp8", "mxfp8", "nvfp4"]
+CacheName = Literal["fp8"]
+ScaleMethod = Literal["max", "mse", "four_over_six"]
 PartKind = Literal["codes", "block_scales", "global_scale"]
 Device = Literal["cpu", "cuda"]
 
@@ -27,18 +32,30 @@ class PackedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """A number format for weights.
+    """A number format for weights and for the inputs of their GEMMs.
 
     Attributes:
+        title: for people, as in a model card.
         weight_bits: bits of one code, without scales.
         block: number of inputs that share a block scale; None without block scales.
-        code_dtype: safetensors dtype of the codes.
+        code_dtype, scale_dtype: safetensors dtypes of codes and block scales; None without block scales.
+        global_scale: whether one fp32 scale multiplies the whole tensor.
+        methods: how block scales can be chosen, the default first.
+        calibrated: whether inputs need a scale from calibration; else theirs follow from the input at run
+            time.
+        weights_only: whether engines take weights of this format with inputs that are not quantized.
     """
 
-    name: str
+    name: FormatName
+    title: str
     weight_bits: int
     block: int | None
     code_dtype: str
+    scale_dtype: str | None
+    global_scale: bool
+    methods: tuple[ScaleMethod, ...]
+    calibrated: bool
+    weights_only: bool
 
     def indivisible(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot have this format, or None if it can."""
@@ -47,6 +64,13 @@ class Format:
         if self.block is not None and shape[1] % self.block:
             return f"input dimension {shape[1]} is not a multiple of {self.name}'s block of {self.block}"
         return None
+
+    def checked_method(self, method: str) -> ScaleMethod:
+        """The method, if it is one of ``methods``; raises ValueError otherwise."""
+        for known in self.methods:
+            if known == method:
+                return known
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(self.methods)}")
 
     def packed_tensors(self, shape: tuple[int, int]) -> tuple[PackedTensor, ...]:
         """The tensors that a weight [out, in] becomes, in the order in which they are written.
@@ -57,16 +81,68 @@ class Format:
         if problem is not None:
             raise ValueError(f"format {self.name}: {problem}")
         rows, columns = shape
-        codes = PackedTensor("codes", self.code_dtype, (rows, columns * self.weight_bits // 8))
-        scale = PackedTensor("global_scale", "F32", ())
-        if self.block is None:
-            return codes, scale
-        return codes, PackedTensor("block_scales", "F8_E4M3", (rows, columns // self.block)), scale
+        tensors = [PackedTensor("codes", self.code_dtype, (rows, columns * self.weight_bits // 8))]
+        if self.block is not None and self.scale_dtype is not None:
+            tensors.append(PackedTensor("block_scales", self.scale_dtype, (rows, columns // self.block)))
+        if self.global_scale:
+            tensors.append(PackedTensor("global_scale", "F32", ()))
+        return tuple(tensors)
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
+FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {
-        "fp8": Format("fp8", weight_bits=8, block=None, code_dtype="F8_E4M3"),
-        "nvfp4": Format("nvfp4", weight_bits=4, block=16, code_dtype="U8"),
+        "fp8": Format(
+            "fp8",
+            title="FP8 (E4M3, one scale a tensor)",
+            weight_bits=8,
+            block=None,
+            code_dtype="F8_E4M3",
+            scale_dtype=None,
+            global_scale=True,
+            methods=("max",),
+            calibrated=True,
+            weights_only=False,
+        ),
+        "mxfp8": Format(
+            "mxfp8",
+            title="MXFP8 (E4M3, a power-of-two scale for each 32 values)",
+            weight_bits=8,
+            block=32,
+            code_dtype="F8_E4M3",
+            scale_dtype="U8",
+            global_scale=False,
+            methods=("max",),
+            calibrated=False,
+            weights_only=False,
+        ),
+        "nvfp4": Format(
+            "nvfp4",
+            title="NVFP4 (E2M1, a scale for each 16 values)",
+            weight_bits=4,
+            block=16,
+            code_dtype="U8",
+            scale_dtype="F8_E4M3",
+            global_scale=True,
+            methods=("max", "mse", "four_over_six"),
+            calibrated=True,
+            weights_only=True,
+        ),
     }
 )
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """A format of the KV cache: keys and values, each tensor with its calibrated scale.
+
+    Attributes:
+        number: the number format of an element; its arithmetic makes the scale and rounds.
+        bytes: of an element.
+    """
+
+    name: CacheName
+    number: FormatName
+    bytes: int
+
+
+CACHE_FORMATS: Mapping[CacheName, CacheFormat] = MappingProxyType({"fp8": CacheFormat("fp8", "fp8", 1)})

@@ -6,10 +6,14 @@ Both divisions are in fp32, and the fp32 quotient is rounded once, to E4M3. (Mod
 bf16 weight in bf16, and so rounds twice.)
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import Device, e4m3, gpu
+from nemoquant.formats import FORMATS, Device, e4m3, gpu
+from nemoquant.formats.arithmetic import Encoded, TensorScale
+from nemoquant.formats.noise import BEYOND_ROUNDING
 from nemoquant.formats.rounding import (
     Codes,
     Floats,
@@ -75,7 +79,9 @@ def encode(
     scale = checked_scale(decode_scale, "decode_scale")
     codes = output(out, weight.shape, "out")
     if isinstance(weight, gpu.OnGpu):
-        gpu.fp8_encode(weight, scale, codes)
+        from nemoquant.formats import fp8_gpu
+
+        fp8_gpu.encode(weight, scale, codes)
     else:
         _encode(*weight_bits(weight), scale, codes.reshape(-1))
     return codes
@@ -103,7 +109,50 @@ def decode(
     values = float_output(out, codes.shape)
     row = flat(codes, np.uint8, "codes")
     if gpu.chosen(device):
-        values[...] = gpu.fp8_decoded(codes, scale).cpu().numpy()
+        from nemoquant.formats import fp8_gpu
+
+        values[...] = fp8_gpu.decoded(codes, scale).cpu().numpy()
     else:
         _decode(row, scale, values.reshape(-1))
     return values
+
+
+class Fp8:
+    """See :class:`nemoquant.formats.arithmetic.Arithmetic`."""
+
+    format = FORMATS["fp8"]
+
+    def decode_scale(self, amax: float | np.float32, method: str = "max") -> TensorScale:
+        self.format.checked_method(method)
+        return TensorScale(*tensor_scale(amax, e4m3.MAX))
+
+    def encode(self, weight: Weight | gpu.OnGpu, scale: np.float32, method: str = "max") -> Encoded:
+        self.format.checked_method(method)
+        return Encoded(encode(weight, scale), None)
+
+    def zeros(self, shape: tuple[int, int]) -> Encoded:
+        return Encoded(zeros(shape), None)
+
+    def decode(
+        self, encoded: Encoded, scale: np.float32, out: Floats | None = None, device: Device = "cpu"
+    ) -> Floats:
+        return decode(encoded.codes, scale, out, device)
+
+    def decoded_on_gpu(self, encoded: Encoded, scale: np.float32) -> Any:
+        from nemoquant.formats import fp8_gpu
+
+        return fp8_gpu.decoded(encoded.codes, scale)
+
+    def encode_inputs(self, x: Floats, scale: np.float32) -> Encoded:
+        return Encoded(encode(x, scale), None)
+
+    def round_trip_on_gpu(self, x: Any, scale: np.float32) -> Any:
+        from nemoquant.formats import fp8_gpu
+
+        return fp8_gpu.rounded(x, scale)
+
+    def limit(self, scale: np.float32) -> float:
+        return BEYOND_ROUNDING * e4m3.MAX * float(scale)
+
+    def bad_scales(self, block_scales: Codes) -> int:  # noqa: ARG002
+        return 0

@@ -1,4 +1,7 @@
-"""The formats' kernels on a GPU, with the same bytes: ``device="cuda"`` of ``fp8``, ``nvfp4`` and ``amax``.
+"""The formats on a GPU, with the same bytes: ``device="cuda"``, and tensors that stay there.
+
+Each format's kernels, and what launches them, are in one file: ``fp8_gpu``, ``mxfp8_gpu``, ``nvfp4_gpu``.
+They are loaded when a GPU is chosen, because they need Triton. Here is what they share.
 
 A weight's bytes are copied to the GPU once (:func:`put`), and its largest magnitude and its codes are
 computed from that copy; codes and block scales come back in one copy. Each thread has a lane for this: a
@@ -16,18 +19,18 @@ import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemoquant.errors import MissingExtraError, UsageError
-from nemoquant.formats import Device, e4m3, nvfp4_blocks
-from nemoquant.formats.rounding import Codes, Weight, weight_bits
+from nemoquant.formats import Device, e4m3
+from nemoquant.formats.rounding import Weight, weight_bits
 
-_METHODS = {"max": 0, "four_over_six": 1, "mse": 2, "activations": 3}
-_LANES, _BLOCK_LANES = 1024, 128
+LANES = 1024
+"""Elements that one program of a kernel takes, where it takes single elements."""
 # By dtype of the patterns: the signed integers of that size, because torch can do little with unsigned ones.
 _SIGNED = {np.dtype(np.uint16): "int16", np.dtype(np.uint32): "int32"}
 
@@ -36,14 +39,11 @@ def chosen(device: str) -> bool:
     """Whether ``device`` is the GPU.
 
     Raises:
-        ValueError: it is neither "cpu" nor "cuda".
-        UsageError: "cuda", and torch finds no GPU.
+        ValueError, UsageError: as :func:`torch_device`.
         MissingExtraError: "cuda", and Triton is not installed.
     """
     if device == "cpu":
         return False
-    if device != "cuda":
-        raise ValueError(f"device: got {device!r}, expected cpu or cuda")
     torch_device(device)
     if importlib.util.find_spec("triton") is None:
         raise MissingExtraError(
@@ -81,10 +81,13 @@ def torch_device(device: str) -> Any:
     """The torch.device that ``device`` stands for; the CPU for "cuda" where Triton is interpreted.
 
     Raises:
+        ValueError: it is neither "cpu" nor "cuda".
         UsageError: "cuda", and torch finds no GPU.
     """
     import torch
 
+    if device not in get_args(Device):
+        raise ValueError(f"device: got {device!r}, expected cpu or cuda")
     if device == "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -196,7 +199,7 @@ def put(weight: "Weight | OnGpu") -> OnGpu:
 _launching = threading.Lock()
 
 
-def _launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
+def launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
     """Launch a kernel on ``count`` elements, ``lanes`` per program; ``arguments`` by the kernel's names.
 
     Never with fused multiply-add, which would round once where the definitions round twice.
@@ -207,82 +210,25 @@ def _launch(kernel: Any, count: int, lanes: int, **arguments: Any) -> None:
 
 
 def amax(weight: OnGpu) -> np.float32:
+    """``amax.amax`` of a weight on the GPU."""
     import torch
 
-    from nemoquant.formats import triton_kernels
+    from nemoquant.formats import triton_shared
 
     lane, size = weight.lane, weight.bits.numel()
     largest = lane.memory("largest", 4)
     with lane.running():
         largest.zero_()
-        _launch(
-            triton_kernels.amax_kernel,
+        launch(
+            triton_shared.amax_kernel,
             size,
-            _LANES,
+            LANES,
             weight=weight.bits,
             shift=weight.shift,
             largest=largest.view(torch.int32),
         )
     value: np.float32 = lane.receive(largest).view(np.float32)[0]
     return value
-
-
-def fp8_encode(weight: OnGpu, decode_scale: np.float32, codes: Codes) -> None:
-    from nemoquant.formats import triton_kernels
-
-    lane = weight.lane
-    encoded = lane.memory("codes", codes.size)
-    with lane.running():
-        _launch(
-            triton_kernels.fp8_encode_kernel,
-            codes.size,
-            _LANES,
-            weight=weight.bits,
-            shift=weight.shift,
-            decode_scale=float(decode_scale),
-            codes=encoded,
-        )
-    codes.reshape(-1)[:] = lane.receive(encoded)
-
-
-def nvfp4_encode(
-    weight: OnGpu, global_scale: np.float32, method: str, packed: Codes, block_scales: Codes
-) -> None:
-    import torch
-
-    from nemoquant.formats import triton_kernels
-
-    lane, size = weight.lane, packed.size
-    tables = lane.send("tables", _tables(global_scale))
-    encoded = lane.memory("codes", size + block_scales.size)
-    with lane.running():
-        _launch(
-            triton_kernels.nvfp4_encode_kernel,
-            block_scales.size,
-            _BLOCK_LANES,
-            weight=weight.bits,
-            shift=weight.shift,
-            onto=float(np.float32(6) * global_scale),
-            reached=tables[:1024],
-            scales=tables[1024:].view(torch.float32),
-            packed=encoded[:size],
-            block_scales=encoded[size:],
-            METHOD=_METHODS[method],
-        )
-    received = lane.receive(encoded)
-    packed.reshape(-1)[:], block_scales.reshape(-1)[:] = received[:size], received[size:]
-
-
-def _tables(global_scale: np.float32) -> NDArray[np.uint32]:
-    """The kernel's tables, which depend on the scale alone, in one flat array.
-
-    First ``nvfp4_blocks.thresholds`` [128, 8] without sign bits, because the kernel looks at signs itself,
-    then d by E4M3 code [128] as bits.
-    """
-    reached = np.empty((128, 8), np.uint32)
-    nvfp4_blocks.thresholds(np.uint32(0), global_scale, reached)
-    scales = (e4m3.VALUES[:128] * global_scale).view(np.uint32)
-    return np.concatenate([(reached & 0x7FFFFFFF).reshape(-1), scales])
 
 
 # For computing: decoded or rounded tensors stay on the GPU, in torch's current stream.
@@ -294,66 +240,7 @@ def computes(device: Any) -> bool:
     return usable
 
 
-def fp8_decoded(codes: Codes, decode_scale: np.float32) -> Any:
-    """``fp8.decode`` as a tensor on the GPU; only the codes are copied there."""
-    return _fp8_values(_copied(codes), decode_scale).view(codes.shape)
-
-
-def nvfp4_decoded(packed: Codes, block_scales: Codes, global_scale: np.float32) -> Any:
-    """``nvfp4.decode`` as a tensor on the GPU; only codes and block scales are copied there."""
-    return _nvfp4_values(_copied(packed), _copied(block_scales), global_scale).view(packed.shape[0], -1)
-
-
-def fp8_rounded(values: Any, decode_scale: np.float32) -> Any:
-    """A float32 tensor on the GPU through E4M3 codes and back, as by ``fp8.encode`` and ``decode``."""
-    import torch
-
-    from nemoquant.formats import triton_kernels
-
-    bits = values.contiguous().view(torch.int32).view(-1)
-    codes = torch.empty(bits.shape, dtype=torch.uint8, device=bits.device)
-    _launch(
-        triton_kernels.fp8_encode_kernel,
-        bits.numel(),
-        _LANES,
-        weight=bits,
-        shift=0,
-        decode_scale=float(decode_scale),
-        codes=codes,
-    )
-    return _fp8_values(codes, decode_scale).view(values.shape)
-
-
-def nvfp4_rounded(values: Any, global_scale: np.float32) -> Any:
-    """A float32 tensor [..., in] on the GPU through NVFP4 codes and back, with block scales of its own.
-
-    As by ``nvfp4.encode_activations`` and ``decode``.
-    """
-    import torch
-
-    from nemoquant.formats import triton_kernels
-
-    bits = values.contiguous().view(torch.int32).view(-1)
-    blocks = bits.numel() // nvfp4_blocks.BLOCK
-    packed, scales = (torch.empty(n, dtype=torch.uint8, device=bits.device) for n in (8 * blocks, blocks))
-    onto, (reached, by_code) = float(np.float32(6) * global_scale), _tables_on_gpu(global_scale)
-    _launch(
-        triton_kernels.nvfp4_encode_kernel,
-        blocks,
-        _BLOCK_LANES,
-        weight=bits,
-        shift=0,
-        onto=onto,
-        reached=reached,
-        scales=by_code,
-        packed=packed,
-        block_scales=scales,
-        METHOD=_METHODS["activations"],
-    )
-    return _nvfp4_values(packed, scales, global_scale).view(values.shape)
-
-
-def _copied(array: NDArray[np.uint8]) -> Any:
+def copied(array: NDArray[np.uint8]) -> Any:
     """Bytes as a flat tensor on the GPU."""
     import torch
 
@@ -362,56 +249,8 @@ def _copied(array: NDArray[np.uint8]) -> Any:
 
 
 @cache
-def _e4m3_values() -> Any:
+def e4m3_values() -> Any:
+    """``e4m3.VALUES`` on the GPU."""
     import torch
 
     return torch.from_numpy(e4m3.VALUES.copy()).to(torch_device("cuda"))
-
-
-@lru_cache(maxsize=64)  # experts of a layer share the scale of their inputs
-def _tables_on_gpu(global_scale: np.float32) -> tuple[Any, Any]:
-    """Both parts of :func:`_tables` on the GPU.
-
-    For one stream only, the one that is current when the cache drops them.
-    """
-    import torch
-
-    tables = torch.from_numpy(_tables(global_scale).view(np.int32)).to(torch_device("cuda"))
-    return tables[:1024], tables[1024:].view(torch.float32)
-
-
-def _fp8_values(codes: Any, decode_scale: np.float32) -> Any:
-    import torch
-
-    from nemoquant.formats import triton_kernels
-
-    decoded = torch.empty(codes.shape, device=codes.device)
-    _launch(
-        triton_kernels.fp8_decode_kernel,
-        codes.numel(),
-        _LANES,
-        codes=codes,
-        table=_e4m3_values(),
-        decode_scale=float(decode_scale),
-        values=decoded,
-    )
-    return decoded
-
-
-def _nvfp4_values(packed: Any, block_scales: Any, global_scale: np.float32) -> Any:
-    import torch
-
-    from nemoquant.formats import triton_kernels
-
-    decoded = torch.empty(2 * packed.numel(), device=packed.device)
-    scales = _e4m3_values() * float(global_scale)
-    _launch(
-        triton_kernels.nvfp4_decode_kernel,
-        packed.numel(),
-        _LANES,
-        packed=packed,
-        block_scales=block_scales,
-        scales=scales,
-        values=decoded,
-    )
-    return decoded

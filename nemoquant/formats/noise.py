@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import e2m1, e4m3
 from nemoquant.formats.rounding import Floats, Weight, flat, kernel, weight_bits, widen
 
 _LANES = 16  # running sums, added up in a fixed order: vectors of float64
-_BEYOND_ROUNDING = 1 + 2.0**-20  # a scale is amax / limit in fp32: amax itself must not count as larger
+BEYOND_ROUNDING = 1 + 2.0**-20  # a scale is amax / limit in fp32: amax itself must not count as larger
 
 
 @dataclass
@@ -103,17 +102,3 @@ def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise
     _measure(bits, shift, flat(decoded, np.float32, "decoded"), largest, sums)
     signal, error, saturated, flushed = (float(s) for s in sums.sum(1))
     return Noise(signal, error, int(saturated), int(flushed), bits.size)
-
-
-def fp8_limit(decode_scale: float | np.float32) -> float:
-    """The largest magnitude that an FP8 tensor can hold."""
-    return _BEYOND_ROUNDING * e4m3.MAX * float(decode_scale)
-
-
-def nvfp4_limit(global_decode_scale: float | np.float32) -> float:
-    """The largest magnitude that an NVFP4 tensor can hold: in a block with the largest scale.
-
-    A block's own scale is rounded to the nearest E4M3 value, so its largest value may be clipped by up to a
-    sixteenth. That belongs to the format and counts as error, not as saturation.
-    """
-    return _BEYOND_ROUNDING * e2m1.MAX * e4m3.MAX * float(global_decode_scale)

@@ -24,13 +24,16 @@ Magnitudes above 448 * 6 * global are clipped. (Model Optimizer's fake quantizer
 is below 1e-5.)
 """
 
-from typing import Literal, TypeAlias
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemoquant.formats import Device, e2m1, e4m3, gpu, nvfp4_blocks
-from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits
+from nemoquant.formats import FORMATS, Device, ScaleMethod, blocks, e2m1, e4m3, gpu, nvfp4_blocks
+from nemoquant.formats.arithmetic import Encoded, TensorScale
+from nemoquant.formats.blocks import PAIR, Bits
+from nemoquant.formats.noise import BEYOND_ROUNDING
+from nemoquant.formats.nvfp4_blocks import BLOCK, TILE
 from nemoquant.formats.nvfp4_search import choose_four_over_six, choose_least_error
 from nemoquant.formats.rounding import (
     Codes,
@@ -45,22 +48,18 @@ from nemoquant.formats.rounding import (
     weight_bits,
 )
 
-Method: TypeAlias = Literal["max", "mse", "four_over_six"]
+_LARGEST: dict[ScaleMethod, float] = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
 
-_LARGEST = {"max": 6.0 * 448.0, "mse": 6.0 * 448.0, "four_over_six": 6.0 * 256.0}
-
-# By dtype of a pattern: the word that holds the patterns of two elements.
-_PAIR = {np.dtype(np.uint16): np.uint32, np.dtype(np.uint32): np.uint64}
 _value_e4m3 = e4m3.value_of
 _value_bits = e2m1.value_bits
-_largest_magnitudes = nvfp4_blocks.largest
+_largest_magnitudes = blocks.largest
 _scale_codes = nvfp4_blocks.scale_codes
-_spread = nvfp4_blocks.spread
+_spread = blocks.spread
 _thresholds = nvfp4_blocks.thresholds
 _write_codes = nvfp4_blocks.write_codes
 
 
-def global_decode_scale(amax: float | np.float32, method: Method = "max") -> np.float32:
+def global_decode_scale(amax: float | np.float32, method: str = "max") -> np.float32:
     """``amax / (6 * 448)`` in fp32, for four_over_six ``amax / (6 * 256)``; 1.0 if degenerate.
 
     Degenerate as in ``is_degenerate``. Raises ValueError if amax is negative, Inf or NaN, or the method is
@@ -69,7 +68,7 @@ def global_decode_scale(amax: float | np.float32, method: Method = "max") -> np.
     return tensor_scale(amax, _largest(method))[0]
 
 
-def is_degenerate(amax: float | np.float32, method: Method = "max") -> bool:
+def is_degenerate(amax: float | np.float32, method: str = "max") -> bool:
     """Whether amax is 0, or so small that its scale is not a normal fp32 number.
 
     Such a weight is written as ``zeros(shape)``. Raises ValueError like ``global_decode_scale``.
@@ -77,10 +76,8 @@ def is_degenerate(amax: float | np.float32, method: Method = "max") -> bool:
     return tensor_scale(amax, _largest(method))[1]
 
 
-def _largest(method: Method) -> float:
-    if method not in _LARGEST:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(_LARGEST)}")
-    return _LARGEST[method]
+def _largest(method: str) -> float:
+    return _LARGEST[FORMATS["nvfp4"].checked_method(method)]
 
 
 @kernel
@@ -136,11 +133,11 @@ def _write(
 
 
 def _encode(
-    values: Weight, global_scale: np.float32, method: Method | None, packed: Codes, block_scales: Codes
+    values: Weight, global_scale: np.float32, method: ScaleMethod | None, packed: Codes, block_scales: Codes
 ) -> None:
     """Encode weights by ``method``, or activations where it is None; both outputs are flat rows."""
     flat_bits, shift = weight_bits(values)
-    bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(_PAIR[flat_bits.dtype])
+    bits, pairs = flat_bits.reshape(-1, BLOCK), flat_bits.view(PAIR[flat_bits.dtype])
     least, zeros = (np.float32(e4m3.SMALLEST), np.uint8(e4m3.ONE)) if method else (np.float32(0), np.uint8(0))
     words = np.empty(TILE * BLOCK // 2, pairs.dtype)
     scratch = words.view(bits.dtype)
@@ -156,10 +153,15 @@ def _encode(
         magnitudes=magnitudes,
         codes=block_scales,
     )
-    if method == "mse":
-        choose_least_error(bits, shift, magnitudes, global_scale, block_scales)
-    if method == "four_over_six":
-        choose_four_over_six(bits, shift, magnitudes, global_scale, block_scales)
+    match method:
+        case None | "max":
+            pass
+        case "mse":
+            choose_least_error(bits, shift, magnitudes, global_scale, block_scales)
+        case "four_over_six":
+            choose_four_over_six(bits, shift, magnitudes, global_scale, block_scales)
+        case _:
+            assert_never(method)
     _write(bits, shift, global_scale, words=words, scratch=scratch, scales=block_scales, packed=packed)
 
 
@@ -200,7 +202,7 @@ def _decode(
 def encode(
     weight: Weight | gpu.OnGpu,
     global_decode_scale: float | np.float32,
-    method: Method = "max",
+    method: str = "max",
     out: tuple[Codes, Codes] | None = None,
     device: Device = "cpu",
 ) -> tuple[Codes, Codes]:
@@ -216,12 +218,14 @@ def encode(
     if not isinstance(weight, gpu.OnGpu):
         weight_bits(weight)
     scale = checked_scale(global_decode_scale, "global_decode_scale")
-    _largest(method)
+    known = FORMATS["nvfp4"].checked_method(method)
     packed, block_scales = _outputs(weight.shape, out)
     if isinstance(weight, gpu.OnGpu):
-        gpu.nvfp4_encode(weight, scale, method, packed, block_scales)
+        from nemoquant.formats import nvfp4_gpu
+
+        nvfp4_gpu.encode(weight, scale, known, packed, block_scales)
     else:
-        _encode(weight, scale, method, packed.reshape(-1), block_scales.reshape(-1))
+        _encode(weight, scale, known, packed.reshape(-1), block_scales.reshape(-1))
     return packed, block_scales
 
 
@@ -290,7 +294,56 @@ def decode(
         values.reshape(-1),
     )
     if gpu.chosen(device):
-        values[...] = gpu.nvfp4_decoded(packed, block_scales, scale).cpu().numpy()
+        from nemoquant.formats import nvfp4_gpu
+
+        values[...] = nvfp4_gpu.decoded(packed, block_scales, scale).cpu().numpy()
     else:
         _decode(codes, scales, scale, row.view(np.uint64), row)
     return values
+
+
+class Nvfp4:
+    """See :class:`nemoquant.formats.arithmetic.Arithmetic`."""
+
+    format = FORMATS["nvfp4"]
+
+    def decode_scale(self, amax: float | np.float32, method: str = "max") -> TensorScale:
+        return TensorScale(*tensor_scale(amax, _largest(method)))
+
+    def encode(self, weight: Weight | gpu.OnGpu, scale: np.float32, method: str = "max") -> Encoded:
+        return Encoded(*encode(weight, scale, method))
+
+    def zeros(self, shape: tuple[int, int]) -> Encoded:
+        return Encoded(*zeros(shape))
+
+    def decode(
+        self, encoded: Encoded, scale: np.float32, out: Floats | None = None, device: Device = "cpu"
+    ) -> Floats:
+        assert encoded.block_scales is not None
+        return decode(encoded.codes, encoded.block_scales, scale, out, device)
+
+    def decoded_on_gpu(self, encoded: Encoded, scale: np.float32) -> Any:
+        from nemoquant.formats import nvfp4_gpu
+
+        assert encoded.block_scales is not None
+        return nvfp4_gpu.decoded(encoded.codes, encoded.block_scales, scale)
+
+    def encode_inputs(self, x: Floats, scale: np.float32) -> Encoded:
+        return Encoded(*encode_activations(x, scale))
+
+    def round_trip_on_gpu(self, x: Any, scale: np.float32) -> Any:
+        from nemoquant.formats import nvfp4_gpu
+
+        return nvfp4_gpu.rounded(x, scale)
+
+    def limit(self, scale: np.float32) -> float:
+        """The largest value in a block with the largest scale.
+
+        A block's own scale is rounded to the nearest E4M3 value, so its largest value may be clipped by up to
+        a sixteenth. That belongs to the format and counts as error, not as saturation.
+        """
+        return BEYOND_ROUNDING * e2m1.MAX * e4m3.MAX * float(scale)
+
+    def bad_scales(self, block_scales: Codes) -> int:
+        """Not one of the 126 positive finite E4M3 values."""
+        return int(np.count_nonzero((block_scales < 1) | (block_scales > e4m3.LARGEST_CODE)))

@@ -1,4 +1,4 @@
-"""What all NVFP4 encodings share: largest magnitudes, block scales and codes, a tile of blocks at a time.
+"""What all NVFP4 encodings share: block scales and codes, a tile of blocks at a time.
 
 Each step runs over the whole tile in one loop that becomes vectors, with scratch memory that stays in the
 first-level cache.
@@ -10,17 +10,13 @@ one of integers, of 16 bits for bf16.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemoquant.formats import e2m1, e4m3
+from nemoquant.formats.blocks import Bits
 from nemoquant.formats.rounding import Codes, Floats, bits_of, float_of, kernel, widen
 
 BLOCK = 16
 TILE = 64  # blocks
-
-Bits = NDArray[np.unsignedinteger]
-Halves = NDArray[np.uint32]
-Words = NDArray[np.uint64]
 
 _E4M3 = e4m3.VALUES
 # By code: the midpoint between its value and that of the code below.
@@ -83,59 +79,6 @@ def thresholds(shift: np.uint32, global_scale: np.float32, reached: Bits) -> Non
             least = np.uint64(_least_reaching(scale, code) if s > 0 else _INFINITY)
             pattern = np.uint64(np.uint64(least + below_one) >> np.uint64(shift))
             reached[s, code] = part(pattern + sign if code == 0 else pattern)
-
-
-@kernel
-def _larger_of_pairs(pairs: Bits, larger: Bits) -> None:
-    """``larger[i]`` = the larger magnitude of the two patterns in the word ``pairs[i]``."""
-    word, part = pairs.dtype.type, larger.dtype.type
-    width = word(8 * larger.itemsize)
-    mask = word((word(1) << word(width - word(1))) - word(1))
-    for i in range(larger.shape[0]):
-        low = word(pairs[i] & mask)
-        high = word(word(pairs[i] >> width) & mask)
-        larger[i] = part(max(low, high))
-
-
-@kernel
-def largest(pairs: Bits, words: Bits, scratch: Bits, magnitudes: Bits) -> None:
-    """``magnitudes[b]`` = the pattern of block b's largest magnitude.
-
-    In four steps, each of which keeps the larger of two. Integers are compared: with floats, NaN would make
-    the order matter, and the loop would not become vectors.
-
-    Args:
-        pairs: [8 n] words of two elements, of n blocks.
-        words, scratch: [>= 4 n] of the pairs' dtype, and the same memory as single elements.
-        magnitudes: [n], of the elements' dtype.
-    """
-    n = magnitudes.shape[0]
-    _larger_of_pairs(pairs, scratch[: 8 * n])
-    half = scratch.shape[0] // 2
-    _larger_of_pairs(words[: 4 * n], scratch[half : half + 4 * n])
-    _larger_of_pairs(words[half // 2 : half // 2 + 2 * n], scratch[: 2 * n])
-    _larger_of_pairs(words[:n], magnitudes)
-
-
-@kernel
-def twice(numbers: Halves, pairs: Words) -> None:
-    """Write each number two times."""
-    for i in range(pairs.shape[0]):
-        number = np.uint64(numbers[i])
-        pairs[i] = np.uint64(number | np.uint64(number << np.uint64(32)))
-
-
-@kernel
-def spread(numbers: Halves, scratch: Words, pairs: Words) -> None:
-    """Write each of [n] numbers 16 times, by doubling four times, so that all loops become vectors.
-
-    ``scratch`` [>= 4 n], ``pairs`` [>= 8 n].
-    """
-    n = numbers.shape[0]
-    twice(numbers, scratch[:n])
-    twice(scratch.view(np.uint32)[: 2 * n], pairs[: 2 * n])
-    twice(pairs.view(np.uint32)[: 4 * n], scratch[: 4 * n])
-    twice(scratch.view(np.uint32)[: 8 * n], pairs[: 8 * n])
 
 
 @kernel

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemoquant.formats import e2m1, e4m3
-from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, Bits, Halves, Words, scale_codes, spread, twice
+from nemoquant.formats.blocks import Bits, Halves, Words, spread, twice
+from nemoquant.formats.nvfp4_blocks import BLOCK, TILE, scale_codes
 from nemoquant.formats.rounding import (
     SMALLEST_NORMAL,
     Codes,

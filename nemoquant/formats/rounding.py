@@ -108,11 +108,11 @@ def _fitting(out: NDArray[Any], shape: tuple[int, ...], dtype: type[np.generic],
     return out
 
 
-def tensor_scale(amax: float | np.float32, largest: float) -> tuple[np.float32, bool]:
-    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number.
+def checked_amax(amax: float | np.float32) -> np.float32:
+    """A largest magnitude as fp32.
 
-    A degenerate scale is replaced by 1.0. Raises ValueError for an amax that is negative, Inf or NaN: those
-    are errors of the checkpoint, which must be reported before any scale is computed.
+    Raises ValueError where it is negative, Inf or NaN: those are errors of the checkpoint, which must be
+    reported before any scale is computed.
     """
     value = np.float32(amax)
     if not (np.isfinite(value) and value >= 0):
@@ -120,7 +120,15 @@ def tensor_scale(amax: float | np.float32, largest: float) -> tuple[np.float32, 
             f"amax: got {value}, expected a finite number that is not negative; check weights for NaN and "
             f"Inf first"
         )
-    scale = np.float32(value / np.float32(largest))
+    return value
+
+
+def tensor_scale(amax: float | np.float32, largest: float) -> tuple[np.float32, bool]:
+    """``amax / largest`` in fp32, and whether it is degenerate: not a normal fp32 number.
+
+    A degenerate scale is replaced by 1.0. Raises ValueError like :func:`checked_amax`.
+    """
+    scale = np.float32(checked_amax(amax) / np.float32(largest))
     degenerate = bool(scale < SMALLEST_NORMAL)
     return (np.float32(1.0) if degenerate else scale), degenerate
 

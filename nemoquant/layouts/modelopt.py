@@ -2,23 +2,28 @@
 
 These names are in no other file. In this layout every stored scale is a decode scale:
 
-    ours            FP8             NVFP4
-    codes           weight          weight            (U8, two codes a byte, even column in the low nibble)
-    block_scales                    weight_scale      (F8_E4M3)
-    global_scale    weight_scale    weight_scale_2    (F32, shape [])
-    input_scale     input_scale     input_scale       (F32, shape [])
-    K, V cache      k_proj.k_scale, v_proj.v_scale    (F32, shape [])
+    ours            FP8             MXFP8           NVFP4
+    codes           weight          weight          weight          (NVFP4: U8, two a byte, the even column
+                                                                    in the low nibble)
+    block_scales                    weight_scale    weight_scale    (MXFP8: U8, E8M0; NVFP4: F8_E4M3)
+    global_scale    weight_scale                    weight_scale_2  (F32, shape [])
+    input_scale     input_scale                     input_scale     (F32, shape [])
+    K, V cache      k_proj.k_scale, v_proj.v_scale                  (F32, shape [])
+
+What the layout has for each number format is one row of ``LAYOUT``.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
-from nemoquant.formats import FORMATS
+from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
+from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 
@@ -26,22 +31,73 @@ LEGACY = "hf_quant_config.json"  # the older of the two config files
 SECTION = "quantization_config"  # of config.json, the newer one
 PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name first; our own name is in nemoquant.json
 LAYOUT_VERSION = "0.47.0"  # the Model Optimizer that has this layout; tests compare the bytes
-_SUFFIX = {
-    ("fp8", "codes"): "weight",
-    ("fp8", "global_scale"): "weight_scale",
-    ("nvfp4", "codes"): "weight",
-    ("nvfp4", "block_scales"): "weight_scale",
-    ("nvfp4", "global_scale"): "weight_scale_2",
-    ("fp8", "input_scale"): "input_scale",
-    ("nvfp4", "input_scale"): "input_scale",
-}
+MIXED = "MIXED_PRECISION"  # the algorithm of a checkpoint with several
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
-WEIGHT_FORMATS = {"F8_E4M3": "FP8", "U8": "NVFP4"}  # by dtype of a `weight`
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What this layout has for a number format.
+
+    Attributes:
+        algorithm: Model Optimizer's name, where inputs are quantized too.
+        weights_only: its name where they are not; None if it has none.
+        suffix: of the names of a module's parts, by kind.
+        group_size: the block in the config files; None without block scales.
+        plain_exclusions: SGLang takes an exclusion from this algorithm as a whole part between dots, without
+            wildcards, so one without them is written too.
+    """
+
+    algorithm: str
+    weights_only: str | None
+    suffix: Mapping[str, str]
+    group_size: int | None = None
+    plain_exclusions: bool = False
+
+
+LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
+    {
+        "fp8": Layout(
+            "FP8",
+            weights_only=None,
+            suffix={"codes": "weight", "global_scale": "weight_scale", "input_scale": "input_scale"},
+        ),
+        "mxfp8": Layout(
+            "MXFP8",
+            weights_only=None,
+            suffix={"codes": "weight", "block_scales": "weight_scale"},
+            group_size=32,
+            plain_exclusions=True,
+        ),
+        "nvfp4": Layout(
+            "NVFP4",
+            weights_only="W4A16_NVFP4",
+            suffix={
+                "codes": "weight",
+                "block_scales": "weight_scale",
+                "global_scale": "weight_scale_2",
+                "input_scale": "input_scale",
+            },
+            group_size=16,
+        ),
+    }
+)
+CACHES: Mapping[CacheName, str] = MappingProxyType({"fp8": "FP8"})  # Model Optimizer's names
+FORMAT_OF: Mapping[str, FormatName] = MappingProxyType(
+    {
+        algorithm: name
+        for name, layout in LAYOUT.items()
+        for algorithm in (layout.algorithm, layout.weights_only)
+        if algorithm is not None
+    }
+)
+"""Number format by algorithm."""
+READABLE = "FP8 per tensor, MXFP8 or NVFP4"  # in messages
 
 
 def tensor_name(row: Row, kind: str) -> str:
     """Name in the written file of one part of a row (see ``Row.parts``)."""
-    return row.name if kind == "source" else f"{row.module}.{_SUFFIX[row.format, kind]}"
+    return row.name if row.format == "source" else f"{row.module}.{LAYOUT[row.format].suffix[kind]}"
 
 
 @dataclass(frozen=True)
@@ -49,11 +105,11 @@ class Stored:
     """How one tensor of the model is stored in a file of this layout.
 
     Attributes:
-        format: ``source``, ``fp8`` or ``nvfp4``.
+        format: ``source`` or a number format.
         parts: names of its parts in the file, by kind.
     """
 
-    format: str
+    format: Literal["source", FormatName]
     parts: dict[str, str]
 
 
@@ -63,23 +119,26 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
     It is derived from dtypes and shapes, whichever program wrote the file.
 
     Raises:
-        CheckpointError: it is missing, or its parts are not those of FP8 per tensor or NVFP4 in this layout.
+        CheckpointError: it is missing, or its parts are not those of a number format in this layout.
     """
     info = tensors.get(spec.name)
     if info is None:
         raise CheckpointError(f"{spec.name} is missing")
-    format = {"F8_E4M3": "fp8", "U8": "nvfp4"}.get(info.dtype, "source")
+    format = stored_format(tensors, spec.module, info)
     expected: list[tuple[str, str, tuple[int, ...]]] = [("source", info.dtype, spec.shape)]
+    names = {"source": spec.name}
     if format != "source":
-        problem = FORMATS[format].indivisible(spec.shape)
+        number, layout = FORMATS[format], LAYOUT[format]
+        problem = number.indivisible(spec.shape)
         if problem:
             raise CheckpointError(f"{spec.name} is {info.dtype}: {problem}")
-        expected = list(FORMATS[format].packed_tensors((spec.shape[0], spec.shape[1])))
-        if f"{spec.module}.input_scale" in tensors:
+        expected = list(number.packed_tensors((spec.shape[0], spec.shape[1])))
+        names = {kind: f"{spec.module}.{suffix}" for kind, suffix in layout.suffix.items()}
+        if number.calibrated and names["input_scale"] in tensors:
             expected.append(("input_scale", "F32", ()))
     parts = {}
     for kind, dtype, shape in expected:
-        name = spec.name if kind == "source" else f"{spec.module}.{_SUFFIX[format, kind]}"
+        name = names[kind]
         part = tensors.get(name)
         if part is None:
             raise CheckpointError(f"{name} is missing; {spec.name} is {info.dtype} and needs it")
@@ -91,23 +150,51 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
     return Stored(format, parts)
 
 
+def stored_format(
+    tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo
+) -> Literal["source", FormatName]:
+    """The number format that a module's ``weight`` has, by its dtype and that of its block scales.
+
+    ``source`` where its dtype is that of no codes.
+    """
+    candidates = [name for name, number in FORMATS.items() if number.code_dtype == weight.dtype]
+    for name in candidates:
+        suffix = LAYOUT[name].suffix.get("block_scales")
+        scales = tensors.get(f"{module}.{suffix}") if suffix else None
+        if scales is not None and scales.dtype == FORMATS[name].scale_dtype:
+            return name
+    if not candidates:
+        return "source"
+    return next((name for name in candidates if FORMATS[name].block is None), candidates[0])
+
+
+def weight_format(tensors: Mapping[str, TensorInfo], weight: TensorInfo) -> str:
+    """What a ``...weight`` is, for people: the algorithm of its format, or its dtype."""
+    format = stored_format(tensors, weight.name.removesuffix(".weight"), weight)
+    return weight.dtype if format == "source" else LAYOUT[format].algorithm
+
+
 def kv_scale_name(module: str) -> str:
     """``....k_proj`` -> ``....k_proj.k_scale``."""
     return f"{module}.{KV_SUFFIX[module.rsplit('.', 1)[1]]}"
 
 
 def algorithm(row: Row) -> str:
-    """ModelOpt's name for the quantization of a row's module."""
-    if row.format == "nvfp4":
-        return "NVFP4" if row.activation_format else "W4A16_NVFP4"
-    return {"fp8": "FP8", "source": ""}[row.format]
+    """ModelOpt's name for the quantization of a row's module; "" where it is not quantized."""
+    if row.format == "source":
+        return ""
+    layout = LAYOUT[row.format]
+    if row.activation_format:
+        return layout.algorithm
+    assert layout.weights_only is not None  # a recipe leaves inputs alone only where the format admits it
+    return layout.weights_only
 
 
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file."""
     by_module = {row.module: algorithm(row) for row in plan.quantized}
     kinds = sorted(set(by_module.values()))
-    kv = "FP8" if plan.kv_layers else None
+    kv = CACHES[plan.cache.name] if plan.cache is not None and plan.kv_layers else None
     ignore = excluded_modules(plan)
     producer = {"name": PRODUCER, "version": LAYOUT_VERSION}
     if not kinds:
@@ -116,11 +203,11 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
             "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore},
         }
     mixed = len(kinds) > 1
-    named = {"quant_algo": "MIXED_PRECISION" if mixed else kinds[0]}
+    named = {"quant_algo": MIXED if mixed else kinds[0]}
     layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
     legacy: dict[str, Any] = {**named, "kv_cache_quant_algo": kv}
-    if not mixed and kinds[0] != "FP8":
-        legacy["group_size"] = 16
+    if not mixed:
+        legacy |= _group_size(kinds[0])
     legacy["exclude_modules"] = ignore
     section: dict[str, Any] = {
         "config_groups": {
@@ -132,21 +219,26 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     if mixed:
         legacy["quantized_layers"] = section["quantized_layers"] = layers
     section |= {"ignore": ignore, **named}
-    if kv:
-        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if kv and plan.cache is not None:
+        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8 * plan.cache.bytes, "type": "float"}
     section |= {"producer": producer, "quant_method": "modelopt"}
     return section, {"producer": producer, "quantization": legacy}
 
 
+def _group_size(kind: str) -> dict[str, int]:
+    size = LAYOUT[FORMAT_OF[kind]].group_size
+    return {} if size is None else {"group_size": size}
+
+
 def _entry(kind: str) -> dict[str, Any]:
-    return {"quant_algo": kind} if kind == "FP8" else {"quant_algo": kind, "group_size": 16}
+    return {"quant_algo": kind, **_group_size(kind)}
 
 
 def _group(kind: str) -> dict[str, Any]:
-    number = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if kind != "FP8":
-        number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
-    return {"weights": number} if kind == "W4A16_NVFP4" else {"input_activations": number, "weights": number}
+    bits = FORMATS[FORMAT_OF[kind]].weight_bits
+    number = {"dynamic": False, "num_bits": bits, "type": "float", **_group_size(kind)}
+    quantized = kind == LAYOUT[FORMAT_OF[kind]].algorithm
+    return {"input_activations": number, "weights": number} if quantized else {"weights": number}
 
 
 def excluded_modules(plan: Plan) -> list[str]:
@@ -157,13 +249,16 @@ def excluded_modules(plan: Plan) -> list[str]:
     modules.
     """
     names: dict[str, None] = {}
+    mtp = ["mtp*"]
+    if any(row.format != "source" and LAYOUT[row.format].plain_exclusions for row in plan.quantized):
+        mtp.append("mtp")
     for row in plan.rows:
         if row.format != "source" or row.role in ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias"):
             continue
         if row.role.startswith("mtp."):
-            names["mtp*"] = None
+            names |= dict.fromkeys(mtp)
         elif row.expert is not None:
-            experts = row.module.rsplit(".", 2)[0]
+            experts = experts_of(row.module)
             names[experts] = names[f"{experts}.*"] = None
         else:
             names[row.module.removesuffix(".bias")] = None
@@ -192,21 +287,23 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
 
 
-def declares_fp8_cache(quantization: Mapping[str, Any]) -> bool:
-    """Whether :func:`declared_quantization` has an FP8 KV cache."""
+def declared_cache(quantization: Mapping[str, Any]) -> CacheFormat | None:
+    """The KV cache's format in :func:`declared_quantization`; None if it is not quantized."""
     cache = quantization.get("kv_cache_scheme")
-    return isinstance(cache, dict) and cache.get("num_bits") == 8
+    bits = cache.get("num_bits") if isinstance(cache, dict) else None
+    return next((known for known in CACHE_FORMATS.values() if bits == 8 * known.bytes), None)
 
 
 def _legacy_quantization(path: Path) -> dict[str, Any]:
     """What ``LEGACY`` declares, in the form of ``SECTION``; for checkpoints whose config.json has none."""
     try:
         legacy = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
-        bits = {"kv_cache_scheme": {"num_bits": 8}} if legacy.get("kv_cache_quant_algo") == "FP8" else {}
+        algorithm = legacy.get("kv_cache_quant_algo")
+        caches = [CACHE_FORMATS[name] for name, theirs in CACHES.items() if theirs == algorithm]
         return {
             "quant_algo": legacy.get("quant_algo"),
             "quantized_layers": legacy.get("quantized_layers"),
-            **bits,
+            **({"kv_cache_scheme": {"num_bits": 8 * caches[0].bytes}} if caches else {}),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -217,10 +314,8 @@ def declared_algorithm(declared: Mapping[str, Any]) -> Any:
     return declared.get("quant_algo")
 
 
-def declares_quantized_input(declared: Mapping[str, Any], module: str) -> bool:
-    """Whether :func:`declared_quantization` has a quantized input for a module's GEMM.
-
-    If so, the module needs an input scale.
-    """
+def module_algorithm(declared: Mapping[str, Any], module: str) -> Any:
+    """The algorithm of one module in :func:`declared_quantization`; None if there is none for it."""
     entry = (declared.get("quantized_layers") or {}).get(module)
-    return declared_algorithm(entry if isinstance(entry, dict) else declared) in ("FP8", "NVFP4")
+    algorithm = declared_algorithm(entry if isinstance(entry, dict) else declared)
+    return None if algorithm == MIXED else algorithm

@@ -17,15 +17,16 @@ import numpy.typing as npt
 
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.errors import WeightError
-from nemoquant.formats import Device, fp8, gpu, nvfp4
+from nemoquant.formats import Device, gpu
 from nemoquant.formats.amax import amax as bits_amax
+from nemoquant.formats.arithmetic import Encoded
+from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.pack.scales import weight_scale
 from nemoquant.planning.plan import Row
 
 CHUNK_BYTES = 8 << 20  # of source, read and encoded at a time
 
 Array = npt.NDArray[Any]
-Encoded = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]
 Part = tuple[Row, slice]
 
 
@@ -78,7 +79,7 @@ def check_finite(name: str, value: np.float32) -> np.float32:
 def encode(
     checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu"
 ) -> Encoded:
-    """Codes of some rows, and their block scales for NVFP4; a degenerate weight becomes zeros."""
+    """Codes of some rows, and their block scales; a degenerate weight becomes zeros."""
     with _reading(checkpoint, row, part) as weight:
         return _codes(row, _on(device, weight), scale, degenerate)
 
@@ -88,11 +89,11 @@ def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:
 
 
 def _codes(row: Row, weight: Array | gpu.OnGpu, scale: np.float32, degenerate: bool) -> Encoded:
-    shape = (weight.shape[0], weight.shape[1])
-    if row.format == "fp8":
-        return (fp8.zeros(shape) if degenerate else fp8.encode(weight, scale)), None
-    assert row.scale_method is not None
-    return nvfp4.zeros(shape) if degenerate else nvfp4.encode(weight, scale, row.scale_method)
+    assert row.format != "source" and row.scale_method is not None
+    arithmetic = ARITHMETIC[row.format]
+    if degenerate:
+        return arithmetic.zeros((weight.shape[0], weight.shape[1]))
+    return arithmetic.encode(weight, scale, row.scale_method)
 
 
 def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[EncodedWeight]:

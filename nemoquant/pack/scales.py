@@ -10,7 +10,10 @@ import numpy as np
 
 from nemoquant.calibrate.scales import Scales, kv_modules
 from nemoquant.errors import CalibrationError
-from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats import FormatName
+from nemoquant.formats.arithmetic import TensorScale
+from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.model.names import stack_of
 from nemoquant.planning.plan import Plan, Row
 
 
@@ -19,8 +22,8 @@ class ActivationScales:
     """The scales of a plan that come from calibration.
 
     Attributes:
-        inputs: module -> ``input_scale``, for every row whose activations are quantized.
-        caches: ``...k_proj`` and ``...v_proj`` modules -> decode scale of their FP8 cache.
+        inputs: module -> ``input_scale``, for every row whose input has a calibrated scale.
+        caches: ``...k_proj`` and ``...v_proj`` modules -> decode scale of their cache.
         warnings: what a user should know about them.
     """
 
@@ -29,18 +32,15 @@ class ActivationScales:
     warnings: list[str] = field(default_factory=list)
 
 
-def input_scale(amax: float, activation_format: str) -> np.float32:
-    """``amax / 448`` for FP8, ``amax / (6 * 448)`` for NVFP4; 1.0 if that is not a normal fp32 number."""
-    return fp8.decode_scale(amax) if activation_format == "fp8" else nvfp4.global_decode_scale(amax)
+def input_scale(amax: float, activation_format: FormatName) -> np.float32:
+    """The decode scale of a GEMM's input, from its largest magnitude in calibration."""
+    return ARITHMETIC[activation_format].decode_scale(amax).value
 
 
-def weight_scale(row: Row, amax: np.float32) -> tuple[np.float32, bool]:
+def weight_scale(row: Row, amax: np.float32) -> TensorScale:
     """The per-tensor decode scale of a weight, and whether the weight is degenerate (written as zeros)."""
-    if row.format == "fp8":
-        return fp8.decode_scale(amax), fp8.is_degenerate(amax)
-    method = row.scale_method
-    assert method is not None
-    return nvfp4.global_decode_scale(amax, method), nvfp4.is_degenerate(amax, method)
+    assert row.format != "source" and row.scale_method is not None
+    return ARITHMETIC[row.format].decode_scale(amax, row.scale_method)
 
 
 def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:
@@ -60,14 +60,15 @@ def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -
     # experts of a layer and projection: the largest amax of all, whatever the grouping
     layers: dict[str, float] = {}
     amax = scales.input_amax if scales else {}
-    rows = [row for row in plan.quantized if row.activation_format]
+    rows = [row for row in plan.quantized if row.calibrated]
     for row in rows:
         groups[row.input_group or row.module].append(row)
         if row.expert is not None and row.module in amax:
-            layers[_layer_projection(row)] = max(amax[row.module], layers.get(_layer_projection(row), 0.0))
+            stack = stack_of(row.module)
+            layers[stack] = max(amax[row.module], layers.get(stack, 0.0))
     for group, members in groups.items():
         seen = [amax[row.module] for row in members if row.module in amax]
-        fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
+        fallback = layers.get(stack_of(members[0].module)) if members[0].expert is not None else None
         if not seen and fallback is None:
             raise CalibrationError(
                 f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with "
@@ -83,17 +84,12 @@ def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -
         result.inputs |= dict.fromkeys((row.module for row in members), scale)
 
 
-def _layer_projection(row: Row) -> str:
-    experts, _, projection = row.module.rsplit(".", 2)
-    return f"{experts}.{projection}"
-
-
 def _cache_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -> None:
-    """Each is amax / 448."""
     for module in kv_modules(plan):
+        assert plan.cache is not None
         amax = scales.kv_amax[module] if scales else 0.0
         if amax == 0:
             result.warnings.append(
                 f"{module}: its output was zero in all calibration rows; cache scale set to 1.0"
             )
-        result.caches[module] = fp8.decode_scale(amax)
+        result.caches[module] = ARITHMETIC[plan.cache.number].decode_scale(amax).value

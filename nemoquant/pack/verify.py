@@ -27,9 +27,10 @@ from nemoquant.checkpoint.header import ALIGNMENT, read_header
 from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
 from nemoquant.errors import NemoquantError
+from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.pack.encode import amax, encode, slices
 from nemoquant.pack.scales import activation_scales, weight_scale
@@ -216,8 +217,8 @@ def _check_scales(
 ) -> None:
     for e in (e for shard in layout for e in shard.entries if e.kind not in ("source", "codes")):
         values = checkpoint.array(e.name)
-        if e.kind == "block_scales":  # E4M3: 0x01 to 0x7E are positive and finite
-            bad = int(np.count_nonzero((values == 0) | (values > 0x7E)))
+        if e.kind == "block_scales" and e.row.format != "source":
+            bad = ARITHMETIC[e.row.format].bad_scales(values)
         else:
             bad = int(np.count_nonzero(~(np.isfinite(values) & (values > 0))))
         if bad:
@@ -320,7 +321,7 @@ def _encodes_to(
     scale, degenerate = weight_scale(
         row, max(amax(source, member, part) for member in group for part in slices(member))
     )
-    if written.array(entries["global_scale"].name)[()] != scale:
+    if "global_scale" in entries and written.array(entries["global_scale"].name)[()] != scale:
         return False
     codes = written.array(entries["codes"].name)
     block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None

@@ -19,9 +19,9 @@ import numpy as np
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
+from nemoquant.formats.arithmetic import Encoded
 from nemoquant.pack.encode import (
     Array,
-    Encoded,
     EncodedWeight,
     Part,
     amax,
@@ -128,17 +128,19 @@ class Packer:
             for row, (scale, degenerate, chunks) in zip(rows, packed, strict=True):
                 for part, encoded in zip(slices(row), chunks, strict=True):
                     put(row.bytes_in * (part.stop - part.start) // row.shape[0], encoded)
-                scales.append(scale)
+                put_scale(row, scale)
                 if degenerate:
                     self.zero_weights.append(row.module)
+
+        def put_scale(row: Row, scale: np.float32) -> None:
+            if row.number is not None and row.number.global_scale:
+                scales.append(scale)
 
         def end(_: None) -> None:
             for blocks in block_scales:
                 writer.write(blocks)
             _write_scalars(writer, scales)
-            _write_scalars(
-                writer, [self.scales.inputs[row.module] for row in unit.rows if row.activation_format]
-            )
+            _write_scalars(writer, [self.scales.inputs[row.module] for row in unit.rows if row.calibrated])
 
         if len(unit.rows) > 1:
             for rows in groups(unit.rows, self.workers.group_bytes):
@@ -146,7 +148,7 @@ class Packer:
         else:
             (row,) = unit.rows
             scale, degenerate = self._scale(row)
-            scales.append(scale)
+            put_scale(row, scale)
             for part in slices(row):
                 nbytes = row.bytes_in * (part.stop - part.start) // row.shape[0]
                 encoded = self.workers.submit(encode, row, part, scale, degenerate, self.workers.device)

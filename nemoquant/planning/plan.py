@@ -8,13 +8,14 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from nemoquant.checkpoint.header import ITEM_SIZE
-from nemoquant.formats import FORMATS
+from nemoquant.formats import FORMATS, CacheFormat, Format, FormatName, ScaleMethod
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
-from nemoquant.planning.recipe import Recipe, ScaleMethod
+from nemoquant.planning.recipe import Recipe
 from nemoquant.units import size
 
 SCHEMA = 1  # of the plan's JSON
@@ -25,7 +26,7 @@ SCALAR_BYTES = 4
 class Row:
     """What becomes of one tensor of the source.
 
-    ``format`` is ``source`` (kept bit for bit), ``fp8`` or ``nvfp4``. ``activation_format`` is the format of
+    ``format`` is ``source`` (kept bit for bit) or a number format. ``activation_format`` is the format of
     the GEMM's input at run time, None if it is not quantized. Rows that share ``weight_group`` share their
     per-tensor weight scale, rows that share ``input_group`` their input scale; None means a scale of its own.
     ``reason`` names the recipe's rule.
@@ -37,9 +38,9 @@ class Row:
     expert: int | None
     shape: tuple[int, ...]
     source_dtype: str
-    format: str
+    format: Literal["source", FormatName]
     scale_method: ScaleMethod | None
-    activation_format: str | None
+    activation_format: FormatName | None
     weight_group: str | None
     input_group: str | None
     reason: str
@@ -57,17 +58,27 @@ class Row:
     def bytes_in(self) -> int:
         return self.elements * ITEM_SIZE[self.source_dtype]
 
+    @property
+    def number(self) -> Format | None:
+        """The number format of a quantized row; None of one that is kept."""
+        return None if self.format == "source" else FORMATS[self.format]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the GEMM's input has a scale that comes from calibration."""
+        return self.activation_format is not None and FORMATS[self.activation_format].calibrated
+
     def parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """The tensors that are written for this row: (kind, safetensors dtype, shape).
 
         ``kind`` is one of ``source``, ``codes``, ``block_scales``, ``global_scale``, ``input_scale``.
         """
-        if self.format == "source":
+        if self.number is None:
             return [("source", self.source_dtype, self.shape)]
         parts: list[tuple[str, str, tuple[int, ...]]] = list(
-            FORMATS[self.format].packed_tensors((self.shape[0], self.shape[1]))
+            self.number.packed_tensors((self.shape[0], self.shape[1]))
         )
-        return parts + [("input_scale", "F32", ())] * (self.activation_format is not None)
+        return parts + [("input_scale", "F32", ())] * self.calibrated
 
     @property
     def bytes_out(self) -> int:
@@ -90,13 +101,16 @@ class Plan:
     scale_groups: bool
 
     @property
+    def cache(self) -> CacheFormat | None:
+        """Format of the KV cache; None where it stays as the source has it."""
+        return self.recipe.cache
+
+    @property
     def kv_layers(self) -> list[int]:
-        """Attention layers whose K and V caches are FP8 and therefore get scales."""
-        return [
-            i
-            for i, kind in enumerate(self.config.layers)
-            if kind == "attention" and self.recipe.kv_cache == "fp8"
-        ]
+        """Attention layers whose K and V caches are quantized and therefore get scales."""
+        if self.cache is None:
+            return []
+        return [i for i, kind in enumerate(self.config.layers) if kind == "attention"]
 
     @cached_property
     def quantized(self) -> list[Row]:
@@ -110,7 +124,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether any scale depends on activations."""
-        return bool(self.kv_layers) or any(row.activation_format for row in self.rows)
+        return bool(self.kv_layers) or any(row.calibrated for row in self.rows)
 
     @cached_property
     def tensors_out(self) -> int:
@@ -138,18 +152,15 @@ class Plan:
 
     def kv_cache_bytes_per_token(self) -> dict[str, int]:
         """Bytes of K and V in all attention layers of the main model; the source's cache is bf16."""
-        c = self.config
-        values = c.count("attention") * 2 * c.num_key_value_heads * c.head_dim
-        return {"source": 2 * values, "planned": values if self.recipe.kv_cache == "fp8" else 2 * values}
+        values = kv_values_per_token(self.config)
+        return {"source": 2 * values, "planned": values * (2 if self.cache is None else self.cache.bytes)}
 
     def ssm_state_bytes_per_sequence(self) -> dict[str, int]:
         """Bytes of the scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``.
 
         The plan does not change it.
         """
-        c = self.config
-        item = 4 if c.mamba_ssm_cache_dtype == "float32" else 2
-        size = c.count("mamba") * c.mamba_inner * c.ssm_state_size * item
+        size = ssm_state_bytes(self.config)
         return {"source": size, "planned": size}
 
     @cached_property

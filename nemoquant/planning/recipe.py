@@ -24,10 +24,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nemoquant.errors import RecipeError, listing
+from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Format, FormatName, ScaleMethod
 from nemoquant.shipped import recipe_folder
-
-WeightFormat = Literal["source", "fp8", "nvfp4"]
-ScaleMethod = Literal["max", "mse", "four_over_six"]
 
 
 class Rule(BaseModel):
@@ -38,9 +36,9 @@ class Rule(BaseModel):
     roles: list[str] = Field(default=[], min_length=1)
     names: list[str] = Field(default=[], min_length=1)
     layers: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)] | None = None
-    format: WeightFormat
+    format: Literal["source", FormatName]
     scales: ScaleMethod = "max"
-    activations: Literal["fp8", "nvfp4", "none"] | None = None
+    activations: Literal[FormatName, "none"] | None = None
 
     @model_validator(mode="after")
     def consistent(self) -> "Rule":
@@ -48,20 +46,25 @@ class Rule(BaseModel):
             raise ValueError("expected either `roles` or `names`")
         if self.layers is not None and not self.roles:
             raise ValueError("`layers` goes with `roles`; a name pattern says its layers itself")
-        if self.scales != "max" and self.format != "nvfp4":
-            raise ValueError(f"`scales: {self.scales}` goes with `format: nvfp4` only")
-        if self.activations not in (None, self.format) and not (
-            self.format == "nvfp4" and self.activations == "none"
-        ):
-            allowed = {"source": "no `activations`", "fp8": "fp8", "nvfp4": "nvfp4 or none"}[self.format]
+        number = self.number
+        if self.scales != "max" and (number is None or self.scales not in number.methods):
+            having = " or ".join(name for name, known in FORMATS.items() if self.scales in known.methods)
+            raise ValueError(f"`scales: {self.scales}` goes with `format: {having}` only")
+        if self.activations not in _activations(number):
+            allowed = " or ".join(filter(None, _activations(number)))
             raise ValueError(
                 f"`activations: {self.activations}` does not go with `format: {self.format}`; expected "
-                f"{allowed}"
+                f"{allowed or 'no `activations`'}"
             )
         return self
 
     @property
-    def activation_format(self) -> str | None:
+    def number(self) -> Format | None:
+        """The number format; None where tensors stay as the source has them."""
+        return None if self.format == "source" else FORMATS[self.format]
+
+    @property
+    def activation_format(self) -> FormatName | None:
         """Format of the GEMM's input; None if it is not quantized."""
         if self.format == "source" or self.activations == "none":
             return None
@@ -72,6 +75,13 @@ class Rule(BaseModel):
         return where + (f" in {len(self.layers)} layers" if self.layers is not None else "")
 
 
+def _activations(number: Format | None) -> tuple[str | None, ...]:
+    """What ``activations`` may be beside a format; None stands for no such key."""
+    if number is None:
+        return (None,)
+    return (None, number.name, "none") if number.weights_only else (None, number.name)
+
+
 class Recipe(BaseModel):
     """A named list of rules, and the KV cache's format."""
 
@@ -80,7 +90,12 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     summary: str
     rules: list[Rule] = Field(min_length=1)
-    kv_cache: Literal["source", "fp8"] = "source"
+    kv_cache: Literal["source", CacheName] = "source"
+
+    @property
+    def cache(self) -> CacheFormat | None:
+        """Format of the KV cache; None where it stays as the source has it."""
+        return None if self.kv_cache == "source" else CACHE_FORMATS[self.kv_cache]
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data without defaults; :func:`parse_recipe` reads it again."""

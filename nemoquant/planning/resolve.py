@@ -20,6 +20,7 @@ from fnmatch import translate
 
 from nemoquant.errors import RecipeError, listing
 from nemoquant.formats import FORMATS
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
 from nemoquant.planning.plan import Plan, Row
@@ -143,7 +144,9 @@ def _check_matched(
 
 
 def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
-    quantized = rule.format != "source"
+    form = rule.number
+    shares_weight = scale_groups and form is not None and form.global_scale
+    shares_input = scale_groups and form is not None and form.calibrated and rule.activation_format
     return Row(
         name=spec.name,
         role=spec.role,
@@ -152,10 +155,10 @@ def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
         shape=spec.shape,
         source_dtype=spec.dtype,
         format=rule.format,
-        scale_method=rule.scales if quantized else None,
+        scale_method=None if form is None else rule.scales,
         activation_format=rule.activation_format,
-        weight_group=_weight_group(spec) if quantized and scale_groups else None,
-        input_group=_input_group(spec) if quantized and scale_groups and rule.activation_format else None,
+        weight_group=_weight_group(spec) if shares_weight else None,
+        input_group=_input_group(spec) if shares_input else None,
         reason=f"rule {number}: {rule}",
     )
 
@@ -163,15 +166,14 @@ def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
 def _weight_group(spec: TensorSpec) -> str | None:
     """Engines load q, k and v as one GEMM with one scale."""
     if spec.role in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
-        return spec.module.rsplit(".", 1)[0] + ".qkv_proj"
+        return names.mixer_of(spec.module) + "qkv_proj"
     return None
 
 
 def _input_group(spec: TensorSpec) -> str | None:
     """q, k and v read one tensor; all experts of a layer and projection run as one grouped GEMM."""
     if spec.expert is not None:
-        experts, _, projection = spec.module.rsplit(".", 2)
-        return f"{experts}.{projection}"
+        return names.stack_of(spec.module)
     return _weight_group(spec)
 
 
@@ -188,13 +190,14 @@ def _check_allowed(rows: list[Row]) -> None:
 def _check_divisible(rows: list[Row]) -> None:
     problems = []
     for row in rows:
-        if row.format != "source":
-            problem = FORMATS[row.format].indivisible(row.shape)
+        if row.number is not None:
+            problem = row.number.indivisible(row.shape)
             if problem:
                 problems.append(f"{row.name}: {problem}")
     if problems:
+        fitting = " or ".join([name for name, number in FORMATS.items() if number.block is None] + ["source"])
         raise RecipeError(
-            f"{len(problems)} tensors don't fit their format: {listing(problems, 3)}; give them fp8 or source"
+            f"{len(problems)} tensors don't fit their format: {listing(problems, 3)}; give them {fitting}"
         )
 
 
@@ -219,10 +222,10 @@ def _fused_format(row: Row) -> str:
 
     The scale method belongs to it where the weights share their scale.
     """
-    words = [row.format]
-    if row.format == "nvfp4" and row.activation_format is None:
+    words: list[str] = [row.format]
+    if row.number is not None and row.activation_format is None:
         words.append("weights only")
-    if row.format == "nvfp4" and row.expert is None:
+    if row.number is not None and len(row.number.methods) > 1 and row.expert is None:
         words.append(f"with {row.scale_method} scales")
     return " ".join(words)
 

@@ -6,7 +6,7 @@ opened. Weights are decoded as they are used; taps round GEMM inputs and the KV 
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import Tensor
@@ -15,16 +15,22 @@ from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, listing
+from nemoquant.formats import FORMATS, FormatName
+from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.noise import Noise
 from nemoquant.layouts.modelopt import (
+    CACHES,
+    LAYOUT,
+    READABLE,
     Stored,
+    declared_cache,
     declared_quantization,
-    declares_fp8_cache,
-    declares_quantized_input,
     find_stored,
     kv_scale_name,
+    module_algorithm,
 )
-from nemoquant.model.config import load_config
+from nemoquant.model.names import OUTPUT
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
 from nemoquant.model.taps import Tap, identity
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
@@ -38,9 +44,9 @@ class PackedCheckpoint:
         config, raw_config, table: config.json, and the tensors that it calls for.
         stored: tensor of the model -> how it is stored in the file; MTP tensors that the file lacks are
             absent.
-        inputs: tap -> (format, decode scale) of what is rounded at run time: GEMM inputs and
-            ``...k_proj.output``, ``...v_proj.output``.
-        fp8_cache: whether the KV cache is FP8.
+        inputs: tap -> (format, decode scale) of what is rounded at run time: GEMM inputs (scale 1.0 where
+            the format has none) and ``...k_proj.output``, ``...v_proj.output``.
+        cache: format of the KV cache; None if it is not quantized.
         manifest: nemoquant.json, None where another tool wrote the checkpoint.
         warnings: what a user should know about the checkpoint.
     """
@@ -60,10 +66,10 @@ class PackedCheckpoint:
         self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
         self.checkpoint = Checkpoint(path)
         self.stored = self._find_stored()
-        self.inputs: dict[str, tuple[str, np.float32]] = {}
+        self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         declared = declared_quantization(path, self.raw_config)
-        self._read_input_scales(declared)
-        self.fp8_cache = declares_fp8_cache(declared)
+        self._read_inputs(declared)
+        self.cache = declared_cache(declared)
         self._read_cache_scales()
         self._check_extra()
 
@@ -90,8 +96,7 @@ class PackedCheckpoint:
         if problems:
             raise TensorTableError(
                 f"{self.path}: {len(problems)} tensors are not as expected: {listing(problems)}; expected "
-                f"the ModelOpt layout "
-                "with FP8 per tensor or NVFP4, or unquantized tensors"
+                f"the ModelOpt layout with {READABLE}, or unquantized tensors"
             )
         if no_mtp:
             self.warnings.append(
@@ -115,24 +120,40 @@ class PackedCheckpoint:
             )
         return value
 
-    def _read_input_scales(self, declared: Mapping[str, Any]) -> None:
-        unscaled = []
+    def _read_inputs(self, declared: Mapping[str, Any]) -> None:
+        """How inputs are rounded: by their scales in the file, or by the declared algorithm alone."""
+        unscaled, others = [], []
         for spec in self.table:
             stored = self.stored.get(spec.name)
             if stored is None or stored.format == "source":
                 continue
-            self.scalar(stored.parts["global_scale"])
+            layout, algorithm = LAYOUT[stored.format], module_algorithm(declared, spec.module)
+            if algorithm not in (None, layout.algorithm, layout.weights_only):
+                others.append(f"{spec.module} ({algorithm}, its tensors are {layout.algorithm}'s)")
+            self.global_scale(stored)
             scale = stored.parts.get("input_scale")
             if scale is not None:
                 self.inputs[spec.module] = stored.format, self.scalar(scale)
-            elif declares_quantized_input(declared, spec.module):
+            elif not FORMATS[stored.format].calibrated and algorithm in (None, layout.algorithm):
+                self.inputs[spec.module] = stored.format, np.float32(1)
+            elif algorithm == layout.algorithm:
                 unscaled.append(spec.module)
+        if others:
+            raise CheckpointError(
+                f"{self.path}: {len(others)} modules are declared as what their tensors are not: "
+                f"{listing(others)}; expected the algorithm of their tensors, quantize again"
+            )
         if unscaled:
             raise CheckpointError(
                 f"{self.path}: {len(unscaled)} modules are declared to have quantized inputs and lack "
                 f"`input_scale`: {listing(unscaled)}; "
                 "engines read it as zero, calibrate again"
             )
+
+    def global_scale(self, stored: Stored) -> np.float32:
+        """The scale of a whole weight; 1.0 where its format has none. Raises as :meth:`scalar`."""
+        name = stored.parts.get("global_scale")
+        return np.float32(1) if name is None else self.scalar(name)
 
     def _read_cache_scales(self) -> None:
         present, missing = 0, 0
@@ -142,16 +163,18 @@ class PackedCheckpoint:
             name = kv_scale_name(spec.module)
             stored = name in self.checkpoint.tensors
             present, missing = present + stored, missing + (not stored)
-            if self.fp8_cache:
-                self.inputs[f"{spec.module}.output"] = "fp8", self.scalar(name) if stored else np.float32(1)
-        if self.fp8_cache and missing:
+            if self.cache is not None:
+                scale = self.scalar(name) if stored else np.float32(1)
+                self.inputs[f"{spec.module}{OUTPUT}"] = self.cache.number, scale
+        if self.cache is not None and missing:
             self.warnings.append(
-                f"its FP8 KV cache has no scale for {missing} of {present + missing} projections: engines "
-                f"take 1.0, as here"
+                f"its {CACHES[self.cache.name]} KV cache has no scale for {missing} of {present + missing} "
+                f"projections: engines take 1.0, as here"
             )
-        if present and not self.fp8_cache:
+        if present and self.cache is None:
             self.warnings.append(
-                f"it has {present} KV cache scales but declares no FP8 cache: engines ignore them, as here"
+                f"it has {present} KV cache scales but declares no {' or '.join(CACHES.values())} cache: "
+                f"engines ignore them, as here"
             )
 
     def _check_extra(self) -> None:
@@ -163,11 +186,10 @@ class PackedCheckpoint:
         if extra:
             raise TensorTableError(
                 f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change "
-                f"what an engine computes, "
-                "expected the ModelOpt layout with FP8 per tensor or NVFP4"
+                f"what an engine computes, expected the ModelOpt layout with {READABLE}"
             )
 
-    def formats(self, module: str) -> tuple[str, str | None]:
+    def formats(self, module: str) -> tuple[Literal["source", FormatName], FormatName | None]:
         """The format of a module's weight, and that of its input at run time (None: not quantized)."""
         input_format = self.inputs[module][0] if module in self.inputs else None
         return self.stored[f"{module}.weight"].format, input_format
@@ -215,7 +237,8 @@ class PackedWeights(LayerWeights):
 
     def packed(self, stored: Stored) -> PackedWeight:
         """A quantized weight; its codes and block scales are mapped."""
+        assert stored.format != "source"
         parts = stored.parts
         codes = self.hold(parts["codes"])
         blocks = self.hold(parts["block_scales"]) if "block_scales" in parts else None
-        return PackedWeight(stored.format, codes, blocks, self.opened.scalar(parts["global_scale"]))
+        return PackedWeight(stored.format, Encoded(codes, blocks), self.opened.global_scale(stored))

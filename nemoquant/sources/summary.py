@@ -8,7 +8,9 @@ from typing import Any
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.layouts import modelopt
-from nemoquant.model.config import NemotronHConfig, layer_pattern, load_config
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
+from nemoquant.model.parse import layer_pattern, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
 
@@ -19,19 +21,20 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
             stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
-            weights = Counter(t.dtype for name, t in checkpoint.tensors.items() if name.endswith(".weight"))
+            weights = Counter(
+                (t.dtype, modelopt.weight_format(checkpoint.tensors, t))
+                for t in checkpoint.tensors.values()
+                if t.name.endswith(".weight")
+            )
     else:
-        weights = Counter(spec.dtype for spec in table if spec.name.endswith(".weight"))
+        weights = Counter((spec.dtype, spec.dtype) for spec in table if spec.name.endswith(".weight"))
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     declared = modelopt.declared_quantization(path, raw)
-    fp8_cache = modelopt.declares_fp8_cache(declared)
-    per_token = (
-        config.count("attention") * 2 * config.num_key_value_heads * config.head_dim * (1 if fp8_cache else 2)
-    )
+    cache = modelopt.declared_cache(declared)
+    per_token = kv_values_per_token(config) * (2 if cache is None else cache.bytes)
     tokens = context or config.max_position_embeddings
-    item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
     counts, bytes_by_dtype = Counter(d for d, _ in stored), Counter[str]()
     for dtype, size in stored:
         bytes_by_dtype[dtype] += size
@@ -51,12 +54,9 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "bytes": sum(size for _, size in stored),
         "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
         "quantization": modelopt.declared_algorithm(declared),
-        "weights": {modelopt.WEIGHT_FORMATS.get(dtype, dtype): weights[dtype] for dtype in sorted(weights)},
+        "weights": {label: weights[dtype, label] for dtype, label in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
-        "ssm_state_bytes_per_sequence": config.count("mamba")
-        * config.mamba_inner
-        * config.ssm_state_size
-        * item,
+        "ssm_state_bytes_per_sequence": ssm_state_bytes(config),
     }
 
 

@@ -67,14 +67,14 @@ def test_a_tensor_through_a_format(bf16_weight, to_float) -> None:
     values = to_float(bf16_weight)
     scale = fp8.decode_scale(np.abs(values).max())
     decoded = fp8.decode(fp8.encode(bf16_weight, scale), scale)
-    limit = np.float32(noise.fp8_limit(scale))
+    limit = np.float32(fp8.Fp8().limit(scale))
     assert_same(noise.measure(bf16_weight, decoded, limit), plain(values, decoded, limit))
 
 
 def test_hand_made_counts() -> None:
     values = np.array([[448, -448, 896, -449, 1e-4, -1e-4, 0, -0.0, 1, 2]], np.float32)
     decoded = np.array([[448, -448, 448, -448, 0, -0.0, 0, 0, 1, 2]], np.float32)
-    found = noise.measure(values, decoded, noise.fp8_limit(1.0))
+    found = noise.measure(values, decoded, fp8.Fp8().limit(1.0))
     assert (found.saturated, found.flushed, found.count) == (2, 2, 10)
     assert found.error == 448.0**2 + 1.0 + 2 * np.float64(np.float32(1e-4)) ** 2
 
@@ -86,8 +86,8 @@ def test_what_lands_on_the_limit_is_not_saturated() -> None:
 
 
 LIMITS = [
-    pytest.param(fp8.decode_scale, noise.fp8_limit, 448, id="fp8"),
-    pytest.param(nvfp4.global_decode_scale, noise.nvfp4_limit, 2688, id="nvfp4"),
+    pytest.param(fp8.decode_scale, fp8.Fp8().limit, 448, id="fp8"),
+    pytest.param(nvfp4.global_decode_scale, nvfp4.Nvfp4().limit, 2688, id="nvfp4"),
 ]
 
 
@@ -108,8 +108,8 @@ def test_amax_itself_is_not_saturated_and_a_little_more_is(scale_of, limit_of, l
 
 def test_the_limits_are_the_largest_decoded_values() -> None:
     """448 scales, and 6 x 448; the slack is less than any step of the formats."""
-    assert 448 * 0.5 <= noise.fp8_limit(0.5) < 448 * 0.5 * 1.00001
-    assert 6 * 448 * 0.5 <= noise.nvfp4_limit(0.5) < 6 * 448 * 0.5 * 1.00001
+    assert 448 * 0.5 <= fp8.Fp8().limit(0.5) < 448 * 0.5 * 1.00001
+    assert 6 * 448 * 0.5 <= nvfp4.Nvfp4().limit(0.5) < 6 * 448 * 0.5 * 1.00001
 
 
 def test_a_clipped_block_is_no_saturation() -> None:
@@ -120,7 +120,7 @@ def test_a_clipped_block_is_no_saturation() -> None:
     values = np.full((1, 16), 6.375, np.float32)
     decoded = nvfp4.decode(*nvfp4.encode(values, 1.0), 1.0)
     assert decoded.max() == 6.0
-    assert noise.measure(values, decoded, noise.nvfp4_limit(1.0)).saturated == 0
+    assert noise.measure(values, decoded, nvfp4.Nvfp4().limit(1.0)).saturated == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from support.processes import run_python
 
 from nemoquant.errors import UsageError
-from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats import fp8, mxfp8, nvfp4
 from nemoquant.formats.amax import amax
 
 needs_triton = pytest.mark.skipif(
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 PROGRAM = """
 import numpy as np
 import torch
-from nemoquant.formats import fp8, gpu, nvfp4
+from nemoquant.formats import fp8, fp8_gpu, mxfp8, mxfp8_gpu, nvfp4, nvfp4_gpu
 from nemoquant.formats.amax import amax
 
 rng = np.random.default_rng(0)
@@ -54,6 +54,10 @@ for weight, group in (((floats.view(np.uint32) >> 16).astype(np.uint16), 1), (fl
     np.testing.assert_array_equal(fp8.encode(weight, scale, device="cuda"), codes, err_msg=case)
     decoded = fp8.decode(codes, scale)
     np.testing.assert_array_equal(fp8.decode(codes, scale, device="cuda"), decoded, err_msg=case)
+    expected = mxfp8.encode(weight)
+    for part, theirs, ours in zip(("codes", "scales"), expected, mxfp8.encode(weight, device="cuda")):
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"{case}, mxfp8, {part}")
+    assert mxfp8.decode(*expected, device="cuda").tobytes() == mxfp8.decode(*expected).tobytes(), case
     for method in METHODS:
         scale = nvfp4.global_decode_scale(largest * np.float32(group), method)
         expected = nvfp4.encode(weight, scale, method)
@@ -67,15 +71,31 @@ for scale in (fp8.decode_scale(largest), np.float32(3e-4), np.float32(1)):
     there = torch.from_numpy(values)
     expected = {
         "fp8": fp8.decode(fp8.encode(values, scale), scale),
+        "mxfp8": mxfp8.decode(*mxfp8.encode_activations(values)),
         "nvfp4": nvfp4.decode(*nvfp4.encode_activations(values, scale), scale),
     }
-    rounded = {"fp8": gpu.fp8_rounded(there, scale), "nvfp4": gpu.nvfp4_rounded(there, scale)}
+    rounded = {
+        "fp8": fp8_gpu.rounded(there, scale),
+        "mxfp8": mxfp8_gpu.rounded(there),
+        "nvfp4": nvfp4_gpu.rounded(there, scale),
+    }
     for name, theirs in expected.items():
         ours = rounded[name]
         np.testing.assert_array_equal(ours.numpy(), theirs, err_msg=f"inputs, {name}, scale {scale}")
         assert (np.signbit(ours.numpy()) == np.signbit(theirs))[~np.isnan(theirs)].all(), name
 every = np.arange(256, dtype=np.uint8)
 np.testing.assert_array_equal(fp8.decode(every, 0.3, device="cuda"), fp8.decode(every, 0.3))
+# every code under every block scale; then amaxes around every threshold of a scale, NaN and Inf too
+pairs = np.tile(every, (256, 1)), np.tile(every[:, None], (1, 8))
+np.testing.assert_array_equal(mxfp8.decode(*pairs, device="cuda"), mxfp8.decode(*pairs))
+edges = np.ldexp(448.0, np.arange(-158, 120)).astype(np.float32).view(np.uint32)
+special = 1, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0xFFC00000
+edges = np.concatenate([edges + 1, edges, edges - (edges > 0), special])
+blocks = np.zeros((len(edges), 32), np.uint32)
+blocks[:, 9], blocks[:, 4], blocks[:, 30] = edges, 0x80000000, edges // 2
+blocks = blocks.view(np.float32)
+for part, theirs, ours in zip(("codes", "scales"), mxfp8.encode(blocks), mxfp8.encode(blocks, device="cuda")):
+    np.testing.assert_array_equal(ours, theirs, err_msg=f"edges, mxfp8, {part}")
 assert amax(np.array([[1, np.nan]], np.float32), device="cuda") != 1, "NaN is seen"
 """
 
@@ -100,20 +120,24 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nemoquant.formats import gpu, triton_kernels as kernels
+from nemoquant.formats import fp8_gpu, mxfp8_gpu, nvfp4_gpu, triton_shared
 
 BLOCKS = dict(packed="*u8", block_scales="*u8", scales="*fp32", count="i32")
 ENCODE = dict(shift="i32", onto="fp32", reached="*i32") | BLOCKS
 cases = {}
-for method, number in gpu._METHODS.items():
+for method, number in nvfp4_gpu._METHODS.items():
     weight = dict(weight="*i32" if method == "activations" else "*i16")
-    cases[method] = kernels.nvfp4_encode_kernel, weight | ENCODE, dict(METHOD=number, LANES=128)
+    cases[method] = nvfp4_gpu.encode_kernel, weight | ENCODE, dict(METHOD=number, LANES=128)
 one = dict(LANES=1024)
-cases["amax"] = kernels.amax_kernel, dict(weight="*i16", shift="i32", largest="*i32", count="i32"), one
+cases["amax"] = triton_shared.amax_kernel, dict(weight="*i16", shift="i32", largest="*i32", count="i32"), one
 FP8 = dict(decode_scale="fp32", codes="*u8", count="i32")
-cases["fp8"] = kernels.fp8_encode_kernel, dict(weight="*i16", shift="i32") | FP8, one
-cases["fp8 decode"] = kernels.fp8_decode_kernel, dict(table="*fp32", values="*fp32") | FP8, one
-cases["nvfp4 decode"] = kernels.nvfp4_decode_kernel, dict(values="*fp32") | BLOCKS, one
+cases["fp8"] = fp8_gpu.encode_kernel, dict(weight="*i16", shift="i32") | FP8, one
+cases["fp8 decode"] = fp8_gpu.decode_kernel, dict(table="*fp32", values="*fp32") | FP8, one
+cases["nvfp4 decode"] = nvfp4_gpu.decode_kernel, dict(values="*fp32") | BLOCKS, one
+MXFP8 = dict(codes="*u8", block_scales="*u8", count="i32")
+for name, patterns in (("mxfp8", "*i16"), ("mxfp8 float32", "*i32")):
+    cases[name] = mxfp8_gpu.encode_kernel, dict(weight=patterns, shift="i32") | MXFP8, dict(LANES=64)
+cases["mxfp8 decode"] = mxfp8_gpu.decode_kernel, dict(table="*fp32", values="*fp32") | MXFP8, one
 disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 found = {}
 for name, (kernel, signature, constants) in cases.items():
@@ -145,8 +169,8 @@ def test_what_they_compile_to_for_sm_90(tmp_path: Path, monkeypatch: pytest.Monk
     """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = json.loads(run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).stdout)
-    dividing = {"max", "four_over_six", "activations", "fp8"}
-    assert found.keys() == dividing | {"mse", "amax", "fp8 decode", "nvfp4 decode"}
+    dividing = {"max", "four_over_six", "activations", "fp8", "mxfp8", "mxfp8 float32"}
+    assert found.keys() == dividing | {"mse", "amax", "fp8 decode", "mxfp8 decode", "nvfp4 decode"}
     for name, one in found.items():
         assert one["ptx"] == [], name
         assert one["divisions"] == (["div.rn.f32"] if name in dividing else []), name
@@ -164,6 +188,8 @@ def test_what_they_compile_to_for_sm_90(tmp_path: Path, monkeypatch: pytest.Monk
         lambda w: amax(w, device="cuda"),
         lambda w: fp8.encode(w, 1.0, device="cuda"),
         lambda w: fp8.decode(w.astype(np.uint8), 1.0, device="cuda"),
+        lambda w: mxfp8.encode(np.ones((1, 32), np.float32), device="cuda"),
+        lambda w: mxfp8.decode(np.zeros((1, 32), np.uint8), np.zeros((1, 1), np.uint8), device="cuda"),
         lambda w: nvfp4.encode(w, 1.0, device="cuda"),
         lambda w: nvfp4.decode(w.astype(np.uint8)[:, :8], w.astype(np.uint8)[:, :1], 1.0, device="cuda"),
     ],

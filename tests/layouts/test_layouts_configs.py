@@ -63,6 +63,38 @@ def test_fp8(two_layers, quantized):
     assert list(rest) == list(source), "keys keep their order"
 
 
+def test_mxfp8(two_layers, quantized):
+    """``mtp`` too: SGLang takes an exclusion from MXFP8 as a whole part of a name."""
+    section, rest, legacy = files_of(quantized("mxfp8", of=two_layers))
+    ignore = [
+        "backbone.embeddings",
+        f"{L1}.gate",
+        f"{L1}.fc1_latent_proj",
+        f"{L1}.fc2_latent_proj",
+        "lm_head",
+        "mtp*",
+        "mtp",
+    ]
+    number = {**FP8_NUMBER, "group_size": 32}
+    assert section == {
+        "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
+        "ignore": ignore,
+        "quant_algo": "MXFP8",
+        "producer": PRODUCER,
+        "quant_method": "modelopt",
+    }
+    assert legacy == {
+        "producer": PRODUCER,
+        "quantization": {
+            "quant_algo": "MXFP8",
+            "kv_cache_quant_algo": None,
+            "group_size": 32,
+            "exclude_modules": ignore,
+        },
+    }
+    assert rest == json.loads((two_layers / "config.json").read_text())
+
+
 def test_nvfp4_alone(two_layers, quantized):
     section, rest, legacy = files_of(quantized("nvfp4-full", of=two_layers))
     ignore = [
@@ -257,6 +289,7 @@ def engine_modules(plan):
     algorithms = {
         ("source", None): None,
         ("fp8", "fp8"): "FP8",
+        ("mxfp8", "mxfp8"): "MXFP8",
         ("nvfp4", "nvfp4"): "NVFP4",
         ("nvfp4", None): "W4A16_NVFP4",
     }
@@ -312,6 +345,7 @@ def test_engines_find_what_the_plan_says(preset, source):
         == {
             "fp8": {"FP8"},
             "fp8-published": {"FP8"},
+            "mxfp8": {"MXFP8"},
             "nvfp4": {"NVFP4", "FP8"},
             "nvfp4-full": {"NVFP4"},
             "nvfp4-w4a16": {"W4A16_NVFP4"},
@@ -347,6 +381,7 @@ RECIPES = {
     "FP8": "- {roles: [experts.*], format: nvfp4, activations: none}\n- {roles: [attention.*], format: fp8}",
     "half a Mamba layer": "- {roles: [mamba.in_proj], format: fp8}",
     "the head": "- {roles: [lm_head], format: fp8}",
+    "MXFP8 beside NVFP4": "- {roles: [mamba.*], format: mxfp8}\n- {roles: [experts.*], format: nvfp4}",
 }
 
 

@@ -24,6 +24,7 @@ from support import modelopt_run
 from torch import Tensor
 
 from nemoquant.formats import fp8, noise, nvfp4
+from nemoquant.formats.arithmetic import Encoded
 from nemoquant.model import taps
 from nemoquant.quantized import packed
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
@@ -213,17 +214,17 @@ def weight(format: str, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
     values = rng.standard_normal(shape).astype(np.float32)
     if format == "fp8":
         scale = fp8.decode_scale(np.abs(values).max())
-        return PackedWeight("fp8", fp8.encode(values, scale), None, scale)
+        return PackedWeight("fp8", Encoded(fp8.encode(values, scale), None), scale)
     scale = nvfp4.global_decode_scale(np.abs(values).max())
-    return PackedWeight("nvfp4", *nvfp4.encode(values, scale), scale)
+    return PackedWeight("nvfp4", Encoded(*nvfp4.encode(values, scale)), scale)
 
 
 def decoded(w: PackedWeight) -> np.ndarray:
     """By the formats' own decoders."""
     return (
-        fp8.decode(w.codes, w.scale)
-        if w.block_scales is None
-        else nvfp4.decode(w.codes, w.block_scales, w.scale)
+        fp8.decode(w.encoded.codes, w.scale)
+        if w.encoded.block_scales is None
+        else nvfp4.decode(w.encoded.codes, w.encoded.block_scales, w.scale)
     )
 
 
@@ -297,7 +298,7 @@ def test_threads_change_nothing(format: str) -> None:
 def test_the_noise_is_that_of_what_comes_out(format: str) -> None:
     x, w = INPUTS["outliers"], weight(format, (24, 160))
     scale = scale_of(0.5, 448 if format == "fp8" else 2688)
-    limit = noise.fp8_limit if format == "fp8" else noise.nvfp4_limit
+    limit = fp8.Fp8().limit if format == "fp8" else nvfp4.Nvfp4().limit
     found, measured = fake_quantize(x, format, scale)
     assert measured == noise.measure(x.flatten(0, 1).numpy(), found.flatten(0, 1).numpy(), limit(scale))
     assert measured.saturated == int((x.abs() > 0.5).sum()) > 0
@@ -331,10 +332,10 @@ def test_a_product_in_slices_is_the_product(format: str, monkeypatch: pytest.Mon
     codes = rng.integers(0, 16, (40, 64)).astype(np.uint8)
     if format == "fp8":
         values = np.array([0, 1, 2, 3, 4, 5, 6, 7, -0.0, -1, -2, -3, -4, -5, -6, -7], np.float32)[codes]
-        w = PackedWeight("fp8", fp8.encode(values, 1.0), None, np.float32(0.5))
+        w = PackedWeight("fp8", Encoded(fp8.encode(values, 1.0), None), np.float32(0.5))
     else:
         blocks = np.full((40, 4), 0x40, np.uint8)  # 2.0
-        w = PackedWeight("nvfp4", codes[:, 0::2] | codes[:, 1::2] << 4, blocks, np.float32(0.25))
+        w = PackedWeight("nvfp4", Encoded(codes[:, 0::2] | codes[:, 1::2] << 4, blocks), np.float32(0.25))
     x = torch.from_numpy(rng.integers(-8, 9, (7, 64)).astype(np.float32))
     expected = F.linear(x, torch.from_numpy(decoded(w)))
     assert expected.abs().max() > 20

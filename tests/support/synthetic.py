@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 
 Tensors = dict[str, torch.Tensor]
@@ -39,8 +39,8 @@ CONFIG: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
     "moe_latent_size": 32,
-    "moe_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 80,
+    "moe_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 160,
     "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
     "n_group": 1,
