@@ -68,7 +68,8 @@ def page() -> str:
 
 def example(doc: str) -> str:
     """The lines of a docstring that begin with >>>."""
-    return "\n".join(line.strip()[4:] for line in doc.splitlines() if line.strip().startswith(">>> "))
+    lines = [line.strip()[4:] for line in doc.splitlines() if line.strip().startswith(">>> ")]
+    return "\n".join([lines[0], "", *lines[1:]])  # a blank line after the import
 
 
 def tree(doc: str) -> str:
@@ -109,12 +110,17 @@ def signature(function: Any) -> str:
 
 def argument(node: ast.arg, default: ast.expr | None) -> str:
     shown = f"{node.arg}: {written(node.annotation)}"
-    return shown if default is None else f"{shown} = {ast.unparse(default)}"
+    return shown if default is None else f"{shown} = {code(default)}"
+
+
+def code(node: ast.expr) -> str:
+    """An expression with the quotes that this repository has."""
+    return ast.unparse(node).replace("'", '"')
 
 
 def written(annotation: ast.expr | None) -> str:
     """An annotation without the quotes of a name that is not loaded yet."""
-    return "" if annotation is None else re.sub(r"'(\w+)'(?=[\],]|$)", unquoted, ast.unparse(annotation))
+    return "" if annotation is None else re.sub(r'"(\w+)"(?=[\],]|$)', unquoted, code(annotation))
 
 
 def unquoted(match: re.Match[str]) -> str:
@@ -125,7 +131,7 @@ def class_part(name: str, kind: Any) -> str:
     """A class: its docstring, its fields, and what else of it is public."""
     node = definition(kind)
     fields = [
-        f"{n.target.id}: {written(n.annotation)}" + (f" = {ast.unparse(n.value)}" if n.value else "")
+        f"{n.target.id}: {written(n.annotation)}" + (f" = {code(n.value)}" if n.value else "")
         for n in node.body
         if isinstance(n, ast.AnnAssign) and "InitVar" not in ast.unparse(n.annotation)
     ]
