@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nemoquant import api
 from nemoquant.checkpoint.folder import check_output, making
+from nemoquant.engine import EngineName
 from nemoquant.errors import VerificationError, listing
 from nemoquant.progress import Progress, no_progress
 from nemoquant.shipped import demo_model
@@ -49,7 +50,7 @@ def demo(
             result = api.quantize(source, folder / preset, preset, options, progress=progress)
             # calibrated once: the file serves every recipe
             scales = scales or folder / preset / "nemoquant_scales.json"
-            report = api.verify(folder / preset, source)
+            report = api.verify(folder / preset, source, progress=False)
             if not report["ok"]:
                 raise VerificationError(f"{preset}: {listing(report['problems'])}")
             say(
@@ -64,13 +65,13 @@ def demo(
     return comparison
 
 
-def _graphs(folder: Path, say: Callable[[str], None]) -> str:
+def _graphs(folder: Path, say: Callable[[str], None]) -> EngineName:
     """Export every preset, and build one engine; returns the engine for the diff."""
     if not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx_ir")):
         say("graphs: left out, they need the extra `ort`: pip install 'nemoquant[ort]'")
         return "torch"
     for preset in PRESETS:
-        exported = api.export_onnx(folder / preset, mtp=True)
+        exported = api.export_onnx(folder / preset, mtp=True, progress=False)
     say(
         f"graphs: model.onnx and mtp.onnx beside the shards of each, {exported.nodes} nodes in "
         f"{len(exported.functions)} functions, no weight copied."

@@ -13,7 +13,7 @@ SCHEMA = 1
 FILE = "nemoquant_scales.json"
 
 
-@dataclass
+@dataclass(repr=False)
 class Scales:
     """Maxima of magnitudes, as float32 values that JSON repeats exactly.
 
@@ -33,6 +33,13 @@ class Scales:
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     non_finite_rows: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        experts = sum(map(len, self.tokens_per_expert.values()))
+        return (
+            f"Scales({len(self.input_amax):,} inputs, {len(self.kv_amax):,} keys and values, "
+            f"{experts - len(self.unreached()):,} of {experts:,} experts reached)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""

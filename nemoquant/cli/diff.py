@@ -2,15 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from nemoquant.cli.shared import progress_bars
-
-if TYPE_CHECKING:
-    from nemoquant.formats import Device
+from nemoquant.engine import ENGINES, EngineName
+from nemoquant.formats import Device
+from nemoquant.progress import progress_bars
+from nemoquant.run.options import DEVICES
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -57,7 +56,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--engine",
-    type=click.Choice(["torch", "onnxruntime", "rtx", "trt"]),
+    type=click.Choice(ENGINES),
     default="torch",
     show_default=True,
     help="Take logits through this engine too; torch is the diff's own arithmetic.",
@@ -73,7 +72,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--plugins", type=FILE, metavar="FILE", help="Plugin library for --engine trt.")
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     default="cpu",
     show_default=True,
     help="Where source and OUT compute, layer by layer; cuda is one NVIDIA GPU, and needs Triton.",
@@ -93,10 +92,10 @@ def command(
     markdown: Path | None,
     fail_if: tuple[str, ...],
     reference_cache: Path | None,
-    engine: str,
+    engine: EngineName,
     engine_files: tuple[Path, ...],
     plugins: Path | None,
-    device: "Device",
+    device: Device,
     no_card: bool,
     threads: int | None,
 ) -> None:

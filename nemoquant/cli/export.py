@@ -4,8 +4,11 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, progress_bars
+from nemoquant.cli.shared import json_option, print_json
+from nemoquant.engine import TARGETS, TargetName
 from nemoquant.errors import UsageError
+from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
+from nemoquant.progress import progress_bars
 from nemoquant.units import size
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -37,14 +40,14 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
 @click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--dialect",
-    type=click.Choice(["onnxruntime", "tensorrt_rtx", "tensorrt"]),
+    type=click.Choice(DIALECT_NAMES),
     default="onnxruntime",
     show_default=True,
     help="Runtime that it is for.",
 )
 @click.option(
     "--compute",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(COMPUTES),
     help="Dtype of activations; default: float32, bfloat16 for TensorRT.",
 )
 @click.option("--last-token-only", is_flag=True, help="Logits of the last position only.")
@@ -60,8 +63,8 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
 def export_onnx(
     source: Path,
     out: Path | None,
-    dialect: str,
-    compute: str | None,
+    dialect: DialectName,
+    compute: Compute | None,
     last_token_only: bool,
     layers: tuple[int, int] | None,
     mtp: bool,
@@ -121,7 +124,7 @@ def export_onnx(
 @click.argument("out", type=FILE)
 @click.option(
     "--target",
-    type=click.Choice(["rtx", "trt"]),
+    type=click.Choice(list(TARGETS)),
     help="rtx: TensorRT-RTX, which builds without a GPU; trt: TensorRT, on the GPU itself. Default: rtx "
     "where no GPU is found.",
 )
@@ -130,7 +133,7 @@ def export_onnx(
 )
 @click.option(
     "--compute",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(COMPUTES),
     default="bfloat16",
     show_default=True,
     help="Dtype of activations.",
@@ -182,9 +185,9 @@ def export_onnx(
 def export_trt(
     source: Path,
     out: Path,
-    target: str | None,
+    target: TargetName | None,
     sm: int | None,
-    compute: str,
+    compute: Compute,
     max_seq_len: int,
     max_batch: int,
     workspace: float | None,

@@ -1,9 +1,10 @@
 """``nemoquant generate``: text from a checkpoint."""
 
-import time
 from pathlib import Path
 
 import click
+
+from nemoquant.engine import ENGINES, EngineName
 
 
 @click.command("generate")
@@ -14,7 +15,7 @@ import click
 )
 @click.option(
     "--engine",
-    type=click.Choice(["torch", "onnxruntime", "rtx", "trt"]),
+    type=click.Choice(ENGINES),
     default="torch",
     show_default=True,
     help="What runs it.",
@@ -50,7 +51,7 @@ def command(
     model: Path,
     prompt: str,
     chat: bool,
-    engine: str,
+    engine: EngineName,
     engine_file: Path | None,
     plugins: Path | None,
     max_tokens: int,
@@ -69,37 +70,22 @@ def command(
       nemoquant generate OUT --prompt "In the beginning" --mtp 2
       nemoquant generate OUT --prompt "Once" --engine rtx --engine-file model.engine
     """
-    from nemoquant.engine.generate import Drafts, Sampler, generate, stop_tokens
-    from nemoquant.engine.load import load_engine
-    from nemoquant.model.parse import load_config
-    from nemoquant.tokens.codec import TextCodec
+    from nemoquant import api
 
-    config, _ = load_config(model)
-    sampler, codec = Sampler(temperature, seed), TextCodec(model)
-    ids = codec.chat(prompt) if chat else codec.encode(prompt)
-    loaded = load_engine(engine, model, threads, engine_file, plugins)
-    drafts = Drafts()
-    began, count, shown = time.monotonic(), 0, ""
-    tokens: list[int] = []
-    click.echo(prompt, nl=False)
-    for token in generate(
-        loaded,
-        ids,
+    made = api.generate(
+        model,
+        prompt,
+        chat=chat,
+        engine=engine,
+        engine_file=engine_file,
+        plugins=plugins,
         max_tokens=max_tokens,
-        stop=stop_tokens(model, config),
-        sampler=sampler,
+        temperature=temperature,
+        seed=seed,
         mtp=mtp or 0,
-        drafts=drafts,
-    ):
-        tokens.append(token)
-        text = codec.decode(ids + tokens)[len(codec.decode(ids)) :]
-        if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is complete
-            click.echo(text[len(shown) :], nl=False)
-            shown = text
-        count += 1
+        threads=threads,
+        ready=lambda: click.echo(prompt, nl=False),
+        stream=lambda text: click.echo(text, nl=False),
+    )
     click.echo()
-    took = time.monotonic() - began
-    line = f"{engine}: {len(ids)} tokens in, {count} out, {took:.1f} s ({count / took:.1f} tokens/s)"
-    if drafts.rate is not None:
-        line += f"; {drafts.accepted} of {drafts.drafted} drafts accepted ({drafts.rate:.1%})"
-    click.echo(line, err=True)
+    click.echo(made.summary(), err=True)

@@ -15,7 +15,7 @@ from nemoquant.cli.shared import (
     run_option,
     table,
 )
-from nemoquant.run.options import RunOptions
+from nemoquant.run.options import DEVICES, RunOptions
 from nemoquant.units import size
 
 
@@ -37,7 +37,7 @@ from nemoquant.units import size
 )
 @run_option(
     "device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     show_default=True,
     help="Where it would compute, for --estimate.",
 )
@@ -62,7 +62,7 @@ def command(
     """
     from nemoquant import api
     from nemoquant.layouts.loaders import cautions, loaders
-    from nemoquant.pack.card import role_table
+    from nemoquant.planning.plan import ROLE_HEADER, role_table
 
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
@@ -74,7 +74,7 @@ def command(
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         return
     click.echo(f"{resolved.recipe.name}: {resolved.recipe.summary}")
-    table(role_table(resolved), ("role", "weights", "GEMM inputs", "tensors", "bytes"), right="34")
+    table(role_table(resolved), ROLE_HEADER, right="34")
     figures = resolved.summary()
     kv, ssm = figures["kv_cache_bytes_per_token"], figures["ssm_state_bytes_per_sequence"]
     quantized = figures["bits_per_quantized_weight"]

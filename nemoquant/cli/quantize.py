@@ -15,13 +15,13 @@ from nemoquant.cli.shared import (
     memory_option,
     no_scale_groups_option,
     print_json,
-    progress_bars,
     recipe_name,
     recipe_options,
     run_option,
 )
 from nemoquant.errors import UsageError
-from nemoquant.run.options import OPTIONS, RunOptions
+from nemoquant.progress import progress_bars
+from nemoquant.run.options import DEVICES, DTYPES, OPTIONS, PLACES, RENAMED, RunOptions, Where
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 )
 @run_option(
     "device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     show_default=True,
     help="Where calibration computes and packing encodes, to the same codes; cuda is one NVIDIA GPU, and "
     "needs Triton.",
 )
 @run_option(
     "dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
+    type=click.Choice(["auto", *DTYPES]),
     default="auto",
     callback=dtype_of,
     show_default=True,
@@ -78,12 +78,13 @@ if TYPE_CHECKING:
 )
 @no_scale_groups_option
 @run_option(
-    "engine",
-    type=click.Choice(["local", "ray"]),
+    "on",
+    type=click.Choice(PLACES),
     show_default=True,
     help="Where to compute: this process, or a Ray cluster (extra `ray`), whose nodes see SRC under the "
     "same path.",
 )
+@click.option("--engine", "renamed", type=click.Choice(PLACES), hidden=True)
 @run_option(
     "address",
     metavar="HOST:PORT",
@@ -95,7 +96,14 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
 def command(
-    source: Path, out: Path, fmt: str | None, recipe: str | None, dry_run: bool, as_json: bool, **given: Any
+    source: Path,
+    out: Path,
+    fmt: str | None,
+    recipe: str | None,
+    renamed: Where | None,
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Quantize the bf16 checkpoint in SRC into the new folder OUT.
 
@@ -111,6 +119,8 @@ def command(
       nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
     """
     name = recipe_name(fmt, recipe)
+    if renamed is not None:
+        given["on"] = _renamed(renamed, given["on"])
     options = RunOptions(**given)
     if options.scales and options.data:
         raise UsageError(
@@ -188,6 +198,15 @@ def command(
             f"{duration(estimate.seconds)}), "
             f"{size(peak)} of memory at most (expected {size(estimate.memory)})"
         )
+
+
+def _renamed(engine: Where, on: Where) -> Where:
+    """What ``--engine``, the old name of ``--on``, says; with a note."""
+    is_given = click.get_current_context().get_parameter_source("on") is ParameterSource.COMMANDLINE
+    if is_given and on != engine:
+        raise UsageError(f"got --on {on} and --engine {engine}, its old name; expected --on alone")
+    click.echo(f"note: {RENAMED}", err=True)
+    return engine
 
 
 def _unused_options(calibrates: bool, options: RunOptions) -> list[str]:

@@ -1,10 +1,8 @@
-"""Parts that several verbs share: options, output, progress."""
+"""Parts that several verbs share: options and output."""
 
 import gc
 import json
 import re
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,12 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from nemoquant.errors import UsageError
-from nemoquant.progress import Progress, no_progress
 from nemoquant.run.options import OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
-SHOW_AFTER = 2.0  # seconds: shorter work shows no bar
-PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
 @contextmanager
@@ -106,76 +101,6 @@ json_option = click.option(
 def print_json(data: Any) -> None:
     """JSON on standard output; NaN and Infinity never occur in it."""
     click.echo(json.dumps(data, indent=2, allow_nan=False))
-
-
-@contextmanager
-def progress_bars(quiet: bool) -> Iterator[Progress]:
-    """Yields the callback that the API's functions report to.
-
-    On a terminal it draws one rich bar a stage on standard error, once the work has lasted ``SHOW_AFTER``
-    seconds; elsewhere it prints a plain line a stage when that is over, and one a minute before.
-    """
-    began = time.monotonic()
-    if quiet:
-        yield no_progress
-    elif not sys.stderr.isatty():
-        yield _plain()
-    else:
-        import rich.progress
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>4.0f}%"),
-            TimeElapsedColumn(),
-        )
-        bars = rich.progress.Progress(
-            *columns,
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[what]}"),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int, what: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, what=what)
-            bars.update(tasks[stage], completed=done, total=total, what=what)
-            if not bars.live.is_started and time.monotonic() - began > SHOW_AFTER:
-                bars.start()
-
-        try:
-            yield report
-        finally:
-            if bars.live.is_started:
-                bars.stop()
-
-
-def _plain() -> Progress:
-    """Prints a line each ``PLAIN_EVERY`` seconds, and one at the end of a stage."""
-    began: dict[str, float] = {}
-    finished: set[str] = set()
-    last_line = time.monotonic()
-
-    def report(stage: str, done: int, total: int, what: str) -> None:
-        nonlocal last_line
-        now = time.monotonic()
-        began.setdefault(stage, now)
-        if done >= total and stage not in finished:
-            finished.add(stage)
-            click.echo(f"{stage}: done in {now - began[stage]:.1f} s", err=True)
-        elif now - last_line > PLAIN_EVERY and total:
-            last_line = now
-            left = (now - began[stage]) * (total - done) / max(1, done)
-            click.echo(
-                f"{stage}: {done / total:.0%}{', ' + what if what else ''}, about {left / 60:.0f} min left",
-                err=True,
-            )
-
-    return report
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "") -> None:

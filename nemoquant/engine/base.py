@@ -1,18 +1,10 @@
-"""The interface of an engine, which runs tokens from a state on; ``generate`` and ``diff`` need no more.
-
-torch         the functional model over packed weights, without a graph: always available
-onnxruntime   ``model.onnx`` on the CPU; the extra `ort` (or `gpu`)
-rtx           an engine file of TensorRT-RTX: built anywhere, run on a GPU; the extra `rtx`
-trt           an engine file of TensorRT: built and run on a GPU, with the plugins; the extra `trt`
-"""
+"""The interface of an engine, which runs tokens from a state on; ``generate`` and ``diff`` need no more."""
 
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-ENGINES = ("torch", "onnxruntime", "rtx", "trt")
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -17,11 +17,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from nemoquant.checkpoint.manifest import file_sha256, replace_bytes
+from nemoquant.engine import TARGETS, Target, TargetName
 from nemoquant.engine.messages import logger
 from nemoquant.engine.targets import (
-    TARGETS,
     Gpu,
-    Target,
     check_formats,
     load_plugins,
     plugin_library,
@@ -54,7 +53,7 @@ class EngineOptions:
         plugins: the plugin library (``trt``); None is where ``nemoquant plugins build`` puts it.
     """
 
-    target: str = "rtx"
+    target: TargetName = "rtx"
     sm: int | None = None
     compute: str = "bfloat16"
     max_seq_len: int = 4096

@@ -4,7 +4,8 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
-from nemoquant.engine.targets import TARGETS, Gpu, find_gpu, plugin_library
+from nemoquant.engine import TARGETS
+from nemoquant.engine.targets import Gpu, find_gpu, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.machine import usable_threads
 from nemoquant.ops.build import default_folder, missing, read_built

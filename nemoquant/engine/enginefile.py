@@ -6,7 +6,7 @@ from typing import Any
 
 from nemoquant.checkpoint.manifest import FILE as MANIFEST
 from nemoquant.checkpoint.manifest import file_sha256, read_manifest
-from nemoquant.engine.targets import TARGETS
+from nemoquant.engine import TARGETS
 from nemoquant.errors import CheckpointError, UsageError
 
 SCHEMA = 2

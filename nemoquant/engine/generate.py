@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def generate(
     mtp: int = 0,
     drafts: Drafts | None = None,
 ) -> Iterator[int]:
-    """Yields new tokens one by one; a stop token ends the sequence and is not yielded.
+    """Checks the call, and returns an iterator of new tokens; a stop token ends it and is not yielded.
 
     Args:
         mtp: number of tokens to draft at a time and verify in one call; greedy only.
@@ -101,12 +102,7 @@ def generate(
         if not mtp
         else _drafted(engine, prompt, sampler, mtp, drafts or Drafts())
     )
-    for count, token in enumerate(tokens, 1):
-        if token in stop:
-            return
-        yield token
-        if count == max_tokens:
-            return
+    return islice(takewhile(lambda token: token not in stop, tokens), max_tokens)
 
 
 def _ids(tokens: list[int]) -> Any:

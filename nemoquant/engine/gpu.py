@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemoquant.engine import TARGETS
 from nemoquant.engine.base import Floats, GraphEngine, Step
 from nemoquant.engine.build import EngineOptions, engine_graph
 from nemoquant.engine.enginefile import mtp_file, read_facts
 from nemoquant.engine.messages import logger
-from nemoquant.engine.targets import TARGETS, Gpu, load_plugins, plugin_library
+from nemoquant.engine.targets import Gpu, load_plugins, plugin_library
 from nemoquant.errors import EngineError, UsageError
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from nemoquant.arguments import check_word
+from nemoquant.engine import ENGINES, TARGETS
 from nemoquant.engine.base import Engine
-from nemoquant.engine.targets import TARGETS, find_gpu
+from nemoquant.engine.targets import find_gpu
 from nemoquant.errors import UsageError
 from nemoquant.machine import usable_threads
 
@@ -18,9 +20,10 @@ def load_engine(
         file: the engine file of ``rtx`` and ``trt``, which the others do not have.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
     Raises:
-        NemoquantError: a missing extra; a graph, shards or an engine file that are damaged or for another
-            checkpoint; no GPU where one is needed.
+        NemoquantError: a name that no engine has; a missing extra; a graph, shards or an engine file that are
+            damaged or for another checkpoint; no GPU where one is needed.
     """
+    check_word("engine", name, ENGINES)
     if (file is not None) != (name in TARGETS):
         raise UsageError(
             f"--engine {name} needs the engine file that `nemoquant export trt {path} FILE` wrote: "
@@ -30,12 +33,9 @@ def load_engine(
             f"--engine trt"
         )
     if name == "torch":
-        import torch
-
         from nemoquant.engine.torch import TorchEngine
 
-        torch.set_num_threads(threads or usable_threads())
-        return TorchEngine(path)
+        return TorchEngine(path, threads or usable_threads())
     if name == "onnxruntime":
         from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 

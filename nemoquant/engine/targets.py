@@ -1,76 +1,18 @@
-"""The two TensorRTs, which share one Python interface: their names, what they build for, what they need.
+"""What the two TensorRTs (``TARGETS``) build for, and what they need."""
 
-rtx   TensorRT-RTX builds on any machine for the GPUs of desktops and laptops; operators have their bodies in
-      the graph
-trt   TensorRT builds on the GPU that the engine is for; nemoquant's plugin library replaces those bodies
-"""
-
-import importlib
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from nemoquant.errors import MissingExtraError, UsageError
-from nemoquant.formats import FormatName
+from nemoquant.engine import Target, TargetName
+from nemoquant.errors import UsageError
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
 
 DATA_CENTRE = (90, 100, 103)
 PLUGINS = "NEMOQUANT_PLUGINS"  # environment variable: the plugin library
-
-
-@dataclass(frozen=True)
-class Target:
-    """One TensorRT.
-
-    Attributes:
-        sms: the SMs that it builds for; None is only the GPU in the machine.
-        least_sm: the first GPUs for which it takes a format.
-    """
-
-    name: str
-    title: str
-    module: str
-    dialect: str
-    sms: tuple[int, ...] | None
-    least_sm: Mapping[FormatName, int]
-
-    def package(self) -> Any:
-        """Its Python module.
-
-        Raises:
-            MissingExtraError: it is not installed.
-        """
-        try:
-            return importlib.import_module(self.module)
-        except ImportError:
-            raise MissingExtraError(
-                f"{self.title} engines need the extra `{self.name}`: pip install 'nemoquant[{self.name}]'"
-            ) from None
-
-
-# From the refusals of TensorRT-RTX 1.7's builder, and for TensorRT from its support matrix.
-TARGETS = {
-    "rtx": Target(
-        "rtx",
-        "TensorRT-RTX",
-        "tensorrt_rtx",
-        "tensorrt_rtx",
-        sms=(75, 80, 86, 89, 120, 121),
-        least_sm=MappingProxyType({"fp8": 89, "mxfp8": 89, "nvfp4": 100}),
-    ),
-    "trt": Target(
-        "trt",
-        "TensorRT",
-        "tensorrt",
-        "tensorrt",
-        sms=None,
-        least_sm=MappingProxyType({"fp8": 89, "mxfp8": 100, "nvfp4": 100}),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -91,7 +33,7 @@ def find_gpu() -> Gpu | None:
     return Gpu(torch.cuda.get_device_name(0), 10 * major + minor)
 
 
-def default_target(found: Gpu | None) -> str:
+def default_target(found: Gpu | None) -> TargetName:
     """``rtx`` without a GPU, else ``trt``: the plugins work with TensorRT only."""
     return "rtx" if found is None else "trt"
 

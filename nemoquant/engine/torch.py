@@ -6,30 +6,37 @@ from typing import Any
 import torch
 
 from nemoquant.engine.base import Floats, Step, Tokens
+from nemoquant.machine import torch_threads
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 
 class TorchEngine:
-    """Runs the checkpoint in ``path`` in float32 on the CPU; any checkpoint, quantized or not."""
+    """Runs the checkpoint in ``path`` in float32 on the CPU; any checkpoint, quantized or not.
+
+    Each call has ``threads`` threads; None is as many as torch has in this process.
+    """
 
     name = "torch"
     max_seq_len: int | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.threads = threads
         self.opened = PackedCheckpoint(path)
         self.has_mtp = self.opened.has_mtp
         self.model = ReferenceModel(self.opened.config, self.opened.weights)
         self.tap = self.opened.tap()
 
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
-        hidden, after = self.model.hidden(torch.from_numpy(tokens), state, self.tap)
-        return Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
+        with torch_threads(self.threads):
+            hidden, after = self.model.hidden(torch.from_numpy(tokens), state, self.tap)
+            return Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
-        logits, out, after = self.model.mtp_forward(
-            torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap
-        )
+        with torch_threads(self.threads):
+            logits, out, after = self.model.mtp_forward(
+                torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap
+            )
         return Step(logits.numpy(), out.numpy(), after)
 
     def describe(self) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nemoquant.errors import listing
+from nemoquant.notebook import html_table
+from nemoquant.units import size
+
 VERSION = 1
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -215,6 +219,15 @@ class Candidate(_Part):
     """Names of the ten with the largest effect, the largest first."""
     warnings: list[str]
 
+    def __repr__(self) -> str:
+        return f"Candidate({self.name!r}: {self._figures()})"
+
+    def _figures(self) -> str:
+        logits = self.logits
+        return f"KL {logits.kl.mean:.5f}, top-1 {logits.top1_agreement:.2%}, {self.bits_per_weight:.2f} bits a weight"
+
+    __str__ = __repr__
+
 
 class Report(_Part):
     """Everything that one ``nemoquant diff`` found out."""
@@ -236,3 +249,61 @@ class Report(_Part):
     def dump(self) -> str:
         """The JSON text."""
         return self.model_dump_json(indent=1) + "\n"
+
+    def figures(self) -> list[list[str]]:
+        """The main figures as text under ``FIGURES``: a line for the reference, then one for each candidate."""
+        r = self.reference
+        own = ["bf16", "", "", "", number(r.perplexity, ".3f"), "", "", "", number(r.mtp_acceptance, ".1%")]
+        lines = [[*own, f"{r.bits_per_weight:.2f}", size(r.bytes), ""]]
+        for c in self.candidates:
+            logits, kl = c.logits, c.logits.kl
+            change = None if logits.perplexity_ratio is None else logits.perplexity_ratio - 1
+            lines.append(
+                [
+                    c.name,
+                    f"{kl.mean:.5f}",
+                    f"{kl.median:.5f}",
+                    f"{kl.p99:.5f}",
+                    number(logits.perplexity, ".3f"),
+                    number(change, "+.2%"),
+                    f"{logits.top1_agreement:.2%}",
+                    f"{logits.top5_agreement:.2%}",
+                    number(c.mtp_acceptance, ".1%"),
+                    f"{c.bits_per_weight:.2f}",
+                    size(c.bytes),
+                    f"{c.compression:.2f} x",
+                ]
+            )
+        return lines
+
+    def __repr__(self) -> str:
+        shown = [f"{c.name!r} {c._figures()}" for c in self.candidates]
+        return f"Report({listing(shown, 3)}; {self.data.predicted_positions:,} positions of {self.reference.name!r})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        d = self.data
+        caption = f"{self.reference.name}, {d.rows:,} rows of {d.seq_len:,} tokens of {d.source}"
+        return html_table(caption, FIGURES, self.figures(), right=range(1, len(FIGURES)))
+
+
+FIGURES = (
+    "",
+    "KL mean",
+    "median",
+    "99%",
+    "perplexity",
+    "change",
+    "top-1",
+    "top-5",
+    "MTP accepts",
+    "bits",
+    "size",
+    "smaller",
+)
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    """A figure as text; ``-`` where there is none."""
+    return "-" if value is None else format(value, form) + unit

@@ -9,7 +9,6 @@ that ``pack`` writes.
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
-from nemoquant.graph import MODEL, MTP
+from nemoquant.graph import MODEL, MTP, Exported
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
@@ -31,17 +30,6 @@ from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 COPY_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Exported:
-    """Result of ``export_onnx``: graphs, bytes of tensors copied, functions, number of nodes."""
-
-    folder: Path
-    graphs: list[Path]
-    copied_bytes: int
-    functions: list[str]
-    nodes: int
 
 
 def export_onnx(

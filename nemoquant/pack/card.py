@@ -3,7 +3,7 @@
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
 from nemoquant.layouts.loaders import loaders
-from nemoquant.planning.plan import Plan
+from nemoquant.planning.plan import Plan, role_table
 from nemoquant.units import size
 
 NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
@@ -20,19 +20,6 @@ def with_cost(text: str, sentence: str) -> str | None:
         return None
     lines[places[0]] = COST + sentence
     return "\n".join(lines)
-
-
-def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
-    """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
-    totals: dict[tuple[str, str, str], list[int]] = {}
-    for row in plan.rows:
-        weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
-        entry = totals.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
-        entry[0] += 1
-        entry[1] += row.bytes_out
-    return [
-        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in totals.items()
-    ]
 
 
 def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:

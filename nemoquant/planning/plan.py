@@ -14,7 +14,9 @@ from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.formats import FORMATS, CacheFormat, Format, FormatName, ScaleMethod
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
+from nemoquant.notebook import html_table
 from nemoquant.planning.recipe import Recipe
+from nemoquant.units import size
 
 SCHEMA = 1  # of the plan's JSON
 SCALAR_BYTES = 4
@@ -83,7 +85,7 @@ class Row:
         return sum(math.prod(shape) * ITEM_SIZE[dtype] for _, dtype, shape in self.parts())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All rows, in file order, with the recipe that made them.
 
@@ -197,6 +199,35 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The figures and every row."""
         return self.summary() | {"rows": [row_json(row) for row in self.rows]}
+
+    def sizes(self) -> str:
+        """What becomes of the model's size, in a few words."""
+        return (
+            f"{len(self.quantized):,} of {len(self.rows):,} tensors quantized, {size(self.bytes_in)} -> "
+            f"{size(self.bytes_out)}, {self.bits_per_weight:.2f} bits a weight"
+        )
+
+    def __repr__(self) -> str:
+        return f"Plan({self.recipe.name}: {self.sizes()})"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.recipe.name}: {self.sizes()}", ROLE_HEADER, role_table(self), right=(3, 4))
+
+
+ROLE_HEADER = ("role", "weights", "GEMM inputs", "tensors", "bytes")
+
+
+def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
+    """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
+    totals: dict[tuple[str, str, str], list[int]] = {}
+    for row in plan.rows:
+        weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
+        entry = totals.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
+        entry[0] += 1
+        entry[1] += row.bytes_out
+    return [
+        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in totals.items()
+    ]
 
 
 def row_json(row: Row) -> dict[str, Any]:

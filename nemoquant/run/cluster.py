@@ -37,6 +37,7 @@ from nemoquant.pack.workers import Threads
 P = ParamSpec("P")
 T = TypeVar("T")
 GROUP_BYTES = 64 << 20  # of source in one packing task
+USAGE = "RAY_USAGE_STATS_ENABLED"  # environment variable of Ray
 AHEAD = 2  # tasks for each processor of the cluster that may run or wait
 Wire = tuple[np.ndarray[Any, Any], tuple[int, ...], torch.dtype]
 
@@ -160,17 +161,17 @@ def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
         MissingExtraError: Ray is not installed. UsageError: nothing answers at ``address``.
     """
     if importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("--engine ray needs the extra `ray`: pip install 'nemoquant[ray]'")
+        raise MissingExtraError("--on ray needs the extra `ray`: pip install 'nemoquant[ray]'")
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics are sent
     ours = not ray.is_initialized()
     if ours:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
             options["include_dashboard"] = False
         try:
-            ray.init(address=address or "local", **options)
+            with _without_statistics():
+                ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = address or "this machine"
             raise UsageError(
@@ -181,6 +182,19 @@ def connected(address: str | None, checkpoint: Checkpoint) -> Iterator[Cluster]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _without_statistics() -> Iterator[None]:
+    """Processes that Ray starts send no usage statistics, unless the environment says that they do."""
+    if USAGE in os.environ:
+        yield
+        return
+    os.environ[USAGE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[USAGE]
 
 
 # The functions below run on the nodes.

@@ -10,6 +10,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
+from nemoquant.machine import torch_threads
 from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.reference import layer_forward
@@ -34,9 +35,7 @@ def compute_speeds(
     """
     c, tokens = config, batch.length
     like = torch.empty(0, dtype=getattr(torch, batch.dtype), device=torch_device(device))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         together = min(1024, tokens * min(rows_of(row_batch, kind) for kind in set(c.layers)))
         fast = _product(together, c.hidden_size, min(2048, 2 * c.hidden_size), 2, like)
         expert = fast
@@ -44,8 +43,6 @@ def compute_speeds(
             share = max(1, tokens * rows_of(row_batch, "moe") * c.num_experts_per_tok // c.n_routed_experts)
             expert = _product(share, c.moe_latent_size or c.hidden_size, c.moe_intermediate_size, 8, like)
         mixer = _mixer(checkpoint, c, min(tokens, MIXER_TOKENS), fast, like) if c.count("mamba") else 0.0
-    finally:
-        torch.set_num_threads(before)
     return fast, expert, mixer
 
 

@@ -9,6 +9,7 @@ from nemoquant.calibrate.batch import Batch, RowBatch, rows_of
 from nemoquant.checkpoint.folder import BYTES_PER_TENSOR, MARGIN
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.formats import Device
+from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
 from nemoquant.run.budget import Budget
 from nemoquant.run.speeds import Speeds, measure
@@ -17,7 +18,7 @@ from nemoquant.units import duration, size
 VERIFY_TENSOR = 50e-6  # seconds to check one tensor, measured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """Seconds of each stage, bytes of memory at the peak, bytes of disk at the most."""
 
@@ -32,6 +33,17 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return self.calibrate + self.pack + self.verify
+
+    def __repr__(self) -> str:
+        return f"Estimate({expectation(self)})"
+
+    def _repr_html_(self) -> str:
+        rows = [("calibrate", duration(self.calibrate))] if self.calibrate else []
+        rows += [("pack", duration(self.pack)), ("verify", duration(self.verify))]
+        rows += [("memory", size(self.memory)), ("disk", size(self.disk))]
+        if self.row_batch:
+            rows.append(("rows at once", row_batches(self.row_batch)))
+        return html_table(f"Estimate: {duration(self.seconds)}", (), rows, right=(1,))
 
     def to_json(self) -> dict[str, Any]:
         """The figures, as JSON data."""

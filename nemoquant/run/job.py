@@ -16,7 +16,7 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import check_output, nearest_folder
 from nemoquant.formats.gpu import torch_device
-from nemoquant.machine import usable_threads
+from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.pack.workers import Threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
@@ -80,9 +80,9 @@ class Job:
         self.options = _with_earlier_dtype(options, self.earlier)
         began = self.earlier.identity if self.earlier and not self.earlier.calibrated else {}
         self.threads: int = (
-            options.threads or (options.engine != "ray" and began.get("threads")) or usable_threads()
+            options.threads or (options.on != "ray" and began.get("threads")) or usable_threads()
         )
-        self.calibration_threads = 1 if options.engine == "ray" else self.threads
+        self.calibration_threads = 1 if options.on == "ray" else self.threads
 
     @cached_property
     def dtype(self) -> str:
@@ -219,7 +219,7 @@ class Job:
 
     @contextmanager
     def _cluster(self) -> Iterator["Cluster | None"]:
-        if self.options.engine != "ray":
+        if self.options.on != "ray":
             yield None
             return
         from nemoquant.run.cluster import connected
@@ -280,7 +280,8 @@ class Job:
         elif isinstance(origin, Scales):
             scales = origin
         else:
-            scales = self._calibrate(run, origin, prepared, cluster)
+            with torch_threads(self.calibration_threads):
+                scales = self._calibrate(run, origin, prepared, cluster)
             scales.settings["weights"] = weights
             scales.warnings = [*origin.warnings, *scales.warnings_for(self.plan)]
         warnings = list(scales.warnings)
@@ -309,7 +310,6 @@ class Job:
         from nemoquant.calibrate.observers import AmaxCollector
         from nemoquant.calibrate.run import Between, calibrate, settings
 
-        torch.set_num_threads(self.calibration_threads)
         dtype, device = getattr(torch, self.dtype), str(torch_device(self.options.device))
         row_batch = prepared.budget.row_batch
         assert row_batch is not None

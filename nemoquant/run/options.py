@@ -4,19 +4,61 @@ The command line takes flags and defaults from the table; ``--resume`` takes fro
 are named nowhere else.
 """
 
-import os
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, get_args
 
+from nemoquant.arguments import PathLike, check_flags, check_text, check_word, optional_path, whole
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import Device
 
-PathLike = str | os.PathLike[str]
 Where = Literal["local", "ray"]
+Dtype = Literal["float32", "bfloat16"]
 Resume = Literal["fixed", "once calibrated", "free"]
+DEVICES: tuple[Device, ...] = get_args(Device)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+PLACES: tuple[Where, ...] = get_args(Where)
+RENAMED = "--engine is now --on"  # of quantize: an engine is a runtime, as in generate and diff
+
+
+class RunOptionsDict(TypedDict, total=False):
+    """The options of :class:`RunOptions` as keyword arguments of a function."""
+
+    data: PathLike | None
+    rows: int
+    seq_len: int
+    scales: PathLike | None
+    device: Device
+    dtype: Dtype | None
+    row_batch: int | None
+    memory: int | None
+    threads: int | None
+    shard_bytes: int
+    scale_groups: bool
+    on: Where
+    address: str | None
+    resume: bool
+
+
+def renamed(given: Mapping[str, Any], stacklevel: int) -> dict[str, Any]:
+    """Options with ``engine``, the old name of ``on``, under the new one; with a DeprecationWarning.
+
+    Args:
+        stacklevel: where the warning points to, as of warnings.warn: 2 is the caller of this function.
+    Raises:
+        UsageError: both names are given, with different words.
+    """
+    rest = {name: value for name, value in given.items() if name != "engine"}
+    old = given.get("engine")
+    if old is None:
+        return rest
+    if rest.get("on", old) != old:
+        raise UsageError(f"on is {rest['on']!r} and engine, its old name, {old!r}; expected on alone")
+    warnings.warn(RENAMED, DeprecationWarning, stacklevel=stacklevel)
+    return rest | {"on": old}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +79,7 @@ class RunOptions:
         shard_bytes: largest output file.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False
             for comparisons.
-        engine: ``local``, this process; ``ray``, a cluster (extra ``ray``).
+        on: where to compute: ``local``, this process; ``ray``, a cluster (extra ``ray``).
         address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
         resume: continue what an earlier run with the same options left in OUT.partial; start from the
             beginning where nothing is there.
@@ -48,39 +90,43 @@ class RunOptions:
     seq_len: int = 512
     scales: PathLike | None = None
     device: Device = "cpu"
-    dtype: str | None = None
+    dtype: Dtype | None = None
     row_batch: int | None = None
     memory: int | None = None
     threads: int | None = None
     shard_bytes: int = SHARD_BYTES
     scale_groups: bool = True
-    engine: Where = "local"
+    on: Where = "local"
     address: str | None = None
     resume: bool = False
+    engine: InitVar[Where | None] = None  # the old name of ``on``
 
-    def __post_init__(self) -> None:
-        for name in ("rows", "seq_len", "row_batch", "memory"):
+    def __new__(cls, **given: Any) -> "RunOptions":
+        renamed(given, 3)
+        return super().__new__(cls)
+
+    def __post_init__(self, engine: Where | None) -> None:
+        if engine is not None:
+            object.__setattr__(self, "on", engine)
+        for name in ("rows", "seq_len", "row_batch", "memory", "threads", "shard_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1")
-        if (self.threads is not None and self.threads < 1) or self.shard_bytes < 1:
-            raise UsageError(
-                f"threads is {self.threads}, shard_bytes {self.shard_bytes}; expected at least 1 of each"
-            )
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"device is {self.device!r}; expected cpu or cuda")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise UsageError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
-        if self.engine not in ("local", "ray"):
-            raise UsageError(f"engine is {self.engine!r}; expected local or ray")
-        if self.address is not None and self.engine != "ray":
-            raise UsageError(
-                f"an address ({self.address}) goes with --engine ray only; give both, or neither"
-            )
-        if self.engine == "ray" and self.device != "cpu":
-            raise UsageError(
-                f"engine ray computes on processors only, device is {self.device!r}; expected cpu"
-            )
+            if value is not None or name in ("rows", "seq_len", "shard_bytes"):
+                object.__setattr__(self, name, whole(name, value, 1))
+        for name in ("data", "scales"):
+            optional_path(name, getattr(self, name))
+        check_word("device", self.device, DEVICES)
+        if self.dtype is not None:
+            check_word("dtype", self.dtype, DTYPES)
+        check_word("on", self.on, PLACES)
+        check_flags(scale_groups=self.scale_groups, resume=self.resume)
+        if self.address is not None:
+            check_text("address", self.address, "HOST:PORT or auto")
+            if self.on != "ray":
+                raise UsageError(
+                    f"an address ({self.address}) goes with --on ray only; give both, or neither"
+                )
+        if self.on == "ray" and self.device != "cpu":
+            raise UsageError(f"--on ray computes on processors only, device is {self.device!r}; expected cpu")
 
     def unused_where_nothing_is_calibrated(self) -> list[str]:
         """Flags that were given and have no effect where nothing is calibrated."""
@@ -127,7 +173,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         "fixed",
         lambda value: shown(value if value is None else not value),
     ),
-    "engine": ("--engine", "free"),  # what it changes shows in `threads` and `row_batch`
+    "on": ("--on", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),
     "resume": ("--resume", "free"),
 }

@@ -9,10 +9,10 @@ import pytest
 import torch
 from support.elsewhere import ELSEWHERE, Elsewhere
 
-from nemoquant.api import open_source
 from nemoquant.calibrate.observers import AmaxCollector
 from nemoquant.calibrate.run import calibrate
 from nemoquant.calibrate.scales import Scales
+from nemoquant.sources.source import open_source
 from nemoquant.tokens.rows import load_rows
 
 

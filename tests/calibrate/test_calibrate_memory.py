@@ -50,7 +50,7 @@ pytestmark = [
 LAYERS = """
 import ctypes, threading, time
 import torch
-from nemoquant.api import open_source
+from nemoquant.sources.source import open_source
 from nemoquant.calibrate.observers import AmaxObserver
 from nemoquant.calibrate.run import observe
 

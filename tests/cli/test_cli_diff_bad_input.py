@@ -131,9 +131,7 @@ def test_parquet_without_its_extra(source, tmp_path, refused, monkeypatch):
 def test_counts(option, value, least, source, usage):
     usage(source, source, option, value, parts=[f"'{option}'", f"{value} is not in the range x>={least}"])
     name = option.strip("-").replace("-", "_")
-    with pytest.raises(
-        UsageError, match=f"{name.split('_')[0]}.* {value}.*; expected at least 1 row, 2 tokens, 1 thread"
-    ):
+    with pytest.raises(UsageError, match=f"^{name} is {value}; expected at least {least}$"):
         diff(source, [source], **{name: value})
 
 

@@ -12,7 +12,7 @@ from support.processes import run_python
 
 from nemoquant._version import __version__
 from nemoquant.cli import VERBS
-from nemoquant.cli.shared import progress_bars
+from nemoquant.progress import progress_bars
 
 
 @pytest.fixture
@@ -107,6 +107,19 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
         == report["tensors_out"]
         == len(plan["rows"]) + report["tensors_out"] - report["tensors_in"]
     )
+
+
+def test_the_old_name_of_on(quantize):
+    result = quantize("--fmt", "fp8", "--engine", "local", "--dry-run")
+    assert result.stderr.startswith("note: --engine is now --on\n")
+    assert "note" not in quantize("--fmt", "fp8", "--on", "local", "--dry-run").stderr
+    assert "--engine" not in nemoquant("quantize", "--help").stdout
+    refused = quantize("--fmt", "fp8", "--engine", "ray", "--on", "local", code=2)
+    assert error_line(refused.stderr) == (
+        "error: got --on local and --engine ray, its old name; expected --on alone"
+    )
+    both = quantize("--fmt", "fp8", "--on", "local", "--engine", "local", "--dry-run")
+    assert both.stderr.count("note: ") == 1
 
 
 def test_what_is_left_behind_is_told(quantize, source):
@@ -218,12 +231,10 @@ class Terminal:
 
 @pytest.mark.parametrize("slow", [False, True], ids=["soon over", "over two seconds"])
 def test_bars_on_a_terminal(slow, monkeypatch):
-    from nemoquant.cli import shared
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(shared, "SHOW_AFTER", -1.0 if slow else 60.0)
+    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0 if slow else 60.0)
     with progress_bars(quiet=False) as report:
         for i in range(5):
             report("pack", i, 4, f"layer {i}")

@@ -24,10 +24,10 @@ from support.places import DEMO
 
 import nemoquant
 from nemoquant.checkpoint.manifest import file_sha256
-from nemoquant.engine import build, gpu, targets
+from nemoquant.engine import TARGETS, build, gpu, targets
 from nemoquant.engine.generate import Drafts, Sampler, generate
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
-from nemoquant.engine.targets import TARGETS, Gpu
+from nemoquant.engine.targets import Gpu
 from nemoquant.errors import EngineError, NemoquantError, UsageError
 
 needs_rtx = pytest.mark.skipif(

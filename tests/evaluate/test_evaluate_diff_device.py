@@ -16,13 +16,13 @@ from click.testing import CliRunner
 from support.elsewhere import ELSEWHERE, Elsewhere
 from support.processes import run_python
 
-from nemoquant import api
 from nemoquant.cli import main
 from nemoquant.errors import CheckpointError, UsageError
 from nemoquant.evaluate.layers import batches
 from nemoquant.evaluate.schema import Report
 from nemoquant.formats import fp8, fp8_gpu, gpu, nvfp4, nvfp4_gpu
 from nemoquant.quantized import packed
+from nemoquant.sources.source import open_source
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear")
 
@@ -128,7 +128,7 @@ def test_rows_at_once(source: Path) -> None:
 
     Expected numbers were computed by hand for segments of 2,048 tokens of this model.
     """
-    config, length = api.open_source(source).config, 1 << 14
+    config, length = open_source(source).config, 1 << 14
     values = {"mamba": 3 * 64 + 4 * 128, "moe": 2 * 80 + 4 * 32}
     for kind, there in (("mamba", 384 << 20), ("moe", 2 << 30)):
         for device, room in (("cpu", 384 << 20), ("cuda", there)):
@@ -167,7 +167,7 @@ def test_an_unknown_device(source: Path, compare: Callable[..., Report]) -> None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells of a machine without a GPU")
 def test_without_a_gpu_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("nemoquant.api.compare.open_weights", lambda *_: pytest.fail("read"))
     result = CliRunner().invoke(
         main, ["diff", str(tmp_path / "none"), str(tmp_path / "out"), "--device", "cuda"]
     )

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from nemoquant.engine.targets import TARGETS
+from nemoquant.engine import TARGETS
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.graph.dialects import DIALECTS

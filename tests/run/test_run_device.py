@@ -146,7 +146,7 @@ def test_without_a_gpu_nothing_is_read(
 ) -> None:
     """A source that does not exist is not checked first; recipes without calibration are refused too."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(api, "open_weights", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("nemoquant.api.quantizing.open_weights", lambda *_: pytest.fail("read"))
     monkeypatch.setattr(api, "plan", lambda *arguments, **options: None)
     name, *rest = verb
     result = command(name, tmp_path / "none", *rest, "--device", "cuda", code=2)

@@ -12,6 +12,7 @@ from nemoquant.run import speeds
 from nemoquant.run.budget import Budget, budget
 from nemoquant.run.estimate import estimate_run
 from nemoquant.run.speeds import Speeds
+from nemoquant.sources.source import open_source
 
 BATCH = Batch(8, 32, "float32")
 SPEEDS = Speeds(
@@ -36,7 +37,7 @@ def estimated(source, monkeypatch):
         from nemoquant.run import estimate as module
 
         monkeypatch.setattr(module, "measure", lambda *arguments, **named: replace(SPEEDS, **changes))
-        opened = api.open_source(source)
+        opened = open_source(source)
         with opened.checkpoint:
             plan = api.plan(source, preset)
             batch = BATCH if plan.needs_calibration else None
@@ -99,7 +100,7 @@ def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source,
 
     monkeypatch.setattr(speeds, "pack_weights", pack_weights)
     monkeypatch.setattr("nemoquant.run.compute_speeds.torch_device", lambda device: torch.device("cpu"))
-    opened, plan = api.open_source(source), api.plan(source, "fp8")
+    opened, plan = open_source(source), api.plan(source, "fp8")
     with opened.checkpoint:
         found = speeds.measure(
             opened.checkpoint, plan, source.parent, BATCH, row_batch=4, threads=2, device="cuda"

@@ -3,7 +3,8 @@
 The command line and the state follow it.
 """
 
-from dataclasses import FrozenInstanceError, fields
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
@@ -45,15 +46,15 @@ def test_they_are_frozen_and_go_by_their_names():
         ({"seq_len": -1}, "seq_len is -1; expected at least 1"),
         ({"memory": 0}, "memory is 0; expected at least 1"),
         ({"row_batch": 0}, "row_batch is 0; expected at least 1"),
-        ({"threads": 0}, "threads is 0, shard_bytes 5000000000; expected at least 1 of each"),
-        ({"shard_bytes": 0}, "threads is None, shard_bytes 0; expected at least 1 of each"),
+        ({"threads": 0}, "threads is 0; expected at least 1"),
+        ({"shard_bytes": 0}, "shard_bytes is 0; expected at least 1"),
         ({"device": "tpu"}, "device is 'tpu'; expected cpu or cuda"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
-        ({"engine": "spark"}, "engine is 'spark'; expected local or ray"),
-        ({"address": "auto"}, "an address (auto) goes with --engine ray only; give both, or neither"),
+        ({"on": "spark"}, "on is 'spark'; expected local or ray"),
+        ({"address": "auto"}, "an address (auto) goes with --on ray only; give both, or neither"),
         (
-            {"engine": "ray", "device": "cuda"},
-            "engine ray computes on processors only, device is 'cuda'; expected cpu",
+            {"on": "ray", "device": "cuda"},
+            "--on ray computes on processors only, device is 'cuda'; expected cpu",
         ),
     ],
 )
@@ -61,6 +62,25 @@ def test_what_no_run_can_be_told(options, says):
     with pytest.raises(UsageError) as error:
         RunOptions(**options)
     assert str(error.value) == says
+
+
+def test_the_old_name_of_on():
+    with pytest.warns(DeprecationWarning, match="--engine is now --on") as warned:
+        options = RunOptions(engine="ray")
+    assert warned[0].filename == __file__
+    assert options == RunOptions(on="ray")
+    assert replace(options, rows=3) == RunOptions(on="ray", rows=3)
+    with pytest.warns(DeprecationWarning):
+        assert RunOptions(engine="ray", on="ray") == RunOptions(on="ray")
+    with pytest.raises(UsageError, match="on is 'local' and engine, its old name, 'ray'; expected on alone"):
+        RunOptions(engine="ray", on="local")
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(UsageError, match="on is 'spark'; expected local"),
+    ):
+        RunOptions(engine="spark")
+    assert "engine" not in repr(options)
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 def test_values_are_shown_as_the_command_line_spells_them():

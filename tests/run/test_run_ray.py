@@ -58,7 +58,7 @@ def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
     name = "backbone.layers.2.mixer.experts.3.up_proj.weight"
     source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(torch.nan))
     code = "from nemoquant.cli import main; main()"
-    arguments = ["quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray"]
+    arguments = ["quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--on", "ray"]
     done = run_python(code, *arguments, code=2)
     assert f"error: {name} has NaN; expected finite weights" in done.stderr
     assert "Traceback" not in done.stderr
@@ -77,7 +77,7 @@ def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
         tmp_path / "out",
         "--recipe",
         "nvfp4-w4a16",
-        "--engine",
+        "--on",
         "ray",
         "--address",
         "auto",
@@ -93,22 +93,20 @@ def test_without_the_extra(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a)
     )
-    result = nemoquant(
-        "quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--engine", "ray", code=3
-    )
-    assert "--engine ray needs the extra `ray`: pip install 'nemoquant[ray]'" in result.stderr
+    result = nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--on", "ray", code=3)
+    assert "--on ray needs the extra `ray`: pip install 'nemoquant[ray]'" in result.stderr
     assert not list(tmp_path.glob("out*"))
 
 
-def test_options_of_the_engine(source, tmp_path):
-    with pytest.raises(UsageError, match="engine is 'spark'; expected local or ray"):
-        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(engine="spark"))
-    with pytest.raises(UsageError, match=r"an address \(auto\) goes with --engine ray only"):
+def test_options_of_where_it_is_computed(source, tmp_path):
+    with pytest.raises(UsageError, match="on is 'spark'; expected local or ray"):
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(on="spark"))
+    with pytest.raises(UsageError, match=r"an address \(auto\) goes with --on ray only"):
         quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(address="auto"))
     with pytest.raises(
-        UsageError, match="engine ray computes on processors only, device is 'cuda'; expected cpu"
+        UsageError, match="--on ray computes on processors only, device is 'cuda'; expected cpu"
     ):
-        quantize(source, tmp_path / "out", "fp8", RunOptions(engine="ray", device="cuda"))
+        quantize(source, tmp_path / "out", "fp8", RunOptions(on="ray", device="cuda"))
 
 
 def test_a_node_with_another_source_or_version(source, make_checkpoint):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from nemoquant.evaluate.schema import Candidate, Data, Layer, Module, Report
+from nemoquant.evaluate.schema import FIGURES, Candidate, Data, Layer, Module, Report, number
 from nemoquant.units import size
 
 WORST_LAYERS = 3
@@ -16,7 +16,7 @@ def markdown(report: Report) -> str:
         "",
         f"{d.rows} rows of {d.seq_len:,} tokens of {code(d.source)}, {d.predicted_positions:,} predicted "
         f"positions; "
-        f"bf16 source {size(r.bytes)}, perplexity {_number(r.perplexity, '.3f')}; nemoquant "
+        f"bf16 source {size(r.bytes)}, perplexity {number(r.perplexity, '.3f')}; nemoquant "
         f"{report.nemoquant}.",
         "",
         *table(report),
@@ -31,48 +31,10 @@ def markdown(report: Report) -> str:
 
 def table(report: Report) -> Iterable[str]:
     """The main figures, one line for each checkpoint."""
-    header = [
-        "",
-        "KL mean",
-        "median",
-        "99%",
-        "perplexity",
-        "change",
-        "top-1",
-        "top-5",
-        "MTP accepts",
-        "bits",
-        "size",
-        "smaller",
-    ]
-    yield "| " + " | ".join(header) + " |"
-    yield "|---" + "|---:" * (len(header) - 1) + "|"
-    r = report.reference
-    own = ["bf16", "", "", "", _number(r.perplexity, ".3f"), "", "", "", _number(r.mtp_acceptance, ".1%")]
-    yield "| " + " | ".join([*own, f"{r.bits_per_weight:.2f}", size(r.bytes), ""]) + " |"
-    for c in report.candidates:
-        logits, kl = c.logits, c.logits.kl
-        change = None if logits.perplexity_ratio is None else logits.perplexity_ratio - 1
-        yield (
-            "| "
-            + " | ".join(
-                [
-                    _text(c.name),
-                    f"{kl.mean:.5f}",
-                    f"{kl.median:.5f}",
-                    f"{kl.p99:.5f}",
-                    _number(logits.perplexity, ".3f"),
-                    _number(change, "+.2%"),
-                    f"{logits.top1_agreement:.2%}",
-                    f"{logits.top5_agreement:.2%}",
-                    _number(c.mtp_acceptance, ".1%"),
-                    f"{c.bits_per_weight:.2f}",
-                    size(c.bytes),
-                    f"{c.compression:.2f} x",
-                ]
-            )
-            + " |"
-        )
+    yield "| " + " | ".join(FIGURES) + " |"
+    yield "|---" + "|---:" * (len(FIGURES) - 1) + "|"
+    for name, *figures in report.figures():
+        yield "| " + " | ".join([_text(name), *figures]) + " |"
 
 
 def _candidate(c: Candidate) -> Iterable[str]:
@@ -115,9 +77,9 @@ def _module_line(m: Module) -> str:
         m.format,
         m.input_format or "-",
         f"{m.effect:.3%}",
-        _number(m.weight.sqnr_db if m.weight else None, ".1f", " dB"),
-        _number(m.input.sqnr_db if m.input else None, ".1f", " dB"),
-        _number(m.input.saturated if m.input else None, ".3%"),
+        number(m.weight.sqnr_db if m.weight else None, ".1f", " dB"),
+        number(m.input.sqnr_db if m.input else None, ".1f", " dB"),
+        number(m.input.saturated if m.input else None, ".3%"),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -133,16 +95,12 @@ def cost_sentence(candidate: Candidate, data: Data, reference_perplexity: float 
     return (
         f"KL {logits.kl.mean:.5f} nats from the bf16 source (median {logits.kl.median:.5f}, 99% "
         f"{logits.kl.p99:.5f}), perplexity "
-        f"{_number(logits.perplexity, '.3f')} instead of {_number(reference_perplexity, '.3f')}{change}, "
+        f"{number(logits.perplexity, '.3f')} instead of {number(reference_perplexity, '.3f')}{change}, "
         f"the same likeliest token at "
         f"{logits.top1_agreement:.2%} of {data.predicted_positions:,} positions ({data.rows} rows of "
         f"{data.seq_len:,} tokens of "
         f"{code(data.source)}). Measure it on your task too."
     )
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
 
 
 def code(text: str) -> str:

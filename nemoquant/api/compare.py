@@ -1,0 +1,123 @@
+"""The diff: quantized checkpoints beside their source."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nemoquant import arguments
+from nemoquant.arguments import PathLike
+from nemoquant.engine import ENGINES, EngineName
+from nemoquant.errors import UsageError, listing
+from nemoquant.formats import Device
+from nemoquant.machine import torch_threads, usable_threads
+from nemoquant.progress import Progress, shown
+from nemoquant.sources.source import open_weights
+
+if TYPE_CHECKING:
+    from nemoquant.evaluate.schema import Report
+
+
+def diff(
+    source: PathLike,
+    candidates: PathLike | Sequence[PathLike],
+    *,
+    data: PathLike | None = None,
+    rows: int = 32,
+    seq_len: int = 512,
+    reference_cache: PathLike | None = None,
+    engine: EngineName = "torch",
+    engine_files: PathLike | Sequence[PathLike] = (),
+    plugins: PathLike | None = None,
+    device: Device = "cpu",
+    threads: int | None = None,
+    card: bool = True,
+    progress: Progress | Literal[False] | None = None,
+) -> "Report":
+    """Measure how far quantized checkpoints are from their source, side by side over the same text.
+
+    Args:
+        candidates: a folder made from ``source``, or several: by nemoquant, by another tool in the ModelOpt
+            layout, or not quantized.
+        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never used for
+            calibration.
+        rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
+        engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the
+            diff's own arithmetic.
+        engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
+        plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
+        device: where both sides' torch arithmetic runs, ``cpu`` or ``cuda``; weights are copied there as they
+            are used.
+        reference_cache: file for the source's side, written by the first run and read by later ones.
+        threads: None is all that this process may use.
+        card: write the figures into the model cards of candidates that nemoquant wrote.
+        progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    arguments.check_word("engine", engine, ENGINES)
+    arguments.check_flags(card=card)
+    bars = shown(progress)
+    rows, seq_len = arguments.whole("rows", rows, 1), arguments.whole("seq_len", seq_len, 2)
+    threads = None if threads is None else arguments.whole("threads", threads, 1)
+    source, paths = arguments.path("source", source), arguments.paths("candidates", candidates)
+    files = arguments.paths("engine_files", engine_files)
+    cache = arguments.optional_path("reference_cache", reference_cache)
+    library = arguments.optional_path("plugins", plugins)
+    text = arguments.optional_path("data", data)
+    from nemoquant.formats.gpu import check
+    from nemoquant.shipped import evaluation_data
+    from nemoquant.tokens.rows import load_rows
+
+    check(device)
+    if not paths:
+        raise UsageError("no checkpoint to compare; expected at least one beside the source")
+    twice = [str(p) for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]]
+    if twice:
+        raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
+    opened = open_weights(source, "diff needs the folder with the weights")
+    text = text or evaluation_data()
+    tokens = load_rows(text, opened.path, opened.config, rows, seq_len)
+    if tokens.ids.shape[1] < 2:
+        raise UsageError(
+            f"{text} has rows of one token; expected at least 2, the first one predicts the second"
+        )
+    from nemoquant.engine.base import Engine
+    from nemoquant.engine.load import load_engine
+    from nemoquant.evaluate.candidate import CandidateCheckpoint
+    from nemoquant.evaluate.card import update_card
+    from nemoquant.evaluate.reference import check_cache
+    from nemoquant.evaluate.run import diff as compare
+
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(threads or usable_threads()))
+        stack.enter_context(opened.checkpoint)
+        names = [p.resolve().name for p in paths]
+        names = names if len(set(names)) == len(names) else [str(p) for p in paths]
+        sides = [CandidateCheckpoint(path, opened, name) for path, name in zip(paths, names, strict=True)]
+        for side in sides:
+            stack.enter_context(side.checkpoint)
+        if cache is not None:
+            check_cache(cache, opened, tokens, device)
+        engines: list[Engine] = []
+        if engine != "torch" or files:
+            given: list[Path | None] = [*files] or [None] * len(paths)
+            if len(given) != len(paths):
+                raise UsageError(
+                    f"{len(given)} engine files for {len(paths)} checkpoints; expected one for each, in "
+                    f"their order"
+                )
+            engines = [
+                load_engine(engine, path, threads, file, library)
+                for path, file in zip(paths, given, strict=True)
+            ]
+        report = stack.enter_context(bars)
+        found = compare(opened, sides, tokens, cache, report, engines=engines, device=device)
+    warnings = list(tokens.warnings)
+    if card:
+        warnings += [
+            w
+            for path, measured in zip(paths, found.candidates, strict=True)
+            for w in update_card(path, measured, found)
+        ]
+    return found.model_copy(update={"warnings": warnings})

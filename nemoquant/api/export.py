@@ -1,0 +1,143 @@
+"""Graphs and engines of a checkpoint."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from nemoquant import arguments
+from nemoquant.arguments import PathLike
+from nemoquant.engine import TARGETS, TargetName
+from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
+from nemoquant.progress import Progress, shown
+
+if TYPE_CHECKING:
+    from nemoquant.graph import Exported
+
+
+def export_onnx(
+    source: PathLike,
+    out: PathLike | None = None,
+    *,
+    dialect: DialectName = "onnxruntime",
+    compute: Compute | None = None,
+    last_token_only: bool = False,
+    layers: tuple[int, int] | None = None,
+    mtp: bool = False,
+    copy: bool = True,
+    progress: Progress | Literal[False] | None = None,
+) -> "Exported":
+    """Write ``model.onnx`` (and ``mtp.onnx``) beside a checkpoint's shards, or with a copy of it in ``out``.
+
+    Args:
+        dialect: ``onnxruntime``, ``tensorrt_rtx`` or ``tensorrt``.
+        compute: ``float32``, ``float16`` or ``bfloat16``; None is the dialect's own.
+        layers: first layer, and the index after the last one; None is the whole model.
+        mtp: also the multi-token-prediction module; the main graph then outputs the hidden states for it.
+        copy: False refuses where tensors would have to be copied.
+        progress: of a copy. None shows it in a terminal or notebook; False shows nothing; a function is
+            called with it.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    arguments.check_word("dialect", dialect, DIALECT_NAMES)
+    if compute is not None:
+        arguments.check_word("compute", compute, COMPUTES)
+    arguments.check_flags(last_token_only=last_token_only, mtp=mtp, copy=copy)
+    bars = shown(progress)
+    if layers is not None:
+        layers = _layers(layers)
+    source, out = arguments.path("source", source), arguments.optional_path("out", out)
+    from nemoquant.engine.files import onnx_package
+
+    onnx_package()
+    from nemoquant.graph.build import GraphOptions
+    from nemoquant.graph.dialects import DIALECTS
+    from nemoquant.graph.export import export_onnx as export
+
+    options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
+    with bars as report:
+        return export(source, out, dialect, options, mtp=mtp, copy=copy, progress=report)
+
+
+def _layers(given: Any) -> tuple[int, int]:
+    expected = "two whole numbers, the first layer and the index after the last one"
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise arguments.refuse("layers", given, expected)
+    return arguments.whole("layers[0]", given[0], 0), arguments.whole("layers[1]", given[1], 0)
+
+
+def export_engine(
+    source: PathLike,
+    out: PathLike,
+    *,
+    target: TargetName | None = None,
+    sm: int | None = None,
+    compute: Compute = "bfloat16",
+    max_seq_len: int = 4096,
+    max_batch: int = 1,
+    workspace: int | None = None,
+    last_token_only: bool = False,
+    mtp: bool = False,
+    strip_weights: bool = False,
+    weight_streaming: bool = False,
+    timing_cache: PathLike | None = None,
+    plugins: PathLike | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Build a TensorRT engine of a checkpoint into the new file ``out``, with ``out.json`` beside it.
+
+    Args:
+        target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is
+            for. None is ``rtx`` where no GPU is found, else ``trt``.
+        sm: the GPU to build for; None is the one in this machine.
+        compute: ``float32``, ``float16`` or ``bfloat16``, the dtype of activations.
+        max_seq_len, max_batch: most positions of a sequence, past ones included, and most sequences at once.
+        workspace: bytes of scratch memory; None is the builder's own choice.
+        last_token_only: logits of the last position only.
+        mtp: also build the multi-token-prediction module, into a second file beside ``out``.
+        strip_weights: leave the weights out of the file; they are taken from the shards when it is loaded.
+        weight_streaming, timing_cache, plugins: see ``nemoquant.engine.build.EngineOptions``; ``trt`` only.
+        say: called with a line of text at each step.
+    Returns:
+        the content of ``out.json``.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    if target is not None:
+        arguments.check_word("target", target, list(TARGETS))
+    arguments.check_word("compute", compute, COMPUTES)
+    arguments.check_flags(
+        last_token_only=last_token_only,
+        mtp=mtp,
+        strip_weights=strip_weights,
+        weight_streaming=weight_streaming,
+    )
+    arguments.check_functions(say=say)
+    sm = None if sm is None else arguments.whole("sm", sm, 1)
+    max_seq_len = arguments.whole("max_seq_len", max_seq_len, 2)
+    max_batch = arguments.whole("max_batch", max_batch, 1)
+    workspace = None if workspace is None else arguments.whole("workspace", workspace, 1)
+    source, out = arguments.path("source", source), arguments.path("out", out)
+    cache = arguments.optional_path("timing_cache", timing_cache)
+    library = arguments.optional_path("plugins", plugins)
+    from nemoquant.engine.files import onnx_package
+
+    onnx_package()
+    from nemoquant.engine.build import EngineOptions
+    from nemoquant.engine.export import export_engine as export
+    from nemoquant.engine.targets import default_target, find_gpu
+
+    gpu = find_gpu()
+    options = EngineOptions(
+        target or default_target(gpu),
+        sm,
+        compute,
+        max_seq_len,
+        max_batch,
+        workspace,
+        last_token_only=last_token_only,
+        strip_weights=strip_weights,
+        weight_streaming=weight_streaming,
+        timing_cache=cache,
+        plugins=library,
+    )
+    return export(source, out, options, gpu, say or (lambda text: None), mtp=mtp)

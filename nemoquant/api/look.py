@@ -1,0 +1,59 @@
+"""What is in a checkpoint, and what a recipe would do with it: from headers, or a config alone."""
+
+import os
+from typing import Any
+
+from nemoquant import arguments
+from nemoquant.arguments import PathLike
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.recipe import load_recipe
+from nemoquant.planning.resolve import resolve
+from nemoquant.sources.source import BareConfig, Source, open_source
+
+
+def plan(source: PathLike, recipe: PathLike, *, scale_groups: bool = True) -> Plan:
+    """Resolve a recipe (preset name or file) for a checkpoint folder's headers, or a bare ``config.json``.
+
+    Args:
+        scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
+    Raises:
+        CheckpointError, RecipeError, UsageError
+    """
+    arguments.check_flags(scale_groups=scale_groups)
+    name = recipe_name(recipe)
+    return resolved(open_source(arguments.path("source", source)), name, scale_groups)
+
+
+def recipe_name(recipe: PathLike) -> str:
+    """The name of a preset, or of a file.
+
+    Raises:
+        UsageError: it is neither str nor Path.
+    """
+    name = os.fspath(recipe) if isinstance(recipe, str | os.PathLike) else None
+    if not isinstance(name, str):
+        raise arguments.refuse("recipe", recipe, "the name of a preset, or a recipe file")
+    return name
+
+
+def resolved(source: Source | BareConfig, recipe: str, scale_groups: bool) -> Plan:
+    """The plan of an opened source."""
+    assumed = isinstance(source, BareConfig)
+    return resolve(
+        load_recipe(recipe), source.config, source.table, assumed=assumed, scale_groups=scale_groups
+    )
+
+
+def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
+    """Describe a checkpoint folder or a bare ``config.json``: layers, parameters, formats, cache sizes.
+
+    Args:
+        context: tokens for ``kv_cache.bytes_at_context``; None is the config's ``max_position_embeddings``.
+    Raises:
+        CheckpointError, UsageError
+    """
+    folder = arguments.path("path", path)
+    tokens = None if context is None else arguments.whole("context", context, 1)
+    from nemoquant.sources.summary import summarize
+
+    return summarize(folder, tokens)

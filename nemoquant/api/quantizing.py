@@ -1,0 +1,256 @@
+"""A quantize run: its estimate, the run itself, and the check of what it wrote."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Unpack
+
+from nemoquant import arguments
+from nemoquant.api.look import recipe_name, resolved
+from nemoquant.arguments import PathLike
+from nemoquant.errors import UsageError, listing
+from nemoquant.layouts.loaders import cautions
+from nemoquant.machine import usable_threads
+from nemoquant.notebook import html_table
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.recipe import load_recipe, presets
+from nemoquant.progress import Progress, shown
+from nemoquant.run.options import RunOptions, RunOptionsDict, renamed
+from nemoquant.sources.source import open_weights
+
+if TYPE_CHECKING:
+    from nemoquant.run.estimate import Estimate
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """Result of ``quantize``.
+
+    Attributes:
+        out: the new folder.
+        plan: what became of each tensor.
+        warnings: one sentence each.
+        verified: counts of what verify checked before ``out`` got its name; empty in a dry run.
+        skipped_files: files of the source that were not copied.
+        calibration: its settings and coverage of experts; None where none was needed, and in a dry run.
+    """
+
+    out: Path
+    plan: Plan
+    warnings: list[str]
+    verified: dict[str, int]
+    skipped_files: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+
+    def _summary(self) -> str:
+        checked = f"{self.verified['tensors']:,} tensors verified" if self.verified else "nothing written"
+        return f"{self.plan.recipe.name}, {self.plan.sizes()}, {checked}"
+
+    def __repr__(self) -> str:
+        warned = f", {len(self.warnings)} warnings" if self.warnings else ""
+        return f"Result({str(self.out)!r}: {self._summary()}{warned})"
+
+    def _repr_html_(self) -> str:
+        rows = [("warning", text) for text in self.warnings]
+        rows += [("not copied", ", ".join(self.skipped_files))] if self.skipped_files else []
+        return html_table(f"{self.out}: {self._summary()}", (), rows)
+
+
+def with_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets help() and completion show, instead of ``**given``, the options that it stands for."""
+    signature = inspect.signature(function)
+    written = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(RunOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*written, *options])  # type: ignore[attr-defined]
+    return function
+
+
+def run_options(function: str, options: RunOptions | None, given: RunOptionsDict) -> RunOptions:
+    """The options of a call, from its keyword arguments or as one object.
+
+    Raises:
+        UsageError: both are given. TypeError: there is no option of a name, as in any call.
+    """
+    known = [*(f.name for f in fields(RunOptions)), "engine"]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument {unknown[0]!r}; options are "
+            f"{', '.join(known[:-1])}"
+        )
+    if options is None:
+        return RunOptions(**renamed(given, 4))  # points to the caller of quantize
+    if not isinstance(options, RunOptions):
+        raise UsageError(f"options is {options!r}; expected RunOptions, or its fields as keyword arguments")
+    if given:
+        raise UsageError(
+            f"got options and {listing(list(given))}; expected one of the two: RunOptions, or its fields as "
+            f"keyword arguments"
+        )
+    return options
+
+
+@with_options
+def estimate(
+    source: PathLike,
+    recipe: PathLike,
+    options: RunOptions | None = None,
+    *,
+    out: PathLike = ".",
+    **given: Unpack[RunOptionsDict],
+) -> "Estimate":
+    """Estimate what ``quantize`` would need on this machine: memory, disk and time.
+
+    It reads headers and makes a short measurement.
+
+    Args:
+        options: of the run, all in one; calibration data is not read, ``rows`` and ``seq_len`` give its
+            amount.
+        out: a path on the disk that would be written to; a file without a name is written beside it.
+        given: the fields of :class:`RunOptions`, as keyword arguments.
+    Raises:
+        CheckpointError, RecipeError, UsageError, MissingExtraError
+    """
+    options = run_options("estimate", options, given)
+    source, folder, name = arguments.path("source", source), arguments.path("out", out), recipe_name(recipe)
+    from nemoquant.calibrate.batch import Batch, compute_dtype
+    from nemoquant.checkpoint.folder import nearest_folder
+    from nemoquant.formats.gpu import check
+    from nemoquant.run.budget import budget
+    from nemoquant.run.estimate import estimate_run
+
+    check(options.device)
+    opened = open_weights(source, "an estimate needs the folder with the weights, which it measures on")
+    with opened.checkpoint:
+        made = resolved(opened, name, options.scale_groups)
+        batch, threads = None, options.threads or usable_threads()
+        if made.needs_calibration and options.scales is None:
+            batch = Batch(options.rows, options.seq_len, options.dtype or compute_dtype(options.device))
+        chosen = budget(
+            made,
+            batch,
+            memory=options.memory,
+            row_batch=options.row_batch,
+            threads=threads,
+            device=options.device,
+        )
+        return estimate_run(
+            opened.checkpoint,
+            made,
+            nearest_folder(folder),
+            batch,
+            chosen,
+            threads=threads,
+            device=options.device,
+        )
+
+
+def _recipe_warnings(recipe: str, made: Plan) -> list[str]:
+    """Warns of a file that kept a preset's name but not its content: the name goes into the model card."""
+    name = made.recipe.name
+    if recipe in presets() or name not in presets() or load_recipe(name) == made.recipe:
+        return []
+    return [
+        f"{recipe} calls itself {name} but differs from that preset; give it a `name` and `summary` of its "
+        f"own"
+    ]
+
+
+@with_options
+def quantize(
+    source: PathLike,
+    out: PathLike,
+    recipe: PathLike,
+    options: RunOptions | None = None,
+    *,
+    dry_run: bool = False,
+    planned: Callable[[Plan], None] | None = None,
+    expected: Callable[["Estimate"], None] | None = None,
+    progress: Progress | Literal[False] | None = None,
+    say: Callable[[str], None] | None = None,
+    **given: Unpack[RunOptionsDict],
+) -> Result:
+    """Quantize the checkpoint in ``source`` into the new folder ``out``.
+
+    Everything is checked before the first byte is written; ``out`` appears only when it is complete and
+    verified.
+
+    Args:
+        recipe: preset name or recipe file.
+        options: all options of the run in one; None takes the keyword arguments, and defaults.
+        dry_run: check everything, write nothing.
+        planned: called with the plan before anything long begins.
+        expected: called with an estimate of what the run will need, from a short measurement, before the
+            first byte is written; None measures nothing.
+        progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
+        say: called with a line of text on what is used of an earlier run.
+        given: the fields of :class:`RunOptions`, as keyword arguments.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to continue.
+    """
+    options = run_options("quantize", options, given)
+    source, out, name = arguments.path("source", source), arguments.path("out", out), recipe_name(recipe)
+    arguments.check_flags(dry_run=dry_run)
+    bars = shown(progress)
+    arguments.check_functions(planned=planned, expected=expected, say=say)
+    from nemoquant.formats.gpu import check
+
+    check(options.device)
+    opened = open_weights(
+        source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
+    )
+    with opened.checkpoint, bars as report:
+        made = resolved(opened, name, options.scale_groups)
+        warnings = _recipe_warnings(name, made)
+        warnings += [
+            f"no tensor of this model got the format {unused}: it lacks the roles that the recipe names"
+            for unused in made.unused_formats
+        ]
+        warnings += cautions(made)
+        if not made.needs_calibration:
+            warnings += [
+                f"recipe {made.recipe.name} needs no calibration: {flag} is not used"
+                for flag in options.unused_where_nothing_is_calibrated()
+            ]
+        from nemoquant.run.job import Job, Listener
+
+        job = Job(opened, made, out, options, Listener(report, say or (lambda text: None), expected))
+        job.check()
+        if planned is not None:
+            planned(made)
+        if not dry_run:
+            verified, skipped, warnings, calibration = job.run(warnings)
+            return Result(out, made, warnings, verified, skipped, calibration)
+        return Result(out, made, [*warnings, *job.dry_run()], {})
+
+
+def verify(
+    out: PathLike,
+    against: PathLike | None = None,
+    *,
+    progress: Progress | Literal[False] | None = None,
+) -> dict[str, Any]:
+    """Check a written checkpoint; with its source also bit for bit against it.
+
+    Args:
+        progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
+    Returns:
+        ``{"ok", "problems", "warnings", "checked"}``.
+    Raises:
+        CheckpointError: the manifest, or the source, can't be used. UsageError
+    """
+    bars = shown(progress)
+    folder, other = arguments.path("out", out), arguments.optional_path("against", against)
+    from nemoquant.pack.verify import verify as check
+
+    needs = "--against needs the source's folder with its weights"
+    source = None if other is None else open_weights(other, needs)
+    with bars as report:
+        return check(folder, source, progress=report).to_json()

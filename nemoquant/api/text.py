@@ -1,0 +1,139 @@
+"""Text from a checkpoint."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nemoquant import arguments
+from nemoquant.arguments import PathLike
+from nemoquant.engine import ENGINES, EngineName
+
+
+@dataclass(frozen=True, repr=False)
+class Generated:
+    """Result of ``generate``.
+
+    Attributes:
+        text: what follows the prompt.
+        tokens: its token ids, without the end-of-sequence token.
+        prompt_tokens: number of tokens of the prompt.
+        seconds: from the loaded engine to the last token.
+        drafted, accepted: tokens that multi-token prediction drafted, and those that the model would have
+            chosen too; 0 without ``mtp``.
+        engine: what ran it.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    seconds: float
+    drafted: int
+    accepted: int
+    engine: EngineName
+
+    def summary(self) -> str:
+        """Counts and speed in one line."""
+        count = len(self.tokens)
+        line = (
+            f"{self.engine}: {self.prompt_tokens} tokens in, {count} out, {self.seconds:.1f} s "
+            f"({count / self.seconds:.1f} tokens/s)"
+        )
+        if self.drafted:
+            line += (
+                f"; {self.accepted} of {self.drafted} drafts accepted ({self.accepted / self.drafted:.1%})"
+            )
+        return line
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:60] + "..."
+        return f"Generated({text!r}; {self.summary()})"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def generate(
+    path: PathLike,
+    prompt: str,
+    *,
+    chat: bool = False,
+    engine: EngineName = "torch",
+    engine_file: PathLike | None = None,
+    plugins: PathLike | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    mtp: int = 0,
+    threads: int | None = None,
+    ready: Callable[[], None] | None = None,
+    stream: Callable[[str], None] | None = None,
+) -> Generated:
+    """Generate text with the checkpoint in ``path``, quantized or not.
+
+    It ends at the model's end-of-sequence tokens, or after ``max_tokens``.
+
+    Args:
+        prompt: text to go on from.
+        chat: the prompt is what a user says: put it through the chat template.
+        engine: what runs it: ``torch``, ``onnxruntime``, ``rtx`` or ``trt``.
+        engine_file: what ``export_engine`` wrote, for ``rtx`` and ``trt``.
+        plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
+        temperature: 0 takes the likeliest token, a positive number draws from the distribution.
+        seed: of the draws.
+        mtp: tokens to draft at a time with the multi-token-prediction module; greedy only.
+        threads: None is all that this process may use.
+        ready: called when the engine is loaded and the prompt fits, before the first token.
+        stream: called with each piece of new text as soon as its characters are complete.
+    Raises:
+        NemoquantError: any of its kinds; see errors.py.
+    """
+    arguments.check_text("prompt", prompt)
+    arguments.check_word("engine", engine, ENGINES)
+    arguments.check_flags(chat=chat)
+    arguments.check_functions(ready=ready, stream=stream)
+    max_tokens, seed = arguments.whole("max_tokens", max_tokens, 1), arguments.whole("seed", seed, 0)
+    mtp = arguments.whole("mtp", mtp, 0)
+    threads = None if threads is None else arguments.whole("threads", threads, 1)
+    temperature = arguments.number("temperature", temperature, "0 (greedy) or a positive number")
+    folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
+    library = arguments.optional_path("plugins", plugins)
+    from nemoquant.engine.generate import Drafts, Sampler, stop_tokens
+    from nemoquant.engine.generate import generate as new_tokens
+    from nemoquant.engine.load import load_engine
+    from nemoquant.model.parse import load_config
+    from nemoquant.tokens.codec import TextCodec
+
+    config, _ = load_config(folder)
+    codec = TextCodec(folder)
+    ids = codec.chat(prompt) if chat else codec.encode(prompt)
+    loaded = load_engine(engine, folder, threads, file, library)
+    drafts, began, before = Drafts(), time.monotonic(), codec.decode(ids)
+    new = new_tokens(
+        loaded,
+        ids,
+        max_tokens=max_tokens,
+        stop=stop_tokens(folder, config),
+        sampler=Sampler(temperature, seed),
+        mtp=mtp,
+        drafts=drafts,
+    )
+    if ready is not None:
+        ready()
+    tokens: list[int] = []
+    text = shown = ""
+    for token in new:
+        tokens.append(token)
+        text = codec.decode(ids + tokens)[len(before) :]
+        if not text.endswith("\ufffd"):  # a character of several tokens is shown when it is complete
+            if stream is not None:
+                stream(text[len(shown) :])
+            shown = text
+    return Generated(
+        text=text,
+        tokens=tuple(tokens),
+        prompt_tokens=len(ids),
+        seconds=time.monotonic() - began,
+        drafted=drafts.drafted,
+        accepted=drafts.accepted,
+        engine=engine,
+    )

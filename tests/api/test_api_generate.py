@@ -1,0 +1,64 @@
+"""``nemoquant.generate``: its text, its tokens, what is streamed, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+import nemoquant
+from nemoquant.engine.generate import Sampler, generate, stop_tokens
+from nemoquant.engine.torch import TorchEngine
+from nemoquant.tokens.codec import TextCodec
+
+PROMPT = "The king said unto him, What"
+
+
+@pytest.fixture(scope="module")
+def folder(demo) -> Path:
+    return demo("nvfp4-w4a16")
+
+
+def test_text_tokens_and_pieces(folder):
+    calls = []
+    made = nemoquant.generate(
+        str(folder),
+        PROMPT,
+        max_tokens=12,
+        threads=1,
+        ready=lambda: calls.append("ready"),
+        stream=calls.append,
+    )
+    engine, codec = TorchEngine(folder), TextCodec(folder)
+    ids, stop = codec.encode(PROMPT), stop_tokens(folder, engine.opened.config)
+    expected = list(generate(engine, ids, max_tokens=12, stop=stop, sampler=Sampler()))
+    assert made.tokens == tuple(expected)
+    assert made.text == str(made) == codec.decode(ids + expected)[len(codec.decode(ids)) :]
+    assert (made.prompt_tokens, made.engine, made.drafted) == (len(ids), "torch", 0)
+    assert made.seconds > 0
+    assert calls[0] == "ready"
+    assert len(calls) > 6 and "".join(calls[1:]) == made.text
+    assert nemoquant.generate(folder, PROMPT, max_tokens=12, threads=1).tokens == made.tokens
+
+
+def test_drafts_and_chat(folder):
+    plain = nemoquant.generate(folder, PROMPT, max_tokens=12, threads=1)
+    drafted = nemoquant.generate(folder, PROMPT, max_tokens=12, mtp=2, threads=1)
+    assert drafted.text == plain.text
+    assert drafted.drafted > drafted.accepted >= 0
+    chat = nemoquant.generate(folder, PROMPT, max_tokens=1, chat=True, threads=1)
+    assert chat.prompt_tokens > plain.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"engine": "rtx"}, "--engine rtx needs the engine file"),
+        ({"engine_file": "model.engine"}, "the engine torch reads none"),
+        ({"mtp": 1, "temperature": 0.5}, "--mtp verifies greedily"),
+        ({"prompt": ""}, "the prompt holds no tokens"),
+    ],
+)
+def test_refusals_come_before_anything_is_shown(options, says, folder):
+    shown = []
+    with pytest.raises(nemoquant.UsageError, match=says):
+        nemoquant.generate(folder, **{"prompt": PROMPT, **options}, ready=lambda: shown.append(1))
+    assert shown == []

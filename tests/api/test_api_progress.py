@@ -1,0 +1,152 @@
+"""Progress of a call: bars in a terminal or a notebook, nothing elsewhere, and a function if one is given."""
+
+import io
+import sys
+import time
+import types
+from importlib.machinery import ModuleSpec
+
+import pytest
+
+import nemoquant
+from nemoquant.notebook import in_notebook
+from nemoquant.progress import no_progress, shown
+
+
+class Terminal(io.StringIO):
+    """A standard error that claims to be a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Puts a terminal in the place of standard error; pytest's own is put back before a test begins."""
+
+    def put():
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0)
+        return sys.stderr
+
+    return put
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """Modules as a kernel has them; returns what was shown in the cell."""
+    cell = []
+
+    class Output:
+        """The widget that rich draws in."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def clear_output(self, **_):
+            pass
+
+        def close(self):
+            cell.append("closed")
+
+    ipython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    ipython.get_ipython = lambda: types.SimpleNamespace(kernel=object())
+    ipython.display = display
+    display.display = lambda thing, **named: cell.append(thing)
+    widgets = types.ModuleType("ipywidgets")
+    widgets.Output = Output
+    widgets.__spec__ = ModuleSpec("ipywidgets", None)
+    for name, module in (
+        ("IPython", ipython),
+        ("IPython.display", display),
+        ("ipykernel", types.ModuleType("ipykernel")),
+        ("ipywidgets", widgets),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0)
+    return cell
+
+
+def work(progress=None):
+    with shown(progress) as report:
+        for i in range(5):
+            report("pack", i, 4, f"layer {i}")
+
+
+def test_bars_in_a_terminal(terminal):
+    stream = terminal()
+    work()
+    assert "pack" in stream.getvalue() and "100%" in stream.getvalue()
+
+
+@pytest.mark.parametrize("progress", [False, no_progress], ids=["False", "no_progress"])
+def test_quiet_in_a_terminal(progress, terminal):
+    stream = terminal()
+    work(progress)
+    assert stream.getvalue() == ""
+
+
+def test_work_that_is_soon_over_shows_nothing(terminal, monkeypatch):
+    stream = terminal()
+    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", 60.0)
+    work()
+    assert stream.getvalue() == ""
+
+
+def test_a_function_is_called(terminal):
+    calls, stream = [], terminal()
+    work(lambda *call: calls.append(call))
+    assert calls == [("pack", i, 4, f"layer {i}") for i in range(5)]
+    assert stream.getvalue() == ""
+
+
+def test_nothing_where_nobody_looks(capsys):
+    work()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_in_a_notebook(notebook, capsys):
+    assert in_notebook()
+    with shown(None) as report:
+        report("pack", 1, 4, "layer 1")
+        time.sleep(0.5)  # rich draws ten times a second
+    drawn = [thing.text for thing in notebook if hasattr(thing, "text")]
+    assert any("pack" in text and "25%" in text and "layer 1" in text for text in drawn)
+    assert "closed" in notebook
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_in_a_notebook_without_widgets(notebook, monkeypatch, capsys):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "ipywidgets" and found(name))
+    work()
+    out, err = capsys.readouterr()
+    assert out == "" and notebook == []
+    assert err.startswith("pack: done in ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", [None, types.SimpleNamespace()], ids=["no shell", "IPython in a terminal"])
+@pytest.mark.usefixtures("notebook")
+def test_what_is_no_notebook(shell, monkeypatch):
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
+    assert not in_notebook()
+
+
+def test_a_run_in_a_terminal(source, token_rows, tmp_path, terminal):
+    """All stages are drawn, and its warnings are in the result alone."""
+    stream = terminal()
+    made = nemoquant.quantize(source, tmp_path / "out", "nvfp4-w4a16", data=token_rows, threads=1)
+    assert made.warnings == ["recipe nvfp4-w4a16 needs no calibration: --calib is not used"]
+    assert "pack" in stream.getvalue() and "verify" in stream.getvalue()
+    assert "--calib" not in stream.getvalue()
+    quiet = terminal()
+    nemoquant.verify(tmp_path / "out", progress=False)
+    assert quiet.getvalue() == ""
