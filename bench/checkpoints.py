@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
 SUPER = Path(__file__).resolve().parents[1] / "tests/configs/super-120b-a12b.json"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemoquant.errors import UsageError, listing
 from nemoquant.formats import Device
+from nemoquant.layouts.loaders import cautions
 from nemoquant.machine import usable_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
@@ -158,6 +159,7 @@ def quantize(
             f"no tensor of this model got the format {name}: it lacks the roles that the recipe names"
             for name in resolved.unused_formats
         ]
+        warnings += cautions(resolved)
         if not resolved.needs_calibration:
             warnings += [
                 f"recipe {resolved.recipe.name} needs no calibration: {flag} is not used"

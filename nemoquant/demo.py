@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
 
 ENGINE_SM = 120  # GPU of the example engine; it is built, not run
-PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
+PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 REPORTS = {"html": "report.html", "json": "report.json", "markdown": "report.md"}
 
 

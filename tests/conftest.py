@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.once import Once
 from support.places import DEMO
-from support.synthetic import CONFIG, random_tensors, write_checkpoint, write_rows
+from support.synthetic import CONFIG, WIDE, random_tensors, write_checkpoint, write_rows
 from support.tampering import changed_copy
 
 from nemoquant.api import RunOptions, diff, export_onnx, quantize
@@ -69,9 +69,25 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def source(make_checkpoint: Callable[..., Path]) -> Path:
+def source(fitting: Callable[..., Path]) -> Path:
     """The base checkpoint, unchanged."""
-    return make_checkpoint()
+    return fitting("")
+
+
+@pytest.fixture
+def fitting(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """The base checkpoint for a preset, with sizes that its blocks divide; made at the first request."""
+
+    def make(preset: str, **changes: Any) -> Path:
+        wide = Path(preset).stem == "mxfp8"
+        name = "wide" if wide else "source"
+        made = made_already.get(name)
+        if made is None:
+            made = made_already[name] = make_checkpoint(name, **(WIDE if wide else {}), **changes)
+        return made
+
+    made_already: dict[str, Path] = {}
+    return make
 
 
 @pytest.fixture
@@ -81,18 +97,20 @@ def token_rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quantized(source: Path, token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Quantizes ``source`` (or the folder given); returns the new folder, which has the preset's name."""
+def quantized(fitting: Callable[..., Path], token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Quantizes ``fitting`` (or the folder given); returns the new folder, which has the preset's name."""
 
     def make(
         preset: str = "nvfp4",
         name: str | None = None,
-        of: Path = source,
+        of: Path | None = None,
         scales: Path | None = None,
         **options: Any,
     ) -> Path:
         given = {"data": token_rows, "dtype": "float32", "scales": scales, "threads": 1, **options}
-        return quantize(of, tmp_path / (name or Path(preset).stem), preset, RunOptions(**given)).out
+        return quantize(
+            of or fitting(preset), tmp_path / (name or Path(preset).stem), preset, RunOptions(**given)
+        ).out
 
     return make
 

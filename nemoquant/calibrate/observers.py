@@ -9,7 +9,6 @@ A new quantity (second moments, a Hessian) is a new pair; nothing else in calibr
 collect arrays: they live until their layer is finished.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor
 
 from nemoquant.calibrate.scales import Scales
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
-
-KV_OUTPUT = ".output"
-ROUTER = ".gate"
-_EXPERT = re.compile(r"\.experts\.(\d+)\.up_proj$")
 
 
 class Observer(Protocol):
@@ -82,15 +78,14 @@ class AmaxObserver:
         amax = torch.maximum(-low, high)
         seen = self._amax.get(name)
         self._amax[name] = amax if seen is None else torch.maximum(seen, amax)
-        expert = _EXPERT.search(name)
-        if expert:
-            self._tokens[int(expert[1])] = self._tokens.get(int(expert[1]), 0) + x.shape[0]
+        expert = names.expert_number(name, "up_proj")
+        if expert is not None:
+            self._tokens[expert] = self._tokens.get(expert, 0) + x.shape[0]
         return x
 
     def collect(self) -> Maxima:
-        names = list(self._amax)
-        values = torch.stack([self._amax[n].float() for n in names]).tolist() if names else []
-        return Maxima(dict(zip(names, values, strict=True)), self._tokens)
+        values = torch.stack([amax.float() for amax in self._amax.values()]).tolist() if self._amax else []
+        return Maxima(dict(zip(self._amax, values, strict=True)), self._tokens)
 
 
 class AmaxCollector:
@@ -112,9 +107,9 @@ class AmaxCollector:
 
     def finish(self, layer: int | None) -> None:
         for name, amax in self._amax.items():
-            if name.endswith(KV_OUTPUT):
-                self.scales.kv_amax[name.removesuffix(KV_OUTPUT)] = amax
-            elif not name.endswith(ROUTER):
+            if name.endswith(names.OUTPUT):
+                self.scales.kv_amax[name.removesuffix(names.OUTPUT)] = amax
+            elif not name.endswith(f".{names.ROUTER}"):
                 self.scales.input_amax[name] = amax
         if layer is not None and self.config.layers[layer] == "moe":
             experts = range(self.config.n_routed_experts)

@@ -19,6 +19,7 @@ from nemoquant.calibrate.observers import Collector, Observer
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CalibrationError, WeightError, listing
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import layer_forward
@@ -155,7 +156,7 @@ class _Run:
 
     def embed(self, rows: Rows, dtype: torch.dtype) -> None:
         """Write the hidden states before the first layer."""
-        weights = LayerWeights(self.checkpoint, "backbone.embeddings.")
+        weights = LayerWeights(self.checkpoint, f"{names.EMBEDDINGS}.")
         for batch in self.batches(1):
             self.hidden.write(
                 batch, F.embedding(torch.from_numpy(rows.ids[batch]), weights["weight"]).to(dtype)
@@ -182,12 +183,12 @@ class _Run:
 
     def head(self) -> None:
         """Observe the input of the head; its product is not computed."""
-        norm = LayerWeights(self.checkpoint, "backbone.norm_f.")["weight"]
+        norm = LayerWeights(self.checkpoint, f"{names.FINAL_NORM}.")["weight"]
         observers = [collector.observer() for collector in self.collectors]
         for batch in self.batches(1):
             x = rms_norm(self.hidden.read(batch).to(self.device), norm, self.config.norm_eps)
             for observer in observers:
-                observer.observe("lm_head", x)
+                observer.observe(names.HEAD, x)
         self._add([observer.collect() for observer in observers])
         for collector in self.collectors:
             collector.finish(None)
@@ -204,8 +205,7 @@ class _Run:
         damaged = [
             weights.prefix + name
             for weights in (
-                LayerWeights(self.checkpoint, p)
-                for p in ("backbone.embeddings.", f"backbone.layers.{layer}.")
+                LayerWeights(self.checkpoint, p) for p in (f"{names.EMBEDDINGS}.", names.layer(layer))
             )
             for name, weight in weights.items()
             if not torch.isfinite(weight).all()
@@ -238,7 +238,7 @@ def observe(
     Args:
         observers: constructors of the observers, which see the layer's taps by full names.
     """
-    prefix = f"backbone.layers.{layer}."
+    prefix = names.layer(layer)
     weights = LayerWeights(checkpoint, prefix)
 
     def through(states: Tensor) -> tuple[Tensor, list[Observer]]:

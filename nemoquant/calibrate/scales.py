@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import CalibrationError, listing
+from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 
 SCHEMA = 1
@@ -124,7 +125,7 @@ class Scales:
         Raises:
             CalibrationError: lists the modules whose maxima are missing, or that the model does not have.
         """
-        known = {row.module for row in plan.rows} | {"lm_head"}  # a tied head is no tensor, but a GEMM
+        known = {row.module for row in plan.rows} | {names.HEAD}  # a tied head is no tensor, but a GEMM
         strange = [m for m in self.input_amax | self.kv_amax if m not in known]
         if strange:
             raise CalibrationError(
@@ -146,4 +147,4 @@ class Scales:
 
 def kv_modules(plan: Plan) -> list[str]:
     """The projections whose outputs go into a quantized cache."""
-    return [f"backbone.layers.{i}.mixer.{p}_proj" for i in plan.kv_layers for p in "kv"]
+    return [module for i in plan.kv_layers for module in names.kv_projections(i)]

@@ -71,7 +71,7 @@ def command(
     """
     from nemoquant.engine.generate import Drafts, Sampler, generate, stop_tokens
     from nemoquant.engine.load import load_engine
-    from nemoquant.model.config import load_config
+    from nemoquant.model.parse import load_config
     from nemoquant.tokens.codec import TextCodec
 
     config, _ = load_config(model)

@@ -61,6 +61,7 @@ def command(
       nemoquant plan MODEL --fmt nvfp4 --estimate --memory 4G       and what it would take here
     """
     from nemoquant import api
+    from nemoquant.layouts.loaders import cautions, loaders
     from nemoquant.pack.card import role_table
 
     name = recipe_name(fmt, recipe)
@@ -68,7 +69,9 @@ def command(
     resolved = api.plan(model, name, scale_groups=options.scale_groups)
     expected = api.estimate(model, name, options, out=out) if estimate else None
     if as_json:
-        print_json(resolved.to_json() | ({"estimate": expected.to_json()} if expected else {}))
+        data = resolved.to_json() | {"loaders": [loader._asdict() for loader in loaders(resolved)]}
+        data["cautions"] = cautions(resolved)
+        print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         return
     click.echo(f"{resolved.recipe.name}: {resolved.recipe.summary}")
     table(role_table(resolved), ("role", "weights", "GEMM inputs", "tensors", "bytes"), right="34")
@@ -90,6 +93,12 @@ def command(
     ]
     for name, text in lines:
         click.echo(f"{name:<24}{text}")
+    for number, loader in enumerate(loaders(resolved)):
+        click.echo(
+            f"{'' if number else 'loaded by':<24}{loader.engine} {loader.version}: {loader.hardware}"
+            if loader.version != "none"
+            else f"{'' if number else 'loaded by':<24}not {loader.engine}: {loader.hardware}"
+        )
     if expected:
         from nemoquant.run.estimate import expectation
 
@@ -100,6 +109,8 @@ def command(
             f"names",
             err=True,
         )
+    for text in cautions(resolved):
+        click.echo(f"warning: {text}", err=True)
     if resolved.assumed:
         click.echo(
             "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"

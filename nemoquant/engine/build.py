@@ -30,6 +30,7 @@ from nemoquant.engine.targets import (
 from nemoquant.errors import EngineError, UsageError
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
+from nemoquant.model.names import OUTPUT
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 
@@ -206,7 +207,7 @@ def _own_formats(target: Target, opened: PackedCheckpoint) -> set[str]:
     }
     formats = {stored.format for name, stored in opened.stored.items() if name.removesuffix(".weight") in own}
     return formats | {
-        name for module, (name, _) in opened.inputs.items() if module.removesuffix(".output") in own
+        name for module, (name, _) in opened.inputs.items() if module.removesuffix(OUTPUT) in own
     }
 
 

@@ -7,29 +7,36 @@ trt   TensorRT builds on the GPU that the engine is for; nemoquant's plugin libr
 
 import importlib
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemoquant.errors import MissingExtraError, UsageError
+from nemoquant.formats import FormatName
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
 
-LEAST_SM = {"fp8": (89, "FP8"), "nvfp4": (100, "NVFP4")}  # the first GPUs that multiply in a format
 DATA_CENTRE = (90, 100, 103)
 PLUGINS = "NEMOQUANT_PLUGINS"  # environment variable: the plugin library
 
 
 @dataclass(frozen=True)
 class Target:
-    """One TensorRT; ``sms`` are the SMs that it builds for, None is only the GPU in the machine."""
+    """One TensorRT.
+
+    Attributes:
+        sms: the SMs that it builds for; None is only the GPU in the machine.
+        least_sm: the first GPUs for which it takes a format.
+    """
 
     name: str
     title: str
     module: str
     dialect: str
     sms: tuple[int, ...] | None
+    least_sm: Mapping[FormatName, int]
 
     def package(self) -> Any:
         """Its Python module.
@@ -45,9 +52,24 @@ class Target:
             ) from None
 
 
+# From the refusals of TensorRT-RTX 1.7's builder, and for TensorRT from its support matrix.
 TARGETS = {
-    "rtx": Target("rtx", "TensorRT-RTX", "tensorrt_rtx", "tensorrt_rtx", (75, 80, 86, 89, 120, 121)),
-    "trt": Target("trt", "TensorRT", "tensorrt", "tensorrt", None),
+    "rtx": Target(
+        "rtx",
+        "TensorRT-RTX",
+        "tensorrt_rtx",
+        "tensorrt_rtx",
+        sms=(75, 80, 86, 89, 120, 121),
+        least_sm=MappingProxyType({"fp8": 89, "mxfp8": 89, "nvfp4": 100}),
+    ),
+    "trt": Target(
+        "trt",
+        "TensorRT",
+        "tensorrt",
+        "tensorrt",
+        sms=None,
+        least_sm=MappingProxyType({"fp8": 89, "mxfp8": 100, "nvfp4": 100}),
+    ),
 }
 
 
@@ -115,7 +137,8 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
     Args:
         formats: of the weights and inputs of GEMMs that the runtime itself computes.
     """
-    for name, (least, title) in LEAST_SM.items():
+    for name, least in target.least_sm.items():
+        title = name.upper()
         if name in formats and sm < least:
             raise UsageError(
                 f"SM {sm}: {path} holds {title} outside of {target.title}'s plugins, which GPUs have from "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemoquant.checkpoint import manifest
 from nemoquant.errors import CheckpointError, listing
+from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.sources.source import Source
@@ -88,12 +89,7 @@ class CandidateCheckpoint(PackedCheckpoint):
         grouped: dict[str, list[TensorSpec]] = {}
         for spec in self.table:
             if not spec.role.startswith("mtp."):
-                name = (
-                    spec.module
-                    if spec.expert is None
-                    else spec.module.replace(f".experts.{spec.expert}.", ".experts.")
-                )
-                grouped.setdefault(name, []).append(spec)
+                grouped.setdefault(names.stack_of(spec.module), []).append(spec)
         modules = []
         for name, specs in grouped.items():
             first, taps = specs[0], frozenset(spec.module for spec in specs if spec.module in self.inputs)
@@ -111,11 +107,13 @@ class CandidateCheckpoint(PackedCheckpoint):
                 )
             )
             if first.role == "attention.v_proj" and self.cache is not None:
-                mixer = first.module.removesuffix(".v_proj")
-                caches = frozenset(f"{mixer}.{p}_proj.output" for p in "kv")
+                mixer = names.mixer_of(first.module)
+                caches = frozenset(
+                    f"{mixer}{projection}{names.OUTPUT}" for projection in names.KV_PROJECTIONS
+                )
                 modules.append(
                     ModuleSpec(
-                        f"{mixer}.{CACHE_ROLE}",
+                        f"{mixer}{CACHE_ROLE}",
                         first.layer,
                         CACHE_ROLE,
                         "source",

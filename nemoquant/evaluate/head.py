@@ -13,7 +13,7 @@ from nemoquant.evaluate.candidate import CandidateCheckpoint
 from nemoquant.evaluate.layers import Energy, into, run_layer
 from nemoquant.evaluate.metrics import Positions, compare, top1
 from nemoquant.evaluate.reference import embed
-from nemoquant.model import mtp
+from nemoquant.model import mtp, names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import ReferenceModel, WeightSource
@@ -37,7 +37,9 @@ class Head:
     ) -> None:
         self.config, self.weights, self.tap = config, weights, tap
         self.model = ReferenceModel(config, weights, device=device)
-        self.hidden = rms_norm(stream, weights("backbone.norm_f.")["weight"], config.norm_eps).flatten(0, 1)
+        self.hidden = rms_norm(stream, weights(f"{names.FINAL_NORM}.")["weight"], config.norm_eps).flatten(
+            0, 1
+        )
         self.choice = np.zeros(len(self.hidden), np.int64)  # the likeliest next token of each position
 
     def logits(self, part: slice = slice(None), hidden: Tensor | None = None) -> Tensor:
@@ -64,7 +66,7 @@ class Head:
         rows, length = ids.shape
         hidden = self.hidden.view(rows, length, -1)
         x = torch.empty(rows, length - 1, c.hidden_size)
-        embeddings, first = self.weights("backbone.embeddings."), self.weights(prefixes[0])
+        embeddings, first = self.weights(f"{names.EMBEDDINGS}."), self.weights(prefixes[0])
         for row in range(rows):
             one = slice(row, row + 1)
             tap = prefixed(self.tap, prefixes[0])

@@ -16,7 +16,9 @@ from torch import Tensor
 from nemoquant.evaluate.metrics import shared
 from nemoquant.evaluate.schema import Error, Routing
 from nemoquant.formats.noise import decibels
+from nemoquant.model import names
 from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.kinds import KINDS
 from nemoquant.model.mamba2 import MambaState
 from nemoquant.model.moe import route
 from nemoquant.model.norm import rms_norm
@@ -60,14 +62,10 @@ def batches(
     config: NemotronHConfig, kind: LayerKind, rows: int, length: int, device: torch.device
 ) -> Iterator[slice]:
     """Slices of rows whose intermediate values fit ``BATCH_BYTES``, or ``MOE_BATCH_BYTES`` on a GPU."""
-    c = config
-    width = {  # float32 values a token that are alive at once
-        "mamba": 3 * c.mamba_inner + 4 * c.conv_channels,
-        "attention": 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim,
-        "moe": 2 * c.moe_shared_expert_intermediate_size + 4 * c.expert_input,
-        "mlp": 2 * c.intermediate_size,
-    }[kind] + 3 * c.hidden_size
-    room = BATCH_BYTES if kind != "moe" or device.type == "cpu" else MOE_BATCH_BYTES
+    width = KINDS[kind].live_values(config) + 3 * config.hidden_size  # float32 values a token
+    room = BATCH_BYTES
+    if kind == "moe" and device.type != "cpu":
+        room = MOE_BATCH_BYTES
     size = max(1, room // (4 * width * min(length, SEGMENT)))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -111,7 +109,7 @@ def into(out: Tensor) -> Sink:
 @torch.no_grad()
 def choices(config: NemotronHConfig, weights: Weights, x: Tensor, device: torch.device) -> NDArray[np.int64]:
     """The router's choice for x [rows, length, hidden]: expert ids [rows * length, k], ascending in a row."""
-    norm, mixer = weights["norm.weight"], Scope(weights, "mixer.")
+    norm, mixer = weights["norm.weight"], Scope(weights, names.MIXER)
     tokens = x.flatten(0, 1)
     parts = (part.to(device) for part in torch.split(tokens, SEGMENT))
     ids = [route(config, mixer, rms_norm(part, norm, config.norm_eps))[0].cpu() for part in parts]

@@ -19,6 +19,7 @@ from nemoquant.evaluate.schema import Experts, Module, Quantized
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
 from nemoquant.layouts.modelopt import kv_scale_name
+from nemoquant.model.names import OUTPUT
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
 from nemoquant.quantized.checkpoint import PackedWeights
@@ -124,9 +125,7 @@ class ModuleNoise:
 
     def _cache_bytes(self, candidate: CandidateCheckpoint) -> int:
         """Bytes of the scales of a KV cache."""
-        names = [
-            kv_scale_name(tap.removesuffix(".output")) for tap in self.module.taps if tap.endswith(".output")
-        ]
+        names = [kv_scale_name(tap.removesuffix(OUTPUT)) for tap in self.module.taps if tap.endswith(OUTPUT)]
         return sum(
             candidate.checkpoint.tensors[name].nbytes
             for name in names

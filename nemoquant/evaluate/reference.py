@@ -26,6 +26,9 @@ from nemoquant.errors import CheckpointError, OutputError, WeightError
 from nemoquant.evaluate.layers import into, run_layer
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
+from nemoquant.model import names
+from nemoquant.model.kinds import KINDS
+from nemoquant.model.kinds.mamba import SSM_STATE
 from nemoquant.model.taps import Weights, identity
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
@@ -67,12 +70,12 @@ def stream(source: Source, rows: Rows, cache: Path | None, device: Device) -> Ge
 
 
 def _computed(source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
-    weights = LayerWeights(source.checkpoint, "backbone.embeddings.")
+    weights = LayerWeights(source.checkpoint, f"{names.EMBEDDINGS}.")
     x = embed(weights, torch.from_numpy(rows.ids))
     weights.release()
     yield Stage(None, x, None)
     for i, kind in enumerate(source.config.layers):
-        weights = LayerWeights(source.checkpoint, f"backbone.layers.{i}.")
+        weights = LayerWeights(source.checkpoint, names.layer(i))
         y = torch.empty_like(x)
         state = run_layer(source.config, kind, weights, x, identity, into(y), device=torch_device(device))
         weights.release()
@@ -90,10 +93,8 @@ def _layout(source: Source, rows: Rows) -> list[tuple[str, str, tuple[int, ...]]
     table: list[tuple[str, str, tuple[int, ...]]] = [("hidden.0", "F32", (count, length, c.hidden_size))]
     for i, kind in enumerate(c.layers):
         table.append((f"hidden.{i + 1}", "F32", (count, length, c.hidden_size)))
-        if kind == "mamba":
-            table.append(
-                (f"ssm_state.{i}", "F32", (count, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size))
-            )
+        states = (state for state in KINDS[kind].states(c) if state.name == SSM_STATE)
+        table += [(f"{SSM_STATE}.{i}", "F32", (count, *state.shape)) for state in states]
     return table
 
 
@@ -188,6 +189,5 @@ def _read(cache: Path, source: Source, rows: Rows, device: Device) -> Iterator[S
 
     yield Stage(None, load("hidden.0"), None)
     for i in range(len(source.config.layers)):
-        yield Stage(
-            i, load(f"hidden.{i + 1}"), load(f"ssm_state.{i}") if f"ssm_state.{i}" in tensors else None
-        )
+        state = f"{SSM_STATE}.{i}"
+        yield Stage(i, load(f"hidden.{i + 1}"), load(state) if state in tensors else None)

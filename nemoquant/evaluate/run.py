@@ -30,7 +30,8 @@ from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample
 from nemoquant.evaluate.reference import Stage, embed, stream
 from nemoquant.formats import FORMATS, Device
 from nemoquant.formats.gpu import torch_device
-from nemoquant.model.config import layer_pattern
+from nemoquant.model import names
+from nemoquant.model.parse import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
 from nemoquant.progress import Progress
@@ -152,7 +153,7 @@ def diff(
 
 
 def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
-    weights = side.candidate.weights("backbone.embeddings.")
+    weights = side.candidate.weights(f"{names.EMBEDDINGS}.")
     side.hidden = embed(weights, torch.from_numpy(rows.ids))
     weights.release()
     noises, energy = side.noise(None, "embedding"), Energy()
@@ -182,7 +183,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
     ``what`` is the layer's name in messages.
     """
     assert stage.layer is not None
-    config, candidate, prefix = source.config, side.candidate, f"backbone.layers.{stage.layer}."
+    config, candidate, prefix = source.config, side.candidate, names.layer(stage.layer)
     kind = config.layers[stage.layer]
     original, weights = LayerWeights(source.checkpoint, prefix), candidate.weights(prefix)
     noises = side.noise(stage.layer)

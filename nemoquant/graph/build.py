@@ -8,21 +8,22 @@ do not end with the last one, and on request; ``present_...`` for each state. Th
 and single tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import onnx_ir as ir
 
 from nemoquant._version import __version__
 from nemoquant.errors import UsageError
-from nemoquant.graph import ops
-from nemoquant.graph.dialects import Dialect, format_name, parts_of
-from nemoquant.graph.layers import LAYERS, Variant, layer_function, rms_norm, state_names, weight_names
+from nemoquant.graph.dialects import Dialect
+from nemoquant.graph.gemms import GEMMS, gemm_of
+from nemoquant.graph.layers import LAYER_GRAPHS, LAYERS, Variant, layer_function, rms_norm, weight_names
 from nemoquant.graph.tape import FLOAT, INT64, IR_VERSION, OPSET, Tape
 from nemoquant.graph.weights import GraphWeights
-from nemoquant.model import mtp
+from nemoquant.model import mtp, names
 from nemoquant.model.config import LayerKind
+from nemoquant.model.kinds import KINDS
+from nemoquant.model.kinds.record import PAST, StateTensor
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 ALL = 2**62
@@ -74,10 +75,10 @@ class Builder:
             else self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
         )
         for i in range(self.first, self.end):
-            x = self.layer(self.config.layers[i], f"backbone.layers.{i}.", x, i)
+            x = self.layer(self.config.layers[i], names.layer(i), x, i)
         outputs = []
         if whole_end:
-            x = self.norm(x, "backbone.norm_f.weight")
+            x = self.norm(x, f"{names.FINAL_NORM}.weight")
             outputs.append(self.logits(x))
         if self.options.with_hidden or not whole_end:
             outputs.append(
@@ -121,7 +122,7 @@ class Builder:
     def embedded(self) -> ir.Value:
         ids = self.input("input_ids", INT64, "batch", "length")
         return self.tape.cast(
-            self.tape.op("Gather", self.weights.plain("backbone.embeddings.weight"), ids, axis=0),
+            self.tape.op("Gather", self.weights.plain(f"{names.EMBEDDINGS}.weight"), ids, axis=0),
             self.compute,
         )
 
@@ -131,8 +132,8 @@ class Builder:
         return t.cast(wide, self.compute)
 
     def gemm(self, module: str, x: ir.Value) -> ir.Value:
-        name = format_name(*self.opened.formats(module))
-        parts = {part: self.weights.part(module, part) for part in parts_of(name)}
+        name = gemm_of(*self.opened.formats(module)).name
+        parts = {part: self.weights.part(module, part) for part in GEMMS[name].parts}
         self.need(name)
         return self.dialect.linear(self.tape, x, parts, name, self.compute)
 
@@ -140,7 +141,7 @@ class Builder:
         t, last = self.tape, self.options.last_token_only
         if last:
             hidden = t.slice(hidden, -1, ALL, 1)
-        head = "backbone.embeddings" if self.config.tie_word_embeddings else "lm_head"
+        head = names.head(self.config.tie_word_embeddings)
         y = self.gemm(head, t.reshape(hidden, -1, self.config.hidden_size))
         y = t.reshape_to(y, t.op("Concat", t.op("Shape", hidden, start=0, end=2), t.ints(-1), axis=0))
         return self.output(
@@ -149,84 +150,61 @@ class Builder:
 
     def layer(self, kind: LayerKind, prefix: str, x: ir.Value, number: int) -> ir.Value:
         """A call of its layer function, with its state among the graph's inputs and outputs."""
-        variant = self.variant(kind, f"{prefix}mixer.")
+        variant = self.variant(kind, prefix + names.MIXER)
         self.function(variant.name, lambda: layer_function(self.config, self.dialect, variant, self.compute))
+        states = KINDS[kind].states(self.config)
         before = [
-            self.input(f"{name}.{number}", *self.state_type(name, variant)) for name in state_names(kind)
+            self.input(f"{state.name}.{number}", self.state_type(state, variant), *state_shape(state, "past"))
+            for state in states
         ]
         weights = [self.layer_weight(variant, prefix, name) for name in weight_names(self.config, variant)]
         x, *after = self.tape.ops(variant.name, 1 + len(before), x, *before, *weights, domain=LAYERS)
-        for name, state, value in zip(state_names(kind), before, after, strict=True):
-            value.name = f"present_{name.removeprefix('past_')}.{number}"
-            value.type = state.type
-            dims = ["total" if dim == "past" else dim for dim in self.state_type(name, variant)[1:]]
-            value.shape = ir.Shape(dims)
+        for state, old, value in zip(states, before, after, strict=True):
+            value.name = f"present_{state.name.removeprefix('past_')}.{number}"
+            value.type, value.shape = old.type, ir.Shape(state_shape(state, "total"))
             self.states.append(value)
         return x
 
-    def state_type(
-        self, name: str, variant: Variant
-    ) -> tuple[ir.DataType, str, int, int | str, int] | tuple[ir.DataType, str, int, int]:
-        c = self.config
-        if name == "conv_state":
-            return self.compute, "batch", c.conv_channels, c.conv_kernel - 1
-        if name == "ssm_state":
-            return FLOAT, "batch", c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size
-        cached = ops.F8 if variant.fp8_cache and self.dialect.fp8_caches else self.compute
-        return cached, "batch", c.num_key_value_heads, "past", c.head_dim
+    def state_type(self, state: StateTensor, variant: Variant) -> ir.DataType:
+        cached = self.dialect.cache_dtype(variant.cache, self.compute)
+        return {"float32": FLOAT, "compute": self.compute, "cache": cached}[state.dtype]
 
     def variant(self, kind: LayerKind, mixer: str) -> Variant:
         """The layer's function, by kind and formats; the operators that it calls become functions too."""
-        projections = self.projections(kind)
         gemms = []
-        for projection in projections:
-            module = (
-                projection.replace("experts.", "experts.0.", 1)
-                if projection.startswith("experts.")
-                else projection
-            )
-            name = format_name(*self.opened.formats(mixer + module))
+        for projection in KINDS[kind].projections(self.config):
+            name = gemm_of(*self.opened.formats(mixer + names.member(projection, 0))).name
             gemms.append((projection, name))
             self.need(name)
-            if projection == "experts.up_proj" and not self.dialect.has_plugins:
-                self.function(f"experts {name}", partial(self.dialect.routed_experts, name, self.compute))
-        if kind == "mamba" and not self.dialect.has_plugins:
-            c = self.config
-            self.function("conv", lambda: ops.causal_conv1d(c.conv_kernel))
-            self.function(
-                "scan",
-                lambda: ops.mamba2_scan(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size),
-            )
-        fp8_cache = kind == "attention" and f"{mixer}k_proj.output" in self.opened.inputs
-        return Variant(kind, tuple(gemms), fp8_cache)
-
-    def projections(self, kind: LayerKind) -> Sequence[str]:
-        c = self.config
-        if kind != "moe":
-            return {
-                "mamba": ("in_proj", "out_proj"),
-                "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-            }.get(kind, ("up_proj", "down_proj"))
-        latent = ("fc1_latent_proj", "fc2_latent_proj") if c.moe_latent_size else ()
-        shared = ("shared_experts.up_proj", "shared_experts.down_proj") if c.n_shared_experts else ()
-        return ("experts.up_proj", "experts.down_proj", *shared, *latent)
+        quantized = kind == "attention" and f"{mixer}k_proj{names.OUTPUT}" in self.opened.inputs
+        cache = self.opened.cache.name if quantized and self.opened.cache is not None else None
+        variant = Variant(kind, tuple(gemms), cache)
+        if not self.dialect.has_plugins:
+            operators = LAYER_GRAPHS[kind].operators(self.config, self.dialect, variant, self.compute)
+            for key, make in operators.items():
+                self.function(key, make)
+        return variant
 
     def layer_weight(self, variant: Variant, prefix: str, name: str) -> ir.Value:
-        mixer = f"{prefix}mixer."
+        mixer = prefix + names.MIXER
         if name == "layer_norm":
             return self.weights.plain(f"{prefix}norm.weight")
         if name in ("k_scale", "v_scale"):
             return self.weights.cache_scale(f"{mixer}{name[0]}_proj")
         module, _, part = name.rpartition(".")
-        if module.startswith("experts."):
-            return self.weights.experts(mixer, module.removeprefix("experts."), part)
+        if names.is_stack(module):
+            return self.weights.experts(mixer, module, part)
         if any(module == projection for projection, _ in variant.gemms):
             return self.weights.part(mixer + module, part)
         return self.weights.plain(mixer + name)
 
     def need(self, name: str) -> None:
-        if name == "nvfp4" and self.dialect.rounds_nvfp4_inputs:
-            self.function("nvfp4", ops.nvfp4_dynamic_quant_dequant)
+        """Add the function of nemoquant that rounds the inputs of a GEMM, where the dialect has one."""
+        gemm = GEMMS[name]
+        if gemm.number is not None and gemm.rounds:
+            make = self.dialect.codecs[gemm.number].function
+            if make is not None:
+                self.function(name, make)
 
     def function(self, key: str, make: Callable[[], ir.Function | None]) -> None:
         if key not in self.functions:
@@ -253,3 +231,8 @@ class Builder:
             producer_name="nemoquant",
             producer_version=__version__,
         )
+
+
+def state_shape(state: StateTensor, positions: str) -> list[int | str]:
+    """The shape of a state in a graph; ``positions`` names the dimension that grows."""
+    return ["batch", *(positions if size == PAST else size for size in state.shape)]

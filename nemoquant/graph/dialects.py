@@ -15,20 +15,21 @@ import numpy as np
 import onnx_ir as ir
 
 from nemoquant.errors import UsageError
-from nemoquant.formats import e2m1, e4m3
-from nemoquant.graph.ops import BLOCK, F8
+from nemoquant.formats import CacheName, FormatName
+from nemoquant.graph.codecs import (
+    ONNXRUNTIME,
+    ONNXRUNTIME_CACHES,
+    TENSORRT,
+    TENSORRT_CACHES,
+    CacheCodec,
+    Codec,
+    Parts,
+)
+from nemoquant.graph.gemms import GEMMS
+from nemoquant.graph.ops import F8
 from nemoquant.graph.spec import spec
-from nemoquant.graph.tape import BF16, DOMAIN, FLOAT, HALF, Tape, function
+from nemoquant.graph.tape import BF16, FLOAT, HALF, Tape, function
 
-Parts = Mapping[str, ir.Value]
-
-FORMAT_NAMES = {
-    ("source", None): "bf16",
-    ("fp8", "fp8"): "fp8",
-    ("fp8", None): "w8a16",
-    ("nvfp4", "nvfp4"): "nvfp4",
-    ("nvfp4", None): "w4a16",
-}
 COMPUTE = {"float32": FLOAT, "float16": HALF, "bfloat16": BF16}
 DTYPES = {
     "BF16": BF16,
@@ -37,22 +38,6 @@ DTYPES = {
     "F8_E4M3": F8,
     "U8": ir.DataType.UINT8,
 }
-# E2M1_PAIRS: both values of a byte of E2M1 codes, doubled so that they are integers [256, 2].
-# E4M3_VALUES: the values of E4M3 codes, exact in float16.
-E2M1_PAIRS = np.stack(
-    [2 * e2m1.VALUES[np.arange(256) % 16], 2 * e2m1.VALUES[np.arange(256) // 16]], 1
-).astype(np.int8)
-E4M3_VALUES = e4m3.VALUES.astype(np.float16)
-
-
-def format_name(format: str, activation: str | None) -> str:
-    """(weight, input) -> the format's name in variants and RoutedExperts."""
-    return FORMAT_NAMES[format, activation]
-
-
-def parts_of(name: str) -> tuple[str, ...]:
-    """The parts of a GEMM's weight in a format, in the order of ``plugins/routed_experts/spec.yaml``."""
-    return spec("routed_experts").formats[name]
 
 
 class Dialect:
@@ -60,10 +45,10 @@ class Dialect:
 
     name = "onnxruntime"
     computes: tuple[str, ...] = ("float32", "float16")
-    fp8_caches = False
+    codecs: Mapping[FormatName, Codec] = ONNXRUNTIME
+    caches: Mapping[CacheName, CacheCodec] = ONNXRUNTIME_CACHES
     one_input_scale = False  # one for all experts of a layer and projection
     has_plugins = False  # kernels of nemoquant: the operators need no body
-    rounds_nvfp4_inputs = True  # by a function of nemoquant; else the runtime has an operator for it
     limit = ", its CPU kernels multiply no bfloat16"  # reason for ``computes``, for messages
 
     def compute(self, name: str) -> ir.DataType:
@@ -99,34 +84,17 @@ class Dialect:
 
     def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
         """A weight [out, in] in the compute dtype; ``stacked``: it was gathered from a stack."""
-        if name == "bf16":
+        number = GEMMS[name].number
+        if number is None:
             return t.cast(w["weight"], compute)
-        if name in ("fp8", "w8a16"):
-            if stacked:
-                return t.cast(t.op("Mul", _e4m3(t, w["codes"]), w["global_scale"]), compute)
-            return t.cast(t.op("DequantizeLinear", w["codes"], w["global_scale"]), compute)
-        block_scale = _e4m3(t, w["block_scales"]) if stacked else t.cast(w["block_scales"], FLOAT)
-        half = t.op("Mul", t.op("Mul", block_scale, w["global_scale"]), t.constant(np.float32(0.5)))
-        # [out, in/2, 2]
-        pairs = t.op("Gather", t.constant(E2M1_PAIRS), t.cast(w["codes"], ir.DataType.INT32), axis=0)
-        blocks = t.reshape_to(
-            t.cast(pairs, FLOAT), t.op("Concat", t.op("Shape", half), t.ints(BLOCK), axis=0)
-        )
-        values = t.op("Mul", blocks, t.unsqueeze(half, 2))  # exact: twice the code times half the scale
-        return t.cast(t.reshape(values, t.size(w["codes"], 0), -1), compute)
+        return self.codecs[number].decoded(t, w, compute, stacked)
 
     def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
         """A GEMM's input, rounded as its format demands."""
-        if name == "fp8":
-            return self.fp8_round_trip(t, x, w["input_scale"], compute)
-        if name == "nvfp4":
-            return t.op("NVFP4DynamicQuantDequant", x, w["input_scale"], domain=DOMAIN)
-        return x
-
-    def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
-        """``x`` rounded to E4M3 and back; the scale stays float32, whatever the dtype of ``x``."""
-        codes = t.op("QuantizeLinear", t.cast(x, FLOAT), scale, output_dtype=int(F8))
-        return t.cast(t.op("DequantizeLinear", codes, scale), compute)
+        gemm = GEMMS[name]
+        if gemm.number is None or not gemm.rounds:
+            return x
+        return self.codecs[gemm.number].rounded(t, x, w, compute)
 
     def linear(
         self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType, stacked: bool = False
@@ -137,17 +105,31 @@ class Dialect:
         )
 
     def cached(
-        self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType
+        self,
+        t: Tape,
+        x: ir.Value,
+        past: ir.Value,
+        *,
+        cache: CacheName | None,
+        scale: ir.Value | None,
+        compute: ir.DataType,
     ) -> tuple[ir.Value, ir.Value]:
         """Append new keys or values to the past ones [B, heads, positions, size].
+
+        ``scale`` belongs to ``cache``; both are None where the cache is not quantized.
 
         Returns:
             what attention reads, and what is kept as state.
         """
-        if scale is not None:
-            x = self.fp8_round_trip(t, x, scale, compute)
+        if cache is not None:
+            assert scale is not None
+            return self.caches[cache].append(t, past, x, scale, compute)
         both = t.op("Concat", past, x, axis=2)
         return both, both
+
+    def cache_dtype(self, cache: CacheName | None, compute: ir.DataType) -> ir.DataType:
+        """The dtype of the KV cache's states."""
+        return compute if cache is None else self.caches[cache].dtype(compute)
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
         """The operator's body for one format; None where the runtime has a kernel.
@@ -196,7 +178,7 @@ class Dialect:
 
     def expert(self, t: Tape, x: ir.Value, weights: Parts, name: str, compute: ir.DataType) -> ir.Value:
         """``down(relu(up(x))^2)`` with one expert's parts, ``up_...`` and ``down_...``."""
-        up, down = ({part: weights[f"{p}_{part}"] for part in parts_of(name)} for p in ("up", "down"))
+        up, down = ({part: weights[f"{p}_{part}"] for part in GEMMS[name].parts} for p in ("up", "down"))
         return self.linear(
             t, squared_relu(t, self.linear(t, x, up, name, compute, True)), down, name, compute, True
         )
@@ -204,7 +186,7 @@ class Dialect:
 
 def stack_names(name: str) -> list[str]:
     """Inputs of RoutedExperts after ``expert_weights``."""
-    return [f"{projection}_{part}" for projection in ("up", "down") for part in parts_of(name)]
+    return [f"{projection}_{part}" for projection in ("up", "down") for part in GEMMS[name].parts]
 
 
 def experts_op(name: str) -> str:
@@ -217,19 +199,14 @@ def squared_relu(t: Tape, x: ir.Value) -> ir.Value:
     return t.op("Mul", x, x)
 
 
-def _e4m3(t: Tape, codes: ir.Value) -> ir.Value:
-    """Bytes of E4M3 codes as float32."""
-    return t.cast(t.op("Gather", t.constant(E4M3_VALUES), t.cast(codes, ir.DataType.INT32), axis=0), FLOAT)
-
-
 class TensorRTRTX(Dialect):
     """Strongly typed: FP4 and FP8 tensors have their own dtypes."""
 
     name = "tensorrt_rtx"
-    rounds_nvfp4_inputs = False
     limit = ""
     computes = ("bfloat16", "float16", "float32")
-    fp8_caches = True
+    codecs = TENSORRT
+    caches = TENSORRT_CACHES
     one_input_scale = True  # TRT_FP4DynamicQuantize takes only a scalar that is an initializer
 
     def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:  # noqa: ARG002
@@ -237,48 +214,6 @@ class TensorRTRTX(Dialect):
 
     def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:  # noqa: ARG002
         return [*shape[:-1], 2 * shape[-1]] if part == "codes" and dtype == "U8" else list(shape)
-
-    def decoded(self, t: Tape, w: Parts, name: str, compute: ir.DataType, stacked: bool) -> ir.Value:
-        per_expert: dict[str, Any] = {"axis": 0} if stacked else {}
-        if name == "bf16":
-            return t.cast(w["weight"], compute)
-        if name in ("fp8", "w8a16"):
-            return t.op(
-                "DequantizeLinear", w["codes"], w["global_scale"], output_dtype=int(compute), **per_expert
-            )
-        scales = t.op("DequantizeLinear", w["block_scales"], w["global_scale"], **per_expert)
-        return t.cast(t.op("DequantizeLinear", w["codes"], scales, axis=-1, block_size=BLOCK), compute)
-
-    def rounded(self, t: Tape, x: ir.Value, w: Parts, name: str, compute: ir.DataType) -> ir.Value:
-        if name == "fp8":
-            return self.fp8_round_trip(t, x, w["input_scale"], compute)
-        if name != "nvfp4":
-            return x
-        codes, scales = t.ops(
-            "TRT_FP4DynamicQuantize",
-            2,
-            x,
-            w["input_scale"],
-            domain="trt",
-            axis=-1,
-            block_size=BLOCK,
-            scale_type=int(F8),
-        )
-        scales = t.op("DequantizeLinear", scales, w["input_scale"])
-        return t.cast(t.op("DequantizeLinear", codes, scales, axis=-1, block_size=BLOCK), compute)
-
-    def fp8_round_trip(self, t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType) -> ir.Value:
-        # no casts in between: the runtime is to fuse the pair with its GEMM
-        codes = t.op("QuantizeLinear", x, scale, output_dtype=int(F8))
-        return t.op("DequantizeLinear", codes, scale, output_dtype=int(compute))
-
-    def cached(
-        self, t: Tape, x: ir.Value, past: ir.Value, scale: ir.Value | None, compute: ir.DataType
-    ) -> tuple[ir.Value, ir.Value]:
-        if scale is None:
-            return super().cached(t, x, past, scale, compute)
-        both = t.op("Concat", past, t.op("QuantizeLinear", x, scale, output_dtype=int(F8)), axis=2)
-        return t.op("DequantizeLinear", both, scale, output_dtype=int(compute)), both
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
         """All experts over all tokens as two batched products; factors of experts not chosen are zero.
@@ -303,7 +238,7 @@ class TensorRTRTX(Dialect):
 
             def product(x: ir.Value, projection: str) -> ir.Value:
                 """x [1 or E, T, in] by [E, out, in]."""
-                w = {part: named[f"{projection}_{part}"] for part in parts_of(name)}
+                w = {part: named[f"{projection}_{part}"] for part in GEMMS[name].parts}
                 matrices = t.op("Transpose", self.decoded(t, w, name, compute, True), perm=[0, 2, 1])
                 return t.op("MatMul", self.rounded(t, x, w, name, compute), matrices)
 

@@ -2,25 +2,34 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
-from nemoquant.graph.dialects import Dialect, parts_of, squared_relu
+from nemoquant.formats import CacheName
+from nemoquant.graph import ops
+from nemoquant.graph.dialects import Dialect, squared_relu
+from nemoquant.graph.gemms import GEMMS
 from nemoquant.graph.tape import DOMAIN, FLOAT, Tape, make_function
 from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.kinds import KINDS
+from nemoquant.model.kinds.moe import DOWN, ROUTER_BIAS, ROUTER_WEIGHT, UP
 
 CHUNK = 64  # positions of a chunk of the scan; a larger one has larger products and fewer steps
 LAYERS = "nemoquant.layers"
 
+Operators = Mapping[str, Callable[[], ir.Function | None]]
+
 
 @dataclass(frozen=True)
 class Variant:
-    """Layers share a function if kind, format of each GEMM (by projection) and FP8 cache are the same."""
+    """Layers share a function if kind, format of each GEMM (by projection) and of the cache are the same."""
 
     kind: LayerKind
     gemms: tuple[tuple[str, str], ...]
-    fp8_cache: bool = False
+    cache: CacheName | None = None
 
     def format(self, projection: str) -> str:
         return next(name for p, name in self.gemms if p == projection)
@@ -36,7 +45,23 @@ class Variant:
             if len(groups) > 1
             else next(iter(groups))
         )
-        return f"{self.kind.capitalize()}Layer_{text}" + ("_fp8_cache" if self.fp8_cache else "")
+        return f"{self.kind.capitalize()}Layer_{text}" + (f"_{self.cache}_cache" if self.cache else "")
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """What a graph computes for a kind of layer.
+
+    Attributes:
+        record: (recorder, normalised x, *states) -> [y, *new states].
+        weights: names of its tensors that are no GEMM's, relative to the mixer.
+        operators: functions that it calls where the dialect has no plugins, by a key that is the same for
+            the same function.
+    """
+
+    record: Callable[..., list[ir.Value]]
+    weights: Callable[[NemotronHConfig], list[str]]
+    operators: Callable[[NemotronHConfig, Dialect, Variant, ir.DataType], Operators]
 
 
 class LayerRecorder:
@@ -63,7 +88,7 @@ class LayerRecorder:
     def gemm(self, projection: str, x: ir.Value) -> ir.Value:
         """x [tokens, in] -> [tokens, out], both in the compute dtype."""
         name = self.variant.format(projection)
-        parts = {part: self.w[f"{projection}.{part}"] for part in parts_of(name)}
+        parts = {part: self.w[f"{projection}.{part}"] for part in GEMMS[name].parts}
         return self.dialect.linear(self.t, x, parts, name, self.compute)
 
     def f32(self, name: str) -> ir.Value:
@@ -84,28 +109,14 @@ def rms_norm(t: Tape, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
     return t.op("Mul", t.op("Div", x, root), weight)
 
 
-def state_names(kind: LayerKind) -> list[str]:
-    return {"mamba": ["conv_state", "ssm_state"], "attention": ["past_key", "past_value"]}.get(kind, [])
-
-
 def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
     """Inputs of the function after x and state: ``layer_norm``, then names relative to the mixer."""
     names = ["layer_norm"]
     for projection, name in variant.gemms:
-        names += [f"{projection}.{part}" for part in parts_of(name)]
-    if variant.kind == "mamba":
-        names += [
-            "conv1d.weight",
-            *(["conv1d.bias"] if config.use_conv_bias else []),
-            "A_log",
-            "D",
-            "dt_bias",
-            "norm.weight",
-        ]
-    if variant.kind == "attention" and variant.fp8_cache:
+        names += [f"{projection}.{part}" for part in GEMMS[name].parts]
+    names += LAYER_GRAPHS[variant.kind].weights(config)
+    if variant.kind == "attention" and variant.cache:
         names += ["k_scale", "v_scale"]
-    if variant.kind == "moe":
-        names += ["gate.weight", "gate.e_score_correction_bias"]
     return names
 
 
@@ -113,18 +124,24 @@ def layer_function(
     config: NemotronHConfig, dialect: Dialect, variant: Variant, compute: ir.DataType
 ) -> ir.Function:
     """(x, states, weights) -> (x + mixer(norm(x)), states)."""
-    states, weights = state_names(variant.kind), weight_names(config, variant)
+    states = [state.name for state in KINDS[variant.kind].states(config)]
+    weights = weight_names(config, variant)
 
     def record(t: Tape, x: ir.Value, *rest: ir.Value) -> list[ir.Value]:
         named = dict(zip(weights, rest[len(states) :], strict=True))
         layer = LayerRecorder(t, config, dialect, variant, compute, named)
         wide = t.cast(x, FLOAT)
         normed = t.cast(layer.rms_norm(wide, layer.f32("layer_norm")), compute)
-        y, *after = MIXERS[variant.kind](layer, normed, *rest[: len(states)])
+        y, *after = LAYER_GRAPHS[variant.kind].record(layer, normed, *rest[: len(states)])
         y = t.reshape_to(y, t.op("Shape", x))
         return [t.op("Add", x, y), *after]
 
     return make_function(LAYERS, variant.name, ["x", *states, *weights], record)
+
+
+def mamba_weights(config: NemotronHConfig) -> list[str]:
+    bias = ["conv1d.bias"] if config.use_conv_bias else []
+    return ["conv1d.weight", *bias, "A_log", "D", "dt_bias", "norm.weight"]
 
 
 def mamba(layer: LayerRecorder, x: ir.Value, conv_state: ir.Value, ssm_state: ir.Value) -> list[ir.Value]:
@@ -192,8 +209,11 @@ def attention(layer: LayerRecorder, x: ir.Value, past_key: ir.Value, past_value:
 
     query, key, value = heads("q_proj", kv * group), heads("k_proj", kv), heads("v_proj", kv)
     k_scale, v_scale = (layer.w.get(name) for name in ("k_scale", "v_scale"))
-    key, key_out = layer.dialect.cached(t, key, past_key, k_scale, layer.compute)
-    value, value_out = layer.dialect.cached(t, value, past_value, v_scale, layer.compute)
+    cache = layer.variant.cache
+    key, key_out = layer.dialect.cached(t, key, past_key, cache=cache, scale=k_scale, compute=layer.compute)
+    value, value_out = layer.dialect.cached(
+        t, value, past_value, cache=cache, scale=v_scale, compute=layer.compute
+    )
     length, total = t.size(query, 2), t.size(key, 2)
     scores = t.op(
         "MatMul",
@@ -224,8 +244,8 @@ def moe(layer: LayerRecorder, x: ir.Value) -> list[ir.Value]:
     flat = layer.flat(x)
     ids, factors = route(layer, t.cast(flat, FLOAT))
     inputs = layer.gemm("fc1_latent_proj", flat) if c.moe_latent_size else flat
-    name = layer.variant.format("experts.up_proj")
-    experts = [layer.w[f"experts.{p}.{part}"] for p in ("up_proj", "down_proj") for part in parts_of(name)]
+    name = layer.variant.format(UP)
+    experts = [layer.w[f"{projection}.{part}"] for projection in (UP, DOWN) for part in GEMMS[name].parts]
     op, attributes = layer.dialect.experts_node(name)
     y = t.op(op, inputs, ids, factors, *experts, domain=DOMAIN, **attributes)
     if c.moe_latent_size:
@@ -241,8 +261,8 @@ def moe(layer: LayerRecorder, x: ir.Value) -> list[ir.Value]:
 def route(layer: LayerRecorder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """x [tokens, hidden] float32 -> expert ids [tokens, k] int64 and their factors [tokens, k] float32."""
     t, c = layer.t, layer.c
-    scores = t.op("Sigmoid", t.op("Gemm", x, layer.f32("gate.weight"), transB=1))
-    choice = t.op("Add", scores, layer.f32("gate.e_score_correction_bias"))
+    scores = t.op("Sigmoid", t.op("Gemm", x, layer.f32(ROUTER_WEIGHT), transB=1))
+    choice = t.op("Add", scores, layer.f32(ROUTER_BIAS))
     if c.n_group > 1:
         choice = close_groups(t, choice, c)
     _, ids = t.ops("TopK", 2, choice, t.ints(c.num_experts_per_tok), axis=-1, sorted=0)
@@ -276,9 +296,27 @@ def close_groups(t: Tape, choice: ir.Value, c: NemotronHConfig) -> ir.Value:
     )
 
 
-MIXERS: dict[str, Callable[..., list[ir.Value]]] = {
-    "mamba": mamba,
-    "attention": attention,
-    "moe": moe,
-    "mlp": mlp,
-}
+def scan_operators(c: NemotronHConfig, *_: object) -> Operators:
+    sizes = (c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size)
+    return {"conv": partial(ops.causal_conv1d, c.conv_kernel), "scan": partial(ops.mamba2_scan, *sizes)}
+
+
+def expert_operators(
+    _: NemotronHConfig, dialect: Dialect, variant: Variant, compute: ir.DataType
+) -> Operators:
+    name = variant.format(UP)
+    return {f"experts {name}": partial(dialect.routed_experts, name, compute)}
+
+
+def no_operators(*_: object) -> Operators:
+    return {}
+
+
+LAYER_GRAPHS: Mapping[LayerKind, LayerGraph] = MappingProxyType(
+    {
+        "mamba": LayerGraph(mamba, mamba_weights, scan_operators),
+        "moe": LayerGraph(moe, lambda _: [ROUTER_WEIGHT, ROUTER_BIAS], expert_operators),
+        "attention": LayerGraph(attention, lambda _: [], no_operators),
+        "mlp": LayerGraph(mlp, lambda _: [], no_operators),
+    }
+)

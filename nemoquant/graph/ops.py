@@ -12,7 +12,7 @@ from nemoquant.graph.spec import spec
 from nemoquant.graph.tape import FLOAT, Tape, function
 
 F8 = ir.DataType.FLOAT8E4M3FN
-BLOCK = 16
+BLOCK, MX_BLOCK = 16, 32  # of NVFP4 and MXFP8
 
 
 def causal_conv1d(kernel: int) -> ir.Function:
@@ -198,6 +198,30 @@ def nvfp4_dynamic_quant_dequant() -> ir.Function:
         return [t.op("CastLike", t.reshape_to(rounded, t.op("Shape", x)), x)]
 
     return function(spec("nvfp4_dynamic_quant_dequant"), record)
+
+
+def mxfp8_dynamic_quant_dequant() -> ir.Function:
+    """``formats.mxfp8.encode_activations`` and decoding, in float32, for finite inputs.
+
+    A block's scale is q = amax / 448 rounded up to a power of two, at least 2^-127. In float64, q * 2^53 + q
+    rounds q to a multiple of the spacing at q * 2^53, which is the next power of two: exact, where Log is not
+    (Rump, Ogita and Oishi 2008, "Accurate floating-point summation I", algorithm 3.5).
+    """
+
+    def record(t: Tape, x: ir.Value) -> list[ir.Value]:
+        blocks = t.reshape(t.cast(x, FLOAT), -1, MX_BLOCK)
+        amax = t.op("ReduceMax", t.op("Abs", blocks), t.ints(1), keepdims=0)
+        ratio = t.cast(t.op("Div", amax, t.constant(np.float32(448))), ir.DataType.DOUBLE)
+        far = t.op("Mul", ratio, t.constant(np.float64(2**53)))
+        power = t.op("Sub", t.op("Add", far, ratio), far)
+        # q itself where it is a power of two: there the sum is a tie, to the even q * 2^53
+        power = t.op("Max", power, ratio, t.constant(np.float64(2.0**-127)))
+        scale = t.cast(power, FLOAT)
+        codes = t.op("QuantizeLinear", blocks, scale, axis=0, output_dtype=int(F8))
+        rounded = t.op("DequantizeLinear", codes, scale, axis=0)
+        return [t.op("CastLike", t.reshape_to(rounded, t.op("Shape", x)), x)]
+
+    return function(spec("mxfp8_dynamic_quant_dequant"), record)
 
 
 def e2m1_round(t: Tape, magnitude: ir.Value) -> ir.Value:

@@ -10,6 +10,7 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
 from nemoquant.graph.dialects import Dialect
 from nemoquant.layouts.modelopt import kv_scale_name
+from nemoquant.model.names import member
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 SCALARS = ("global_scale", "input_scale")
@@ -36,14 +37,14 @@ class GraphWeights:
         name = self._part_name(module, part)
         return self._value(name, part, [self.opened.checkpoint.tensors[name]], None)
 
-    def experts(self, mixer: str, projection: str, part: str) -> ir.Value:
-        """One part of all experts of a layer and projection, [E, ...]."""
+    def experts(self, mixer: str, stack: str, part: str) -> ir.Value:
+        """One part of all experts of a layer and projection, [E, ...]; ``stack`` is its name in the mixer."""
         count = self.opened.config.n_routed_experts
         infos = [
-            self.opened.checkpoint.tensors[self._part_name(f"{mixer}experts.{e}.{projection}", part)]
+            self.opened.checkpoint.tensors[self._part_name(mixer + member(stack, e), part)]
             for e in range(count)
         ]
-        name = f"{mixer}experts.{projection}.{part}"
+        name = f"{mixer}{stack}.{part}"
         if not stacked(infos):
             raise CheckpointError(
                 f"{self.opened.path}: the experts of {name} do not lie back to back, so that no view of "

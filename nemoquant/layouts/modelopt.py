@@ -2,12 +2,13 @@
 
 These names are in no other file. In this layout every stored scale is a decode scale:
 
-    ours            FP8             NVFP4
-    codes           weight          weight            (U8, two codes a byte, even column in the low nibble)
-    block_scales                    weight_scale      (F8_E4M3)
-    global_scale    weight_scale    weight_scale_2    (F32, shape [])
-    input_scale     input_scale     input_scale       (F32, shape [])
-    K, V cache      k_proj.k_scale, v_proj.v_scale    (F32, shape [])
+    ours            FP8             MXFP8           NVFP4
+    codes           weight          weight          weight          (NVFP4: U8, two a byte, the even column
+                                                                    in the low nibble)
+    block_scales                    weight_scale    weight_scale    (MXFP8: U8, E8M0; NVFP4: F8_E4M3)
+    global_scale    weight_scale                    weight_scale_2  (F32, shape [])
+    input_scale     input_scale                     input_scale     (F32, shape [])
+    K, V cache      k_proj.k_scale, v_proj.v_scale                  (F32, shape [])
 
 What the layout has for each number format is one row of ``LAYOUT``.
 """
@@ -22,6 +23,7 @@ from typing import Any, Literal
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
+from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 
@@ -42,12 +44,15 @@ class Layout:
         weights_only: its name where they are not; None if it has none.
         suffix: of the names of a module's parts, by kind.
         group_size: the block in the config files; None without block scales.
+        plain_exclusions: SGLang takes an exclusion from this algorithm as a whole part between dots, without
+            wildcards, so one without them is written too.
     """
 
     algorithm: str
     weights_only: str | None
     suffix: Mapping[str, str]
     group_size: int | None = None
+    plain_exclusions: bool = False
 
 
 LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
@@ -56,6 +61,13 @@ LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
             "FP8",
             weights_only=None,
             suffix={"codes": "weight", "global_scale": "weight_scale", "input_scale": "input_scale"},
+        ),
+        "mxfp8": Layout(
+            "MXFP8",
+            weights_only=None,
+            suffix={"codes": "weight", "block_scales": "weight_scale"},
+            group_size=32,
+            plain_exclusions=True,
         ),
         "nvfp4": Layout(
             "NVFP4",
@@ -80,7 +92,7 @@ FORMAT_OF: Mapping[str, FormatName] = MappingProxyType(
     }
 )
 """Number format by algorithm."""
-READABLE = "FP8 per tensor or NVFP4"  # in messages
+READABLE = "FP8 per tensor, MXFP8 or NVFP4"  # in messages
 
 
 def tensor_name(row: Row, kind: str) -> str:
@@ -237,13 +249,16 @@ def excluded_modules(plan: Plan) -> list[str]:
     modules.
     """
     names: dict[str, None] = {}
+    mtp = ["mtp*"]
+    if any(row.format != "source" and LAYOUT[row.format].plain_exclusions for row in plan.quantized):
+        mtp.append("mtp")
     for row in plan.rows:
         if row.format != "source" or row.role in ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias"):
             continue
         if row.role.startswith("mtp."):
-            names["mtp*"] = None
+            names |= dict.fromkeys(mtp)
         elif row.expert is not None:
-            experts = row.module.rsplit(".", 2)[0]
+            experts = experts_of(row.module)
             names[experts] = names[f"{experts}.*"] = None
         else:
             names[row.module.removesuffix(".bias")] = None

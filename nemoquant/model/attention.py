@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.names import KV_PROJECTIONS, OUTPUT
 from nemoquant.model.taps import Tap, Weights, linear
 
 
@@ -51,7 +52,7 @@ def forward(
         return linear(name, flat, weights, tap).view(batch, length, -1, config.head_dim).transpose(1, 2)
 
     query = heads("q_proj")
-    key, value = tap("k_proj.output", heads("k_proj")), tap("v_proj.output", heads("v_proj"))
+    key, value = (tap(f"{name}{OUTPUT}", heads(name)) for name in KV_PROJECTIONS)
     if state is not None:
         key, value = torch.cat([state.key, key], 2), torch.cat([state.value, value], 2)
     y = attend(query, key, value).transpose(1, 2).reshape(batch * length, -1)

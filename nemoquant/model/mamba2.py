@@ -25,12 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.kinds.mamba import CHUNK
 from nemoquant.model.norm import gated_group_norm
 from nemoquant.model.taps import Tap, Weights, linear
 from nemoquant.ops.library import serves
-
-# Positions. On two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
-CHUNK = 64
 
 
 @dataclass(frozen=True)

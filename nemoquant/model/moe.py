@@ -20,7 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.kinds.moe import ROUTER_BIAS, ROUTER_WEIGHT
 from nemoquant.model.mlp import mlp
 from nemoquant.model.taps import Scope, Tap, Weights, identity, linear, prefixed
 from nemoquant.ops.library import serves
@@ -38,8 +40,8 @@ def route(config: NemotronHConfig, weights: Weights, x: Tensor) -> tuple[Tensor,
     Returns:
         ids [tokens, k] int64, distinct in a row and in no particular order, and factors [tokens, k] float32.
     """
-    scores = torch.sigmoid(x.float() @ weights["gate.weight"].to(x.device).float().mT)
-    choice = scores + weights["gate.e_score_correction_bias"].to(x.device).float()
+    scores = torch.sigmoid(x.float() @ weights[ROUTER_WEIGHT].to(x.device).float().mT)
+    choice = scores + weights[ROUTER_BIAS].to(x.device).float()
     if config.n_group > 1:
         choice = close_groups(choice, config.n_group, config.topk_group)
     ids = torch.topk(choice, config.num_experts_per_tok, dim=-1, sorted=False).indices
@@ -83,15 +85,15 @@ def routed_experts(weights: Weights, x: Tensor, ids: Tensor, factors: Tensor, ta
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            rows = tokens[start : start + count]
-            y = mlp(Scope(weights, f"experts.{expert}."), x[rows], prefixed(tap, f"experts.{expert}."))
+            rows, prefix = tokens[start : start + count], names.expert(expert)
+            y = mlp(Scope(weights, prefix), x[rows], prefixed(tap, prefix))
             total.index_add_(0, rows, y * factor[start : start + count])
             start += count
     return total.to(x.dtype)
 
 
 def _names(expert: int) -> tuple[str, str]:
-    return f"experts.{expert}.up_proj.weight", f"experts.{expert}.down_proj.weight"
+    return f"{names.expert(expert)}up_proj.weight", f"{names.expert(expert)}down_proj.weight"
 
 
 def _all_fit(weights: Weights, experts: Sequence[int]) -> bool:
@@ -136,7 +138,7 @@ def forward(
 ) -> tuple[Tensor, None]:
     """x [batch, length, hidden], already normalised -> (y of that shape, no state)."""
     flat = x.flatten(0, 1)
-    ids, factors = route(config, weights, tap("gate", flat))
+    ids, factors = route(config, weights, tap(names.ROUTER, flat))
     latent = linear("fc1_latent_proj", flat, weights, tap) if config.moe_latent_size else flat
     y = routed_experts(weights, latent, ids, factors, tap)
     if config.moe_latent_size:

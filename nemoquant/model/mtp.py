@@ -14,6 +14,7 @@ final_layernorm under its last. The layers themselves are those of the main mode
 import torch
 from torch import Tensor
 
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
 from nemoquant.model.taps import Tap, Weights, identity, linear
@@ -22,7 +23,7 @@ from nemoquant.model.taps import Tap, Weights, identity, linear
 def layer_prefixes(config: NemotronHConfig, module: int) -> list[str]:
     """The prefixes of the layers of MTP module ``module``, in the order of ``config.mtp_layers``."""
     count = len(config.mtp_layers)
-    return [f"mtp.layers.{module * count + j}." for j in range(count)]
+    return [names.mtp_layer(module * count + j) for j in range(count)]
 
 
 @torch.no_grad()

@@ -7,14 +7,15 @@ projections are always float32. Weights may have another dtype or be on another 
 it is used, and the converted copy is dropped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType, NoneType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemoquant.model import attention, mamba2, mlp, moe, mtp
+from nemoquant.model import attention, mamba2, mlp, moe, mtp, names
 from nemoquant.model.attention import KVState
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.mamba2 import MambaState
@@ -32,19 +33,27 @@ class State:
     layers: tuple[LayerState, ...]
 
 
-def mixer_forward(
-    config: NemotronHConfig, kind: LayerKind, weights: Weights, x: Tensor, state: LayerState, tap: Tap
-) -> tuple[Tensor, LayerState]:
-    """The block of ``kind``; ``weights`` and ``tap`` use names relative to the mixer."""
-    if kind == "mamba":
-        assert state is None or isinstance(state, MambaState)
-        return mamba2.forward(config, weights, x, state, tap)
-    if kind == "attention":
-        assert state is None or isinstance(state, KVState)
-        return attention.forward(config, weights, x, state, tap)
-    assert state is None
-    block = moe.forward if kind == "moe" else mlp.forward
-    return block(config, weights, x, None, tap)
+@dataclass(frozen=True)
+class Block:
+    """What computes a kind of layer.
+
+    Attributes:
+        forward: (config, weights, normalised x, state, tap) -> (y, state); names are relative to the mixer.
+        state: type of what it keeps between calls; its fields are the kind's ``states`` in their order.
+    """
+
+    forward: Callable[..., tuple[Tensor, LayerState]]
+    state: type
+
+
+BLOCKS: Mapping[LayerKind, Block] = MappingProxyType(
+    {
+        "mamba": Block(mamba2.forward, MambaState),
+        "moe": Block(moe.forward, NoneType),
+        "attention": Block(attention.forward, KVState),
+        "mlp": Block(mlp.forward, NoneType),
+    }
+)
 
 
 @torch.no_grad()
@@ -68,8 +77,10 @@ def layer_forward(
     Returns:
         [batch, length, hidden] in the dtype of ``x``, and the layer's state; both are new tensors.
     """
+    block, mixer = BLOCKS[kind], names.MIXER
+    assert state is None or isinstance(state, block.state)
     normed = rms_norm(x, weights["norm.weight"], config.norm_eps)
-    y, state = mixer_forward(config, kind, Scope(weights, "mixer."), normed, state, prefixed(tap, "mixer."))
+    y, state = block.forward(config, Scope(weights, mixer), normed, state, prefixed(tap, mixer))
     return x + y, state
 
 
@@ -96,7 +107,7 @@ class ReferenceModel:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [batch, length] int64 -> [batch, length, hidden]."""
-        table = self.weights("backbone.embeddings.")["weight"]
+        table = self.weights(f"{names.EMBEDDINGS}.")["weight"]
         return F.embedding(tokens.to(table.device), table).to(self.device, self.dtype)
 
     def hidden(
@@ -109,9 +120,9 @@ class ReferenceModel:
         Returns:
             [batch, length, hidden] in the compute dtype, and the state after the last token.
         """
-        prefixes = [f"backbone.layers.{i}." for i in range(len(self.config.layers))]
+        prefixes = [names.layer(i) for i in range(len(self.config.layers))]
         x, state = self._layers(self.config.layers, prefixes, self.embed(tokens), state, tap)
-        return rms_norm(x, self.weights("backbone.norm_f.")["weight"], self.config.norm_eps), state
+        return rms_norm(x, self.weights(f"{names.FINAL_NORM}.")["weight"], self.config.norm_eps), state
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, tap: Tap | None = None) -> Tensor:
@@ -119,9 +130,9 @@ class ReferenceModel:
 
         Taps ``lm_head``.
         """
-        head = "backbone.embeddings." if self.config.tie_word_embeddings else "lm_head."
-        weights = {"lm_head.weight": self.weights(head)["weight"]}
-        return linear("lm_head", hidden.flatten(0, 1), weights, tap or identity).view(*hidden.shape[:2], -1)
+        stored = self.weights(f"{names.head(self.config.tie_word_embeddings)}.")
+        weights = {f"{names.HEAD}.weight": stored["weight"]}
+        return linear(names.HEAD, hidden.flatten(0, 1), weights, tap or identity).view(*hidden.shape[:2], -1)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, tap: Tap | None = None, last_only: bool = False

@@ -2,35 +2,10 @@
 
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
-from nemoquant.layouts.modelopt import MIXED, algorithm
+from nemoquant.layouts.loaders import loaders
 from nemoquant.planning.plan import Plan
 from nemoquant.units import size
 
-# From the engines' sources and release notes, read in November 2026; none was run here.
-LOADERS = {
-    "FP8": [
-        ("vLLM", "0.12.0", "GPUs with FP8: SM 89 (Ada) and later"),
-        ("SGLang", "0.5.9", "SM 89 and later"),
-        ("TensorRT-LLM", "1.3.0rc8", "SM 89 and later"),
-    ],
-    "NVFP4": [
-        ("vLLM", "0.17.1", "W4A4 on Blackwell (SM 100, 103, 120, 121)"),
-        ("SGLang", "0.5.9", "Blackwell"),
-        ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
-    ],
-    "W4A16_NVFP4": [
-        (
-            "vLLM",
-            "a release after May 2026 (its pull request #41769)",
-            "SM 80 (Ampere) and later, by weight-only kernels",
-        ),
-    ],
-    "MIXED_PRECISION": [
-        ("vLLM", "0.17.1 (0.15.1 refuses it)", "NVFP4 experts want Blackwell; FP8 parts want SM 89 or later"),
-        ("SGLang", "0.5.9", "Blackwell"),
-        ("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
-    ],
-}
 NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
 
 
@@ -45,12 +20,6 @@ def with_cost(text: str, sentence: str) -> str | None:
         return None
     lines[places[0]] = COST + sentence
     return "\n".join(lines)
-
-
-def algorithms(plan: Plan) -> tuple[str, ...]:
-    """ModelOpt's names for the formats in the checkpoint; MIXED_PRECISION stands for several."""
-    kinds = sorted({algorithm(row) for row in plan.quantized})
-    return (MIXED,) if len(kinds) > 1 else tuple(kinds)
 
 
 def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
@@ -109,11 +78,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
         "| engine | from version | hardware |",
         "|---|---|---|",
-        *(
-            f"| {engine} | {version} | {gpu} |"
-            for kind in algorithms(plan)
-            for engine, version, gpu in LOADERS[kind]
-        ),
+        *(f"| {loader.engine} | {loader.version} | {loader.hardware} |" for loader in loaders(plan)),
         "",
     ]
     if warnings:

@@ -13,6 +13,7 @@ from nemoquant.errors import CalibrationError
 from nemoquant.formats import FormatName
 from nemoquant.formats.arithmetic import TensorScale
 from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.model.names import stack_of
 from nemoquant.planning.plan import Plan, Row
 
 
@@ -63,10 +64,11 @@ def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -
     for row in rows:
         groups[row.input_group or row.module].append(row)
         if row.expert is not None and row.module in amax:
-            layers[_layer_projection(row)] = max(amax[row.module], layers.get(_layer_projection(row), 0.0))
+            stack = stack_of(row.module)
+            layers[stack] = max(amax[row.module], layers.get(stack, 0.0))
     for group, members in groups.items():
         seen = [amax[row.module] for row in members if row.module in amax]
-        fallback = layers.get(_layer_projection(members[0])) if members[0].expert is not None else None
+        fallback = layers.get(stack_of(members[0].module)) if members[0].expert is not None else None
         if not seen and fallback is None:
             raise CalibrationError(
                 f"{group}: no calibration token reached it, so its input scale is unknown; calibrate with "
@@ -80,11 +82,6 @@ def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -
             )
         scale = input_scale(largest, members[0].activation_format)
         result.inputs |= dict.fromkeys((row.module for row in members), scale)
-
-
-def _layer_projection(row: Row) -> str:
-    experts, _, projection = row.module.rsplit(".", 2)
-    return f"{experts}.{projection}"
 
 
 def _cache_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -> None:

@@ -30,7 +30,7 @@ from nemoquant.errors import NemoquantError
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.pack.encode import amax, encode, slices
 from nemoquant.pack.scales import activation_scales, weight_scale

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.formats import FORMATS, CacheFormat, Format, FormatName, ScaleMethod
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
 from nemoquant.planning.recipe import Recipe
 
 SCHEMA = 1  # of the plan's JSON
@@ -149,8 +150,7 @@ class Plan:
 
     def kv_cache_bytes_per_token(self) -> dict[str, int]:
         """Bytes of K and V in all attention layers of the main model; the source's cache is bf16."""
-        c = self.config
-        values = c.count("attention") * 2 * c.num_key_value_heads * c.head_dim
+        values = kv_values_per_token(self.config)
         return {"source": 2 * values, "planned": values * (2 if self.cache is None else self.cache.bytes)}
 
     def ssm_state_bytes_per_sequence(self) -> dict[str, int]:
@@ -158,9 +158,7 @@ class Plan:
 
         The plan does not change it.
         """
-        c = self.config
-        item = 4 if c.mamba_ssm_cache_dtype == "float32" else 2
-        size = c.count("mamba") * c.mamba_inner * c.ssm_state_size * item
+        size = ssm_state_bytes(self.config)
         return {"source": size, "planned": size}
 
     @cached_property

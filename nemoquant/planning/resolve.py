@@ -20,6 +20,7 @@ from fnmatch import translate
 
 from nemoquant.errors import RecipeError, listing
 from nemoquant.formats import FORMATS
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
 from nemoquant.planning.plan import Plan, Row
@@ -165,15 +166,14 @@ def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
 def _weight_group(spec: TensorSpec) -> str | None:
     """Engines load q, k and v as one GEMM with one scale."""
     if spec.role in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
-        return spec.module.rsplit(".", 1)[0] + ".qkv_proj"
+        return names.mixer_of(spec.module) + "qkv_proj"
     return None
 
 
 def _input_group(spec: TensorSpec) -> str | None:
     """q, k and v read one tensor; all experts of a layer and projection run as one grouped GEMM."""
     if spec.expert is not None:
-        experts, _, projection = spec.module.rsplit(".", 2)
-        return f"{experts}.{projection}"
+        return names.stack_of(spec.module)
     return _weight_group(spec)
 
 

@@ -29,7 +29,8 @@ from nemoquant.layouts.modelopt import (
     kv_scale_name,
     module_algorithm,
 )
-from nemoquant.model.config import load_config
+from nemoquant.model.names import OUTPUT
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
 from nemoquant.model.taps import Tap, identity
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
@@ -133,7 +134,7 @@ class PackedCheckpoint:
             scale = stored.parts.get("input_scale")
             if scale is not None:
                 self.inputs[spec.module] = stored.format, self.scalar(scale)
-            elif not FORMATS[stored.format].calibrated and algorithm != layout.weights_only:
+            elif not FORMATS[stored.format].calibrated and algorithm in (None, layout.algorithm):
                 self.inputs[spec.module] = stored.format, np.float32(1)
             elif algorithm == layout.algorithm:
                 unscaled.append(spec.module)
@@ -164,7 +165,7 @@ class PackedCheckpoint:
             present, missing = present + stored, missing + (not stored)
             if self.cache is not None:
                 scale = self.scalar(name) if stored else np.float32(1)
-                self.inputs[f"{spec.module}.output"] = self.cache.number, scale
+                self.inputs[f"{spec.module}{OUTPUT}"] = self.cache.number, scale
         if self.cache is not None and missing:
             self.warnings.append(
                 f"its {CACHES[self.cache.name]} KV cache has no scale for {missing} of {present + missing} "

@@ -10,6 +10,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import product
@@ -59,7 +60,7 @@ def _product(tokens: int, width: int, out: int, weights: int, like: Tensor) -> f
 def _mixer(checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, rate: float, like: Tensor) -> float:
     """Seconds a token of the first Mamba-2 layer, without its products."""
     layer = config.layers.index("mamba")
-    weights = LayerWeights(checkpoint, f"backbone.layers.{layer}.")
+    weights = LayerWeights(checkpoint, names.layer(layer))
     x = like.new_ones(1, tokens, config.hidden_size)
     _seconds(lambda: layer_forward(config, "mamba", weights, x), like)
     took = _seconds(lambda: layer_forward(config, "mamba", weights, x), like)

@@ -132,13 +132,7 @@ class Output:
                 run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
-        if not zero:
-            return packer.warnings
-        return [
-            *packer.warnings,
-            f"{len(zero)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group gives "
-            f"one: {listing(zero)}",
-        ]
+        return packer.warnings + _zero_warnings(self.plan, zero)
 
     def _manifest(self, scales: Scales | None, warnings: list[str], files: dict[str, str]) -> dict[str, Any]:
         return {
@@ -157,6 +151,23 @@ class Output:
             "skipped_side_files": self.side_files[1],
             "files": files,
         }
+
+
+def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
+    """What became of weights without a value that their format could scale."""
+    blocks = {row.module for row in plan.quantized if row.number is not None and not row.number.global_scale}
+    by_tensor, by_block = [m for m in modules if m not in blocks], [m for m in modules if m in blocks]
+    found = []
+    if by_tensor:
+        found.append(
+            f"{len(by_tensor)} weights are zero or underflow; codes set to 0, scales to 1.0 where no group "
+            f"gives one: {listing(by_tensor)}"
+        )
+    if by_block:
+        found.append(
+            f"{len(by_block)} weights are zero; codes and block scales set to 0: {listing(by_block)}"
+        )
+    return found
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

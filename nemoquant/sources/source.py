@@ -7,7 +7,8 @@ from typing import Any
 from nemoquant.checkpoint.reader import Checkpoint, check_table
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.layouts.modelopt import quantized_by
-from nemoquant.model.config import NemotronHConfig, load_config
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")

@@ -8,7 +8,9 @@ from typing import Any
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.layouts import modelopt
-from nemoquant.model.config import NemotronHConfig, layer_pattern, load_config
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
+from nemoquant.model.parse import layer_pattern, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
 
@@ -31,10 +33,8 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     declared = modelopt.declared_quantization(path, raw)
     cache = modelopt.declared_cache(declared)
-    values = config.count("attention") * 2 * config.num_key_value_heads * config.head_dim
-    per_token = values * (2 if cache is None else cache.bytes)
+    per_token = kv_values_per_token(config) * (2 if cache is None else cache.bytes)
     tokens = context or config.max_position_embeddings
-    item = 4 if config.mamba_ssm_cache_dtype == "float32" else 2
     counts, bytes_by_dtype = Counter(d for d, _ in stored), Counter[str]()
     for dtype, size in stored:
         bytes_by_dtype[dtype] += size
@@ -56,10 +56,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "quantization": modelopt.declared_algorithm(declared),
         "weights": {label: weights[dtype, label] for dtype, label in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
-        "ssm_state_bytes_per_sequence": config.count("mamba")
-        * config.mamba_inner
-        * config.ssm_state_size
-        * item,
+        "ssm_state_bytes_per_sequence": ssm_state_bytes(config),
     }
 
 

@@ -13,7 +13,7 @@ from nemoquant.api import RunOptions, quantize
 from nemoquant.calibrate.batch import Batch
 from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
 from nemoquant.errors import UsageError
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 
 CONFIG = {
     "model_type": "nemotron_h",

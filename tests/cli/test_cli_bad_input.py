@@ -178,7 +178,7 @@ def test_sources_that_are_none(what, source, tmp_path, refused):
         ),
         (
             "- {roles: [experts.*], format: int4}",
-            ["rule 1, `format`", "'source', 'fp8' or 'nvfp4'", "got 'int4'"],
+            ["rule 1, `format`", "'source', 'fp8', 'mxfp8' or 'nvfp4'", "got 'int4'"],
         ),
         (
             "- {names: ['backbone.layers.9.*'], format: fp8}",

@@ -387,7 +387,7 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
             [
                 "19 tensors are not as expected",
                 "and 14 more",
-                "expected the ModelOpt layout with FP8 per tensor or NVFP4",
+                "expected the ModelOpt layout with FP8 per tensor, MXFP8 or NVFP4",
             ],
         ),
         (

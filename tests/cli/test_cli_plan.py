@@ -53,7 +53,11 @@ def test_plan_as_json(source: Path) -> None:
         "ssm_state_bytes_per_sequence",
         "formats",
         "needs_calibration",
+        "loaders",
+        "cautions",
     ]
+    assert [loader["engine"] for loader in found["loaders"]] == ["vLLM", "SGLang", "TensorRT-LLM"]
+    assert found["cautions"] == []
     assert (found["schema"], found["recipe"], found["source_dtypes"], found["needs_calibration"]) == (
         1,
         "nvfp4",
@@ -237,6 +241,7 @@ def test_recipes_list() -> None:
     assert {r["name"]: r["kv_cache"] for r in listed} == {
         "fp8": "fp8",
         "fp8-published": "fp8",
+        "mxfp8": "source",
         "nvfp4": "fp8",
         "nvfp4-full": "fp8",
         "nvfp4-w4a16": "source",
@@ -319,7 +324,7 @@ def test_a_wrong_config(tmp_path: Path, verb: list[str], text: str, message: str
     [
         (
             "- roles: ['*']\n  format: int4",
-            "rule 1, `format`: Input should be 'source', 'fp8' or 'nvfp4', got 'int4'",
+            "rule 1, `format`: Input should be 'source', 'fp8', 'mxfp8' or 'nvfp4', got 'int4'",
         ),
         (
             f"- roles: [router]\n  format: fp8\n{REST}",

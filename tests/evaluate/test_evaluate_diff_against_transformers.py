@@ -23,7 +23,7 @@ from torch import Tensor
 
 import nemoquant
 from nemoquant.evaluate.schema import Report
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.shipped import evaluation_data
 from nemoquant.tokens.rows import load_rows
 

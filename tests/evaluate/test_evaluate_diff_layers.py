@@ -25,8 +25,9 @@ import nemoquant
 from nemoquant.api import RunOptions
 from nemoquant.evaluate import layers
 from nemoquant.evaluate.schema import Module, Report
-from nemoquant.model.config import NemotronHConfig, load_config
+from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.norm import rms_norm
+from nemoquant.model.parse import load_config
 from nemoquant.model.reference import ReferenceModel, layer_forward
 from nemoquant.model.taps import Scope, Tap, identity, prefixed
 

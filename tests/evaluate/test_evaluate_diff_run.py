@@ -16,11 +16,11 @@ import nemoquant
 from nemoquant.checkpoint.header import read_header
 from nemoquant.evaluate.modules import EFFECT_ROWS
 from nemoquant.evaluate.schema import Report
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 
 ROWS, LENGTH, CHOSEN = 8, 32, 2  # rows and length of token_rows; experts that a token takes
-PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
+PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 LAYER = "backbone.layers.{}.mixer."
 IN_PROJ, O_PROJ, K_PROJ = (
     LAYER.format(i) + name for i, name in ((0, "in_proj"), (1, "o_proj"), (1, "k_proj"))

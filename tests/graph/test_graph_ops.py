@@ -17,7 +17,8 @@ from support.single_op import single_op
 
 from nemoquant.formats import e4m3, fp8, nvfp4
 from nemoquant.graph import ops
-from nemoquant.graph.dialects import FORMAT_NAMES, Dialect, experts_op, parts_of
+from nemoquant.graph.dialects import Dialect, experts_op
+from nemoquant.graph.gemms import GEMMS
 from nemoquant.graph.tape import FLOAT, HALF
 from nemoquant.model import mamba2
 from nemoquant.shipped import plugin_folder
@@ -356,7 +357,7 @@ def stacks(
     for projection, stack in weights.items():
         made = [packed(name, weight, scale) for weight, scale in zip(stack, scales[projection], strict=True)]
         decoded[projection] = np.stack([values for _, values in made])
-        for part in parts_of(name):
+        for part in GEMMS[name].parts:
             if part == "input_scale":
                 parts[f"{projection}_{part}"] = input_scales[projection]
             else:
@@ -480,6 +481,7 @@ def attributes(function: Any) -> dict[str, tuple[str, Any]]:
     [
         ("causal_conv1d", ops.causal_conv1d(4)),
         ("mamba2_scan", ops.mamba2_scan(4, 16, 2, 16)),
+        ("mxfp8_dynamic_quant_dequant", ops.mxfp8_dynamic_quant_dequant()),
         ("nvfp4_dynamic_quant_dequant", ops.nvfp4_dynamic_quant_dequant()),
     ],
 )
@@ -497,12 +499,13 @@ def test_functions_are_what_the_specification_says(op: str, function: Any) -> No
 def test_experts_are_what_the_specification_says() -> None:
     """One function a format, named by it, without the attribute; inputs by projection, then by part."""
     spec = written("routed_experts")
-    assert (
-        sorted(spec["formats"])
-        == sorted(spec["attributes"]["format"]["values"])
-        == sorted(FORMAT_NAMES.values())
+    assert sorted(spec["formats"]) == sorted(spec["attributes"]["format"]["values"])
+    assert set(GEMMS) - set(spec["formats"]) == {"mxfp8"}, (
+        "the plugin's formats; the others are refused there"
     )
-    for name, parts in spec["formats"].items():
+    for name, gemm in GEMMS.items():
+        parts = list(gemm.parts)
+        assert spec["formats"].get(name, parts) == parts
         function = Dialect().routed_experts(name, FLOAT)
         assert function is not None
         assert (
@@ -520,5 +523,6 @@ def test_experts_are_what_the_specification_says() -> None:
 
 def test_every_specification_is_held_to_here() -> None:
     folders = sorted(path.parent.name for path in plugin_folder().glob("*/spec.yaml"))
-    assert folders == ["causal_conv1d", "mamba2_scan", "nvfp4_dynamic_quant_dequant", "routed_experts"]
-    assert [written(op)["version"] for op in folders] == [1] * 4
+    inputs = ["mxfp8_dynamic_quant_dequant", "nvfp4_dynamic_quant_dequant"]
+    assert folders == ["causal_conv1d", "mamba2_scan", *inputs, "routed_experts"]
+    assert [written(op)["version"] for op in folders] == [1] * 5

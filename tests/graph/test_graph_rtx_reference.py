@@ -111,7 +111,7 @@ def inputs(opened: PackedCheckpoint, kind: str, layer: int) -> tuple[dict[str, A
             (ROWS, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size), np.float32
         )
     if kind == "attention":
-        cached = ml_dtypes.float8_e4m3fn if opened.fp8_cache else np.float32
+        cached = ml_dtypes.float8_e4m3fn if (opened.cache is not None) else np.float32
         empty = np.zeros((ROWS, c.num_key_value_heads, 0, c.head_dim), cached)
         feeds |= {f"past_key.{layer}": empty, f"past_value.{layer}": empty}
     return feeds, torch.from_numpy(hidden)
@@ -152,7 +152,7 @@ def test_a_layer_computes_what_torch_computes(
     if kind == "attention":
         key = found[f"present_key.{layer}"]
         assert key.shape == (ROWS, opened.config.num_key_value_heads, LENGTH, opened.config.head_dim)
-        assert (key.dtype == ml_dtypes.float8_e4m3fn) == opened.fp8_cache
+        assert (key.dtype == ml_dtypes.float8_e4m3fn) == (opened.cache is not None)
 
 
 def test_weights_are_the_files_bytes(checkpoints: Callable[[str], Path]) -> None:
@@ -294,7 +294,7 @@ def test_a_layer_from_a_state_rounds_and_computes_as_torch_does(
                 == expected_cache.shape
                 == (ROWS, c.num_key_value_heads, PAST + LENGTH, c.head_dim)
             )
-            if opened.fp8_cache:  # the codes themselves, exact
+            if opened.cache is not None:  # the codes themselves, exact
                 assert graph.inputs[f"past_{which}.{layer}"] == ir.DataType.FLOAT8E4M3FN
                 assert cache.dtype == ml_dtypes.float8_e4m3fn
                 decoded = cache.astype(np.float32) * opened.inputs[f"{prefix}mixer.{which[0]}_proj.output"][1]
@@ -332,7 +332,7 @@ def with_past(opened: PackedCheckpoint, kind: str, layer: int, feeds: dict[str, 
     for which in ("key", "value"):
         past = g.standard_normal((ROWS, c.num_key_value_heads, PAST, c.head_dim)).astype(np.float32)
         scale = np.float32(1)
-        if opened.fp8_cache:
+        if opened.cache is not None:
             scale = opened.inputs[f"backbone.layers.{layer}.mixer.{which[0]}_proj.output"][1]
             past = (past / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
         feeds[f"past_{which}.{layer}"] = past

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 import pytest
 from support.pack_oracle import PRESETS
 from support.places import SUPER
+from support.synthetic import WIDE
 
 from nemoquant import api
 from nemoquant.layouts.modelopt import quantization_sections
@@ -31,7 +32,7 @@ def files_of(out):
 @pytest.fixture
 def two_layers(make_checkpoint):
     """Attention, experts, MTP: small enough to write out its config files by hand."""
-    return make_checkpoint("two", **TWO_LAYERS, made_up_key={"kept": [1, None, 2.5]})
+    return make_checkpoint("two", **TWO_LAYERS, **WIDE, made_up_key={"kept": [1, None, 2.5]})
 
 
 def test_fp8(two_layers, quantized):
@@ -61,6 +62,38 @@ def test_fp8(two_layers, quantized):
     source = json.loads((two_layers / "config.json").read_text())
     assert rest == source
     assert list(rest) == list(source), "keys keep their order"
+
+
+def test_mxfp8(two_layers, quantized):
+    """``mtp`` too: SGLang takes an exclusion from MXFP8 as a whole part of a name."""
+    section, rest, legacy = files_of(quantized("mxfp8", of=two_layers))
+    ignore = [
+        "backbone.embeddings",
+        f"{L1}.gate",
+        f"{L1}.fc1_latent_proj",
+        f"{L1}.fc2_latent_proj",
+        "lm_head",
+        "mtp*",
+        "mtp",
+    ]
+    number = {**FP8_NUMBER, "group_size": 32}
+    assert section == {
+        "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
+        "ignore": ignore,
+        "quant_algo": "MXFP8",
+        "producer": PRODUCER,
+        "quant_method": "modelopt",
+    }
+    assert legacy == {
+        "producer": PRODUCER,
+        "quantization": {
+            "quant_algo": "MXFP8",
+            "kv_cache_quant_algo": None,
+            "group_size": 32,
+            "exclude_modules": ignore,
+        },
+    }
+    assert rest == json.loads((two_layers / "config.json").read_text())
 
 
 def test_nvfp4_alone(two_layers, quantized):
@@ -257,6 +290,7 @@ def engine_modules(plan):
     algorithms = {
         ("source", None): None,
         ("fp8", "fp8"): "FP8",
+        ("mxfp8", "mxfp8"): "MXFP8",
         ("nvfp4", "nvfp4"): "NVFP4",
         ("nvfp4", None): "W4A16_NVFP4",
     }
@@ -305,13 +339,14 @@ def check_engines(plan):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_engines_find_what_the_plan_says(preset, source):
-    modules = check_engines(api.plan(source / "config.json", preset))
+def test_engines_find_what_the_plan_says(preset, fitting):
+    modules = check_engines(api.plan(fitting(preset) / "config.json", preset))
     assert (
         set(modules.values()) - {None}
         == {
             "fp8": {"FP8"},
             "fp8-published": {"FP8"},
+            "mxfp8": {"MXFP8"},
             "nvfp4": {"NVFP4", "FP8"},
             "nvfp4-full": {"NVFP4"},
             "nvfp4-w4a16": {"W4A16_NVFP4"},
@@ -347,14 +382,15 @@ RECIPES = {
     "FP8": "- {roles: [experts.*], format: nvfp4, activations: none}\n- {roles: [attention.*], format: fp8}",
     "half a Mamba layer": "- {roles: [mamba.in_proj], format: fp8}",
     "the head": "- {roles: [lm_head], format: fp8}",
+    "MXFP8 beside NVFP4": "- {roles: [mamba.*], format: mxfp8}\n- {roles: [experts.*], format: nvfp4}",
 }
 
 
 @pytest.mark.parametrize("rules", RECIPES.values(), ids=RECIPES.keys())
-def test_engines_find_what_other_recipes_say(rules, source, tmp_path):
+def test_engines_find_what_other_recipes_say(rules, fitting, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: r\nsummary: s\nrules:\n{rules}\n- {{roles: ['*'], format: source}}\n")
-    modules = check_engines(api.plan(source, str(recipe)))
+    modules = check_engines(api.plan(fitting("mxfp8"), str(recipe)))
     assert None in modules.values()
     assert set(modules.values()) != {None}
 

@@ -9,7 +9,7 @@ import pytest
 from support.places import NANO, SUPER
 
 from nemoquant.errors import ConfigError
-from nemoquant.model.config import load_config, parse_config
+from nemoquant.model.parse import load_config, parse_config
 
 RAW: dict[str, Any] = {
     "model_type": "nemotron_h",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.places import NANO, SUPER
 
-from nemoquant.model.config import load_config, parse_config
+from nemoquant.model.parse import load_config, parse_config
 from nemoquant.model.roles import ROLES, TensorSpec, tensor_table
 
 Make = Callable[..., Path]

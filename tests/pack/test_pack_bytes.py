@@ -20,8 +20,8 @@ def differences(found, expected):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_bytes_by_the_command_line(preset, make_checkpoint, token_rows, tmp_path):
-    source, out = make_checkpoint(n_routed_experts=EXPERTS), tmp_path / "out"
+def test_bytes_by_the_command_line(preset, fitting, token_rows, tmp_path):
+    source, out = fitting(preset, n_routed_experts=EXPERTS), tmp_path / "out"
     nemoquant("quantize", source, out, "--recipe", preset, "--calib", token_rows, "--threads", 1)
     found = read(out)
     assert differences(found, pack_oracle.expected(source, preset, scales_of(out))) == []
@@ -32,8 +32,8 @@ def test_bytes_by_the_command_line(preset, make_checkpoint, token_rows, tmp_path
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_bytes_by_the_api_without_scale_groups(preset, source, quantized):
-    out = quantized(preset, scale_groups=False)
+def test_bytes_by_the_api_without_scale_groups(preset, fitting, quantized):
+    source, out = fitting(preset), quantized(preset, scale_groups=False)
     assert differences(read(out), pack_oracle.expected(source, preset, scales_of(out), groups=False)) == []
 
 

@@ -42,8 +42,8 @@ def failed(out, *more):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_fresh_output_passes(preset, source, quantized):
-    out = quantized(preset)
+def test_fresh_output_passes(preset, fitting, quantized):
+    source, out = fitting(preset), quantized(preset)
     tensors = read(out)
     code, report = command(out, "--against", source)
     assert (code, report["ok"], report["problems"], report["warnings"]) == (0, True, [], [])

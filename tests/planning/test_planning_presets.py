@@ -22,10 +22,13 @@ COLUMNS = ("experts", "shared_experts", "mlp", "attention", "mamba")
 PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
     "fp8": (("fp8", "fp8", "fp8", "fp8", "fp8"), "fp8"),
     "fp8-published": (("fp8", "fp8", "fp8", "source", "fp8"), "fp8"),
+    "mxfp8": (("mxfp8", "mxfp8", "mxfp8", "mxfp8", "mxfp8"), "source"),
     "nvfp4": (("nvfp4", "fp8", "fp8", "fp8", "fp8"), "fp8"),
     "nvfp4-full": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "fp8"),
     "nvfp4-w4a16": (("nvfp4", "source", "source", "source", "source"), "source"),
 }
+
+UNCALIBRATED = ("mxfp8", "nvfp4-w4a16")
 
 # role: (how many, out, in), from the published sizes
 SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -66,6 +69,8 @@ def packed(form: str, elements: int, weights_only: bool = False) -> tuple[int, i
     """Number of tensors and bytes that a weight of two dimensions becomes."""
     if form == "fp8":
         return 3, elements + 4 + 4  # codes, weight_scale, input_scale
+    if form == "mxfp8":
+        return 2, elements + elements // 32  # codes, block scales
     scalars = 4 if weights_only else 4 + 4
     return (
         3 if weights_only else 4,
@@ -94,7 +99,7 @@ def test_the_map_of_a_preset(model: str, preset: str) -> None:
         method = None if expected == "source" else "max"
         assert (row.format, row.activation_format, row.scale_method) == (expected, inputs, method), row.name
     assert made.recipe.kv_cache == PRESETS[preset][1]
-    assert made.needs_calibration == (preset != "nvfp4-w4a16")
+    assert made.needs_calibration == (preset not in UNCALIBRATED)
     counts = Counter(row.role for row in made.quantized)
     assert counts == {
         role: count for role, (count, _, _) in SIZES[model].items() if formats(preset, role) != "source"
@@ -107,7 +112,7 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
     made = planned(model, preset)
     tensors, elements, wide, attention = TOTAL[model]
     bytes_in = 2 * elements + 2 * wide
-    cache_scales = 0 if preset == "nvfp4-w4a16" else 2 * attention
+    cache_scales = 0 if preset in UNCALIBRATED else 2 * attention
     tensors_out, bytes_out = tensors + cache_scales, bytes_in + 4 * cache_scales
     quantized_elements = quantized_bytes = 0
     for role, (count, rows, columns) in SIZES[model].items():
@@ -125,14 +130,14 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
     cache = attention * 2 * 2 * 128
     assert made.kv_cache_bytes_per_token() == {
         "source": 2 * cache,
-        "planned": 2 * cache if preset == "nvfp4-w4a16" else cache,
+        "planned": 2 * cache if preset in UNCALIBRATED else cache,
     }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_on_a_checkpoint(preset: str, make_checkpoint: Make) -> None:
+def test_a_preset_on_a_checkpoint(preset: str, fitting: Make) -> None:
     """A checkpoint with dense MLP layers, planned from headers; compared with safetensors' reading."""
-    folder = make_checkpoint(num_nextn_predict_layers=1)
+    folder = fitting(preset, num_nextn_predict_layers=1)
     shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "np") as f:
@@ -160,7 +165,7 @@ def test_a_preset_on_a_checkpoint(preset: str, make_checkpoint: Make) -> None:
         )
         tensors_out += tensors
         bytes_out += size + 2 * elements * name.endswith("e_score_correction_bias")
-    scales = 0 if preset == "nvfp4-w4a16" else 2
+    scales = 0 if preset in UNCALIBRATED else 2
     assert (made.tensors_out, made.bytes_out) == (tensors_out + scales, bytes_out + 4 * scales)
 
 

@@ -63,8 +63,14 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
     ("changes", "message"),
     [
         ({"format": ...}, "rule 1, `format`: Field required"),
-        ({"format": "int4"}, "rule 1, `format`: Input should be 'source', 'fp8' or 'nvfp4', got 'int4'"),
-        ({"format": "FP8"}, "rule 1, `format`: Input should be 'source', 'fp8' or 'nvfp4', got 'FP8'"),
+        (
+            {"format": "int4"},
+            "rule 1, `format`: Input should be 'source', 'fp8', 'mxfp8' or 'nvfp4', got 'int4'",
+        ),
+        (
+            {"format": "FP8"},
+            "rule 1, `format`: Input should be 'source', 'fp8', 'mxfp8' or 'nvfp4', got 'FP8'",
+        ),
         ({"roles": ...}, "rule 1: expected either `roles` or `names`"),
         ({"roles": []}, "rule 1, `roles`: List should have at least 1 item after validation, not 0, got []"),
         ({"roles": "experts.*"}, "rule 1, `roles`: Input should be a valid list, got 'experts.*'"),
@@ -95,7 +101,7 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
         ),
         (
             {"activations": "int8"},
-            "rule 1, `activations`: Input should be 'fp8', 'nvfp4' or 'none', got 'int8'",
+            "rule 1, `activations`: Input should be 'fp8', 'mxfp8', 'nvfp4' or 'none', got 'int8'",
         ),
         (
             {"activations": "fp8"},
@@ -219,7 +225,7 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("fp9")
     assert str(error.value) == (
-        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, nvfp4-full, "
+        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, mxfp8, nvfp4-full, "
         "nvfp4-w4a16, nvfp4, "
         "super-nvfp4-published"
     )
@@ -231,6 +237,7 @@ def test_presets() -> None:
     assert set(presets()) == {
         "fp8",
         "fp8-published",
+        "mxfp8",
         "nvfp4",
         "nvfp4-full",
         "nvfp4-w4a16",

@@ -11,7 +11,7 @@ from support.processes import run_python
 
 from nemoquant import api
 from nemoquant.errors import RecipeError
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import parse_recipe
@@ -176,7 +176,7 @@ def test_an_unknown_role() -> None:
     message = refusal({"roles": ["experts.*", "expert.*", "shared"], "format": "fp8"}, REST)
     assert message.startswith(
         "recipe mine: no role matches expert.*, shared; roles are mamba.in_proj, mamba.out_proj, "
-        "attention.q_proj,"
+        "experts.up_proj,"
     )
     assert message.endswith("mtp.router.bias")
 

@@ -222,9 +222,9 @@ def weight(format: str, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
 def decoded(w: PackedWeight) -> np.ndarray:
     """By the formats' own decoders."""
     return (
-        fp8.decode(w.codes, w.scale)
-        if w.block_scales is None
-        else nvfp4.decode(w.codes, w.block_scales, w.scale)
+        fp8.decode(w.encoded.codes, w.scale)
+        if w.encoded.block_scales is None
+        else nvfp4.decode(w.encoded.codes, w.encoded.block_scales, w.scale)
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.places import NANO, SUPER
 
 from nemoquant import api
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 
 Make = Callable[..., Path]

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemoquant.formats import fp8, nvfp4
-from nemoquant.graph.dialects import parts_of
+from nemoquant.graph.gemms import GEMMS
 from nemoquant.ops.abi import DTYPES
 from nemoquant.ops.library import Kernels
 from support.packed_weights import packed
@@ -133,7 +133,7 @@ def pack(
     for projection, stack in weights.items():
         made = [packed(given.format, w, s) for w, s in zip(stack, scales[projection], strict=True)]
         given.decoded[projection] = np.stack([values for _, values in made])
-        for part in parts_of(given.format):
+        for part in GEMMS[given.format].parts:
             one = (
                 input_scales[projection]
                 if part == "input_scale"

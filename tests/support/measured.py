@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemoquant.checkpoint.header import encode_header
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 from support.processes import run_python
 

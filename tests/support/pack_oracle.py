@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-PRESETS = ("fp8", "fp8-published", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
+UNCALIBRATED = ("mxfp8", "nvfp4-w4a16")
+PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 
 # docs/design.md, "Presets": group of modules -> format of its weights.
 FORMATS = {
     "fp8": {"experts": "fp8", "shared": "fp8", "attention": "fp8", "mamba": "fp8"},
     "fp8-published": {"experts": "fp8", "shared": "fp8", "mamba": "fp8"},
+    "mxfp8": {"experts": "mxfp8", "shared": "mxfp8", "attention": "mxfp8", "mamba": "mxfp8"},
     "nvfp4": {"experts": "nvfp4", "shared": "fp8", "attention": "fp8", "mamba": "fp8"},
     "nvfp4-full": {"experts": "nvfp4", "shared": "nvfp4", "attention": "nvfp4", "mamba": "nvfp4"},
     "nvfp4-w4a16": {"experts": "nvfp4-weights"},
@@ -104,6 +106,15 @@ def fp8(weight: torch.Tensor, amax: float) -> tuple[bytes, np.float32]:
     return e4m3(weight / torch.tensor(scale)).view(torch.uint8).numpy().tobytes(), scale
 
 
+def mxfp8(weight: torch.Tensor) -> tuple[bytes, bytes]:
+    """codes, block scales; the exponent by comparing with every power of two"""
+    blocks = weight.reshape(weight.shape[0], -1, 32)
+    quotient = (blocks.abs().amax(-1) / 448).double()
+    exponents = torch.searchsorted(torch.exp2(torch.arange(-127, 128, dtype=torch.float64)), quotient)
+    codes = e4m3((blocks.double() * torch.exp2(127 - exponents.double())[..., None]).float())
+    return codes.view(torch.uint8).numpy().tobytes(), exponents.to(torch.uint8).numpy().tobytes()
+
+
 def nvfp4(weight: torch.Tensor, amax: float) -> tuple[bytes, bytes, np.float32]:
     """packed codes, block scales, weight_scale_2"""
     scale = np.float32(amax) / np.float32(6 * 448)
@@ -145,6 +156,12 @@ def expected(
             continue
         module = name.removesuffix(".weight")
         weight = stored.tensor().float()
+        if form == "mxfp8":
+            codes, block_scales = mxfp8(weight)
+            out, columns = stored.shape
+            result[f"{module}.weight"] = ("F8_E4M3", [out, columns], codes)
+            result[f"{module}.weight_scale"] = ("U8", [out, columns // 32], block_scales)
+            continue
         largest, seen = amax[name], inputs.get(module)
         if groups and (qkv := re.fullmatch(r"(.+\.mixer\.)[qkv]_proj", module)):
             largest = max(amax[f"{qkv[1]}{p}_proj.weight"] for p in "qkv")
@@ -167,7 +184,7 @@ def expected(
             result[f"{module}.weight_scale_2"] = scalar(scale)
             if form == "nvfp4":
                 result[f"{module}.input_scale"] = scalar(np.float32(seen) / np.float32(2688))
-    if preset != "nvfp4-w4a16":
+    if preset not in UNCALIBRATED:
         for module, value in scales["kv_amax"].items():
             result[f"{module}.{module[-6]}_scale"] = scalar(np.float32(value) / np.float32(448))
     return result

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemoquant.model.config import NemotronHConfig, parse_config
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.parse import parse_config
 from nemoquant.model.taps import Scope
 
 RAW: dict[str, Any] = {

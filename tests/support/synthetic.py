@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nemoquant.model.config import parse_config
+from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 
 Tensors = dict[str, torch.Tensor]
@@ -51,6 +51,10 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+# Sizes that blocks of 32 divide, for presets whose format has them.
+WIDE = {"moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 160}
 
 
 def random_tensors(raw: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemoquant.errors import CalibrationError, MissingExtraError
-from nemoquant.model.config import load_config
+from nemoquant.model.parse import load_config
 from nemoquant.shipped import calibration_data
 from nemoquant.tokens.rows import load_rows
 

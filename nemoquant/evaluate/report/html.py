@@ -25,23 +25,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nemoquant.evaluate.schema import Candidate, Experts, Layer, Module, Quantized, Reference, Report
+from nemoquant.model.kinds import KINDS
 from nemoquant.units import size
 
 HERE = Path(__file__).parent
 DIGITS = 6  # of a float in the page; nothing is shown with more
-PARTS = {
-    "up_proj": "up projection",
-    "down_proj": "down projection",
-    "in_proj": "input projection",
-    "out_proj": "output projection",
-}
-OWNERS = {
-    "experts": "routed experts'",
-    "shared_experts": "shared experts'",
-    "mamba": "Mamba's",
-    "attention": "attention's",
-    "mlp": "the MLP's",
-    "latent": "the latent",
+WORDS = {role: words for kind in KINDS.values() for role, words in kind.linear.items()} | {
+    "kv_cache": "the KV cache"
 }
 
 
@@ -62,6 +52,7 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         summaries=[summary(candidate, report.reference) for candidate in report.candidates],
+        kinds=KINDS.values(),
         percent=percent,
         perplexity=perplexity,
         warnings=[("", text) for text in report.warnings]
@@ -130,13 +121,7 @@ def _smaller(compression: float) -> str:
 
 def place(module: Module) -> str:
     """Where a module is, in words: routed experts' up projection in layer 1."""
-    owner, _, part = module.role.partition(".")
-    if module.role == "kv_cache":
-        words = "the KV cache"
-    elif owner in OWNERS and part:
-        words = f"{OWNERS[owner]} {PARTS.get(part, part)}"
-    else:
-        words = module.name
+    words = WORDS.get(module.role, module.name)
     return words if module.layer is None or words == module.name else f"{words} in layer {module.layer}"
 
 
@@ -167,6 +152,7 @@ def percent(share: float) -> str:
 def page_data(report: Report) -> dict[str, Any]:
     """The data that the script needs, and no more."""
     return {
+        "kinds": {name: {"letter": kind.letter, "title": kind.title} for name, kind in KINDS.items()},
         "mtp": _round(report.reference.mtp_acceptance),
         "loads": [
             layer.routing and layer.routing.tokens_per_expert_reference

@@ -46,15 +46,13 @@ function cellOf(module) {
 
 // Words
 
-const KINDS = {
-  embedding: "embedding", mamba: "Mamba-2", moe: "mixture of experts", attention: "attention", mlp: "MLP", head: "final norm and head",
-};
-const LETTERS = { mamba: "M", moe: "E", attention: "*", mlp: "-" };
+const KINDS = { embedding: { title: "embedding" }, ...data.kinds, head: { title: "final norm and head" } };
 const FORMATS = { source: "bf16", fp8: "FP8", nvfp4: "NVFP4" };
 const MEASURES = { alone: "own error", stream: "accumulated error" };
 const formatName = (format) => FORMATS[format] ?? format;
-const kindName = (layer) => KINDS[layer.kind] ?? layer.kind;
-const layerName = (layer) => (layer.kind in LETTERS ? `Layer ${layer.name}, ${kindName(layer)}` : kindName(layer));
+const kindName = (layer) => KINDS[layer.kind].title;
+const letterOf = (layer) => KINDS[layer.kind].letter;
+const layerName = (layer) => (letterOf(layer) ? `Layer ${layer.name}, ${kindName(layer)}` : kindName(layer));
 
 function figure(x, digits = 3) {
   if (x === 0) return "0";
@@ -277,7 +275,7 @@ function heatBounds(measure) {
 }
 
 function cell(layer, i) {
-  const letter = LETTERS[layer.kind];
+  const letter = letterOf(layer);
   const label = letter ? [el("b", {}, letter), el("small", {}, layer.name)] : [el("small", {}, kindName(layer))];
   const button = el("button", { type: "button", className: letter ? "cell" : "cell wide" }, ...label, el("i"));
   button.dataset.layer = i;
@@ -484,7 +482,7 @@ const layerLabel = (layer) => (layer.kind === "embedding" ? "emb" : layer.name);
 function layerAxis() {
   const { layers } = candidates[0];
   const step = [1, 2, 5, 10, 20].find((s) => layers.length / s <= 14) ?? 50;
-  const labelled = layers.filter((y) => (y.kind in LETTERS ? y.name % step === 0 : step === 1)).map(layerLabel);
+  const labelled = layers.filter((y) => (letterOf(y) ? y.name % step === 0 : step === 1)).map(layerLabel);
   const range = [-0.7, layers.length - 0.3];
   return axis("layer", { type: "category", categoryarray: layers.map(layerLabel), range, tickvals: labelled, tickangle: 0, showgrid: false });
 }

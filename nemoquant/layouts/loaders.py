@@ -1,0 +1,106 @@
+"""What serving engines do with each algorithm of the layout, read in their sources; none was run here.
+
+MXFP8 was read in vLLM 0.33.0, SGLang 0.5.23 and TensorRT-LLM's main branch of mid to autumn 2026, the others
+in sources and release notes of November 2026.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from nemoquant.layouts.modelopt import MIXED, algorithm
+from nemoquant.planning.plan import Plan
+
+
+class Loader(NamedTuple):
+    """An engine, the first version that loads the algorithm, and the GPUs that it does so on."""
+
+    engine: str
+    version: str
+    hardware: str
+
+
+LOADERS: Mapping[str, tuple[Loader, ...]] = MappingProxyType(
+    {
+        "FP8": (
+            Loader("vLLM", "0.12.0", "GPUs with FP8: SM 89 (Ada) and later"),
+            Loader("SGLang", "0.5.9", "SM 89 and later"),
+            Loader("TensorRT-LLM", "1.3.0rc8", "SM 89 and later"),
+        ),
+        "MXFP8": (
+            Loader(
+                "vLLM",
+                "0.23.0",
+                "natively on SM 100 and 103, on SM 120 all but the experts; elsewhere from SM 80 on weights "
+                "only, by Marlin, whose experts need a width a GPU that 64 divides",
+            ),
+            Loader("SGLang", "0.5.19", "SM 100 and 103; refused on SM 90, experts refused on SM 120"),
+            Loader(
+                "TensorRT-LLM", "none", "experts without a gate fail to load: it splits their scales in two"
+            ),
+        ),
+        "NVFP4": (
+            Loader("vLLM", "0.17.1", "W4A4 on Blackwell (SM 100, 103, 120, 121)"),
+            Loader("SGLang", "0.5.9", "Blackwell"),
+            Loader("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
+        ),
+        "W4A16_NVFP4": (
+            Loader(
+                "vLLM",
+                "a release after May 2026 (its pull request #41769)",
+                "SM 80 (Ampere) and later, by weight-only kernels",
+            ),
+        ),
+        MIXED: (
+            Loader(
+                "vLLM",
+                "0.17.1 (0.15.1 refuses it)",
+                "NVFP4 experts want Blackwell; FP8 parts want SM 89 or later",
+            ),
+            Loader("SGLang", "0.5.9", "Blackwell"),
+            Loader("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
+        ),
+    }
+)
+
+
+def algorithms(plan: Plan) -> tuple[str, ...]:
+    """ModelOpt's names for the formats in the checkpoint; MIXED_PRECISION stands for several."""
+    kinds = sorted({algorithm(row) for row in plan.quantized})
+    return (MIXED,) if len(kinds) > 1 else tuple(kinds)
+
+
+def loaders(plan: Plan) -> list[Loader]:
+    """What loads the checkpoint of a plan."""
+    return [loader for name in algorithms(plan) for loader in LOADERS[name]]
+
+
+# Where an engine takes an algorithm and computes something else, without a message of its own: beside other
+# algorithms, and in lm_head.
+BESIDE_OTHERS: Mapping[str, str] = MappingProxyType(
+    {
+        "MXFP8": "vLLM before 0.25.0 takes them as unquantized, and SGLang 0.5.23 reads their scales as "
+        "zeros, both without an error; serve it with vLLM 0.25.0 or later, or give all modules this format"
+    }
+)
+IN_HEAD: Mapping[str, str] = MappingProxyType(
+    {
+        "MXFP8": "SGLang 0.5.23 reads its codes as if they were weights, without an error; give lm_head "
+        "`format: source` to serve it there"
+    }
+)
+
+
+def cautions(plan: Plan) -> list[str]:
+    """What a user must know before serving the checkpoint of a plan, a sentence each."""
+    modules = Counter(algorithm(row) for row in plan.quantized)
+    heads = {algorithm(row) for row in plan.quantized if row.role == "lm_head"}
+    found = []
+    if algorithms(plan) == (MIXED,):
+        found += [
+            f"{modules[name]} modules are {name} beside other formats: {text}"
+            for name, text in BESIDE_OTHERS.items()
+            if name in modules
+        ]
+    return found + [f"lm_head is {name}: {text}" for name, text in IN_HEAD.items() if name in heads]

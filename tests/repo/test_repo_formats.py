@@ -1,0 +1,101 @@
+"""A number format or cache format is one row in each table; no other place asks which one it is."""
+
+import ast
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from nemoquant.engine.targets import TARGETS
+from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod
+from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.graph.dialects import DIALECTS
+from nemoquant.graph.gemms import GEMMS, gemm_of
+from nemoquant.layouts import loaders, modelopt
+from nemoquant.ops.functional import EXPERT_FORMATS
+from nemoquant.pack.card import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TABLES = {
+    "arithmetic": ARITHMETIC,
+    "layout": modelopt.LAYOUT,
+    "model card": {name: text for name, text in NAMES.items() if name != "source"},
+    **{f"codecs of {name}": dialect.codecs for name, dialect in DIALECTS.items()},
+    **{f"GPUs of {name}": target.least_sm for name, target in TARGETS.items()},
+}
+CACHE_TABLES = {
+    "layout": modelopt.CACHES,
+    **{f"caches of {name}": dialect.caches for name, dialect in DIALECTS.items()},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_has_every_format(table: str) -> None:
+    assert tuple(TABLES[table]) == tuple(FORMATS) == get_args(FormatName)
+
+
+@pytest.mark.parametrize("table", CACHE_TABLES)
+def test_every_table_has_every_cache(table: str) -> None:
+    assert tuple(CACHE_TABLES[table]) == tuple(CACHE_FORMATS) == get_args(CacheName)
+
+
+def test_names_are_those_of_the_rows() -> None:
+    assert all(name == number.name for name, number in FORMATS.items())
+    assert all(name == cache.name and cache.number in FORMATS for name, cache in CACHE_FORMATS.items())
+    assert {method for number in FORMATS.values() for method in number.methods} == set(get_args(ScaleMethod))
+
+
+def test_the_layout_names_the_parts_that_a_format_has() -> None:
+    for name, number in FORMATS.items():
+        kinds = [tensor.kind for tensor in number.packed_tensors((64, 64))]
+        kinds += ["input_scale"] * number.calibrated
+        layout = modelopt.LAYOUT[name]
+        assert sorted(layout.suffix) == sorted(kinds)
+        assert len(set(layout.suffix.values())) == len(kinds)
+        assert layout.group_size == number.block
+        assert (layout.weights_only is not None) == number.weights_only
+        assert layout.algorithm in modelopt.READABLE
+
+
+def test_the_layout_can_tell_formats_apart() -> None:
+    """A reader knows a format by the dtypes of codes and block scales."""
+    seen = {(number.code_dtype, number.scale_dtype) for number in FORMATS.values()}
+    assert len(seen) == len(FORMATS)
+
+
+def test_what_loads_each_algorithm_is_said() -> None:
+    assert set(loaders.LOADERS) == {*modelopt.FORMAT_OF, modelopt.MIXED}
+    assert all(loaders.LOADERS.values())
+
+
+def test_every_format_has_a_gemm_for_each_kind_of_input() -> None:
+    for name, number in FORMATS.items():
+        assert gemm_of(name, name).rounds
+        if number.weights_only:
+            assert not gemm_of(name, None).rounds
+    assert all(name == gemm.name for name, gemm in GEMMS.items())
+
+
+def test_the_plugin_has_the_other_gemms() -> None:
+    """A format that the experts' kernel lacks is refused by the dialect with plugins; see docs/engines.md."""
+    assert set(GEMMS) - set(EXPERT_FORMATS) == {"mxfp8"}
+    assert all(GEMMS[name].parts == parts for name, (_, parts) in EXPERT_FORMATS.items())
+
+
+def test_no_place_asks_which_format_it_is() -> None:
+    """A comparison with a format's name has an else that means all the others; rows of tables have none."""
+    words = {*FORMATS, *GEMMS, *CACHE_FORMATS} | {a for a in modelopt.FORMAT_OF if a is not None}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for path in sorted((ROOT / "nemoquant").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare | ast.match_case) and words & set(_words(node))
+    ]
+    assert found == []
+
+
+def _words(node: ast.AST) -> list[str]:
+    """The words that a comparison, or a case, names."""
+    inside = node.pattern if isinstance(node, ast.match_case) else node
+    return [n.value for n in ast.walk(inside) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
