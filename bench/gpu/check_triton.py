@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemoquant.formats import fp8, fp8_gpu, gpu, mxfp8, mxfp8_gpu, nvfp4, nvfp4_gpu
+from nemoquant.formats import ScaleMethod, fp8, fp8_gpu, gpu, mxfp8, mxfp8_gpu, nvfp4, nvfp4_gpu
 from nemoquant.formats.amax import amax
 
 SECONDS = 60  # for the cases of weights; then no new one starts
@@ -34,7 +34,7 @@ class Extent:
 
     shape: tuple[int, int]
     kinds: tuple[str, ...]
-    methods: tuple[str, ...]
+    methods: tuple[ScaleMethod, ...]
     input_kinds: tuple[str, ...]
     threads: tuple[int, ...]
     tasks: int
@@ -203,8 +203,17 @@ def time_kernels(rows: Rows) -> None:
     tables = nvfp4_gpu.tables_on_gpu(np.float32(1e-3))
     for method in WHOLE.methods:
         blocks = large.numel() // (256 if method == "mse" else 16)
-        parts = large[: blocks * 16], 16, np.float32(1e-3), tables, codes[: blocks * 8], scales[:blocks]
-        time_kernel(rows, f"nvfp4 {method}", blocks * 16, partial(nvfp4_gpu.launch_encode, method, *parts))
+        launch = partial(
+            nvfp4_gpu.launch_encode,
+            method,
+            large[: blocks * 16],
+            16,
+            np.float32(1e-3),
+            tables=tables,
+            packed=codes[: blocks * 8],
+            block_scales=scales[:blocks],
+        )
+        time_kernel(rows, f"nvfp4 {method}", blocks * 16, launch)
 
 
 def time_kernel(rows: Rows, name: str, count: int, launch: Callable[[], None]) -> None:

@@ -153,7 +153,15 @@ def encode(
     tables = _parts(lane.send("tables", _tables(global_scale)))
     encoded = lane.memory("codes", size + block_scales.size)
     with lane.running():
-        launch_encode(method, weight.bits, weight.shift, global_scale, tables, encoded[:size], encoded[size:])
+        launch_encode(
+            method,
+            weight.bits,
+            weight.shift,
+            global_scale,
+            tables=tables,
+            packed=encoded[:size],
+            block_scales=encoded[size:],
+        )
     received = lane.receive(encoded)
     packed.reshape(-1)[:], block_scales.reshape(-1)[:] = received[:size], received[size:]
 
@@ -163,6 +171,7 @@ def launch_encode(
     bits: Any,
     shift: int,
     global_scale: np.float32,
+    *,
     tables: tuple[Any, Any],
     packed: Any,
     block_scales: Any,
@@ -213,7 +222,8 @@ def rounded(values: Any, global_scale: np.float32) -> Any:
     bits = values.contiguous().view(torch.int32).view(-1)
     blocks = bits.numel() // nvfp4_blocks.BLOCK
     packed, scales = (torch.empty(n, dtype=torch.uint8, device=bits.device) for n in (8 * blocks, blocks))
-    launch_encode("activations", bits, 0, global_scale, tables_on_gpu(global_scale), packed, scales)
+    tables = tables_on_gpu(global_scale)
+    launch_encode("activations", bits, 0, global_scale, tables=tables, packed=packed, block_scales=scales)
     return _values(packed, scales, global_scale).view(values.shape)
 
 
