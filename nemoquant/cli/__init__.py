@@ -12,7 +12,7 @@ from nemoquant._version import __version__
 VERBS = {
     "inspect": "Show what a checkpoint or config.json is.",
     "plan": "Show what a recipe would do, before it is done.",
-    "quantize": "Quantize a bf16 checkpoint to FP8 or NVFP4.",
+    "quantize": "Quantize a bf16 checkpoint to FP8, MXFP8 or NVFP4.",
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
     "diff": "Measure how far quantized checkpoints are from their source.",
     "export": "Export ONNX graphs over the packed bytes, and engines.",

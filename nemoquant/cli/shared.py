@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from nemoquant.errors import UsageError
+from nemoquant.formats import FORMATS
 from nemoquant.run.options import OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,7 +48,7 @@ def recipe_options(function: F) -> F:
         help="Preset name or recipe file; `nemoquant recipes list` shows presets.",
     )(function)
     return click.option(
-        "--fmt", type=click.Choice(["fp8", "nvfp4"]), help="Number format: the preset of that name."
+        "--fmt", type=click.Choice(list(FORMATS)), help="Number format: the preset of that name."
     )(function)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from support.places import DEMO
+from support.processes import run_python
 
 from nemoquant.engine import TARGETS
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod
@@ -14,6 +16,7 @@ from nemoquant.graph.gemms import GEMMS, gemm_of
 from nemoquant.layouts import loaders, modelopt
 from nemoquant.ops.functional import EXPERT_FORMATS
 from nemoquant.pack.card import NAMES
+from nemoquant.planning.recipe import load_recipe, presets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +41,36 @@ def test_every_table_has_every_format(table: str) -> None:
 @pytest.mark.parametrize("table", CACHE_TABLES)
 def test_every_table_has_every_cache(table: str) -> None:
     assert tuple(CACHE_TABLES[table]) == tuple(CACHE_FORMATS) == get_args(CacheName)
+
+
+def test_every_format_has_a_preset_of_its_name() -> None:
+    """``--fmt NAME`` is that preset."""
+    assert set(FORMATS) <= set(presets())
+    assert all(name in {rule.format for rule in load_recipe(name).rules} for name in FORMATS)
+
+
+def test_a_format_with_facts_alone_is_not_written(tmp_path: Path) -> None:
+    """A name with NVFP4's facts and no other row ends in a KeyError before a file exists."""
+    recipe = tmp_path / "mxfp4.yaml"
+    recipe.write_text(
+        "name: mxfp4\nsummary: A trial.\nrules:\n"
+        "  - {roles: [experts.*], format: mxfp4}\n  - {roles: ['*'], format: source}\n"
+    )
+    code = f"""
+from dataclasses import replace
+from typing import Literal
+import nemoquant.formats as formats
+formats.FormatName = Literal["fp8", "mxfp4", "mxfp8", "nvfp4"]
+formats.FORMATS = {{**formats.FORMATS, "mxfp4": replace(formats.FORMATS["nvfp4"], name="mxfp4")}}
+import nemoquant
+assert nemoquant.plan({str(DEMO)!r}, {str(recipe)!r}).quantized
+try:
+    nemoquant.quantize({str(DEMO)!r}, {str(tmp_path / "out")!r}, {str(recipe)!r}, rows=2, seq_len=16)
+except KeyError as error:
+    print("refused", error)
+"""
+    assert run_python(code).stdout == "refused 'mxfp4'\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mxfp4.yaml"]
 
 
 def test_names_are_those_of_the_rows() -> None:
