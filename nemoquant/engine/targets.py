@@ -8,6 +8,7 @@ from typing import Any
 
 from nemoquant.engine import Target, TargetName
 from nemoquant.errors import UsageError
+from nemoquant.formats import FORMATS
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
 
@@ -80,7 +81,7 @@ def check_formats(target: Target, sm: int, formats: Set[str], path: Path) -> Non
         formats: of the weights and inputs of GEMMs that the runtime itself computes.
     """
     for name, least in target.least_sm.items():
-        title = name.upper()
+        title = FORMATS[name].short
         if name in formats and sm < least:
             raise UsageError(
                 f"SM {sm}: {path} holds {title} outside of {target.title}'s plugins, which GPUs have from "

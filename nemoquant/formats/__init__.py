@@ -57,6 +57,11 @@ class Format:
     calibrated: bool
     weights_only: bool
 
+    @property
+    def short(self) -> str:
+        """The name for people: ``FP8``."""
+        return self.name.upper()
+
     def indivisible(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot have this format, or None if it can."""
         if len(shape) != 2 or min(shape) < 1:

@@ -9,6 +9,7 @@ from support.places import DEMO
 from support.processes import run_python
 
 from nemoquant.engine import TARGETS
+from nemoquant.evaluate.report.html import SERIES
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.graph.dialects import DIALECTS
@@ -71,6 +72,14 @@ except KeyError as error:
 """
     assert run_python(code).stdout == "refused 'mxfp4'\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mxfp4.yaml"]
+
+
+def test_the_report_has_a_colour_for_every_format_and_series() -> None:
+    style = (ROOT / "nemoquant/evaluate/report/report.css").read_text()
+    for name in (*FORMATS, *(f"series-{i}" for i in range(SERIES))):
+        rule = name if name.startswith("series-") else f"format-{name}"
+        assert style.count(f"--{name}: light-dark(") == 1, name
+        assert style.count(f".{rule} {{") == 1, name
 
 
 def test_names_are_those_of_the_rows() -> None:

@@ -25,11 +25,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nemoquant.evaluate.schema import Candidate, Experts, Layer, Module, Quantized, Reference, Report
+from nemoquant.formats import CACHE_FORMATS, FORMATS
 from nemoquant.model.kinds import KINDS
 from nemoquant.units import size
 
 HERE = Path(__file__).parent
 DIGITS = 6  # of a float in the page; nothing is shown with more
+SERIES = 6  # colours of checkpoints in report.css; the seventh has the first one's
+NAMES = {name: number.short for name, number in FORMATS.items()}  # report.css has a colour for each
 WORDS = {role: words for kind in KINDS.values() for role, words in kind.linear.items()} | {
     "kv_cache": "the KV cache"
 }
@@ -53,6 +56,9 @@ def render(report: Report) -> str:
         report=report,
         summaries=[summary(candidate, report.reference) for candidate in report.candidates],
         kinds=KINDS.values(),
+        series=SERIES,
+        names={"source": "as source"} | NAMES,
+        caches=CACHE_FORMATS,
         percent=percent,
         perplexity=perplexity,
         warnings=[("", text) for text in report.warnings]
@@ -152,6 +158,8 @@ def percent(share: float) -> str:
 def page_data(report: Report) -> dict[str, Any]:
     """The data that the script needs, and no more."""
     return {
+        "series": SERIES,
+        "formats": {"source": "bf16"} | NAMES,
         "kinds": {name: {"letter": kind.letter, "title": kind.title} for name, kind in KINDS.items()},
         "mtp": _round(report.reference.mtp_acceptance),
         "loads": [

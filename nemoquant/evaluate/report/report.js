@@ -47,7 +47,7 @@ function cellOf(module) {
 // Words
 
 const KINDS = { embedding: { title: "embedding" }, ...data.kinds, head: { title: "final norm and head" } };
-const FORMATS = { source: "bf16", fp8: "FP8", nvfp4: "NVFP4" };
+const FORMATS = data.formats;
 const MEASURES = { alone: "own error", stream: "accumulated error" };
 const formatName = (format) => FORMATS[format] ?? format;
 const kindName = (layer) => KINDS[layer.kind].title;
@@ -124,7 +124,7 @@ function radios(host, name, options, current, pick) {
   }));
 }
 
-const dot = (i) => el("span", { className: `dot series-${i % 5}` });
+const dot = (i) => el("span", { className: `dot series-${i % data.series}` });
 const formatColour = (format) => (format in FORMATS ? format : "changed"); // a variable of the style sheet
 const tag = (format) => el("span", { className: `tag format-${formatColour(format)}` }, formatName(format));
 const pairs = (entries) => entries.flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]);
@@ -447,7 +447,7 @@ function colour(name) {
   return getComputedStyle(probe).color;
 }
 
-const seriesColour = (i) => colour(`series-${i % 5}`);
+const seriesColour = (i) => colour(`series-${i % data.series}`);
 
 /** Text for Plotly, which reads markup and knows these three entities. */
 function plain(text) {
