@@ -7,7 +7,7 @@ with their numbers and targets, group size, producer. These differ, on purpose:
   by fnmatch, so this also matches layers 10 to 19); ours are whole module names. Ours add ``mtp*``, since we
   keep MTP and they drop it. With MXFP8 also ``mtp``: SGLang takes no wildcard there.
 - The group of ``mxfp8``. Their config.json has none if it is the only algorithm, ours has the one that they
-  write for it in a mixed map. No engine reads the groups of MXFP8.
+  write for it in a mixed map. The code of vLLM, SGLang and TensorRT-LLM that parses MXFP8 reads no groups.
 - Mixed maps. They write no ``ignore``; vLLM takes any entry of the same mixer for an expert, so ours lists
   the modules that stay.
 - Mixed maps, again: they name a layer's experts by one key, we name each expert's projections: TensorRT-LLM
