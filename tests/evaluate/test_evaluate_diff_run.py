@@ -551,3 +551,14 @@ class TestModelOptimizer:
         assert other.logits.kl.mean == pytest.approx(
             ours.logits.kl.mean, rel=0.1
         )  # measured 2%: q, k, v share no weight scale there
+
+    def test_its_mxfp8_has_our_figures(self, fitting, quantized, compare, token_rows, tmp_path):
+        """Equal bytes, and no calibrated scale: all but what depends on MTP, which it drops."""
+        source, rows = fitting("mxfp8"), torch.from_numpy(np.load(token_rows))
+        theirs = modelopt_run.run(source, tmp_path / "theirs", "mxfp8", rows)
+        ours, other = compare(source, quantized("mxfp8"), theirs).candidates
+        left_out = {"name", "recipe", "warnings", "mtp_acceptance", "bytes", "compression", "bits_per_weight"}
+        assert ours.model_dump(exclude=left_out) == other.model_dump(exclude=left_out)
+        assert ours.logits.kl.mean > 0
+        assert (ours.mtp_acceptance is None, other.mtp_acceptance) == (False, None)
+        assert {(m.format, m.input_format) for m in other.modules} == {("mxfp8", "mxfp8")}

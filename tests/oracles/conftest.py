@@ -1,4 +1,4 @@
-"""One small checkpoint, and the outputs of Model Optimizer and nemoquant for it.
+"""One small checkpoint in two widths, and the outputs of Model Optimizer and nemoquant for it.
 
 Each tool runs once in a session, when a test first needs the output.
 """
@@ -12,8 +12,7 @@ import pytest
 import torch
 from support import modelopt_run
 from support.once import Once
-from support.oracle_tensors import read
-from support.synthetic import CONFIG, random_rows, random_tensors, write_checkpoint
+from support.synthetic import CONFIG, WIDE, random_rows, random_tensors, write_checkpoint
 from torch import Tensor
 
 from nemoquant.api import RunOptions, quantize
@@ -25,10 +24,10 @@ def edge_cases(tensors: dict[str, Tensor]) -> None:
     A zero block, a block whose scale underflows, an outlier, signs of zero, F32 tensors.
     """
     w = tensors["backbone.layers.0.mixer.in_proj.weight"]
-    w[0, :16] = 0.0
-    w[1, :16] = 1e-7
+    w[0, :32] = 0.0
+    w[1, :32] = 1e-7
     w[2, 0] = 6.0
-    w[3, :2] = torch.tensor([-0.0, -1e-6])
+    w[3, :2] = torch.tensor([-0.0, -1e-7])
     g = torch.Generator().manual_seed(7)
     tensors["backbone.layers.0.mixer.A_log"] = (
         torch.rand(tensors["backbone.layers.0.mixer.A_log"].shape, generator=g) * 2.5
@@ -41,15 +40,26 @@ class Runs:
     """Folders with ``source`` quantized; calibration takes the first ``rows`` rows of ``length`` tokens."""
 
     once: Once
-    source: Path
     token_rows: np.ndarray[Any, Any]
+
+    def source(self, preset: str) -> Path:
+        """The checkpoint for a preset, with sizes that its blocks divide."""
+        wide = preset == "mxfp8"
+        raw = {**CONFIG, **WIDE} if wide else CONFIG
+
+        def build(folder: Path) -> None:
+            tensors = random_tensors(raw)
+            edge_cases(tensors)
+            write_checkpoint(folder, raw, tensors)
+
+        return self.once("oracles/wide" if wide else "oracles/source", build)
 
     def theirs(self, preset: str, *, compute: str = "bfloat16", rows: int = 8, length: int = 32) -> Path:
         """Model Optimizer's output; ``compute`` is the dtype in which it loads the model."""
         tokens = torch.from_numpy(self.token_rows[:rows, :length])
 
         def build(out: Path) -> None:
-            modelopt_run.run(self.source, out, preset, tokens, getattr(torch, compute))
+            modelopt_run.run(self.source(preset), out, preset, tokens, getattr(torch, compute))
 
         return self.once(f"oracles/theirs-{preset}-{compute}-{rows}x{length}", build)
 
@@ -68,7 +78,7 @@ class Runs:
             data = out.with_name(f"{rows}x{length}.npy")
             np.save(data, self.token_rows[:rows, :length])
             options = RunOptions(data=data, dtype=compute, row_batch=1, scale_groups=scale_groups, threads=1)
-            quantize(self.source, out, preset, options)
+            quantize(self.source(preset), out, preset, options)
 
         return self.once(f"oracles/ours-{preset}-{scale_groups}-{compute}-{rows}x{length}", build)
 
@@ -79,16 +89,4 @@ def runs(once: Once) -> Runs:
 
     Rows are no longer than ``chunk_size``.
     """
-
-    def build(folder: Path) -> None:
-        tensors = random_tensors(CONFIG)
-        edge_cases(tensors)
-        write_checkpoint(folder, CONFIG, tensors)
-
-    return Runs(once, once("oracles/source", build), random_rows())
-
-
-@pytest.fixture(scope="session")
-def source_tensors(runs: Runs) -> dict[str, Tensor]:
-    """The tensors that both tools read."""
-    return read(runs.source)
+    return Runs(once, random_rows())

@@ -5,7 +5,9 @@ with their numbers and targets, group size, producer. These differ, on purpose:
 
 - Exclusions. Theirs are prefixes with a star where a whole branch stays (``backbone.layers.1*``; vLLM matches
   by fnmatch, so this also matches layers 10 to 19); ours are whole module names. Ours add ``mtp*``, since we
-  keep MTP and they drop it.
+  keep MTP and they drop it. With MXFP8 also ``mtp``: SGLang takes no wildcard there.
+- The group of ``mxfp8``. Their config.json has none if it is the only algorithm, ours has the one that they
+  write for it in a mixed map. The code of vLLM, SGLang and TensorRT-LLM that parses MXFP8 reads no groups.
 - Mixed maps. They write no ``ignore``; vLLM takes any entry of the same mixer for an expert, so ours lists
   the modules that stay.
 - Mixed maps, again: they name a layer's experts by one key, we name each expert's projections: TensorRT-LLM
@@ -26,7 +28,7 @@ from support.oracle_tensors import is_scale, read
 
 pytestmark = modelopt_run.MARKS
 
-UNIFORM = ["fp8", "nvfp4-full", "nvfp4-w4a16"]
+UNIFORM = {"fp8": "FP8", "mxfp8": "MXFP8", "nvfp4-full": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}
 
 
 def load(folder: Path, file: str) -> dict[str, Any]:
@@ -65,6 +67,17 @@ def by_layer(names: Any) -> Any:
     )
 
 
+def group_in_a_mixed_map(algorithm: str, group_size: int) -> dict[str, Any]:
+    """What Model Optimizer's config.json has for an algorithm that stands beside others, without targets."""
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    layers = {"one": {"quant_algo": algorithm, "group_size": group_size}}
+    legacy = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
+    group = convert_hf_quant_config_format(legacy)["config_groups"]["group_0"]
+    assert group.pop("targets") == ["one"]
+    return group
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", UNIFORM)
 def test_one_format(preset, runs) -> None:
@@ -73,14 +86,28 @@ def test_one_format(preset, runs) -> None:
         [ours[0].pop("ignore"), ours[1].pop("exclude_modules")],
         [theirs[0].pop("ignore"), theirs[1].pop("exclude_modules")],
     )
+    if preset == "mxfp8":
+        assert "config_groups" not in theirs[0]
+        theirs[0]["config_groups"] = {"group_0": group_in_a_mixed_map("MXFP8", 32) | {"targets": ["Linear"]}}
     assert ours == theirs
     assert ignored[0][0] == ignored[0][1]  # both files have the same list
     assert set(ignored[1][0]) == set(ignored[1][1])
-    assert (
-        ours[0]["quant_algo"] == {"fp8": "FP8", "nvfp4-full": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}[preset]
-    )
+    assert ours[0]["quant_algo"] == UNIFORM[preset]
     if preset != "nvfp4-w4a16":
-        assert set(ignored[0][0]) == set(ignored[1][0]) | {"mtp*"}
+        mtp = {"mtp*", "mtp"} if preset == "mxfp8" else {"mtp*"}
+        assert set(ignored[0][0]) == set(ignored[1][0]) | mtp
+
+
+def test_numbers_are_those_of_its_own_presets() -> None:
+    """The map in ``modelopt_run`` takes them for weights and inputs alike; ours has fewer modules."""
+    import modelopt.torch.quantization as mtq
+
+    for name, numbers in modelopt_run.NUMBERS.items():
+        entries = getattr(mtq, f"{name.upper()}_DEFAULT_CFG")["quant_cfg"]
+        found = {e["quantizer_name"]: e["cfg"] for e in entries if e.get("cfg")}
+        assert found.keys() == {"*weight_quantizer", "*input_quantizer"}
+        for cfg in found.values():
+            assert {key: value for key, value in cfg.items() if key != "effective_bits"} == numbers
 
 
 @pytest.mark.parametrize("preset", UNIFORM)
@@ -92,7 +119,7 @@ def test_exclusions_mean_the_same(preset, runs) -> None:
         for name in read(runs.ours(preset))
         if name.endswith(".weight_scale")
     }
-    for module in modules(runs.source):
+    for module in modules(runs.source(preset)):
         assert excluded(module, ours) == excluded(module, theirs) == (module not in quantized), module
 
 
@@ -120,14 +147,16 @@ def test_mixed_formats(runs) -> None:
         for name in read(runs.ours("nvfp4"))
         if name.endswith(".weight_scale")
     }
-    assert all(excluded(module, ignore) == (module not in quantized) for module in modules(runs.source))
+    assert all(
+        excluded(module, ignore) == (module not in quantized) for module in modules(runs.source("nvfp4"))
+    )
 
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
 def test_keys_of_the_model(preset, runs) -> None:
     ours, theirs = load(runs.ours(preset), "config.json"), load(runs.theirs(preset), "config.json")
     ours.pop("quantization_config")
-    raw = json.loads((runs.source / "config.json").read_text())
+    raw = json.loads((runs.source(preset) / "config.json").read_text())
     assert ours == raw
     respelled = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"}
     assert raw.keys() - theirs.keys() == respelled

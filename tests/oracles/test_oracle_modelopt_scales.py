@@ -57,9 +57,10 @@ def test_scales_of_activations_and_kv_cache(preset, runs) -> None:
     )  # 2 x 2 projections of experts, 10 other inputs, K and V: the values differ
 
 
-def test_w4a16_has_none(runs) -> None:
-    assert activation_scales(read(runs.theirs("nvfp4-w4a16"))) == {}
-    assert activation_scales(read(runs.ours("nvfp4-w4a16"))) == {}
+@pytest.mark.parametrize("preset", modelopt_run.UNCALIBRATED)
+def test_uncalibrated_presets_have_none(preset, runs) -> None:
+    assert activation_scales(read(runs.theirs(preset))) == {}
+    assert activation_scales(read(runs.ours(preset))) == {}
 
 
 @pytest.mark.parametrize("length", [1, 3])

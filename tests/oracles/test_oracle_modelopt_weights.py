@@ -7,18 +7,19 @@ in bfloat16, as users do.
 import pytest
 import torch
 from support import modelopt_run
-from support.oracle_tensors import equal, expert_projection, raw, read, weights
+from support.oracle_tensors import equal, expert_projection, is_scale, raw, read, weights
 from torch import Tensor
 
 pytestmark = modelopt_run.MARKS
 
 # Where a preset has FP8 q, k, v, our scale groups are off: Model Optimizer gives those separate scales, and
 # NVFP4 ones a shared scale.
-SCALE_GROUPS = {"fp8": False, "nvfp4": False, "nvfp4-full": True, "nvfp4-w4a16": True}
+SCALE_GROUPS = {"fp8": False, "mxfp8": True, "nvfp4": False, "nvfp4-full": True, "nvfp4-w4a16": True}
 # Two Mamba layers of 2, one attention layer of 4, one MLP and two shared experts of 2, and 2 x 8 experts of
 # 2.
-QUANTIZED = {  # preset -> how many weights are FP8, how many NVFP4
+QUANTIZED = {  # preset -> how many weights are FP8 or MXFP8, how many NVFP4
     "fp8": (46, 0),
+    "mxfp8": (46, 0),
     "nvfp4": (14, 32),
     "nvfp4-full": (0, 46),
     "nvfp4-w4a16": (0, 32),
@@ -26,6 +27,18 @@ QUANTIZED = {  # preset -> how many weights are FP8, how many NVFP4
 # It loads everything in the model's dtype, except the router's bias; we keep the source's dtypes.
 CAST_TO_BF16 = ["backbone.layers.0.mixer.A_log", "backbone.layers.2.mixer.gate.weight"]
 FP8 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def preset() -> str:
+    """Tests that take it as no parameter compare FP8."""
+    return "fp8"
+
+
+@pytest.fixture
+def source_tensors(runs, preset) -> dict[str, Tensor]:
+    """The tensors that both tools read."""
+    return read(runs.source(preset))
 
 
 @pytest.fixture
@@ -91,6 +104,22 @@ def test_the_hard_blocks_are_in_it(runs) -> None:
     assert scales[:3, 0].tolist() == [1.0, 2.0**-9, 448.0]  # zeros, an underflow, the tensor's amax
     assert codes[0, :8].tolist() == [0] * 8
     assert codes[3, 0] == 0x80  # -0.0 in the low nibble has no sign, a negative that rounds to zero keeps it
+    ours = read(runs.ours("mxfp8"))
+    codes, scales = (ours[f"backbone.layers.0.mixer.in_proj.{part}"] for part in ("weight", "weight_scale"))
+    assert scales[:3, 0].tolist() == [0, 95, 121]  # zeros; 1e-7 <= 448 * 2^-32; 6 <= 448 * 2^-6
+    assert not raw(codes[0, :32]).any()
+    assert raw(codes[3, :2]).tolist() == [0x80, 0x80]  # both keep their sign
+
+
+def test_mxfp8_codes_and_block_scales(runs) -> None:
+    """Equal to the byte. Scales are uint8, and there are no others."""
+    theirs, ours = read(runs.theirs("mxfp8")), read(runs.ours("mxfp8"))
+    parts = [name + suffix for name in weights(ours, FP8) for suffix in ("", "_scale")]
+    assert sum(expert_projection(name) is not None for name in parts) == 2 * 32
+    assert {ours[name].dtype for name in parts} == {FP8, torch.uint8}
+    assert [name for name in parts if not equal(ours[name], theirs[name])] == []
+    assert {name for name in ours if is_scale(name)} == {name for name in theirs if is_scale(name)}
+    assert {name for name in ours if is_scale(name)} == set(parts[1::2])
 
 
 @pytest.mark.parametrize("preset", ["fp8", "nvfp4"])

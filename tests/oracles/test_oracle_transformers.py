@@ -5,15 +5,15 @@ transposed, its nibbles swapped, its scale taken from another tensor or its name
 off. They are near:
 
 - FP8 rounds to 4 significant bits, a relative error of at most 2^-4 and 2 to 3% on average, 31 dB; 28 with
-  half a bit of slack.
+  half a bit of slack. So does MXFP8, whose scales are powers of two.
 - NVFP4 has steps of 0.5 to 2 in a range of 6, and block scales of 4 bits: about 10%, 20 dB; 17 with half a
   bit of slack.
 
 Let e be the error of a weight at that floor: 4% and 14%. A layer is two products in a row, and relu squared
 between them doubles the error of the first: sqrt(1 + 4) e = 2.2 e for each of six layers. These add up as
 independent errors in the residual stream: sqrt(6) x 2.2 e = 5.5 e, if each layer were the whole stream. The
-logits of the median position must be within that: 0.22 for FP8, 0.77 for NVFP4. The median, because a token
-whose second expert flips by a rounding is off by more. Activations are not rounded.
+logits of the median position must be within that: 0.22 for FP8 and MXFP8, 0.77 for NVFP4. The median, because
+a token whose second expert flips by a rounding is off by more. Activations are not rounded.
 """
 
 import importlib.util
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 FLOOR = {torch.float8_e4m3fn: 28.0, torch.uint8: 17.0}  # dB
 FP8_BOUND, NVFP4_BOUND = (30**0.5 * 10 ** (-floor / 20) for floor in FLOOR.values())
-BOUND = {"fp8": FP8_BOUND, "nvfp4": NVFP4_BOUND, "nvfp4-full": NVFP4_BOUND, "nvfp4-w4a16": NVFP4_BOUND}
+BOUND = {preset: NVFP4_BOUND if preset.startswith("nvfp4") else FP8_BOUND for preset in modelopt_run.MAPS}
 
 
 @torch.no_grad()
@@ -67,13 +67,14 @@ def tokens() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(runs, tokens) -> Tensor:
-    return logits(runs.source, tokens)
+def expected(runs, tokens) -> dict[Path, Tensor]:
+    """The logits of each source."""
+    return {folder: logits(folder, tokens) for folder in {runs.source(preset) for preset in BOUND}}
 
 
 @pytest.mark.parametrize("preset", modelopt_run.MAPS)
-def test_weights_decode_near_the_source(preset, runs, source_tensors) -> None:
-    stored = read(runs.ours(preset))
+def test_weights_decode_near_the_source(preset, runs) -> None:
+    source_tensors, stored = read(runs.source(preset)), read(runs.ours(preset))
     decoded = decode(stored)
     assert {name: t.shape for name, t in decoded.items()} == {
         name: t.shape for name, t in source_tensors.items()
@@ -102,21 +103,28 @@ def test_nvfp4_codes_by_compressed_tensors(runs) -> None:
 def test_logits_are_near_the_source(preset, runs, tokens, expected, tmp_path) -> None:
     out = runs.ours(preset)
     found = logits(plain(decode(read(out)), out / "config.json", tmp_path / "plain"), tokens)
-    print(f"{preset}: relative error of logits {error(found, expected):.3f}, bound {BOUND[preset]:.2f}")
-    assert error(found, expected) < BOUND[preset]
+    off = error(found, expected[runs.source(preset)])
+    print(f"{preset}: relative error of logits {off:.3f}, bound {BOUND[preset]:.2f}")
+    assert off < BOUND[preset]
 
 
 def test_the_bound_sees_faults(runs, tokens, expected, tmp_path) -> None:
     """One fault at a time; each puts the logits beyond the bound of every preset."""
 
     def faulty(name: str, preset: str, change) -> float:
-        tensors = change(read(runs.ours(preset)))
-        return error(logits(plain(tensors, runs.source / "config.json", tmp_path / name), tokens), expected)
+        tensors, source = change(read(runs.ours(preset))), runs.source(preset)
+        found = logits(plain(tensors, source / "config.json", tmp_path / name), tokens)
+        return error(found, expected[source])
 
     def other_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for layer in (0, 4):
             mixer = f"backbone.layers.{layer}.mixer."
             tensors[mixer + "in_proj.weight_scale"] = tensors[mixer + "in_proj.weight_scale"].reciprocal()
+        return decode(tensors)
+
+    def scales_of_the_next_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in weights(tensors, torch.float8_e4m3fn):
+            tensors[name + "_scale"] = tensors[name + "_scale"].roll(1, 0)
         return decode(tensors)
 
     def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,6 +136,7 @@ def test_the_bound_sees_faults(runs, tokens, expected, tmp_path) -> None:
     found = {
         "nibbles swapped": faulty("nibbles", "nvfp4-full", lambda t: decode(t, low_nibble_first=False)),
         "scale inverted": faulty("scale", "fp8", other_scale),
+        "block scales of the next row": faulty("rows", "mxfp8", scales_of_the_next_row),
         "transposed": faulty("transposed", "fp8", transposed),
     }
     print(found)

@@ -36,14 +36,17 @@ OTHERS = (
 )
 NUMBERS: dict[str, dict[str, Any]] = {
     "fp8": {"num_bits": (4, 3), "axis": None},
+    "mxfp8": {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
     "nvfp4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
 }
 MAPS = {  # preset -> patterns by format
     "fp8": {"fp8": EXPERTS + OTHERS},
+    "mxfp8": {"mxfp8": EXPERTS + OTHERS},
     "nvfp4-full": {"nvfp4": EXPERTS + OTHERS},
     "nvfp4": {"nvfp4": EXPERTS, "fp8": OTHERS},
     "nvfp4-w4a16": {"nvfp4": EXPERTS},
 }
+UNCALIBRATED = ("mxfp8", "nvfp4-w4a16")  # no scale of theirs depends on tokens
 # modelopt 0.47 marks names with ".\0modelopt_name_sentinel" while it renames them. transformers' rule
 # `model.` -> `backbone.` is a regular expression that matches "modelo" as well, so that the mark is not
 # recognised and stays in the files.
@@ -53,7 +56,7 @@ SENTINEL = ".\0backbone.pt_name_sentinel"
 def quant_config(preset: str) -> dict[str, Any]:
     """The mtq configuration, with max calibration.
 
-    All is off first, then the map's weights and inputs are on, then the KV cache.
+    All is off first, then the map's weights and inputs are on, then the KV cache of calibrated presets.
     """
     weight_only = preset == "nvfp4-w4a16"
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
@@ -64,7 +67,7 @@ def quant_config(preset: str) -> dict[str, Any]:
                 {"quantizer_name": pattern + side, "enable": True, "cfg": dict(NUMBERS[fmt])}
                 for side in sides
             ]
-    if not weight_only:
+    if preset not in UNCALIBRATED:
         entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "enable": True, "cfg": {"num_bits": (4, 3)}})
     return {"quant_cfg": entries, "algorithm": {"method": "max"}}
 

@@ -1,4 +1,4 @@
-"""Tensors of a written folder, read by the safetensors library; an independent decoder of both formats."""
+"""Tensors of a written folder, read by the safetensors library; an independent decoder of the formats."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def is_scale(name: str) -> bool:
 
 
 def weights(tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    """Names of the weights whose codes have this dtype: float8_e4m3fn for FP8, uint8 for NVFP4."""
+    """Names of the weights whose codes have this dtype: float8_e4m3fn for FP8 and MXFP8, uint8 for NVFP4."""
     return [name for name, tensor in tensors.items() if tensor.dtype == dtype and not is_scale(name)]
 
 
@@ -48,7 +48,10 @@ def decode(tensors: dict[str, Tensor], low_nibble_first: bool = True) -> dict[st
         if is_scale(name):
             continue
         if tensor.dtype == torch.float8_e4m3fn:
-            tensor = tensor.float() * tensors[name + "_scale"]
+            scale = tensors[name + "_scale"]
+            if scale.dtype == torch.uint8:  # MXFP8
+                scale = scale.view(torch.float8_e8m0fnu).float().repeat_interleave(32, 1)
+            tensor = tensor.float() * scale
         elif tensor.dtype == torch.uint8:
             codes = tensor if low_nibble_first else tensor << 4 | tensor >> 4
             tensor = decode_nvfp4(codes, tensors[name + "_scale"], tensors[name + "_scale_2"])
