@@ -1,6 +1,7 @@
 """What this process may use of the machine, and what it uses."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,24 +12,45 @@ def usable_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+class _Host:
+    """The number of torch's threads that the process had when the first of our blocks began."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.threads = threading.Lock(), 0, 0
+        self.mine = threading.local()  # depth: blocks that this thread is in
+
+
+_host = _Host()
+
+
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
     """Gives torch ``count`` threads for a block, and after it the number that the process had before.
 
-    That number belongs to the whole process, which is not ours where it calls the Python API. None changes
-    nothing.
+    That number belongs to the whole process, which is not ours where it calls the Python API. A thread that
+    is new to torch starts with the number that was set last, by whatever thread: so where blocks of several
+    threads overlap, each goes back to what the process had before the first of them. None changes nothing.
     """
     if count is None:
         yield
         return
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    with _host.lock:
+        depth = getattr(_host.mine, "depth", 0)
+        if not _host.blocks:
+            _host.threads = torch.get_num_threads()
+        before = torch.get_num_threads() if depth else _host.threads
+        _host.blocks += 1
+        _host.mine.depth = depth + 1
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _host.lock:
+            torch.set_num_threads(before)
+            _host.blocks -= 1
+            _host.mine.depth = depth
 
 
 def resident(field: str = "VmRSS") -> int:

@@ -1,6 +1,7 @@
 """A call leaves the process that it runs in as it was: torch's threads, the environment; on an error too."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -112,3 +113,35 @@ def test_generate(demo, seen):
     seen.clear()
     nemoquant.generate(folder, "Once", max_tokens=2, threads=2)
     assert set(zip(seen[::2], seen[1::2], strict=True)) == {(2, BEFORE)}
+
+
+def test_blocks_of_several_threads_overlap() -> None:
+    """Each goes back to what the process had before the first; so does a thread that starts afterwards."""
+    seen: list[int] = []
+    entered, leave = threading.Barrier(3), [threading.Event() for _ in range(3)]
+
+    def block(place: int) -> None:
+        if place:
+            started[place - 1].wait()
+        with torch_threads(place + 1):
+            started[place].set()
+            entered.wait()
+            with torch_threads(7):
+                assert torch.get_num_threads() == 7
+            assert torch.get_num_threads() == place + 1
+            leave[place].wait()
+        seen.append(torch.get_num_threads())
+
+    started = [threading.Event() for _ in range(3)]
+    before = torch.get_num_threads()
+    threads = [threading.Thread(target=block, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for place, thread in enumerate(threads):  # the first to enter is the first to leave
+        leave[place].set()
+        thread.join()
+    late = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    late.start()
+    late.join()
+    assert seen == [before] * 4
+    assert torch.get_num_threads() == before
