@@ -38,9 +38,12 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
     with _host.lock:
         depth = getattr(_host.mine, "depth", 0)
+        here = (
+            torch.get_num_threads()
+        )  # asked in any case: a new thread would take over another's number later
         if not _host.blocks:
-            _host.threads = torch.get_num_threads()
-        before = torch.get_num_threads() if depth else _host.threads
+            _host.threads = here
+        before = here if depth else _host.threads
         _host.blocks += 1
         _host.mine.depth = depth + 1
         torch.set_num_threads(count)
