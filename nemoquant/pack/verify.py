@@ -4,8 +4,8 @@
 2. the recipe and the config give the plan whose hash the manifest names
 3. names, dtypes, shapes and order of all tensors are those of the plan, the index agrees, data begins at a
    page
-4. every scalar scale is finite and positive, every block scale is a positive number, and the scales of inputs
-   and caches are those that follow from the scales file
+4. every scalar scale is finite and positive, every block scale is one that its format writes, and the scales
+   of inputs and caches are those that follow from the scales file
 5. both config files are those that the plan calls for, and the source's own keys are all there
 6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give
    the same bytes
