@@ -79,7 +79,9 @@ def number(name: str, got: Any, expected: str) -> float:
 
 
 def path(name: str, got: Any) -> Path:
-    """``got``, a str or a path object, as a Path."""
+    """``got``, a str or a path object, as a Path; an empty str would be the folder of the process."""
+    if got == "":
+        raise refuse(name, got, "a path")
     try:
         return Path(got)
     except TypeError:
@@ -96,7 +98,9 @@ def paths(name: str, got: Any) -> list[Path]:
     if isinstance(got, str | os.PathLike):
         return [path(name, got)]
     try:
-        several = list(got)
+        several = None if isinstance(got, bytes) else list(got)
     except TypeError:
+        several = None
+    if several is None:
         raise refuse(name, got, "a path, or a list of paths") from None
     return [path(name, one) for one in several]

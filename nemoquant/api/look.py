@@ -20,11 +20,11 @@ def plan(source: PathLike, recipe: PathLike, *, scale_groups: bool = True) -> Pl
         CheckpointError, RecipeError, UsageError
     """
     arguments.check_flags(scale_groups=scale_groups)
-    name = recipe_name(recipe)
+    name = recipe_text(recipe)
     return resolved(open_source(arguments.path("source", source)), name, scale_groups)
 
 
-def recipe_name(recipe: PathLike) -> str:
+def recipe_text(recipe: PathLike) -> str:
     """The name of a preset, or of a file.
 
     Raises:

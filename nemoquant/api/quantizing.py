@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Unpack
 
 from nemoquant import arguments
-from nemoquant.api.look import recipe_name, resolved
+from nemoquant.api.look import recipe_text, resolved
 from nemoquant.arguments import PathLike
 from nemoquant.errors import UsageError, listing
 from nemoquant.layouts.loaders import cautions
@@ -119,7 +119,7 @@ def estimate(
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """
     options = run_options("estimate", options, given)
-    source, folder, name = arguments.path("source", source), arguments.path("out", out), recipe_name(recipe)
+    source, folder, name = arguments.path("source", source), arguments.path("out", out), recipe_text(recipe)
     from nemoquant.calibrate.batch import Batch, compute_dtype
     from nemoquant.checkpoint.folder import nearest_folder
     from nemoquant.formats.gpu import check
@@ -196,7 +196,7 @@ def quantize(
         NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to continue.
     """
     options = run_options("quantize", options, given)
-    source, out, name = arguments.path("source", source), arguments.path("out", out), recipe_name(recipe)
+    source, out, name = arguments.path("source", source), arguments.path("out", out), recipe_text(recipe)
     arguments.check_flags(dry_run=dry_run)
     bars = shown(progress)
     arguments.check_functions(planned=planned, expected=expected, say=say)

@@ -7,9 +7,8 @@ import click
 from click.core import ParameterSource
 
 from nemoquant.engine import ENGINES, EngineName
-from nemoquant.formats import Device
+from nemoquant.formats import DEVICES, Device
 from nemoquant.progress import progress_bars
-from nemoquant.run.options import DEVICES
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 

@@ -15,7 +15,8 @@ from nemoquant.cli.shared import (
     run_option,
     table,
 )
-from nemoquant.run.options import DEVICES, RunOptions
+from nemoquant.formats import DEVICES
+from nemoquant.run.options import RunOptions
 from nemoquant.units import size
 
 
@@ -93,12 +94,14 @@ def command(
     ]
     for name, text in lines:
         click.echo(f"{name:<24}{text}")
-    for number, loader in enumerate(loaders(resolved)):
-        click.echo(
-            f"{'' if number else 'loaded by':<24}{loader.engine} {loader.version}: {loader.hardware}"
-            if loader.version != "none"
-            else f"{'' if number else 'loaded by':<24}not {loader.engine}: {loader.hardware}"
-        )
+    loading = [
+        f"not {loader.engine}: {loader.hardware}"
+        if loader.version is None
+        else f"{loader.engine} {loader.version}: {loader.hardware}"
+        for loader in loaders(resolved)
+    ]
+    for number, text in enumerate(loading or ["not known: nobody has looked at this mixture of formats"]):
+        click.echo(f"{'' if number else 'loaded by':<24}{text}")
     if expected:
         from nemoquant.run.estimate import expectation
 

@@ -20,8 +20,9 @@ from nemoquant.cli.shared import (
     run_option,
 )
 from nemoquant.errors import UsageError
+from nemoquant.formats import DEVICES
 from nemoquant.progress import progress_bars
-from nemoquant.run.options import DEVICES, DTYPES, OPTIONS, PLACES, RENAMED, RunOptions, Where
+from nemoquant.run.options import DTYPES, OPTIONS, PLACES, RunOptions, Where
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _renamed(engine: Where, on: Where) -> Where:
     is_given = click.get_current_context().get_parameter_source("on") is ParameterSource.COMMANDLINE
     if is_given and on != engine:
         raise UsageError(f"got --on {on} and --engine {engine}, its old name; expected --on alone")
-    click.echo(f"note: {RENAMED}", err=True)
+    click.echo("note: --engine is now --on", err=True)
     return engine
 
 

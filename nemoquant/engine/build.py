@@ -68,7 +68,7 @@ class EngineOptions:
 
 
 @dataclass
-class Built:
+class BuiltEngine:
     """An engine in memory, and facts about it."""
 
     data: bytes
@@ -98,7 +98,7 @@ def build(
     say: Callable[[str], None] = lambda text: None,
     *,
     mtp: bool = False,
-) -> Built:
+) -> BuiltEngine:
     """Build an engine for the checkpoint in ``path``.
 
     Args:
@@ -167,7 +167,7 @@ def build(
             "build_seconds": round(seconds, 2),
             "warnings": sorted(messages.warnings),
         }
-    return Built(data, facts)
+    return BuiltEngine(data, facts)
 
 
 def plan_of(opened: PackedCheckpoint) -> str | None:

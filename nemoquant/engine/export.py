@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.manifest import replace_bytes, replace_text
-from nemoquant.engine.build import Built, EngineOptions, build
+from nemoquant.engine.build import BuiltEngine, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
@@ -60,7 +60,7 @@ def export_engine(
     return facts[0]
 
 
-def _facts(path: Path, file: Path, engine: Built, mtp: bool) -> dict[str, Any]:
+def _facts(path: Path, file: Path, engine: BuiltEngine, mtp: bool) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         **engine.facts,

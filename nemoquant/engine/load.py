@@ -1,9 +1,10 @@
 """Loads an engine by its name."""
 
 from pathlib import Path
+from typing import assert_never
 
 from nemoquant.arguments import check_word
-from nemoquant.engine import ENGINES, TARGETS
+from nemoquant.engine import ENGINES, TARGETS, EngineName
 from nemoquant.engine.base import Engine
 from nemoquant.engine.targets import find_gpu
 from nemoquant.errors import UsageError
@@ -11,7 +12,11 @@ from nemoquant.machine import usable_threads
 
 
 def load_engine(
-    name: str, path: Path, threads: int | None = None, file: Path | None = None, plugins: Path | None = None
+    name: EngineName,
+    path: Path,
+    threads: int | None = None,
+    file: Path | None = None,
+    plugins: Path | None = None,
 ) -> Engine:
     """An engine over the folder ``path``.
 
@@ -32,6 +37,8 @@ def load_engine(
             else f"--engine-file {file}: the engine {name} reads none; it goes with --engine rtx or "
             f"--engine trt"
         )
+    if plugins is not None and name != "trt":
+        raise UsageError(f"--plugins {plugins}: the engine {name} has none; it goes with --engine trt")
     if name == "torch":
         from nemoquant.engine.torch import TorchEngine
 
@@ -40,7 +47,9 @@ def load_engine(
         from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, threads)
-    assert file is not None
-    from nemoquant.engine.gpu import TensorRTEngine
+    if name == "rtx" or name == "trt":
+        from nemoquant.engine.gpu import TensorRTEngine
 
-    return TensorRTEngine(name, file, path, find_gpu(), plugins)
+        assert file is not None
+        return TensorRTEngine(name, file, path, find_gpu(), plugins)
+    assert_never(name)

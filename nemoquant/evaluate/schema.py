@@ -159,7 +159,7 @@ class Module(_Part):
     layer: int | None
     role: str
     format: str
-    """Of the weight: source, fp8 or nvfp4; ``changed`` if it is stored unquantized but with other values."""
+    """Of the weight: source or a number format; ``changed`` if it is stored unquantized but with other values."""
     input_format: str | None
     """Of the GEMM's input (of keys and values for the cache) at run time; null if it stays as it is."""
     elements: int

@@ -13,13 +13,14 @@ Importing this package loads neither numpy nor numba.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 FormatName = Literal["fp8", "mxfp8", "nvfp4"]
 CacheName = Literal["fp8"]
 ScaleMethod = Literal["max", "mse", "four_over_six"]
 PartKind = Literal["codes", "block_scales", "global_scale"]
 Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = get_args(Device)
 
 
 class PackedTensor(NamedTuple):
@@ -38,7 +39,8 @@ class Format:
         title: for people, as in a model card.
         weight_bits: bits of one code, without scales.
         block: number of inputs that share a block scale; None without block scales.
-        code_dtype, scale_dtype: safetensors dtypes of codes and block scales; None without block scales.
+        code_dtype: safetensors dtype of the codes.
+        scale_dtype: that of the block scales; None without block scales.
         global_scale: whether one fp32 scale multiplies the whole tensor.
         methods: how block scales can be chosen, the default first.
         calibrated: whether inputs need a scale from calibration; else theirs follow from the input at run
@@ -63,7 +65,7 @@ class Format:
         return self.name.upper()
 
     def indivisible(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot have this format, or None if it can."""
+        """Why a weight of this shape, which should be [out, in], cannot have this format; None if it can."""
         if len(shape) != 2 or min(shape) < 1:
             return f"shape {list(shape)} is not [out, in]"
         if self.block is not None and shape[1] % self.block:
@@ -142,12 +144,12 @@ class CacheFormat:
 
     Attributes:
         number: the number format of an element; its arithmetic makes the scale and rounds.
-        bytes: of an element.
+        bits: of an element.
     """
 
     name: CacheName
     number: FormatName
-    bytes: int
+    bits: int
 
 
-CACHE_FORMATS: Mapping[CacheName, CacheFormat] = MappingProxyType({"fp8": CacheFormat("fp8", "fp8", 1)})
+CACHE_FORMATS: Mapping[CacheName, CacheFormat] = MappingProxyType({"fp8": CacheFormat("fp8", "fp8", bits=8)})

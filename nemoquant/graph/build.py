@@ -23,7 +23,6 @@ from nemoquant.graph.weights import GraphWeights
 from nemoquant.model import mtp, names
 from nemoquant.model.config import LayerKind
 from nemoquant.model.kinds import KINDS
-from nemoquant.model.kinds.moe import UP
 from nemoquant.model.kinds.record import PAST, StateTensor
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
@@ -61,24 +60,23 @@ class Builder:
             raise UsageError(
                 f"--layers {self.first}:{self.end}: expected 0 <= first < end <= {count}, the model's layers"
             )
-        self.check_experts()
+        for i in range(self.first, self.end):
+            self.check_experts(self.config.layers[i], names.layer(i))
         self.tape = Tape()
         self.weights = GraphWeights(opened, dialect)
         self.functions: dict[str, ir.Function] = {}
         self.inputs: list[ir.Value] = []
         self.states: list[ir.Value] = []
 
-    def check_experts(self) -> None:
-        """Raises UsageError where routed experts have a format that the dialect can't run."""
+    def check_experts(self, kind: LayerKind, prefix: str) -> None:
+        """Raises UsageError where a layer's routed experts have a format that the dialect can't run."""
         known = self.dialect.expert_gemms
-        for i in range(self.first, self.end):
-            if self.config.layers[i] != "moe":
-                continue
-            expert = names.layer(i) + names.MIXER + names.member(UP, 0)
+        for projection in filter(names.is_stack, KINDS[kind].projections(self.config)):
+            expert = prefix + names.MIXER + names.member(projection, 0)
             gemm = gemm_of(*self.opened.formats(expert))
             if gemm.name not in known:
                 raise UsageError(
-                    f"{self.opened.path}: the experts of layer {i} are {gemm.name}, for which the "
+                    f"{self.opened.path}: {names.stack_of(expert)} are {gemm.name}, for which the "
                     f"{self.dialect.name} dialect has no kernel; expected {listing(list(known))}: take "
                     f"another dialect, or quantize the experts to one of these"
                 )
@@ -107,6 +105,8 @@ class Builder:
         """The first multi-token-prediction module; states are numbered by its own layers."""
         assert self.opened.has_mtp
         prefixes = mtp.layer_prefixes(self.config, 0)
+        for kind, prefix in zip(self.config.mtp_layers, prefixes, strict=True):
+            self.check_experts(kind, prefix)
         embedded = self.embedded()
         hidden = self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
         parts = [
@@ -183,6 +183,7 @@ class Builder:
         return x
 
     def state_type(self, state: StateTensor, variant: Variant) -> ir.DataType:
+        """A state's dtype in the graph."""
         cached = self.dialect.cache_dtype(variant.cache, self.compute)
         return {"float32": FLOAT, "compute": self.compute, "cache": cached}[state.dtype]
 
@@ -193,7 +194,7 @@ class Builder:
             name = gemm_of(*self.opened.formats(mixer + names.member(projection, 0))).name
             gemms.append((projection, name))
             self.need(name)
-        quantized = kind == "attention" and f"{mixer}k_proj{names.OUTPUT}" in self.opened.inputs
+        quantized = f"{mixer}k_proj{names.OUTPUT}" in self.opened.inputs
         cache = self.opened.cache.name if quantized and self.opened.cache is not None else None
         variant = Variant(kind, tuple(gemms), cache)
         if not self.dialect.has_plugins:

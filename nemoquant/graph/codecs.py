@@ -31,6 +31,10 @@ class Codec(Protocol):
     """One number format in one family of runtimes; ``w`` are the parts of ``gemms.Gemm.parts``."""
 
     @property
+    def codes(self) -> ir.DataType | None:
+        """The dtype of codes in a graph, where it is another than the file's; the bytes are the same."""
+
+    @property
     def function(self) -> Callable[[], ir.Function] | None:
         """Makes nemoquant's function that ``rounded`` calls; None where it calls none."""
 
@@ -68,7 +72,7 @@ def _fp8_round_trip(t: Tape, x: ir.Value, scale: ir.Value, compute: ir.DataType)
 
 
 class _Fp8:
-    function = None
+    codes = function = None
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:
         if stacked:
@@ -80,6 +84,7 @@ class _Fp8:
 
 
 class _Mxfp8:
+    codes = None
     function = staticmethod(ops.mxfp8_dynamic_quant_dequant)
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:
@@ -99,6 +104,7 @@ class _Mxfp8:
 
 
 class _Nvfp4:
+    codes = None
     function = staticmethod(ops.nvfp4_dynamic_quant_dequant)
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:
@@ -139,11 +145,12 @@ ONNXRUNTIME_CACHES: Mapping[CacheName, CacheCodec] = MappingProxyType({"fp8": _F
 
 
 def _per_expert(stacked: bool) -> dict[str, Any]:
+    """The attribute of a scale for each expert of a stack [E, out, in]."""
     return {"axis": 0} if stacked else {}
 
 
 class _TrtFp8:
-    function = None
+    codes = function = None
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:
         return t.op(
@@ -163,7 +170,7 @@ class _TrtFp8:
 class _TrtMxfp8:
     """Block scales are UINT8 initializers, which the parser reads as E8M0: no operator may be in between."""
 
-    function = None
+    codes = function = None
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:  # noqa: ARG002
         return self._dequantized(t, w["codes"], w["block_scales"], compute)
@@ -193,6 +200,7 @@ class _TrtMxfp8:
 
 
 class _TrtNvfp4:
+    codes = ir.DataType.FLOAT4E2M1
     function = None
 
     def decoded(self, t: Tape, w: Parts, compute: ir.DataType, stacked: bool) -> ir.Value:

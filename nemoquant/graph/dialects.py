@@ -2,8 +2,8 @@
 
 onnxruntime   FLOAT8E4M3FN weights by DequantizeLinear, E2M1 codes as UINT8 unpacked by standard operators,
               caches in the compute dtype; a Loop over the chosen experts, each with its own tokens
-tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, TRT_FP4DynamicQuantize, FP8 caches; all experts
-              over all tokens
+tensorrt_rtx  FLOAT4E2M1 and FLOAT8E4M3FN by DequantizeLinear, MXFP8 and inputs by TensorRT's own operators,
+              FP8 caches; all experts over all tokens
 tensorrt      the same GEMMs; CausalConv1d, Mamba2Scan and RoutedExperts are plugin nodes without a body,
               which take packed codes as INT8
 """
@@ -64,13 +64,25 @@ class Dialect:
             )
         return COMPUTE[name]
 
-    def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
-        """A stored tensor's dtype in the graph; ``stacked``: all experts of a layer and projection."""
+    def stored(self, part: str, dtype: str, number: FormatName | None, stacked: bool) -> ir.DataType:  # noqa: ARG002
+        """A stored tensor's dtype in the graph.
+
+        Args:
+            part: of a weight, in the number format ``number``.
+            dtype: in the file.
+            stacked: it is that of all experts of a layer and projection.
+        """
         if stacked and dtype == "F8_E4M3" and part in ("codes", "block_scales"):
             return ir.DataType.UINT8  # experts are gathered, and Gather takes no FP8
         return DTYPES[dtype]
 
-    def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:  # noqa: ARG002
+    def shape(
+        self,
+        part: str,  # noqa: ARG002
+        shape: Sequence[int],
+        number: FormatName | None,  # noqa: ARG002
+        stacked: bool,  # noqa: ARG002
+    ) -> list[int]:
         """The shape that goes with ``stored``."""
         return list(shape)
 
@@ -214,11 +226,19 @@ class TensorRTRTX(Dialect):
     caches = TENSORRT_CACHES
     one_input_scale = True  # TRT_FP4DynamicQuantize takes only a scalar that is an initializer
 
-    def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:  # noqa: ARG002
-        return ir.DataType.FLOAT4E2M1 if part == "codes" and dtype == "U8" else DTYPES[dtype]
+    def stored(self, part: str, dtype: str, number: FormatName | None, stacked: bool) -> ir.DataType:  # noqa: ARG002
+        own = self.codecs[number].codes if part == "codes" and number is not None else None
+        return DTYPES[dtype] if own is None else own
 
-    def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:  # noqa: ARG002
-        return [*shape[:-1], 2 * shape[-1]] if part == "codes" and dtype == "U8" else list(shape)
+    def shape(
+        self,
+        part: str,
+        shape: Sequence[int],
+        number: FormatName | None,
+        stacked: bool,  # noqa: ARG002
+    ) -> list[int]:
+        own = self.codecs[number].codes if part == "codes" and number is not None else None
+        return list(shape) if own is None else [*shape[:-1], shape[-1] * 8 // own.bitwidth]
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
         """All experts over all tokens as two batched products; factors of experts not chosen are zero.
@@ -262,14 +282,14 @@ class TensorRT(TensorRTRTX):
     one_input_scale = False
     has_plugins = True
 
-    def stored(self, part: str, dtype: str, stacked: bool) -> ir.DataType:
+    def stored(self, part: str, dtype: str, number: FormatName | None, stacked: bool) -> ir.DataType:
         if stacked and part in ("codes", "block_scales"):
             # the same bytes: TensorRT has no UINT8 inside a network, and gives no FP4 to a plugin
             return ir.DataType.INT8
-        return super().stored(part, dtype, stacked)
+        return super().stored(part, dtype, number, stacked)
 
-    def shape(self, part: str, dtype: str, shape: Sequence[int], stacked: bool) -> list[int]:
-        return list(shape) if stacked else super().shape(part, dtype, shape, stacked)
+    def shape(self, part: str, shape: Sequence[int], number: FormatName | None, stacked: bool) -> list[int]:
+        return list(shape) if stacked else super().shape(part, shape, number, stacked)
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
         known = spec(op)  # a plugin needs all of its attributes

@@ -115,7 +115,7 @@ def weight_names(config: NemotronHConfig, variant: Variant) -> list[str]:
     for projection, name in variant.gemms:
         names += [f"{projection}.{part}" for part in GEMMS[name].parts]
     names += LAYER_GRAPHS[variant.kind].weights(config)
-    if variant.kind == "attention" and variant.cache:
+    if variant.cache is not None:
         names += ["k_scale", "v_scale"]
     return names
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
+from nemoquant.formats import FormatName
 from nemoquant.graph.dialects import Dialect
 from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.model.names import member
@@ -30,19 +31,19 @@ class GraphWeights:
 
     def plain(self, name: str) -> ir.Value:
         """An unquantized tensor, by its published name."""
-        return self._value(name, "weight", [self.opened.checkpoint.tensors[name]], None)
+        return self._value(name, "weight", None, [self.opened.checkpoint.tensors[name]], None)
 
     def part(self, module: str, part: str) -> ir.Value:
         """One part of a GEMM's weight."""
         name = self._part_name(module, part)
-        return self._value(name, part, [self.opened.checkpoint.tensors[name]], None)
+        return self._value(name, part, self._number(module), [self.opened.checkpoint.tensors[name]], None)
 
     def experts(self, mixer: str, stack: str, part: str) -> ir.Value:
         """One part of all experts of a layer and projection, [E, ...]; ``stack`` is its name in the mixer."""
-        count = self.opened.config.n_routed_experts
+        count: int | None = self.opened.config.n_routed_experts
         infos = [
             self.opened.checkpoint.tensors[self._part_name(mixer + member(stack, e), part)]
-            for e in range(count)
+            for e in range(self.opened.config.n_routed_experts)
         ]
         name = f"{mixer}{stack}.{part}"
         if not stacked(infos):
@@ -59,25 +60,31 @@ class GraphWeights:
                     f"{self.dialect.name} dialect takes one "
                     "for all, quantize without --no-scale-groups"
                 )
-            return self._value(name, part, infos[:1], None)
-        return self._value(name, part, infos, count)
+            infos, count = infos[:1], None
+        return self._value(name, part, self._number(mixer + member(stack, 0)), infos, count)
 
     def cache_scale(self, module: str) -> ir.Value:
-        """The scale of a ``k_proj``'s or ``v_proj``'s FP8 cache."""
+        """The scale of a ``k_proj``'s or ``v_proj``'s cache."""
         name = kv_scale_name(module)
-        return self._value(name, SCALARS[0], [self.opened.checkpoint.tensors[name]], None)
+        return self._value(name, SCALARS[0], None, [self.opened.checkpoint.tensors[name]], None)
 
     def _part_name(self, module: str, part: str) -> str:
         return self.opened.stored[f"{module}.weight"].parts["source" if part == "weight" else part]
 
-    def _value(self, name: str, part: str, infos: list[TensorInfo], count: int | None) -> ir.Value:
+    def _number(self, module: str) -> FormatName | None:
+        format, _ = self.opened.formats(module)
+        return None if format == "source" else format
+
+    def _value(
+        self, name: str, part: str, number: FormatName | None, infos: list[TensorInfo], count: int | None
+    ) -> ir.Value:
         value = self.values.get(name)
         if value is not None:
             return value
         first = infos[0]
         shape = [] if part in SCALARS else list(first.shape)
-        shape = self.dialect.shape(part, first.dtype, shape, count is not None)
-        dtype = self.dialect.stored(part, first.dtype, count is not None)
+        shape = self.dialect.shape(part, shape, number, count is not None)
+        dtype = self.dialect.stored(part, first.dtype, number, count is not None)
         dims = ir.Shape(shape if count is None else [count, *shape])
         tensor = ir.ExternalTensor(
             Path(first.file).name,

@@ -1,7 +1,14 @@
 """What serving engines do with each algorithm of the layout, read in their sources; none was run here.
 
-MXFP8 was read in vLLM 0.33.0, SGLang 0.5.23 and TensorRT-LLM's main branch of mid to autumn 2026, the others
-in sources and release notes of November 2026.
+MXFP8 was read in vLLM 0.33.0, SGLang 0.5.23 and TensorRT-LLM's main branch of autumn 2026, the others in
+sources and release notes of November 2026. For MXFP8, below ``vllm/``, ``sglang/srt/`` and ``tensorrt_llm/``:
+
+vLLM          model_executor/layers/quantization/modelopt.py (SM 80 at least; pull request 42958 for experts
+              without a gate, 46756 for mixed files), model_executor/layers/fused_moe/oracle/mxfp8.py and
+              model_executor/kernels/linear/__init__.py (which kernel on which GPU)
+SGLang        layers/quantization/fp8.py and modelopt_quant.py, model_loader/loader.py (scales are renamed for
+              uniform MXFP8 only; review of pull request 31282), layers/quantization/utils.py (exclusions)
+TensorRT-LLM  _torch/modules/fused_moe/quantization.py, MXFP8CutlassFusedMoEMethod.load_quant_scales
 """
 
 from collections import Counter
@@ -9,26 +16,26 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from nemoquant.layouts.modelopt import MIXED, algorithm
+from nemoquant.layouts.modelopt import algorithm
 from nemoquant.planning.plan import Plan
 
 
 class Loader(NamedTuple):
-    """An engine, the first version that loads the algorithm, and the GPUs that it does so on."""
+    """An engine, the first version that loads it (None: none does), and on which GPUs, or why not."""
 
     engine: str
-    version: str
+    version: str | None
     hardware: str
 
 
-LOADERS: Mapping[str, tuple[Loader, ...]] = MappingProxyType(
+LOADERS: Mapping[frozenset[str], tuple[Loader, ...]] = MappingProxyType(
     {
-        "FP8": (
+        frozenset({"FP8"}): (
             Loader("vLLM", "0.12.0", "GPUs with FP8: SM 89 (Ada) and later"),
             Loader("SGLang", "0.5.9", "SM 89 and later"),
             Loader("TensorRT-LLM", "1.3.0rc8", "SM 89 and later"),
         ),
-        "MXFP8": (
+        frozenset({"MXFP8"}): (
             Loader(
                 "vLLM",
                 "0.23.0",
@@ -40,19 +47,19 @@ LOADERS: Mapping[str, tuple[Loader, ...]] = MappingProxyType(
                 "TensorRT-LLM", "none", "experts without a gate fail to load: it splits their scales in two"
             ),
         ),
-        "NVFP4": (
+        frozenset({"NVFP4"}): (
             Loader("vLLM", "0.17.1", "W4A4 on Blackwell (SM 100, 103, 120, 121)"),
             Loader("SGLang", "0.5.9", "Blackwell"),
             Loader("TensorRT-LLM", "1.3.0rc8", "Blackwell"),
         ),
-        "W4A16_NVFP4": (
+        frozenset({"W4A16_NVFP4"}): (
             Loader(
                 "vLLM",
                 "a release after May 2026 (its pull request #41769)",
                 "SM 80 (Ampere) and later, by weight-only kernels",
             ),
         ),
-        MIXED: (
+        frozenset({"FP8", "NVFP4"}): (
             Loader(
                 "vLLM",
                 "0.17.1 (0.15.1 refuses it)",
@@ -65,15 +72,9 @@ LOADERS: Mapping[str, tuple[Loader, ...]] = MappingProxyType(
 )
 
 
-def algorithms(plan: Plan) -> tuple[str, ...]:
-    """ModelOpt's names for the formats in the checkpoint; MIXED_PRECISION stands for several."""
-    kinds = sorted({algorithm(row) for row in plan.quantized})
-    return (MIXED,) if len(kinds) > 1 else tuple(kinds)
-
-
-def loaders(plan: Plan) -> list[Loader]:
-    """What loads the checkpoint of a plan."""
-    return [loader for name in algorithms(plan) for loader in LOADERS[name]]
+def loaders(plan: Plan) -> tuple[Loader, ...]:
+    """What the engines do with the checkpoint of a plan; empty where nobody has looked at its mixture."""
+    return LOADERS.get(frozenset(algorithm(row) for row in plan.quantized), ())
 
 
 # Where an engine takes an algorithm and computes something else, without a message of its own: beside other
@@ -97,7 +98,7 @@ def cautions(plan: Plan) -> list[str]:
     modules = Counter(algorithm(row) for row in plan.quantized)
     heads = {algorithm(row) for row in plan.quantized if row.role == "lm_head"}
     found = []
-    if algorithms(plan) == (MIXED,):
+    if len(modules) > 1:
         found += [
             f"{modules[name]} modules are {name} beside other formats: {text}"
             for name, text in BESIDE_OTHERS.items()

@@ -43,7 +43,6 @@ class Layout:
         algorithm: Model Optimizer's name, where inputs are quantized too.
         weights_only: its name where they are not; None if it has none.
         suffix: of the names of a module's parts, by kind.
-        group_size: the block in the config files; None without block scales.
         plain_exclusions: SGLang takes an exclusion from this algorithm as a whole part between dots, without
             wildcards, so one without them is written too.
     """
@@ -51,7 +50,6 @@ class Layout:
     algorithm: str
     weights_only: str | None
     suffix: Mapping[str, str]
-    group_size: int | None = None
     plain_exclusions: bool = False
 
 
@@ -66,7 +64,6 @@ LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
             "MXFP8",
             weights_only=None,
             suffix={"codes": "weight", "block_scales": "weight_scale"},
-            group_size=32,
             plain_exclusions=True,
         ),
         "nvfp4": Layout(
@@ -78,7 +75,6 @@ LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
                 "global_scale": "weight_scale_2",
                 "input_scale": "input_scale",
             },
-            group_size=16,
         ),
     }
 )
@@ -220,13 +216,13 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
         legacy["quantized_layers"] = section["quantized_layers"] = layers
     section |= {"ignore": ignore, **named}
     if kv and plan.cache is not None:
-        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8 * plan.cache.bytes, "type": "float"}
+        section["kv_cache_scheme"] = {"dynamic": False, "num_bits": plan.cache.bits, "type": "float"}
     section |= {"producer": producer, "quant_method": "modelopt"}
     return section, {"producer": producer, "quantization": legacy}
 
 
 def _group_size(kind: str) -> dict[str, int]:
-    size = LAYOUT[FORMAT_OF[kind]].group_size
+    size = FORMATS[FORMAT_OF[kind]].block
     return {} if size is None else {"group_size": size}
 
 
@@ -288,10 +284,17 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def declared_cache(quantization: Mapping[str, Any]) -> CacheFormat | None:
-    """The KV cache's format in :func:`declared_quantization`; None if it is not quantized."""
+    """The KV cache's format in :func:`declared_quantization`; None if none that is known is declared."""
     cache = quantization.get("kv_cache_scheme")
-    bits = cache.get("num_bits") if isinstance(cache, dict) else None
-    return next((known for known in CACHE_FORMATS.values() if bits == 8 * known.bytes), None)
+    if not isinstance(cache, dict) or cache.get("type", "float") != "float":
+        return None
+    return next((known for known in CACHE_FORMATS.values() if cache.get("num_bits") == known.bits), None)
+
+
+def unknown_cache(quantization: Mapping[str, Any]) -> str | None:
+    """The KV cache in :func:`declared_quantization`, as JSON, where its format is none that is known."""
+    cache = quantization.get("kv_cache_scheme")
+    return None if cache is None or declared_cache(quantization) is not None else json.dumps(cache)
 
 
 def _legacy_quantization(path: Path) -> dict[str, Any]:
@@ -299,11 +302,13 @@ def _legacy_quantization(path: Path) -> dict[str, Any]:
     try:
         legacy = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
         algorithm = legacy.get("kv_cache_quant_algo")
-        caches = [CACHE_FORMATS[name] for name, theirs in CACHES.items() if theirs == algorithm]
+        caches: dict[Any, Any] = {
+            theirs: {"num_bits": CACHE_FORMATS[name].bits} for name, theirs in CACHES.items()
+        }
         return {
             "quant_algo": legacy.get("quant_algo"),
             "quantized_layers": legacy.get("quantized_layers"),
-            **({"kv_cache_scheme": {"num_bits": 8 * caches[0].bytes}} if caches else {}),
+            "kv_cache_scheme": caches.get(algorithm, algorithm),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

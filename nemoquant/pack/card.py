@@ -2,13 +2,14 @@
 
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
-from nemoquant.layouts.loaders import loaders
+from nemoquant.layouts.loaders import Loader, loaders
 from nemoquant.planning.plan import Plan, role_table
 from nemoquant.units import size
 
 NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
 
 
+NOT_LOOKED_AT = Loader("any", "not known", "this mixture of formats was not looked at in their sources")
 COST = "- Cost in accuracy: "  # start of the line that diff replaces
 
 
@@ -65,7 +66,10 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
         "| engine | from version | hardware |",
         "|---|---|---|",
-        *(f"| {loader.engine} | {loader.version} | {loader.hardware} |" for loader in loaders(plan)),
+        *(
+            f"| {loader.engine} | {loader.version or 'does not load it'} | {loader.hardware} |"
+            for loader in loaders(plan) or [NOT_LOOKED_AT]
+        ),
         "",
     ]
     if warnings:

@@ -38,7 +38,7 @@ from nemoquant.planning.plan import Plan, Row
 from nemoquant.progress import Count
 
 # Work in a thread, and the function by which this thread takes its result.
-Step = tuple[Future[Any] | None, Callable[[Any], None]]
+PackStep = tuple[Future[Any] | None, Callable[[Any], None]]
 COPY_BYTES = 4 << 20
 
 
@@ -73,7 +73,7 @@ class Packer:
         with ShardWriter(
             path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True
         ) as writer:
-            waiting: deque[Step] = deque()
+            waiting: deque[PackStep] = deque()
             try:
                 for step in self._steps(shard, writer):
                     waiting.append(step)
@@ -87,7 +87,7 @@ class Packer:
                         future.cancel()
         return writer.sha256
 
-    def _steps(self, shard: Shard, writer: ShardWriter) -> Iterator[Step]:
+    def _steps(self, shard: Shard, writer: ShardWriter) -> Iterator[PackStep]:
         """All work of a shard in file order. Each step's work starts when the step is requested."""
         for unit in shard.units:
             if unit.rows[0].format == "source":
@@ -101,7 +101,7 @@ class Packer:
             if caches:
                 yield None, partial(_write_scalars, writer, caches)
 
-    def _copy(self, row: Row, writer: ShardWriter) -> Iterator[Step]:
+    def _copy(self, row: Row, writer: ShardWriter) -> Iterator[PackStep]:
         """Copy an unquantized tensor, bit for bit."""
         for begin in range(0, row.bytes_in, COPY_BYTES):
             end = min(begin + COPY_BYTES, row.bytes_in)
@@ -112,7 +112,7 @@ class Packer:
         writer.write(raw, partial(self.checkpoint.release_bytes, row.name, begin, end))
         self.progress(end - begin)
 
-    def _quantize(self, unit: Unit, writer: ShardWriter) -> Iterator[Step]:
+    def _quantize(self, unit: Unit, writer: ShardWriter) -> Iterator[PackStep]:
         """Codes are written as they come; block scales, then scalars, at the end of the unit."""
         scales: list[np.float32] = []
         block_scales: list[Array] = []
@@ -177,7 +177,7 @@ class Packer:
             yield waiting.popleft().result()
 
 
-def _finish(step: Step) -> None:
+def _finish(step: PackStep) -> None:
     future, take = step
     take(None if future is None else future.result())
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.formats import FORMATS, CacheFormat, Format, FormatName, ScaleMethod
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
+from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
 from nemoquant.planning.recipe import Recipe
 from nemoquant.units import size
@@ -107,10 +107,10 @@ class Plan:
 
     @property
     def kv_layers(self) -> list[int]:
-        """Attention layers whose K and V caches are quantized and therefore get scales."""
+        """Layers whose K and V caches are quantized and therefore get scales."""
         if self.cache is None:
             return []
-        return [i for i, kind in enumerate(self.config.layers) if kind == "attention"]
+        return [i for i, kind in enumerate(self.config.layers) if has_cache(self.config, kind)]
 
     @cached_property
     def quantized(self) -> list[Row]:
@@ -153,7 +153,8 @@ class Plan:
     def kv_cache_bytes_per_token(self) -> dict[str, int]:
         """Bytes of K and V in all attention layers of the main model; the source's cache is bf16."""
         values = kv_values_per_token(self.config)
-        return {"source": 2 * values, "planned": values * (2 if self.cache is None else self.cache.bytes)}
+        bits = 16 if self.cache is None else self.cache.bits
+        return {"source": 2 * values, "planned": values * bits // 8}
 
     def ssm_state_bytes_per_sequence(self) -> dict[str, int]:
         """Bytes of the scan states of all Mamba layers, in the config's ``mamba_ssm_cache_dtype``.

@@ -4,7 +4,7 @@ name: nvfp4
 summary: Routed experts NVFP4, the other GEMMs FP8.
 rules:                                  # first match wins; every tensor must be covered
   - roles: [experts.*]
-    format: nvfp4                       # source, fp8 or nvfp4
+    format: nvfp4                       # source, fp8, mxfp8 or nvfp4
     scales: max                         # NVFP4 block scales: max, mse or four_over_six
     activations: nvfp4                  # the weight's format, or none for weights only (NVFP4 only)
   - roles: [mamba.in_proj]

@@ -28,6 +28,7 @@ from nemoquant.layouts.modelopt import (
     find_stored,
     kv_scale_name,
     module_algorithm,
+    unknown_cache,
 )
 from nemoquant.model.names import OUTPUT
 from nemoquant.model.parse import load_config
@@ -70,6 +71,12 @@ class PackedCheckpoint:
         declared = declared_quantization(path, self.raw_config)
         self._read_inputs(declared)
         self.cache = declared_cache(declared)
+        unknown = unknown_cache(declared)
+        if unknown is not None:
+            raise CheckpointError(
+                f"{path}: it declares a KV cache of {unknown}; expected {' or '.join(CACHES.values())}, or "
+                f"none"
+            )
         self._read_cache_scales()
         self._check_extra()
 

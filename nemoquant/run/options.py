@@ -13,15 +13,14 @@ from typing import Any, Literal, TypedDict, get_args
 from nemoquant.arguments import PathLike, check_flags, check_text, check_word, optional_path, whole
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
-from nemoquant.formats import Device
+from nemoquant.formats import DEVICES, Device
 
 Where = Literal["local", "ray"]
 Dtype = Literal["float32", "bfloat16"]
 Resume = Literal["fixed", "once calibrated", "free"]
-DEVICES: tuple[Device, ...] = get_args(Device)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 PLACES: tuple[Where, ...] = get_args(Where)
-RENAMED = "--engine is now --on"  # of quantize: an engine is a runtime, as in generate and diff
+RENAMED = "engine, an option of quantize, is now on"  # an engine is a runtime, as in generate and diff
 
 
 class RunOptionsDict(TypedDict, total=False):

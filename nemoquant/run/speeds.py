@@ -21,7 +21,7 @@ from nemoquant.planning.plan import Plan, Row
 from nemoquant.run.timing import seconds
 
 SAMPLE_BYTES = 4 << 20
-PLACES = 6  # number of tensors of the source that are read
+SPOTS = 6  # number of tensors of the source that are read
 Encoding = tuple[str, str | None]  # format and scale method
 
 
@@ -96,7 +96,7 @@ def measure(
 def _read(checkpoint: Checkpoint, rows: Iterable[Row]) -> float:
     """bytes/s, from the start of large tensors all over the source."""
     large = sorted((row for row in rows if row.elements >= 1024), key=lambda row: -row.bytes_in)[:512]
-    names = [row.name for row in sorted(large, key=lambda row: row.name)][:: max(1, len(large) // PLACES)]
+    names = [row.name for row in sorted(large, key=lambda row: row.name)][:: max(1, len(large) // SPOTS)]
     total, took = 0, 0.0
     for name in names:
         raw = checkpoint.raw(name)

@@ -33,7 +33,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     declared = modelopt.declared_quantization(path, raw)
     cache = modelopt.declared_cache(declared)
-    per_token = kv_values_per_token(config) * (2 if cache is None else cache.bytes)
+    per_token = kv_values_per_token(config) * (16 if cache is None else cache.bits) // 8
     tokens = context or config.max_position_embeddings
     counts, bytes_by_dtype = Counter(d for d, _ in stored), Counter[str]()
     for dtype, size in stored:

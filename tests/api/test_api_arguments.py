@@ -55,6 +55,8 @@ WRONG = {
         ("seq_len", "long", "seq_len is 'long'; expected a whole number of at least 2"),
         ("threads", 0, "threads is 0; expected at least 1"),
         ("card", "no", "card is 'no'; expected True or False"),
+        ("engine_files", b"out", "engine_files is b'out'; expected a path, or a list of paths"),
+        ("engine_files", ["out", ""], "engine_files is ''; expected a path"),
         ("data", 7, "data is 7; expected a path, as str or Path"),
         ("reference_cache", 7, "reference_cache is 7; expected a path, as str or Path"),
         ("engine_files", 7, "engine_files is 7; expected a path, or a list of paths"),

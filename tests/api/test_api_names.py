@@ -132,7 +132,7 @@ def test_options_are_given_in_one_way():
 
 def test_the_old_name_of_on():
     """The warning points to the line that uses it, or Python would not show it."""
-    with pytest.warns(DeprecationWarning, match="--engine is now --on") as warned:  # noqa: SIM117
+    with pytest.warns(DeprecationWarning, match="engine, an option of quantize, is now on") as warned:  # noqa: SIM117
         with pytest.raises(nemoquant.CheckpointError):
             nemoquant.quantize("nowhere", "out", "fp8", engine="local")
     assert [one.filename for one in warned] == [__file__]

@@ -729,3 +729,44 @@ def test_the_order_of_messages(source, tmp_path, refused):
     assert re.search(
         r"source/?\S* does not exist", refused(source, tmp_path / "nowhere", parts=["does not exist"])
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "legacy", "part"),
+    [
+        ({"num_bits": 8, "type": "int"}, None, '{"num_bits": 8, "type": "int"}'),
+        ({"num_bits": 4, "type": "float"}, None, '{"num_bits": 4, "type": "float"}'),
+        (None, "NVFP4", '"NVFP4"'),
+    ],
+    ids=["INT8", "4 bits", "by the older file"],
+)
+def test_a_cache_that_nobody_knows(section, legacy, part, source, quantized, refused):
+    """Read as a bf16 cache, its cost would be left out."""
+    out = quantized("nvfp4")
+    config, older = out / "config.json", out / "hf_quant_config.json"
+    data = json.loads(config.read_text())
+    if section is not None:
+        data["quantization_config"]["kv_cache_scheme"] = section
+    else:
+        del data["quantization_config"]
+        declared = json.loads(older.read_text())
+        declared["quantization"]["kv_cache_quant_algo"] = legacy
+        older.write_text(json.dumps(declared))
+    config.write_text(json.dumps(data))
+    refused(source, out, parts=[f"it declares a KV cache of {part}", "expected FP8, or none"])
+
+
+def test_an_algorithm_that_the_tensors_are_not(source, quantized, refused):
+    out = quantized("nvfp4-full")
+    config = out / "config.json"
+    data = json.loads(config.read_text())
+    data["quantization_config"]["quant_algo"] = "MXFP4"
+    config.write_text(json.dumps(data))
+    refused(
+        source,
+        out,
+        parts=[
+            "modules are declared as what their tensors are not",
+            f"{IN_PROJ} (MXFP4, its tensors are NVFP4's)",
+        ],
+    )

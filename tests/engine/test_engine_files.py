@@ -503,3 +503,9 @@ def test_a_runtime_that_fails_gives_its_words(
     monkeypatch.setattr(Context, "execute_async_v3", lambda self, stream: False)
     with pytest.raises(EngineError, match=r"model.engine: TensorRT could not run it"):
         engine.forward(np.zeros((1, 3), np.int64))
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_plugins_go_with_tensorrt_only(name, tmp_path):
+    with pytest.raises(UsageError, match=f"the engine {name} has none; it goes with --engine trt"):
+        load_engine(name, tmp_path, plugins=tmp_path / "plugins.so")

@@ -495,7 +495,9 @@ def run_experts(
             "codes": "U8" if name in ("nvfp4", "w4a16") else "F8_E4M3",
             "block_scales": "U8" if name == "mxfp8" else "F8_E4M3",
         }.get(part, "F32")
-        dtype, shape = dialect.stored(part, in_file, True), dialect.shape(part, in_file, array.shape, True)
+        number = GEMMS[name].number
+        dtype = dialect.stored(part, in_file, number, True)
+        shape = dialect.shape(part, array.shape, number, True)
         tensor = onnx.TensorProto(name=key, data_type=int(dtype), dims=shape, raw_data=array.tobytes())
         kept[key] = ir.Value(
             name=key, const_value=ir.from_proto(tensor), type=ir.TensorType(dtype), shape=ir.Shape(shape)

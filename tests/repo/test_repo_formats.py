@@ -8,10 +8,12 @@ import pytest
 from support.places import DEMO
 from support.processes import run_python
 
+from nemoquant.demo import PRESETS as DEMO_PRESETS
 from nemoquant.engine import TARGETS
 from nemoquant.evaluate.report.html import SERIES
-from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod
+from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod, mxfp8, nvfp4_blocks
 from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.graph import ops
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.gemms import GEMMS, gemm_of
 from nemoquant.layouts import loaders, modelopt
@@ -42,6 +44,15 @@ def test_every_table_has_every_format(table: str) -> None:
 @pytest.mark.parametrize("table", CACHE_TABLES)
 def test_every_table_has_every_cache(table: str) -> None:
     assert tuple(CACHE_TABLES[table]) == tuple(CACHE_FORMATS) == get_args(CacheName)
+
+
+def test_a_block_is_the_same_number_everywhere() -> None:
+    assert (FORMATS["mxfp8"].block,) * 2 == (mxfp8.BLOCK, ops.MX_BLOCK)
+    assert (FORMATS["nvfp4"].block,) * 2 == (nvfp4_blocks.BLOCK, ops.BLOCK)
+
+
+def test_the_demo_shows_every_format() -> None:
+    assert set(FORMATS) <= set(DEMO_PRESETS)
 
 
 def test_every_format_has_a_preset_of_its_name() -> None:
@@ -95,7 +106,6 @@ def test_the_layout_names_the_parts_that_a_format_has() -> None:
         layout = modelopt.LAYOUT[name]
         assert sorted(layout.suffix) == sorted(kinds)
         assert len(set(layout.suffix.values())) == len(kinds)
-        assert layout.group_size == number.block
         assert (layout.weights_only is not None) == number.weights_only
         assert layout.algorithm in modelopt.READABLE
 
@@ -107,8 +117,10 @@ def test_the_layout_can_tell_formats_apart() -> None:
 
 
 def test_what_loads_each_algorithm_is_said() -> None:
-    assert set(loaders.LOADERS) == {*modelopt.FORMAT_OF, modelopt.MIXED}
+    assert {name for names in loaders.LOADERS for name in names} == set(modelopt.FORMAT_OF)
+    assert all(frozenset({name}) in loaders.LOADERS for name in modelopt.FORMAT_OF)
     assert all(loaders.LOADERS.values())
+    assert {*loaders.BESIDE_OTHERS, *loaders.IN_HEAD} <= set(modelopt.FORMAT_OF)
 
 
 def test_every_format_has_a_gemm_for_each_kind_of_input() -> None:

@@ -65,7 +65,7 @@ def test_what_no_run_can_be_told(options, says):
 
 
 def test_the_old_name_of_on():
-    with pytest.warns(DeprecationWarning, match="--engine is now --on") as warned:
+    with pytest.warns(DeprecationWarning, match="engine, an option of quantize, is now on") as warned:
         options = RunOptions(engine="ray")
     assert warned[0].filename == __file__
     assert options == RunOptions(on="ray")

@@ -25,6 +25,11 @@ def states(config: NemotronHConfig) -> Iterator[StateTensor]:
     return (state for kind in config.layers for state in KINDS[kind].states(config))
 
 
+def has_cache(config: NemotronHConfig, kind: LayerKind) -> bool:
+    """Whether layers of a kind put keys and values into a cache."""
+    return any(state.dtype == "cache" for state in KINDS[kind].states(config))
+
+
 def kv_values_per_token(config: NemotronHConfig) -> int:
     """Values of K and V that a token puts into the caches of the main model."""
     shapes = (state.shape for state in states(config) if state.dtype == "cache")

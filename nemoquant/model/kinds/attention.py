@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds.record import PAST, Entry, Kind, StateTensor, weight
+from nemoquant.model.kinds.record import PAST, Kind, MixerTensor, StateTensor, weight
 
 
-def tensors(c: NemotronHConfig) -> Iterator[Entry]:
+def tensors(c: NemotronHConfig) -> Iterator[MixerTensor]:
     query, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     yield weight("q_proj", "attention.q_proj", query, c.hidden_size)
     yield weight("k_proj", "attention.k_proj", kv, c.hidden_size)

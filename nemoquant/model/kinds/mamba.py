@@ -3,21 +3,21 @@
 from collections.abc import Iterator
 
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds.record import Entry, Kind, StateTensor, weight
+from nemoquant.model.kinds.record import Kind, MixerTensor, StateTensor, weight
 
 # Positions. On two cores 32 takes as long, 128 a third longer. Results depend on it by rounding only.
 CHUNK = 64
 SSM_STATE = "ssm_state"
 
 
-def tensors(c: NemotronHConfig) -> Iterator[Entry]:
+def tensors(c: NemotronHConfig) -> Iterator[MixerTensor]:
     inner, heads = c.mamba_inner, c.mamba_num_heads
-    yield Entry("A_log", "ssm.A_log", (heads,))
-    yield Entry("D", "ssm.D", (heads,))
-    yield Entry("dt_bias", "ssm.dt_bias", (heads,))
+    yield MixerTensor("A_log", "ssm.A_log", (heads,))
+    yield MixerTensor("D", "ssm.D", (heads,))
+    yield MixerTensor("dt_bias", "ssm.dt_bias", (heads,))
     yield weight("conv1d", "conv1d", c.conv_channels, 1, c.conv_kernel)
     if c.use_conv_bias:
-        yield Entry("conv1d.bias", "conv1d", (c.conv_channels,))
+        yield MixerTensor("conv1d.bias", "conv1d", (c.conv_channels,))
     yield weight("norm", "norm", inner)
     yield weight("in_proj", "mamba.in_proj", inner + c.conv_channels + heads, c.hidden_size)
     yield weight("out_proj", "mamba.out_proj", c.hidden_size, inner)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds.record import Entry, Kind, stateless, weight
+from nemoquant.model.kinds.record import Kind, MixerTensor, stateless, weight
 
 
-def tensors(c: NemotronHConfig) -> Iterator[Entry]:
+def tensors(c: NemotronHConfig) -> Iterator[MixerTensor]:
     yield weight("up_proj", "mlp.up_proj", c.intermediate_size, c.hidden_size)
     yield weight("down_proj", "mlp.down_proj", c.hidden_size, c.intermediate_size)
 

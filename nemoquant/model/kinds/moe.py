@@ -3,17 +3,17 @@
 from collections.abc import Iterator
 
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds.record import Entry, Kind, stateless, weight
+from nemoquant.model.kinds.record import Kind, MixerTensor, stateless, weight
 from nemoquant.model.names import ROUTER, member, stack
 
 ROUTER_WEIGHT, ROUTER_BIAS = f"{ROUTER}.weight", f"{ROUTER}.e_score_correction_bias"
 UP, DOWN = stack("up_proj"), stack("down_proj")
 
 
-def tensors(c: NemotronHConfig) -> Iterator[Entry]:
+def tensors(c: NemotronHConfig) -> Iterator[MixerTensor]:
     hidden, latent, width = c.hidden_size, c.expert_input, c.moe_intermediate_size
-    yield Entry(ROUTER_WEIGHT, "router", (c.n_routed_experts, hidden))
-    yield Entry(ROUTER_BIAS, "router.bias", (c.n_routed_experts,), dtype="F32")
+    yield MixerTensor(ROUTER_WEIGHT, "router", (c.n_routed_experts, hidden))
+    yield MixerTensor(ROUTER_BIAS, "router.bias", (c.n_routed_experts,), dtype="F32")
     if c.moe_latent_size:
         yield weight("fc1_latent_proj", "latent.fc1", latent, hidden)
         yield weight("fc2_latent_proj", "latent.fc2", hidden, latent)

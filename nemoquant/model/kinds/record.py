@@ -9,7 +9,7 @@ from nemoquant.model.config import NemotronHConfig
 PAST = -1  # a dimension of a state: the positions so far
 
 
-class Entry(NamedTuple):
+class MixerTensor(NamedTuple):
     """A tensor of a mixer; ``name`` is relative to the mixer, the rest as in ``roles.TensorSpec``."""
 
     name: str
@@ -19,9 +19,9 @@ class Entry(NamedTuple):
     dtype: str = "BF16"
 
 
-def weight(module: str, role: str, *shape: int, expert: int | None = None) -> Entry:
+def weight(module: str, role: str, *shape: int, expert: int | None = None) -> MixerTensor:
     """The weight of a module."""
-    return Entry(f"{module}.weight", role, shape, expert)
+    return MixerTensor(f"{module}.weight", role, shape, expert)
 
 
 class StateTensor(NamedTuple):
@@ -61,7 +61,7 @@ class Kind:
     spellings: tuple[str, ...]
     linear: Mapping[str, str]
     other: tuple[str, ...]
-    tensors: Callable[[NemotronHConfig], Iterator[Entry]]
+    tensors: Callable[[NemotronHConfig], Iterator[MixerTensor]]
     projections: Callable[[NemotronHConfig], tuple[str, ...]]
     states: Callable[[NemotronHConfig], tuple[StateTensor, ...]]
     batch_bytes: Callable[[NemotronHConfig, int], tuple[int, int]]
