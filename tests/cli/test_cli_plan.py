@@ -354,7 +354,10 @@ def test_an_incomplete_checkpoint(source: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["plan", NANO, "--fmt", "fp4"], "Invalid value for '--fmt': 'fp4' is not one of 'fp8', 'nvfp4'."),
+        (
+            ["plan", NANO, "--fmt", "fp4"],
+            "Invalid value for '--fmt': 'fp4' is not one of 'fp8', 'mxfp8', 'nvfp4'.",
+        ),
         (["plan", "--fmt", "fp8"], "Missing argument 'MODEL'."),
         (["inspect", NANO, "--context", "0"], "Invalid value for '--context'"),
         (["plon", NANO], "No such command 'plon'. Did you mean 'plan'?"),

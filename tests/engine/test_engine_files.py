@@ -26,6 +26,7 @@ import nemoquant
 from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.engine import TARGETS, build, gpu, targets
 from nemoquant.engine.generate import Drafts, Sampler, generate
+from nemoquant.engine.load import load_engine
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import EngineError, NemoquantError, UsageError
