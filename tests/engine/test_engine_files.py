@@ -371,7 +371,8 @@ def disguised(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
         )
         module.__version__ = "0"
         monkeypatch.setattr(targets.Target, "package", lambda self: module)
-        monkeypatch.setitem(TARGETS, "trt", replace(TARGETS["trt"], dialect="tensorrt_rtx"))
+        stand_in = replace(TARGETS["trt"], dialect="tensorrt_rtx")
+        monkeypatch.setattr(build, "TARGETS", {**TARGETS, "trt": stand_in})
         monkeypatch.setattr(build, "plugin_library", lambda given: given)
         monkeypatch.setattr(build, "load_plugins", lambda trt, library: None)
         monkeypatch.setattr(build, "_realised", lambda *arguments: ["{}"])

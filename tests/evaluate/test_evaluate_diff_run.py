@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import modelopt_run
 from support.files import leaves, parse_strictly
+from support.pack_oracle import PRESETS, UNCALIBRATED
 from support.places import DEMO
 from support.synthetic import synthetic_checkpoint, write_rows
 from support.tampering import overwrite
@@ -20,7 +21,6 @@ from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 
 ROWS, LENGTH, CHOSEN = 8, 32, 2  # rows and length of token_rows; experts that a token takes
-PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
 LAYER = "backbone.layers.{}.mixer."
 IN_PROJ, O_PROJ, K_PROJ = (
     LAYER.format(i) + name for i, name in ((0, "in_proj"), (1, "o_proj"), (1, "k_proj"))
@@ -249,7 +249,8 @@ def test_damage_is_the_worst_module_by_far(what, source, quantized, compare):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_a_preset_rounds_is_what_is_measured(preset, source, quantized, compare):
+def test_what_a_preset_rounds_is_what_is_measured(preset, fitting, quantized, compare):
+    source = fitting(preset)
     made = nemoquant.plan(source, preset)
     (found,) = compare(source, quantized(preset)).candidates
     rows = {}  # module -> formats of weight and input
@@ -267,7 +268,7 @@ def test_what_a_preset_rounds_is_what_is_measured(preset, source, quantized, com
     assert {m.name: (m.format, m.input_format) for m in found.modules} == rows
     assert all((m.input is None) == (m.input_format is None) for m in found.modules)
     assert all(m.effect > 0 for m in found.modules)
-    assert (cache in rows) == (found.kv_cache == "fp8") == (preset != "nvfp4-w4a16")
+    assert (cache in rows) == (found.kv_cache == "fp8") == (preset not in UNCALIBRATED)
     if cache in rows:
         kv = module(found, cache)
         assert (kv.role, kv.layer, kv.weight, kv.elements, kv.bytes) == ("kv_cache", 1, None, 0, 8)
@@ -276,7 +277,8 @@ def test_what_a_preset_rounds_is_what_is_measured(preset, source, quantized, com
 
 
 @pytest.mark.parametrize("preset", ["source", *PRESETS])
-def test_figures_add_up(preset, source, quantized, compare):
+def test_figures_add_up(preset, fitting, quantized, compare):
+    source = fitting(preset)
     out = source if preset == "source" else quantized(preset)
     report = compare(source, out)
     (found,) = report.candidates

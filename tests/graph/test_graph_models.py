@@ -23,7 +23,8 @@ from torch import Tensor
 from nemoquant.api import RunOptions, diff, export_onnx, quantize
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
-from nemoquant.formats import fp8, nvfp4
+from nemoquant.formats import FormatName, arithmetic, fp8
+from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.graph.build import GraphOptions
 from nemoquant.graph.export import export_onnx as export
 from nemoquant.model import moe
@@ -161,11 +162,10 @@ LOOKED_BACK_AT = (
 )  # a flip affects later positions through these
 
 
-def round_trip(v: Tensor, format: str, scale: np.float32) -> Tensor:
-    values = v.contiguous().view(-1, v.shape[-1]).numpy()
-    if format == "fp8":
-        return torch.from_numpy(fp8.decode(fp8.encode(values, scale), scale)).view(v.shape)
-    return torch.from_numpy(nvfp4.decode(*nvfp4.encode_activations(values, scale), scale)).view(v.shape)
+def round_trip(v: Tensor, format: FormatName, scale: np.float32) -> Tensor:
+    values, out = v.contiguous().view(-1, v.shape[-1]).numpy(), np.empty(v.shape, np.float32)
+    arithmetic.round_trip(ARITHMETIC[format], values, scale, out.reshape(values.shape))
+    return torch.from_numpy(out)
 
 
 def positions_near_a_tie(engine: TorchEngine, number: int, x: Tensor) -> tuple[Tensor, NDArray[np.bool_]]:
@@ -262,8 +262,8 @@ def test_layers_with_quantized_inputs(
             excused + int(near.sum()),
             total + differs.size,
         )
-    assert flipped < 0.05 * total  # measured 10, 37 and 4 of 5,120
-    assert excused < 0.75 * total  # measured 0.52, 0.46 and 0.10: the other positions had to agree
+    assert flipped < 0.05 * total  # measured 10, 4, 37 and 4 of 5,120
+    assert excused < 0.75 * total  # measured 0.52, 0.73, 0.46 and 0.10: the others had to agree
 
 
 # Cut sequences, batches, and the state.

@@ -17,7 +17,7 @@ from support.commands import nemoquant
 from support.plugin_build import PLUGINS, building, host_folder, needs_compiler, needs_tensorrt_headers
 
 from nemoquant.engine.doctor import plugins as finding
-from nemoquant.engine.targets import Device, plugin_library
+from nemoquant.engine.targets import Gpu, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.ops import build
 from nemoquant.ops.sources import sources_hash
@@ -314,7 +314,7 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
         "libraries": {"libnemoquant_plugins.so": "0"},
     }
     (folder / "build.json").write_text(json.dumps(facts))
-    found = finding(Device("a GPU", 90))
+    found = finding(Gpu("a GPU", 90))
     assert (found.builds, found.runs) == (True, True)
     assert found.why == f"libnemoquant_plugins.so in {folder}, for sm_90a, TensorRT 10.14.1's headers"
     assert finding(None).why.endswith("; no CUDA device is usable here")
@@ -329,10 +329,10 @@ def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) ->
         plugin_library(None)
     assert (
         "built from other sources than this version's; `nemoquant plugins build` makes them"
-        in finding(Device("a GPU", 90)).why
+        in finding(Gpu("a GPU", 90)).why
     )
     (folder / "build.json").write_text("[]")
-    assert "is not what `nemoquant plugins build` writes" in finding(Device("a GPU", 90)).why
+    assert "is not what `nemoquant plugins build` writes" in finding(Gpu("a GPU", 90)).why
     monkeypatch.setenv("PATH", "")
     shutil.rmtree(folder)
     assert "none are built; `nemoquant plugins build` can't: cmake was not found" in finding(None).why
