@@ -22,7 +22,7 @@ Made from the docstrings by `python docs/make_api.py`.
 Every path may be a str or a Path. A wrong word or an impossible number is a `UsageError` that says what was
 got and what is known; all errors are in the [list below](#errors). Nothing is printed but, in a terminal or a
 notebook, progress (`progress=False` is quiet); warnings are in the results. Results have a short `repr`, and
-in a notebook a table. No call leaves torch's number of threads or the environment of its process changed.
+plans, results, estimates and reports a table in a notebook. No call leaves torch's number of threads or the environment of its process changed.
 
 ```python
 {example}

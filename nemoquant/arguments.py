@@ -13,6 +13,8 @@ from typing import Any
 
 from nemoquant.errors import UsageError
 
+MOST_THREADS = 1024
+MOST_PATH = 4096  # characters: Linux takes no longer one
 PathLike = str | os.PathLike[str]
 
 
@@ -38,6 +40,8 @@ def check_text(name: str, got: object, what: str = "text") -> None:
     """``got`` is a str."""
     if not isinstance(got, str):
         raise refuse(name, got, what)
+    if not got.isprintable() and any("\ud800" <= character <= "\udfff" for character in got):
+        raise refuse(name, got, f"{what} without lone surrogates, which are no characters")
 
 
 def check_flags(**flags: object) -> None:
@@ -67,6 +71,16 @@ def whole(name: str, got: Any, least: int) -> int:
     return value
 
 
+def threads(got: Any) -> int | None:
+    """A number of threads, or None; a hundred thousand would exhaust the memory of the process."""
+    if got is None:
+        return None
+    count = whole("threads", got, 1)
+    if count > MOST_THREADS:
+        raise UsageError(f"threads is {count}; expected at most {MOST_THREADS}")
+    return count
+
+
 def number(name: str, got: Any, expected: str) -> float:
     """``got`` as a finite float of at least 0."""
     try:
@@ -80,7 +94,7 @@ def number(name: str, got: Any, expected: str) -> float:
 
 def path(name: str, got: Any) -> Path:
     """``got``, a str or a path object, as a Path; an empty str would be the folder of the process."""
-    if got == "":
+    if got == "" or (isinstance(got, str) and ("\0" in got or len(got) > MOST_PATH)):
         raise refuse(name, got, "a path")
     try:
         return Path(got)

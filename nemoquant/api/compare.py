@@ -59,7 +59,7 @@ def diff(
     arguments.check_flags(card=card)
     bars = shown(progress)
     rows, seq_len = arguments.whole("rows", rows, 1), arguments.whole("seq_len", seq_len, 2)
-    threads = None if threads is None else arguments.whole("threads", threads, 1)
+    threads = arguments.threads(threads)
     source, paths = arguments.path("source", source), arguments.paths("candidates", candidates)
     files = arguments.paths("engine_files", engine_files)
     cache = arguments.optional_path("reference_cache", reference_cache)

@@ -64,10 +64,7 @@ def with_options(function: Callable[P, R]) -> Callable[P, R]:
     """Lets help() and completion show, instead of ``**given``, the options that it stands for."""
     signature = inspect.signature(function)
     written = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in fields(RunOptions)
-    ]
+    options = inspect.signature(RunOptions).parameters.values()
     function.__signature__ = signature.replace(parameters=[*written, *options])  # type: ignore[attr-defined]
     return function
 

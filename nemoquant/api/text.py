@@ -93,7 +93,7 @@ def generate(
     arguments.check_functions(ready=ready, stream=stream)
     max_tokens, seed = arguments.whole("max_tokens", max_tokens, 1), arguments.whole("seed", seed, 0)
     mtp = arguments.whole("mtp", mtp, 0)
-    threads = None if threads is None else arguments.whole("threads", threads, 1)
+    threads = arguments.threads(threads)
     temperature = arguments.number("temperature", temperature, "0 (greedy) or a positive number")
     folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from nemoquant.cli.shared import THREADS
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.formats import DEVICES, Device
 from nemoquant.progress import progress_bars
@@ -77,9 +78,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Where source and OUT compute, layer by layer; cuda is one NVIDIA GPU, and needs Triton.",
 )
 @click.option("--no-card", is_flag=True, help="Leave OUT's model card without the figures.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use."
-)
+@click.option("--threads", type=THREADS, help="Threads; default: all that this process may use.")
 def command(
     source: Path,
     outs: tuple[Path, ...],

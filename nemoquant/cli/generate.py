@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from nemoquant.cli.shared import THREADS
 from nemoquant.engine import ENGINES, EngineName
 
 
@@ -44,9 +45,7 @@ from nemoquant.engine import ENGINES, EngineName
     type=click.IntRange(min=1),
     help="Draft so many tokens at a time with the multi-token-prediction module.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use."
-)
+@click.option("--threads", type=THREADS, help="Threads; default: all that this process may use.")
 def command(
     model: Path,
     prompt: str,

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from nemoquant.cli.shared import (
+    THREADS,
     dtype_of,
     json_option,
     loading,
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     help="Calibration rows that go through a layer at once; default: as many as --memory, or 4 GB, admits.",
 )
 @memory_option
-@run_option("threads", type=click.IntRange(min=1), help="Threads; default: all that this process may use.")
+@run_option("threads", type=THREADS, help="Threads; default: all that this process may use.")
 @run_option(
     "shard_bytes",
     type=click.FloatRange(min=0.000001),

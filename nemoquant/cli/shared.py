@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import click
 
+from nemoquant.arguments import MOST_THREADS
 from nemoquant.errors import UsageError
 from nemoquant.formats import FORMATS
 from nemoquant.run.options import OPTIONS
 
+THREADS = click.IntRange(1, MOST_THREADS)
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemoquant.engine.base import Engine, Floats, Step
-from nemoquant.errors import UsageError
+from nemoquant.errors import EngineError, UsageError
 from nemoquant.model.config import NemotronHConfig
 
 
@@ -43,6 +43,11 @@ class Sampler:
         self.generator = np.random.default_rng(self.seed)
 
     def __call__(self, logits: Floats) -> int:
+        if np.isnan(logits).any():
+            raise EngineError(
+                "the model computes NaN, so there is no likeliest token; is the checkpoint damaged? "
+                "`nemoquant verify` checks its files, `nemoquant diff` names the tensor"
+            )
         if not self.temperature:
             return int(logits.argmax())
         # the largest of logits / T plus Gumbel noise is a sample of the softmax
@@ -74,11 +79,11 @@ def generate(
     """Checks the call, and returns an iterator of new tokens; a stop token ends it and is not yielded.
 
     Args:
-        mtp: number of tokens to draft at a time and verify in one call; greedy only.
+        mtp: number of tokens to draft at a time and verify in one call, at most ``max_tokens``; greedy only.
         drafts: counts drafted and accepted tokens.
     Raises:
         UsageError: no prompt, more tokens than the engine admits, or drafts where the engine has none or with
-            a temperature.
+            a temperature. While iterating, EngineError: the model computes NaN.
     """
     if not prompt:
         raise UsageError("the prompt holds no tokens; give some text")
@@ -100,7 +105,7 @@ def generate(
     tokens = (
         _plain(engine, prompt, sampler)
         if not mtp
-        else _drafted(engine, prompt, sampler, mtp, drafts or Drafts())
+        else _drafted(engine, prompt, sampler, min(mtp, max_tokens), drafts or Drafts())
     )
     return islice(takewhile(lambda token: token not in stop, tokens), max_tokens)
 

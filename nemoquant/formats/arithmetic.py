@@ -67,7 +67,7 @@ class Arithmetic(Protocol):
         """A float32 tensor [..., in] on the GPU through :meth:`encode_inputs` and back, as a new tensor."""
 
     def limit(self, scale: np.float32) -> float:
-        """The largest magnitude that a tensor with this scale can hold; inf where block scales reach all."""
+        """The largest magnitude that a tensor with this scale can hold."""
 
     def bad_scales(self, block_scales: Codes) -> int:
         """How many block scales no encoder writes: NaN, negative, or zero. 0 for formats without them."""

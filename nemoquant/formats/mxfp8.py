@@ -21,7 +21,6 @@ says: Inf is decoded to Inf, because 448 * 2^127 is above float32's largest numb
 zero. (Model Optimizer writes the same bytes for Inf, but has no NaN scales.)
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -45,6 +44,7 @@ from nemoquant.formats.rounding import (
 )
 
 BLOCK = 32
+LARGEST = float(np.nextafter(np.float32(248 * 2.0**120), np.float32(0)))  # what rounds to 240 * 2^120
 _TILE = 64  # blocks
 
 _encode_one = e4m3.encode_one
@@ -239,8 +239,9 @@ class Mxfp8:
         return mxfp8_gpu.rounded(x)
 
     def limit(self, scale: np.float32) -> float:
+        """The largest number that is not decoded to Inf; below it no value saturates."""
         _check_scale(scale)
-        return math.inf
+        return LARGEST
 
     def bad_scales(self, block_scales: Codes) -> int:
         """NaN. (The byte 0, which is 2^-127, is right for blocks of zeros.)"""

@@ -77,8 +77,8 @@ class Builder:
             if gemm.name not in known:
                 raise UsageError(
                     f"{self.opened.path}: {names.stack_of(expert)} are {gemm.name}, for which the "
-                    f"{self.dialect.name} dialect has no kernel; expected {listing(list(known))}: take "
-                    f"another dialect, or quantize the experts to one of these"
+                    f"{self.dialect.name} dialect has no kernel; it has {listing(list(known))}: take another "
+                    f"dialect, or quantize the experts to another format"
                 )
 
     def main(self) -> ir.Model:

@@ -66,6 +66,11 @@ class GraphWeights:
     def cache_scale(self, module: str) -> ir.Value:
         """The scale of a ``k_proj``'s or ``v_proj``'s cache."""
         name = kv_scale_name(module)
+        if name not in self.opened.checkpoint.tensors:
+            raise CheckpointError(
+                f"{self.opened.path}: {name} is missing, and a graph reads the scale of its cache from the "
+                f"file; expected one, quantize again, or take the cache's declaration out of the config files"
+            )
         return self._value(name, SCALARS[0], None, [self.opened.checkpoint.tensors[name]], None)
 
     def _part_name(self, module: str, part: str) -> str:

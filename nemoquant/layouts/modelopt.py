@@ -14,6 +14,7 @@ What the layout has for each number format is one row of ``LAYOUT``.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,15 +150,18 @@ def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
 def stored_format(
     tensors: Mapping[str, TensorInfo], module: str, weight: TensorInfo
 ) -> Literal["source", FormatName]:
-    """The number format that a module's ``weight`` has, by its dtype and that of its block scales.
+    """The number format that a module's ``weight`` has, by its dtype and the block scales beside it.
 
     ``source`` where its dtype is that of no codes.
     """
     candidates = [name for name, number in FORMATS.items() if number.code_dtype == weight.dtype]
     for name in candidates:
-        suffix = LAYOUT[name].suffix.get("block_scales")
+        number, suffix = FORMATS[name], LAYOUT[name].suffix.get("block_scales")
         scales = tensors.get(f"{module}.{suffix}") if suffix else None
-        if scales is not None and scales.dtype == FORMATS[name].scale_dtype:
+        if scales is None or number.block is None:
+            continue
+        blocks = (weight.shape[0], math.prod(weight.shape[1:]) * 8 // number.weight_bits // number.block)
+        if number.scale_dtype == scales.dtype or scales.shape == blocks:  # one may be wrong, and is refused
             return name
     if not candidates:
         return "source"
@@ -317,6 +321,12 @@ def _legacy_quantization(path: Path) -> dict[str, Any]:
 def declared_algorithm(declared: Mapping[str, Any]) -> Any:
     """The algorithm of the whole checkpoint in :func:`declared_quantization`; None if there is none."""
     return declared.get("quant_algo")
+
+
+def listed_algorithm(declared: Mapping[str, Any], module: str) -> str | None:
+    """The algorithm that :func:`declared_quantization` lists for a module by its name; None if none."""
+    entry = (declared.get("quantized_layers") or {}).get(module)
+    return str(declared_algorithm(entry)) if isinstance(entry, dict) else None
 
 
 def module_algorithm(declared: Mapping[str, Any], module: str) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nemoquant.calibrate.scales import Scales, kv_modules
-from nemoquant.errors import CalibrationError
+from nemoquant.errors import CalibrationError, WeightError
 from nemoquant.formats import FormatName
 from nemoquant.formats.arithmetic import TensorScale
 from nemoquant.formats.registry import ARITHMETIC
@@ -38,9 +38,20 @@ def input_scale(amax: float, activation_format: FormatName) -> np.float32:
 
 
 def weight_scale(row: Row, amax: np.float32) -> TensorScale:
-    """The per-tensor decode scale of a weight, and whether the weight is degenerate (written as zeros)."""
+    """The per-tensor decode scale of a weight, and whether the weight is degenerate (written as zeros).
+
+    Raises:
+        WeightError: values too large for the format.
+    """
     assert row.format != "source" and row.scale_method is not None
-    return ARITHMETIC[row.format].decode_scale(amax, row.scale_method)
+    arithmetic = ARITHMETIC[row.format]
+    scale = arithmetic.decode_scale(amax, row.scale_method)
+    if amax > arithmetic.limit(scale.value):
+        raise WeightError(
+            f"{row.name} has {amax:.7g}, which {arithmetic.format.short} can't hold; expected at most "
+            f"{arithmetic.limit(scale.value):.7g}, is the source damaged? Else give it `format: source`"
+        )
+    return scale
 
 
 def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:

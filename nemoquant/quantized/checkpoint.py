@@ -23,10 +23,12 @@ from nemoquant.layouts.modelopt import (
     LAYOUT,
     READABLE,
     Stored,
+    declared_algorithm,
     declared_cache,
     declared_quantization,
     find_stored,
     kv_scale_name,
+    listed_algorithm,
     module_algorithm,
     unknown_cache,
 )
@@ -132,7 +134,12 @@ class PackedCheckpoint:
         unscaled, others = [], []
         for spec in self.table:
             stored = self.stored.get(spec.name)
-            if stored is None or stored.format == "source":
+            if stored is None:
+                continue
+            if stored.format == "source":
+                listed = listed_algorithm(declared, spec.module)
+                if listed is not None and spec.name != spec.module:
+                    others.append(f"{spec.module} ({listed}, its weight is not quantized)")
                 continue
             layout, algorithm = LAYOUT[stored.format], module_algorithm(declared, spec.module)
             if algorithm not in (None, layout.algorithm, layout.weights_only):
@@ -145,6 +152,12 @@ class PackedCheckpoint:
                 self.inputs[spec.module] = stored.format, np.float32(1)
             elif algorithm == layout.algorithm:
                 unscaled.append(spec.module)
+        whole = declared_algorithm(declared)
+        if whole is not None and all(stored.format == "source" for stored in self.stored.values()):
+            raise CheckpointError(
+                f"{self.path}: it declares {whole} and none of its tensors is quantized; expected quantized "
+                f"tensors, or no `quant_algo` in its config files"
+            )
         if others:
             raise CheckpointError(
                 f"{self.path}: {len(others)} modules are declared as what their tensors are not: "

@@ -4,13 +4,14 @@ The command line takes flags and defaults from the table; ``--resume`` takes fro
 are named nowhere else.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, get_args
 
-from nemoquant.arguments import PathLike, check_flags, check_text, check_word, optional_path, whole
+from nemoquant.arguments import PathLike, check_flags, check_text, check_word, optional_path, threads, whole
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES, Device
@@ -107,10 +108,11 @@ class RunOptions:
     def __post_init__(self, engine: Where | None) -> None:
         if engine is not None:
             object.__setattr__(self, "on", engine)
-        for name in ("rows", "seq_len", "row_batch", "memory", "threads", "shard_bytes"):
+        for name in ("rows", "seq_len", "row_batch", "memory", "shard_bytes"):
             value = getattr(self, name)
             if value is not None or name in ("rows", "seq_len", "shard_bytes"):
                 object.__setattr__(self, name, whole(name, value, 1))
+        object.__setattr__(self, "threads", threads(self.threads))
         for name in ("data", "scales"):
             optional_path(name, getattr(self, name))
         check_word("device", self.device, DEVICES)
@@ -130,6 +132,15 @@ class RunOptions:
     def unused_where_nothing_is_calibrated(self) -> list[str]:
         """Flags that were given and have no effect where nothing is calibrated."""
         return [OPTIONS[name].flag for name in ("data", "scales") if getattr(self, name) is not None]
+
+
+# For help() and completion, from which ``__new__`` would hide the fields.
+RunOptions.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(RunOptions)
+    ]
+)
 
 
 def shown(value: Any) -> str:

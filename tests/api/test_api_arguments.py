@@ -53,6 +53,7 @@ WRONG = {
         ("rows", 0, "rows is 0; expected at least 1"),
         ("seq_len", 1, "seq_len is 1; expected at least 2"),
         ("seq_len", "long", "seq_len is 'long'; expected a whole number of at least 2"),
+        ("threads", 2000, "threads is 2000; expected at most 1024"),
         ("threads", 0, "threads is 0; expected at least 1"),
         ("card", "no", "card is 'no'; expected True or False"),
         ("engine_files", b"out", "engine_files is b'out'; expected a path, or a list of paths"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.tampering import overwrite
 
 import nemoquant
 from nemoquant.engine.generate import Sampler, generate, stop_tokens
@@ -62,3 +63,11 @@ def test_refusals_come_before_anything_is_shown(options, says, folder):
     with pytest.raises(nemoquant.UsageError, match=says):
         nemoquant.generate(folder, **{"prompt": PROMPT, **options}, ready=lambda: shown.append(1))
     assert shown == []
+
+
+def test_a_model_that_computes_nan_says_nothing(demo, copied):
+    """Its likeliest token would be the first NaN: an end-of-sequence token, or rubbish."""
+    folder = copied(demo("mxfp8"))
+    overwrite(folder, "backbone.layers.0.mixer.in_proj.weight_scale", lambda data: b"\xff" * len(data))
+    with pytest.raises(nemoquant.EngineError, match="the model computes NaN, so there is no likeliest token"):
+        nemoquant.generate(folder, "The king", max_tokens=2)

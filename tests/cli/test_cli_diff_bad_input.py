@@ -12,7 +12,7 @@ import torch
 from support.commands import invoke, refusal
 from support.files import edit_json, tree
 from support.synthetic import replaced
-from support.tampering import overwrite
+from support.tampering import load_tensors, overwrite
 
 from nemoquant.api import diff
 from nemoquant.checkpoint.manifest import FILE, read_manifest, write_manifest
@@ -129,7 +129,8 @@ def test_parquet_without_its_extra(source, tmp_path, refused, monkeypatch):
     [("--rows", 0, 1), ("--rows", -1, 1), ("--seq-len", 0, 2), ("--seq-len", 1, 2), ("--threads", 0, 1)],
 )
 def test_counts(option, value, least, source, usage):
-    usage(source, source, option, value, parts=[f"'{option}'", f"{value} is not in the range x>={least}"])
+    bounds = f"{least}<=x<=1024" if option == "--threads" else f"x>={least}"
+    usage(source, source, option, value, parts=[f"'{option}'", f"{value} is not in the range {bounds}"])
     name = option.strip("-").replace("-", "_")
     with pytest.raises(UsageError, match=f"^{name} is {value}; expected at least {least}$"):
         diff(source, [source], **{name: value})
@@ -770,3 +771,41 @@ def test_an_algorithm_that_the_tensors_are_not(source, quantized, refused):
             f"{IN_PROJ} (MXFP4, its tensors are NVFP4's)",
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"),
+    [
+        (replaced(f"{EXPERT}.weight_scale", lambda t: t.float()), "is F32 [96, 1], expected U8 [96, 1]"),
+        (replaced(f"{EXPERT}.weight_scale", lambda t: t[:, :0]), "is U8 [96, 0], expected U8 [96, 1]"),
+        (lambda t: t.pop(f"{EXPERT}.weight_scale"), "is missing"),
+    ],
+    ids=["dtype", "shape", "missing"],
+)
+def test_mxfp8_block_scales_that_do_not_fit(edit, part, fitting, quantized, changed, refused):
+    out = changed(quantized("mxfp8"), edit)
+    refused(fitting("mxfp8"), out, parts=[f"{EXPERT}.weight_scale {part}"])
+
+
+def test_a_block_scale_that_is_nan(fitting, quantized, refused):
+    out = quantized("mxfp8")
+    overwrite(out, f"{EXPERT}.weight_scale", lambda data: b"\xff" + data[1:])
+    refused(fitting("mxfp8"), out, parts=[f"{EXPERT}.weight decodes to NaN or Inf"])
+
+
+def test_an_algorithm_without_a_quantized_tensor(source, changed, refused):
+    """An engine would read the weights as codes."""
+    out = changed(source, lambda tensors: None, quantization_config={"quant_algo": "MXFP8"})
+    refused(source, out, parts=["it declares MXFP8 and none of its tensors is quantized"])
+
+
+def test_a_module_that_is_listed_and_not_quantized(source, quantized, changed, refused):
+    kept = load_tensors(source)[f"{IN_PROJ}.weight"]
+
+    def edit(tensors):
+        for part in ("weight_scale", "input_scale"):
+            tensors.pop(f"{IN_PROJ}.{part}")
+        tensors[f"{IN_PROJ}.weight"] = kept
+
+    out = changed(quantized("nvfp4"), edit)
+    refused(source, out, parts=[f"{IN_PROJ} (FP8, its weight is not quantized)"])

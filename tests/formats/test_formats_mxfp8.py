@@ -228,7 +228,13 @@ def test_there_is_no_scale_of_the_tensor(amax: float, degenerate: bool) -> None:
     scale = OBJECT.decode_scale(amax)
     assert isinstance(scale.value, np.float32)
     assert scale == (1.0, degenerate)
-    assert OBJECT.limit(scale.value) == np.inf
+
+
+def test_the_limit_is_the_last_number_that_is_not_decoded_to_inf() -> None:
+    limit = np.float32(OBJECT.limit(np.float32(1)))
+    beyond = np.nextafter(limit, np.float32(np.inf))
+    assert mxfp8.decode(*mxfp8.encode(block(limit)))[0, 0] == 240 * 2.0**120
+    assert mxfp8.decode(*mxfp8.encode(block(beyond)))[0, 0] == np.inf
 
 
 @pytest.mark.parametrize("amax", [np.nan, np.inf, -1.0])

@@ -19,6 +19,7 @@ from support.commands import check_parts, error_line, nemoquant
 from support.files import tree
 from support.oracle_tensors import read
 from support.places import DEMO
+from support.tampering import changed_copy
 
 from nemoquant.api import RunOptions, export_onnx, quantize, verify
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
@@ -672,3 +673,11 @@ def test_json_figures(quantized: Callable[..., Path]) -> None:
     found = json.loads(nemoquant("export", "onnx", folder, "--mtp", "--json").stdout)
     assert found["graphs"] == {name: (folder / name).stat().st_size for name in ("model.onnx", "mtp.onnx")}
     assert (found["folder"], found["dialect"], found["copied_bytes"]) == (str(folder), "onnxruntime", 0)
+
+
+def test_a_graph_needs_the_scales_of_its_cache(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    name = "backbone.layers.3.mixer.k_proj.k_scale"
+    folder = changed_copy(quantized("fp8"), tmp_path / "changed", lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"{name} is missing, and a graph reads the scale"):
+        export_onnx(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from support import pack_oracle
 from support.pack_oracle import read, scales_of
+from support.synthetic import WIDE
 
 from nemoquant.api import RunOptions, quantize
+from nemoquant.errors import WeightError
 
 ZERO = {  # one of each kind
     "fp8": ["backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.shared_experts.down_proj"],
@@ -97,3 +99,28 @@ def test_zero_inputs(preset, make_checkpoint, token_rows, tmp_path):
     attention = [f"backbone.layers.1.mixer.{p}_proj" for p in ("qkv", "o", "k", "v")]
     assert sorted(told) == sorted([*attention, *zero[4:]])
     assert tensors["backbone.layers.2.mixer.shared_experts.up_proj.input_scale"].tensor().item() != 1.0
+
+
+def test_a_weight_that_the_format_would_decode_to_inf_is_refused(make_checkpoint, tmp_path):
+    """A finite float32 number that MXFP8 rounds up to 2^128."""
+    name = "backbone.layers.2.mixer.experts.3.up_proj.weight"
+
+    def edit(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].float()
+        tensors[name][1, 2] = 3.4e38
+
+    source = make_checkpoint("huge", edit, **WIDE)
+    words = rf"{name} has 3.4e\+38, which MXFP8 can't hold; expected at most 3.296"
+    with pytest.raises(WeightError, match=words):
+        quantize(source, tmp_path / "out", "mxfp8", threads=1)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_zero_weights_of_a_format_without_a_scale_of_the_tensor(make_checkpoint, tmp_path):
+    module = "backbone.layers.2.mixer.experts.3.up_proj"
+    source = make_checkpoint("zero", lambda tensors: tensors[f"{module}.weight"].zero_(), **WIDE)
+    result = quantize(source, tmp_path / "out", "mxfp8", threads=1)
+    assert f"1 weights are zero; codes and block scales set to 0: {module}" in result.warnings
+    tensors = read(result.out)
+    assert not any(tensors[f"{module}.weight"].data) and not any(tensors[f"{module}.weight_scale"].data)
