@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from nemoquant import arguments
 from nemoquant.arguments import PathLike
+from nemoquant.bars import shown
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.errors import UsageError, listing
 from nemoquant.formats import Device
 from nemoquant.machine import torch_threads, usable_threads
-from nemoquant.progress import Progress, shown
+from nemoquant.progress import Progress
 from nemoquant.sources.source import open_weights
 
 if TYPE_CHECKING:

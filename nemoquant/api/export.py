@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemoquant import arguments
 from nemoquant.arguments import PathLike
+from nemoquant.bars import shown
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
-from nemoquant.progress import Progress, shown
+from nemoquant.progress import Progress
 
 if TYPE_CHECKING:
     from nemoquant.graph import Exported

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Unpack
 from nemoquant import arguments
 from nemoquant.api.look import recipe_text, resolved
 from nemoquant.arguments import PathLike
+from nemoquant.bars import shown
 from nemoquant.errors import UsageError, listing
 from nemoquant.layouts.loaders import cautions
 from nemoquant.machine import usable_threads
 from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe, presets
-from nemoquant.progress import Progress, shown
+from nemoquant.progress import Progress
 from nemoquant.run.options import RunOptions, RunOptionsDict, renamed
 from nemoquant.sources.source import open_weights
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from nemoquant.progress import progress_bars
+from nemoquant.bars import progress_bars
 
 
 @click.command("demo")

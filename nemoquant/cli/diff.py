@@ -6,10 +6,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import THREADS
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.formats import DEVICES, Device
-from nemoquant.progress import progress_bars
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 

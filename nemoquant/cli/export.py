@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
+from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import json_option, print_json
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.errors import UsageError
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
-from nemoquant.progress import progress_bars
 from nemoquant.units import size
 
 FILE = click.Path(path_type=Path, dir_okay=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import (
     THREADS,
     dtype_of,
@@ -22,7 +23,6 @@ from nemoquant.cli.shared import (
 )
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES
-from nemoquant.progress import progress_bars
 from nemoquant.run.options import DTYPES, OPTIONS, PLACES, RunOptions, Where
 from nemoquant.units import duration, size
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import json_option, print_json
-from nemoquant.progress import progress_bars
 
 
 @click.command("verify")

@@ -9,8 +9,9 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 import nemoquant
+from nemoquant.bars import shown
 from nemoquant.notebook import in_notebook
-from nemoquant.progress import no_progress, shown
+from nemoquant.progress import no_progress
 
 
 class Terminal(io.StringIO):
@@ -29,7 +30,7 @@ def terminal(monkeypatch):
     def put():
         monkeypatch.setattr(sys, "stderr", Terminal())
         monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0)
+        monkeypatch.setattr("nemoquant.bars.SHOW_AFTER", -1.0)
         return sys.stderr
 
     return put
@@ -69,7 +70,7 @@ def notebook(monkeypatch):
         ("ipywidgets", widgets),
     ):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0)
+    monkeypatch.setattr("nemoquant.bars.SHOW_AFTER", -1.0)
     return cell
 
 
@@ -94,7 +95,7 @@ def test_quiet_in_a_terminal(progress, terminal):
 
 def test_work_that_is_soon_over_shows_nothing(terminal, monkeypatch):
     stream = terminal()
-    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", 60.0)
+    monkeypatch.setattr("nemoquant.bars.SHOW_AFTER", 60.0)
     work()
     assert stream.getvalue() == ""
 

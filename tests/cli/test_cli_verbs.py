@@ -11,8 +11,8 @@ from support.places import NANO, SUPER
 from support.processes import run_python
 
 from nemoquant._version import __version__
+from nemoquant.bars import progress_bars
 from nemoquant.cli import VERBS
-from nemoquant.progress import progress_bars
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_bars_on_a_terminal(slow, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("nemoquant.progress.SHOW_AFTER", -1.0 if slow else 60.0)
+    monkeypatch.setattr("nemoquant.bars.SHOW_AFTER", -1.0 if slow else 60.0)
     with progress_bars(quiet=False) as report:
         for i in range(5):
             report("pack", i, 4, f"layer {i}")
