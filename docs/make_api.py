@@ -21,8 +21,9 @@ Made from the docstrings by `python docs/make_api.py`.
 
 Every path may be a str or a Path. A wrong word or an impossible number is a `UsageError` that says what was
 got and what is known; all errors are in the [list below](#errors). Nothing is printed but, in a terminal or a
-notebook, progress (`progress=False` is quiet); warnings are in the results. Results have a short `repr`, and
-plans, results, estimates and reports a table in a notebook. No call leaves torch's number of threads or the environment of its process changed.
+notebook, progress (`progress=False` is quiet); warnings are in the results. Results have a short `repr`;
+plans, results, estimates and reports are tables in a notebook. No call leaves torch's number of threads or
+the environment of its process changed.
 
 ```python
 {example}
