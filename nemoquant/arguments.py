@@ -40,8 +40,10 @@ def check_text(name: str, got: object, what: str = "text") -> None:
     """``got`` is a str."""
     if not isinstance(got, str):
         raise refuse(name, got, what)
-    if not got.isprintable() and any("\ud800" <= character <= "\udfff" for character in got):
-        raise refuse(name, got, f"{what} without lone surrogates, which are no characters")
+    try:
+        got.encode()
+    except UnicodeEncodeError:
+        raise refuse(name, got, f"{what} without lone surrogates, which are no characters") from None
 
 
 def check_flags(**flags: object) -> None:

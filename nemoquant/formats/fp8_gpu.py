@@ -49,7 +49,7 @@ def encode(weight: gpu.OnGpu, decode_scale: np.float32, codes: Codes) -> None:
             decode_scale=float(decode_scale),
             codes=encoded,
         )
-    codes.reshape(-1)[:] = lane.receive(encoded)
+    lane.receive_into(encoded, codes)
 
 
 def decoded(codes: Codes, decode_scale: np.float32) -> Any:
@@ -76,16 +76,4 @@ def rounded(values: Any, decode_scale: np.float32) -> Any:
 
 
 def _values(codes: Any, decode_scale: np.float32) -> Any:
-    import torch
-
-    decoded = torch.empty(codes.shape, device=codes.device)
-    gpu.launch(
-        decode_kernel,
-        codes.numel(),
-        gpu.LANES,
-        codes=codes,
-        table=gpu.e4m3_values(),
-        decode_scale=float(decode_scale),
-        values=decoded,
-    )
-    return decoded
+    return gpu.decoded_bytes(decode_kernel, codes, decode_scale=float(decode_scale))

@@ -20,13 +20,13 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemoquant.errors import MissingExtraError, UsageError
-from nemoquant.formats import Device, e4m3
+from nemoquant.formats import DEVICES, e4m3
 from nemoquant.formats.rounding import Weight, weight_bits
 
 LANES = 1024
@@ -62,7 +62,7 @@ def check(device: str) -> None:
         UsageError: it is neither cpu nor cuda, torch finds no GPU, or the GPU can't be used, with the reason.
         MissingExtraError: as :func:`chosen`.
     """
-    if device not in get_args(Device):
+    if device not in DEVICES:
         raise UsageError(f"device is {device!r}; expected cpu or cuda")
     if not chosen(device):
         return
@@ -86,7 +86,7 @@ def torch_device(device: str) -> Any:
     """
     import torch
 
-    if device not in get_args(Device):
+    if device not in DEVICES:
         raise ValueError(f"device: got {device!r}, expected cpu or cuda")
     if device == "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")
@@ -159,6 +159,13 @@ class _Lane:
         self.wait()
         received: NDArray[np.uint8] = staged.numpy()
         return received
+
+    def receive_into(self, there: Any, *arrays: NDArray[np.uint8]) -> None:
+        """:meth:`receive` into arrays that together have as many bytes, one after the other."""
+        received, start = self.receive(there), 0
+        for array in arrays:
+            array.reshape(-1)[:] = received[start : start + array.size]
+            start += array.size
 
 
 _lanes = threading.local()
@@ -246,6 +253,15 @@ def copied(array: NDArray[np.uint8]) -> Any:
 
     row = np.ascontiguousarray(array).reshape(-1)
     return torch.from_numpy(row if row.flags.writeable else row.copy()).to(torch_device("cuda"))
+
+
+def decoded_bytes(kernel: Any, codes: Any, **arguments: Any) -> Any:
+    """Codes of one byte each, a flat tensor on the GPU -> float32, by a kernel that takes ``table``."""
+    import torch
+
+    values = torch.empty(codes.shape, device=codes.device)
+    launch(kernel, codes.numel(), LANES, codes=codes, table=e4m3_values(), values=values, **arguments)
+    return values
 
 
 @cache

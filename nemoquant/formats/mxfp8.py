@@ -33,12 +33,12 @@ from nemoquant.formats.rounding import (
     Floats,
     Weight,
     bits_of,
+    block_outputs,
     checked_amax,
     flat,
     float_of,
     float_output,
     kernel,
-    output,
     weight_bits,
     widen,
 )
@@ -156,16 +156,7 @@ def zeros(shape: tuple[int, int], out: tuple[Codes, Codes] | None = None) -> tup
 
 
 def _outputs(shape: tuple[int, ...], out: tuple[Codes, Codes] | None) -> tuple[Codes, Codes]:
-    rows, columns = shape
-    if columns % BLOCK:
-        raise ValueError(
-            f"weight: got shape {tuple(shape)}, expected an input dimension (the last) that {BLOCK} divides"
-        )
-    codes, block_scales = out if out is not None else (None, None)
-    return (
-        output(codes, (rows, columns), "out[0] (codes)"),
-        output(block_scales, (rows, columns // BLOCK), "out[1] (block scales)"),
-    )
+    return block_outputs(shape, out, block=BLOCK, bits=8, name="codes")
 
 
 def decode(codes: Codes, block_scales: Codes, out: Floats | None = None, device: Device = "cpu") -> Floats:

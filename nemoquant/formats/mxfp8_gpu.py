@@ -58,8 +58,7 @@ def encode(weight: gpu.OnGpu, codes: Codes, block_scales: Codes) -> None:
     encoded = lane.memory("codes", size + block_scales.size)
     with lane.running():
         launch_encode(weight.bits, weight.shift, encoded[:size], encoded[size:])
-    received = lane.receive(encoded)
-    codes.reshape(-1)[:], block_scales.reshape(-1)[:] = received[:size], received[size:]
+    lane.receive_into(encoded, codes, block_scales)
 
 
 def decoded(codes: Codes, block_scales: Codes) -> Any:
@@ -95,16 +94,4 @@ def launch_encode(bits: Any, shift: int, codes: Any, block_scales: Any) -> None:
 
 
 def _values(codes: Any, block_scales: Any) -> Any:
-    import torch
-
-    decoded = torch.empty(codes.shape, device=codes.device)
-    gpu.launch(
-        decode_kernel,
-        codes.numel(),
-        gpu.LANES,
-        codes=codes,
-        block_scales=block_scales,
-        table=gpu.e4m3_values(),
-        values=decoded,
-    )
-    return decoded
+    return gpu.decoded_bytes(decode_kernel, codes, block_scales=block_scales)

@@ -39,11 +39,11 @@ from nemoquant.formats.rounding import (
     Codes,
     Floats,
     Weight,
+    block_outputs,
     checked_scale,
     flat,
     float_output,
     kernel,
-    output,
     tensor_scale,
     weight_bits,
 )
@@ -255,16 +255,7 @@ def zeros(shape: tuple[int, int], out: tuple[Codes, Codes] | None = None) -> tup
 
 
 def _outputs(shape: tuple[int, ...], out: tuple[Codes, Codes] | None) -> tuple[Codes, Codes]:
-    rows, columns = shape
-    if columns % BLOCK:
-        raise ValueError(
-            f"weight: got shape {tuple(shape)}, expected an input dimension (the last) that {BLOCK} divides"
-        )
-    packed, block_scales = out if out is not None else (None, None)
-    return (
-        output(packed, (rows, columns // 2), "out[0] (packed codes)"),
-        output(block_scales, (rows, columns // BLOCK), "out[1] (block scales)"),
-    )
+    return block_outputs(shape, out, block=BLOCK, bits=4, name="packed codes")
 
 
 def decode(

@@ -96,6 +96,26 @@ def output(out: Codes | None, shape: tuple[int, ...], name: str) -> Codes:
     return np.empty(shape, np.uint8) if out is None else _fitting(out, shape, np.uint8, name)
 
 
+def block_outputs(
+    shape: tuple[int, ...], out: tuple[Codes, Codes] | None, *, block: int, bits: int, name: str
+) -> tuple[Codes, Codes]:
+    """Buffers for a tensor [out, in]: codes of ``bits`` bits, and a byte for each ``block`` of inputs.
+
+    Raises ValueError for an input dimension that the block does not divide; ``name`` is what the codes are
+    called in messages.
+    """
+    rows, columns = shape
+    if columns % block:
+        raise ValueError(
+            f"weight: got shape {tuple(shape)}, expected an input dimension (the last) that {block} divides"
+        )
+    codes, block_scales = out if out is not None else (None, None)
+    return (
+        output(codes, (rows, columns * bits // 8), f"out[0] ({name})"),
+        output(block_scales, (rows, columns // block), "out[1] (block scales)"),
+    )
+
+
 def float_output(out: Floats | None, shape: tuple[int, ...]) -> Floats:
     """The caller's buffer for decoded values if it fits, else a new one."""
     return np.empty(shape, np.float32) if out is None else _fitting(out, shape, np.float32, "out")

@@ -76,16 +76,6 @@ class Dialect:
             return ir.DataType.UINT8  # experts are gathered, and Gather takes no FP8
         return DTYPES[dtype]
 
-    def shape(
-        self,
-        part: str,  # noqa: ARG002
-        shape: Sequence[int],
-        number: FormatName | None,  # noqa: ARG002
-        stacked: bool,  # noqa: ARG002
-    ) -> list[int]:
-        """The shape that goes with ``stored``."""
-        return list(shape)
-
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:  # noqa: ARG002
         """The attributes of one of nemoquant's nodes; a plugin has more than a function."""
         return attributes
@@ -201,6 +191,12 @@ class Dialect:
         )
 
 
+def unpacked(shape: Sequence[int], dtype: ir.DataType) -> list[int]:
+    """The shape of a stored tensor in a graph, where it has the dtype of :meth:`Dialect.stored`."""
+    per_byte = 8 // dtype.bitwidth if dtype.bitwidth < 8 else 1  # a file counts the bytes of packed codes
+    return [*shape[:-1], shape[-1] * per_byte] if shape else []
+
+
 def stack_names(name: str) -> list[str]:
     """Inputs of RoutedExperts after ``expert_weights``."""
     return [f"{projection}_{part}" for projection in ("up", "down") for part in GEMMS[name].parts]
@@ -229,16 +225,6 @@ class TensorRTRTX(Dialect):
     def stored(self, part: str, dtype: str, number: FormatName | None, stacked: bool) -> ir.DataType:  # noqa: ARG002
         own = self.codecs[number].codes if part == "codes" and number is not None else None
         return DTYPES[dtype] if own is None else own
-
-    def shape(
-        self,
-        part: str,
-        shape: Sequence[int],
-        number: FormatName | None,
-        stacked: bool,  # noqa: ARG002
-    ) -> list[int]:
-        own = self.codecs[number].codes if part == "codes" and number is not None else None
-        return list(shape) if own is None else [*shape[:-1], shape[-1] * 8 // own.bitwidth]
 
     def routed_experts(self, name: str, compute: ir.DataType) -> ir.Function | None:
         """All experts over all tokens as two batched products; factors of experts not chosen are zero.
@@ -287,9 +273,6 @@ class TensorRT(TensorRTRTX):
             # the same bytes: TensorRT has no UINT8 inside a network, and gives no FP4 to a plugin
             return ir.DataType.INT8
         return super().stored(part, dtype, number, stacked)
-
-    def shape(self, part: str, shape: Sequence[int], number: FormatName | None, stacked: bool) -> list[int]:
-        return list(shape) if stacked else super().shape(part, shape, number, stacked)
 
     def plugin(self, op: str, **attributes: Any) -> dict[str, Any]:
         known = spec(op)  # a plugin needs all of its attributes

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError
 from nemoquant.formats import FormatName
-from nemoquant.graph.dialects import Dialect
+from nemoquant.graph.dialects import Dialect, unpacked
 from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.model.names import member
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -87,9 +87,8 @@ class GraphWeights:
         if value is not None:
             return value
         first = infos[0]
-        shape = [] if part in SCALARS else list(first.shape)
-        shape = self.dialect.shape(part, shape, number, count is not None)
         dtype = self.dialect.stored(part, first.dtype, number, count is not None)
+        shape = unpacked([] if part in SCALARS else first.shape, dtype)
         dims = ir.Shape(shape if count is None else [count, *shape])
         tensor = ir.ExternalTensor(
             Path(first.file).name,

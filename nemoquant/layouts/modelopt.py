@@ -323,14 +323,20 @@ def declared_algorithm(declared: Mapping[str, Any]) -> Any:
     return declared.get("quant_algo")
 
 
+def _listed(declared: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """The entry of a module that :func:`declared_quantization` lists by its name."""
+    entry = (declared.get("quantized_layers") or {}).get(module)
+    return entry if isinstance(entry, dict) else None
+
+
 def listed_algorithm(declared: Mapping[str, Any], module: str) -> str | None:
     """The algorithm that :func:`declared_quantization` lists for a module by its name; None if none."""
-    entry = (declared.get("quantized_layers") or {}).get(module)
-    return str(declared_algorithm(entry)) if isinstance(entry, dict) else None
+    entry = _listed(declared, module)
+    return None if entry is None else str(declared_algorithm(entry))
 
 
 def module_algorithm(declared: Mapping[str, Any], module: str) -> Any:
     """The algorithm of one module in :func:`declared_quantization`; None if there is none for it."""
-    entry = (declared.get("quantized_layers") or {}).get(module)
-    algorithm = declared_algorithm(entry if isinstance(entry, dict) else declared)
+    entry = _listed(declared, module)
+    algorithm = declared_algorithm(declared if entry is None else entry)
     return None if algorithm == MIXED else algorithm

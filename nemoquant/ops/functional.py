@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from nemoquant.errors import BuildError
+from nemoquant.formats import DEVICES
 from nemoquant.ops.abi import DTYPES
 from nemoquant.ops.library import Kernels, kernels
-
-DEVICES = ("cpu", "cuda")
 
 
 def dtype_number(dtype: torch.dtype) -> int:

@@ -26,7 +26,7 @@ from support.synthetic import WIDE, synthetic_checkpoint, write_rows
 
 import nemoquant
 from nemoquant.graph.build import Builder, GraphOptions
-from nemoquant.graph.dialects import DIALECTS
+from nemoquant.graph.dialects import DIALECTS, unpacked
 from nemoquant.graph.gemms import GEMMS
 from nemoquant.model.attention import KVState
 from nemoquant.model.mamba2 import MambaState
@@ -497,7 +497,7 @@ def run_experts(
         }.get(part, "F32")
         number = GEMMS[name].number
         dtype = dialect.stored(part, in_file, number, True)
-        shape = dialect.shape(part, array.shape, number, True)
+        shape = unpacked(array.shape, dtype)
         tensor = onnx.TensorProto(name=key, data_type=int(dtype), dims=shape, raw_data=array.tobytes())
         kept[key] = ir.Value(
             name=key, const_value=ir.from_proto(tensor), type=ir.TensorType(dtype), shape=ir.Shape(shape)

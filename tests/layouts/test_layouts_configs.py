@@ -21,6 +21,14 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 FP8_NUMBER = {"dynamic": False, "num_bits": 8, "type": "float"}
 FP4_NUMBER = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 L0, L1 = "backbone.layers.0.mixer", "backbone.layers.1.mixer"
+KEPT = [  # of the two layers, by presets that quantize attention and experts
+    "backbone.embeddings",
+    f"{L1}.gate",
+    f"{L1}.fc1_latent_proj",
+    f"{L1}.fc2_latent_proj",
+    "lm_head",
+    "mtp*",
+]
 TWO_LAYERS = {"hybrid_override_pattern": "*E", "n_routed_experts": 2, "num_experts_per_tok": 1}
 
 
@@ -38,14 +46,7 @@ def two_layers(make_checkpoint):
 
 def test_fp8(two_layers, quantized):
     section, rest, legacy = files_of(quantized("fp8", of=two_layers))
-    ignore = [
-        "backbone.embeddings",
-        f"{L1}.gate",
-        f"{L1}.fc1_latent_proj",
-        f"{L1}.fc2_latent_proj",
-        "lm_head",
-        "mtp*",
-    ]
+    ignore = KEPT
     assert section == {
         "config_groups": {
             "group_0": {"input_activations": FP8_NUMBER, "weights": FP8_NUMBER, "targets": ["Linear"]}
@@ -68,15 +69,7 @@ def test_fp8(two_layers, quantized):
 def test_mxfp8(two_layers, quantized):
     """``mtp`` too: SGLang takes an exclusion from MXFP8 as a whole part of a name."""
     section, rest, legacy = files_of(quantized("mxfp8", of=two_layers))
-    ignore = [
-        "backbone.embeddings",
-        f"{L1}.gate",
-        f"{L1}.fc1_latent_proj",
-        f"{L1}.fc2_latent_proj",
-        "lm_head",
-        "mtp*",
-        "mtp",
-    ]
+    ignore = [*KEPT, "mtp"]
     number = {**FP8_NUMBER, "group_size": 32}
     assert section == {
         "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
@@ -99,14 +92,7 @@ def test_mxfp8(two_layers, quantized):
 
 def test_nvfp4_alone(two_layers, quantized):
     section, rest, legacy = files_of(quantized("nvfp4-full", of=two_layers))
-    ignore = [
-        "backbone.embeddings",
-        f"{L1}.gate",
-        f"{L1}.fc1_latent_proj",
-        f"{L1}.fc2_latent_proj",
-        "lm_head",
-        "mtp*",
-    ]
+    ignore = KEPT
     assert section == {
         "config_groups": {
             "group_0": {"input_activations": FP4_NUMBER, "weights": FP4_NUMBER, "targets": ["Linear"]}
@@ -166,14 +152,7 @@ def test_nvfp4_weights_only(two_layers, quantized):
 
 def test_mixed(two_layers, quantized):
     section, rest, legacy = files_of(quantized("nvfp4", of=two_layers))
-    ignore = [
-        "backbone.embeddings",
-        f"{L1}.gate",
-        f"{L1}.fc1_latent_proj",
-        f"{L1}.fc2_latent_proj",
-        "lm_head",
-        "mtp*",
-    ]
+    ignore = KEPT
     fp8 = [
         f"{L0}.k_proj",
         f"{L0}.o_proj",
