@@ -13,6 +13,7 @@ from typing import Any
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
+from nemoquant.files import replace_text
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
 
@@ -86,22 +87,6 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
     """Write ``data`` with the sha256 of its canonical bytes."""
     signed = dict(data) | {"sha256": hashlib.sha256(canonical(data)).hexdigest()}
     replace_text(folder / FILE, json.dumps(signed, indent=1, sort_keys=True) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: first under another name in its folder, then renamed."""
-    replace_bytes(path, text.encode("utf-8"))
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: first under another name in its folder, then renamed."""
-    partial = path.parent / (path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def enter_file(folder: Path, name: str) -> None:

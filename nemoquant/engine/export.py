@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.manifest import replace_bytes, replace_text
 from nemoquant.engine.build import BuiltEngine, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
+from nemoquant.files import replace_bytes, replace_text
 
 
 def export_engine(

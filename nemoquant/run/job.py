@@ -15,6 +15,7 @@ from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import check_output, nearest_folder
+from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.pack.workers import Threads
@@ -292,7 +293,7 @@ class Job:
                 "their norms and SSM parameters differ",
             )
         if not run.calibrated:
-            manifest.replace_text(file, scales.dump())
+            replace_text(file, scales.dump())
             run.calibrated = True
             if run.calibration is not None:
                 run.calibration = {"layers": run.calibration["layers"]}

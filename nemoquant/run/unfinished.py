@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.folder import partial_of
-from nemoquant.checkpoint.manifest import file_sha256, replace_text
+from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, listing
+from nemoquant.files import replace_text
 from nemoquant.run.options import OPTIONS, Option
 
 FOLDER = "nemoquant_resume"

@@ -1,0 +1,174 @@
+"""Files from anywhere, read within bounds; files of ours, written so that a power cut leaves old or new ones.
+
+Reading: a file must be a regular one and no larger than its kind ever is. A device or a pipe would be read
+for ever, and a file of gigabytes would fill the memory before its parser could say what is wrong.
+
+Writing: the data reach the disk before the name does, and the name before anything that counts on it.
+"""
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+MOST_JSON = 256 << 20  # bytes: a manifest or an index of a large model has some megabytes
+MOST_SETTINGS = 16 << 20  # bytes of a config, a recipe, a template: real ones have kilobytes
+
+
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """A descriptor of a regular file, for reading.
+
+    Args:
+        follow: whether ``path`` may be a symbolic link, as in hub caches.
+    Raises:
+        OSError: it can't be opened, is not a regular file, or is a link that must not be followed.
+    """
+    # Not blocking: opening a FIFO would wait for a writer, before it could be seen what it is.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(None, "not a regular file", str(path))
+    return handle
+
+
+def read_bytes(path: Path, most: int, *, follow: bool = True) -> bytes:
+    """A regular file of at most ``most`` bytes, whole.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        ValueError: it is larger.
+    """
+    with os.fdopen(open_regular(path, follow=follow), "rb") as f:
+        data = f.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes, the most that such a file may have")
+    return data
+
+
+def read_text(path: Path, most: int = MOST_SETTINGS, *, follow: bool = True) -> str:
+    """A regular UTF-8 file of at most ``most`` bytes; a byte order mark is dropped.
+
+    Raises:
+        OSError: see :func:`open_regular`.
+        ValueError: it is larger, or not UTF-8.
+    """
+    return read_bytes(path, most, follow=follow).decode("utf-8-sig")
+
+
+def parse_json(text: str) -> Any:
+    """JSON whose strings can be written again, without a key twice in an object.
+
+    Raises:
+        ValueError: for anything else: nesting without end, lone surrogates and numbers of thousands of
+            digits, too.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+        if "\\u" in text:  # only an escape can bring a lone surrogate: UTF-8 has none
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string in it has half of a surrogate pair, which is no character") from None
+    return data
+
+
+def read_json(path: Path, most: int = MOST_JSON, *, follow: bool = True) -> Any:
+    """A JSON file; raises OSError and ValueError as :func:`read_text` and :func:`parse_json`."""
+    return parse_json(read_text(path, most, follow=follow))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"duplicate key {name[:200]!r}")
+            seen.add(name)
+    return result
+
+
+def plain_name(name: object) -> bool:
+    """Whether this is the name of a file directly in a folder: it can't lead anywhere else."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name.encode("utf-8", "surrogatepass")) < 256
+        and not any(c in "/\\" or not c.isprintable() for c in name)
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk.
+
+    File systems that know no such thing are left alone.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename, and wait until the new name is on the disk; the content must be there already."""
+    source.rename(target)
+    sync_folder(target.parent)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a new file; its content is on the disk, its name perhaps not yet.
+
+    Raises:
+        FileExistsError: something has that name, a symbolic link too.
+    """
+    with path.open("xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: first under another name in its folder, then renamed.
+
+    A symbolic link under either name is replaced, never followed.
+    """
+    partial = path.parent / (path.name + ".partial")
+    with suppress(FileNotFoundError):  # of a run that was killed
+        partial.unlink()
+    try:
+        write_new(partial, data)
+        rename(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """:func:`replace_bytes` of UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a folder; the system releases it however this process ends.
+
+    Args:
+        wait: until another process releases it.
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
