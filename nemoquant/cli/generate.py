@@ -85,6 +85,7 @@ def command(
         threads=threads,
         ready=lambda: click.echo(prompt, nl=False),
         stream=lambda text: click.echo(text, nl=False),
+        say=lambda text: click.echo(text, err=True),
     )
     click.echo()
     click.echo(made.summary(), err=True)

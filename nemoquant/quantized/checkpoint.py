@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import Tensor
 
-from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint import intact, manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, listing
@@ -55,19 +55,23 @@ class PackedCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read headers and scalars.
+        """Read headers and scalars; what has a manifest is held against it, its shards by their sizes.
 
         Raises:
-            CheckpointError: or a subclass: unreadable, or not in a layout that can be decoded.
+            CheckpointError: or a subclass: unreadable, damaged, or not in a layout that can be decoded.
         """
         self.path = path
         self.warnings: list[str] = []
+        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
+        if self.manifest is not None:
+            intact.check_settings(path, self.manifest)
         self.config, self.raw_config = load_config(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is a config.json; expected the folder with the weights")
         self.table = tensor_table(self.config)
-        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
         self.checkpoint = Checkpoint(path)
+        if self.manifest is not None:
+            intact.check_listed(self.checkpoint, self.manifest)
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         declared = declared_quantization(path, self.raw_config)
