@@ -14,7 +14,7 @@ from torch import Tensor
 from nemoquant.checkpoint import intact, manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CheckpointError, TensorTableError, listing
+from nemoquant.errors import CheckpointError, TensorTableError, WeightError, listing
 from nemoquant.formats import FORMATS, FormatName
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.noise import Noise
@@ -85,6 +85,7 @@ class PackedCheckpoint:
             )
         self._read_cache_scales()
         self._check_extra()
+        self._check_router()
 
     def _find_stored(self) -> dict[str, Stored]:
         stored, problems, no_mtp = {}, [], 0
@@ -212,6 +213,19 @@ class PackedCheckpoint:
                 f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change "
                 f"what an engine computes, expected the ModelOpt layout with {READABLE}"
             )
+
+    def _check_router(self) -> None:
+        """NaN in the bias of a router would choose experts without a NaN in any output."""
+        for spec in self.table:
+            name = spec.name
+            if spec.role.removeprefix("mtp.") == "router.bias" and name in self.stored:
+                values = LayerWeights(self.checkpoint, "")[name]
+                bad = int((~values.isfinite()).sum())
+                if bad:
+                    raise WeightError(
+                        f"{self.path}: {bad} of {values.numel()} values of {name} are NaN or Inf; expected "
+                        f"finite ones, is it damaged?"
+                    )
 
     def formats(self, module: str) -> tuple[Literal["source", FormatName], FormatName | None]:
         """The format of a module's weight, and that of its input at run time (None: not quantized)."""
