@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import TensorInfo
-from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
 from nemoquant.files import locked, open_regular, read_json, replace_bytes, replace_text
 from nemoquant.model.roles import TensorSpec
@@ -21,9 +20,8 @@ from nemoquant.progress import Count
 
 FILE = "nemoquant.json"
 CARD = "README.md"  # may be edited after it was written: everybody does before publishing a model
-SCHEMA = 1
+SCHEMA = 2
 READ_BYTES = 1 << 20
-SAMPLE_BYTES = 1024
 
 Check = Callable[[Mapping[str, Any]], None]
 """Called with a manifest before it is changed; raises where the folder is not what it lists."""
@@ -49,32 +47,6 @@ def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
     """Identity of a checkpoint's tensor table: names, dtypes and shapes, whatever files hold the tensors."""
     table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(table).encode()).hexdigest()
-
-
-def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases.
-
-    These few megabytes distinguish one training from another.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
-        digest.update(checkpoint.raw(name).data)
-        checkpoint.release([name])
-    return digest.hexdigest()
-
-
-def content_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of :func:`weights_fingerprint` and of a few bytes from the middle of every tensor.
-
-    It distinguishes weights without reading them whole.
-    """
-    digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
-    for name in sorted(checkpoint.tensors):
-        raw = checkpoint.raw(name)
-        middle = raw.size // 2
-        digest.update(raw[middle : middle + SAMPLE_BYTES].tobytes())
-        checkpoint.release([name])
-    return digest.hexdigest()
 
 
 def pack_dtypes(table: list[TensorSpec]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def _known(dtype: str) -> str:
 
 Name = Annotated[str, AfterValidator(_plain)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+UnitDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Dtype = Annotated[str, AfterValidator(_known)]
 Text = Annotated[str, Field(max_length=1 << 20)]
 
@@ -40,12 +41,12 @@ class Dtypes(_Part):
 
 
 class Source(_Part):
-    """``units`` are the hashes of the source's content by unit."""
+    """``units`` are the hashes of the source's content (``identity.py``)."""
 
     config_sha256: Digest
     tensor_table_sha256: Digest
     dtypes: Dtypes
-    units: dict[str, Digest] | None = None
+    units: dict[str, UnitDigest]
 
 
 class Recipe(_Part):

@@ -54,8 +54,8 @@ class Sampler:
         if bad:
             raise EngineError(
                 f"{what} computes NaN or Inf: {bad:,} of the {logits.size:,} logits of new token "
-                f"{place + 1}; expected finite ones, is the checkpoint damaged? `nemoquant verify` checks its "
-                f"files, `nemoquant diff` names the layer"
+                f"{place + 1}; expected finite ones, is the checkpoint damaged? `nemoquant verify` checks "
+                f"its files, `nemoquant diff` names the layer"
             )
         if not self.temperature:
             return int(logits.argmax())

@@ -41,13 +41,16 @@ class TorchEngine:
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
         with torch_threads(self.threads):
             hidden, after = self.model.hidden(torch.from_numpy(tokens), state, self.tap)
-            return Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
+            step = Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
+        self.opened.checkpoint.check_unchanged()
+        return step
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
         with torch_threads(self.threads):
             logits, out, after = self.model.mtp_forward(
                 torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap
             )
+        self.opened.checkpoint.check_unchanged()
         return Step(logits.numpy(), out.numpy(), after)
 
     def describe(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Each node needs nemoquant of this version and the source under the same path; ea
 its first task.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from nemoquant._version import __version__
 from nemoquant.calibrate.run import Observed, Observers, observe
-from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
 from nemoquant.formats import Device
@@ -52,7 +52,7 @@ class Cluster:
     def __init__(self, ray: Any, checkpoint: Checkpoint) -> None:
         self._ray, self.checkpoint = ray, checkpoint
         self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._source = (str(checkpoint.path.resolve()), manifest.weights_fingerprint(checkpoint), __version__)
+        self._source = (str(checkpoint.path.resolve()), small_tensors_sha256(checkpoint), __version__)
         # A task that is lost with its node runs again, as long as there are nodes. Tasks are spread, because
         # each node has its own disk and memory.
         options = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
@@ -216,6 +216,19 @@ def _observe(
     return (to_wire(output), *rest)
 
 
+def small_tensors_sha256(checkpoint: Checkpoint) -> str:
+    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases.
+
+    These few megabytes distinguish one training from another, before a node begins. What its tasks read is
+    hashed whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
+        digest.update(checkpoint.raw(name).data)
+        checkpoint.release([name])
+    return digest.hexdigest()
+
+
 @lru_cache(maxsize=1)
 def _opened(source: tuple[str, str, str]) -> Checkpoint:
     """The source, opened once a worker.
@@ -229,7 +242,7 @@ def _opened(source: tuple[str, str, str]) -> Checkpoint:
             f"a node of the cluster has nemoquant {__version__}; expected {version}, as here"
         )
     checkpoint = Checkpoint(Path(path))
-    if manifest.weights_fingerprint(checkpoint) != fingerprint:
+    if small_tensors_sha256(checkpoint) != fingerprint:
         raise CheckpointError(
             f"{path} is another checkpoint on a node of the cluster; expected the same one under this path "
             f"everywhere"
