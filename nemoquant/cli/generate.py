@@ -71,20 +71,31 @@ def command(
     """
     from nemoquant import api
 
-    made = api.generate(
-        model,
-        prompt,
-        chat=chat,
-        engine=engine,
-        engine_file=engine_file,
-        plugins=plugins,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        mtp=mtp or 0,
-        threads=threads,
-        ready=lambda: click.echo(prompt, nl=False),
-        stream=lambda text: click.echo(text, nl=False),
-    )
-    click.echo()
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        begun = True
+        click.echo(text, nl=False)
+
+    try:
+        made = api.generate(
+            model,
+            prompt,
+            chat=chat,
+            engine=engine,
+            engine_file=engine_file,
+            plugins=plugins,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            mtp=mtp or 0,
+            threads=threads,
+            ready=lambda: show(prompt),
+            stream=show,
+            say=lambda text: click.echo(text, err=True),
+        )
+    finally:
+        if begun:
+            click.echo()  # an error stands on a line of its own
     click.echo(made.summary(), err=True)

@@ -18,7 +18,7 @@ from nemoquant.checkpoint.reader import INDEX
 from nemoquant.errors import SourceChangedError, VerificationError, listing
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
-from nemoquant.pack.files import CARD, WRITTEN
+from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
@@ -98,7 +98,7 @@ class Output:
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / manifest.CARD).write_text(text, encoding="utf-8")
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
         names = sorted(
             path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
