@@ -112,7 +112,7 @@ class _Brief(Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write out more than 4,300 digits
-        return super().repr_int(x, level) if x.bit_length() < 13_000 else f"<{x.bit_length():,} bits>"
+        return super().repr_int(x, level) if x.bit_length() < 14_000 else f"<{x.bit_length():,} bits>"
 
 
 def brief(value: object) -> str:
