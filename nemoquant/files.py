@@ -6,6 +6,7 @@ for ever, and a file of gigabytes would fill the memory before its parser could 
 Writing: the data reach the disk before the name does, and the name before anything that counts on it.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -31,9 +32,11 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
     # Not blocking: opening a FIFO would wait for a writer, before it could be seen what it is.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     handle = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(None, "not a regular file", str(path))
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, "not a regular file", str(path))
     return handle
 
 
