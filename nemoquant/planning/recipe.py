@@ -38,7 +38,7 @@ MOST_NAMES = 65_536  # in one rule
 MOST_PROBLEMS = 8  # in a message
 MOST_DIGITS = 40  # of a number
 
-Pattern = Annotated[str, Field(min_length=1, max_length=512)]
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Layer = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -85,7 +85,7 @@ class Rule(BaseModel):
         return self.format
 
     def __str__(self) -> str:
-        where = f"roles {', '.join(self.roles)}" if self.roles else f"names {', '.join(self.names)}"
+        where = f"roles {listing(self.roles, 20)}" if self.roles else f"names {listing(self.names, 20)}"
         return where + (f" in {len(self.layers)} layers" if self.layers is not None else "")
 
 

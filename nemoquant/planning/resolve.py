@@ -51,8 +51,10 @@ def resolve(
         RecipeError: the recipe does not fit; the message lists what does not.
     """
     claims = _claim(recipe, table)
+    reasons = [f"rule {number}: {rule}" for number, rule in enumerate(recipe.rules, 1)]
     rows = [
-        _row(spec, rule, number, scale_groups) for spec, (number, rule) in zip(table, claims, strict=True)
+        _row(spec, rule, reasons[number - 1], scale_groups)
+        for spec, (number, rule) in zip(table, claims, strict=True)
     ]
     _check_allowed(rows)
     _check_divisible(rows)
@@ -170,7 +172,7 @@ def _check_matched(recipe: Recipe, rule: Rule, number: int, index: _Index, match
             )
 
 
-def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
+def _row(spec: TensorSpec, rule: Rule, reason: str, scale_groups: bool) -> Row:
     form = rule.number
     shares_weight = scale_groups and form is not None and form.global_scale
     shares_input = scale_groups and form is not None and form.calibrated and rule.activation_format
@@ -186,7 +188,7 @@ def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
         activation_format=rule.activation_format,
         weight_group=_weight_group(spec) if shares_weight else None,
         input_group=_input_group(spec) if shares_input else None,
-        reason=f"rule {number}: {rule}",
+        reason=reason,
     )
 
 
