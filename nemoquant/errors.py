@@ -7,6 +7,7 @@
             HeaderError                      a safetensors file whose header cannot be trusted
             TensorTableError                 tensors missing, extra or misshapen, all in one error
             WeightError                      NaN or Inf in weights
+            SourceChangedError               a file that changed while it was read
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
@@ -59,6 +60,10 @@ class TensorTableError(CheckpointError):
 
 
 class WeightError(CheckpointError):
+    pass
+
+
+class SourceChangedError(CheckpointError):
     pass
 
 

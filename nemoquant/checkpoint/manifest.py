@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import TensorInfo
-from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
 from nemoquant.files import replace_text
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
 
 FILE = "nemoquant.json"
-SCHEMA = 1
+SCHEMA = 2
 READ_BYTES = 8 << 20
-SAMPLE_BYTES = 1024
 REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
 
 
@@ -44,32 +42,6 @@ def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
     """Identity of a checkpoint's tensor table: names, dtypes and shapes, whatever files hold the tensors."""
     table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(table).encode()).hexdigest()
-
-
-def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases.
-
-    These few megabytes distinguish one training from another.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
-        digest.update(checkpoint.raw(name).data)
-        checkpoint.release([name])
-    return digest.hexdigest()
-
-
-def content_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of :func:`weights_fingerprint` and of a few bytes from the middle of every tensor.
-
-    It distinguishes weights without reading them whole.
-    """
-    digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
-    for name in sorted(checkpoint.tensors):
-        raw = checkpoint.raw(name)
-        middle = raw.size // 2
-        digest.update(raw[middle : middle + SAMPLE_BYTES].tobytes())
-        checkpoint.release([name])
-    return digest.hexdigest()
 
 
 def pack_dtypes(table: list[TensorSpec]) -> dict[str, Any]:

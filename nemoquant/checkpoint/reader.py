@@ -9,6 +9,7 @@ import mmap
 import re
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nemoquant.checkpoint.header import ITEM_SIZE, MAX_TENSORS, TensorInfo, read_header
-from nemoquant.errors import CheckpointError, HeaderError, TensorTableError, brief, listing
+from nemoquant.checkpoint.lost_pages import Watched
+from nemoquant.errors import (
+    CheckpointError,
+    HeaderError,
+    SourceChangedError,
+    TensorTableError,
+    brief,
+    listing,
+)
 from nemoquant.files import plain_name, read_json
 from nemoquant.model.parse import MOST_EXPERTS
 from nemoquant.model.roles import TensorSpec
@@ -49,8 +58,10 @@ class Checkpoint:
         self.aliases: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._watched: dict[Path, Watched] = {}
         self._lock = threading.Lock()
-        for info in _all_tensors(path):
+        self._facts: dict[Path, FileFacts] = {}
+        for info in _all_tensors(path, self._facts):
             for name, part in _published(info):
                 if len(self.tensors) == MAX_TENSORS:
                     raise CheckpointError(f"{path} has too many tensors; expected at most {MAX_TENSORS:,}")
@@ -74,6 +85,7 @@ class Checkpoint:
     def close(self) -> None:
         """Drop all maps; a map stays open as long as an array still uses it."""
         self._maps.clear()
+        self._watched.clear()
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, mapped, uint8, 1-D. Writing to them would not reach the file."""
@@ -89,7 +101,36 @@ class Checkpoint:
                         flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
                         prot=mmap.PROT_READ | mmap.PROT_WRITE,
                     )
+                    self._watched[info.file] = Watched(self._maps[info.file])
         return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.start)
+
+    def check_unchanged(self) -> None:
+        """Make sure that the files are those that were opened, and that every page could be read.
+
+        By size, time of the last change, and inode: what was computed before this call is of the opened
+        files, unless someone sets the time back.
+
+        Raises:
+            SourceChangedError: names the file and what happened to it.
+        """
+        for file, facts in self._facts.items():
+            try:
+                now = FileFacts.of(file)
+            except OSError as error:
+                raise _changed(file, f"it can't be opened any more ({error.strerror})") from None
+            if now.nbytes != facts.nbytes:
+                raise _changed(file, f"it had {facts.nbytes:,} bytes and has {now.nbytes:,}")
+            if now != facts:
+                replaced = (now.device, now.inode) != (facts.device, facts.inode)
+                raise _changed(
+                    file, "another file has its name now" if replaced else "it was written to meanwhile"
+                )
+        for file, watched in list(self._watched.items()):
+            if watched.lost:
+                raise SourceChangedError(
+                    f"{file} could not be read: {watched.lost} pages were gone when they were needed; it was "
+                    f"cut for a while, or its disk fails: make sure that it is whole, then run again"
+                )
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A tensor as a mapped numpy array; BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes.
@@ -124,7 +165,30 @@ class Checkpoint:
             self._maps[info.file].madvise(mmap.MADV_DONTNEED, page, info.start + end - page)
 
 
-def _all_tensors(path: Path) -> list[TensorInfo]:
+@dataclass(frozen=True)
+class FileFacts:
+    """What tells whether a file is still the same: cheap to ask, and never written down."""
+
+    nbytes: int
+    modified_ns: int
+    device: int
+    inode: int
+
+    @staticmethod
+    def of(file: Path) -> "FileFacts":
+        status = file.stat()
+        return FileFacts(status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
+
+
+def _changed(file: Path, how: str) -> SourceChangedError:
+    return SourceChangedError(
+        f"{file} changed while it was read: {how}; expected files that nobody writes to meanwhile, wait "
+        f"until they are complete and run again"
+    )
+
+
+def _all_tensors(path: Path, facts: dict[Path, FileFacts]) -> list[TensorInfo]:
+    """The tensors of all shards; ``facts`` receives those of each shard, taken before it is read."""
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder; expected a checkpoint folder with config.json and safetensors files"
@@ -135,13 +199,17 @@ def _all_tensors(path: Path) -> list[TensorInfo]:
             raise CheckpointError(
                 f"{path} has neither {INDEX} nor {SINGLE}; expected a checkpoint in safetensors format"
             )
+        _check_one_set(path, SINGLE, {SINGLE})
+        facts[path / SINGLE] = FileFacts.of(path / SINGLE)
         return list(read_header(path / SINGLE)[0].values())
     weight_map = _read_index(index)
+    _check_one_set(path, INDEX, set(weight_map.values()))
     result: list[TensorInfo] = []
     shard_of: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise CheckpointError(f"{path / shard} does not exist, but {INDEX} names it; download the shard")
+        facts[path / shard] = FileFacts.of(path / shard)
         for name, info in read_header(path / shard)[0].items():
             if name in shard_of:
                 raise HeaderError(
@@ -157,6 +225,21 @@ def _all_tensors(path: Path) -> list[TensorInfo]:
             + (f"not where it says: {listing(wrong)}" if wrong else f"not in it: {listing(extra)}")
         )
     return result
+
+
+def _check_one_set(path: Path, chosen: str, named: set[str]) -> None:
+    """Make sure that a folder has no other weights than those of ``chosen``, an index or a single file.
+
+    Which ones are meant nobody could tell: transformers takes ``model.safetensors`` before an index, engines
+    take the index, or all files.
+    """
+    others = sorted(file.name for file in path.glob("model*.safetensors") if file.name not in named)
+    if others:
+        raise CheckpointError(
+            f"{path} has two sets of weights: {chosen}, and {listing(others)}, which "
+            f"{'it does not name' if chosen == INDEX else 'no index names'}; expected one set, move away "
+            f"what is not meant"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:

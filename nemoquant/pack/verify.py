@@ -7,8 +7,8 @@
 4. every scalar scale is finite and positive, every block scale is one that its format writes, and the scales
    of inputs and caches are those that follow from the scales file
 5. both config files are those that the plan calls for, and the source's own keys are all there
-6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give
-   the same bytes
+6. with the source: its bytes have the hashes that the manifest has; unquantized tensors are equal bit for
+   bit; quantized ones are encoded again and must give the same bytes
 """
 
 import json
@@ -17,13 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.header import ALIGNMENT, read_header
+from nemoquant.checkpoint.identity import (
+    UnitHash,
+    Units,
+    differing,
+    piece_hash,
+    pieces,
+    told,
+    unit_name,
+)
 from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
 from nemoquant.errors import NemoquantError
@@ -40,8 +49,6 @@ from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Count, Progress, no_progress
 from nemoquant.sources.source import Source
-
-COMPARE_BYTES = 16 << 20
 
 
 class Verification:
@@ -274,65 +281,78 @@ def _compare(
     for row in (row for unit in units for row in unit.rows if row.weight_group):
         groups.setdefault(row.weight_group or "", []).append(row)
 
-    def problem(entries: dict[str, dict[str, Entry]], row: Row) -> str | None:
+    def check(entries: dict[str, dict[str, Entry]], row: Row) -> Compared:
         if row.format == "source":
-            return (
-                None
-                if _equal_bytes(original, written, row)
-                else f"{row.name} differs from the source; expected the same bytes"
-            )
-        if again and not _encodes_to(
-            row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written
-        ):
-            return f"{row.module}: encoding the source's weight again gives other bytes"
-        return None
+            return _equal_bytes(original, written, row)
+        if not again:
+            return Compared(None, [])
+        group = groups.get(row.weight_group or "", [row])
+        return _encoded_again(row, group, entries[row.name], original, written)
 
+    found: Units = {}
     with ThreadPoolExecutor(usable_threads()) as pool:
         for unit in units:
             entries: dict[str, dict[str, Entry]] = {}
             for e in unit.entries:
                 entries.setdefault(e.row.name, {})[e.kind] = e
-            for row, text in zip(unit.rows, pool.map(partial(problem, entries), unit.rows), strict=True):
-                if text:
-                    report.problems.append(text)
+            digest, whole = UnitHash(), True
+            for row, result in zip(unit.rows, pool.map(partial(check, entries), unit.rows), strict=True):
+                if result.problem:
+                    report.problems.append(result.problem)
                 if row.format == "source" or again:
                     report.checked["compared_with_source" if row.format == "source" else "encoded_again"] += 1
+                    for piece in result.hashes:
+                        digest.piece(piece)
+                    digest.end_tensor()
+                else:
+                    whole = False
                 original.release([row.name])
                 count(row.bytes_in)
+            if whole:
+                found[unit_name(unit.rows[0].name)] = digest.hexdigest()
             written.release(e.name for e in unit.entries)
+    original.check_unchanged()
+    changed = differing(manifest["source"]["units"], found)
+    if changed:
+        report.problems.append(
+            f"{source.path} is not the source: {told(changed, len(found))} from what it was made from"
+        )
 
 
-def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
-    """Compares part by part, so that a large tensor does not stay in memory twice."""
-    a, b = source.raw(row.name), written.raw(row.name)
-    for begin in range(0, a.size, COMPARE_BYTES):
-        end = min(begin + COMPARE_BYTES, a.size)
-        if not np.array_equal(a[begin:end], b[begin:end]):
-            return False
+class Compared(NamedTuple):
+    """What is wrong with one tensor, and the hashes of the source's pieces."""
+
+    problem: str | None
+    hashes: list[bytes]
+
+
+def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> Compared:
+    """Compares piece by piece, so that a large tensor does not stay in memory twice."""
+    a, b, equal, hashes = source.raw(row.name), written.raw(row.name), True, []
+    for begin, end in pieces(row.shape, row.bytes_in):
+        equal = equal and np.array_equal(a[begin:end], b[begin:end])
+        hashes.append(piece_hash(a[begin:end]))
         source.release_bytes(row.name, begin, end)
         written.release_bytes(row.name, begin, end)
-    return a.size == b.size
+    return Compared(None if equal else f"{row.name} differs from the source; expected the same bytes", hashes)
 
 
-def _encodes_to(
+def _encoded_again(
     row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint
-) -> bool:
+) -> Compared:
     """Whether the source's weight gives the stored scales and codes; rows of ``group`` share its scale."""
     scale, degenerate = weight_scale(
         row, max(amax(source, member, part) for member in group for part in slices(member))
     )
-    if "global_scale" in entries and written.array(entries["global_scale"].name)[()] != scale:
-        return False
+    equal = "global_scale" not in entries or written.array(entries["global_scale"].name)[()] == scale
     codes = written.array(entries["codes"].name)
     block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None
+    hashes = []
     for part in slices(row):
-        expected, expected_scales = encode(source, row, part, scale, degenerate)
-        if not np.array_equal(codes[part], expected):
-            return False
-        if (
-            block_scales is not None
-            and expected_scales is not None
-            and not np.array_equal(block_scales[part], expected_scales)
-        ):
-            return False
-    return True
+        (expected, expected_scales), piece = encode(source, row, part, scale, degenerate)
+        hashes.append(piece)
+        equal = equal and np.array_equal(codes[part], expected)
+        if block_scales is not None and expected_scales is not None:
+            equal = equal and np.array_equal(block_scales[part], expected_scales)
+    what = f"{row.module}: encoding the source's weight again gives other bytes"
+    return Compared(None if equal else what, hashes)

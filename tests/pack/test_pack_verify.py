@@ -110,8 +110,8 @@ def test_a_changed_manifest(out):
     [
         (None, "does not exist"),
         ("{", "cannot be read"),
-        ("[]", "schema 'list', expected 1"),
-        ('{"schema": 99}', "schema 99, expected 1"),
+        ("[]", "schema 'list', expected 2"),
+        ('{"schema": 99}', "schema 99, expected 2"),
     ],
 )
 def test_no_usable_manifest(content, message, out):
