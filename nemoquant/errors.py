@@ -22,6 +22,7 @@ A message names the thing, what was got, what was expected, and what to do, in t
 """
 
 from collections.abc import Sequence
+from reprlib import Repr
 
 
 class NemoquantError(Exception):
@@ -105,3 +106,21 @@ def listing(names: Sequence[object], limit: int = 5) -> str:
     """``a, b, c and 7 more``: the first ``limit`` names, because there may be thousands."""
     shown = ", ".join(str(n) for n in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+class _Brief(Repr):
+    """``repr`` in bounded time and length, whatever the value: long, deep, or with too many digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlong, self.maxstring, self.maxother = 3, 60, 100, 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out more than 4,300 digits
+        return super().repr_int(x, level) if x.bit_length() < 14_000 else f"<{x.bit_length():,} bits>"
+
+
+def brief(value: object) -> str:
+    """A value that a file or a user gave, for a message: ``repr`` cut to a readable length."""
+    text = _Brief().repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
