@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import THREADS
+from nemoquant.cli.shared import THREADS, say, show
 from nemoquant.engine import ENGINES, EngineName
 
 
@@ -83,8 +83,8 @@ def command(
         seed=seed,
         mtp=mtp or 0,
         threads=threads,
-        ready=lambda: click.echo(prompt, nl=False),
-        stream=lambda text: click.echo(text, nl=False),
+        ready=lambda: show(prompt),
+        stream=show,
     )
-    click.echo()
-    click.echo(made.summary(), err=True)
+    say("")
+    say(made.summary(), err=True)
