@@ -27,6 +27,7 @@ from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
+from nemoquant.words import in_markdown, markdown_code
 
 
 class Written(NamedTuple):
@@ -216,6 +217,7 @@ def _calibration_sentence(scales: Scales | None) -> str:
         return "none was needed."
     s = scales.settings
     return (
-        f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; "
+        f"{in_markdown(s['rows'])} rows of {in_markdown(s['seq_len'])} tokens of {markdown_code(s['data'])}, "
+        f"{in_markdown(s['dtype'])} compute; "
         "the largest magnitude of each GEMM input."
     )
