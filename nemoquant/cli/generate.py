@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import THREADS
+from nemoquant.cli.shared import THREADS, say, show
 from nemoquant.engine import ENGINES, EngineName
 
 
@@ -73,10 +73,10 @@ def command(
 
     begun = False
 
-    def show(text: str) -> None:
+    def shown(text: str) -> None:
         nonlocal begun
         begun = True
-        click.echo(text, nl=False)
+        show(text)
 
     try:
         made = api.generate(
@@ -91,11 +91,11 @@ def command(
             seed=seed,
             mtp=mtp or 0,
             threads=threads,
-            ready=lambda: show(prompt),
-            stream=show,
-            say=lambda text: click.echo(text, err=True),
+            ready=lambda: shown(prompt),
+            stream=shown,
+            say=lambda text: say(text, err=True),
         )
     finally:
         if begun:
-            click.echo()  # an error stands on a line of its own
-    click.echo(made.summary(), err=True)
+            say("")  # an error stands on a line of its own
+    say(made.summary(), err=True)
