@@ -129,11 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: schema {repr(schema)[:80]}, expected {SCHEMA}; use the version of nemoquant that "
             f"wrote it"
         )
-    try:
-        digest = hashlib.sha256(canonical(data)).hexdigest()
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply; expected what nemoquant writes") from None
-    if data.get("sha256") != digest:
+    if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
         raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
     from nemoquant.checkpoint.manifest_schema import problem
 

@@ -140,7 +140,7 @@ def test_white_space_is_not_content(tmp_path: Path) -> None:
         ('{"schema": 2}', r"nemoquant\.json was changed after it was written"),
         ('{"schema": 2, "schema": 2}', r"nemoquant\.json cannot be read \(duplicate key 'schema'\)"),
         ('{"schema": "\\ud800"}', r"nemoquant\.json cannot be read \(.*surrogate pair"),
-        ("[" * 100_000, r"nemoquant\.json cannot be read \(it is nested too deeply\)"),
+        ("[" * 100_000, r"nemoquant\.json cannot be read \(it is nested too deeply; "),
     ],
 )
 def test_no_manifest(tmp_path: Path, text: str | None, message: str) -> None:
@@ -150,55 +150,53 @@ def test_no_manifest(tmp_path: Path, text: str | None, message: str) -> None:
         read_manifest(tmp_path)
 
 
-def test_nesting_that_can_be_read_and_not_written(tmp_path: Path) -> None:
-    """Each depth around the interpreter's limit: the reader's and the writer's differ by a few."""
-    for depth in range(850, 1000):
-        (tmp_path / "nemoquant.json").write_text('{"schema": 2, "x": ' + "[" * depth + "]" * depth + "}")
-        with pytest.raises(CheckpointError):
-            read_manifest(tmp_path)
-
-
 # --- its schema
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(files=[]), "`files`: Input should be a valid dictionary, got []"),
-        (lambda d: d["files"].update(a=1), "`files.a`: Input should be a valid string, got 1"),
+        (lambda d: d.update(files=[]), "`files` is []: input should be a valid dictionary"),
+        (lambda d: d["files"].update(a=1), "`files.a` is 1: input should be a valid string"),
         (
             lambda d: d["files"].update(a="11"),
-            "`files.a`: String should match pattern '^[0-9a-f]{64}$', got '11'",
+            "`files.a` is '11': string should match pattern '^[0-9a-f]{64}$'",
         ),
-        (lambda d: d["files"].update(a=B.upper()), "`files.a`: String should match pattern"),
+        (lambda d: d["files"].update(a=B.upper()), "`files.a` is '2B2B"),
         *(
             (lambda d, name=name: d["files"].update({name: A}), "expected the name of a file in the folder")
             for name in ("/dev/zero", "../x", "sub/x", "..", ".", "", "x\ny", "a" * 300)
         ),
-        (lambda d: d.pop("plan"), "`plan`: Field required; quantize again"),
-        (lambda d: d["plan"].update(recipe="fp8"), "`plan.recipe`: Input should be a valid dictionary"),
+        (lambda d: d.pop("plan"), "`plan`: field required; quantize again"),
+        (
+            lambda d: d["plan"].update(recipe="fp8"),
+            "`plan.recipe` is 'fp8': input should be a valid dictionary",
+        ),
         (
             lambda d: d["plan"]["recipe"].update(name="# fp8"),
-            "`plan.recipe.name`: String should match pattern",
+            "`plan.recipe.name` is '# fp8': string should match pattern",
         ),
         (
             lambda d: d["plan"].update(scale_groups=1),
-            "`plan.scale_groups`: Input should be a valid boolean, got 1",
+            "`plan.scale_groups` is 1: input should be a valid boolean",
         ),
         (
             lambda d: d.update(shard_bytes=0),
-            "`shard_bytes`: Input should be greater than or equal to 1, got 0",
+            "`shard_bytes` is 0: input should be greater than or equal to 1",
         ),
-        (lambda d: d.update(shard_bytes=True), "`shard_bytes`: Input should be a valid integer, got True"),
-        (lambda d: d.update(shard_bytes=5.0), "`shard_bytes`: Input should be a valid integer, got 5.0"),
-        (lambda d: d.update(warnings=[[]]), "`warnings.0`: Input should be a valid string, got []"),
-        (lambda d: d.update(calibration=[]), "`calibration`: Input should be a valid dictionary, got []"),
+        (lambda d: d.update(shard_bytes=True), "`shard_bytes` is True: input should be a valid integer"),
+        (lambda d: d.update(shard_bytes=5.0), "`shard_bytes` is 5.0: input should be a valid integer"),
+        (lambda d: d.update(warnings=[[]]), "`warnings.0` is []: input should be a valid string"),
+        (lambda d: d.update(calibration=[]), "`calibration` is []: input should be a valid dictionary"),
         (
             lambda d: d["source"]["dtypes"].update(usual="BF17"),
-            "`source.dtypes.usual`: expected one of BOOL, U8",
+            "`source.dtypes.usual` is 'BF17': expected one of BOOL, U8",
         ),
-        (lambda d: d["source"].update(units={"x": "3c"}), "`source.units.x`: String should match pattern"),
-        (lambda d: d.update(was={"a": 1}), "`was.a`: Input should be a valid string, got 1"),
+        (
+            lambda d: d["source"].update(units={"x": "3c"}),
+            "`source.units.x` is '3c': string should match pattern",
+        ),
+        (lambda d: d.update(was={"a": 1}), "`was.a` is 1: input should be a valid string"),
         (
             lambda d: d.update(files={f"{'x' * 200}{i}": "y" * 9_000 for i in range(500)}),
             "...'...",
