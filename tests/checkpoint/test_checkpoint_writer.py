@@ -135,7 +135,7 @@ def test_dtypes_in_short() -> None:
 # --- the manifest
 
 DATA: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "nemoquant": "0.1.0",
     "files": {"b": "22", "a": "11"},
     "notes": ["é", 0.5, None],
@@ -155,7 +155,7 @@ CANONICAL = b"""{
   null
  ],
  "plan": {},
- "schema": 1,
+ "schema": 2,
  "shard_bytes": 5,
  "source": {}
 }"""
@@ -187,7 +187,7 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
     [
         ('"a": "11"', '"a": "12"'),
         ('"a": "11",', ""),
-        ('"schema": 1', '"schema": 1, "more": 0'),
+        ('"schema": 2', '"schema": 2, "more": 0'),
         ("0.5", "0.50000001"),
         ('"sha256": "', '"sha256": "0'),
         ('"sha256"', '"sha257"'),
@@ -218,10 +218,10 @@ def test_white_space_is_not_content(tmp_path: Path) -> None:
     [
         (None, r"nemoquant\.json does not exist; expected a checkpoint that nemoquant wrote"),
         ("{", r"nemoquant\.json cannot be read \(.*\); expected JSON"),
-        ("[]", r"nemoquant\.json: schema 'list', expected 1; use the version of nemoquant that wrote it"),
-        ("{}", r"nemoquant\.json: schema None, expected 1"),
-        ('{"schema": 2}', r"nemoquant\.json: schema 2, expected 1"),
-        ('{"schema": 1}', r"nemoquant\.json was changed after it was written"),
+        ("[]", r"nemoquant\.json: schema 'list', expected 2; use the version of nemoquant that wrote it"),
+        ("{}", r"nemoquant\.json: schema None, expected 2"),
+        ('{"schema": 1}', r"nemoquant\.json: schema 1, expected 2"),
+        ('{"schema": 2}', r"nemoquant\.json was changed after it was written"),
     ],
 )
 def test_no_manifest(tmp_path: Path, text: str | None, message: str) -> None:
