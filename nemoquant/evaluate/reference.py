@@ -24,6 +24,7 @@ from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.checkpoint.writer import METADATA, ShardWriter
 from nemoquant.errors import CheckpointError, OutputError, WeightError
 from nemoquant.evaluate.layers import into, run_layer
+from nemoquant.files import rename
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
 from nemoquant.model import names
@@ -120,7 +121,7 @@ def _written(cache: Path, source: Source, rows: Rows, device: Device) -> Iterato
                 if stage.ssm_state is not None:
                     writer.write(stage.ssm_state.numpy())
                 yield stage
-        partial.rename(cache)
+        rename(partial, cache)
     except FileExistsError:
         raise OutputError(
             f"{partial} exists, left by a run that was killed or still writing; remove it, or give another "

@@ -7,7 +7,6 @@ that ``pack`` writes.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 import onnx_ir as ir
 
 from nemoquant.checkpoint import SHARD_BYTES, manifest
-from nemoquant.checkpoint.folder import check_output, copy_side_files, making, side_files
+from nemoquant.checkpoint.folder import check_output, making
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
+from nemoquant.files import copy_again, replace_bytes, write_again
 from nemoquant.graph import MODEL, MTP, Exported
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
@@ -69,12 +70,14 @@ def export_onnx(
             )
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         check_output(out, path, len(opened.checkpoint.tensors), size)
-        with making(out) as folder:
-            _copy(opened, folder, progress)
-            copied = PackedCheckpoint(folder)
+        with making(out, _names(opened)) as made:
+            _copy(opened, made.folder, progress)
+            copied = PackedCheckpoint(made.folder)
             with copied.checkpoint:
-                made = _write_graphs(copied, dialect, options, mtp)
-    return Exported(out, [out / graph.name for graph in made.graphs], size, made.functions, made.nodes)
+                written = _write_graphs(copied, dialect, options, mtp)
+    return Exported(
+        out, [out / graph.name for graph in written.graphs], size, written.functions, written.nodes
+    )
 
 
 def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
@@ -102,6 +105,19 @@ def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
     return iter(groups.values())
 
 
+def _names(opened: PackedCheckpoint) -> set[str]:
+    """Names of all files that a copy may have."""
+    shards = {info.file.name for info in opened.checkpoint.tensors.values()}
+    if not _views(opened):
+        count = sum(1 for _ in _shards(opened))
+        shards = {_shard_name(number, count) for number in range(1, count + 1)}
+    return {*shards, *WRITTEN, *side_files(opened.path, opened.raw_config)[0], MODEL, MTP}
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
     """Copy the checkpoint into an empty folder.
 
@@ -124,7 +140,7 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = _shard_name(number, len(shards))
         with ShardWriter(
             folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]
         ) as writer:
@@ -137,10 +153,10 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
                 progress("copy", done, total, "")
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_again(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     for name in ("config.json", LEGACY):
         if (opened.path / name).exists():
-            shutil.copyfile(opened.path / name, folder / name)
+            copy_again(opened.path / name, folder / name)
     copy_side_files(opened.path, side_files(opened.path, opened.raw_config)[0], folder)
 
 
@@ -178,7 +194,7 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
     names += side_files(path, opened.raw_config)[0]
     total, done = sum((path / name).stat().st_size for name in names), 0
     for name in names:
-        shutil.copyfile(path / name, folder / name)
+        copy_again(path / name, folder / name)
         done += (path / name).stat().st_size
         progress("copy", done, total, "")
     if opened.manifest is not None:
@@ -226,10 +242,7 @@ def shard_identity(opened: PackedCheckpoint, name: str) -> dict[str, Any]:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(ir.to_proto(model).SerializeToString())
-        partial.replace(path)
+        replace_bytes(path, ir.to_proto(model).SerializeToString())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: {error.strerror or error}; the graph can't be written there") from None

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import check_output, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, check_output, ended, nearest_folder
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
@@ -24,7 +24,7 @@ from nemoquant.progress import Progress, no_progress
 from nemoquant.run.budget import Budget, budget
 from nemoquant.run.estimate import Estimate, estimate_run
 from nemoquant.run.options import RunOptions
-from nemoquant.run.unfinished import Unfinished, check_identity, earlier, finish, unfinished
+from nemoquant.run.unfinished import Unfinished, earlier, finish, unfinished
 from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary."""
+    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary.
+
+    Nothing was checked where OUT was finished already.
+    """
 
     verified: dict[str, int]
     skipped: list[str]
@@ -90,13 +93,18 @@ class Job:
         """The compute dtype of calibration, ``float32`` or ``bfloat16``."""
         return self.options.dtype or compute_dtype(self.options.device)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run that ``--resume`` is to continue has made OUT already."""
+        return self.earlier is not None and self.earlier.folder == self.out
+
     def check(self) -> None:
         """Refuse everything that can be refused without reading weights or text.
 
         Raises:
             OutputError
         """
-        if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
+        if not self.is_finished:
             needed = self.plan.bytes_out + self._hidden_bytes()
             check_output(
                 self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume
@@ -196,14 +204,14 @@ class Job:
             NemoquantError: any of its kinds; see errors.py.
         """
         origin = self.read_origin()
-        with self._cluster() as cluster:
+        if self.is_finished:
+            return self._done(origin)
+        with ExitStack() as end, self._cluster() as cluster:
             processors = None if cluster is None else cluster.processors
             prepared = self.prepare(origin, processors)
             self.announce(prepared, processors)
             weights = manifest.weights_fingerprint(self.source.checkpoint)
             identity = self._identity(prepared, weights)
-            if self.earlier is not None and self.earlier.folder == self.out:
-                return self._done(self.earlier, identity)
             with unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run:
                 if run.worth_keeping:
                     self.listener.say(f"going on with {run.folder}: {run.describe()}")
@@ -216,6 +224,7 @@ class Job:
                     else cluster.workers(self.threads)
                 )
                 written = self.output.write(run, scales, workers, [*warnings, *added], self.listener.progress)
+            end.enter_context(ended(self.out))
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
@@ -229,16 +238,16 @@ class Job:
             self.listener.say(f"Ray: {cluster.processors} processors")
             yield cluster
 
-    def _done(self, before: Unfinished, identity: dict[str, Any]) -> Outcome:
-        """Finish a run that was killed after OUT had its name: only its state is left to remove."""
-        check_identity(before, identity)
+    def _done(self, origin: Scales | Rows | None) -> Outcome:
+        """The outcome of a run that had made OUT already; only its state may be left to remove."""
+        assert self.earlier is not None
+        weights = manifest.weights_fingerprint(self.source.checkpoint)
+        finish(self.earlier, self._identity(self.prepare(origin), weights))
+        self.listener.say(f"{self.out} was finished already")
         scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
         warnings = manifest.read_manifest(self.out)["warnings"]
-        self.listener.say(f"{self.out} was finished already")
-        finish(self.out)
-        assert before.verified is not None
         skipped = self.output.side_files[1]
-        return Outcome(before.verified, skipped, warnings, None if scales is None else scales.summary())
+        return Outcome({}, skipped, warnings, None if scales is None else scales.summary())
 
     def _identity(self, prepared: Prepared, weights: str) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
@@ -298,8 +307,8 @@ class Job:
             if run.calibration is not None:
                 run.calibration = {"layers": run.calibration["layers"]}
             run.save()
-        for hidden in run.state.glob("hidden.*"):
-            hidden.unlink()
+        for hidden in HIDDEN:
+            (run.state / hidden).unlink(missing_ok=True)
         return scales, warnings
 
     def _calibrate(
@@ -316,6 +325,7 @@ class Job:
         assert row_batch is not None
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         begin, at = None, run.calibration
+        run.check_calibration(len(self.source.config.layers), len(rows.ids))
         hidden = InFiles(
             run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
         )

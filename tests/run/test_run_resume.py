@@ -157,7 +157,7 @@ def test_options_that_matter_must_be_the_same(change, says, begun, source, token
     before = tree(tmp_path)
     with pytest.raises(
         UsageError,
-        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones to --resume",
+        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones, or remove the folder",
     ):
         make(source, token_rows, tmp_path / "out", resume=True, **change)
     assert tree(tmp_path) == before
@@ -317,17 +317,6 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, free))
     make(source, token_rows, tmp_path / "out", resume=True)
-
-
-def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_rows, tmp_path, monkeypatch):
-    """``demo`` quantizes into its own folder, which is removed after any error in it."""
-    from nemoquant.checkpoint.folder import making
-    from nemoquant.run import write as run
-
-    monkeypatch.setattr(run, "verify", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:
-        make(source, token_rows, folder / "out")
-    assert not (tmp_path / "demo.partial").exists()
 
 
 def test_a_state_with_an_option_that_this_version_does_not_know(tmp_path):
