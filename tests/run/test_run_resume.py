@@ -157,7 +157,7 @@ def test_options_that_matter_must_be_the_same(change, says, begun, source, token
     before = tree(tmp_path)
     with pytest.raises(
         UsageError,
-        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones, or remove the folder",
+        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones, or remove the",
     ):
         make(source, token_rows, tmp_path / "out", resume=True, **change)
     assert tree(tmp_path) == before
