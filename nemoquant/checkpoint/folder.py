@@ -222,17 +222,19 @@ def making(
     """
     made = Making(out, files, folders)
     parents = [path for path in made.folder.absolute().parents if not path.exists()]
-    empty = [made.folder / FOLDER, made.folder, *parents]  # to be removed again, innermost first
+    empty: list[Path] = []  # folders that were made here, innermost first
     with ExitStack() as held:
         try:
-            for folder in reversed(empty):
+            for folder in (*reversed(parents), made.folder, made.folder / FOLDER):
+                if folder.parent == made.folder:
+                    _check_folder(made.folder)
                 with suppress(FileExistsError):
                     folder.mkdir()
+                    empty.insert(0, folder)
                     sync_folder(folder.parent)
-            _check_folder(made.folder)
-            empty = []  # from here on they may be another run's
+            ours, empty = empty, []  # from here on another run may be in them
             held.enter_context(_only_run(made.folder))
-            empty = [made.folder / FOLDER, made.folder, *parents]
+            empty = ours
             made.look(resume)
             yield made
             made.finish()

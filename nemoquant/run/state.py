@@ -116,8 +116,9 @@ def read_state(path: Path) -> State:
         raise ValueError("of another version of nemoquant")
     if data["sha256"] != _sha256(data["state"]):
         raise ValueError("changed after it was written: its sha256 does not fit its content")
+    state: State = data["state"]  # in its own order: the sha256 is that of its text
     try:
-        state = _STATE.validate_python(data["state"])
+        _STATE.validate_python(state)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
