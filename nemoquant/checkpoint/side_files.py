@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import OutputError
-from nemoquant.files import copy_again, plain_name
+from nemoquant.files import copy_again, lies_in, plain_name
 
 TEXTS = ("", ".md", ".txt", ".rst", ".pdf")
 SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program has no place here
@@ -46,34 +46,24 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
             or any(name.startswith(begin) and path.suffix in ends for begin, ends in SIDE_FILES.items())
         )
         if belongs and (path.is_symlink() or path.is_file()):
-            _check(path, _places(source))
+            _check(path)
             wanted.append(name)
         else:
             skipped.append(name + "/" * path.is_dir())
     return wanted, skipped
 
 
-def _places(source: Path) -> list[Path]:
-    """Folders that links of a source may lead into: itself, and the blobs of its hub cache.
-
-    In a hub cache a checkpoint is ``models--NAME/snapshots/REVISION``, links into ``models--NAME/blobs``.
-    """
-    folder = source.resolve()
-    in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
-    return [folder, *([folder.parents[1] / "blobs"] if in_cache else [])]
-
-
-def _check(path: Path, places: Sequence[Path]) -> Path:
+def _check(path: Path) -> Path:
     """Make sure that a file to copy is readable, and of this source; returns where it is."""
-    target = Path(os.path.realpath(path))
-    if not any(place in target.parents for place in places):
+    try:
+        here = lies_in(path.parent, path.name)
+    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        raise OutputError(f"{path} is a link that leads nowhere; download it again, or remove it") from None
+    target = path.resolve()
+    if not here:
         raise OutputError(
-            f"{path} is a link to {target}, outside the source; expected a file in the source, or a link "
-            f"within it or into its hub cache: put a copy in place of the link, or remove it"
-        )
-    if not target.is_file():
-        raise OutputError(
-            f"{path} is a link to {target}, where no file is; download it again, or remove the link"
+            f"{path} is a link to {target}; expected a file in the source, or a link to a file in it or in "
+            f"its hub cache: put a copy in place of the link, or remove it"
         )
     if not os.access(path, os.R_OK):
         raise OutputError(
@@ -89,4 +79,4 @@ def copy_side_files(source: Path, names: Sequence[str], folder: Path) -> None:
         OutputError: one leads somewhere else than when the run began; see :func:`side_files`.
     """
     for name in names:
-        copy_again(_check(source / name, _places(source)), folder / name)
+        copy_again(_check(source / name), folder / name)

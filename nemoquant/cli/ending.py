@@ -13,6 +13,8 @@ from typing import NoReturn
 
 import click
 
+from nemoquant import words
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0  # seconds after a signal in which another one changes nothing: it would hit the cleaning up
 
@@ -86,7 +88,7 @@ class Ending:
         """End with a line on standard error; with SIGHUP its terminal may be gone."""
         if not self.unread:
             with suppress(OSError):
-                click.echo(f"error: {message}", err=True)
+                click.echo(f"error: {words.message(message)}", err=True)
         sys.exit(code)
 
 

@@ -20,6 +20,7 @@ from nemoquant.cli.shared import (
     recipe_name,
     recipe_options,
     run_option,
+    say,
 )
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES
@@ -140,7 +141,7 @@ def command(
 
     def planned(resolved: "Plan") -> None:
         if not as_json:
-            click.echo(
+            say(
                 f"{resolved.recipe.name}: {size(resolved.bytes_in)} -> {size(resolved.bytes_out)}, "
                 f"{resolved.bits_per_weight:.2f} bits a weight, "
                 f"{len(resolved.quantized):,} of {len(resolved.rows):,} tensors quantized"
@@ -154,7 +155,7 @@ def command(
         starting.close()
         estimates.append(estimate)
         if not as_json:
-            click.echo(f"expected: {expectation(estimate)}", err=True)
+            say(f"expected: {expectation(estimate)}", err=True)
 
     with ExitStack() as end:
         with starting, progress_bars(as_json) as progress:
@@ -167,7 +168,7 @@ def command(
                 planned=planned,
                 expected=expected,
                 progress=progress,
-                say=lambda text: click.echo(text, err=True),
+                say=lambda text: say(text, err=True),
             )
             if not dry_run:
                 end.enter_context(ended(out))
@@ -183,12 +184,12 @@ def command(
             print_json(figures | {"skipped_side_files": result.skipped_files})
             return
         for warning in warnings:
-            click.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         if result.skipped_files:
-            click.echo(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+            say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
         if result.calibration is not None:
-            click.echo(_calibrated(result.calibration))
-        click.echo(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
+            say(_calibrated(result.calibration))
+        say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
 
 
 def _outcome(
@@ -217,7 +218,7 @@ def _renamed(engine: Where, on: Where) -> Where:
     is_given = click.get_current_context().get_parameter_source("on") is ParameterSource.COMMANDLINE
     if is_given and on != engine:
         raise UsageError(f"got --on {on} and --engine {engine}, its old name; expected --on alone")
-    click.echo("note: --engine is now --on", err=True)
+    say("note: --engine is now --on", err=True)
     return engine
 
 

@@ -21,6 +21,7 @@ from nemoquant.run.options import Dtype
 
 SCHEMA = 3
 STRICT = ConfigDict(extra="forbid", strict=True)
+BETWEEN_LAYERS = {"dead_rows", "collected", "hidden", "hidden_sha256"}
 OPEN = ConfigDict(extra="allow", strict=True)
 
 
@@ -41,6 +42,7 @@ def _are_collected(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+Units = dict[str, Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_is_plain)]
 Count = Annotated[int, Field(ge=0)]
@@ -62,9 +64,14 @@ class IdentityState(TypedDict, total=False):
 
 @with_config(STRICT)
 class CalibrationState(TypedDict):
-    """Layers that were calibrated; the rest is there until the last one is."""
+    """Layers that were calibrated.
+
+    ``scales_sha256`` is there once the scales file is written, what is between two layers until then.
+    """
 
     layers: Count
+    units: Units
+    scales_sha256: NotRequired[Digest]
     dead_rows: NotRequired[list[Count]]
     collected: NotRequired[Annotated[dict[str, Any], AfterValidator(_are_collected)]]
     hidden: NotRequired[Annotated[int, Field(ge=0, le=1)]]
@@ -77,6 +84,7 @@ class ShardState(TypedDict):
 
     sha256: Digest
     zero_weights: list[str]
+    units: Units
 
 
 @with_config(STRICT)
@@ -124,9 +132,9 @@ def read_state(path: Path) -> State:
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{place}: {first['msg']}") from None
     calibration = state["calibration"]
-    if calibration is not None and not state["calibrated"]:
-        missing = CalibrationState.__annotations__.keys() - calibration.keys()
-        if missing:
+    if calibration is not None:
+        needed = {"scales_sha256"} if state["calibrated"] else BETWEEN_LAYERS
+        if missing := needed - calibration.keys():
             raise ValueError(f"calibration lacks {', '.join(sorted(missing))}")
     return state
 

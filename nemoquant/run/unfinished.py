@@ -5,9 +5,11 @@
 
 ``state.json`` is written to a temporary file and renamed, after each layer and each shard, so that a kill or
 a power cut at any moment leaves the last one whole. What it names is on the disk before it is. Nothing else
-is trusted: hidden states and shards are compared with the hashes in it before a run uses them.
+is trusted: hidden states and shards are compared with the hashes in it before a run uses them, and the source
+with those of what they were made from.
 
     fails before a layer or shard is finished   all that was made is removed
+    finds NaN or Inf in the source              the same: a repaired source is another one
     fails, is interrupted or killed later       OUT.partial stays, --resume continues
     ends well                                   OUT.partial becomes OUT, and the folder in it is removed
 """
@@ -19,8 +21,9 @@ from typing import Any
 
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import FOLDER, STATE, clear, making, partial_of
-from nemoquant.errors import OutputError, UsageError, listing
+from nemoquant.checkpoint.folder import FOLDER, STATE, making, partial_of
+from nemoquant.checkpoint.identity import Units
+from nemoquant.errors import OutputError, UsageError, WeightError, listing
 from nemoquant.run.options import OPTIONS, Option
 from nemoquant.run.state import CalibrationState, ShardState, read_state, write_state
 
@@ -29,7 +32,6 @@ FACTS = {  # what decides the output's bytes besides the options, with its name 
     "nemoquant": "nemoquant",
     "config": "SRC's config",
     "tensors": "SRC's tensors",
-    "weights": "SRC's weights",
     "recipe": "the recipe",
 }
 
@@ -41,9 +43,10 @@ class Unfinished:
         folder: where the output's files are written.
         identity: all that decides the output's bytes: ``FACTS``, and options by their fields of
             :class:`RunOptions`.
-        calibration: the layers that were calibrated, None before the first.
+        calibration: the layers that were calibrated, None before the first; ``units`` in it are the hashes of
+            what was read for them, ``scales_sha256`` that of the scales file once it is final.
         calibrated: whether the scales file is written and final.
-        shards: those that are written, by file name.
+        shards: those that are written, by file name; ``units`` are hashes of what each was made from.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -85,9 +88,12 @@ class Unfinished:
         shards = f"{len(self.shards)} shards written" if self.shards else ""
         return ", ".join(filter(None, (layers, shards))) or "nothing finished yet"
 
-    def kept(self) -> str:
-        """What to say of it after an error; empty where nothing is worth keeping."""
-        if not self.worth_keeping:
+    def kept(self, error: BaseException) -> str:
+        """What to say of it after an error; empty where nothing is worth keeping.
+
+        After damaged weights nothing is: a repaired source is another one.
+        """
+        if not self.worth_keeping or isinstance(error, WeightError):
             return ""
         return f"{self.folder} is kept ({self.describe()}): --resume goes on from there"
 
@@ -99,6 +105,14 @@ class Unfinished:
             if (self.folder / file).is_file() and manifest.file_sha256(self.folder / file) == entry["sha256"]
         }
         return self.shards
+
+    @property
+    def units(self) -> Units:
+        """Hashes of all of the source that the kept part was made from."""
+        found: Units = dict(self.calibration["units"]) if self.calibration else {}
+        for entry in self.shards.values():
+            found |= entry["units"]
+        return found
 
     def check_calibration(self, layers: int, rows: int) -> None:
         """Make sure that the state is of a model of so many layers, and of so many rows.
@@ -170,24 +184,22 @@ def _made_from(out: Path) -> dict[str, Any]:
     }
 
 
-def finish(run: Unfinished, identity: Identity) -> None:
-    """Complete the end of a run that OUT is of, once it is sure that this one would make the same.
+def check_finished(run: Unfinished, identity: Identity, made: Mapping[str, Any]) -> None:
+    """Make sure that a run with this identity would make the OUT that an earlier one has finished.
 
-    That run may have been killed before it had removed its state from OUT.
-
+    Args:
+        made: OUT's manifest.
     Raises:
         UsageError: names the options and inputs that differ. OutputError: a file is missing.
     """
     asked = {name: value for name, value in identity.items() if name in run.identity}
     run.identity = {name: run.identity[name] for name in asked}
     check_identity(run, asked)
-    files = manifest.read_manifest(run.folder)["files"]
-    missing = [name for name in files if not (run.folder / name).is_file()]
+    missing = [name for name in made["files"] if not (run.folder / name).is_file()]
     if missing:
         raise OutputError(
             f"{run.folder} lacks {listing(missing)}, which its manifest lists; remove it and begin again"
         )
-    clear(run.folder)
 
 
 def check_identity(found: Unfinished, identity: Identity) -> None:
@@ -236,6 +248,6 @@ def unfinished(
             run = Unfinished(made.folder, identity)
             run.save()
         check_identity(run, identity)
-        made.disposable, made.kept = True, lambda _: run.kept()
+        made.disposable, made.kept = True, run.kept
         made.drop_halves()
         yield run
