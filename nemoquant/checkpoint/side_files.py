@@ -12,7 +12,7 @@ TEXTS = ("", ".md", ".txt", ".rst", ".pdf")
 SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program has no place here
     "generation_config": (".json",),
     "tokenizer": (".json", ".model", ".txt"),
-    "chat_template": (".jinja", ".json"),
+    "chat_template": (".jinja", ".json", ".txt"),
     "special_tokens": (".json",),
     "LICENSE": TEXTS,
     "NOTICE": TEXTS,
