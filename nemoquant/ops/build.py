@@ -22,6 +22,7 @@ from pathlib import Path
 
 from nemoquant._version import __version__
 from nemoquant.errors import BuildError, OutputError, UsageError
+from nemoquant.files import copy_again, rename, replace_text
 from nemoquant.machine import usable_threads
 from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
@@ -325,10 +326,11 @@ def _install(
         if headers is None and "plugins" in library.name:
             continue  # left by an earlier build
         partial = out / f"{library.name}.partial"
-        shutil.copy2(library, partial)
-        partial.replace(out / library.name)
+        copy_again(library, partial)
+        shutil.copystat(library, partial)
+        rename(partial, out / library.name)
         libraries[library.name] = hashlib.sha256((out / library.name).read_bytes()).hexdigest()
     version = tensorrt_version(headers) if headers else None
     built = Built(__version__, sources, host, architectures, gemm, tensorrt=version, libraries=libraries)
-    (out / f"{_stem(host)}.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
+    replace_text(out / f"{_stem(host)}.json", json.dumps(asdict(built), indent=1) + "\n")
     return built
