@@ -18,12 +18,15 @@
     KeyboardInterrupt               exit 130 Ctrl-C; Python's own, the command line gives it this exit code
         Interrupted                 exit 130 the same, and says what is left of the run and how to resume it
 
-A message names the thing, what was got, what was expected, and what to do, in that order.
+A message names the thing, what was got, what was expected, and what to do, in that order. It may repeat text
+from files, whatever that is: as a str it is one printable line, not too long (``words.py``).
 """
 
 from collections.abc import Sequence
 from reprlib import Repr
 from typing import Any
+
+from nemoquant.words import MOST_NAME, message, plain
 
 
 class NemoquantError(Exception):
@@ -37,7 +40,7 @@ class NemoquantError(Exception):
     kept = ""
 
     def __str__(self) -> str:
-        return "; ".join(filter(None, (super().__str__(), self.kept)))
+        return message("; ".join(filter(None, (super().__str__(), self.kept))))
 
 
 class UsageError(NemoquantError):
@@ -100,12 +103,12 @@ class Interrupted(KeyboardInterrupt):
     kept = "nothing was kept"
 
     def __str__(self) -> str:
-        return self.kept
+        return message(self.kept)
 
 
 def listing(names: Sequence[object], limit: int = 5) -> str:
     """``a, b, c and 7 more``: the first ``limit`` names, because there may be thousands."""
-    shown = ", ".join(str(n) for n in names[:limit])
+    shown = ", ".join(plain(n, MOST_NAME) for n in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

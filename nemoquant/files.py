@@ -122,6 +122,22 @@ def plain_name(name: object) -> bool:
     )
 
 
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a name in a folder leads to a regular file of that folder, and nowhere else.
+
+    A link may lead to another file of the folder, or to the blobs of the hub cache that it is a snapshot of
+    (``snapshots/REVISION/NAME -> ../../blobs/HASH``).
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or its link leads to nothing.
+    """
+    inside, target = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+    places = [inside]
+    if inside.parent.name == "snapshots":
+        places.append(inside.parent.parent / "blobs")
+    return target.parent in places and stat.S_ISREG(target.lstat().st_mode)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk.
 

@@ -18,7 +18,7 @@ from nemoquant.checkpoint.reader import INDEX
 from nemoquant.errors import SourceChangedError, VerificationError, listing
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
-from nemoquant.pack.files import CARD, WRITTEN
+from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
@@ -27,6 +27,7 @@ from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
+from nemoquant.words import in_markdown, markdown_code
 
 
 class Written(NamedTuple):
@@ -98,7 +99,7 @@ class Output:
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / manifest.CARD).write_text(text, encoding="utf-8")
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
         names = sorted(
             path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
@@ -216,6 +217,7 @@ def _calibration_sentence(scales: Scales | None) -> str:
         return "none was needed."
     s = scales.settings
     return (
-        f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; "
+        f"{in_markdown(s['rows'])} rows of {in_markdown(s['seq_len'])} tokens of {markdown_code(s['data'])}, "
+        f"{in_markdown(s['dtype'])} compute; "
         "the largest magnitude of each GEMM input."
     )
