@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemoquant._version import __version__
-from nemoquant.errors import BuildError, OutputError, UsageError
-from nemoquant.files import copy_again, rename, replace_text
+from nemoquant.errors import BuildError, OutputError, UsageError, field_problem
+from nemoquant.files import MOST_SETTINGS, copy_again, read_json, rename, replace_text
 from nemoquant.machine import usable_threads
 from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
@@ -63,15 +63,17 @@ def read_built(folder: Path, host: bool = False) -> Built | None:
     Raises:
         BuildError: its ``build.json`` can't be read.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     path = folder / f"{_stem(host)}.json"
-    if not path.is_file():
-        return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Built(**data | {key: tuple(data[key]) for key in ("architectures", "gemm_architectures")})
-    except (ValueError, TypeError, KeyError):
+        return TypeAdapter(Built).validate_python(read_json(path, MOST_SETTINGS))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # pydantic's error is a ValueError
+        why = field_problem(error) if isinstance(error, ValidationError) else str(error)
         raise BuildError(
-            f"{path} is not what `nemoquant plugins build` writes; remove it and build again"
+            f"{path} is not what `nemoquant plugins build` writes ({why}); remove it and build again"
         ) from None
 
 
