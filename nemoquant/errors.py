@@ -7,6 +7,7 @@
             HeaderError                      a safetensors file whose header cannot be trusted
             TensorTableError                 tensors missing, extra or misshapen, all in one error
             WeightError                      NaN or Inf in weights
+            SourceChangedError               a file that changed while it was read
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
@@ -22,6 +23,7 @@ from files, whatever that is: as a str it is one printable line, not too long (`
 """
 
 from collections.abc import Sequence
+from reprlib import Repr
 
 from nemoquant.words import MOST_NAME, message, plain
 
@@ -64,6 +66,10 @@ class WeightError(CheckpointError):
     pass
 
 
+class SourceChangedError(CheckpointError):
+    pass
+
+
 class RecipeError(NemoquantError):
     pass
 
@@ -103,3 +109,21 @@ def listing(names: Sequence[object], limit: int = 5) -> str:
     """``a, b, c and 7 more``: the first ``limit`` names, because there may be thousands."""
     shown = ", ".join(plain(n, MOST_NAME) for n in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+class _Brief(Repr):
+    """``repr`` in bounded time and length, whatever the value: long, deep, or with too many digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlong, self.maxstring, self.maxother = 3, 60, 100, 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out more than 4,300 digits
+        return super().repr_int(x, level) if x.bit_length() < 14_000 else f"<{x.bit_length():,} bits>"
+
+
+def brief(value: object) -> str:
+    """A value that a file or a user gave, for a message: ``repr`` cut to a readable length."""
+    text = _Brief().repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemoquant.checkpoint.identity import Units
 from nemoquant.errors import CalibrationError, listing
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "nemoquant_scales.json"
 
 
@@ -25,6 +26,7 @@ class Scales:
         tokens_per_expert: MoE layer -> number of tokens of each expert.
         non_finite_rows: number of rows that were left out because they produced NaN or Inf.
         warnings: shown to the user by the run, and again by each run that takes its scales from the file.
+        units: hashes of the source's units that were calibrated, see ``checkpoint/identity.py``.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class Scales:
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     non_finite_rows: int = 0
     warnings: list[str] = field(default_factory=list)
+    units: Units = field(default_factory=dict)
 
     def __repr__(self) -> str:
         experts = sum(map(len, self.tokens_per_expert.values()))
@@ -48,6 +51,7 @@ class Scales:
             "settings": self.settings,
             "non_finite_rows": self.non_finite_rows,
             "warnings": self.warnings,
+            "units": self.units,
             "tokens_per_expert": {str(k): v for k, v in self.tokens_per_expert.items()},
             "kv_amax": self.kv_amax,
             "input_amax": self.input_amax,
@@ -67,6 +71,7 @@ class Scales:
             {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
             int(data["non_finite_rows"]),
             [str(w) for w in data["warnings"]],
+            {str(k): str(v) for k, v in data["units"].items()},
         )
 
     @staticmethod

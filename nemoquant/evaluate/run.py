@@ -27,6 +27,7 @@ from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
 from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample, weight_noise
+from nemoquant.evaluate.origin import Origin
 from nemoquant.evaluate.reference import Stage, embed, stream
 from nemoquant.formats import FORMATS, Device
 from nemoquant.formats.gpu import torch_device
@@ -104,7 +105,11 @@ def diff(
     sides = [Side(candidate, on) for candidate in candidates]
     steps = len(config.layers) + 2
     before = torch.empty(0)
-    with closing(stream(source, rows, cache, device)) as stages:
+    with (
+        Origin(source, candidates, always=cache is not None) as origin,
+        closing(stream(source, rows, cache, device, origin)) as stages,
+    ):
+        origin.begin("begin")
         for done, stage in enumerate(stages):
             what = (
                 "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
@@ -117,7 +122,9 @@ def diff(
                     _embedding(side, rows, stage)
                 else:
                     _layer(side, source, before, stage, what)
+            origin.passed("begin" if stage.layer is None else stage.layer)
             before = stage.hidden
+        origin.passed("norm", "head", "mtp")
     heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
 
     def report_share(number: int, what: str) -> None:

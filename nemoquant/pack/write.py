@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from nemoquant.calibrate.scales import Scales
+from nemoquant.checkpoint.identity import UnitHash, Units, pieces, unit_name
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.formats.arithmetic import Encoded
 from nemoquant.pack.encode import (
     Array,
+    Copied,
+    EncodedPiece,
     EncodedWeight,
     Part,
     amax,
@@ -39,7 +41,6 @@ from nemoquant.progress import Count
 
 # Work in a thread, and the function by which this thread takes its result.
 PackStep = tuple[Future[Any] | None, Callable[[Any], None]]
-COPY_BYTES = 4 << 20
 
 
 class Packer:
@@ -49,6 +50,7 @@ class Packer:
         warnings: what a user should know about the scales.
         zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as
             zeros with scale 1.0.
+        units: hashes of the source's units that were packed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Packer:
         self.scales = activation_scales(plan, scales)
         self.warnings = self.scales.warnings
         self.zero_weights: list[str] = []
+        self.units: Units = {}
         self._groups: dict[str, list[Row]] = {}
         for row in plan.quantized:
             if row.weight_group:
@@ -69,6 +72,7 @@ class Packer:
 
         Raises:
             WeightError: NaN or Inf in a tensor, quantized or not.
+            SourceChangedError: the source changed since it was opened.
         """
         with ShardWriter(
             path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True
@@ -85,49 +89,59 @@ class Packer:
                 for future, _ in waiting:
                     if future is not None:
                         future.cancel()
+        self.checkpoint.check_unchanged()
         return writer.sha256
 
     def _steps(self, shard: Shard, writer: ShardWriter) -> Iterator[PackStep]:
         """All work of a shard in file order. Each step's work starts when the step is requested."""
         for unit in shard.units:
+            self.checkpoint.check_unchanged()
+            digest = UnitHash()
             if unit.rows[0].format == "source":
                 for row in unit.rows:
-                    yield from self._copy(row, writer)
+                    yield from self._copy(row, writer, digest)
             else:
-                yield from self._quantize(unit, writer)
+                yield from self._quantize(unit, writer, digest)
+            yield None, partial(self._end_unit, unit_name(unit.rows[0].name), digest)
             caches = [
                 self.scales.caches[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"
             ]
             if caches:
                 yield None, partial(_write_scalars, writer, caches)
 
-    def _copy(self, row: Row, writer: ShardWriter) -> Iterator[PackStep]:
+    def _end_unit(self, name: str, digest: UnitHash, _: None) -> None:
+        self.units[name] = digest.hexdigest()
+
+    def _copy(self, row: Row, writer: ShardWriter, digest: UnitHash) -> Iterator[PackStep]:
         """Copy an unquantized tensor, bit for bit."""
-        for begin in range(0, row.bytes_in, COPY_BYTES):
-            end = min(begin + COPY_BYTES, row.bytes_in)
 
-            yield self.workers.here(copy, row, begin, end), partial(self._put_copy, writer, row, begin, end)
+        def put(begin: int, end: int, copied: Copied) -> None:
+            digest.piece(copied.hash)
+            writer.write(copied.raw, partial(self.checkpoint.release_bytes, row.name, begin, end))
+            self.progress(end - begin)
 
-    def _put_copy(self, writer: ShardWriter, row: Row, begin: int, end: int, raw: Array) -> None:
-        writer.write(raw, partial(self.checkpoint.release_bytes, row.name, begin, end))
-        self.progress(end - begin)
+        for begin, end in pieces(row.shape, row.bytes_in):
+            yield self.workers.here(copy, row, begin, end), partial(put, begin, end)
+        yield None, lambda _: digest.end_tensor()
 
-    def _quantize(self, unit: Unit, writer: ShardWriter) -> Iterator[PackStep]:
+    def _quantize(self, unit: Unit, writer: ShardWriter, digest: UnitHash) -> Iterator[PackStep]:
         """Codes are written as they come; block scales, then scalars, at the end of the unit."""
         scales: list[np.float32] = []
         block_scales: list[Array] = []
 
-        def put(nbytes: int, encoded: Encoded) -> None:
-            codes, blocks = encoded
+        def put(nbytes: int, piece: EncodedPiece) -> None:
+            codes, blocks = piece.encoded
+            digest.piece(piece.hash)
             writer.write(codes)
             if blocks is not None:
                 block_scales.append(blocks)
             self.progress(nbytes)
 
         def put_weights(rows: tuple[Row, ...], packed: list[EncodedWeight]) -> None:
-            for row, (scale, degenerate, chunks) in zip(rows, packed, strict=True):
-                for part, encoded in zip(slices(row), chunks, strict=True):
-                    put(row.bytes_in * (part.stop - part.start) // row.shape[0], encoded)
+            for row, (scale, degenerate, encoded) in zip(rows, packed, strict=True):
+                for part, piece in zip(slices(row), encoded, strict=True):
+                    put(row.bytes_in * (part.stop - part.start) // row.shape[0], piece)
+                digest.end_tensor()
                 put_scale(row, scale)
                 if degenerate:
                     self.zero_weights.append(row.module)
@@ -137,6 +151,8 @@ class Packer:
                 scales.append(scale)
 
         def end(_: None) -> None:
+            if len(unit.rows) == 1:
+                digest.end_tensor()
             for blocks in block_scales:
                 writer.write(blocks)
             _write_scalars(writer, scales)

@@ -3,10 +3,11 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemoquant._version import __version__
@@ -15,6 +16,16 @@ from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import check_output, nearest_folder
+from nemoquant.checkpoint.identity import (
+    Ahead,
+    Units,
+    differing,
+    hash_units,
+    source_groups,
+    told,
+    units_of,
+)
+from nemoquant.errors import CheckpointError, OutputError, UsageError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
@@ -29,6 +40,7 @@ from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
+from nemoquant.units import size
 
 if TYPE_CHECKING:
     from nemoquant.run.cluster import Cluster
@@ -200,22 +212,31 @@ class Job:
             processors = None if cluster is None else cluster.processors
             prepared = self.prepare(origin, processors)
             self.announce(prepared, processors)
-            weights = manifest.weights_fingerprint(self.source.checkpoint)
-            identity = self._identity(prepared, weights)
+            identity = self._identity(prepared)
             if self.earlier is not None and self.earlier.folder == self.out:
                 return self._done(self.earlier, identity)
             with unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run:
                 if run.worth_keeping:
                     self.listener.say(f"going on with {run.folder}: {run.describe()}")
+                    self._check_kept(run)
                 elif self.options.resume:
                     self.listener.say("nothing to go on with, beginning anew")
-                scales, added = self._scales(run, prepared, weights, cluster)
+                scales, added = self._scales(run, prepared, cluster)
                 workers = (
                     Threads(self.source.checkpoint, self.threads, prepared.budget.ahead, self.options.device)
                     if cluster is None
                     else cluster.workers(self.threads)
                 )
-                written = self.output.write(run, scales, workers, [*warnings, *added], self.listener.progress)
+                written = self.output.write(
+                    run,
+                    scales,
+                    workers,
+                    [*warnings, *added],
+                    self.listener.progress,
+                    hashed=self._hashed(scales, cluster),
+                    scales_file=None if self.options.scales is None else str(self.options.scales),
+                )
+                self.source.checkpoint.check_unchanged()
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
@@ -240,13 +261,56 @@ class Job:
         skipped = self.output.side_files[1]
         return Outcome(before.verified, skipped, warnings, None if scales is None else scales.summary())
 
-    def _identity(self, prepared: Prepared, weights: str) -> dict[str, Any]:
+    def _check_kept(self, run: Unfinished) -> None:
+        """Read again what the kept part of an earlier run was made from: it must be of this source.
+
+        Raises:
+            UsageError: names what differs.
+        """
+        run.finished_shards()
+        expected, checkpoint = run.units, self.source.checkpoint
+        units = {name: tensors for name, tensors in units_of(self._tensors).items() if name in expected}
+        total = sum(checkpoint.tensors[tensor].nbytes for unit in units.values() for tensor in unit)
+        self.listener.say(f"hashing {size(total)} of {self.source.path} again, which it was made from")
+        done, counting = 0, Lock()
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            with counting:
+                done += nbytes
+                self.listener.progress("hash", done, total, "")
+
+        changed = differing(expected, hash_units(checkpoint, units, self.threads, count))
+        checkpoint.check_unchanged()
+        if changed:
+            raise UsageError(
+                f"{run.folder} was begun with other weights than {self.source.path} has now: "
+                f"{told(changed, len(expected))}; give the source that it was begun with to --resume, or "
+                f"remove the folder and begin again"
+            )
+
+    def _hashed(self, scales: Scales | None, cluster: "Cluster | None") -> Units:
+        """Hashes of the source that packing must come to as well.
+
+        Those of a calibration by this run; on a cluster all of them, because its nodes read their own copies.
+        """
+        known = dict(scales.units) if scales is not None and self.options.scales is None else {}
+        if cluster is not None:
+            units = {k: v for k, v in units_of(self._tensors).items() if k not in known}
+            known |= hash_units(self.source.checkpoint, units, self.threads)
+        return known
+
+    @property
+    def _tensors(self) -> list[str]:
+        """Names of the source's tensors, in the order of the tensor table."""
+        return [spec.name for spec in self.source.table]
+
+    def _identity(self, prepared: Prepared) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
         identity: dict[str, Any] = {
             "nemoquant": __version__,
             "config": manifest.config_sha256(self.source.raw_config)[:12],
             "tensors": manifest.tensor_table_sha256(self.source.checkpoint.tensors)[:12],
-            "weights": weights[:12],
             "scale_groups": self.plan.scale_groups,
             "recipe": f"{self.plan.recipe.name} ({self.plan.sha256[:12]})",
             "shard_bytes": self.options.shard_bytes,
@@ -266,7 +330,7 @@ class Job:
         return identity
 
     def _scales(
-        self, run: Unfinished, prepared: Prepared, weights: str, cluster: "Cluster | None"
+        self, run: Unfinished, prepared: Prepared, cluster: "Cluster | None"
     ) -> tuple[Scales | None, list[str]]:
         """Calibrate, or take the results of an earlier run; returns warnings too.
 
@@ -276,31 +340,38 @@ class Job:
         if origin is None:
             return None, []
         file = run.folder / SCALES_FILE
-        if run.calibrated:
-            scales = Scales.load(file)
-        elif isinstance(origin, Scales):
+        if isinstance(origin, Scales):
             scales = origin
+        elif run.calibrated:
+            scales = self._calibrated(run, file)
         else:
             with torch_threads(self.calibration_threads):
                 scales = self._calibrate(run, origin, prepared, cluster)
-            scales.settings["weights"] = weights
             scales.warnings = [*origin.warnings, *scales.warnings_for(self.plan)]
-        warnings = list(scales.warnings)
-        if isinstance(origin, Scales) and origin.settings.get("weights") != weights:
-            warnings.insert(
-                0,
-                f"{self.options.scales} was made from other weights than {self.source.path}: "
-                "their norms and SSM parameters differ",
-            )
         if not run.calibrated:
-            replace_text(file, scales.dump())
+            text = scales.dump()
+            replace_text(file, text)
             run.calibrated = True
             if run.calibration is not None:
-                run.calibration = {"layers": run.calibration["layers"]}
+                run.calibration = {
+                    "layers": run.calibration["layers"],
+                    "units": scales.units,
+                    "scales_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                }
             run.save()
         for hidden in run.state.glob("hidden.*"):
             hidden.unlink()
-        return scales, warnings
+        return scales, list(scales.warnings)
+
+    def _calibrated(self, run: Unfinished, file: Path) -> Scales:
+        """The scales that an earlier run calibrated; raises OutputError where their file is not its own."""
+        assert run.calibration is not None
+        if not file.is_file() or manifest.file_sha256(file) != run.calibration["scales_sha256"]:
+            raise OutputError(
+                f"{file} is damaged: its sha256 is not the one in the run's state; remove {run.folder} and "
+                f"begin again"
+            )
+        return Scales.load(file)
 
     def _calibrate(
         self, run: Unfinished, rows: Rows, prepared: Prepared, cluster: "Cluster | None"
@@ -316,6 +387,7 @@ class Job:
         assert row_batch is not None
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         begin, at = None, run.calibration
+        units: Units = dict(at["units"]) if at else {}
         hidden = InFiles(
             run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
         )
@@ -327,10 +399,17 @@ class Job:
                     f"the hidden states in {run.state} are damaged: calibrating from the first layer on"
                 )
                 begin = run.calibration = None
+                units = {}
+        groups = source_groups(self.source.table)
+        ahead = Ahead(self.source.checkpoint, {k: v for k, v in groups.items() if k not in ("head", "mtp")})
 
         def keep(between: Between) -> None:
+            if between.layers == 1:
+                units.update(ahead.take("begin"))
+            units.update(ahead.take(between.layers - 1))
             run.calibration = {
                 "layers": between.layers,
+                "units": units,
                 "dead_rows": between.dead,
                 "collected": between.collected,
                 "hidden": hidden.current,
@@ -338,7 +417,8 @@ class Job:
             }
             run.save()
 
-        try:
+        with closing(hidden), ahead:
+            ahead.begin(begin.layers if begin else "begin")
             dead = calibrate(
                 self.source.checkpoint,
                 self.source.config,
@@ -353,8 +433,15 @@ class Job:
                 spread=None if cluster is None else cluster.spread,
                 progress=self.listener.progress,
             )
-        finally:
-            hidden.close()
+            units.update(ahead.take("norm"))
+        changed = differing(units, cluster.units) if cluster is not None else []
+        if changed:
+            raise CheckpointError(
+                f"{self.source.path} is another one on the nodes of the cluster than here: "
+                f"{told(changed, len(units))}; copy it to them again"
+            )
+        self.source.checkpoint.check_unchanged()
+        amax.scales.units = units
         amax.scales.non_finite_rows = len(dead)
         return amax.scales
 

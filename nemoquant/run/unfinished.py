@@ -5,9 +5,10 @@
 
 ``state.json`` is written to a temporary file and renamed, after each layer and each shard, so that a kill at
 any moment leaves the last one whole. Nothing else is trusted: hidden states and shards are compared with the
-hashes in it before a run uses them.
+hashes in it before a run uses them, and the source with those of what they were made from.
 
     fails before a layer or shard is finished   all that was made is removed
+    finds NaN or Inf in the source              the same: a repaired source is another one
     fails, is interrupted or killed later       OUT.partial stays, --resume continues
     ends well                                   OUT.partial becomes OUT, and the folder in it is removed
 """
@@ -22,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.folder import partial_of
+from nemoquant.checkpoint.identity import Units
 from nemoquant.checkpoint.manifest import file_sha256
-from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, listing
+from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, WeightError, listing
 from nemoquant.files import replace_text
 from nemoquant.run.options import OPTIONS, Option
 
 FOLDER = "nemoquant_resume"
 STATE = "state.json"
-SCHEMA = 2
+SCHEMA = 3
 
 Identity = Mapping[str, Any]
 FACTS = {  # what decides the output's bytes besides the options, with its name in messages
     "nemoquant": "nemoquant",
     "config": "SRC's config",
     "tensors": "SRC's tensors",
-    "weights": "SRC's weights",
     "recipe": "the recipe",
 }
 
@@ -48,9 +49,10 @@ class Unfinished:
         folder: where the output's files are written.
         identity: all that decides the output's bytes: ``FACTS``, and options by their fields of
             :class:`RunOptions`.
-        calibration: JSON data of the layers that were calibrated, None before the first.
+        calibration: JSON data of the layers that were calibrated, None before the first; ``units`` in it are
+            the hashes of what was read for them, ``scales_sha256`` that of the scales file once it is final.
         calibrated: whether the scales file is written and final.
-        shards: file name -> {"sha256", "zero_weights"}.
+        shards: file name -> {"sha256", "zero_weights", "units": hashes of what it was made from}.
         verified: counts of the items that verify checked, once it passed.
     """
 
@@ -95,6 +97,14 @@ class Unfinished:
             if (self.folder / file).is_file() and file_sha256(self.folder / file) == entry["sha256"]
         }
         return self.shards
+
+    @property
+    def units(self) -> Units:
+        """Hashes of all of the source that the kept part was made from."""
+        found: Units = dict(self.calibration["units"]) if self.calibration else {}
+        for entry in self.shards.values():
+            found |= entry["units"]
+        return found
 
 
 def load(folder: Path) -> Unfinished | None:
@@ -203,6 +213,8 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
             yield run
     except BaseException as error:
         keep = run.worth_keeping if run is not None else not ours
+        if isinstance(error, WeightError):  # a repaired source is another one: nothing here is of it
+            keep = False
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
         for folder in (partial / FOLDER, partial, *parents) if run is None else parents:
@@ -213,6 +225,8 @@ def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) 
             out,
             f"{partial} is kept ({run.describe()}): --resume goes on from there"
             if keep and run is not None
+            else "nothing was kept, it would not be of the repaired source"
+            if isinstance(error, WeightError)
             else "",
         )
         raise

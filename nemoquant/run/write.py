@@ -13,11 +13,12 @@ from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import copy_side_files, side_files
+from nemoquant.checkpoint.identity import Units, differing, told, unit_name, units_of
 from nemoquant.checkpoint.reader import INDEX
-from nemoquant.errors import VerificationError, listing
+from nemoquant.errors import SourceChangedError, VerificationError, listing
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
-from nemoquant.pack.files import CARD, WRITTEN
+from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
@@ -67,17 +68,26 @@ class Output:
         workers: AbstractContextManager[Workers],
         warnings: Sequence[str],
         progress: Progress,
+        *,
+        hashed: Units,
+        scales_file: str | None = None,
     ) -> Written:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
 
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
+            hashed: hashes that this process has of units of the source, from calibration or for a cluster.
+            scales_file: the file of another run that the scales are from; its source may be another one.
         Raises:
-            CalibrationError, WeightError, VerificationError
+            CalibrationError, WeightError, SourceChangedError, VerificationError
         """
         folder = run.folder
         warnings = [*warnings, *self._pack(run, scales, workers, progress)]
+        units = {name: run.units[name] for name in units_of(row.name for row in self.plan.rows)}
+        self._check_same(hashed, units)
+        if scales is not None and scales_file is not None:
+            warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
             _write_json(folder / name, data)
         weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
@@ -89,13 +99,13 @@ class Output:
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / manifest.CARD).write_text(text, encoding="utf-8")
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
         names = sorted(
             path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
         )
         files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
-        manifest.write_manifest(folder, self._manifest(scales, warnings, files))
+        manifest.write_manifest(folder, self._manifest(scales, warnings, files, units))
         report = verify(folder, self.source, encode_again=False, progress=progress)
         if not report.ok:
             raise VerificationError(
@@ -104,6 +114,24 @@ class Output:
         run.verified = report.checked
         run.save()
         return Written(report.checked, skipped, warnings)
+
+    def _check_same(self, hashed: Units, units: Units) -> None:
+        changed = differing(hashed, units)
+        if changed:
+            raise SourceChangedError(
+                f"{self.source.path} is not the same for calibration and packing, or on all nodes: "
+                f"{told(changed, len(hashed))}; expected files that nobody writes to meanwhile, remove the "
+                f"output and run again"
+            )
+
+    def _scales_warnings(self, scales: Scales, units: Units, scales_file: str) -> list[str]:
+        """A warning where scales of another run are of another source."""
+        changed = differing(scales.units, units)
+        return [
+            f"{scales_file} was made from other weights than {self.source.path}: "
+            f"{told(changed, len(scales.units))}; its input scales may not fit, calibrate again without "
+            f"--scales"
+        ] * bool(changed)
 
     def _pack(
         self,
@@ -130,12 +158,20 @@ class Output:
                 (run.folder / shard.file).unlink(missing_ok=True)
                 before = len(packer.zero_weights)
                 digest = packer.write(run.folder / shard.file, shard)
-                run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
+                run.shards[shard.file] = {
+                    "sha256": digest,
+                    "zero_weights": packer.zero_weights[before:],
+                    "units": {
+                        (name := unit_name(unit.rows[0].name)): packer.units[name] for unit in shard.units
+                    },
+                }
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
         return packer.warnings + _zero_warnings(self.plan, zero)
 
-    def _manifest(self, scales: Scales | None, warnings: list[str], files: dict[str, str]) -> dict[str, Any]:
+    def _manifest(
+        self, scales: Scales | None, warnings: list[str], files: dict[str, str], units: Units
+    ) -> dict[str, Any]:
         return {
             "schema": manifest.SCHEMA,
             "nemoquant": __version__,
@@ -143,6 +179,7 @@ class Output:
                 "config_sha256": manifest.config_sha256(self.source.raw_config),
                 "tensor_table_sha256": manifest.tensor_table_sha256(self.source.checkpoint.tensors),
                 "dtypes": manifest.pack_dtypes(self.source.table),
+                "units": units,
             },
             "plan": self.plan.summary()
             | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},

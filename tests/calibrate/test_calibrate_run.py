@@ -261,7 +261,7 @@ def test_scales_file_round_trip_is_exact(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=2), r"schema 2, expected 1; calibrate again"),
+        (lambda d: d.update(schema=1), r"schema 1, expected 2; calibrate again"),
         (lambda d: d.pop("schema"), "is not a scales file"),
         (lambda d: d.pop("kv_amax"), "is not a scales file"),
         (lambda d: d.update(input_amax=[1]), "is not a scales file"),

@@ -111,13 +111,12 @@ def test_options_of_where_it_is_computed(source, tmp_path):
 
 def test_a_node_with_another_source_or_version(source, make_checkpoint):
     """A worker's check before its first task, called here directly."""
-    from nemoquant.checkpoint.manifest import weights_fingerprint
     from nemoquant.checkpoint.reader import Checkpoint
-    from nemoquant.run.cluster import _opened
+    from nemoquant.run.cluster import _opened, small_tensors_sha256
 
     other = make_checkpoint("other", seed=1)
     with Checkpoint(source) as checkpoint:
-        fingerprint = weights_fingerprint(checkpoint)
+        fingerprint = small_tensors_sha256(checkpoint)
     with pytest.raises(
         CheckpointError, match="is another checkpoint on a node of the cluster; expected the same one"
     ):
