@@ -53,8 +53,20 @@ class Built:
 
 
 def default_folder() -> Path:
-    """Where ``nemoquant plugins build`` puts the libraries, and where they are looked for."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoquant/plugins"
+    """Where ``nemoquant plugins build`` puts the libraries, and where they are looked for.
+
+    Raises:
+        BuildError: this user has no home folder. No place for temporary files is taken instead: what lies
+            there could be another user's, and would be executed.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise BuildError(
+            "this user has no home folder, in which the plugins would be; set XDG_CACHE_HOME, or name the "
+            "files: `plugins build --out`, NEMOQUANT_KERNELS, NEMOQUANT_PLUGINS"
+        ) from None
+    return caches / "nemoquant/plugins"
 
 
 def read_built(folder: Path, host: bool = False) -> Built | None:
@@ -68,9 +80,11 @@ def read_built(folder: Path, host: bool = False) -> Built | None:
     path = folder / f"{_stem(host)}.json"
     try:
         return TypeAdapter(Built).validate_python(read_json(path, MOST_SETTINGS))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # pydantic's error is a ValueError
+    except OSError as error:
+        raise BuildError(f"{path} can't be read ({error.strerror or error}); set XDG_CACHE_HOME") from None
+    except ValueError as error:  # pydantic's error is one too
         why = field_problem(error) if isinstance(error, ValidationError) else str(error)
         raise BuildError(
             f"{path} is not what `nemoquant plugins build` writes ({why}); remove it and build again"
