@@ -1,0 +1,36 @@
+"""What came out of one fault, and the table of all of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault.
+
+    Attributes:
+        suite, scene: what was running.
+        fault: what was done to it, with all that repeats it.
+        outcome: a few words, the same for all cases that ended alike.
+        problems: what is not as it should be; empty where all is.
+    """
+
+    suite: str
+    scene: str
+    fault: str
+    outcome: str
+    problems: tuple[str, ...] = ()
+
+
+def table(cases: Sequence[Case]) -> str:
+    """A line for each suite, scene and outcome, with their number; then every problem."""
+    counts = Counter((case.suite, case.scene, case.outcome) for case in cases)
+    lines = ["| suite | scene | what came out | cases |", "|---|---|---|---:|"]
+    lines += [f"| {suite} | {scene} | {outcome} | {n:,} |" for (suite, scene, outcome), n in counts.items()]
+    bad = [case for case in cases if case.problems]
+    lines += ["", f"{len(cases):,} cases, {len(bad):,} with problems"]
+    for case in bad:
+        lines.append(f"- {case.suite}, {case.scene}, {case.fault} ({case.outcome}):")
+        lines += [f"    {problem}" for problem in case.problems]
+    return "\n".join(lines)
