@@ -6,6 +6,7 @@ for ever, and a file of gigabytes would fill the memory before its parser could 
 Writing: the data reach the disk before the name does, and the name before anything that counts on it.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 MOST_JSON = 256 << 20  # bytes: a manifest or an index of a large model has some megabytes
 MOST_SETTINGS = 16 << 20  # bytes of a config, a recipe, a template: real ones have kilobytes
+MOST_DEPTH = 64  # of lists and objects in each other; no file has ten. Deeper ones would exhaust the stack
 
 
 def open_regular(path: Path, *, follow: bool = True) -> int:
@@ -30,9 +32,11 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
     # Not blocking: opening a FIFO would wait for a writer, before it could be seen what it is.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     handle = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(None, "not a regular file", str(path))
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, "not a regular file", str(path))
     return handle
 
 
@@ -72,15 +76,29 @@ def parse_json(text: str) -> Any:
         if "\\u" in text:  # only an escape can bring a lone surrogate: UTF-8 has none
             json.dumps(data, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
     except UnicodeEncodeError:
         raise ValueError("a string in it has half of a surrogate pair, which is no character") from None
+    _check_depth(data)
     return data
 
 
 def read_json(path: Path, most: int = MOST_JSON, *, follow: bool = True) -> Any:
     """A JSON file; raises OSError and ValueError as :func:`read_text` and :func:`parse_json`."""
     return parse_json(read_text(path, most, follow=follow))
+
+
+_TOO_DEEP = f"it is nested too deeply; expected at most {MOST_DEPTH} lists and objects in each other"
+
+
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(MOST_DEPTH):
+        inside = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [v for values in inside for v in values if isinstance(v, dict | list)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,6 +120,22 @@ def plain_name(name: object) -> bool:
         and len(name.encode("utf-8", "surrogatepass")) < 256
         and not any(c in "/\\" or not c.isprintable() for c in name)
     )
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a name in a folder leads to a regular file of that folder, and nowhere else.
+
+    A link may lead to another file of the folder, or to the blobs of the hub cache that it is a snapshot of
+    (``snapshots/REVISION/NAME -> ../../blobs/HASH``).
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or its link leads to nothing.
+    """
+    inside, target = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+    places = [inside]
+    if inside.parent.name == "snapshots":
+        places.append(inside.parent.parent / "blobs")
+    return target.parent in places and stat.S_ISREG(target.lstat().st_mode)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,7 +5,6 @@ read as ``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_pr
 published expert tensors, each a view of its bytes.
 """
 
-import json
 import mmap
 import re
 import threading
@@ -18,15 +17,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemoquant.checkpoint.header import ITEM_SIZE, TensorInfo, read_header
+from nemoquant.checkpoint.header import ITEM_SIZE, MAX_TENSORS, TensorInfo, read_header
 from nemoquant.checkpoint.lost_pages import Watched
 from nemoquant.errors import (
     CheckpointError,
     HeaderError,
     SourceChangedError,
     TensorTableError,
+    brief,
     listing,
 )
+from nemoquant.files import plain_name, read_json
+from nemoquant.model.parse import MOST_EXPERTS
 from nemoquant.model.roles import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -61,10 +63,12 @@ class Checkpoint:
         self._facts: dict[Path, FileFacts] = {}
         for info in _all_tensors(path, self._facts):
             for name, part in _published(info):
+                if len(self.tensors) == MAX_TENSORS:
+                    raise CheckpointError(f"{path} has too many tensors; expected at most {MAX_TENSORS:,}")
                 if name in self.tensors:
                     raise CheckpointError(
-                        f"{path}: two tensors are named {name!r} (one in {part.file.name}); expected each "
-                        f"once"
+                        f"{path}: two tensors are named {brief(name)} (one in {part.file.name}); expected "
+                        f"each once"
                     )
                 self.tensors[name] = part
                 if name != info.name:
@@ -137,7 +141,7 @@ class Checkpoint:
         info = self.tensors[name]
         if info.dtype not in NUMPY:
             raise CheckpointError(
-                f"{info.file.name}: tensor {name!r} has dtype {info.dtype}; expected one of "
+                f"{info.file.name}: tensor {brief(name)} has dtype {info.dtype}; expected one of "
                 f"{', '.join(NUMPY)}"
             )
         data = self.raw(name)
@@ -208,7 +212,9 @@ def _all_tensors(path: Path, facts: dict[Path, FileFacts]) -> list[TensorInfo]:
         facts[path / shard] = FileFacts.of(path / shard)
         for name, info in read_header(path / shard)[0].items():
             if name in shard_of:
-                raise HeaderError(f"tensor {name!r} is in {shard_of[name]} and in {shard}; expected it once")
+                raise HeaderError(
+                    f"tensor {brief(name)} is in {shard_of[name]} and in {shard}; expected it once"
+                )
             shard_of[name] = shard
             result.append(info)
     wrong = [name for name, shard in weight_map.items() if shard_of.get(name) != shard]
@@ -238,19 +244,22 @@ def _check_one_set(path: Path, chosen: str, named: set[str]) -> None:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise TypeError("weight_map is not an object of strings")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        content = read_json(index)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{index} cannot be read ({error}); expected JSON with a `weight_map`"
         ) from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            f"{index} has the weight_map {brief(weight_map)}; expected an object of file names by tensor"
+        )
     for shard in set(weight_map.values()):
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if not (plain_name(shard) and shard.endswith(".safetensors")):
             raise CheckpointError(
-                f"{index} names the shard {shard!r}; expected a plain file name ending in .safetensors"
+                f"{index} names the shard {brief(shard)}; expected a plain file name ending in .safetensors"
             )
-    return dict(weight_map)
+    return weight_map
 
 
 def _published(info: TensorInfo) -> list[tuple[str, TensorInfo]]:
@@ -258,6 +267,11 @@ def _published(info: TensorInfo) -> list[tuple[str, TensorInfo]]:
     fused = FUSED.fullmatch(info.name)
     if fused and len(info.shape) == 3:
         count, *shape = info.shape
+        if count > MOST_EXPERTS:  # without values, a few bytes could ask for any number of them
+            raise HeaderError(
+                f"{info.file.name}: tensor {brief(info.name)} has {count:,} experts; expected at most "
+                f"{MOST_EXPERTS:,}"
+            )
         size = info.nbytes // count if count else 0
         return [
             (

@@ -55,6 +55,7 @@ class Verbs(click.Group):
         import signal
 
         from nemoquant.errors import NemoquantError
+        from nemoquant.words import message
 
         # torch's threads would spin for milliseconds while they wait; with other work on the machine this
         # costs many times what it saves. Some ten microseconds are enough from one operation to the next, and
@@ -68,7 +69,7 @@ class Verbs(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:  # an unforeseen error of disk or permissions: one line, not exit code 1
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {message(str(error))}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
             click.echo(f"error: interrupted; {str(error) or 'nothing was kept'}", err=True)

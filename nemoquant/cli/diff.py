@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import THREADS
+from nemoquant.cli.shared import THREADS, print_json_text, say, show
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.formats import DEVICES, Device
 
@@ -129,7 +129,7 @@ def command(
         if given(name) is ParameterSource.COMMANDLINE
     ]
     if data is not None and data.suffix == ".npy" and unused:
-        click.echo(
+        say(
             f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True
         )
     with progress_bars(to_stdout) as progress:
@@ -150,16 +150,16 @@ def command(
         )
     write_files(report, files)
     if to_stdout:
-        click.echo(report.dump(), nl=False)
+        print_json_text(report.dump())
     else:
         from nemoquant.evaluate.report.markdown import markdown as summary
 
-        click.echo(summary(report), nl=False)
+        show(summary(report))
         for kind, path in files.items():
             if path is not None:
-                click.echo(f"{kind}: {path}", err=True)
+                say(f"{kind}: {path}", err=True)
     failures = [line for condition in conditions for line in condition.failures(report)]
     for line in failures:
-        click.echo(f"failed: {line}", err=True)
+        say(f"failed: {line}", err=True)
     if failures:
         sys.exit(1)

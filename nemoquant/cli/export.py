@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json
+from nemoquant.cli.shared import json_option, print_json, say
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.errors import UsageError
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
@@ -95,6 +95,7 @@ def export_onnx(
             mtp=mtp,
             copy=not no_copy,
             progress=progress,
+            say=lambda text: None if as_json else click.echo(text, err=True),
         )
     figures = {
         "folder": str(exported.folder),
@@ -108,11 +109,9 @@ def export_onnx(
         print_json(figures)
         return
     for path in exported.graphs:
-        click.echo(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
-    click.echo(
-        f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}"
-    )
-    click.echo(
+        say(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
+    say(f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}")
+    say(
         f"{size(exported.copied_bytes)} of tensors copied"
         if exported.copied_bytes
         else "no tensor copied: weights stay in the shards"
@@ -227,17 +226,17 @@ def export_trt(
         weight_streaming=weight_streaming,
         timing_cache=timing_cache,
         plugins=plugins,
-        say=lambda text: None if as_json else click.echo(text, err=True),
+        say=lambda text: None if as_json else say(text, err=True),
     )
     if as_json:
         print_json(facts)
         return
     types = ", ".join(f"{count:,} {name}" for name, count in facts["layers_by_output_type"].items())
-    click.echo(
+    say(
         f"{out}: {facts['runtime']} {facts['version']}, {size(facts['bytes'])}, SM {facts['sm']}, "
         f"{facts['layers']:,} layers, built in "
         f"{facts['build_seconds']} s"
     )
-    click.echo(f"layers by the type that they put out: {types}")
+    say(f"layers by the type that they put out: {types}")
     if facts["warnings"]:
-        click.echo(f"{len(facts['warnings'])} warnings of the builder are in {out.name}.json", err=True)
+        say(f"{len(facts['warnings'])} warnings of the builder are in {out.name}.json", err=True)

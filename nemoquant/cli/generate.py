@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import THREADS
+from nemoquant.cli.shared import THREADS, say, show
 from nemoquant.engine import ENGINES, EngineName
 
 
@@ -71,20 +71,31 @@ def command(
     """
     from nemoquant import api
 
-    made = api.generate(
-        model,
-        prompt,
-        chat=chat,
-        engine=engine,
-        engine_file=engine_file,
-        plugins=plugins,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        mtp=mtp or 0,
-        threads=threads,
-        ready=lambda: click.echo(prompt, nl=False),
-        stream=lambda text: click.echo(text, nl=False),
-    )
-    click.echo()
-    click.echo(made.summary(), err=True)
+    begun = False
+
+    def shown(text: str) -> None:
+        nonlocal begun
+        begun = True
+        show(text)
+
+    try:
+        made = api.generate(
+            model,
+            prompt,
+            chat=chat,
+            engine=engine,
+            engine_file=engine_file,
+            plugins=plugins,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            mtp=mtp or 0,
+            threads=threads,
+            ready=lambda: shown(prompt),
+            stream=shown,
+            say=lambda text: say(text, err=True),
+        )
+    finally:
+        if begun:
+            say("")  # an error stands on a line of its own
+    say(made.summary(), err=True)

@@ -13,6 +13,7 @@ from nemoquant.cli.shared import (
     recipe_name,
     recipe_options,
     run_option,
+    say,
     table,
 )
 from nemoquant.formats import DEVICES
@@ -74,7 +75,7 @@ def command(
         data["cautions"] = cautions(resolved)
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         return
-    click.echo(f"{resolved.recipe.name}: {resolved.recipe.summary}")
+    say(f"{resolved.recipe.name}: {resolved.recipe.summary}")
     table(role_table(resolved), ROLE_HEADER, right="34")
     figures = resolved.summary()
     kv, ssm = figures["kv_cache_bytes_per_token"], figures["ssm_state_bytes_per_sequence"]
@@ -93,7 +94,7 @@ def command(
         ("calibration", "needed for activation scales" if resolved.needs_calibration else "not needed"),
     ]
     for name, text in lines:
-        click.echo(f"{name:<24}{text}")
+        say(f"{name:<24}{text}")
     loading = [
         f"not {loader.engine}: {loader.hardware}"
         if loader.version is None
@@ -101,20 +102,18 @@ def command(
         for loader in loaders(resolved)
     ]
     for number, text in enumerate(loading or ["not known: nobody has looked at this mixture of formats"]):
-        click.echo(f"{'' if number else 'loaded by':<24}{text}")
+        say(f"{'' if number else 'loaded by':<24}{text}")
     if expected:
         from nemoquant.run.estimate import expectation
 
-        click.echo(f"{'on this machine':<24}{expectation(expected)}")
+        say(f"{'on this machine':<24}{expectation(expected)}")
     for name in resolved.unused_formats:
-        click.echo(
+        say(
             f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe "
             f"names",
             err=True,
         )
     for text in cautions(resolved):
-        click.echo(f"warning: {text}", err=True)
+        say(f"warning: {text}", err=True)
     if resolved.assumed:
-        click.echo(
-            "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
-        )
+        say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json
+from nemoquant.cli.shared import json_option, print_json, say
 from nemoquant.units import size
 
 
@@ -107,12 +107,10 @@ def build_command(
     target = "the CPU (emulated, for tests)" if host else ", ".join(f"sm_{a}" for a in built.architectures)
     for name in built.libraries:
         what = f"TensorRT {built.tensorrt} plugins" if "plugins" in name else "kernels"
-        click.echo(f"{folder / name}: {size((folder / name).stat().st_size)}, {what} for {target}")
+        say(f"{folder / name}: {size((folder / name).stat().st_size)}, {what} for {target}")
     if "libnemoquant_plugins.so" in built.libraries:
-        click.echo(
+        say(
             f"load it by trtexec --dynamicPlugins={folder / 'libnemoquant_plugins.so'}, or the registry's "
             f"load_library"
         )
-    click.echo(
-        f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}"
-    )
+    say(f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}")

@@ -20,6 +20,7 @@ from nemoquant.cli.shared import (
     recipe_name,
     recipe_options,
     run_option,
+    say,
 )
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES
@@ -138,7 +139,7 @@ def command(
 
     def planned(resolved: "Plan") -> None:
         if not as_json:
-            click.echo(
+            say(
                 f"{resolved.recipe.name}: {size(resolved.bytes_in)} -> {size(resolved.bytes_out)}, "
                 f"{resolved.bits_per_weight:.2f} bits a weight, "
                 f"{len(resolved.quantized):,} of {len(resolved.rows):,} tensors quantized"
@@ -152,7 +153,7 @@ def command(
         starting.close()
         estimates.append(estimate)
         if not as_json:
-            click.echo(f"expected: {expectation(estimate)}", err=True)
+            say(f"expected: {expectation(estimate)}", err=True)
 
     with starting, progress_bars(as_json) as progress:
         result = api.quantize(
@@ -164,7 +165,7 @@ def command(
             planned=planned,
             expected=expected,
             progress=progress,
-            say=lambda text: click.echo(text, err=True),
+            say=lambda text: say(text, err=True),
         )
     took = time.monotonic() - began
     unused = _unused_options(result.plan.needs_calibration, options)
@@ -180,22 +181,22 @@ def command(
         )
         return
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     if result.skipped_files:
-        click.echo(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+        say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
     resolved = result.plan
     sizes = f"{size(resolved.bytes_in)} -> {size(resolved.bytes_out)} of tensors"
     what = f"{sizes}, {resolved.bits_per_weight:.2f} bits a weight"
     if dry_run:
-        click.echo(
+        say(
             f"dry run: {resolved.recipe.name} fits {source}; {what}; {resolved.tensors_out:,} tensors would "
             f"be written to {out}"
         )
     else:
         if result.calibration is not None:
-            click.echo(_calibrated(result.calibration))
+            say(_calibrated(result.calibration))
         peak, estimate = resident("VmHWM"), estimates[0]
-        click.echo(
+        say(
             f"{out}: {resolved.recipe.name}, {what}, verified, {duration(took)} (expected "
             f"{duration(estimate.seconds)}), "
             f"{size(peak)} of memory at most (expected {size(estimate.memory)})"
@@ -207,7 +208,7 @@ def _renamed(engine: Where, on: Where) -> Where:
     is_given = click.get_current_context().get_parameter_source("on") is ParameterSource.COMMANDLINE
     if is_given and on != engine:
         raise UsageError(f"got --on {on} and --engine {engine}, its old name; expected --on alone")
-    click.echo("note: --engine is now --on", err=True)
+    say("note: --engine is now --on", err=True)
     return engine
 
 

@@ -2,7 +2,7 @@
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, table
+from nemoquant.cli.shared import json_option, print_json, show, table
 
 
 @click.group("recipes")
@@ -42,4 +42,4 @@ def show_recipe(name: str, as_json: bool) -> None:
     if as_json:
         print_json(recipe.dump())
     else:
-        click.echo(presets().get(name, Path(name)).read_text(encoding="utf-8"), nl=False)
+        show(presets().get(name, Path(name)).read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from nemoquant.arguments import MOST_THREADS
 from nemoquant.errors import UsageError
 from nemoquant.formats import FORMATS
 from nemoquant.run.options import OPTIONS
+from nemoquant.words import passage, plain
 
 THREADS = click.IntRange(1, MOST_THREADS)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -101,9 +102,24 @@ json_option = click.option(
 )
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """One line on standard output or standard error, whatever names are in it."""
+    click.echo(plain(text), err=err)
+
+
+def show(text: str) -> None:
+    """Text of any number of lines on standard output, as it is but for what a terminal would obey."""
+    click.echo(passage(text), nl=False)
+
+
 def print_json(data: Any) -> None:
     """JSON on standard output; NaN and Infinity never occur in it."""
-    click.echo(json.dumps(data, indent=2, allow_nan=False))
+    print_json_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def print_json_text(text: str) -> None:
+    """JSON on standard output, in ASCII: other characters are escaped, as JSON may have them."""
+    click.echo(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c[0])[1:-1], text), nl=False)
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "") -> None:
@@ -116,8 +132,8 @@ def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "")
     for i, name in enumerate(header):
         grid.add_column(name, justify="right" if str(i) in right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    console = Console(highlight=False, markup=False)
+        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else plain(cell) for cell in row))
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160  # a file or pipe: no terminal sets the width
     console.print(grid)

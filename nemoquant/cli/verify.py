@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json
+from nemoquant.cli.shared import json_option, print_json, say
 
 
 @click.command("verify")
@@ -35,12 +35,12 @@ def command(out: Path, against: Path | None, as_json: bool) -> None:
         print_json(report)
     else:
         for warning in report["warnings"]:
-            click.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         for problem in report["problems"]:
-            click.echo(f"problem: {problem}", err=True)
+            say(f"problem: {problem}", err=True)
         checked = ", ".join(
             f"{count:,} {name.replace('_', ' ')}" for name, count in report["checked"].items() if count
         )
-        click.echo(f"{out}: {'ok' if report['ok'] else 'FAILED'} ({checked})")
+        say(f"{out}: {'ok' if report['ok'] else 'FAILED'} ({checked})")
     if not report["ok"]:
         sys.exit(1)

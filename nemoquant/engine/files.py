@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemoquant.checkpoint.intact import Intact
 from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.errors import CheckpointError, MissingExtraError
 
@@ -91,9 +92,11 @@ def graph_facts(model: Any, path: Path) -> dict[str, Any]:
     )
 
 
-def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
+def check_shards(path: Path, facts: dict[str, Any], dialect: str, intact: Intact | None = None) -> None:
     """Make sure that the graph is for ``dialect`` and that the shards beside it are the ones it was made for.
 
+    Args:
+        intact: the folder, where its shards are known to be what its manifest lists; None hashes them here.
     Raises:
         CheckpointError: another dialect; a shard is missing, has another size, or (where its hash is known)
             other bytes.
@@ -114,7 +117,10 @@ def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
                 f"{shard} has {shard.stat().st_size:,} bytes, {path.name} was made for "
                 f"{expected['size']:,}; export it again"
             )
-        if expected["sha256"] is not None and file_sha256(shard) != expected["sha256"]:
+        if expected["sha256"] is None:
+            continue
+        digest = intact.shards.get(name) if intact is not None else None
+        if (digest or file_sha256(shard)) != expected["sha256"]:
             raise CheckpointError(
                 f"{shard} was changed after {path.name} was made: its sha256 is another; export it again"
             )

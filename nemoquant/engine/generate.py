@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 from nemoquant.engine.base import Engine, Floats, Step
 from nemoquant.errors import EngineError, UsageError
 from nemoquant.model.config import NemotronHConfig
+
+MODULE = "the multi-token-prediction module"
 
 
 @dataclass
@@ -42,11 +44,18 @@ class Sampler:
             raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or a positive number")
         self.generator = np.random.default_rng(self.seed)
 
-    def __call__(self, logits: Floats) -> int:
-        if np.isnan(logits).any():
+    def __call__(self, logits: Floats, place: int = 0, what: str = "the model") -> int:
+        """The token; ``place`` (from 0) among the new ones, and ``what`` gave the logits, are for messages.
+
+        Raises:
+            EngineError: there is a NaN or Inf among the logits, which have no likeliest token then.
+        """
+        bad = np.count_nonzero(~np.isfinite(logits))
+        if bad:
             raise EngineError(
-                "the model computes NaN, so there is no likeliest token; is the checkpoint damaged? "
-                "`nemoquant verify` checks its files, `nemoquant diff` names the tensor"
+                f"{what} computes NaN or Inf: {bad:,} of the {logits.size:,} logits of new token "
+                f"{place + 1}; expected finite ones, is the checkpoint damaged? `nemoquant verify` checks "
+                f"its files, `nemoquant diff` names the layer"
             )
         if not self.temperature:
             return int(logits.argmax())
@@ -116,16 +125,14 @@ def _ids(tokens: list[int]) -> Any:
 
 def _plain(engine: Engine, prompt: list[int], sampler: Sampler) -> Iterator[int]:
     step = engine.forward(_ids(prompt))
-    while True:
-        token = sampler(step.logits[0, -1])
+    for place in count():
+        token = sampler(step.logits[0, -1], place)
         yield token
         step = engine.forward(_ids([token]), step.state)
 
 
-def _drafted(
-    engine: Engine, prompt: list[int], sampler: Sampler, count: int, drafts: Drafts
-) -> Iterator[int]:
-    """Drafts ``count`` tokens after each chosen one, and verifies all in one call of the main model.
+def _drafted(engine: Engine, prompt: list[int], sampler: Sampler, most: int, drafts: Drafts) -> Iterator[int]:
+    """Drafts ``most`` tokens after each chosen one, and verifies all in one call of the main model.
 
     The scan's state can't be cut back: where a draft is rejected, the accepted tokens run once more from the
     state before. The module's own cache contains the hidden state of every accepted position; drafts run
@@ -136,17 +143,18 @@ def _drafted(
     yield token
     pending_hidden, pending_tokens = _hidden(step), [*prompt[1:], token]
     module_state: Any = None
+    made = 1
     while True:
         # positions whose next token is known by now; the draft starts from the last of them
         caught_up = engine.draft(_ids(pending_tokens), pending_hidden, module_state)
         module_state = caught_up.state
-        guesses = [sampler(caught_up.logits[0, -1])]
+        guesses = [sampler(caught_up.logits[0, -1], made, MODULE)]
         ahead = caught_up
-        while len(guesses) < count:
+        while len(guesses) < most:
             ahead = engine.draft(_ids(guesses[-1:]), _hidden(ahead)[:, -1:], ahead.state)
-            guesses.append(sampler(ahead.logits[0, -1]))
+            guesses.append(sampler(ahead.logits[0, -1], made + len(guesses), MODULE))
         checked = engine.forward(_ids([token, *guesses]), step.state)
-        chosen = [sampler(checked.logits[0, i]) for i in range(len(guesses) + 1)]
+        chosen = [sampler(checked.logits[0, i], made + i) for i in range(len(guesses) + 1)]
         agreed = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
         drafts.drafted += len(guesses)
         drafts.accepted += agreed
@@ -154,6 +162,7 @@ def _drafted(
         step = checked if agreed == len(guesses) else engine.forward(_ids(kept), step.state)
         new = [*guesses[:agreed], chosen[agreed]]
         yield from new
+        made += len(new)
         pending_hidden, pending_tokens = _hidden(step), new
         token = new[-1]
 

@@ -51,7 +51,9 @@ class Origin:
         if self._cached is not None:
             cache, units = self._cached
             self._compare(
-                str(cache), units, "expected a reference cache of this source, give another file or remove this one"
+                str(cache),
+                units,
+                "expected a reference cache of this source, give another file or remove this one",
             )
         for candidate in self._candidates:
             candidate.checkpoint.check_unchanged()

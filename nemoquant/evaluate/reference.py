@@ -7,10 +7,11 @@ Super). The metadata identify what the cache was made from, by the hashes of the
 hash of each tensor of the cache; another source, other tokens or a damaged cache are refused.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from nemoquant.checkpoint.writer import METADATA, ShardWriter
 from nemoquant.errors import CheckpointError, OutputError, WeightError
 from nemoquant.evaluate.layers import into, run_layer
 from nemoquant.evaluate.origin import Origin
-from nemoquant.files import parse_json, rename
+from nemoquant.files import open_regular, parse_json, rename
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
 from nemoquant.model import names
@@ -142,27 +143,29 @@ def _written(cache: Path, source: Source, rows: Rows, device: Device, origin: Or
     partial = cache.parent / (cache.name + ".partial")
     found: dict[str, str] = {}
     try:
-        with ShardWriter(partial, *_header(source, rows, device, {}, {})) as writer:
+        _remove_dead(partial)
+        writer = ShardWriter(partial, *_header(source, rows, device, {}, {}))
+        with _held(partial):
+            with writer:
 
-            def write(name: str, tensor: Tensor) -> None:
-                found[name] = tensor_hash(tensor.numpy())
-                writer.write(tensor.numpy())
+                def write(name: str, tensor: Tensor) -> None:
+                    found[name] = tensor_hash(tensor.numpy())
+                    writer.write(tensor.numpy())
 
-            for stage in _computed(source, rows, device):
-                write(f"hidden.{0 if stage.layer is None else stage.layer + 1}", stage.hidden)
-                if stage.ssm_state is not None:
-                    write(f"{SSM_STATE}.{stage.layer}", stage.ssm_state)
-                yield stage
-        # All hashes have one length, so the header with them takes the place of the one without.
-        with partial.open("r+b") as f:
-            f.write(encode_header(*_header(source, rows, device, origin.units, found)))
-            f.flush()
-            os.fsync(f.fileno())
-        rename(partial, cache)
-    except FileExistsError:
+                for stage in _computed(source, rows, device):
+                    write(f"hidden.{0 if stage.layer is None else stage.layer + 1}", stage.hidden)
+                    if stage.ssm_state is not None:
+                        write(f"{SSM_STATE}.{stage.layer}", stage.ssm_state)
+                    yield stage
+            # All hashes have one length, so the header with them takes the place of the one without.
+            with partial.open("r+b") as f:
+                f.write(encode_header(*_header(source, rows, device, origin.units, found)))
+                f.flush()
+                os.fsync(f.fileno())
+            rename(partial, cache)
+    except (FileExistsError, BlockingIOError):
         raise OutputError(
-            f"{partial} exists, left by a run that was killed or still writing; remove it, or give another "
-            f"cache"
+            f"{partial} is being written by another run; wait for it, or give another cache"
         ) from None
     except OSError as error:
         _remove(partial)
@@ -172,6 +175,23 @@ def _written(cache: Path, source: Source, rows: Rows, device: Device, origin: Or
     except BaseException:
         _remove(partial)
         raise
+
+
+@contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """Holds the lock of a file, as long as this process lives."""
+    handle = open_regular(partial, follow=False)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_dead(partial: Path) -> None:
+    """Remove what a killed run left; raises BlockingIOError where a run still writes it."""
+    with suppress(FileNotFoundError), _held(partial):
+        partial.unlink()
 
 
 def _remove(partial: Path) -> None:

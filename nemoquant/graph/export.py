@@ -17,9 +17,11 @@ import onnx_ir as ir
 from nemoquant.checkpoint import SHARD_BYTES, manifest
 from nemoquant.checkpoint.folder import check_output, copy_side_files, making, side_files
 from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.checkpoint.intact import Intact, Say, hash_once, silent
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
+from nemoquant.files import replace_bytes
 from nemoquant.graph import MODEL, MTP, Exported
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
@@ -40,6 +42,7 @@ def export_onnx(
     *,
     mtp: bool = False,
     copy: bool = True,
+    say: Say = silent,
     progress: Progress = no_progress,
 ) -> Exported:
     """Write ``model.onnx`` (and ``mtp.onnx``) for the checkpoint in ``path``.
@@ -47,6 +50,7 @@ def export_onnx(
     Args:
         out: a new folder for a copy; None is ``path`` itself.
         copy: False refuses where tensors would have to be copied.
+        say: told how much is hashed, where a checkpoint with a manifest is to be held against it.
     Raises:
         CheckpointError, UsageError, OutputError
     """
@@ -57,7 +61,7 @@ def export_onnx(
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
         if reason is None:
-            return _write_graphs(opened, dialect, options, mtp)
+            return _write_graphs(opened, dialect, options, mtp, _intact(opened, say, progress))
         if not copy:
             raise UsageError(
                 f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
@@ -69,12 +73,20 @@ def export_onnx(
             )
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         check_output(out, path, len(opened.checkpoint.tensors), size)
+        intact = _intact(opened, say, progress)
         with making(out) as folder:
             _copy(opened, folder, progress)
+            if intact is not None:
+                intact.check(manifest.read_manifest(path))
             copied = PackedCheckpoint(folder)
             with copied.checkpoint:
-                made = _write_graphs(copied, dialect, options, mtp)
+                made = _write_graphs(copied, dialect, options, mtp, _intact(copied, silent, progress))
     return Exported(out, [out / graph.name for graph in made.graphs], size, made.functions, made.nodes)
+
+
+def _intact(opened: PackedCheckpoint, say: Say, progress: Progress) -> Intact | None:
+    """The checkpoint held against its manifest; None where it has none."""
+    return None if opened.manifest is None else hash_once(opened.path, opened.manifest, say, progress)
 
 
 def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
@@ -188,7 +200,9 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
         )
 
 
-def _write_graphs(opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool) -> Exported:
+def _write_graphs(
+    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, intact: Intact | None
+) -> Exported:
     names = [(MODEL, Builder(opened, DIALECTS[dialect], options).main)]
     if mtp:
         names.append((MTP, Builder(opened, DIALECTS[dialect], options).mtp))
@@ -196,9 +210,7 @@ def _write_graphs(opened: PackedCheckpoint, dialect: str, options: GraphOptions,
     for name, build in names:
         model = build()
         _describe(opened, model, dialect, options)
-        _save(model, opened.path / name)
-        if opened.manifest is not None:
-            manifest.enter_file(opened.path, name)
+        _save(model, opened.path / name, intact)
         graphs.append(opened.path / name)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
@@ -225,11 +237,13 @@ def shard_identity(opened: PackedCheckpoint, name: str) -> dict[str, Any]:
     return {"size": (opened.path / name).stat().st_size, "sha256": files.get(name)}
 
 
-def _save(model: ir.Model, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
+def _save(model: ir.Model, path: Path, intact: Intact | None) -> None:
+    """Write a graph; beside a manifest it is entered there, if the folder is still what was exported."""
+    content = ir.to_proto(model).SerializeToString()
     try:
-        partial.write_bytes(ir.to_proto(model).SerializeToString())
-        partial.replace(path)
+        if intact is None:
+            replace_bytes(path, content)
+        else:
+            manifest.put_file(path.parent, path.name, content, intact.check)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: {error.strerror or error}; the graph can't be written there") from None

@@ -11,6 +11,7 @@ from nemoquant.errors import BuildError, EngineError
 from nemoquant.ops.abi import structure
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
+from nemoquant.words import plain
 
 VARIABLE = "NEMOQUANT_KERNELS"
 
@@ -157,7 +158,7 @@ def _find() -> Kernels | None:
 
 
 def _report(text: str) -> None:
-    print(f"CUDA kernels: {text}", file=sys.stderr)
+    print(plain(f"CUDA kernels: {text}"), file=sys.stderr)
 
 
 def serves(op: str, device: str) -> bool:

@@ -1,6 +1,7 @@
 """Verify: read a written checkpoint again and compare it with its plan, resolved from its own manifest.
 
-1. the manifest is unchanged, every file in it exists and has its sha256; an unknown file gives a warning
+1. the manifest is unchanged, every file in it exists and has its sha256; an unknown file gives a warning, and
+   so does a model card that was edited; nothing is read through a link out of the folder
 2. the recipe and the config give the plan whose hash the manifest names
 3. names, dtypes, shapes and order of all tensors are those of the plan, the index agrees, data begins at a
    page
@@ -11,7 +12,6 @@
    bit; quantized ones are encoded again and must give the same bytes
 """
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,9 +33,11 @@ from nemoquant.checkpoint.identity import (
     told,
     unit_name,
 )
-from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
-from nemoquant.checkpoint.reader import INDEX, Checkpoint
-from nemoquant.errors import NemoquantError
+from nemoquant.checkpoint.intact import SHARD, Hashing
+from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
+from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from nemoquant.errors import CheckpointError, NemoquantError
+from nemoquant.files import lies_in, read_json
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
@@ -50,13 +52,19 @@ from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Count, Progress, no_progress
 from nemoquant.sources.source import Source
 
+ELSEWHERE = "is no regular file of this folder (a link out of it, or a device or pipe); nothing was read"
+
 
 class Verification:
-    """Result of verify: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts checked items."""
+    """Result of verify: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts checked items.
+
+    ``edited`` are files that may be edited and were; each has a warning too.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.edited: list[str] = []
         self.checked: dict[str, int] = {
             "files": 0,
             "tensors": 0,
@@ -73,10 +81,17 @@ class Verification:
         """Add another report's results to this one."""
         self.problems += other.problems
         self.warnings += other.warnings
+        self.edited += other.edited
         self.checked = {key: count + other.checked[key] for key, count in self.checked.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
+        return {
+            "ok": self.ok,
+            "problems": self.problems,
+            "warnings": self.warnings,
+            "edited": self.edited,
+            "checked": self.checked,
+        }
 
 
 def verify(
@@ -91,8 +106,14 @@ def verify(
         CheckpointError: the checkpoint can't be checked at all, because its manifest can't be used.
     """
     report = Verification()
+    if not _own(out, FILE):
+        raise CheckpointError(f"{out / FILE} {ELSEWHERE}")
     manifest = read_manifest(out)
-    total = sum((out / name).stat().st_size for name in manifest["files"] if (out / name).is_file())
+    report.problems += _elsewhere(out, manifest)
+    if report.problems:
+        return report
+    files = [name for name in manifest["files"] if name != CARD]
+    total = sum((out / name).stat().st_size for name in files if (out / name).exists())
     if source is not None:
         total += sum(info.nbytes for info in source.checkpoint.tensors.values())
     done, counting = 0, threading.Lock()
@@ -104,10 +125,8 @@ def verify(
             progress("verify", min(done, total), total, "")
 
     rest = Verification()
-    with ThreadPoolExecutor(usable_threads()) as pool:  # files are hashed while their content is checked
-        hashes = [
-            pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()
-        ]
+    digests = {out / name: listed(manifest, name) for name in files}
+    with Hashing(digests, usable_threads(), count) as hashing:  # while the content is checked
         try:
             plan = _plan_again(out, manifest, rest)
             layout = shards(plan, manifest["shard_bytes"])
@@ -119,11 +138,9 @@ def verify(
                         _compare(manifest, layout, checkpoint, source, rest, again=encode_again, count=count)
         except NemoquantError as error:
             rest.problems.append(str(error))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        report.problems += [problem for file in hashes if (problem := file.result()) is not None]
-    report.checked["files"] += len(hashes)
+        report.problems += hashing.problems().values()
+    report.checked["files"] += len(manifest["files"])
+    _check_card(out, manifest, report)
     for path in sorted(out.iterdir()):
         if path.name not in manifest["files"] and path.name != FILE:
             report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
@@ -131,16 +148,34 @@ def verify(
     return report
 
 
-def _check_file(path: Path, digest: str, count: Count) -> str | None:
-    """What is wrong with one file of the manifest; None where it is intact."""
+def _own(out: Path, name: str) -> bool:
+    """Whether a name leads to a regular file of this folder; so does one that there is not."""
     try:
-        if file_sha256(path, count) != digest:
-            return f"{path.name} was changed: its sha256 is not the manifest's"
-    except FileNotFoundError:
-        return f"{path.name} is missing; the manifest lists it"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return None
+        return lies_in(out, name)
+    except RuntimeError:  # a circle of links
+        return False
+    except OSError:  # a link to nothing is refused; what else can't be read is said when it is read
+        return not (out / name).is_symlink()
+
+
+def _elsewhere(out: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files that verify would read, and that are no regular files of this folder; one of them ends it."""
+    names = {*manifest["files"], "config.json", LEGACY, INDEX, SCALES_FILE, SINGLE}
+    names |= {path.name for path in out.iterdir() if path.name.endswith(SHARD)}
+    return [f"{name} {ELSEWHERE}" for name in sorted(names) if not _own(out, name)]
+
+
+def _check_card(out: Path, manifest: dict[str, Any], report: Verification) -> None:
+    """The model card is there to be edited: what became of it is said, and is no damage."""
+    if CARD not in manifest["files"]:
+        return
+    with Hashing({out / CARD: listed(manifest, CARD)}, threads=1) as hashing:
+        problems = hashing.problems()
+    if problems and (out / CARD).exists():
+        report.edited.append(CARD)
+        report.warnings.append(f"{CARD} was edited: its sha256 is not the manifest's")
+    else:
+        report.warnings += problems.values()
 
 
 def _plan_again(out: Path, manifest: dict[str, Any], report: Verification) -> Plan:
@@ -255,7 +290,7 @@ def _check_configs(out: Path, plan: Plan, source: Source | None, report: Verific
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none, so that it differs from what is expected."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -28,10 +28,13 @@ from torch import Tensor
 
 from nemoquant._version import __version__
 from nemoquant.calibrate.run import Observed, Observers, observe
+from nemoquant.checkpoint.identity import Units, differing, hash_units, told, units_of
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
 from nemoquant.formats import Device
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.roles import mixer_table
 from nemoquant.pack.workers import Threads
 
 P = ParamSpec("P")
@@ -47,10 +50,12 @@ class Cluster:
 
     Attributes:
         processors: number that tasks can use, over all nodes.
+        units: hashes of the source's units that nodes calibrated, as they read them.
     """
 
     def __init__(self, ray: Any, checkpoint: Checkpoint) -> None:
         self._ray, self.checkpoint = ray, checkpoint
+        self.units: Units = {}
         self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._source = (str(checkpoint.path.resolve()), small_tensors_sha256(checkpoint), __version__)
         # A task that is lost with its node runs again, as long as there are nodes. Tasks are spread, because
@@ -86,8 +91,15 @@ class Cluster:
             yield self._observed(waiting.popleft())
 
     def _observed(self, reference: Any) -> Observed:
-        output, *rest = self.result(reference)
-        return Observed(from_wire(output), *rest)
+        output, finite, collected, units = self.result(reference)
+        changed = differing(self.units, units)
+        if changed:
+            raise CheckpointError(
+                f"{self.checkpoint.path} is not the same on all nodes of the cluster: "
+                f"{told(changed, len(units))}; copy it to them again"
+            )
+        self.units |= units
+        return Observed(from_wire(output), finite, collected)
 
     def begin(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> Any:
         """Start a task; returns its reference."""
@@ -212,8 +224,20 @@ def _observe(
     device: str,
     observers: Observers,
 ) -> tuple[Any, ...]:
-    output, *rest = observe(_opened(source), config, layer, from_wire(states), device, observers)
-    return (to_wire(output), *rest)
+    checkpoint = _opened(source)
+    output, *rest = observe(checkpoint, config, layer, from_wire(states), device, observers)
+    prefix, kind = names.layer(layer), config.layers[layer]
+    mixer = (spec.name for spec in mixer_table(config, kind, prefix + names.MIXER, layer))
+    return (to_wire(output), *rest, _hashed(source, (f"{prefix}norm.weight", *mixer)))
+
+
+@lru_cache(maxsize=2)
+def _hashed(source: tuple[str, str, str], tensors: tuple[str, ...]) -> Units:
+    """Hashes of a layer's units on this node, once for all batches of a worker."""
+    checkpoint = _opened(source)
+    found = hash_units(checkpoint, units_of(tensors), 1)
+    checkpoint.check_unchanged()
+    return found
 
 
 def small_tensors_sha256(checkpoint: Checkpoint) -> str:

@@ -25,7 +25,7 @@ from nemoquant.checkpoint.identity import (
     told,
     units_of,
 )
-from nemoquant.errors import OutputError, UsageError
+from nemoquant.errors import CheckpointError, OutputError, UsageError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
@@ -233,6 +233,7 @@ class Job:
                     workers,
                     [*warnings, *added],
                     self.listener.progress,
+                    hashed=self._hashed(scales, cluster),
                     scales_file=None if self.options.scales is None else str(self.options.scales),
                 )
                 self.source.checkpoint.check_unchanged()
@@ -287,6 +288,17 @@ class Job:
                 f"{told(changed, len(expected))}; give the source that it was begun with to --resume, or "
                 f"remove the folder and begin again"
             )
+
+    def _hashed(self, scales: Scales | None, cluster: "Cluster | None") -> Units:
+        """Hashes of the source that packing must come to as well.
+
+        Those of a calibration by this run; on a cluster all of them, because its nodes read their own copies.
+        """
+        known = dict(scales.units) if scales is not None and self.options.scales is None else {}
+        if cluster is not None:
+            units = {k: v for k, v in units_of(self._tensors).items() if k not in known}
+            known |= hash_units(self.source.checkpoint, units, self.threads)
+        return known
 
     @property
     def _tensors(self) -> list[str]:
@@ -422,6 +434,12 @@ class Job:
                 progress=self.listener.progress,
             )
             units.update(ahead.take("norm"))
+        changed = differing(units, cluster.units) if cluster is not None else []
+        if changed:
+            raise CheckpointError(
+                f"{self.source.path} is another one on the nodes of the cluster than here: "
+                f"{told(changed, len(units))}; copy it to them again"
+            )
         self.source.checkpoint.check_unchanged()
         amax.scales.units = units
         amax.scales.non_finite_rows = len(dead)

@@ -18,7 +18,7 @@ from nemoquant.checkpoint.reader import INDEX
 from nemoquant.errors import SourceChangedError, VerificationError, listing
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
-from nemoquant.pack.files import CARD, WRITTEN
+from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
@@ -27,6 +27,7 @@ from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
+from nemoquant.words import in_markdown, markdown_code
 
 
 class Written(NamedTuple):
@@ -68,6 +69,7 @@ class Output:
         warnings: Sequence[str],
         progress: Progress,
         *,
+        hashed: Units,
         scales_file: str | None = None,
     ) -> Written:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
@@ -75,15 +77,17 @@ class Output:
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
-            scales_file: the file of another run that the scales are from, None if this one calibrated.
+            hashed: hashes that this process has of units of the source, from calibration or for a cluster.
+            scales_file: the file of another run that the scales are from; its source may be another one.
         Raises:
             CalibrationError, WeightError, SourceChangedError, VerificationError
         """
         folder = run.folder
         warnings = [*warnings, *self._pack(run, scales, workers, progress)]
         units = {name: run.units[name] for name in units_of(row.name for row in self.plan.rows)}
-        if scales is not None:
-            warnings += self._same_source(scales, units, scales_file)
+        self._check_same(hashed, units)
+        if scales is not None and scales_file is not None:
+            warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
             _write_json(folder / name, data)
         weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
@@ -95,7 +99,7 @@ class Output:
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / manifest.CARD).write_text(text, encoding="utf-8")
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
         names = sorted(
             path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
@@ -111,21 +115,23 @@ class Output:
         run.save()
         return Written(report.checked, skipped, warnings)
 
-    def _same_source(self, scales: Scales, units: Units, scales_file: str | None) -> list[str]:
-        """Compare what was calibrated with what was packed; returns a warning where a file says otherwise."""
-        changed = differing(scales.units, units)
-        if not changed:
-            return []
-        what = told(changed, len(scales.units))
-        if scales_file is None:
+    def _check_same(self, hashed: Units, units: Units) -> None:
+        changed = differing(hashed, units)
+        if changed:
             raise SourceChangedError(
-                f"{self.source.path} changed between calibration and packing: {what}; expected files that "
-                f"nobody writes to meanwhile, remove the output and run again"
+                f"{self.source.path} is not the same for calibration and packing, or on all nodes: "
+                f"{told(changed, len(hashed))}; expected files that nobody writes to meanwhile, remove the "
+                f"output and run again"
             )
+
+    def _scales_warnings(self, scales: Scales, units: Units, scales_file: str) -> list[str]:
+        """A warning where scales of another run are of another source."""
+        changed = differing(scales.units, units)
         return [
-            f"{scales_file} was made from other weights than {self.source.path}: {what}; its input scales "
-            f"may not fit, calibrate again without --scales"
-        ]
+            f"{scales_file} was made from other weights than {self.source.path}: "
+            f"{told(changed, len(scales.units))}; its input scales may not fit, calibrate again without "
+            f"--scales"
+        ] * bool(changed)
 
     def _pack(
         self,
@@ -211,6 +217,7 @@ def _calibration_sentence(scales: Scales | None) -> str:
         return "none was needed."
     s = scales.settings
     return (
-        f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; "
+        f"{in_markdown(s['rows'])} rows of {in_markdown(s['seq_len'])} tokens of {markdown_code(s['data'])}, "
+        f"{in_markdown(s['dtype'])} compute; "
         "the largest magnitude of each GEMM input."
     )

@@ -324,7 +324,11 @@ def test_too_little_disk(source, refused, monkeypatch):
             ["x.jsonl holds 3 tokens, less than one row of 512", "give more text or a smaller --seq-len"],
         ),
         ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
-        ("x.jsonl", '{"input_ids": [5]}\nhello\n', ["x.jsonl: not JSON", "expected one JSON object a line"]),
+        (
+            "x.jsonl",
+            '{"input_ids": [5]}\nhello\n',
+            ["x.jsonl, line 2: not JSON", "expected one JSON object a line"],
+        ),
         ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
         ("x.txt", "some text", ["tokenizer.json does not exist; text needs the model's tokenizer"]),
         ("x.jsonl", '{"messages": []}', ["source has no chat template; `messages` need chat_template.jinja"]),

@@ -1,5 +1,6 @@
 """The reference cache: it gives identical figures, and is never used for another source or other rows."""
 
+import fcntl
 import json
 
 import numpy as np
@@ -254,10 +255,18 @@ def test_a_full_disk(source, compare, cache, monkeypatch):
 def test_what_another_run_writes_is_left_to_it(source, compare, cache):
     partial = cache.with_name(cache.name + ".partial")
     partial.write_text("half of it")
-    with pytest.raises(
-        OutputError,
-        match=r"partial exists, left by a run that was killed or still writing; remove it, or give",
-    ):
-        compare(source, source, reference_cache=cache)
-    assert partial.read_text() == "half of it"
-    assert not cache.exists()
+    with partial.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(
+            OutputError, match=r"partial is being written by another run; wait for it, or give"
+        ):
+            compare(source, source, reference_cache=cache)
+        assert partial.read_text() == "half of it"
+        assert not cache.exists()
+
+
+def test_what_a_killed_run_left_is_replaced(source, compare, cache):
+    partial = cache.with_name(cache.name + ".partial")
+    partial.write_text("half of it")
+    compare(source, source, reference_cache=cache)
+    assert cache.is_file() and not partial.exists()

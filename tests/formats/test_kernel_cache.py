@@ -42,7 +42,8 @@ class Copy:
         self.at, self.home = at, home
         (at / "nemoquant").mkdir(parents=True)
         (at / "nemoquant/__init__.py").touch()
-        shutil.copy(PACKAGE / "errors.py", at / "nemoquant")
+        for name in ("errors.py", "words.py"):
+            shutil.copy(PACKAGE / name, at / "nemoquant")
         shutil.copytree(
             PACKAGE / "formats", at / "nemoquant/formats", ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -80,7 +80,6 @@ def test_a_flipped_byte(at, out):
     [
         "config.json",
         "hf_quant_config.json",
-        "README.md",
         "nemoquant_scales.json",
         "model.safetensors.index.json",
     ],
@@ -91,7 +90,7 @@ def test_a_changed_file(name, out):
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json", "README.md"]
+    "name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json"]
 )
 def test_a_missing_file(name, out):
     (out / name).unlink()
@@ -380,10 +379,10 @@ def test_plain_report(out, source):
     result = nemoquant("verify", out, "--against", source)
     assert result.stdout.startswith(f"{out}: ok (")
     shutil.rmtree(out / "nothing", ignore_errors=True)
-    (out / "README.md").unlink()
+    (out / "hf_quant_config.json").unlink()
     result = nemoquant("verify", out, code=1)
     assert result.stdout.startswith(f"{out}: FAILED (")
-    assert "problem: README.md is missing; the manifest lists it\n" in result.stderr
+    assert "problem: hf_quant_config.json is missing; the manifest lists it\n" in result.stderr
 
 
 def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from support.places import PACKAGE
 ORDER = (
     (
         "_version",
+        "words",
         "errors",
         "files",
         "arguments",

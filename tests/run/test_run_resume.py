@@ -192,7 +192,9 @@ def test_other_rows_or_another_source_are_refused(begun, source, token_rows, tmp
             calibration={"scales": first.out / "nemoquant_scales.json"},
         )
     other = make_checkpoint("other", seed=1)
-    with pytest.raises(UsageError, match=r"begun with other weights than .* tensors or groups of experts diff"):
+    with pytest.raises(
+        UsageError, match=r"begun with other weights than .* tensors or groups of experts diff"
+    ):
         make(other, token_rows, tmp_path / "out", resume=True)
 
 

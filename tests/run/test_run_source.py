@@ -303,7 +303,8 @@ def test_a_change_that_hides_its_time(own, token_rows, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopped_after(0, patch, lambda: change_once(lambda folder: change(), own))
         with pytest.raises(
-            SourceChangedError, match=rf"changed between calibration and packing: .*{EXPERTS}"
+            SourceChangedError,
+            match=rf"is not the same for calibration and packing, or on all nodes: .*{EXPERTS}",
         ):
             make(own, token_rows, tmp_path / "out")
 
