@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # tests/, for `suppor
 from . import watch  # noqa: E402
 from .cases import table  # noqa: E402
 
-SUITES = ("seen", "kills", "disk", "power", "pairs")
+SUITES = ("seen", "kills", "disk", "power", "pairs", "flips", "sources", "promises", "parsing")
 CHILD = "NEMOQUANT_FAULTS_FOLDER"  # environment variable: this process is the watched one
 
 

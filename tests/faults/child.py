@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.commands import invoke
 
@@ -72,20 +73,9 @@ def here(*arguments: object) -> None:
     assert threads == 1, f"{threads} threads: forks are not safe with more than one"
 
 
-def nemoquant(
-    *arguments: object,
-    root: Path | None = None,
-    aim: Aim = Aim(),  # noqa: B008  frozen
-    log: bool = False,
-    before: Callable[[], object] = lambda: None,
-) -> Ended:
-    """Run ``nemoquant ARGUMENTS`` in a child, watched below ``root`` if there is one.
-
-    Args:
-        log: keep its events.
-        before: called in the child first.
-    """
-    return call(main_of(arguments), root=root, aim=aim, log=log, before=before)
+def nemoquant(*arguments: object, **how: Any) -> Ended:
+    """Run ``nemoquant ARGUMENTS`` in a child; for the rest see :func:`call`."""
+    return call(main_of(arguments), **how)
 
 
 def main_of(arguments: Sequence[object]) -> Callable[[], None]:
@@ -106,14 +96,25 @@ def call(
     aim: Aim = Aim(),  # noqa: B008  frozen
     log: bool = False,
     before: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Ended:
-    """Run a function in a child; see :func:`nemoquant`."""
+    """Run a function in a child, watched below ``root`` if there is one.
+
+    Args:
+        log: keep its events.
+        before: called in the child first.
+        meanwhile: called here while the child is stopped at its point.
+    """
     assert threading.active_count() == 1, "a fork with threads is not safe"
     streams = [os.memfd_create(name) for name in ("out", "err", "log", "points")]
     pid = os.fork()
     if pid == 0:
         _child(function, streams, root, aim, log, before)
-    _, status = os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        meanwhile()
+        os.kill(pid, signal.SIGCONT)
+        _, status = os.waitpid(pid, 0)
     texts = []
     for stream in streams:
         with os.fdopen(stream, "rb") as f:
@@ -129,11 +130,11 @@ def call(
     )
 
 
-def start(function: Callable[[], object], out: int, err: int) -> int:
-    """Begin a child and do not wait for it; returns its process id."""
+def start(function: Callable[[], object], root: Path, out: int, err: int) -> int:
+    """Begin a child that is watched below ``root``, and do not wait for it; returns its process id."""
     pid = os.fork()
     if pid == 0:
-        _child(function, [out, err, -1, os.memfd_create("points")], None, Aim(), False, lambda: None)
+        _child(function, [out, err, -1, os.memfd_create("points")], root, Aim(), False, lambda: None)
     return pid
 
 

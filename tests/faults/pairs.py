@@ -21,7 +21,7 @@ from .child import Ended, main_of, nemoquant, start
 from .watch import Action, Aim, events
 from .world import World, differences
 
-ENTRIES = 300  # of each process
+ENTRIES = 300  # of each process, at full length
 REFUSED, WELL = 2, 0
 
 
@@ -33,16 +33,18 @@ def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:
         yield resume(world, delay, choose)
         yield diff(world, delay)
         yield export(world, delay)
-    for _ in range(5 if long else 1):
-        yield entries(world)
+    for _ in range(3 if long else 1):
+        yield entries(world, ENTRIES if long else ENTRIES // 10)
 
 
-def both(first: Callable[[], object], second: Callable[[], object], delay: float = 0.0) -> list[Ended]:
+def both(
+    root: Path, first: Callable[[], object], second: Callable[[], object], delay: float = 0.0
+) -> list[Ended]:
     """Run two functions in two children at the same time."""
     started = []
     for function in (first, second):
         out, err = os.memfd_create("out"), os.memfd_create("err")
-        started.append((start(function, out, err), out, err))
+        started.append((start(function, root, out, err), out, err))
         time.sleep(delay)
     ended = []
     for pid, out, err in started:
@@ -73,7 +75,9 @@ def quantize(world: World, delay: float) -> Case:
     """Two runs into one OUT."""
     root, scene = world.root(), world.scenes["quantize nvfp4"]
     run = main_of(scene.arguments(root))
-    return _judged(world, "two quantize", f"{delay:.3f} s apart", root, both(run, run, delay), scene.name)
+    return _judged(
+        world, "two quantize", f"{delay:.3f} s apart", root, both(root, run, run, delay), scene.name
+    )
 
 
 def resume(world: World, delay: float, choose: random.Random) -> Case:
@@ -84,7 +88,7 @@ def resume(world: World, delay: float, choose: random.Random) -> Case:
     scene.run(root, aim=Aim(Action.KILL, point))
     run = main_of([*scene.arguments(root), *scene.again])
     what = f"killed at point {point}, {delay:.3f} s apart"
-    return _judged(world, "two quantize --resume", what, root, both(run, run, delay), scene.name)
+    return _judged(world, "two quantize --resume", what, root, both(root, run, run, delay), scene.name)
 
 
 def diff(world: World, delay: float) -> Case:
@@ -92,7 +96,7 @@ def diff(world: World, delay: float) -> Case:
     scene = world.scenes["diff"]
     root = world.prepared(scene)
     run = main_of(scene.arguments(root))
-    return _judged(world, "two diff", f"{delay:.3f} s apart", root, both(run, run, delay), scene.name)
+    return _judged(world, "two diff", f"{delay:.3f} s apart", root, both(root, run, run, delay), scene.name)
 
 
 def export(world: World, delay: float) -> Case:
@@ -100,33 +104,32 @@ def export(world: World, delay: float) -> Case:
     scene = world.scenes["export onnx"]
     root = world.prepared(scene)
     run = main_of(scene.arguments(root))
-    return _judged(world, "two export onnx", f"{delay:.3f} s apart", root, both(run, run, delay), scene.name)
+    return _judged(
+        world, "two export onnx", f"{delay:.3f} s apart", root, both(root, run, run, delay), scene.name
+    )
 
 
-def entries(world: World) -> Case:
+def entries(world: World, count: int) -> Case:
     """Each process enters files of its own into one manifest."""
     root = world.root()
     world.finished("quantize nvfp4", root)
-    for name in ("a", "b"):
-        for i in range(ENTRIES):
-            (root / "out" / f"{name}{i}.onnx").write_bytes(b"")
 
     def enter(name: str) -> Callable[[], None]:
         def all_of_them() -> None:
             from nemoquant.checkpoint import manifest
 
-            for i in range(ENTRIES):
-                manifest.enter_file(root / "out", f"{name}{i}.onnx")
+            for i in range(count):
+                manifest.put_file(root / "out", f"{name}{i}.onnx", b"", lambda data: None)
 
         return all_of_them
 
-    ended = both(enter("a"), enter("b"))
+    ended = both(root, enter("a"), enter("b"))
     problems = [p for one in ended for p in one.success()]
     from nemoquant.checkpoint import manifest
 
     listed = manifest.read_manifest(root / "out")["files"]
-    lost = [f"{n}{i}" for n in ("a", "b") for i in range(ENTRIES) if f"{n}{i}.onnx" not in listed]
-    problems += [f"{len(lost)} of {2 * ENTRIES} entries were lost"] if lost else []
+    lost = [f"{n}{i}" for n in ("a", "b") for i in range(count) if f"{n}{i}.onnx" not in listed]
+    problems += [f"{len(lost)} of {2 * count} entries were lost"] if lost else []
     shutil.rmtree(root)
     outcome = "not as it should be" if problems else "nothing lost"
-    return Case("pairs", "two writers of nemoquant.json", f"{ENTRIES} entries each", outcome, tuple(problems))
+    return Case("pairs", "two writers of nemoquant.json", f"{count} entries each", outcome, tuple(problems))

@@ -4,11 +4,8 @@
 """
 
 import errno
-import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 from support.places import ROOT
@@ -16,34 +13,30 @@ from support.processes import run_python
 
 from tests.faults import watch
 from tests.faults.power import Disk, File
+from tests.faults.samples import check, sample
+from tests.faults.seen import can_trace
 from tests.faults.watch import Event, Kind
 
-SUITES = ("seen", "kills", "disk", "power", "pairs")
+SUITES = ("kills", "disk", "power", "pairs")
 needs_compiler = pytest.mark.skipif(watch.compiler() is None, reason="needs a C compiler")
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """Every case of the samples, by suite; one process runs them all."""
-    file = tmp_path_factory.mktemp("faults") / "cases.json"
-    chosen = [argument for name in SUITES for argument in ("--only", name)]
-    command = [sys.executable, "-m", "tests.faults", *chosen, "--json", file]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert file.exists(), done.stderr[-3000:]
-    found = json.loads(file.read_text())["cases"]
-    return {name: [case for case in found if case["suite"] == name] for name in SUITES}
+    return sample(SUITES, tmp_path_factory.mktemp("faults"))
 
 
 @needs_compiler
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_fault_is_gone_on_from(suite, cases):
-    problems = [
-        f"{case['scene']}, {case['fault']}: {problem}"
-        for case in cases[suite]
-        for problem in case["problems"]
-    ]
-    assert not problems, "\n".join(problems)
-    assert cases[suite] or suite == "seen", "nothing was tried"
+    check(cases[suite])
+
+
+@needs_compiler
+@pytest.mark.skipif(not can_trace(), reason="needs strace, and the right to use it")
+def test_the_watcher_sees_what_the_kernel_does(tmp_path):
+    check(sample(["seen"], tmp_path)["seen"])
 
 
 CALLS = """

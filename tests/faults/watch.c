@@ -1,4 +1,4 @@
-/* Sees every file event of a process, by LD_PRELOAD, and lets one of them kill the process or fail.
+/* Sees every file event of a process, by LD_PRELOAD, and lets one of them kill the process, stop it or fail.
  *
  * An event is a call that changes files below a folder: opening for writing, writing (write, pwrite, writev,
  * sendfile, copy_file_range), truncating, fsync, rename, unlink, rmdir, mkdir, link, symlink. Nothing happens
@@ -28,7 +28,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum action { RECORD, KILL, FAIL_FROM, FAIL_ONCE };
+enum action { RECORD, KILL, FAIL_FROM, FAIL_ONCE, STOP };
 /* watch.py has the same names in the same order. */
 enum kind { CREATE, OPEN, WRITE, TRUNCATE, FSYNC, RENAME, UNLINK, RMDIR, MKDIR, LINK, SYMLINK, CONNECT };
 
@@ -91,6 +91,10 @@ static int due(int points, void (*torn)(void *), void *argument) {
         if (half) torn(argument);
         kill(getpid(), SIGKILL);
         pause();
+    }
+    if (action == STOP) { /* until whoever waits for it has done something, and lets it go on */
+        kill(getpid(), SIGSTOP);
+        return 0;
     }
     if (half) return torn(argument), -1;
     return 1;

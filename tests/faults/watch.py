@@ -22,6 +22,7 @@ class Action(IntEnum):
     KILL = 1  # SIGKILL; a write is half done at its second point
     FAIL_FROM = 2  # this and all later calls fail that take room on the disk, and fsync
     FAIL_ONCE = 3
+    STOP = 4  # SIGSTOP: ``child`` then does something meanwhile, and lets it go on
 
 
 class Kind(IntEnum):

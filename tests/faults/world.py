@@ -60,7 +60,10 @@ class World:
     _cases: int = 0
 
     def __post_init__(self) -> None:
+        from nemoquant.checkpoint import intact
+
         self.folder.mkdir(parents=True)
+        intact.stamp_folder = lambda: self.folder / "stamps"  # not in the user's cache
         self.source = self.make_source("source")
         self.rows = write_rows(self.folder / "rows.npy", (4, 16))
         self.scenes = {scene.name: scene for scene in _scenes(self)}
