@@ -65,13 +65,13 @@ class Scales:
     def from_json(data: dict[str, Any]) -> "Scales":
         """The reverse of ``to_json``; other data raise ValueError, KeyError, TypeError or AttributeError."""
         return Scales(
-            dict(data["settings"]),
-            {str(k): float(v) for k, v in data["input_amax"].items()},
-            {str(k): float(v) for k, v in data["kv_amax"].items()},
-            {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
-            int(data["non_finite_rows"]),
-            [str(w) for w in data["warnings"]],
-            {str(k): str(v) for k, v in data["units"].items()},
+            settings=dict(data["settings"]),
+            input_amax={str(k): float(v) for k, v in data["input_amax"].items()},
+            kv_amax={str(k): float(v) for k, v in data["kv_amax"].items()},
+            tokens_per_expert={int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
+            non_finite_rows=int(data["non_finite_rows"]),
+            warnings=[str(w) for w in data["warnings"]],
+            units={str(k): str(v) for k, v in data["units"].items()},
         )
 
     @staticmethod

@@ -41,6 +41,9 @@ FUSED = re.compile(r"(.+\.mixer\.experts)\.(up_proj|down_proj)(\.weight)?")
 class Checkpoint:
     """The tensors of a folder. Use as a context manager, or call :meth:`close`.
 
+    Leaving the context without an error calls :meth:`check_unchanged`: nobody goes on with what was read from
+    files that changed.
+
     Attributes:
         path: the folder.
         tensors: published name -> :class:`TensorInfo`, all shards together.
@@ -80,7 +83,11 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Drop all maps; a map stays open as long as an array still uses it."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from nemoquant.checkpoint import reader
 from nemoquant.checkpoint.header import encode_header
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CheckpointError, HeaderError
+from nemoquant.errors import CheckpointError, HeaderError, SourceChangedError
 from nemoquant.sources.source import open_source
 
 Tensors = dict[str, torch.Tensor]
@@ -500,3 +501,12 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.array("b").tolist() == [0x3F80] * 16
         assert checkpoint.array("a").shape == (rows, 65536)
+
+
+def test_files_that_changed_are_told_when_the_checkpoint_is_left(source: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(source, tmp_path / "own")
+    says = r"changed while it was read: it had [\d,]+ bytes and has 9"
+    with pytest.raises(SourceChangedError, match=says), Checkpoint(own):
+        next(own.glob("*.safetensors")).write_bytes(b"truncated")
+    with pytest.raises(ZeroDivisionError), Checkpoint(source):  # an error of the body is not hidden
+        1 / 0
