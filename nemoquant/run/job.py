@@ -429,7 +429,8 @@ class Job:
             run.save()
 
         with closing(hidden), ahead:
-            ahead.begin(begin.layers if begin else "begin")
+            next_group = "begin" if begin is None else begin.layers if begin.layers in groups else "norm"
+            ahead.begin(next_group)
             dead = calibrate(
                 self.source.checkpoint,
                 self.source.config,
