@@ -402,7 +402,7 @@ c.sum()
 def test_a_run_that_ended_between_its_last_layer_and_its_scales(own, token_rows, tmp_path, monkeypatch):
     from nemoquant.calibrate import run
 
-    def stop(self):
+    def stop(_run):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
