@@ -320,10 +320,12 @@ def test_links_are_refused_in_place_and_followed_for_a_copy(
     quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     """Hub caches consist of links."""
-    folder, links = quantized(), tmp_path / "links"
-    links.mkdir()
+    folder, repository = quantized(), tmp_path / "models--made--up"
+    links = repository / "snapshots/0a1b2c"
+    links.mkdir(parents=True)
+    shutil.copytree(folder, repository / "blobs")
     for file in folder.iterdir():
-        (links / file.name).symlink_to(file)
+        (links / file.name).symlink_to(f"../../blobs/{file.name}")
     refused(links, parts=["model-00001-of-00001.safetensors is a link", "ONNX refuses", "give an OUT folder"])
     made = export_onnx(links, tmp_path / "out")
     assert not any(p.is_symlink() for p in made.folder.iterdir())
