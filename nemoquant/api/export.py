@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemoquant import arguments
-from nemoquant.arguments import PathLike
+from nemoquant.arguments import MOST_BYTES, PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
@@ -123,7 +123,7 @@ def export_engine(
     sm = None if sm is None else arguments.whole("sm", sm, 1)
     max_seq_len = arguments.whole("max_seq_len", max_seq_len, 2)
     max_batch = arguments.whole("max_batch", max_batch, 1)
-    workspace = None if workspace is None else arguments.whole("workspace", workspace, 1)
+    workspace = None if workspace is None else arguments.whole("workspace", workspace, 1, MOST_BYTES)
     source, out = arguments.path("source", source), arguments.path("out", out)
     cache = arguments.optional_path("timing_cache", timing_cache)
     library = arguments.optional_path("plugins", plugins)

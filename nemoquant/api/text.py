@@ -100,10 +100,11 @@ def generate(
     arguments.check_flags(chat=chat)
     arguments.check_functions(ready=ready, stream=stream, say=say)
     showing = bars.shown(progress)
-    max_tokens, seed = arguments.whole("max_tokens", max_tokens, 1), arguments.whole("seed", seed, 0)
+    max_tokens = arguments.whole("max_tokens", max_tokens, 1)
+    seed = arguments.whole("seed", seed, 0, arguments.MOST_SEED)
     mtp = arguments.whole("mtp", mtp, 0)
     threads = arguments.threads(threads)
-    temperature = arguments.number("temperature", temperature, "0 (greedy) or a positive number")
+    temperature = arguments.temperature(temperature)
     folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)
     from nemoquant.engine.generate import Drafts, Sampler, stop_tokens

@@ -6,20 +6,20 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import say, show
+from nemoquant.cli.shared import PATH, say, show, whole
 
 
 @click.command("demo")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("nemoquant-demo"),
     show_default=True,
     help="New folder for all that is made.",
 )
 @click.option(
     "--rows",
-    type=click.IntRange(min=1),
+    type=whole(1),
     default=32,
     show_default=True,
     help="Rows of 512 tokens to calibrate and compare on.",

@@ -7,25 +7,21 @@ import click
 from click.core import ParameterSource
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import THREADS, print_json_text, say, show
+from nemoquant.cli.shared import FILE, PATH, THREADS, print_json_text, say, show, whole
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.formats import DEVICES, Device
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-
 
 @click.command("diff")
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=PATH)
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Text to compare on: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of text.")
-@click.option(
-    "--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a row."
-)
+@click.option("--rows", type=whole(1), default=32, show_default=True, help="Rows of text.")
+@click.option("--seq-len", type=whole(2), default=512, show_default=True, help="Tokens in a row.")
 @click.option(
     "--html", type=FILE, metavar="FILE", help="Write the report as one HTML file that opens offline."
 )

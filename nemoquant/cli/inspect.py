@@ -4,15 +4,15 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, say, table
+from nemoquant.cli.shared import PATH, json_option, print_json, say, table, whole
 from nemoquant.units import size
 
 
 @click.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option(
     "--context",
-    type=click.IntRange(min=1),
+    type=whole(1),
     help="Tokens for the full-context figure; default: the config's maximum.",
 )
 @json_option

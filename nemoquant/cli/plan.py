@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 from nemoquant.cli.shared import (
+    PATH,
+    THREADS,
     json_option,
     memory_option,
     no_scale_groups_option,
@@ -15,6 +17,7 @@ from nemoquant.cli.shared import (
     run_option,
     say,
     table,
+    whole,
 )
 from nemoquant.formats import DEVICES
 from nemoquant.run.options import RunOptions
@@ -22,7 +25,7 @@ from nemoquant.units import size
 
 
 @click.command("plan")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @recipe_options
 @no_scale_groups_option
 @click.option(
@@ -30,11 +33,11 @@ from nemoquant.units import size
     is_flag=True,
     help="Also measure this machine shortly, and say what quantize would need: memory, disk, time.",
 )
-@run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows, for --estimate.")
-@run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a row, for --estimate.")
+@run_option("rows", type=whole(1), show_default=True, help="Calibration rows, for --estimate.")
+@run_option("seq_len", type=whole(1), show_default=True, help="Tokens in a row, for --estimate.")
 @run_option(
     "threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     help="Threads, for --estimate; default: all that this process may use.",
 )
 @run_option(
@@ -45,7 +48,7 @@ from nemoquant.units import size
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=".",
     help="Folder on the disk that would be written, for --estimate.",
 )

@@ -10,6 +10,8 @@ from click.core import ParameterSource
 
 from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import (
+    GIGABYTES,
+    PATH,
     THREADS,
     dtype_of,
     json_option,
@@ -21,6 +23,7 @@ from nemoquant.cli.shared import (
     recipe_options,
     run_option,
     say,
+    whole,
 )
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES
@@ -35,19 +38,19 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize")
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("out", type=PATH)
 @recipe_options
 @run_option(
     "data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Calibration data: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
 )
-@run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows.")
-@run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a calibration row.")
+@run_option("rows", type=whole(1), show_default=True, help="Calibration rows.")
+@run_option("seq_len", type=whole(1), show_default=True, help="Tokens in a calibration row.")
 @run_option(
     "scales",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="nemoquant_scales.json of an earlier run, instead of calibrating.",
 )
@@ -68,14 +71,14 @@ if TYPE_CHECKING:
 )
 @run_option(
     "row_batch",
-    type=click.IntRange(min=1),
+    type=whole(1),
     help="Calibration rows that go through a layer at once; default: as many as --memory, or 4 GB, admits.",
 )
 @memory_option
 @run_option("threads", type=THREADS, help="Threads; default: all that this process may use.")
 @run_option(
     "shard_bytes",
-    type=click.FloatRange(min=0.000001),
+    type=GIGABYTES,
     default=OPTIONS["shard_bytes"].default / 1e9,
     callback=lambda context, parameter, gigabytes: int(gigabytes * 1e9),
     show_default=True,

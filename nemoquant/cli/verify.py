@@ -6,14 +6,14 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json, say
+from nemoquant.cli.shared import PATH, json_option, print_json, say
 
 
 @click.command("verify")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="SRC",
     help="The source: compare and encode its weights again.",
 )

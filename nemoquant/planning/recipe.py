@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nemoquant.arguments import home_expanded
 from nemoquant.errors import RecipeError, brief, listing
 from nemoquant.files import read_text
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Format, FormatName, ScaleMethod
@@ -142,7 +143,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         RecipeError: there is no such preset or file, or the file does not follow the schema.
     """
     shipped = presets()
-    path = shipped.get(name_or_path, Path(name_or_path))
+    path = shipped.get(name_or_path, Path(home_expanded(name_or_path)))
     try:
         data = yaml.load(read_text(path, MOST_BYTES), _Strict)  # a SafeLoader
     except FileNotFoundError:

@@ -30,7 +30,7 @@ from tests.faults.parsers import BAD, PARSERS, checkpoints, workspace
 SECONDS = 30.0  # a case may take; on an idle machine the longest takes a third
 MEMORY = 1 << 30  # bytes that a case may add
 PATIENCE = 120.0  # seconds without a case until its process is ended; a new one loads modules
-TEXT = 4000  # characters of an error's message
+TEXT = 10_000  # characters of an error's message
 Job = tuple[str, range]  # a parser and its cases
 TABLE = PARSERS | BAD
 
