@@ -52,7 +52,7 @@ class Unfinished:
         calibration: JSON data of the layers that were calibrated, None before the first; ``units`` in it are
             the hashes of what was read for them, ``scales_sha256`` that of the scales file once it is final.
         calibrated: whether the scales file is written and final.
-        shards: file name -> {"sha256", "zero_weights", "units": hashes of what it was made from}.
+        shards: file name -> {"sha256", "zero_weights", "lost", "units": hashes of what it was made from}.
         verified: counts of the items that verify checked, once it passed.
     """
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from nemoquant.errors import SourceChangedError, VerificationError, listing
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import WRITTEN
+from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
@@ -161,13 +162,24 @@ class Output:
                 run.shards[shard.file] = {
                     "sha256": digest,
                     "zero_weights": packer.zero_weights[before:],
+                    "lost": {
+                        row.module: asdict(packer.lost[row.module])
+                        for unit in shard.units
+                        for row in unit.rows
+                        if row.module in packer.lost
+                    },
                     "units": {
                         (name := unit_name(unit.rows[0].name)): packer.units[name] for unit in shard.units
                     },
                 }
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
-        return packer.warnings + _zero_warnings(self.plan, zero)
+        lost = {
+            module: Lost(**counts)
+            for shard in self.layout
+            for module, counts in run.shards[shard.file]["lost"].items()
+        }
+        return packer.warnings + _zero_warnings(self.plan, zero) + lost_warnings(lost)
 
     def _manifest(
         self, scales: Scales | None, warnings: list[str], files: dict[str, str], units: Units
