@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemoquant._version import __version__
-from nemoquant.errors import BuildError, OutputError, UsageError
-from nemoquant.files import MOST_SETTINGS, read_json
+from nemoquant.errors import BuildError, OutputError, UsageError, field_problem
+from nemoquant.files import MOST_SETTINGS, copy_again, read_json, rename, replace_text
 from nemoquant.machine import usable_threads
 from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
@@ -75,17 +75,19 @@ def read_built(folder: Path, host: bool = False) -> Built | None:
     Raises:
         BuildError: its ``build.json`` can't be read.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     path = folder / f"{_stem(host)}.json"
     try:
-        data = read_json(path, MOST_SETTINGS)
-        return Built(**data | {key: tuple(data[key]) for key in ("architectures", "gemm_architectures")})
+        return TypeAdapter(Built).validate_python(read_json(path, MOST_SETTINGS))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise BuildError(f"{path} can't be read ({error.strerror or error}); set XDG_CACHE_HOME") from None
-    except (ValueError, TypeError, KeyError):
+    except ValueError as error:  # pydantic's error is one too
+        why = field_problem(error) if isinstance(error, ValidationError) else str(error)
         raise BuildError(
-            f"{path} is not what `nemoquant plugins build` writes; remove it and build again"
+            f"{path} is not what `nemoquant plugins build` writes ({why}); remove it and build again"
         ) from None
 
 
@@ -340,10 +342,11 @@ def _install(
         if headers is None and "plugins" in library.name:
             continue  # left by an earlier build
         partial = out / f"{library.name}.partial"
-        shutil.copy2(library, partial)
-        partial.replace(out / library.name)
+        copy_again(library, partial)
+        shutil.copystat(library, partial)
+        rename(partial, out / library.name)
         libraries[library.name] = hashlib.sha256((out / library.name).read_bytes()).hexdigest()
     version = tensorrt_version(headers) if headers else None
     built = Built(__version__, sources, host, architectures, gemm, tensorrt=version, libraries=libraries)
-    (out / f"{_stem(host)}.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
+    replace_text(out / f"{_stem(host)}.json", json.dumps(asdict(built), indent=1) + "\n")
     return built
