@@ -79,11 +79,28 @@ class CalibrationState(TypedDict):
 
 
 @with_config(STRICT)
+class LostState(TypedDict):
+    """The counts of a :class:`nemoquant.pack.outliers.Lost`."""
+
+    floored: Count
+    blocks: Count
+    flushed: Count
+    values: Count
+
+
+def _are_shares(lost: LostState) -> LostState:
+    if lost["floored"] > lost["blocks"] or not lost["flushed"] <= lost["values"] > 0:
+        raise ValueError("parts are more than the whole")
+    return lost
+
+
+@with_config(STRICT)
 class ShardState(TypedDict):
     """A shard that was written."""
 
     sha256: Digest
     zero_weights: list[str]
+    lost: dict[str, Annotated[LostState, AfterValidator(_are_shares)]]
     units: Units
 
 

@@ -19,12 +19,14 @@ from nemoquant.files import write_again
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import WRITTEN
+from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.state import LostState
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
 from nemoquant.words import in_markdown, markdown_code
@@ -157,13 +159,24 @@ class Output:
                 run.shards[shard.file] = {
                     "sha256": digest,
                     "zero_weights": packer.zero_weights[before:],
+                    "lost": {
+                        row.module: _counts(packer.lost[row.module])
+                        for unit in shard.units
+                        for row in unit.rows
+                        if row.module in packer.lost
+                    },
                     "units": {
                         (name := unit_name(unit.rows[0].name)): packer.units[name] for unit in shard.units
                     },
                 }
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
-        return packer.warnings + _zero_warnings(self.plan, zero)
+        lost = {
+            module: Lost(**counts)
+            for shard in self.layout
+            for module, counts in run.shards[shard.file]["lost"].items()
+        }
+        return packer.warnings + _zero_warnings(self.plan, zero) + lost_warnings(lost)
 
     def _manifest(
         self, scales: Scales | None, warnings: list[str], files: dict[str, str], units: Units
@@ -185,6 +198,15 @@ class Output:
             "skipped_side_files": self.side_files[1],
             "files": files,
         }
+
+
+def _counts(lost: Lost) -> LostState:
+    return {
+        "floored": lost.floored,
+        "blocks": lost.blocks,
+        "flushed": lost.flushed,
+        "values": lost.values,
+    }
 
 
 def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:

@@ -256,7 +256,7 @@ def test_every_line_of_the_command_line_goes_through_one_place():
     }
     assert found == {
         ("bars.py", "print"),
-        ("cli/__init__.py", "click.echo"),
+        ("cli/ending.py", "click.echo"),
         ("cli/shared.py", "click.echo"),
         ("ops/library.py", "print"),
     }
