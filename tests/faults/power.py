@@ -218,7 +218,7 @@ def one(world: World, scene: Scene, fault: str, left: Tree) -> Case:
     named = "out/nemoquant.json" in left
     if named:
         problems += [f"OUT fails: {p}" for p in nemoquant("verify", root / "out").success()]
-    problems += scene.run(root, again=True).success()
+    problems += scene.go_on(root)
     problems += differences(tree(root), world.whole(scene)[0])
     shutil.rmtree(root)
     return Case(
