@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import copy_side_files, side_files
 from nemoquant.checkpoint.identity import Units, differing, told, unit_name, units_of
 from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.errors import SourceChangedError, VerificationError, listing
+from nemoquant.files import write_again
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import WRITTEN
@@ -74,6 +74,8 @@ class Output:
     ) -> Written:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
 
+        The scales file is there already.
+
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
@@ -94,16 +96,12 @@ class Output:
         _write_json(
             folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
         )
-        if scales is not None:
-            (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / manifest.CARD).write_text(text, encoding="utf-8")
+        _write_text(folder / manifest.CARD, text)
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
-        names = sorted(
-            path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
-        )
+        names = sorted(name for name in self.names - {manifest.FILE} if (folder / name).exists())
         files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
         manifest.write_manifest(folder, self._manifest(scales, warnings, files, units))
         report = verify(folder, self.source, encode_again=False, progress=progress)
@@ -111,8 +109,6 @@ class Output:
             raise VerificationError(
                 f"what was written is not what was planned: {'; '.join(report.problems[:3])}"
             )
-        run.verified = report.checked
-        run.save()
         return Written(report.checked, skipped, warnings)
 
     def _check_same(self, hashed: Units, units: Units) -> None:
@@ -209,7 +205,11 @@ def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_again(path, text.encode("utf-8"))
 
 
 def _calibration_sentence(scales: Scales | None) -> str:
