@@ -34,8 +34,8 @@ class Scene:
         again: added to go on after a fault.
         prepare: fills the folder first.
         refuses: whether the same command without ``again`` must be refused where something was left.
-        new: folder that must not exist before; then the command to go on may be refused where it is finished, or
-            where ``new.partial`` was left, which must be removed first.
+        new: folder that must not exist before; then the command to go on may be refused where it is finished,
+            or where ``new.partial`` was left, which must be removed first.
         before: called in the child first.
     """
 
