@@ -27,7 +27,7 @@ from .child import Ended, nemoquant
 from .watch import Action, Aim, Event, Kind, events
 from .world import Scene, World, differences
 
-SAMPLES = {  # cases of the short run; the long one takes every point
+SAMPLES = {  # cases of the short run
     "quantize nvfp4": 7,
     "quantize fp8": 1,
     "quantize nvfp4-w4a16": 1,
@@ -46,9 +46,9 @@ def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:
         scene = world.scenes[name]
         seen = [event for event in events(world.whole(scene)[1]) for _ in range(event.points)]
         points = [i + 1 for i, event in enumerate(seen) if event.kind not in HARMLESS]
-        for point in points if long else sorted(choose.sample(points, min(sample, len(points)))):
+        for point in points[:: scene.every] if long else sorted(choose.sample(points, sample)):
             yield injected(world, scene, Aim(Action.FAIL_FROM, point), seen[point - 1])
-        for point in points[::5] if long else choose.sample(points, 1):
+        for point in points[:: 5 * scene.every] if long else choose.sample(points, 1):
             yield injected(world, scene, Aim(Action.FAIL_ONCE, point, errno.EDQUOT), seen[point - 1])
     if long and can_mount(world.folder):
         scene = world.scenes["quantize nvfp4"]

@@ -19,7 +19,7 @@ from .child import nemoquant
 from .watch import Action, Aim, Event, events
 from .world import Scene, World, differences, plant
 
-SAMPLES = {  # cases of the short run; the long one takes every point
+SAMPLES = {  # cases of the short run
     "quantize nvfp4": 9,
     "quantize fp8": 1,
     "quantize nvfp4-w4a16": 2,
@@ -36,7 +36,7 @@ def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:
         scene = world.scenes[name]
         seen = [event for event in events(world.whole(scene)[1]) for _ in range(event.points)]
         points = range(1, len(seen) + 1)
-        for point in points if long else sorted(choose.sample(points, min(sample, len(points)))):
+        for point in points[:: scene.every] if long else sorted(choose.sample(points, sample)):
             yield one(world, scene, point, seen[point - 1])
 
 

@@ -37,6 +37,7 @@ class Scene:
         new: folder that must not exist before; then the command to go on may be refused where it is finished,
             or where ``new.partial`` was left, which must be removed first.
         before: called in the child first.
+        every: step of the long run through the points; 1 where its events are not those of other scenes.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Scene:
     refuses: bool = False
     new: str | None = None
     before: Callable[[], object] = lambda: None
+    every: int = 1
 
     def run(self, root: Path, *, aim: Aim = Aim(), again: bool = False, log: bool = False) -> Ended:  # noqa: B008  frozen
         """Run the command in ``root``, which it is watched below."""
@@ -194,12 +196,12 @@ def _scenes(world: World) -> list[Scene]:
     resume = ("--resume",)
     return [
         Scene("quantize nvfp4", quantize("nvfp4"), resume, refuses=True),
-        Scene("quantize fp8", quantize("fp8"), resume, refuses=True),
+        Scene("quantize fp8", quantize("fp8"), resume, refuses=True, every=5),
         Scene("quantize nvfp4-w4a16", quantize("nvfp4-w4a16"), resume, refuses=True),
         Scene("diff", diff, prepare=output),
         Scene("export onnx", lambda root: ["export", "onnx", root / "out", "--mtp"], prepare=output),
         Scene("export onnx, a copy", copy, prepare=output, new="copy"),
-        Scene("demo", demo, new="out", before=lambda: _small_demo(source)),
+        Scene("demo", demo, new="out", before=lambda: _small_demo(source), every=5),
     ]
 
 
