@@ -42,7 +42,7 @@ def check_output(
 
     Args:
         resume: whether the partial folder of an earlier run may exist, whose bytes then count as room; None
-            where no run could go on with it.
+            where no run could go on with it: then one is in the way only if another kind of run could.
     Raises:
         OutputError: it exists, overlaps the source, an earlier run left its partial folder or another one
             is in it, its folder is not writable, or the disk has no room for that many tensors and bytes.
@@ -52,9 +52,10 @@ def check_output(
         if path == origin or path in origin.parents or origin in path.parents:
             raise OutputError(f"{out} overlaps the source {source}; expected a folder outside it")
     if out.exists() or out.is_symlink():
-        raise OutputError(
-            f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
-        )
+        if resume is None and not out.is_symlink():
+            with suppress(OSError):  # only an empty one, of a run that was killed when all else was done
+                (out / FOLDER).rmdir()
+        raise OutputError(_exists(out))
     partial, bytes_there = partial_of(out), 0
     if os.path.lexists(partial):
         _check_folder(partial)
@@ -62,7 +63,7 @@ def check_output(
             with _only_run(partial):
                 pass
         if _begun(partial):
-            if not resume:
+            if not resume and not _abandoned(partial, resume):
                 raise OutputError(_left(partial, resume))
             with os.scandir(partial) as entries:
                 sizes = (entry.stat(follow_symlinks=False) for entry in entries)
@@ -80,6 +81,10 @@ def check_output(
             f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk; make room or "
             f"choose another disk"
         )
+
+
+def _exists(out: Path) -> str:
+    return f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
 
 
 def _left(partial: Path, resume: bool | None) -> str:
@@ -100,6 +105,12 @@ def _begun(partial: Path) -> bool:
     """Whether a run left something in OUT.partial: one that was killed at once may leave empty folders."""
     inner = partial / FOLDER
     return bool(_names(partial) - {FOLDER}) or (inner.is_dir() and not _names(inner) <= {STATE + HALF})
+
+
+def _abandoned(partial: Path, resume: bool | None) -> bool:
+    """Whether a run left what is there that nobody could go on with, such as a copy: it kept no state."""
+    inner = partial / FOLDER
+    return resume is None and inner.is_dir() and STATE not in _names(inner)
 
 
 def _names(folder: Path) -> set[str]:
@@ -147,17 +158,25 @@ class Making:
         self._inner = {name + end for name in (STATE, *HIDDEN) for end in ("", HALF)}
         self._renaming = False
 
-    def look(self, resume: bool | None) -> None:
+    def look(self, resume: bool | None, *, held_before: bool) -> None:
         """Make sure that the folder is empty, or with ``resume`` holds only what a run makes.
 
+        Args:
+            held_before: whether an earlier run had made the folder that is locked.
         Raises:
             OutputError
         """
+        if os.path.lexists(self.out):  # made since it was looked for, by a run that has ended
+            raise OutputError(_exists(self.out))
         self.begun = _begun(self.folder)
-        if self.begun and not resume:
+        abandoned = self.begun and held_before and _abandoned(self.folder, resume)
+        if self.begun and not resume and not abandoned:
             raise OutputError(_left(self.folder, resume))
         _check_entries(self.folder, self._files, self._folders | {FOLDER})
         _check_entries(self.folder / FOLDER, self._inner, ())
+        if abandoned:
+            self._remove_files()
+            self.begun = False
         self.disposable = not self.begun
 
     def drop_halves(self) -> None:
@@ -167,14 +186,18 @@ class Making:
                 if name.endswith(HALF):
                     (folder / name).unlink()
 
+    def _remove_files(self) -> None:
+        for folder, known in ((self.folder, self._files), (self.folder / FOLDER, self._inner)):
+            for name in known & _names(folder):
+                with suppress(IsADirectoryError):
+                    (folder / name).unlink()
+
     def finish(self) -> None:
         """OUT.partial becomes OUT, and what is not output is removed from it.
 
         Raises:
             OutputError
         """
-        with suppress(OSError):  # only if nothing is in it
-            (self.folder / FOLDER).rmdir()
         sync_folder(self.folder)
         self.disposable, self._renaming = False, True
         try:
@@ -194,10 +217,8 @@ class Making:
             return kept
         if not self.disposable:
             return f"{self.folder} is as it was" * (self.begun and not isinstance(error, NemoquantError))
-        for folder, known in ((self.folder, self._files), (self.folder / FOLDER, self._inner)):
-            with suppress(OSError):
-                for name in known & _names(folder):
-                    (folder / name).unlink()
+        with suppress(OSError):
+            self._remove_files()
         for name in (*self._folders, FOLDER, ""):
             with suppress(OSError):  # only what is empty
                 (self.folder / name).rmdir()
@@ -235,7 +256,7 @@ def making(
             ours, empty = empty, []  # from here on another run may be in them
             held.enter_context(_only_run(made.folder))
             empty = ours
-            made.look(resume)
+            made.look(resume, held_before=made.folder / FOLDER not in empty)
             yield made
             made.finish()
         except BaseException as error:
