@@ -15,7 +15,7 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import HIDDEN, check_output, clear, ended, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, check_output, nearest_folder
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
@@ -25,6 +25,7 @@ from nemoquant.checkpoint.identity import (
     told,
     units_of,
 )
+from nemoquant.checkpoint.making import clear, ended
 from nemoquant.errors import CheckpointError, OutputError, UsageError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from support.files import tree
 
-from nemoquant.checkpoint.folder import FOLDER, HIDDEN, STATE, check_output, making
+from nemoquant.checkpoint.folder import FOLDER, HIDDEN, STATE, check_output
+from nemoquant.checkpoint.making import making
 from nemoquant.errors import Interrupted, OutputError, UsageError
 
 FILES = ("a.json", "b.safetensors")
@@ -206,7 +207,7 @@ def test_an_interrupt_behind_the_rename_says_that_the_output_is_whole(out, monke
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nemoquant.checkpoint.folder.clear", interrupt)
+    monkeypatch.setattr("nemoquant.checkpoint.making.clear", interrupt)
     with pytest.raises(Interrupted, match=f"^{out} is whole$"), making(out, FILES):
         pass
     assert tree(out) == {FOLDER: None}
