@@ -25,6 +25,7 @@ from files, whatever that is: as a str it is one printable line, not too long (`
 
 from collections.abc import Sequence
 from reprlib import Repr
+from typing import Any
 
 from nemoquant.words import MOST_NAME, message, plain
 
@@ -128,3 +129,12 @@ def brief(value: object) -> str:
     """A value that a file or a user gave, for a message: ``repr`` cut to a readable length."""
     text = _Brief().repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def field_problem(error: Any) -> str:
+    """The first problem in pydantic's ValidationError, in one line: the key, what it held, and why."""
+    first, more = error.errors(include_url=False)[0], error.error_count() - 1
+    key = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]") or "the whole"
+    got = "" if first["type"] == "missing" else f" is {brief(first['input'])}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"`{key}`{got}: {message[:1].lower()}{message[1:]}" + (f", and {more:,} more" if more else "")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.identity import Units
-from nemoquant.errors import CalibrationError, listing
+from nemoquant.errors import CalibrationError, brief, listing
+from nemoquant.files import read_json
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 
@@ -79,25 +80,27 @@ class Scales:
         """Read a scales file.
 
         Raises:
-            CalibrationError: not a scales file, or of another schema.
+            CalibrationError: not a scales file, or of another schema; names the key, what it held, and why.
         """
+        from nemoquant.calibrate.scales_schema import problem
+
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise CalibrationError(
-                    f"{path}: schema {data['schema']}, expected {SCHEMA}; calibrate again with this version"
-                )
-            scales = Scales.from_json(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            data = read_json(path)
+        except (OSError, ValueError) as error:
             raise CalibrationError(
-                f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run"
+                f"{path} is not a scales file ({error}); expected the {FILE} of an earlier run"
             ) from None
-        bad = [k for k, v in (scales.input_amax | scales.kv_amax).items() if not 0 <= v < float("inf")]
-        if bad:
+        got = data.get("schema") if isinstance(data, dict) else None
+        if type(got) is int and got != SCHEMA:
             raise CalibrationError(
-                f"{path}: maxima of {listing(bad)} are negative or not finite; calibrate again"
+                f"{path}: schema {brief(got)}, expected {SCHEMA}; calibrate again with this version"
             )
-        return scales
+        wrong = problem(data)
+        if wrong is not None:
+            raise CalibrationError(
+                f"{path} is not a scales file ({wrong}); expected the {FILE} of an earlier run"
+            )
+        return Scales.from_json(data)
 
     def unreached(self) -> list[str]:
         """Experts without a token, as ``layer 3 expert 7``."""

@@ -90,4 +90,5 @@ def problem(data: object) -> str | None:
 
 
 def _short(text: str) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in text[: SHORT + 1])
     return text if len(text) <= SHORT else text[: SHORT - 3] + "..."

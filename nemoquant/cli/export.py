@@ -95,7 +95,7 @@ def export_onnx(
             mtp=mtp,
             copy=not no_copy,
             progress=progress,
-            say=lambda text: None if as_json else click.echo(text, err=True),
+            say=lambda text: None if as_json else say(text, err=True),
         )
     figures = {
         "folder": str(exported.folder),

@@ -1,6 +1,5 @@
 """Text from a checkpoint, token by token, by any engine: greedy or sampled, with or without MTP drafts."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice, takewhile
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from nemoquant.engine.base import Engine, Floats, Step
-from nemoquant.errors import EngineError, UsageError
+from nemoquant.errors import CheckpointError, EngineError, UsageError, brief
+from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.parse import MOST_SIZE
 
 MODULE = "the multi-token-prediction module"
 
@@ -65,14 +66,27 @@ class Sampler:
 
 
 def stop_tokens(path: Path, config: NemotronHConfig) -> set[int]:
-    """The eos tokens of generation_config.json, else of config.json."""
+    """The eos tokens of generation_config.json, else of config.json.
+
+    Raises:
+        CheckpointError: generation_config.json can't be read.
+    """
+    file = path / "generation_config.json"
     try:
-        eos = json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        eos = None
-    ids = eos if isinstance(eos, list) else [eos]
-    named = {i for i in ids if isinstance(i, int)}
-    return named or set(config.eos_token_ids)
+        settings = read_json(file, MOST_SETTINGS)
+    except FileNotFoundError:
+        settings = {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); expected JSON") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(settings).__name__}; expected an object")
+    eos = settings.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and 0 <= i <= MOST_SIZE for i in ids):
+        raise CheckpointError(
+            f"{file}: `eos_token_id` is {brief(eos)}; expected a token id or a list of them"
+        )
+    return set(ids) or set(config.eos_token_ids)
 
 
 def generate(

@@ -62,7 +62,7 @@ def export_onnx(
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
         if reason is None:
-            return _write_graphs(opened, dialect, options, mtp, _intact(opened, say, progress))
+            return _write_graphs(opened, dialect, options, mtp, say, progress)
         if not copy:
             raise UsageError(
                 f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
@@ -81,7 +81,7 @@ def export_onnx(
                 intact.check(manifest.read_manifest(path))
             copied = PackedCheckpoint(made.folder)
             with copied.checkpoint:
-                written = _write_graphs(copied, dialect, options, mtp, _intact(copied, silent, progress))
+                written = _write_graphs(copied, dialect, options, mtp, silent, progress)
     return Exported(
         out, [out / graph.name for graph in written.graphs], size, written.functions, written.nodes
     )
@@ -217,20 +217,19 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
 
 
 def _write_graphs(
-    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, intact: Intact | None
+    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, say: Say, progress: Progress
 ) -> Exported:
-    names = [(MODEL, Builder(opened, DIALECTS[dialect], options).main)]
+    models = {MODEL: Builder(opened, DIALECTS[dialect], options).main()}
     if mtp:
-        names.append((MTP, Builder(opened, DIALECTS[dialect], options).mtp))
-    graphs, functions, nodes = [], [], 0
-    for name, build in names:
-        model = build()
+        models[MTP] = Builder(opened, DIALECTS[dialect], options).mtp()
+    intact = _intact(opened, say, progress)  # after what could be refused without reading the shards
+    functions, nodes = [], 0
+    for name, model in models.items():
         _describe(opened, model, dialect, options)
         _save(model, opened.path / name, intact)
-        graphs.append(opened.path / name)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
-    return Exported(opened.path, graphs, 0, functions, nodes)
+    return Exported(opened.path, [opened.path / name for name in models], 0, functions, nodes)
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:

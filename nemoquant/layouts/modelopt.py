@@ -21,8 +21,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from pydantic import BaseModel, ValidationError
+
 from nemoquant.checkpoint.header import TensorInfo
-from nemoquant.errors import CheckpointError
+from nemoquant.errors import CheckpointError, field_problem
+from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
 from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
@@ -278,13 +281,48 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     return f"it has {LEGACY}" if (path / LEGACY).exists() else None
 
 
+class _Listed(BaseModel):
+    quant_algo: str | None = None
+
+
+class _Declared(BaseModel):
+    """The keys of ``SECTION`` that are read here; there may be others, of this tool or another."""
+
+    quant_algo: str | None = None
+    quantized_layers: dict[str, _Listed] | None = None
+    kv_cache_scheme: dict[str, Any] | str | None = None
+
+
+class _Legacy(BaseModel):
+    """The keys of ``LEGACY`` that are read here."""
+
+    quant_algo: str | None = None
+    quantized_layers: dict[str, _Listed] | None = None
+    kv_cache_quant_algo: str | None = None
+
+
 def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint declares about its quantization; empty if nothing.
 
     It has the form of ``SECTION`` in config.json.
+
+    Raises:
+        CheckpointError: what it declares can't be read; names the key, what it held, and why.
     """
     declared = raw.get(SECTION)
-    return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
+    if declared is None or declared == {}:
+        return _legacy_quantization(path)
+    _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
+    return dict(declared)
+
+
+def _check(data: object, schema: type[BaseModel], place: str) -> None:
+    try:
+        schema.model_validate(data, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{place} can't be read ({field_problem(error)}); expected what {READABLE} checkpoints have"
+        ) from None
 
 
 def declared_cache(quantization: Mapping[str, Any]) -> CacheFormat | None:
@@ -298,24 +336,29 @@ def declared_cache(quantization: Mapping[str, Any]) -> CacheFormat | None:
 def unknown_cache(quantization: Mapping[str, Any]) -> str | None:
     """The KV cache in :func:`declared_quantization`, as JSON, where its format is none that is known."""
     cache = quantization.get("kv_cache_scheme")
-    return None if cache is None or declared_cache(quantization) is not None else json.dumps(cache)
+    return None if cache is None or declared_cache(quantization) is not None else json.dumps(cache)[:200]
 
 
 def _legacy_quantization(path: Path) -> dict[str, Any]:
     """What ``LEGACY`` declares, in the form of ``SECTION``; for checkpoints whose config.json has none."""
+    file = path / LEGACY
     try:
-        legacy = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
-        algorithm = legacy.get("kv_cache_quant_algo")
-        caches: dict[Any, Any] = {
-            theirs: {"num_bits": CACHE_FORMATS[name].bits} for name, theirs in CACHES.items()
-        }
-        return {
-            "quant_algo": legacy.get("quant_algo"),
-            "quantized_layers": legacy.get("quantized_layers"),
-            "kv_cache_scheme": caches.get(algorithm, algorithm),
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = read_json(file, MOST_SETTINGS)
+    except (FileNotFoundError, NotADirectoryError):  # no such file, or ``path`` is a bare config
         return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); expected JSON with `quantization`") from None
+    legacy: Any = content.get("quantization") if isinstance(content, dict) else None
+    _check(legacy, _Legacy, f"{file}: `quantization`")
+    algorithm = legacy.get("kv_cache_quant_algo")
+    caches: dict[Any, Any] = {
+        theirs: {"num_bits": CACHE_FORMATS[name].bits} for name, theirs in CACHES.items()
+    }
+    return {
+        "quant_algo": legacy.get("quant_algo"),
+        "quantized_layers": legacy.get("quantized_layers"),
+        "kv_cache_scheme": caches.get(algorithm, algorithm),
+    }
 
 
 def declared_algorithm(declared: Mapping[str, Any]) -> Any:

@@ -7,7 +7,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemoquant._version import __version__
@@ -20,19 +19,18 @@ from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
     differing,
-    hash_units,
     source_groups,
     told,
-    units_of,
 )
 from nemoquant.checkpoint.making import clear, ended
-from nemoquant.errors import CheckpointError, OutputError, UsageError
+from nemoquant.errors import CheckpointError, OutputError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.pack.workers import Threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
+from nemoquant.run import same_source
 from nemoquant.run.budget import Budget, budget
 from nemoquant.run.estimate import Estimate, estimate_run
 from nemoquant.run.options import RunOptions
@@ -41,7 +39,6 @@ from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
-from nemoquant.units import size
 
 if TYPE_CHECKING:
     from nemoquant.run.cluster import Cluster
@@ -274,31 +271,14 @@ class Job:
         return Outcome({}, skipped, made["warnings"], None if scales is None else scales.summary())
 
     def _check_source(self, folder: Path, expected: Units) -> None:
-        """Read again what is in a folder of an earlier run was made from: it must be of this source.
-
-        Raises:
-            UsageError: names what differs.
-        """
-        checkpoint = self.source.checkpoint
-        units = {name: tensors for name, tensors in units_of(self._tensors).items() if name in expected}
-        total = sum(checkpoint.tensors[tensor].nbytes for unit in units.values() for tensor in unit)
-        self.listener.say(f"hashing {size(total)} of {self.source.path} again, which it was made from")
-        done, counting = 0, Lock()
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            with counting:
-                done += nbytes
-                self.listener.progress("hash", done, total, "")
-
-        changed = differing(expected, hash_units(checkpoint, units, self.threads, count))
-        checkpoint.check_unchanged()
-        if changed:
-            raise UsageError(
-                f"{folder} was begun with other weights than {self.source.path} has now: "
-                f"{told(changed, len(expected))}; give the source that it was begun with, or remove the "
-                f"folder and begin again"
-            )
+        same_source.check(
+            self.source,
+            folder,
+            expected,
+            self.threads,
+            say=self.listener.say,
+            progress=self.listener.progress,
+        )
 
     def _hashed(self, scales: Scales | None, cluster: "Cluster | None") -> Units:
         """Hashes of the source that packing must come to as well.
@@ -307,14 +287,8 @@ class Job:
         """
         known = dict(scales.units) if scales is not None and self.options.scales is None else {}
         if cluster is not None:
-            units = {k: v for k, v in units_of(self._tensors).items() if k not in known}
-            known |= hash_units(self.source.checkpoint, units, self.threads)
+            known |= same_source.hash_rest(self.source, known, self.threads)
         return known
-
-    @property
-    def _tensors(self) -> list[str]:
-        """Names of the source's tensors, in the order of the tensor table."""
-        return [spec.name for spec in self.source.table]
 
     def _identity(self, prepared: Prepared) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
@@ -430,7 +404,8 @@ class Job:
             run.save()
 
         with closing(hidden), ahead:
-            ahead.begin(begin.layers if begin else "begin")
+            next_group = "begin" if begin is None else begin.layers if begin.layers in groups else "norm"
+            ahead.begin(next_group)
             dead = calibrate(
                 self.source.checkpoint,
                 self.source.config,

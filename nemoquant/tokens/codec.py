@@ -6,6 +6,8 @@ from typing import Any
 from nemoquant.errors import CalibrationError
 from nemoquant.tokens.template import ChatTemplate
 
+MOST_TOKENIZER = 128 << 20  # bytes: real ones have up to some tens of megabytes
+
 
 class TextCodec:
     """The tokenizer and the chat template of a checkpoint folder.

@@ -6,7 +6,6 @@ without overlap; tokens that do not fill a last row are dropped and counted. An 
 """
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from nemoquant.errors import CalibrationError
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.tokens.array import read_array
 from nemoquant.tokens.documents import documents
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
@@ -67,7 +67,9 @@ def load_rows(
             f".parquet or .npy"
         )
     loaded = (
-        _read_array(path) if path.suffix == ".npy" else _read_documents(path, model, config, rows, length)
+        Rows(read_array(path), path.name, 0)
+        if path.suffix == ".npy"
+        else _read_documents(path, model, config, rows, length)
     )
     if loaded.ids.size and not (loaded.ids.min() >= 0 and loaded.ids.max() < config.vocab_size):
         raise CalibrationError(
@@ -85,23 +87,6 @@ def load_rows(
             f"{loaded.source}: its last {loaded.dropped} tokens do not fill a row and were left out"
         )
     return replace(loaded, warnings=tuple(warnings))
-
-
-def _read_array(path: Path) -> Rows:
-    try:
-        with path.open("rb") as f:
-            array = np.load(f, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(
-            f"{path} cannot be read as a numpy array ({error}); expected integers [rows, length]"
-        ) from None
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
-        raise CalibrationError(
-            f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]"
-        )
-    return Rows(array.astype(np.int64), path.name, 0)
 
 
 def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
