@@ -243,5 +243,5 @@ def test_places_where_it_cannot_be(tmp_path):
 
 def test_no_rows(tmp_path):
     result = nemoquant("demo", "--out", tmp_path / "out", "--rows", 0, code=2)
-    assert "'--rows': 0 is not in the range x>=1" in result.stderr
+    assert "'--rows': 0 is not in the range 1<=x<=" in result.stderr
     assert list(tmp_path.iterdir()) == []
