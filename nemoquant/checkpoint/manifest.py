@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ def put_file(
         except BaseException:
             write_manifest(folder, data)
             raise
-        write_manifest(
-            folder, {k: v for k, v in after.items() if k != "was"} | ({"was": others} if others else {})
-        )
+        final = {k: v for k, v in after.items() if k != "was"} | ({"was": others} if others else {})
+        with suppress(OSError):  # with both hashes the folder is what is listed too, and the file is written
+            write_manifest(folder, final)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -312,6 +312,31 @@ def test_a_kill_at_any_moment_leaves_what_the_manifest_lists(folder: Path, name:
     assert seen == {b"old" if name == "a" else None, b"new"}
 
 
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_manifest_that_cannot_be_written(last: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time nothing is written; the second time the file is, and both its hashes are listed."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls: list[Path] = []
+    write = manifest.replace_text
+
+    def full(path: Path, text: str) -> None:
+        calls.append(path)
+        if len(calls) == last:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(manifest, "replace_text", full)
+    if last == 1:
+        with pytest.raises(OSError, match="No space left"):
+            put_file(folder, "a", b"new", accept)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    else:
+        put_file(folder, "a", b"new", accept)
+        assert state(folder, "a") == (b"new", True)
+        put_file(folder, "a", b"new", accept)
+        assert "was" not in read_manifest(folder), "the next write mends it"
+
+
 def test_what_was_made_from_another_content_is_not_written(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="a was changed meanwhile; it is left as it is"):
         put_file(folder, "a", b"new", accept, made_from=b"what it was")
