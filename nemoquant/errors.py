@@ -17,6 +17,7 @@
         VerificationError           exit 1   a written checkpoint that does not match its plan
     KeyboardInterrupt               exit 130 Ctrl-C; Python's own, the command line gives it this exit code
         Interrupted                 exit 130 the same, and says what is left of the run and how to resume it
+                                             SIGTERM and SIGHUP end a command alike, with 143 and 129
 
 A message names the thing, what was got, what was expected, and what to do, in that order. It may repeat text
 from files, whatever that is: as a str it is one printable line, not too long (``words.py``).

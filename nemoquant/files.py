@@ -10,15 +10,17 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MOST_JSON = 256 << 20  # bytes: a manifest or an index of a large model has some megabytes
 MOST_SETTINGS = 16 << 20  # bytes of a config, a recipe, a template: real ones have kilobytes
 MOST_DEPTH = 64  # of lists and objects in each other; no file has ten. Deeper ones would exhaust the stack
+COPY_BYTES = 8 << 20
 
 
 def open_regular(path: Path, *, follow: bool = True) -> int:
@@ -125,8 +127,8 @@ def plain_name(name: object) -> bool:
 def lies_in(folder: Path, name: str) -> bool:
     """Whether a name in a folder leads to a regular file of that folder, and nowhere else.
 
-    A link may lead to another file of the folder, or to the blobs of the hub cache that it is a snapshot of
-    (``snapshots/REVISION/NAME -> ../../blobs/HASH``).
+    A link may lead to another file in the folder or below it, or to the blobs of the hub cache that it is a
+    snapshot of (``snapshots/REVISION/NAME -> ../../blobs/HASH``).
 
     Raises:
         FileNotFoundError: there is nothing of that name, or its link leads to nothing.
@@ -135,26 +137,33 @@ def lies_in(folder: Path, name: str) -> bool:
     places = [inside]
     if inside.parent.name == "snapshots":
         places.append(inside.parent.parent / "blobs")
-    return target.parent in places and stat.S_ISREG(target.lstat().st_mode)
+    return any(place in target.parents for place in places) and stat.S_ISREG(target.lstat().st_mode)
 
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk.
 
-    File systems that know no such thing are left alone.
+    File systems that know no such thing are left alone, and folders that may be written but not read.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename, and wait until the new name is on the disk; the content must be there already."""
     source.rename(target)
     sync_folder(target.parent)
+
+
+def close_synced(file: IO[bytes]) -> None:
+    """Close a file that was written, once its content is on the disk; its name perhaps is not yet."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -165,8 +174,40 @@ def write_new(path: Path, data: bytes) -> None:
     """
     with path.open("xb") as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+        close_synced(f)
+
+
+def write_again(path: Path, data: bytes) -> None:
+    """:func:`write_new`, in place of what an earlier run left under that name; for folders not read yet."""
+    path.unlink(missing_ok=True)
+    write_new(path, data)
+
+
+def copy_again(source: Path, target: Path) -> None:
+    """A copy of a regular file, written as by :func:`write_again`; ``source`` may be a link.
+
+    Raises:
+        OSError: see :func:`open_regular`; or it can't be written.
+    """
+    target.unlink(missing_ok=True)
+    with os.fdopen(open_regular(source), "rb") as read, target.open("xb") as written:
+        shutil.copyfileobj(read, written, COPY_BYTES)
+        close_synced(written)
+
+
+def open_own(path: Path) -> int:
+    """A descriptor of a file that is changed in place, made where there is none.
+
+    Raises:
+        OSError: it is a link, has a second name elsewhere, or is no regular file: another file would be
+            changed.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(handle)
+        raise OSError(None, "not a regular file with one name", str(path))
+    return handle
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
@@ -175,10 +216,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
     A symbolic link under either name is replaced, never followed.
     """
     partial = path.parent / (path.name + ".partial")
-    with suppress(FileNotFoundError):  # of a run that was killed
-        partial.unlink()
     try:
-        write_new(partial, data)
+        write_again(partial, data)
         rename(partial, path)
     except BaseException:
         with suppress(OSError):
@@ -192,8 +231,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a folder; the system releases it however this process ends.
+def locked(folder: Path, *, wait: bool = True) -> Iterator[int]:
+    """Holds the lock of a folder; the system releases it however this process ends. Yields its descriptor.
 
     Args:
         wait: until another process releases it.
@@ -203,6 +242,6 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        yield handle
     finally:
         os.close(handle)

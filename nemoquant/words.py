@@ -10,7 +10,7 @@ import re
 
 MOST_NAME = 300  # characters of one name in a list, or of one value
 MOST_WORD = 1000  # of what has no space in it, such as a path
-MOST_MESSAGE = 8000
+MOST_MESSAGE = 4000
 
 _LONG_WORD = re.compile(rf"\S{{{MOST_WORD + 1},}}")
 # Not the underscores inside of names, which emphasize nothing.
@@ -20,13 +20,11 @@ _DANGEROUS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\
 
 
 def plain(text: object, most: int = MOST_MESSAGE) -> str:
-    """``text`` in one line of printable characters; of a long one the middle is left out.
-
-    Args:
-        most: characters that are kept, before others become visible.
-    """
+    """``text`` in one line of at most ``most`` printable characters; of a long one the middle is left out."""
     kept = _shortened(str(text), most)
-    return kept if kept.isprintable() else "".join(c if c.isprintable() else _visible(c) for c in kept)
+    if kept.isprintable():
+        return kept
+    return _shortened("".join(c if c.isprintable() else _visible(c) for c in kept), most)
 
 
 def message(text: str) -> str:
@@ -61,7 +59,7 @@ def markdown_code(text: object) -> str:
 def _shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text
-    half = most // 2
+    half = (most - 50) // 2
     return f"{text[:half]} ... [{len(text) - 2 * half:,} characters left out] ... {text[-half:]}"
 
 

@@ -1,37 +1,43 @@
-"""Measure the demo model, and write manifest.json beside it.
+"""Measure a trained model of models.py, and write manifest.json into its folder.
 
-    python calib/demo_model/measure.py WORK_DIR
+    python calib/demo_model/measure.py WORK_DIR [--model nano]
 
-WORK_DIR as for train.py: the n-gram model needs the training tokens.
+WORK_DIR as for train.py: the n-gram model needs the training tokens, the manifest the log of ``fit``.
 
 Everything is computed by nemoquant's reference model in float32 from the saved checkpoint, on rows of works
 that training never saw: perplexity, against a smoothed 5-gram model on the same rows; what perplexity becomes
-when a block is taken out; tokens per expert; the top-1 accuracy of the multi-token-prediction module; slow
-heads.
+when a block is taken out; tokens per expert; the top-1 accuracy of the multi-token-prediction module, if
+there is one; slow heads.
 """
 
+import argparse
 import hashlib
 import json
 import platform
-import sys
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from models import CALIB, MODELS, Model
 from ngram import perplexity as ngram_perplexity
 
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel, State, layer_forward
+from nemoquant.model.taps import identity
 from nemoquant.sources.source import Source, open_weights
 from nemoquant.tokens.rows import load_rows
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE.parent / "data"
+DATA = CALIB / "data"
 LENGTH = 512
 ABLATION_ROWS = 64
 BATCH = 8
+
+
+def silent_experts(name: str, t: torch.Tensor) -> torch.Tensor:
+    """A layer's tap: no routed expert's down projection gets anything."""
+    return t * 0 if name.startswith("mixer.experts.") and name.endswith(".down_proj") else t
 
 
 class Ablated(ReferenceModel):
@@ -45,14 +51,8 @@ class Ablated(ReferenceModel):
         x = self.embed(tokens)
         for i, kind in enumerate(self.config.layers):
             if i not in self.skip:
-                silence = (
-                    (lambda name, t: t * 0 if name == "mixer.fc2_latent_proj" else t)
-                    if i in self.mute
-                    else (lambda name, t: t)
-                )
-                x, _ = layer_forward(
-                    self.config, kind, self.weights(f"backbone.layers.{i}."), x, None, silence
-                )
+                tap = silent_experts if i in self.mute else identity
+                x, _ = layer_forward(self.config, kind, self.weights(f"backbone.layers.{i}."), x, None, tap)
         weight = self.weights("backbone.norm_f.")["weight"]
         return F.rms_norm(x, (x.shape[-1],), weight.float(), self.config.norm_eps)
 
@@ -141,13 +141,15 @@ def slow_heads(source: Source) -> dict[str, int]:
     return {"heads": dt.numel(), "below 0.001": int((dt < 0.001).sum())}
 
 
-def main(work: Path) -> None:
-    source = open_weights(HERE, "the demo model is a folder")
+def main(m: Model, work: Path) -> None:
+    source = open_weights(m.folder, "a trained model is a folder")
     checkpoint = source.checkpoint
     assert checkpoint is not None
     model = Ablated(source.config, lambda prefix: LayerWeights(checkpoint, prefix))
-    rows = torch.from_numpy(load_rows(DATA / "evaluation.jsonl", HERE, source.config, 10**6, LENGTH).ids)
-    calibration = torch.from_numpy(load_rows(DATA / "calibration.jsonl", HERE, source.config, 32, LENGTH).ids)
+    rows = torch.from_numpy(load_rows(DATA / "evaluation.jsonl", m.folder, source.config, 10**6, LENGTH).ids)
+    calibration = torch.from_numpy(
+        load_rows(DATA / "calibration.jsonl", m.folder, source.config, 32, LENGTH).ids
+    )
     print(f"{len(rows)} evaluation rows of {LENGTH} tokens")
     ngram = ngram_perplexity(
         np.fromfile(work / "train.u16", np.uint16), rows.numpy(), source.config.vocab_size
@@ -155,9 +157,9 @@ def main(work: Path) -> None:
     ours = perplexity(model, rows)
     print(f"perplexity {ours:.3f}, 5-gram {ngram:.3f}, {1 - ours / ngram:.1%} below", flush=True)
     tokens = expert_tokens(model, calibration)
-    training = [line for line in (work / "fit.log").read_text().splitlines() if line.startswith("EVAL")]
+    training = [line for line in (work / f"{m.name}.log").read_text().splitlines() if line.startswith("EVAL")]
     manifest = {
-        "what": "a small Nemotron-H, trained from scratch by train.py on the text that text.py gathers "
+        "what": f"{m.what}, trained from scratch by train.py on the text that text.py gathers "
         "(sources in calib/data/MANIFEST.json)",
         "licence": "Apache-2.0, as the project; trained on public-domain text",
         "measured": f"{date.today()}, {platform.machine()}, float32, nemoquant's reference model",
@@ -173,19 +175,25 @@ def main(work: Path) -> None:
             "5-gram perplexity (modified Kneser-Ney, same training tokens, same rows)": round(ngram, 3),
             "below it by": f"{1 - ours / ngram:.1%}",
         },
-        "multi-token prediction": mtp_top1(model, rows[:ABLATION_ROWS]),
+        **({"multi-token prediction": mtp_top1(model, rows[:ABLATION_ROWS])} if m.predicts_two else {}),
         "mamba heads": slow_heads(source),
         "tokens per expert, 32 calibration rows": tokens,
         "perplexity without a block": ablations(model, rows[:ABLATION_ROWS]),
         "files": {
             p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(HERE.iterdir())
+            for p in sorted(m.folder.iterdir())
             if p.suffix in (".safetensors", ".json", ".jinja") and p.name != "manifest.json"
         },
     }
-    (HERE / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (m.folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     print(json.dumps({k: v for k, v in manifest.items() if k != "files"}, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    arguments = parser.parse_args()
+    main(MODELS[arguments.model], arguments.work)

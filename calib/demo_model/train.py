@@ -1,10 +1,13 @@
-"""Train the demo model: a small Nemotron-H with every kind of block, on public-domain text, on a CPU.
+"""Train a model of models.py, a small Nemotron-H, on public-domain text, on a CPU.
 
     python calib/demo_model/text.py WORK_DIR
     python calib/demo_model/train.py tokenizer WORK_DIR
-    python calib/demo_model/train.py fit WORK_DIR --steps 4000     (resumes from WORK_DIR/state.pt)
-    python calib/demo_model/train.py save WORK_DIR                 (writes the checkpoint beside this file)
+    python calib/demo_model/train.py fit WORK_DIR --steps 4000 >> WORK_DIR/demo.log
+    python calib/demo_model/train.py save WORK_DIR         (writes the checkpoint into the model's folder)
     python calib/demo_model/measure.py WORK_DIR            (perplexity, 5-gram, ablations -> manifest.json)
+
+Those train the demo model; the last three with ``--model nano`` train the other, into WORK_DIR/nano.log. Both
+have the demo model's tokenizer, so one WORK_DIR serves both. ``fit`` resumes from WORK_DIR/MODEL.pt.
 
 The forward pass here is written for training alone (bf16 products, whole sequences, no state); the package's
 reference model is tested against transformers, and measure.py evaluates the saved checkpoint with that
@@ -20,96 +23,30 @@ slow heads.
 import argparse
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from models import BOS, EOS, MODELS, PAD, VOCAB, Model
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-VOCAB = 2048
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-PAD, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
     "'<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-CONFIG: dict = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
-    "dtype": "bfloat16",
-    "torch_dtype": "bfloat16",
-    "vocab_size": VOCAB,
-    "hidden_size": 192,
-    "hybrid_override_pattern": "MEM*EMEM*E",
-    "num_hidden_layers": 10,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mamba_num_heads": 6,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 64,
-    "n_groups": 2,
-    "conv_kernel": 4,
-    "chunk_size": 64,
-    "expand": 2,
-    "use_conv_bias": True,
-    "use_bias": False,
-    "mamba_proj_bias": False,
-    "mamba_hidden_act": "silu",
-    "mamba_ssm_cache_dtype": "float32",
-    "time_step_min": 0.001,
-    "time_step_max": 0.1,
-    "time_step_floor": 0.0001,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_shared_experts": 1,
-    "moe_latent_size": 96,
-    "moe_intermediate_size": 256,
-    "moe_shared_expert_intermediate_size": 96,
-    "moe_shared_expert_overlap": False,
-    "intermediate_size": 256,
-    "mlp_hidden_act": "relu2",
-    "mlp_bias": False,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "num_nextn_predict_layers": 1,
-    "mtp_hybrid_override_pattern": "*E",
-    "norm_eps": 1e-5,
-    "layer_norm_epsilon": 1e-5,
-    "residual_in_fp32": False,
-    "rescale_prenorm_residual": True,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 4096,
-    "use_cache": True,
-    "num_logits_to_keep": 1,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
-H, INNER = CONFIG["hidden_size"], CONFIG["mamba_num_heads"] * CONFIG["mamba_head_dim"]
-GROUPS, STATE, HEADS = CONFIG["n_groups"], CONFIG["ssm_state_size"], CONFIG["mamba_num_heads"]
-EXPERTS, TOP = CONFIG["n_routed_experts"], CONFIG["num_experts_per_tok"]
-
 ROWS, LENGTH = 8, 512  # of one step
 MTP_WEIGHT = 0.2
 MUON_LR, ADAM_LR, WARMUP, DECAY = 0.02, 4e-3, 60, 0.74  # the last share of all steps decays linearly to zero
-# Full steps push experts' units below zero for every token, where squared ReLU has no gradient: at step 1,000
-# nearly all units of two layers were dead. From then on up projections take smaller steps, and dead units are
-# made anew.
-REVIVE_FROM, REVIVE_EVERY, REVIVE_UNTIL, UP_RATE = 1000, 100, 0.8, 0.4
-# The revived units of these two layers never came to matter, so at step 3,000 the layers' experts are made
-# from their shared expert.
-UPCYCLE_AT, UPCYCLED = 3000, (4, 6)
+# Full steps push experts' units below zero for every token, where squared ReLU has no gradient. From
+# `revive_from` on up projections take smaller steps, and dead units are made anew.
+REVIVE_EVERY, REVIVE_UNTIL, UP_RATE = 100, 0.8, 0.4
 DEAD = 0.002  # a unit that is positive for less than this share of its expert's tokens
 
 
@@ -122,69 +59,72 @@ def fan_in(out: int, inputs: int, scale: float = 1.0, experts: int = 0) -> torch
     return torch.randn(shape) * scale / math.sqrt(inputs)
 
 
-def init_mixer(kind: str, prefix: str) -> dict[str, torch.Tensor]:
-    q, kv = (
-        CONFIG["num_attention_heads"] * CONFIG["head_dim"],
-        CONFIG["num_key_value_heads"] * CONFIG["head_dim"],
-    )
-    latent, width, shared = (
-        CONFIG["moe_latent_size"],
-        CONFIG["moe_intermediate_size"],
-        CONFIG["moe_shared_expert_intermediate_size"],
-    )
-    conv = INNER + 2 * GROUPS * STATE
+def init_mixer(m: Model, kind: str, prefix: str) -> dict[str, torch.Tensor]:
+    config, hidden, experts = m.config, m.hidden, m.experts
     if kind == "M":
-        low, high = math.log(CONFIG["time_step_floor"]), math.log(CONFIG["time_step_max"])
-        dt = torch.exp(low + (torch.arange(HEADS) + torch.rand(HEADS)) / HEADS * (high - low))
+        inner, groups, state, heads, _ = m.scan_sizes
+        conv = inner + 2 * groups * state
+        low, high = math.log(config["time_step_floor"]), math.log(config["time_step_max"])
+        dt = torch.exp(low + (torch.arange(heads) + torch.rand(heads)) / heads * (high - low))
         tensors = {
-            "in_proj.weight": fan_in(INNER + conv + HEADS, H),
+            "in_proj.weight": fan_in(inner + conv + heads, hidden),
             "conv1d.weight": torch.randn(conv, 1, 4) * 0.4,
             "conv1d.bias": torch.zeros(conv),
             "dt_bias": dt + torch.log(-torch.expm1(-dt)),
-            "A_log": torch.log(torch.empty(HEADS).uniform_(1, 16)),
-            "D": torch.ones(HEADS),
-            "norm.weight": torch.ones(INNER),
-            "out_proj.weight": fan_in(H, INNER, 0.3),
+            "A_log": torch.log(torch.empty(heads).uniform_(1, 16)),
+            "D": torch.ones(heads),
+            "norm.weight": torch.ones(inner),
+            "out_proj.weight": fan_in(hidden, inner, 0.3),
         }
     elif kind == "*":
+        q, kv = (config[f"num_{of}_heads"] * config["head_dim"] for of in ("attention", "key_value"))
         tensors = {
-            "q_proj.weight": fan_in(q, H),
-            "k_proj.weight": fan_in(kv, H),
-            "v_proj.weight": fan_in(kv, H),
-            "o_proj.weight": fan_in(H, q, 0.3),
+            "q_proj.weight": fan_in(q, hidden),
+            "k_proj.weight": fan_in(kv, hidden),
+            "v_proj.weight": fan_in(kv, hidden),
+            "o_proj.weight": fan_in(hidden, q, 0.3),
         }
     else:
+        width, shared = config["moe_intermediate_size"], config["moe_shared_expert_intermediate_size"]
         tensors = {
-            "gate.weight": fan_in(EXPERTS, H),
-            "gate.e_score_correction_bias": torch.zeros(EXPERTS),
-            "fc1_latent_proj.weight": fan_in(latent, H),
-            "fc2_latent_proj.weight": torch.randn(H, latent) * 0.05,
-            "experts.up_proj.weight": fan_in(width, latent, 1.0, EXPERTS),
-            "experts.down_proj.weight": fan_in(latent, width, 0.5, EXPERTS),
-            "shared_experts.up_proj.weight": fan_in(shared, H),
-            "shared_experts.down_proj.weight": fan_in(H, shared, 0.2),
+            "gate.weight": fan_in(experts, hidden),
+            "gate.e_score_correction_bias": torch.zeros(experts),
+        }
+        if m.latent:
+            tensors |= {
+                "fc1_latent_proj.weight": fan_in(m.latent, hidden),
+                "fc2_latent_proj.weight": torch.randn(hidden, m.latent) * 0.05,
+            }
+        inputs = m.latent or hidden
+        tensors |= {
+            "experts.up_proj.weight": fan_in(width, inputs, 1.0, experts),
+            "experts.down_proj.weight": fan_in(inputs, width, m.init_down, experts),
+            "shared_experts.up_proj.weight": fan_in(shared, hidden),
+            "shared_experts.down_proj.weight": fan_in(hidden, shared, 0.2),
         }
     return {f"{prefix}.mixer.{name}": value for name, value in tensors.items()}
 
 
-def initial() -> dict[str, torch.Tensor]:
+def initial(m: Model) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
+    h = m.hidden
     p = {
-        "backbone.embeddings.weight": torch.randn(VOCAB, H) * 0.05,
-        "lm_head.weight": torch.randn(VOCAB, H) * 0.02,
+        "backbone.embeddings.weight": torch.randn(VOCAB, h) * m.init_embedding,
+        "lm_head.weight": torch.randn(VOCAB, h) * 0.02,
     }
-    for i, kind in enumerate(CONFIG["hybrid_override_pattern"]):
-        p |= {f"backbone.layers.{i}.norm.weight": torch.ones(H)} | init_mixer(kind, f"backbone.layers.{i}")
-    p["backbone.norm_f.weight"] = torch.ones(H)
-    m = "mtp.layers.0"
-    p |= {
-        f"{m}.enorm.weight": torch.ones(H),
-        f"{m}.hnorm.weight": torch.ones(H),
-        f"{m}.eh_proj.weight": fan_in(H, 2 * H),
-    }
-    p |= {f"{m}.norm.weight": torch.ones(H)} | init_mixer("*", m)
-    p |= {"mtp.layers.1.norm.weight": torch.ones(H)} | init_mixer("E", "mtp.layers.1")
-    p["mtp.layers.1.final_layernorm.weight"] = torch.ones(H)
+    for i, kind in enumerate(m.config["hybrid_override_pattern"]):
+        p |= {f"backbone.layers.{i}.norm.weight": torch.ones(h)} | init_mixer(m, kind, f"backbone.layers.{i}")
+    p["backbone.norm_f.weight"] = torch.ones(h)
+    if m.predicts_two:
+        k = "mtp.layers.0"
+        p |= {
+            f"{k}.enorm.weight": torch.ones(h),
+            f"{k}.hnorm.weight": torch.ones(h),
+            f"{k}.eh_proj.weight": fan_in(h, 2 * h),
+        }
+        p |= {f"{k}.norm.weight": torch.ones(h)} | init_mixer(m, "*", k)
+        p |= {"mtp.layers.1.norm.weight": torch.ones(h)} | init_mixer(m, "E", "mtp.layers.1")
+        p["mtp.layers.1.final_layernorm.weight"] = torch.ones(h)
     return p
 
 
@@ -211,19 +151,11 @@ def squared(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.compile(dynamic=False)
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of [B, KV, group, L, D] queries on [B, KV, 1, L, D] keys and values."""
-    scores = (q @ k.mT).float() * CONFIG["head_dim"] ** -0.5
-    upper = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
-    return scores.masked_fill(upper, -torch.inf).softmax(-1).bfloat16() @ v
-
-
-@torch.compile(dynamic=False)
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(linear(hidden, head).float().flatten(0, 1), targets.flatten())
 
 
-def mamba(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
+def mamba(m: Model, p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
     """The mixer of a Mamba-2 layer."""
     names = (
         "in_proj.weight",
@@ -235,30 +167,30 @@ def mamba(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
         "norm.weight",
         "out_proj.weight",
     )
-    return scan(u, *(p[k + name] for name in names))
+    return scan(m.scan_sizes, u, *(p[k + name] for name in names))
 
 
 @torch.compile(dynamic=False)
-def scan(u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ignore[no-untyped-def]
+def scan(sizes, u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ignore[no-untyped-def]
     """Chunked state-space dual form (Dao and Gu 2024, listing 1): products within a chunk, a scan over chunk
     states."""
     b, length, _ = u.shape
-    q = CONFIG["chunk_size"]
+    inner, groups, n, heads, q = sizes
     chunks = length // q
-    z, xbc, dt = linear(u, w_in).split([INNER, INNER + 2 * GROUPS * STATE, HEADS], -1)
+    z, xbc, dt = linear(u, w_in).split([inner, inner + 2 * groups * n, heads], -1)
     w = w_conv[:, 0].bfloat16()
     pad = F.pad(xbc, (0, 0, 3, 0))
     xbc = F.silu(sum(pad[:, j : j + length] * w[:, j] for j in range(4)) + b_conv.bfloat16())
-    x, bm, cm = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], -1)
-    per = HEADS // GROUPS
+    x, bm, cm = xbc.split([inner, groups * n, groups * n], -1)
+    per = heads // groups
     dt = F.softplus(dt.float() + dt_bias)
     decay = (
-        (dt * -torch.exp(a_log)).view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2).cumsum(-1)
+        (dt * -torch.exp(a_log)).view(b, chunks, q, groups, per).permute(0, 1, 3, 4, 2).cumsum(-1)
     )  # b c g h q
-    x = x.view(b, chunks, q, GROUPS, per, -1).permute(0, 1, 3, 4, 2, 5)  # b c g h q p
-    xdt = x * dt.view(b, chunks, q, GROUPS, per).permute(0, 1, 3, 4, 2)[..., None].bfloat16()
-    bm = bm.view(b, chunks, q, GROUPS, STATE).permute(0, 1, 3, 2, 4)  # b c g q n
-    cm = cm.view(b, chunks, q, GROUPS, STATE).permute(0, 1, 3, 2, 4)
+    x = x.view(b, chunks, q, groups, per, -1).permute(0, 1, 3, 4, 2, 5)  # b c g h q p
+    xdt = x * dt.view(b, chunks, q, groups, per).permute(0, 1, 3, 4, 2)[..., None].bfloat16()
+    bm = bm.view(b, chunks, q, groups, n).permute(0, 1, 3, 2, 4)  # b c g q n
+    cm = cm.view(b, chunks, q, groups, n).permute(0, 1, 3, 2, 4)
     upper = torch.ones(q, q, dtype=torch.bool).triu(1)
     mask = torch.exp((decay[..., :, None] - decay[..., None, :]).masked_fill(upper, -torch.inf)).bfloat16()
     y = ((cm @ bm.mT)[:, :, :, None] * mask) @ xdt
@@ -273,15 +205,15 @@ def scan(u, w_in, w_conv, b_conv, dt_bias, a_log, d, w_norm, w_out):  # type: ig
         y
         + (cm[:, :, :, None] @ torch.stack(carried, 1).bfloat16().mT) * torch.exp(decay)[..., None].bfloat16()
     )
-    y = (y + x * d.view(GROUPS, per, 1, 1).bfloat16()).permute(0, 1, 4, 2, 3, 5).reshape(b, length, INNER)
-    y = (y * F.silu(z)).float().view(b, length, GROUPS, -1)
-    y = F.rms_norm(y, (y.shape[-1],), None, 1e-5).view(b, length, INNER) * w_norm
+    y = (y + x * d.view(groups, per, 1, 1).bfloat16()).permute(0, 1, 4, 2, 3, 5).reshape(b, length, inner)
+    y = (y * F.silu(z)).float().view(b, length, groups, -1)
+    y = F.rms_norm(y, (y.shape[-1],), None, 1e-5).view(b, length, inner) * w_norm
     return linear(y, w_out)
 
 
-def attention(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
+def attention(m: Model, p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
     b, length, _ = u.shape
-    d = CONFIG["head_dim"]
+    d = m.config["head_dim"]
     q, key, v = (linear(u, p[k + f"{n}_proj.weight"]).view(b, length, -1, d).transpose(1, 2) for n in "qkv")
     per = q.shape[1] // key.shape[1]
     y = F.scaled_dot_product_attention(
@@ -290,64 +222,73 @@ def attention(p: dict, k: str, u: torch.Tensor) -> torch.Tensor:
     return linear(y.transpose(1, 2).reshape(b, length, -1), p[k + "o_proj.weight"])
 
 
-def moe(p: dict, k: str, u: torch.Tensor, loads: dict[str, torch.Tensor]) -> torch.Tensor:
-    x = u.reshape(-1, H)
+def moe(m: Model, p: dict, k: str, u: torch.Tensor, loads: dict[str, torch.Tensor]) -> torch.Tensor:
+    x, top = u.reshape(-1, m.hidden), m.config["num_experts_per_tok"]
     scores = torch.sigmoid(x.float() @ p[k + "gate.weight"].mT)
-    chosen = torch.topk(scores.detach() + p[k + "gate.e_score_correction_bias"], TOP, -1).indices
+    chosen = torch.topk(scores.detach() + p[k + "gate.e_score_correction_bias"], top, -1).indices
     weights = scores.gather(1, chosen)
-    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * CONFIG["routed_scaling_factor"]
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * m.config["routed_scaling_factor"]
     order = torch.argsort(chosen.view(-1), stable=True)
-    counts = torch.bincount(chosen.view(-1), minlength=EXPERTS)
+    counts = torch.bincount(chosen.view(-1), minlength=m.experts)
     loads[k] = counts
-    rows = order // TOP
-    latent = linear(x, p[k + "fc1_latent_proj.weight"]).index_select(0, rows)
+    rows = order // top
+    inputs = linear(x, p[k + "fc1_latent_proj.weight"]) if m.latent else x.bfloat16()
+    inputs = inputs.index_select(0, rows)
     up, down = (p[k + f"experts.{n}_proj.weight"].bfloat16().unbind(0) for n in ("up", "down"))
     parts = [
         squared(part @ u.mT) @ d.mT
-        for part, u, d in zip(latent.split(counts.tolist()), up, down, strict=True)
+        for part, u, d in zip(inputs.split(counts.tolist()), up, down, strict=True)
     ]
     if WATCH is not None:
         active = [
             (part @ u.mT > 0).float().mean(0)
-            for part, u in zip(latent.split(counts.tolist()), up, strict=True)
+            for part, u in zip(inputs.split(counts.tolist()), up, strict=True)
         ]
-        WATCH[k] = torch.stack(active), latent.float().mean(0)
+        WATCH[k] = torch.stack(active), inputs.float().mean(0)
     routed = torch.cat(parts) * weights.view(-1).index_select(0, order)[:, None].bfloat16()
     mixed = torch.zeros(x.shape[0], routed.shape[1], dtype=torch.bfloat16).index_add(0, rows, routed)
-    out = linear(mixed, p[k + "fc2_latent_proj.weight"])
+    out = linear(mixed, p[k + "fc2_latent_proj.weight"]) if m.latent else mixed
     shared = squared(linear(x, p[k + "shared_experts.up_proj.weight"]))
     return (out + linear(shared, p[k + "shared_experts.down_proj.weight"])).view(u.shape)
 
 
-def block(kind: str, p: dict, prefix: str, x: torch.Tensor, loads: dict) -> torch.Tensor:
+def block(m: Model, kind: str, p: dict, prefix: str, x: torch.Tensor, loads: dict) -> torch.Tensor:
     u = norm(x, p[prefix + ".norm.weight"])
     k = prefix + ".mixer."
-    y = mamba(p, k, u) if kind == "M" else attention(p, k, u) if kind == "*" else moe(p, k, u, loads)
+    if kind == "M":
+        y = mamba(m, p, k, u)
+    elif kind == "*":
+        y = attention(m, p, k, u)
+    else:
+        y = moe(m, p, k, u, loads)
     return x + y.float()
 
 
-def losses(p: dict, tokens: torch.Tensor, loads: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of the next token, and of the one after it by the MTP module. ``tokens`` [B, L + 2]."""
+def losses(m: Model, p: dict, tokens: torch.Tensor, loads: dict) -> list[torch.Tensor]:
+    """Cross entropy of the next token, and of the one after it where the model has an MTP module. ``tokens``
+    [B, L + 2]."""
     embedded = F.embedding(tokens, p["backbone.embeddings.weight"])
     x = embedded[:, :-2]
-    for i, kind in enumerate(CONFIG["hybrid_override_pattern"]):
-        x = block(kind, p, f"backbone.layers.{i}", x, loads)
+    for i, kind in enumerate(m.config["hybrid_override_pattern"]):
+        x = block(m, kind, p, f"backbone.layers.{i}", x, loads)
     hidden = norm(x, p["backbone.norm_f.weight"])
     head = p["lm_head.weight"]
     main = cross_entropy(hidden, head, tokens[:, 1:-1])
-    m, hidden, embedded, tokens = (
+    if not m.predicts_two:
+        return [main]
+    k, hidden, embedded, tokens = (
         "mtp.layers.0",
         hidden[::2],
         embedded[::2],
         tokens[::2],
     )  # every other row is enough for it
     joined = torch.cat(
-        [norm(embedded[:, 1:-1], p[m + ".enorm.weight"]), norm(hidden, p[m + ".hnorm.weight"])], -1
+        [norm(embedded[:, 1:-1], p[k + ".enorm.weight"]), norm(hidden, p[k + ".hnorm.weight"])], -1
     )
-    x = linear(joined, p[m + ".eh_proj.weight"]).float()
-    x = block("E", p, "mtp.layers.1", block("*", p, m, x, loads), loads)
+    x = linear(joined, p[k + ".eh_proj.weight"]).float()
+    x = block(m, "E", p, "mtp.layers.1", block(m, "*", p, k, x, loads), loads)
     x = norm(x, p["mtp.layers.1.final_layernorm.weight"])
-    return main, cross_entropy(x, head, tokens[:, 2:])
+    return [main, cross_entropy(x, head, tokens[:, 2:])]
 
 
 # --- optimiser ---
@@ -366,7 +307,7 @@ def orthogonal(g: torch.Tensor) -> torch.Tensor:
     return (x.mT if tall else x).float()
 
 
-def step(p: dict, state: dict, at: int, steps: int) -> None:
+def step(model: Model, p: dict, state: dict, at: int, steps: int) -> None:
     """One update of every parameter in place, by its gradient."""
     rate = min(1.0, (at + 1) / WARMUP, (steps - at) / (DECAY * steps))
     for name, w in p.items():
@@ -378,7 +319,7 @@ def step(p: dict, state: dict, at: int, steps: int) -> None:
         ) or "eh_proj" in name:
             m = s.setdefault("m", torch.zeros_like(w)).lerp_(w.grad, 0.05)
             update = orthogonal(w.grad.lerp(m, 0.95))
-            lr = MUON_LR * rate * (UP_RATE if at >= REVIVE_FROM and "experts.up_proj" in name else 1.0)
+            lr = MUON_LR * rate * (UP_RATE if at >= model.revive_from and "experts.up_proj" in name else 1.0)
             w.data.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * math.sqrt(max(1, w.shape[-2] / w.shape[-1])))
         else:
             m, v = s.setdefault("m", torch.zeros_like(w)), s.setdefault("v", torch.zeros_like(w))
@@ -398,12 +339,12 @@ def balance(p: dict, loads: dict[str, torch.Tensor], rate: float) -> None:
 
 
 @torch.no_grad()
-def revive(p: dict, state: dict, tokens: torch.Tensor) -> int:
+def revive(m: Model, p: dict, state: dict, tokens: torch.Tensor) -> int:
     """Make dead units of routed experts anew: random weights at a right angle to the mean input, no momentum.
     Returns how many."""
     global WATCH
     WATCH = {}
-    losses(p, tokens, {})
+    losses(m, p, tokens, {})
     watched, WATCH = WATCH, None
     count = 0
     for k, (activity, mean) in watched.items():
@@ -419,7 +360,7 @@ def revive(p: dict, state: dict, tokens: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def upcycle(p: dict, state: dict, layer: int) -> None:
+def upcycle(m: Model, p: dict, state: dict, layer: int) -> None:
     """Sparse upcycling (Komatsuzaki et al. 2022): every routed expert begins as the shared expert, which
     begins anew.
 
@@ -430,18 +371,18 @@ def upcycle(p: dict, state: dict, layer: int) -> None:
     k = f"backbone.layers.{layer}.mixer."
     up, down = p[k + "experts.up_proj.weight"], p[k + "experts.down_proj.weight"]
     latent = up.shape[-1]
-    assert latent == CONFIG["moe_shared_expert_intermediate_size"]
+    assert latent == m.config["moe_shared_expert_intermediate_size"]
     p[k + "fc1_latent_proj.weight"].copy_(p[k + "shared_experts.up_proj.weight"])
     p[k + "fc2_latent_proj.weight"].copy_(
-        p[k + "shared_experts.down_proj.weight"] / CONFIG["routed_scaling_factor"]
+        p[k + "shared_experts.down_proj.weight"] / m.config["routed_scaling_factor"]
     )
-    up.copy_(fan_in(up.shape[1], latent, 1.0, EXPERTS))
-    down.copy_(fan_in(latent, down.shape[2], 0.15, EXPERTS))
-    up[:, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, EXPERTS)
-    down[:, :, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, EXPERTS)
-    p[k + "shared_experts.up_proj.weight"].copy_(fan_in(latent, H))
-    p[k + "shared_experts.down_proj.weight"].copy_(fan_in(H, latent, 0.05))
-    p[k + "gate.weight"].copy_(fan_in(EXPERTS, H))
+    up.copy_(fan_in(up.shape[1], latent, 1.0, m.experts))
+    down.copy_(fan_in(latent, down.shape[2], 0.15, m.experts))
+    up[:, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, m.experts)
+    down[:, :, :latent] = torch.eye(latent) + fan_in(latent, latent, 0.03, m.experts)
+    p[k + "shared_experts.up_proj.weight"].copy_(fan_in(latent, m.hidden))
+    p[k + "shared_experts.down_proj.weight"].copy_(fan_in(m.hidden, latent, 0.05))
+    p[k + "gate.weight"].copy_(fan_in(m.experts, m.hidden))
     p[k + "gate.e_score_correction_bias"].zero_()
     for name, entry in state.items():
         if name.startswith(k) and "norm" not in name:
@@ -474,7 +415,7 @@ def tokenizer(work: Path) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": MODELS["demo"].config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
@@ -490,13 +431,14 @@ def tokenizer(work: Path) -> None:
         print(name, sum(map(len, rows)), "tokens")
 
 
-def fit(work: Path, steps: int) -> None:
+def fit(m: Model, work: Path, steps: int) -> None:
     data = np.fromfile(work / "train.u16", np.uint16)
     test = torch.from_numpy(np.fromfile(work / "evaluation.u16", np.uint16).astype(np.int64))
     test = test[: 32 * (LENGTH + 2)].view(-1, LENGTH + 2)
-    p, optimiser, at, spent = initial(), {}, 0, 0.0
-    if (work / "state.pt").exists():
-        saved = torch.load(work / "state.pt")
+    p, optimiser, at, spent = initial(m), {}, 0, 0.0
+    kept = work / f"{m.name}.pt"
+    if kept.exists():
+        saved = torch.load(kept)
         p, optimiser, at, spent = saved["p"], saved["optimiser"], saved["at"], saved["spent"]
     for name, w in p.items():
         w.requires_grad_("correction_bias" not in name)
@@ -510,48 +452,56 @@ def fit(work: Path, steps: int) -> None:
             + LENGTH * rng.permutation(per_epoch * ROWS)[place * ROWS : place * ROWS + ROWS]
         )
         tokens = torch.from_numpy(np.stack([data[s : s + LENGTH + 2] for s in starts]).astype(np.int64))
-        if at == UPCYCLE_AT:
+        if at == m.upcycle_at:
             torch.manual_seed(at)
-            for layer in UPCYCLED:
-                upcycle(p, optimiser, layer)
-        if at >= REVIVE_FROM and at % REVIVE_EVERY == 0 and at <= REVIVE_UNTIL * steps:
+            for layer in m.upcycled:
+                upcycle(m, p, optimiser, layer)
+        if at >= m.revive_from and at % REVIVE_EVERY == 0 and at <= REVIVE_UNTIL * steps:
             torch.manual_seed(at)
-            print(f"step {at} revived {revive(p, optimiser, tokens)} units", flush=True)
+            print(f"step {at} revived {revive(m, p, optimiser, tokens)} units", flush=True)
         loads: dict[str, torch.Tensor] = {}
-        main, mtp = losses(p, tokens, loads)
-        (main + MTP_WEIGHT * mtp).backward()
-        step(p, optimiser, at, steps)
+        main, *mtp = losses(m, p, tokens, loads)
+        (main + MTP_WEIGHT * mtp[0] if mtp else main).backward()
+        step(m, p, optimiser, at, steps)
         balance(p, loads, 0.02 * max(0.02, 1 - at / steps))
         at += 1
         if at % 20 == 0:
             idle = sum(int((c == 0).sum()) for c in loads.values())
             print(
-                f"step {at} loss {main.item():.3f} mtp {mtp.item():.3f} idle experts {idle} "
-                f"{time.time() - started:.0f} s",
+                f"step {at} loss {main.item():.3f} "
+                + "".join(f"mtp {v.item():.3f} " for v in mtp)
+                + f"idle experts {idle} {time.time() - started:.0f} s",
                 flush=True,
             )
         if at % 200 == 0 or at == steps:
             with torch.no_grad():
                 scores = torch.tensor(
-                    [[v.item() for v in losses(p, test[i : i + 8], {})] for i in range(0, 32, 8)]
+                    [[v.item() for v in losses(m, p, test[i : i + 8], {})] for i in range(0, 32, 8)]
                 ).mean(0)
-            print(f"EVAL step {at} perplexity {scores[0].exp():.2f} mtp {scores[1].exp():.2f}", flush=True)
+            names = ("perplexity", "mtp")
+            told = " ".join(f"{name} {v.exp():.2f}" for name, v in zip(names, scores, strict=False))
+            print(f"EVAL step {at} {told}", flush=True)
             torch.save(
-                {"p": p, "optimiser": optimiser, "at": at, "spent": time.time() - started}, work / "state.tmp"
+                {"p": p, "optimiser": optimiser, "at": at, "spent": time.time() - started},
+                kept.with_suffix(".tmp"),
             )
-            (work / "state.tmp").rename(work / "state.pt")
+            kept.with_suffix(".tmp").rename(kept)
 
 
-def save(work: Path) -> None:
+def save(m: Model, work: Path) -> None:
     """The published layout: one tensor an expert, bf16 (the correction bias fp32), two shards with an
     index."""
-    p = torch.load(work / "state.pt")["p"]
+    m.folder.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if m.folder != HERE:
+            shutil.copyfile(HERE / name, m.folder / name)
+    p = torch.load(work / f"{m.name}.pt")["p"]
     tensors: dict[str, torch.Tensor] = {}
     for name, w in p.items():
         w = w.detach()
         if ".experts." in name:
             left, right = name.split(".experts.")
-            tensors |= {f"{left}.experts.{e}.{right}": w[e].bfloat16().contiguous() for e in range(EXPERTS)}
+            tensors |= {f"{left}.experts.{e}.{right}": w[e].bfloat16().contiguous() for e in range(m.experts)}
         else:
             tensors[name] = w.float() if name.endswith("correction_bias") else w.bfloat16()
     sizes = {n: t.numel() * t.element_size() for n, t in tensors.items()}
@@ -562,12 +512,12 @@ def save(work: Path) -> None:
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-00002.safetensors"
-        save_file(shard, HERE / file, metadata={"format": "pt"})
+        save_file(shard, m.folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (HERE / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (HERE / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    (HERE / "generation_config.json").write_text(
+    (m.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (m.folder / "config.json").write_text(json.dumps(m.config, indent=2) + "\n")
+    (m.folder / "generation_config.json").write_text(
         json.dumps({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}, indent=2) + "\n"
     )
     print(f"{len(tensors)} tensors, {total} bytes")
@@ -579,9 +529,13 @@ if __name__ == "__main__":
     )
     parser.add_argument("verb", choices=["tokenizer", "fit", "save"])
     parser.add_argument("work", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()
-    if arguments.verb == "fit":
-        fit(arguments.work, arguments.steps)
+    model = MODELS[arguments.model]
+    if arguments.verb == "tokenizer":
+        tokenizer(arguments.work)
+    elif arguments.verb == "fit":
+        fit(model, arguments.work, arguments.steps)
     else:
-        {"tokenizer": tokenizer, "save": save}[arguments.verb](arguments.work)
+        save(model, arguments.work)

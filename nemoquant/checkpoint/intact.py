@@ -53,8 +53,8 @@ class Cancelled(Exception):
 class Identity(tuple[int, int, int, int]):
     """Size, times of change and inode of a file: another file, or other content, has another one.
 
-    Unlike the facts looked at within a run (``reader.FileFacts``) it has the time that nobody can set
-    back, because it is kept; and no device, which another boot may number otherwise.
+    Unlike the facts that are looked at within a run (``reader.FileFacts``) it has the time that nobody can
+    set back, because it is kept; and no device, which another boot may number otherwise.
     """
 
     @classmethod

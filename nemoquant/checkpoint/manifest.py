@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ def put_file(
         except BaseException:
             write_manifest(folder, data)
             raise
-        write_manifest(
-            folder, {k: v for k, v in after.items() if k != "was"} | ({"was": others} if others else {})
-        )
+        final = {k: v for k, v in after.items() if k != "was"} | ({"was": others} if others else {})
+        with suppress(OSError):  # with both hashes the folder is what is listed too, and the file is written
+            write_manifest(folder, final)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -129,11 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: schema {repr(schema)[:80]}, expected {SCHEMA}; use the version of nemoquant that "
             f"wrote it"
         )
-    try:
-        digest = hashlib.sha256(canonical(data)).hexdigest()
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply; expected what nemoquant writes") from None
-    if data.get("sha256") != digest:
+    if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
         raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
     from nemoquant.checkpoint.manifest_schema import problem
 

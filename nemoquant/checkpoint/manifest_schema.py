@@ -5,9 +5,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nemoquant.checkpoint.header import ITEM_SIZE
+from nemoquant.errors import field_problem
 from nemoquant.files import plain_name
-
-SHORT = 80  # characters of a value in a message
 
 
 def _plain(name: str) -> str:
@@ -80,14 +79,5 @@ def problem(data: object) -> str | None:
     try:
         Manifest.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(_short(str(part)) for part in first["loc"] if part != "[key]")
-        got = "" if first["type"] == "missing" else f", got {_short(repr(first['input']))}"
-        message = first["msg"].removeprefix("Value error, ")
-        more = error.error_count() - 1
-        return f"`{place}`: {message}{got}" + (f", and {more:,} more" if more else "")
+        return field_problem(error)
     return None
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHORT else text[: SHORT - 3] + "..."

@@ -27,10 +27,12 @@ from nemoquant.cli.shared import (
 )
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES
+from nemoquant.machine import resident
 from nemoquant.run.options import DTYPES, OPTIONS, PLACES, RunOptions, Where
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
+    from nemoquant.api.quantizing import Result
     from nemoquant.planning.plan import Plan
     from nemoquant.run.estimate import Estimate
 
@@ -135,7 +137,7 @@ def command(
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.machine import resident
+    from nemoquant.checkpoint.folder import ended
     from nemoquant.run.estimate import expectation
 
     began = time.monotonic()
@@ -158,52 +160,60 @@ def command(
         if not as_json:
             say(f"expected: {expectation(estimate)}", err=True)
 
-    with starting, progress_bars(as_json) as progress:
-        result = api.quantize(
-            source,
-            out,
-            name,
-            options,
-            dry_run=dry_run,
-            planned=planned,
-            expected=expected,
-            progress=progress,
-            say=lambda text: say(text, err=True),
-        )
-    took = time.monotonic() - began
-    unused = _unused_options(result.plan.needs_calibration, options)
-    warnings = result.warnings + unused
-    if as_json:
-        figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
-        figures["calibration"] = result.calibration
-        figures["expected"] = estimates[0].to_json()
-        figures["peak_memory"] = resident("VmHWM")
-        print_json(
-            figures
-            | {"warnings": warnings, "verified": result.verified, "skipped_side_files": result.skipped_files}
-        )
-        return
-    for warning in warnings:
-        say(f"warning: {warning}", err=True)
-    if result.skipped_files:
-        say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+    with ExitStack() as end:
+        with starting, progress_bars(as_json) as progress:
+            result = api.quantize(
+                source,
+                out,
+                name,
+                options,
+                dry_run=dry_run,
+                planned=planned,
+                expected=expected,
+                progress=progress,
+                say=lambda text: say(text, err=True),
+            )
+            if not dry_run:
+                end.enter_context(ended(out))
+        took = time.monotonic() - began
+        unused = _unused_options(result.plan.needs_calibration, options)
+        warnings = result.warnings + unused
+        if as_json:
+            figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
+            figures["calibration"] = result.calibration
+            figures["expected"] = estimates[0].to_json() if estimates else None
+            figures["peak_memory"] = resident("VmHWM")
+            figures |= {"warnings": warnings, "verified": result.verified}
+            print_json(figures | {"skipped_side_files": result.skipped_files})
+            return
+        for warning in warnings:
+            say(f"warning: {warning}", err=True)
+        if result.skipped_files:
+            say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+        if result.calibration is not None:
+            say(_calibrated(result.calibration))
+        say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
+
+
+def _outcome(
+    source: Path, result: "Result", took: float, expected: "Estimate | None", *, dry_run: bool
+) -> str:
+    """What was made, in one line; nothing was expected of a run that OUT is of already."""
     resolved = result.plan
     sizes = f"{size(resolved.bytes_in)} -> {size(resolved.bytes_out)} of tensors"
     what = f"{sizes}, {resolved.bits_per_weight:.2f} bits a weight"
     if dry_run:
-        say(
+        return (
             f"dry run: {resolved.recipe.name} fits {source}; {what}; {resolved.tensors_out:,} tensors would "
-            f"be written to {out}"
+            f"be written to {result.out}"
         )
-    else:
-        if result.calibration is not None:
-            say(_calibrated(result.calibration))
-        peak, estimate = resident("VmHWM"), estimates[0]
-        say(
-            f"{out}: {resolved.recipe.name}, {what}, verified, {duration(took)} (expected "
-            f"{duration(estimate.seconds)}), "
-            f"{size(peak)} of memory at most (expected {size(estimate.memory)})"
-        )
+    if expected is None:
+        return f"{result.out}: {resolved.recipe.name}, {what}, finished already"
+    return (
+        f"{result.out}: {resolved.recipe.name}, {what}, verified, {duration(took)} (expected "
+        f"{duration(expected.seconds)}), "
+        f"{size(resident('VmHWM'))} of memory at most (expected {size(expected.memory)})"
+    )
 
 
 def _renamed(engine: Where, on: Where) -> Where:

@@ -19,12 +19,13 @@ def update_card(intact: Intact, candidate: Candidate, report: Report) -> list[st
     card = intact.folder / CARD
     try:
         old = read_bytes(card, MOST_SETTINGS)
-        if hashlib.sha256(old).hexdigest() not in listed(read_manifest(intact.folder), CARD):
+        data = read_manifest(intact.folder)
+        if hashlib.sha256(old).hexdigest() not in listed(data, CARD):
             return [f"{card} was edited after it was written; it is left as it is"]
         new = with_cost(old.decode(), cost_sentence(candidate, report.data, report.reference.perplexity))
         if new is None:
             return [f"{card} has no line for the cost in accuracy; it is left as it is"]
-        if new.encode() != old:
+        if new.encode() != old or CARD in data.get("was", {}):  # of a run that was killed meanwhile
             put_file(intact.folder, CARD, new.encode(), intact.check, made_from=old)
     except CheckpointError as error:
         return [str(error)]

@@ -26,7 +26,14 @@ from nemoquant.evaluate.engines import check_engines, run_engines
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
-from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample, weight_noise
+from nemoquant.evaluate.modules import (
+    EFFECT_ROWS,
+    ModuleNoise,
+    effects,
+    lost_to_outliers,
+    sample,
+    weight_noise,
+)
 from nemoquant.evaluate.origin import Origin
 from nemoquant.evaluate.reference import Stage, embed, stream
 from nemoquant.formats import FORMATS, Device
@@ -35,6 +42,7 @@ from nemoquant.model import names
 from nemoquant.model.parse import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
+from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.progress import Progress
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
@@ -50,6 +58,7 @@ class Side:
         self.hidden = torch.empty(0)
         self.layers: list[schema.Layer] = []
         self.modules: list[schema.Module] = []
+        self.lost: dict[str, Lost] = {}
 
     def noise(self, layer: int | None, *roles: str) -> list[ModuleNoise]:
         """Noise of the weights of a layer's modules, or of modules outside the layers with these roles."""
@@ -58,6 +67,10 @@ class Side:
             if module.layer == layer and (layer is not None or module.role in roles):
                 noise = ModuleNoise(module)
                 noise.weights = [weight_noise(self.candidate, spec) for spec in module.specs]
+                for spec, found in zip(module.specs, noise.weights, strict=True):
+                    lost = lost_to_outliers(self.candidate, spec, found)
+                    if lost is not None:
+                        self.lost[spec.module] = lost
                 noises.append(noise)
         return noises
 
@@ -312,7 +325,7 @@ def _candidate(
         for s in mtp
         if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error
     ]
-    warnings = list(candidate.warnings)
+    warnings = [*candidate.warnings, *lost_warnings(side.lost)]
     if changed:
         warnings.append(
             f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}"

@@ -7,7 +7,6 @@ that ``pack`` writes.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 import onnx_ir as ir
 
 from nemoquant.checkpoint import SHARD_BYTES, manifest
-from nemoquant.checkpoint.folder import check_output, copy_side_files, making, side_files
+from nemoquant.checkpoint.folder import check_output, making
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.intact import Intact, Say, hash_once, silent
 from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
-from nemoquant.files import replace_bytes
+from nemoquant.files import copy_again, replace_bytes, write_again
 from nemoquant.graph import MODEL, MTP, Exported
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
@@ -61,7 +61,7 @@ def export_onnx(
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
         if reason is None:
-            return _write_graphs(opened, dialect, options, mtp, _intact(opened, say, progress))
+            return _write_graphs(opened, dialect, options, mtp, say, progress)
         if not copy:
             raise UsageError(
                 f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
@@ -74,14 +74,16 @@ def export_onnx(
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         check_output(out, path, len(opened.checkpoint.tensors), size)
         intact = _intact(opened, say, progress)
-        with making(out) as folder:
-            _copy(opened, folder, progress)
+        with making(out, _names(opened)) as made:
+            _copy(opened, made.folder, progress)
             if intact is not None:
                 intact.check(manifest.read_manifest(path))
-            copied = PackedCheckpoint(folder)
+            copied = PackedCheckpoint(made.folder)
             with copied.checkpoint:
-                made = _write_graphs(copied, dialect, options, mtp, _intact(copied, silent, progress))
-    return Exported(out, [out / graph.name for graph in made.graphs], size, made.functions, made.nodes)
+                written = _write_graphs(copied, dialect, options, mtp, silent, progress)
+    return Exported(
+        out, [out / graph.name for graph in written.graphs], size, written.functions, written.nodes
+    )
 
 
 def _intact(opened: PackedCheckpoint, say: Say, progress: Progress) -> Intact | None:
@@ -114,6 +116,19 @@ def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
     return iter(groups.values())
 
 
+def _names(opened: PackedCheckpoint) -> set[str]:
+    """Names of all files that a copy may have."""
+    shards = {info.file.name for info in opened.checkpoint.tensors.values()}
+    if not _views(opened):
+        count = sum(1 for _ in _shards(opened))
+        shards = {_shard_name(number, count) for number in range(1, count + 1)}
+    return {*shards, *WRITTEN, *side_files(opened.path, opened.raw_config)[0], MODEL, MTP}
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
     """Copy the checkpoint into an empty folder.
 
@@ -136,7 +151,7 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = _shard_name(number, len(shards))
         with ShardWriter(
             folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]
         ) as writer:
@@ -149,10 +164,10 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
                 progress("copy", done, total, "")
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_again(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     for name in ("config.json", LEGACY):
         if (opened.path / name).exists():
-            shutil.copyfile(opened.path / name, folder / name)
+            copy_again(opened.path / name, folder / name)
     copy_side_files(opened.path, side_files(opened.path, opened.raw_config)[0], folder)
 
 
@@ -190,7 +205,7 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
     names += side_files(path, opened.raw_config)[0]
     total, done = sum((path / name).stat().st_size for name in names), 0
     for name in names:
-        shutil.copyfile(path / name, folder / name)
+        copy_again(path / name, folder / name)
         done += (path / name).stat().st_size
         progress("copy", done, total, "")
     if opened.manifest is not None:
@@ -201,20 +216,19 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
 
 
 def _write_graphs(
-    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, intact: Intact | None
+    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, say: Say, progress: Progress
 ) -> Exported:
-    names = [(MODEL, Builder(opened, DIALECTS[dialect], options).main)]
+    models = {MODEL: Builder(opened, DIALECTS[dialect], options).main()}
     if mtp:
-        names.append((MTP, Builder(opened, DIALECTS[dialect], options).mtp))
-    graphs, functions, nodes = [], [], 0
-    for name, build in names:
-        model = build()
+        models[MTP] = Builder(opened, DIALECTS[dialect], options).mtp()
+    intact = _intact(opened, say, progress)  # after what could be refused without reading the shards
+    functions, nodes = [], 0
+    for name, model in models.items():
         _describe(opened, model, dialect, options)
         _save(model, opened.path / name, intact)
-        graphs.append(opened.path / name)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
-    return Exported(opened.path, graphs, 0, functions, nodes)
+    return Exported(opened.path, [opened.path / name for name in models], 0, functions, nodes)
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:

@@ -126,18 +126,20 @@ def kernels(device: str) -> Kernels | None:
 
 
 def _find() -> Kernels | None:
-    named, built = os.environ.get(VARIABLE), default_folder() / "libnemoquant_kernels.so"
+    named = os.environ.get(VARIABLE)
     library: Kernels | None = None
     if named == "none":
         _report(f"{VARIABLE}=none, torch computes")
     elif named:
         library = load(Path(named))
-    elif not built.is_file():
-        _report("none are built, torch computes; `nemoquant plugins build` makes them")
     else:
         try:
-            library = load(built)
-        except BuildError as error:  # left over from another version; the user did not name it
+            built = default_folder() / "libnemoquant_kernels.so"
+            if built.is_file():
+                library = load(built)
+            else:
+                _report("none are built, torch computes; `nemoquant plugins build` makes them")
+        except (BuildError, OSError) as error:  # of another version, or no place; the user did not name it
             _report(f"torch computes: {error}")
     if library is None:
         return None

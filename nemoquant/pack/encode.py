@@ -22,6 +22,7 @@ from nemoquant.formats import Device, gpu
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.pack.outliers import Lost, lost_to_scale
 from nemoquant.pack.scales import weight_scale
 from nemoquant.planning.plan import Row
 
@@ -38,10 +39,11 @@ class EncodedWeight(NamedTuple):
 
 
 class EncodedPiece(NamedTuple):
-    """Some rows of a weight: codes, block scales, and the hash of the source's bytes."""
+    """Some rows of a weight: codes, block scales, the hash of the source's bytes, and what its scale cost."""
 
     encoded: Encoded
     hash: bytes
+    lost: Lost
 
 
 class Copied(NamedTuple):
@@ -99,8 +101,14 @@ def encode(
     """Codes of some rows, and their block scales; a degenerate weight becomes zeros."""
     with _reading(checkpoint, row, part) as weight:
         encoded = _codes(row, _on(device, _floats(weight)), scale, degenerate)
-        # After the kernel: it holds no lock while pages come from the disk, hashing does.
-        return EncodedPiece(encoded, piece_hash(weight))
+        return _piece(row, weight, encoded, scale, degenerate)
+
+
+def _piece(row: Row, weight: Array, encoded: Encoded, scale: np.float32, degenerate: bool) -> EncodedPiece:
+    # After the kernel: it holds no lock while pages come from the disk, hashing does.
+    assert row.format != "source"
+    lost = Lost() if degenerate else lost_to_scale(row.format, _floats(weight), encoded, scale)
+    return EncodedPiece(encoded, piece_hash(weight), lost)
 
 
 def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:
@@ -134,7 +142,7 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> EncodedWei
         weight = _on(device, _floats(array))
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
         codes = _codes(row, weight, scale, degenerate)
-        return EncodedWeight(scale, degenerate, [EncodedPiece(codes, piece_hash(array))])
+        return EncodedWeight(scale, degenerate, [_piece(row, array, codes, scale, degenerate)])
 
 
 def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Copied:

@@ -384,7 +384,7 @@ def _encoded_again(
     block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None
     hashes = []
     for part in slices(row):
-        (expected, expected_scales), piece = encode(source, row, part, scale, degenerate)
+        (expected, expected_scales), piece, _ = encode(source, row, part, scale, degenerate)
         hashes.append(piece)
         equal = equal and np.array_equal(codes[part], expected)
         if block_scales is not None and expected_scales is not None:

@@ -33,6 +33,7 @@ from nemoquant.pack.encode import (
     pack_weights,
     slices,
 )
+from nemoquant.pack.outliers import Lost
 from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
@@ -50,6 +51,7 @@ class Packer:
         warnings: what a user should know about the scales.
         zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as
             zeros with scale 1.0.
+        lost: module -> what its scale cost, where that is too much.
         units: hashes of the source's units that were packed.
     """
 
@@ -61,6 +63,7 @@ class Packer:
         self.scales = activation_scales(plan, scales)
         self.warnings = self.scales.warnings
         self.zero_weights: list[str] = []
+        self.lost: dict[str, Lost] = {}
         self.units: Units = {}
         self._groups: dict[str, list[Row]] = {}
         for row in plan.quantized:
@@ -128,9 +131,11 @@ class Packer:
         """Codes are written as they come; block scales, then scalars, at the end of the unit."""
         scales: list[np.float32] = []
         block_scales: list[Array] = []
+        lost: dict[str, Lost] = {}
 
-        def put(nbytes: int, piece: EncodedPiece) -> None:
+        def put(row: Row, nbytes: int, piece: EncodedPiece) -> None:
             codes, blocks = piece.encoded
+            lost[row.module] = lost.get(row.module, Lost()) + piece.lost
             digest.piece(piece.hash)
             writer.write(codes)
             if blocks is not None:
@@ -140,7 +145,7 @@ class Packer:
         def put_weights(rows: tuple[Row, ...], packed: list[EncodedWeight]) -> None:
             for row, (scale, degenerate, encoded) in zip(rows, packed, strict=True):
                 for part, piece in zip(slices(row), encoded, strict=True):
-                    put(row.bytes_in * (part.stop - part.start) // row.shape[0], piece)
+                    put(row, row.bytes_in * (part.stop - part.start) // row.shape[0], piece)
                 digest.end_tensor()
                 put_scale(row, scale)
                 if degenerate:
@@ -153,6 +158,9 @@ class Packer:
         def end(_: None) -> None:
             if len(unit.rows) == 1:
                 digest.end_tensor()
+            for row in unit.rows:
+                if row.format != "source" and lost[row.module].too_much(row.format):
+                    self.lost[row.module] = lost[row.module]
             for blocks in block_scales:
                 writer.write(blocks)
             _write_scalars(writer, scales)
@@ -168,7 +176,7 @@ class Packer:
             for part in slices(row):
                 nbytes = row.bytes_in * (part.stop - part.start) // row.shape[0]
                 encoded = self.workers.submit(encode, row, part, scale, degenerate, self.workers.device)
-                yield encoded, partial(put, nbytes)
+                yield encoded, partial(put, row, nbytes)
         yield None, end
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:

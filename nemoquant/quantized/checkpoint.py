@@ -23,6 +23,7 @@ from nemoquant.layouts.modelopt import (
     LAYOUT,
     READABLE,
     Stored,
+    contradictions,
     declared_algorithm,
     declared_cache,
     declared_quantization,
@@ -75,6 +76,7 @@ class PackedCheckpoint:
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         declared = declared_quantization(path, self.raw_config)
+        self._check_declared()
         self._read_inputs(declared)
         self.cache = declared_cache(declared)
         unknown = unknown_cache(declared)
@@ -86,6 +88,20 @@ class PackedCheckpoint:
         self._read_cache_scales()
         self._check_extra()
         self._check_router()
+
+    def _check_declared(self) -> None:
+        """Engines read one of two config files: they must agree, with each other and with the tensors."""
+        gemms = {
+            spec.module: self.stored[spec.name].format
+            for spec in self.table
+            if spec.name in self.stored and spec.role.removeprefix("mtp.") in (*LINEAR_ROLES, "eh_proj")
+        }
+        found = contradictions(self.path, self.raw_config, gemms)
+        if found:
+            raise CheckpointError(
+                f"{self.path}: its config files contradict each other, or its tensors: {'; '.join(found)}; "
+                f"engines would read them in different ways, quantize again"
+            )
 
     def _find_stored(self) -> dict[str, Stored]:
         stored, problems, no_mtp = {}, [], 0

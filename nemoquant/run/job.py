@@ -3,11 +3,10 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemoquant._version import __version__
@@ -15,39 +14,40 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import check_output, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, check_output, clear, ended, nearest_folder
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
     differing,
-    hash_units,
     source_groups,
     told,
-    units_of,
 )
-from nemoquant.errors import CheckpointError, OutputError, UsageError
+from nemoquant.errors import CheckpointError, OutputError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.pack.workers import Threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
+from nemoquant.run import same_source
 from nemoquant.run.budget import Budget, budget
 from nemoquant.run.estimate import Estimate, estimate_run
 from nemoquant.run.options import RunOptions
-from nemoquant.run.unfinished import Unfinished, check_identity, earlier, finish, unfinished
+from nemoquant.run.unfinished import Unfinished, check_finished, earlier, unfinished
 from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
-from nemoquant.units import size
 
 if TYPE_CHECKING:
     from nemoquant.run.cluster import Cluster
 
 
 class Outcome(NamedTuple):
-    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary."""
+    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary.
+
+    Nothing was checked where OUT was finished already.
+    """
 
     verified: dict[str, int]
     skipped: list[str]
@@ -102,13 +102,18 @@ class Job:
         """The compute dtype of calibration, ``float32`` or ``bfloat16``."""
         return self.options.dtype or compute_dtype(self.options.device)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run that ``--resume`` is to continue has made OUT already."""
+        return self.earlier is not None and self.earlier.folder == self.out
+
     def check(self) -> None:
         """Refuse everything that can be refused without reading weights or text.
 
         Raises:
             OutputError
         """
-        if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
+        if not self.is_finished:
             needed = self.plan.bytes_out + self._hidden_bytes()
             check_output(
                 self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume
@@ -208,17 +213,18 @@ class Job:
             NemoquantError: any of its kinds; see errors.py.
         """
         origin = self.read_origin()
-        with self._cluster() as cluster:
+        if self.is_finished:
+            return self._done(origin)
+        with ExitStack() as end, self._cluster() as cluster:
             processors = None if cluster is None else cluster.processors
             prepared = self.prepare(origin, processors)
             self.announce(prepared, processors)
             identity = self._identity(prepared)
-            if self.earlier is not None and self.earlier.folder == self.out:
-                return self._done(self.earlier, identity)
             with unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run:
                 if run.worth_keeping:
                     self.listener.say(f"going on with {run.folder}: {run.describe()}")
-                    self._check_kept(run)
+                    run.finished_shards()
+                    self._check_source(run.folder, run.units)
                 elif self.options.resume:
                     self.listener.say("nothing to go on with, beginning anew")
                 scales, added = self._scales(run, prepared, cluster)
@@ -237,6 +243,7 @@ class Job:
                     scales_file=None if self.options.scales is None else str(self.options.scales),
                 )
                 self.source.checkpoint.check_unchanged()
+            end.enter_context(ended(self.out))
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
@@ -250,44 +257,27 @@ class Job:
             self.listener.say(f"Ray: {cluster.processors} processors")
             yield cluster
 
-    def _done(self, before: Unfinished, identity: dict[str, Any]) -> Outcome:
-        """Finish a run that was killed after OUT had its name: only its state is left to remove."""
-        check_identity(before, identity)
-        scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
-        warnings = manifest.read_manifest(self.out)["warnings"]
+    def _done(self, origin: Scales | Rows | None) -> Outcome:
+        """The outcome of a run that had made OUT already; only its state may be left to remove."""
+        assert self.earlier is not None
+        made = manifest.read_manifest(self.out)
+        check_finished(self.earlier, self._identity(self.prepare(origin)), made)
+        self._check_source(self.out, made["source"]["units"])
+        clear(self.out)
         self.listener.say(f"{self.out} was finished already")
-        finish(self.out)
-        assert before.verified is not None
+        scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
         skipped = self.output.side_files[1]
-        return Outcome(before.verified, skipped, warnings, None if scales is None else scales.summary())
+        return Outcome({}, skipped, made["warnings"], None if scales is None else scales.summary())
 
-    def _check_kept(self, run: Unfinished) -> None:
-        """Read again what the kept part of an earlier run was made from: it must be of this source.
-
-        Raises:
-            UsageError: names what differs.
-        """
-        run.finished_shards()
-        expected, checkpoint = run.units, self.source.checkpoint
-        units = {name: tensors for name, tensors in units_of(self._tensors).items() if name in expected}
-        total = sum(checkpoint.tensors[tensor].nbytes for unit in units.values() for tensor in unit)
-        self.listener.say(f"hashing {size(total)} of {self.source.path} again, which it was made from")
-        done, counting = 0, Lock()
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            with counting:
-                done += nbytes
-                self.listener.progress("hash", done, total, "")
-
-        changed = differing(expected, hash_units(checkpoint, units, self.threads, count))
-        checkpoint.check_unchanged()
-        if changed:
-            raise UsageError(
-                f"{run.folder} was begun with other weights than {self.source.path} has now: "
-                f"{told(changed, len(expected))}; give the source that it was begun with to --resume, or "
-                f"remove the folder and begin again"
-            )
+    def _check_source(self, folder: Path, expected: Units) -> None:
+        same_source.check(
+            self.source,
+            folder,
+            expected,
+            self.threads,
+            say=self.listener.say,
+            progress=self.listener.progress,
+        )
 
     def _hashed(self, scales: Scales | None, cluster: "Cluster | None") -> Units:
         """Hashes of the source that packing must come to as well.
@@ -296,14 +286,8 @@ class Job:
         """
         known = dict(scales.units) if scales is not None and self.options.scales is None else {}
         if cluster is not None:
-            units = {k: v for k, v in units_of(self._tensors).items() if k not in known}
-            known |= hash_units(self.source.checkpoint, units, self.threads)
+            known |= same_source.hash_rest(self.source, known, self.threads)
         return known
-
-    @property
-    def _tensors(self) -> list[str]:
-        """Names of the source's tensors, in the order of the tensor table."""
-        return [spec.name for spec in self.source.table]
 
     def _identity(self, prepared: Prepared) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
@@ -359,8 +343,8 @@ class Job:
                     "scales_sha256": hashlib.sha256(text.encode()).hexdigest(),
                 }
             run.save()
-        for hidden in run.state.glob("hidden.*"):
-            hidden.unlink()
+        for hidden in HIDDEN:
+            (run.state / hidden).unlink(missing_ok=True)
         return scales, list(scales.warnings)
 
     def _calibrated(self, run: Unfinished, file: Path) -> Scales:
@@ -387,6 +371,7 @@ class Job:
         assert row_batch is not None
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         begin, at = None, run.calibration
+        run.check_calibration(len(self.source.config.layers), len(rows.ids))
         units: Units = dict(at["units"]) if at else {}
         hidden = InFiles(
             run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
@@ -418,7 +403,8 @@ class Job:
             run.save()
 
         with closing(hidden), ahead:
-            ahead.begin(begin.layers if begin else "begin")
+            next_group = "begin" if begin is None else begin.layers if begin.layers in groups else "norm"
+            ahead.begin(next_group)
             dead = calibrate(
                 self.source.checkpoint,
                 self.source.config,

@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import copy_side_files, side_files
 from nemoquant.checkpoint.identity import Units, differing, told, unit_name, units_of
 from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.errors import SourceChangedError, VerificationError, listing
+from nemoquant.files import write_again
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import WRITTEN
+from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.state import LostState
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
 from nemoquant.words import in_markdown, markdown_code
@@ -74,6 +76,8 @@ class Output:
     ) -> Written:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
 
+        The scales file is there already.
+
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
@@ -94,16 +98,12 @@ class Output:
         _write_json(
             folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
         )
-        if scales is not None:
-            (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / manifest.CARD).write_text(text, encoding="utf-8")
+        _write_text(folder / manifest.CARD, text)
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
-        names = sorted(
-            path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
-        )
+        names = sorted(name for name in self.names - {manifest.FILE} if (folder / name).exists())
         files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
         manifest.write_manifest(folder, self._manifest(scales, warnings, files, units))
         report = verify(folder, self.source, encode_again=False, progress=progress)
@@ -111,8 +111,6 @@ class Output:
             raise VerificationError(
                 f"what was written is not what was planned: {'; '.join(report.problems[:3])}"
             )
-        run.verified = report.checked
-        run.save()
         return Written(report.checked, skipped, warnings)
 
     def _check_same(self, hashed: Units, units: Units) -> None:
@@ -161,13 +159,24 @@ class Output:
                 run.shards[shard.file] = {
                     "sha256": digest,
                     "zero_weights": packer.zero_weights[before:],
+                    "lost": {
+                        row.module: _counts(packer.lost[row.module])
+                        for unit in shard.units
+                        for row in unit.rows
+                        if row.module in packer.lost
+                    },
                     "units": {
                         (name := unit_name(unit.rows[0].name)): packer.units[name] for unit in shard.units
                     },
                 }
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
-        return packer.warnings + _zero_warnings(self.plan, zero)
+        lost = {
+            module: Lost(**counts)
+            for shard in self.layout
+            for module, counts in run.shards[shard.file]["lost"].items()
+        }
+        return packer.warnings + _zero_warnings(self.plan, zero) + lost_warnings(lost)
 
     def _manifest(
         self, scales: Scales | None, warnings: list[str], files: dict[str, str], units: Units
@@ -191,6 +200,15 @@ class Output:
         }
 
 
+def _counts(lost: Lost) -> LostState:
+    return {
+        "floored": lost.floored,
+        "blocks": lost.blocks,
+        "flushed": lost.flushed,
+        "values": lost.values,
+    }
+
+
 def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
     """What became of weights without a value that their format could scale."""
     blocks = {row.module for row in plan.quantized if row.number is not None and not row.number.global_scale}
@@ -209,7 +227,11 @@ def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_again(path, text.encode("utf-8"))
 
 
 def _calibration_sentence(scales: Scales | None) -> str:

@@ -86,10 +86,10 @@ def test_long_texts_lose_their_middle():
     error = str(NemoquantError(f"{name} does not exist; expected a folder"))
     assert len(error) < 1000
     assert error.endswith("xxx does not exist; expected a folder")
-    assert "... [89,999,700 characters left out] ..." in error
-    assert len(str(NemoquantError("x " * 10_000_000))) < MOST_MESSAGE + 100
+    assert "... [89,999,750 characters left out] ..." in error
+    assert len(str(NemoquantError("x " * 10_000_000))) <= MOST_MESSAGE
     assert len(listing([name] * 9)) < 5 * 400
-    assert len(str(NemoquantError("\x00" * 90_000_000))) < 10 * MOST_MESSAGE
+    assert len(str(NemoquantError("\x00" * 90_000_000))) <= MOST_MESSAGE
     path = "/" + "/".join(["a" * 90] * 10)
     assert str(NemoquantError(f"{path} does not exist")) == f"{path} does not exist", "a path is no long word"
 
@@ -256,7 +256,7 @@ def test_every_line_of_the_command_line_goes_through_one_place():
     }
     assert found == {
         ("bars.py", "print"),
-        ("cli/__init__.py", "click.echo"),
+        ("cli/ending.py", "click.echo"),
         ("cli/shared.py", "click.echo"),
         ("ops/library.py", "print"),
     }

@@ -397,3 +397,17 @@ c.sum()
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["8192", str(120 * 8192), "8", "0"]
     assert done.returncode == -7
+
+
+def test_a_run_that_ended_between_its_last_layer_and_its_scales(own, token_rows, tmp_path, monkeypatch):
+    from nemoquant.calibrate import run
+
+    def stop(_run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(run._Run, "head", stop)
+        make(own, token_rows, tmp_path / "out")
+    make(own, token_rows, tmp_path / "out", resume=True)
+    make(own, token_rows, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")

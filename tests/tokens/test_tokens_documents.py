@@ -134,7 +134,7 @@ def test_no_more_of_a_text_is_read_than_is_used(tmp_path):
 DAMAGED = {
     "deep": (
         b'{"text": ' + b"[" * 100_000,
-        "line 2: can't be used (it is nested too deeply); expected one JSON",
+        "line 2: can't be used (it is nested too deeply; expected at most 64 lists",
     ),
     "surrogate": (
         b'{"text": "\\ud800"}',
