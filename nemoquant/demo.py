@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemoquant import api
 from nemoquant._version import __version__
-from nemoquant.checkpoint.folder import FOLDER, HALF, STATE, Making, check_output, clear, making
+from nemoquant.checkpoint.folder import FOLDER, HALF, STATE, check_output
+from nemoquant.checkpoint.making import Making, clear, making
 from nemoquant.engine import EngineName
 from nemoquant.engine.enginefile import facts_file
 from nemoquant.errors import OutputError, UsageError, VerificationError, listing

@@ -242,6 +242,9 @@ def hash_once(
     stamp = _stamp(folder)
     if stamp is not None and None not in now.values() and _stamped(stamp, _content(expected, now)):
         return Intact(folder, expected, {name: seen for name, seen in now.items() if seen is not None})
+    missing = [f"{name} is missing; the manifest lists it" for name, seen in now.items() if seen is None]
+    if missing:
+        raise damaged(folder, missing)
     total = sum(seen[0] for seen in now.values() if seen is not None)
     say(f"{folder}: reading its shards, {size(total)}, to hold them against {FILE}")
     with Reading({folder: data}, usable_threads()) as reading:

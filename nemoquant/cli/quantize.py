@@ -137,7 +137,7 @@ def command(
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.checkpoint.folder import ended
+    from nemoquant.checkpoint.making import ended
     from nemoquant.run.estimate import expectation
 
     began = time.monotonic()

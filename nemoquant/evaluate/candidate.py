@@ -11,7 +11,7 @@ from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.sources.source import Source
-from nemoquant.tokens.codec import MOST_TOKENIZER
+from nemoquant.tokens.tokenizer import MOST_BYTES
 
 TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 UNIMPORTANT = (
@@ -132,7 +132,7 @@ def _check_tokenizer(path: Path, source: Path) -> None:
     if not all(file.exists() for file in files):
         return
     try:
-        theirs, ours = (read_json(file, MOST_TOKENIZER) for file in files)
+        theirs, ours = (read_json(file, MOST_BYTES) for file in files)
         differing = [part for part in TOKENIZER_PARTS if theirs.get(part) != ours.get(part)]
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{files[0]} or {files[1]} cannot be read as a tokenizer ({error})") from None

@@ -14,9 +14,10 @@ from typing import Any
 import onnx_ir as ir
 
 from nemoquant.checkpoint import SHARD_BYTES, manifest
-from nemoquant.checkpoint.folder import check_output, making
+from nemoquant.checkpoint.folder import check_output
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.intact import Intact, Say, hash_once, silent
+from nemoquant.checkpoint.making import making
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.checkpoint.writer import ShardWriter

@@ -14,7 +14,7 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import HIDDEN, check_output, clear, ended, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, check_output, nearest_folder
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
@@ -22,6 +22,7 @@ from nemoquant.checkpoint.identity import (
     source_groups,
     told,
 )
+from nemoquant.checkpoint.making import clear, ended
 from nemoquant.errors import CheckpointError, OutputError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device

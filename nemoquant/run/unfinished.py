@@ -21,8 +21,9 @@ from typing import Any
 
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import FOLDER, STATE, making, partial_of
+from nemoquant.checkpoint.folder import FOLDER, STATE, partial_of
 from nemoquant.checkpoint.identity import Units
+from nemoquant.checkpoint.making import making
 from nemoquant.errors import OutputError, UsageError, WeightError, listing
 from nemoquant.run.options import OPTIONS, Option
 from nemoquant.run.state import CalibrationState, ShardState, read_state, write_state

@@ -1,12 +1,9 @@
 """Text to tokens and back, with the tokenizer and chat template of a checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
-from nemoquant.errors import CalibrationError
 from nemoquant.tokens.template import ChatTemplate
-
-MOST_TOKENIZER = 128 << 20  # bytes: real ones have up to some tens of megabytes
+from nemoquant.tokens.tokenizer import decode, encode, load_tokenizer
 
 
 class TextCodec:
@@ -33,30 +30,4 @@ class TextCodec:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-
-def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a checkpoint folder, a ``tokenizers.Tokenizer``.
-
-    Raises CalibrationError if it can't be read.
-    """
-    file = model / "tokenizer.json"
-    if not file.exists():
-        raise CalibrationError(
-            f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or "
-            f"`input_ids` in .jsonl)"
-        )
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise CalibrationError(f"{file} cannot be read as a tokenizer ({error})") from None
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+        return decode(self.tokenizer, ids)

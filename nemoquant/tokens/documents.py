@@ -20,8 +20,8 @@ from typing import Any, TextIO
 
 from nemoquant.errors import CalibrationError, MissingExtraError, listing
 from nemoquant.files import open_regular, parse_json
-from nemoquant.tokens.codec import encode, load_tokenizer
 from nemoquant.tokens.template import ChatTemplate
+from nemoquant.tokens.tokenizer import encode, load_tokenizer
 
 MOST_CHARS = 16 << 20  # of a line of .jsonl, and bytes of a row of .parquet: JSON can take 20 times as much
 PIECE_CHARS = 1 << 16  # at least, of a text that goes on

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from support.files import tree
 
-from nemoquant.checkpoint.folder import FOLDER, HIDDEN, STATE, check_output, making
+from nemoquant.checkpoint.folder import FOLDER, HIDDEN, STATE, check_output
+from nemoquant.checkpoint.making import making
 from nemoquant.errors import Interrupted, OutputError, UsageError
 
 FILES = ("a.json", "b.safetensors")
@@ -107,10 +108,15 @@ def test_another_run_is_in_it(resume, out, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_only_who_can_go_on_is_offered_to(out, tmp_path):
+@pytest.mark.parametrize("made_by", ["quantize", "others"])
+def test_only_who_can_go_on_is_offered_to(made_by, out, tmp_path):
     partial = out.with_name("out.partial")
     partial.mkdir(parents=True)
     (partial / "a.json").write_text("a")
+    if made_by == "quantize":
+        (partial / FOLDER).mkdir()
+        (partial / FOLDER / STATE).write_text("{}")
+    before = tree(partial)
     for resume, offer in (
         (False, "--resume goes on with it, or remove it"),
         (None, "did not end; remove it"),
@@ -119,7 +125,41 @@ def test_only_who_can_go_on_is_offered_to(out, tmp_path):
             check_output(out, tmp_path / "source", 1, 1, resume=resume)
         with pytest.raises(OutputError, match=offer), making(out, FILES, resume=resume):
             pass
-    assert tree(partial) == {"a.json": b"a"}
+    assert tree(partial) == before
+
+
+def test_a_copy_that_was_killed_is_begun_anew(out, tmp_path):
+    """It kept no state, and nobody holds its lock: whatever is of ours there is of no use."""
+    partial = out.with_name("out.partial")
+    (partial / FOLDER).mkdir(parents=True)
+    for name in ("a.json", "b.safetensors.partial"):
+        (partial / name).write_text("half")
+    check_output(out, tmp_path / "source", 1, 1)
+    with making(out, FILES) as made:
+        assert (made.begun, tree(made.folder)) == (False, {FOLDER: None})
+        (made.folder / "b.safetensors").write_text("b")
+    assert tree(out) == {"b.safetensors": b"b"}
+
+
+def test_a_copy_that_was_killed_at_its_very_end(out, tmp_path):
+    (out / FOLDER).mkdir(parents=True)
+    (out / "a.json").write_text("a")
+    with pytest.raises(OutputError, match="out exists; expected a new folder"):
+        check_output(out, tmp_path / "source", 1, 1)
+    assert tree(out) == {"a.json": b"a"}
+
+
+@pytest.mark.parametrize("resume", [None, False, True])
+def test_another_run_has_just_made_it(resume, out, tmp_path):
+    """It got the lock, and its name, after this one had looked for it."""
+    out.mkdir(parents=True)
+    before = tree(tmp_path)
+    with (
+        pytest.raises(OutputError, match="out exists; expected a new folder"),
+        making(out, FILES, resume=resume),
+    ):
+        pass
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -167,10 +207,10 @@ def test_an_interrupt_behind_the_rename_says_that_the_output_is_whole(out, monke
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nemoquant.checkpoint.folder.clear", interrupt)
+    monkeypatch.setattr("nemoquant.checkpoint.making.clear", interrupt)
     with pytest.raises(Interrupted, match=f"^{out} is whole$"), making(out, FILES):
         pass
-    assert tree(out) == {}
+    assert tree(out) == {FOLDER: None}
 
 
 def test_hidden_states_are_not_written_through_a_second_name(tmp_path):

@@ -147,8 +147,8 @@ def test_drafts_change_nothing(count: int, wrong: set[int]) -> None:
 def test_refusals(folder: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
     assert "the prompt holds no tokens" in run(folder, prompt="", code=2).stderr
     assert "leave out --temperature" in run(folder, "--mtp", 1, "--temperature", 1, code=2).stderr
-    assert "expected 0 (greedy) or a positive number" in run(folder, "--temperature", -1, code=2).stderr
-    assert "expected 0 (greedy) or a positive number" in run(folder, "--temperature", "nan", code=2).stderr
+    for value in (-1, "nan"):
+        assert "'--temperature': " in run(folder, "--temperature", value, code=2).stderr
     for engine in ("rtx", "trt"):
         assert f"--engine {engine} needs the engine file" in run(folder, "--engine", engine, code=2).stderr
     assert "does not exist" in run(tmp_path / "nowhere", code=2).stderr

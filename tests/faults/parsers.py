@@ -310,6 +310,25 @@ def _text(folder: Path) -> None:
     codec.decode(codec.encode("It is a truth universally acknowledged")[:50])
 
 
+def _tokenizer_folder(base: Path, folder: Path) -> None:
+    """A tokenizer with a part of every kind and few tokens, so that most changes are of its parts."""
+    demo()(base, folder)
+    data = json.loads((DEMO / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    data["model"]["vocab"] = {token: i for token, i in vocabulary.items() if i < 280}
+    data["model"]["merges"] = []
+    replace = {"type": "Replace", "pattern": {"String": "e"}, "content": "a"}
+    split = {"type": "Split", "pattern": {"Regex": "[a-z]+| "}, "behavior": "Isolated", "invert": False}
+    data["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, replace]}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, data["pre_tokenizer"]]}
+    data["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    data["padding"] = {
+        **{"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": 2},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
 def _stop(folder: Path) -> None:
     from nemoquant.engine.generate import stop_tokens
     from nemoquant.model.parse import load_config
@@ -477,6 +496,15 @@ JSON_WORDS = (
     b"\xef\xbb\xbf",
     b"\x00",
 )
+TOKENIZER_WORDS = (
+    *JSON_WORDS,
+    b'{"type": "Precompiled", "precompiled_charsmap": "AAAA"}',
+    b'{"type": "Replace", "pattern": {"String": ""}, "content": "aa"}',
+    b'{"type": "Replace", "pattern": {"Regex": "(e+|[a-z ]+)+$x"}, "content": ""}',
+    b"(a+|[a-z ]+)+$x",
+    b'"pad_to_multiple_of": 0',
+    b'"stride": 9',
+)
 TEXT_WORDS = (b"a" * 5000, b" " * 5000, b"\n", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"<|im_end|>", b"\r")
 
 PARSERS: dict[str, Parser] = {
@@ -511,7 +539,7 @@ PARSERS: dict[str, Parser] = {
     "tokenizer_config": Parser(
         "tokenizer_config.json", demo("tokenizer.json", "tokenizer_config.json"), _chat, JSON, JSON_WORDS, 0.5
     ),
-    "tokenizer": Parser("tokenizer.json", demo("tokenizer.json"), _text, JSON, JSON_WORDS, 0.3),
+    "tokenizer": Parser("tokenizer.json", _tokenizer_folder, _text, JSON, TOKENIZER_WORDS),
     "chat_template": Parser(
         "chat_template.jinja",
         demo("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),

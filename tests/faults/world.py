@@ -19,7 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from .child import Ended, here, nemoquant
 from .watch import Aim
 
-SHARD_GIGABYTES = "0.00006"  # several shards of this small model
+SMALLER = {"hybrid_override_pattern": "M*E-", "num_hidden_layers": 4, "n_routed_experts": 4}
+SHARD_GIGABYTES = "0.00005"  # several shards of this small model
 RUN = ("--compute", "float32", "--row-batch", "2", "--threads", "1", "--shard-size", SHARD_GIGABYTES)
 DEMO_PRESETS = ("fp8", "nvfp4-w4a16")
 Tree = dict[str, bytes | None]
@@ -99,7 +100,7 @@ class World:
 
     def make_source(self, name: str, seed: int = 0) -> Path:
         """A small checkpoint with a tokenizer and all kinds of side files."""
-        raw = {**CONFIG, "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}}
+        raw = {**CONFIG, **SMALLER, "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}}
         path = write_checkpoint(self.folder / name, raw, random_tensors(raw, seed))
         words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *_words()])}
         tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))

@@ -118,7 +118,7 @@ def test_the_test_finds_what_is_missing(disk, source, token_rows, tmp_path, monk
             stand_in = Unsynced() if place.endswith(".os") else leave
             patch.setattr(f"nemoquant.{place}", stand_in)
             if place == "files.sync_folder":
-                patch.setattr("nemoquant.checkpoint.folder.sync_folder", leave)
+                patch.setattr("nemoquant.checkpoint.making.sync_folder", leave)
             disk.problems.clear()
             quantize(source, tmp_path / str(number), "nvfp4", options)
         assert disk.problems, place

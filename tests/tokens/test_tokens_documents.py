@@ -14,9 +14,9 @@ from nemoquant.errors import CalibrationError
 from nemoquant.model.parse import load_config
 from nemoquant.shipped import calibration_data
 from nemoquant.tokens import documents
-from nemoquant.tokens.codec import load_tokenizer
 from nemoquant.tokens.documents import LINE_END, MOST_PIECE, PIECE_CHARS, pieces
 from nemoquant.tokens.rows import load_rows
+from nemoquant.tokens.tokenizer import load_tokenizer
 
 
 def chunked(text: str, size: int) -> Iterator[str]:
