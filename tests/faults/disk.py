@@ -42,14 +42,18 @@ MOUNTED = 60  # sizes of a real file system
 
 def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:
     """Fill the disk under every scene; see the top of this file."""
+    chosen = []
     for name, sample in SAMPLES.items():
         scene = world.scenes[name]
         seen = [event for event in events(world.whole(scene)[1]) for _ in range(event.points)]
         points = [i + 1 for i, event in enumerate(seen) if event.kind not in HARMLESS]
-        for point in points[:: scene.every] if long else sorted(choose.sample(points, sample)):
-            yield injected(world, scene, Aim(Action.FAIL_FROM, point), seen[point - 1])
+        for point in points[:: scene.every] if long else choose.sample(points, sample):
+            chosen.append((scene, Aim(Action.FAIL_FROM, point), seen[point - 1]))
         for point in points[:: 5 * scene.every] if long else choose.sample(points, 1):
-            yield injected(world, scene, Aim(Action.FAIL_ONCE, point, errno.EDQUOT), seen[point - 1])
+            chosen.append((scene, Aim(Action.FAIL_ONCE, point, errno.EDQUOT), seen[point - 1]))
+    choose.shuffle(chosen)  # a run that is interrupted has tried some of everything
+    for scene, aim, event in chosen:
+        yield injected(world, scene, aim, event)
     if long and can_mount(world.folder):
         scene = world.scenes["quantize nvfp4"]
         needed = sum(-(-len(data or b"") // 4096) + 1 for data in world.whole(scene)[0].values())

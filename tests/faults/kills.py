@@ -32,12 +32,16 @@ SAMPLES = {  # cases of the short run
 
 def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:
     """Kill every scene; see the top of this file."""
+    chosen = []
     for name, sample in SAMPLES.items():
         scene = world.scenes[name]
         seen = [event for event in events(world.whole(scene)[1]) for _ in range(event.points)]
         points = range(1, len(seen) + 1)
-        for point in points[:: scene.every] if long else sorted(choose.sample(points, sample)):
-            yield one(world, scene, point, seen[point - 1])
+        for point in points[:: scene.every] if long else choose.sample(points, sample):
+            chosen.append((scene, point, seen[point - 1]))
+    choose.shuffle(chosen)  # a run that is interrupted has tried some of everything
+    for scene, point, event in chosen:
+        yield one(world, scene, point, event)
 
 
 def one(world: World, scene: Scene, point: int, event: Event) -> Case:
