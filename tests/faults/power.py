@@ -22,9 +22,8 @@ from pathlib import Path
 from support.files import tree
 
 from .cases import Case
-from .child import nemoquant
 from .watch import Event, Kind, events
-from .world import Scene, Tree, World, differences
+from .world import Scene, Tree, World, differences, verified
 
 SAMPLES = {  # cuts of the short run, each in the three ways
     "quantize nvfp4": 4,
@@ -219,10 +218,7 @@ def one(world: World, scene: Scene, fault: str, left: Tree) -> Case:
             (root / name).mkdir()
         else:
             (root / name).write_bytes(data)
-    problems = []
-    named = "out/nemoquant.json" in left
-    if named:
-        problems += [f"OUT fails: {p}" for p in nemoquant("verify", root / "out").success()]
+    problems = verified(root)
     problems += scene.go_on(root)
     problems += differences(tree(root), world.whole(scene)[0])
     shutil.rmtree(root)
