@@ -33,6 +33,7 @@ def options() -> argparse.Namespace:
         help=f"one of {', '.join(SUITES)}; repeatable",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--minutes", type=float, default=1e9, help="end each suite after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every case there")
     return parser.parse_args()
 
@@ -65,6 +66,8 @@ def main() -> int:
                     file=sys.stderr,
                     flush=True,
                 )
+            if time.monotonic() - began > 60 * chosen.minutes:
+                break
         took[name] = round(time.monotonic() - began, 1)
         print(f"{name}: {len(cases) - before:,} cases in {took[name]:.0f} s", file=sys.stderr, flush=True)
     if chosen.json:

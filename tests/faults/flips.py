@@ -53,22 +53,31 @@ def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:
 
 
 class Flip:
-    """One bit of a file, flipped in the block of a with statement."""
+    """One bit of a file; flipped by ``do``, or in the block of a with statement."""
 
     def __init__(self, file: Path, choose: random.Random) -> None:
         self.file, self.good = file, file.read_bytes()
         self.at, self.bit = choose.randrange(len(self.good)), choose.randrange(8)
 
-    def __enter__(self) -> None:
+    def do(self) -> None:
+        """Flip it."""
         data = bytearray(self.good)
         data[self.at] ^= 1 << self.bit
         self.file.write_bytes(data)
+
+    def __enter__(self) -> None:
+        self.do()
 
     def __exit__(self, *error: object) -> None:
         self.file.write_bytes(self.good)
 
     def __str__(self) -> str:
         return f"bit {self.bit} of byte {self.at} of {self.file.name}"
+
+
+def case(scene: str, fault: object, outcome: str, problems: list[str]) -> Case:
+    """A case of this suite."""
+    return Case("flips", scene, str(fault), "not as it should be" if problems else outcome, tuple(problems))
 
 
 def in_checkpoint(world: World, root: Path, flip: Flip) -> Case:
@@ -96,29 +105,23 @@ def in_checkpoint(world: World, root: Path, flip: Flip) -> Case:
             for arguments in verbs:
                 problems += [f"{arguments[0]}: {problem}" for problem in nemoquant(*arguments).refusal()]
         problems += [f"written: {d}" for d in differences(tree(root), before)]
-    outcome = (
-        "not as it should be" if problems else "told, and left alone" if name == CARD else "refused by all"
-    )
-    scene = "card" if name == CARD else "shards" if name.endswith(".safetensors") else "other files of OUT"
-    return Case("flips", scene, str(flip), outcome, tuple(problems))
+    if name == CARD:
+        return case("card", flip, "told, and left alone", problems)
+    scene = "shards" if name.endswith(".safetensors") else "other files of OUT"
+    return case(scene, flip, "refused by all", problems)
 
 
 def in_graph(root: Path, flip: Flip) -> Case:
     """A graph: verify, and what loads it."""
-    out = root / "out"
+    out, problems = root / "out", []
     with flip:
         verified = nemoquant("verify", out)
-        problems = (
-            []
-            if verified.code == 1 and flip.file.name in _said(verified)
-            else [f"verify: {verified.err[-300:]}"]
-        )
+        if verified.code != 1 or flip.file.name not in _said(verified):
+            problems.append(f"verify: {verified.err[-300:]}")
         if flip.file.name == "model.onnx":
             ran = nemoquant("generate", out, "--prompt", "the", "--max-tokens", 2, "--engine", "onnxruntime")
             problems += ran.refusal()
-    return Case(
-        "flips", "graphs", str(flip), "not as it should be" if problems else "refused", tuple(problems)
-    )
+    return case("graphs", flip, "refused", problems)
 
 
 def in_cache(world: World, root: Path, flip: Flip) -> Case:
@@ -127,38 +130,25 @@ def in_cache(world: World, root: Path, flip: Flip) -> Case:
         before = tree(root / "out")
         problems = nemoquant(*world.scenes["diff"].arguments(root)).refusal()
         problems += [f"written: {d}" for d in differences(tree(root / "out"), before)]
-    return Case(
-        "flips",
-        "reference cache",
-        str(flip),
-        "not as it should be" if problems else "refused",
-        tuple(problems),
-    )
+    return case("reference cache", flip, "refused", problems)
 
 
 def in_killed_run(world: World, choose: random.Random) -> Case:
     """Any file of an OUT.partial."""
     scene = world.scenes[choose.choice(["quantize nvfp4", "quantize nvfp4", "quantize nvfp4-w4a16"])]
     expected, log = world.whole(scene)
-    points = sum(event.points for event in events(log))
     root = world.root()
-    point = choose.randrange(20, points - 30)
+    point = choose.randrange(20, sum(event.points for event in events(log)) - 30)
     scene.run(root, aim=Aim(Action.KILL, point))
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size]
-    if not files:
-        shutil.rmtree(root)
-        return Case("flips", "killed run", f"killed at point {point}", "nothing was left")
-    flip = Flip(choose.choice(files), choose)
-    flip.__enter__()
+    flip = Flip(
+        choose.choice([p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size]), choose
+    )
+    flip.do()
     ended = scene.run(root, again=True)
-    problems = []
-    if ended.code:
-        problems += ended.refusal()
-    else:
-        problems += differences(tree(root), expected)
+    problems = ended.refusal() if ended.code else differences(tree(root), expected)
     shutil.rmtree(root)
-    outcome = "not as it should be" if problems else "refused" if ended.code else "byte-equal"
-    return Case("flips", "killed run", f"killed at point {point}, {flip}", outcome, tuple(problems))
+    outcome = "refused" if ended.code else "byte-equal"
+    return case("killed run", f"killed at point {point}, {flip}", outcome, problems)
 
 
 def _said(ended: Ended) -> str:

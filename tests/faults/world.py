@@ -35,8 +35,7 @@ class Scene:
         again: added to go on after a fault.
         prepare: fills the folder first.
         refuses: whether the same command without ``again`` must be refused where something was left.
-        new: folder that must not exist before; then the command to go on may be refused where it is finished,
-            or where ``new.partial`` was left, which must be removed first.
+        new: folder that must not exist before: where it is finished, the command to go on is refused.
         before: called in the child first.
         every: step of the long run through the points; 1 where its events are not those of other scenes.
     """
@@ -58,14 +57,9 @@ class Scene:
     def go_on(self, root: Path) -> list[str]:
         """Run it again after a fault until it is over; returns what is not as it should be."""
         ended = self.run(root, again=True)
-        if ended.code and self.new is not None:
-            problems, partial = ended.refusal(), root / f"{self.new}.partial"
-            if not (root / self.new).exists() and partial.exists():
-                if f"{partial} exists" not in ended.err:
-                    problems.append(f"{partial.name} is not named: {ended.err}")
-                shutil.rmtree(partial)
-                problems += self.run(root).success()
-            return problems
+        if ended.code and self.new is not None and (root / self.new).exists():
+            told = f"{root / self.new} exists" in ended.err
+            return ended.refusal() if told else [f"{self.new} is not named: {ended.err}"]
         return ended.success()
 
 
@@ -159,6 +153,28 @@ def differences(found: Tree, expected: Tree) -> list[str]:
         n for n in found.keys() | expected.keys() if found.get(n, absent) != expected.get(n, absent)
     )
     return [f"{len(names)} paths differ from an undisturbed run: {', '.join(names[:6])}"] if names else []
+
+
+def verified(root: Path) -> list[str]:
+    """What verify says of every checkpoint below ``root`` that has its name."""
+    manifests = sorted(path for path in root.rglob("nemoquant.json") if ".partial" not in str(path))
+    return [
+        f"{path.parent.name} fails: {p}"
+        for path in manifests
+        for p in nemoquant("verify", path.parent).success()
+    ]
+
+
+def without_was(files: Tree) -> Tree:
+    """A manifest that could not be written a second time lists the file that is there, and the one before."""
+    result = dict(files)
+    for name, data in files.items():
+        if name.endswith("nemoquant.json") and data is not None:
+            content = json.loads(data)
+            result[name] = json.dumps(
+                {k: v for k, v in content.items() if k not in ("was", "sha256")}
+            ).encode()
+    return result
 
 
 def _words() -> list[str]:
