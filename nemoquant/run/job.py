@@ -240,7 +240,7 @@ class Job:
                     workers,
                     [*warnings, *added],
                     self.listener.progress,
-                    hashed=self._hashed(scales, cluster),
+                    hashed=self._hashed(run, cluster),
                     scales_file=None if self.options.scales is None else str(self.options.scales),
                 )
                 self.source.checkpoint.check_unchanged()
@@ -280,14 +280,17 @@ class Job:
             progress=self.listener.progress,
         )
 
-    def _hashed(self, scales: Scales | None, cluster: "Cluster | None") -> Units:
+    def _hashed(self, run: Unfinished, cluster: "Cluster | None") -> Units:
         """Hashes of the source that packing must come to as well.
 
-        Those of a calibration by this run; on a cluster all of them, because its nodes read their own copies.
+        Those of what was calibrated and of what is kept; on a cluster all of them, because its nodes read
+        their own copies.
         """
-        known = dict(scales.units) if scales is not None and self.options.scales is None else {}
+        known = run.units
         if cluster is not None:
-            known |= same_source.hash_rest(self.source, known, self.threads)
+            known |= same_source.hash_rest(
+                self.source, known, self.threads, say=self.listener.say, progress=self.listener.progress
+            )
         return known
 
     def _identity(self, prepared: Prepared) -> dict[str, Any]:

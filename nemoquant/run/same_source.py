@@ -28,20 +28,9 @@ def check(
     Raises:
         UsageError: names the units that differ.
     """
-    checkpoint = source.checkpoint
     units = {name: tensors for name, tensors in _units(source).items() if name in expected}
-    total = sum(checkpoint.tensors[tensor].nbytes for unit in units.values() for tensor in unit)
-    say(f"hashing {size(total)} of {source.path} again, which it was made from")
-    done, counting = 0, Lock()
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        with counting:
-            done += nbytes
-            progress("hash", done, total, "")
-
-    changed = differing(expected, hash_units(checkpoint, units, threads, count))
-    checkpoint.check_unchanged()
+    say(f"hashing {size(_bytes(source, units))} of {source.path} again, which it was made from")
+    changed = differing(expected, _hash(source, units, threads, progress))
     if changed:
         raise UsageError(
             f"{folder} was begun with other weights than {source.path} has now: "
@@ -50,10 +39,40 @@ def check(
         )
 
 
-def hash_rest(source: Source, known: Mapping[str, str], threads: int) -> Units:
-    """Hashes of all units that ``known`` lacks."""
+def hash_rest(
+    source: Source,
+    known: Mapping[str, str],
+    threads: int,
+    *,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> Units:
+    """Hashes of all units that ``known`` lacks, for a cluster, whose nodes read their own copies.
+
+    Args:
+        say: told how much is read.
+    """
     units = {name: tensors for name, tensors in _units(source).items() if name not in known}
-    return hash_units(source.checkpoint, units, threads)
+    say(f"hashing {size(_bytes(source, units))} of {source.path}, for the nodes to be held against")
+    return _hash(source, units, threads, progress)
+
+
+def _hash(source: Source, units: Mapping[str, list[str]], threads: int, progress: Progress) -> Units:
+    done, total, counting = 0, _bytes(source, units), Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        with counting:
+            done += nbytes
+            progress("hash", done, total, "")
+
+    hashes = hash_units(source.checkpoint, units, threads, count)
+    source.checkpoint.check_unchanged()
+    return hashes
+
+
+def _bytes(source: Source, units: Mapping[str, list[str]]) -> int:
+    return sum(source.checkpoint.tensors[tensor].nbytes for unit in units.values() for tensor in unit)
 
 
 def _units(source: Source) -> dict[str, list[str]]:

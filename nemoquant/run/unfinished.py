@@ -108,12 +108,24 @@ class Unfinished:
         return self.shards
 
     @property
-    def units(self) -> Units:
-        """Hashes of all of the source that the kept part was made from."""
-        found: Units = dict(self.calibration["units"]) if self.calibration else {}
+    def packed(self) -> Units:
+        """Hashes of all of the source that the shards were made from."""
+        found: Units = {}
         for entry in self.shards.values():
             found |= entry["units"]
         return found
+
+    @property
+    def units(self) -> Units:
+        """The same of the whole kept part; where both have a unit, its hash when it was calibrated."""
+        return self.packed | (self.calibration["units"] if self.calibration else {})
+
+    def forget(self, units: Collection[str]) -> None:
+        """Drop the shards that were made from these units of the source; they are packed again."""
+        self.shards = {
+            file: entry for file, entry in self.shards.items() if entry["units"].keys().isdisjoint(units)
+        }
+        self.save()
 
     def check_calibration(self, layers: int, rows: int) -> None:
         """Make sure that the state is of a model of so many layers, and of so many rows.

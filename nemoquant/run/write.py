@@ -81,15 +81,16 @@ class Output:
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
-            hashed: hashes that this process has of units of the source, from calibration or for a cluster.
+            hashed: hashes of units of the source that packing must come to as well.
             scales_file: the file of another run that the scales are from; its source may be another one.
         Raises:
             CalibrationError, WeightError, SourceChangedError, VerificationError
         """
         folder = run.folder
         warnings = [*warnings, *self._pack(run, scales, workers, progress)]
-        units = {name: run.units[name] for name in units_of(row.name for row in self.plan.rows)}
-        self._check_same(hashed, units)
+        packed = run.packed
+        units = {name: packed[name] for name in units_of(row.name for row in self.plan.rows)}
+        self._check_same(run, hashed, units)
         if scales is not None and scales_file is not None:
             warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
@@ -113,13 +114,14 @@ class Output:
             )
         return Written(report.checked, skipped, warnings)
 
-    def _check_same(self, hashed: Units, units: Units) -> None:
+    def _check_same(self, run: Unfinished, hashed: Units, units: Units) -> None:
         changed = differing(hashed, units)
         if changed:
+            run.forget(changed)
             raise SourceChangedError(
                 f"{self.source.path} is not the same for calibration and packing, or on all nodes: "
-                f"{told(changed, len(hashed))}; expected files that nobody writes to meanwhile, remove the "
-                f"output and run again"
+                f"{told(changed, len(hashed))}; expected files that nobody writes to meanwhile, the same on "
+                f"all nodes of a cluster"
             )
 
     def _scales_warnings(self, scales: Scales, units: Units, scales_file: str) -> list[str]:

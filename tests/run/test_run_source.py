@@ -363,6 +363,14 @@ def test_a_change_that_hides_its_time(own, token_rows, tmp_path, monkeypatch):
             match=rf"is not the same for calibration and packing, or on all nodes: .*{EXPERTS}",
         ):
             make(own, token_rows, tmp_path / "out")
+    state = json.loads((tmp_path / "out.partial" / FOLDER / STATE).read_text())["state"]
+    assert not any(EXPERTS in entry["units"] for entry in state["shards"].values())
+    with pytest.raises(UsageError, match=rf"begun with other weights than .*{EXPERTS}"):
+        make(own, token_rows, tmp_path / "out", resume=True)
+    flip(own, EXPERT)  # as it was when it was calibrated
+    make(own, token_rows, tmp_path / "out", resume=True)
+    make(own, token_rows, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("member", ["q_proj", "v_proj"])
