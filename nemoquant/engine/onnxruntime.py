@@ -1,5 +1,6 @@
 """The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder; weights stay packed in memory."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int
 def package() -> Any:
     """The onnxruntime module.
 
+    From 1.29 on it reports its use to Microsoft, from its import on, unless this variable forbids it.
+
     Raises:
         MissingExtraError: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:

@@ -772,6 +772,7 @@ def test_an_algorithm_that_the_tensors_are_not(source, quantized, refused):
     data = json.loads(config.read_text())
     data["quantization_config"]["quant_algo"] = "MXFP4"
     config.write_text(json.dumps(data))
+    edit_json(out / "hf_quant_config.json", lambda data: data["quantization"].update(quant_algo="MXFP4"))
     sign(out)
     refused(
         source,

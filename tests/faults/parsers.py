@@ -137,6 +137,14 @@ def _signed(tree: Any, good: bytes) -> bytes:
         return JSON.dump(tree, good)
 
 
+def _signed_state(tree: Any, good: bytes) -> bytes:
+    """The state of a run, signed anew."""
+    if isinstance(tree, dict) and "state" in tree:
+        with suppress(Exception):  # what can't be signed is written as it is
+            tree = tree | {"sha256": hashlib.sha256(json.dumps(tree["state"]).encode()).hexdigest()}
+    return JSON.dump(tree, good)
+
+
 def _metadata(data: bytes) -> Any:
     import onnx
 
@@ -507,24 +515,26 @@ TOKENIZER_WORDS = (
 )
 TEXT_WORDS = (b"a" * 5000, b" " * 5000, b"\n", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"<|im_end|>", b"\r")
 
+STATE = Codec(json.loads, _signed_state)
+
 PARSERS: dict[str, Parser] = {
     "config": Parser("config.json", copy("source", "*.safetensors*"), _config, JSON, JSON_WORDS),
     "quantization_config": Parser(
-        "config.json", copy("out", "*.onnx", "nemoquant*"), _packed, JSON, JSON_WORDS, 0.5
+        "config.json", copy("out", "*.onnx", "nemoquant*"), _packed, JSON, JSON_WORDS, share=0.3
     ),
-    "hf_quant_config": Parser("hf_quant_config.json", _legacy_folder, _packed, JSON, JSON_WORDS, 0.5),
+    "hf_quant_config": Parser("hf_quant_config.json", _legacy_folder, _packed, JSON, JSON_WORDS, share=0.3),
     "header": Parser("model.safetensors", _one_shard, _tensors, Codec(_header, _with_header), JSON_WORDS),
     "index": Parser("model.safetensors.index.json", copy("source"), _tensors, JSON, JSON_WORDS),
-    "recipe": Parser("recipe.yaml", _recipe_folder, _recipe, YAML, YAML_WORDS),
-    "scales": Parser("nemoquant_scales.json", _scales_folder, _scales, JSON, JSON_WORDS, 0.5),
+    "recipe": Parser("recipe.yaml", _recipe_folder, _recipe, YAML, YAML_WORDS, share=0.3),
+    "scales": Parser("nemoquant_scales.json", _scales_folder, _scales, JSON, JSON_WORDS, share=0.3),
     "manifest": Parser(
         "nemoquant.json", copy("out", "*.onnx"), _verify, Codec(json.loads, _signed), JSON_WORDS, 0.5
     ),
     "state, calibrating": Parser(
-        "nemoquant_resume/state.json", copy("calibrate.partial"), _state, JSON, JSON_WORDS, 0.5
+        "nemoquant_resume/state.json", copy("calibrate.partial"), _state, STATE, JSON_WORDS, 0.5
     ),
     "state, packing": Parser(
-        "nemoquant_resume/state.json", copy("pack.partial"), _state, JSON, JSON_WORDS, 0.5
+        "nemoquant_resume/state.json", copy("pack.partial"), _state, STATE, JSON_WORDS, 0.5
     ),
     "npy": Parser("rows.npy", text_file("rows.npy", _npy), _rows("rows.npy"), Codec(_array, _with_array)),
     "jsonl": Parser(
@@ -533,11 +543,17 @@ PARSERS: dict[str, Parser] = {
         _rows("rows.jsonl"),
         Codec(_lines, _with_lines),
         JSON_WORDS,
+        share=0.06,
     ),
-    "txt": Parser("rows.txt", text_file("rows.txt", JSONL), _rows("rows.txt"), None, TEXT_WORDS, 0.3),
+    "txt": Parser("rows.txt", text_file("rows.txt", JSONL), _rows("rows.txt"), None, TEXT_WORDS, share=0.1),
     "parquet": Parser("rows.parquet", text_file("rows.parquet", _parquet), _rows("rows.parquet"), share=0.5),
     "tokenizer_config": Parser(
-        "tokenizer_config.json", demo("tokenizer.json", "tokenizer_config.json"), _chat, JSON, JSON_WORDS, 0.5
+        "tokenizer_config.json",
+        demo("tokenizer.json", "tokenizer_config.json"),
+        _chat,
+        JSON,
+        JSON_WORDS,
+        share=0.03,
     ),
     "tokenizer": Parser("tokenizer.json", _tokenizer_folder, _text, JSON, TOKENIZER_WORDS),
     "chat_template": Parser(
@@ -546,19 +562,21 @@ PARSERS: dict[str, Parser] = {
         _chat,
         None,
         JINJA,
-        0.3,
+        share=0.03,
     ),
     "generation_config": Parser(
         "generation_config.json", demo("config.json", "generation_config.json"), _stop, JSON, JSON_WORDS
     ),
     "engine facts": Parser("model.engine.json", _engine_folder, _engine, JSON, JSON_WORDS),
     "onnx": Parser("model.onnx", copy("out"), _graph, Codec(_metadata, _with_metadata), JSON_WORDS, 0.3),
-    "reference cache": Parser("cache", _cache_folder, _cache, Codec(_header, _with_header), JSON_WORDS, 0.3),
+    "reference cache": Parser(
+        "cache", _cache_folder, _cache, Codec(_header, _with_header), JSON_WORDS, share=0.2
+    ),
     "plugins' build.json": Parser(
         "build.json", text_file("build.json", json.dumps(BUILT).encode()), _built, JSON, JSON_WORDS, 0.5
     ),
     "arguments": Parser(
-        "arguments", text_file("arguments", ARGUMENTS), _arguments, None, ARGUMENT_WORDS, 0.2
+        "arguments", text_file("arguments", ARGUMENTS), _arguments, None, ARGUMENT_WORDS, share=0.05
     ),
 }
 
