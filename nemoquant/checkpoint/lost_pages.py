@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import signal
 import sys
+import threading
 import weakref
 from functools import cache
 from typing import Any
@@ -28,6 +29,7 @@ ADDRESS = 16  # of si_addr in siginfo_t, on 64-bit Linux
 # First address of a mapped file, the one after its last, pages lost; the first row's first word is the number
 # of rows in use.
 _table = np.zeros((1 + FILES, 3), np.int64)
+_lock = threading.Lock()  # two checkpoints may be mapped at once, and must not take one row
 
 
 class _Sigaction(ctypes.Structure):
@@ -58,13 +60,15 @@ def _watch(mapped: mmap.mmap) -> int | None:
     """The row of the table for a map; None where nothing can be watched."""
     if not _installed():
         return None
-    begin, used = np.frombuffer(mapped, np.uint8).ctypes.data, int(_table[0, 0])
-    free = np.flatnonzero(_table[1 : 1 + used, 0] == 0)
-    row = 1 + (int(free[0]) if free.size else used)
-    if row > FILES:
-        return None
-    _table[row] = begin, begin + len(mapped), 0
-    _table[0, 0] = max(used, row)
+    begin = np.frombuffer(mapped, np.uint8).ctypes.data
+    with _lock:
+        used = int(_table[0, 0])
+        free = np.flatnonzero(_table[1 : 1 + used, 0] == 0)
+        row = 1 + (int(free[0]) if free.size else used)
+        if row > FILES:
+            return None
+        _table[row] = begin, begin + len(mapped), 0
+        _table[0, 0] = max(used, row)
     weakref.finalize(mapped, _forget, row)
     return row
 

@@ -46,6 +46,13 @@ class EncodedPiece(NamedTuple):
     lost: Lost
 
 
+class Measured(NamedTuple):
+    """max |w| of some rows of a weight, and the hash of the source's bytes."""
+
+    amax: np.float32
+    hash: bytes
+
+
 class Copied(NamedTuple):
     """Bytes of the source, mapped, and their hash."""
 
@@ -78,6 +85,12 @@ def amax(checkpoint: Checkpoint, row: Row, part: slice) -> np.float32:
     """
     with _reading(checkpoint, row, part) as weight:
         return check_finite(row.name, bits_amax(_floats(weight)))
+
+
+def measure(checkpoint: Checkpoint, row: Row, part: slice) -> Measured:
+    """``amax`` with the hash of what it was found in; raises WeightError as it does."""
+    with _reading(checkpoint, row, part) as weight:
+        return Measured(check_finite(row.name, bits_amax(_floats(weight))), piece_hash(weight))
 
 
 def _floats(weight: Array) -> Array:

@@ -20,16 +20,18 @@ from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.identity import UnitHash, Units, pieces, unit_name
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
+from nemoquant.errors import SourceChangedError, listing
 from nemoquant.pack.encode import (
     Array,
     Copied,
     EncodedPiece,
     EncodedWeight,
+    Measured,
     Part,
-    amax,
     copy,
     encode,
     groups,
+    measure,
     pack_weights,
     slices,
 )
@@ -52,7 +54,7 @@ class Packer:
         zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as
             zeros with scale 1.0.
         lost: module -> what its scale cost, where that is too much.
-        units: hashes of the source's units that were packed.
+        units: hashes of the source's units that were read.
     """
 
     def __init__(
@@ -112,8 +114,22 @@ class Packer:
             if caches:
                 yield None, partial(_write_scalars, writer, caches)
 
-    def _end_unit(self, name: str, digest: UnitHash, _: None) -> None:
-        self.units[name] = digest.hexdigest()
+    def read_for(self, shard: Shard) -> Units:
+        """Hashes of what a written shard was made from: its units, and those that share a scale with them."""
+        rows = [member for unit in shard.units for row in unit.rows for member in self._members(row)]
+        return {name: self.units[name] for name in dict.fromkeys(unit_name(row.name) for row in rows)}
+
+    def _members(self, row: Row) -> list[Row]:
+        """The rows whose maximum gives a row its scale."""
+        return self._groups[row.weight_group] if row.weight_group else [row]
+
+    def _end_unit(self, name: str, digest: UnitHash, _: None = None) -> None:
+        """Keep the hash of a unit; one that was read for a scale before must have the same one."""
+        if self.units.setdefault(name, digest.hexdigest()) != digest.hexdigest():
+            raise SourceChangedError(
+                f"{self.checkpoint.path}: {listing([name])} had other bytes for its scale than for its "
+                f"codes; expected files that nobody writes to meanwhile, the same on all nodes of a cluster"
+            )
 
     def _copy(self, row: Row, writer: ShardWriter, digest: UnitHash) -> Iterator[PackStep]:
         """Copy an unquantized tensor, bit for bit."""
@@ -181,9 +197,8 @@ class Packer:
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
-        members = self._groups[row.weight_group] if row.weight_group else [row]
-        parts: list[Part] = [(member, part) for member in members for part in slices(member)]
-        maxima = list(self._map(amax, parts))
+        parts: list[Part] = [(member, part) for member in self._members(row) for part in slices(member)]
+        maxima = self._measured(parts)
         scale, degenerate = weight_scale(row, max(maxima))
         if degenerate or not any(
             value for (member, _), value in zip(parts, maxima, strict=True) if member is row
@@ -191,10 +206,21 @@ class Packer:
             self.zero_weights.append(row.module)  # even if its group gives it a scale
         return scale, degenerate
 
-    def _map(self, function: Callable[..., np.float32], items: Iterable[Part]) -> Iterator[np.float32]:
-        waiting: deque[Future[np.float32]] = deque()
-        for item in items:
-            waiting.append(self.workers.submit(function, *item))
+    def _measured(self, parts: list[Part]) -> list[np.float32]:
+        """The maxima of whole weights, in pieces; their hashes are kept."""
+        maxima, digests = [], {member.name: UnitHash() for member, _ in parts}
+        for (member, _), found in zip(parts, self._map(parts), strict=True):
+            maxima.append(found.amax)
+            digests[member.name].piece(found.hash)
+        for name, digest in digests.items():
+            digest.end_tensor()
+            self._end_unit(unit_name(name), digest)
+        return maxima
+
+    def _map(self, parts: Iterable[Part]) -> Iterator[Measured]:
+        waiting: deque[Future[Measured]] = deque()
+        for part in parts:
+            waiting.append(self.workers.submit(measure, *part))
             if len(waiting) > self.workers.ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -213,7 +213,10 @@ def _without_statistics() -> Iterator[None]:
 
 
 def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    return function(_opened(source), *arguments)
+    checkpoint = _opened(source)
+    result = function(checkpoint, *arguments)
+    checkpoint.check_unchanged()
+    return result
 
 
 def _observe(
@@ -228,16 +231,15 @@ def _observe(
     output, *rest = observe(checkpoint, config, layer, from_wire(states), device, observers)
     prefix, kind = names.layer(layer), config.layers[layer]
     mixer = (spec.name for spec in mixer_table(config, kind, prefix + names.MIXER, layer))
-    return (to_wire(output), *rest, _hashed(source, (f"{prefix}norm.weight", *mixer)))
+    units = _hashed(source, (f"{prefix}norm.weight", *mixer))
+    checkpoint.check_unchanged()  # also for a batch whose layer was hashed with an earlier one
+    return (to_wire(output), *rest, units)
 
 
 @lru_cache(maxsize=2)
 def _hashed(source: tuple[str, str, str], tensors: tuple[str, ...]) -> Units:
     """Hashes of a layer's units on this node, once for all batches of a worker."""
-    checkpoint = _opened(source)
-    found = hash_units(checkpoint, units_of(tensors), 1)
-    checkpoint.check_unchanged()
-    return found
+    return hash_units(_opened(source), units_of(tensors), 1)
 
 
 def small_tensors_sha256(checkpoint: Checkpoint) -> str:

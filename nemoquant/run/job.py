@@ -393,6 +393,9 @@ class Job:
             if between.layers == 1:
                 units.update(ahead.take("begin"))
             units.update(ahead.take(between.layers - 1))
+            # The layer's own check came before its hashes were complete, which are those of what it read only
+            # if nothing changed until now.
+            self.source.checkpoint.check_unchanged()
             run.calibration = {
                 "layers": between.layers,
                 "units": units,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nemoquant._version import __version__
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.identity import Units, differing, told, unit_name, units_of
+from nemoquant.checkpoint.identity import Units, differing, told, units_of
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.errors import SourceChangedError, VerificationError, listing
@@ -166,9 +166,7 @@ class Output:
                         for row in unit.rows
                         if row.module in packer.lost
                     },
-                    "units": {
-                        (name := unit_name(unit.rows[0].name)): packer.units[name] for unit in shard.units
-                    },
+                    "units": packer.read_for(shard),
                 }
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]

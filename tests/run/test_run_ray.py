@@ -14,7 +14,7 @@ from support.places import SUPPORT
 from support.processes import run_python
 
 from nemoquant.api import RunOptions, quantize
-from nemoquant.errors import CheckpointError, UsageError
+from nemoquant.errors import CheckpointError, SourceChangedError, UsageError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (extra: ray)")
 
@@ -138,3 +138,20 @@ def test_tensors_on_the_wire(dtype):
     assert again.dtype == states.dtype
     assert again.equal(states[:, ::2])
     again.zero_()
+
+
+def test_a_task_whose_files_change(make_checkpoint):
+    """Whatever a task computed on a node is dropped, with an error that names the file."""
+    from nemoquant import __version__
+    from nemoquant.checkpoint.reader import Checkpoint
+    from nemoquant.run.cluster import _call, _opened, small_tensors_sha256
+
+    source = make_checkpoint()
+    with Checkpoint(source) as checkpoint:
+        identity = str(source), small_tensors_sha256(checkpoint), __version__
+    shard = source / "model-00001-of-00002.safetensors"
+    _opened.cache_clear()
+    assert _call(identity, lambda checkpoint: 1, ()) == 1
+    with pytest.raises(SourceChangedError, match=rf"{shard} changed while it was read: it was written to"):
+        _call(identity, lambda checkpoint: os.utime(shard), ())
+    _opened.cache_clear()

@@ -1,10 +1,14 @@
 """Who the source is: a byte that changed, in whatever way, is seen before a model is made of two."""
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from support.files import tree
 from support.tampering import changed_copy, overwrite
 
 from nemoquant.api import RunOptions, diff, quantize
+from nemoquant.checkpoint import lost_pages
 from nemoquant.checkpoint.identity import UnitHash, hash_unit, piece_hash, pieces, unit_name, units_of
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import (
@@ -178,6 +183,42 @@ def test_what_nothing_was_made_from_may_change(own, token_rows, tmp_path, monkey
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+GROUP = "backbone.layers.1.mixer"
+ATTENTION = """
+name: attention
+summary: Attention only.
+rules:
+  - {roles: [attention.*_proj], format: nvfp4, activations: none}
+  - {roles: ["*"], format: source}
+"""
+
+
+@pytest.mark.parametrize("member", ["k_proj", "v_proj"])
+def test_a_scale_is_made_from_its_whole_group(member, own, tmp_path, monkeypatch):
+    """q is written, with the scale of q, k and v: the run must not go on with another k or v."""
+    recipe, packed = tmp_path / "recipe.yaml", write.Packer.write
+    recipe.write_text(ATTENTION)
+
+    def run(out, *, resume=False):
+        quantize(own, out, recipe, RunOptions(threads=1, shard_bytes=1, resume=resume))
+
+    def until_q(self, path, shard):
+        if shard.units[0].rows[0].module == f"{GROUP}.k_proj":
+            raise KeyboardInterrupt
+        return packed(self, path, shard)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(write.Packer, "write", until_q)
+        run(tmp_path / "out")
+    flip(own, f"{GROUP}.{member}.weight")
+    with pytest.raises(UsageError, match=rf"begun with other weights than .*1 of .*{member}"):
+        run(tmp_path / "out", resume=True)
+    flip(own, f"{GROUP}.{member}.weight")
+    run(tmp_path / "out", resume=True)
+    run(tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_damaged_scales_in_a_partial_folder(own, token_rows, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stopped_after(1, patch)
@@ -291,22 +332,60 @@ def change_once(change, folder, done=set()):  # noqa: B006  one call for each fo
         change(folder)
 
 
+def flip_secretly(folder, name):
+    """Size, time and inode are as before."""
+    shard = shard_of(folder, name)
+    status = shard.stat()
+    flip(folder, name)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def test_a_change_that_hides_its_time(own, token_rows, tmp_path, monkeypatch):
-    """Size, time and inode are as before: only the hashes of calibration and packing differ."""
-
-    def change():
-        shard = shard_of(own, EXPERT)
-        status = shard.stat()
-        flip(own, EXPERT)
-        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-
+    """Only the hashes of calibration and packing differ."""
     with monkeypatch.context() as patch:
-        stopped_after(0, patch, lambda: change_once(lambda folder: change(), own))
+        stopped_after(0, patch, lambda: change_once(lambda folder: flip_secretly(folder, EXPERT), own))
         with pytest.raises(
             SourceChangedError,
             match=rf"is not the same for calibration and packing, or on all nodes: .*{EXPERTS}",
         ):
             make(own, token_rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize("member", ["q_proj", "v_proj"])
+def test_a_change_between_a_scale_and_its_codes(member, own, tmp_path, monkeypatch):
+    """As where two nodes of a cluster read copies that differ."""
+    name, encode = f"{GROUP}.{member}.weight", write.encode
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(ATTENTION)
+
+    def changed(*arguments):
+        change_once(lambda folder: flip_secretly(folder, name), own)
+        return encode(*arguments)
+
+    monkeypatch.setattr(write, "encode", changed)
+    with pytest.raises(SourceChangedError, match=rf"{name} had other bytes for its scale than for its codes"):
+        quantize(own, tmp_path / "out", recipe, RunOptions(threads=1, shard_bytes=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_change_while_a_finished_layer_is_hashed(own, token_rows, tmp_path, monkeypatch):
+    """The hash is that of the new bytes: the layer, computed on the old ones, must not be kept with it."""
+    from nemoquant.checkpoint.identity import Ahead
+
+    def take(self, key):
+        if key == 2:
+            flip(own, EXPERT)
+        groups = self._groups[key].items()
+        return {name: hash_unit(self._checkpoint, tensors) for name, tensors in groups}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ahead, "begin", lambda self, key: None)
+        patch.setattr(Ahead, "take", take)
+        with pytest.raises(SourceChangedError, match=r"written to meanwhile.*\(2 layers calibrated\)"):
+            make(own, token_rows, tmp_path / "out")
+    make(own, token_rows, tmp_path / "out", resume=True)
+    make(own, token_rows, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 TRUNCATED = """
@@ -397,6 +476,28 @@ c.sum()
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["8192", str(120 * 8192), "8", "0"]
     assert done.returncode == -7
+
+
+def test_maps_of_threads_take_a_place_each(tmp_path, monkeypatch):
+    """Two checkpoints may be mapped at once: neither may end the watch over the other."""
+    (tmp_path / "file").write_bytes(b"x" * 4096)
+
+    def slow(found):
+        rows = np.flatnonzero(found)
+        time.sleep(0.01)
+        return rows
+
+    def watch(_):
+        with (tmp_path / "file").open("rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mapped, lost_pages.Watched(mapped)
+
+    names = SimpleNamespace(frombuffer=np.frombuffer, uint8=np.uint8, flatnonzero=slow)
+    monkeypatch.setattr(lost_pages, "np", names)
+    with ThreadPoolExecutor(4) as pool:
+        maps = list(pool.map(watch, range(8)))
+    rows = [watched._row for _, watched in maps]
+    assert None not in rows and len(set(rows)) == len(rows)
 
 
 def test_a_run_that_ended_between_its_last_layer_and_its_scales(own, token_rows, tmp_path, monkeypatch):
