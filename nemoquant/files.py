@@ -23,16 +23,18 @@ MOST_DEPTH = 64  # of lists and objects in each other; no file has ten. Deeper o
 COPY_BYTES = 8 << 20
 
 
-def open_regular(path: Path, *, follow: bool = True) -> int:
-    """A descriptor of a regular file, for reading.
+def open_regular(path: Path, *, follow: bool = True, write: bool = False) -> int:
+    """A descriptor of a regular file that is there, for reading.
 
     Args:
         follow: whether ``path`` may be a symbolic link, as in hub caches.
+        write: for writing too.
     Raises:
         OSError: it can't be opened, is not a regular file, or is a link that must not be followed.
     """
     # Not blocking: opening a FIFO would wait for a writer, before it could be seen what it is.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    flags |= os.O_RDWR if write else os.O_RDONLY
     handle = os.open(path, flags)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):

@@ -14,6 +14,7 @@ defence against someone who makes two models with the same hash on purpose.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import xxhash
@@ -130,13 +131,31 @@ def hash_units(
     count: Count = lambda size: None,
 ) -> Units:
     """Read and hash whole units in threads; raises as :func:`hash_unit`."""
+    stop = Event()
     with ThreadPoolExecutor(threads, "hash") as pool:
         try:
-            hashes = pool.map(lambda tensors: hash_unit(checkpoint, tensors, count), units.values())
+            counted = _until(stop, count)
+            hashes = pool.map(lambda tensors: hash_unit(checkpoint, tensors, counted), units.values())
             return dict(zip(units, hashes, strict=True))
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+class _Stopped(Exception):
+    """Ends a thread whose hashes are no longer wanted: a unit can have gigabytes."""
+
+
+def _until(stop: Event, count: Count) -> Count:
+    """``count``, which ends the thread that calls it once ``stop`` is set."""
+
+    def counted(nbytes: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        count(nbytes)
+
+    return counted
 
 
 class Ahead:
@@ -150,14 +169,14 @@ class Ahead:
         self._checkpoint, self._groups = checkpoint, {key: units_of(group) for key, group in groups.items()}
         self._keys = list(self._groups)
         self._begun: dict[Any, Future[Units]] = {}
-        self._pool = ThreadPoolExecutor(1, "hash")
+        self._pool, self._stop = ThreadPoolExecutor(1, "hash"), Event()
 
     def begin(self, key: Any) -> None:
         """Start hashing a group, if it has not begun."""
         if key not in self._begun:
-            units = self._groups[key]
+            units, count = self._groups[key], _until(self._stop, lambda nbytes: None)
             self._begun[key] = self._pool.submit(
-                lambda: {name: hash_unit(self._checkpoint, tensors) for name, tensors in units.items()}
+                lambda: {name: hash_unit(self._checkpoint, tensors, count) for name, tensors in units.items()}
             )
 
     def take(self, key: Any) -> Units:
@@ -172,6 +191,7 @@ class Ahead:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -6,13 +6,14 @@ published expert tensors, each a view of its bytes.
 """
 
 import mmap
+import os
 import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -95,11 +96,18 @@ class Checkpoint:
         self._watched.clear()
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor, mapped, uint8, 1-D. Writing to them would not reach the file."""
+        """The bytes of a tensor, mapped, uint8, 1-D. Writing to them would not reach the file.
+
+        Raises:
+            SourceChangedError: the file is not the one that was opened; see :meth:`check_unchanged`.
+        """
         info = self.tensors[name]
         with self._lock:  # threads must share one map, or release() would miss the other's pages
             if info.file not in self._maps:
-                with info.file.open("rb") as f:
+                with _opened(info.file) as f:
+                    self._check(
+                        info.file, os.fstat(f.fileno())
+                    )  # a map of what was cut would end within a tensor
                     # Private and writable, because torch warns about read-only memory. Without a reservation,
                     # because with one the system would refuse a file that is larger than memory.
                     self._maps[info.file] = mmap.mmap(
@@ -120,24 +128,29 @@ class Checkpoint:
         Raises:
             SourceChangedError: names the file and what happened to it.
         """
-        for file, facts in self._facts.items():
+        for file in self._facts:
             try:
-                now = FileFacts.of(file)
+                status = file.stat()
             except OSError as error:
-                raise _changed(file, f"it can't be opened any more ({error.strerror})") from None
-            if now.nbytes != facts.nbytes:
-                raise _changed(file, f"it had {facts.nbytes:,} bytes and has {now.nbytes:,}")
-            if now != facts:
-                replaced = (now.device, now.inode) != (facts.device, facts.inode)
-                raise _changed(
-                    file, "another file has its name now" if replaced else "it was written to meanwhile"
-                )
+                raise _gone(file, error) from None
+            self._check(file, status)
         for file, watched in list(self._watched.items()):
             if watched.lost:
                 raise SourceChangedError(
                     f"{file} could not be read: {watched.lost} pages were gone when they were needed; it was "
                     f"cut for a while, or its disk fails: make sure that it is whole, then run again"
                 )
+
+    def _check(self, file: Path, status: os.stat_result) -> None:
+        """Compare what a file is now with what it was when it was opened."""
+        facts, now = self._facts[file], FileFacts.of(status)
+        if now.nbytes != facts.nbytes:
+            raise _changed(file, f"it had {facts.nbytes:,} bytes and has {now.nbytes:,}")
+        if now != facts:
+            replaced = (now.device, now.inode) != (facts.device, facts.inode)
+            raise _changed(
+                file, "another file has its name now" if replaced else "it was written to meanwhile"
+            )
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A tensor as a mapped numpy array; BF16 as uint16 bit patterns, F8_E4M3 as uint8 codes.
@@ -182,9 +195,19 @@ class FileFacts:
     inode: int
 
     @staticmethod
-    def of(file: Path) -> "FileFacts":
-        status = file.stat()
+    def of(status: os.stat_result) -> "FileFacts":
         return FileFacts(status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
+
+
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise _gone(file, error) from None
+
+
+def _gone(file: Path, error: OSError) -> SourceChangedError:
+    return _changed(file, f"it can't be opened any more ({error.strerror})")
 
 
 def _changed(file: Path, how: str) -> SourceChangedError:
@@ -207,7 +230,7 @@ def _all_tensors(path: Path, facts: dict[Path, FileFacts]) -> list[TensorInfo]:
                 f"{path} has neither {INDEX} nor {SINGLE}; expected a checkpoint in safetensors format"
             )
         _check_one_set(path, SINGLE, {SINGLE})
-        facts[path / SINGLE] = FileFacts.of(path / SINGLE)
+        facts[path / SINGLE] = FileFacts.of((path / SINGLE).stat())
         return list(read_header(path / SINGLE)[0].values())
     weight_map = _read_index(index)
     _check_one_set(path, INDEX, set(weight_map.values()))
@@ -216,7 +239,7 @@ def _all_tensors(path: Path, facts: dict[Path, FileFacts]) -> list[TensorInfo]:
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise CheckpointError(f"{path / shard} does not exist, but {INDEX} names it; download the shard")
-        facts[path / shard] = FileFacts.of(path / shard)
+        facts[path / shard] = FileFacts.of((path / shard).stat())
         for name, info in read_header(path / shard)[0].items():
             if name in shard_of:
                 raise HeaderError(

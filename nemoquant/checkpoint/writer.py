@@ -78,7 +78,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
+        try:
             for stage in self._stages:
                 stage.end(cancel=kind is not None)
             if kind is None:
@@ -87,3 +87,5 @@ class ShardWriter:
                 assert self._left == 0, f"{self.path.name}: {self._left} bytes are missing"
                 close_synced(self._file)
                 self.sha256 = self._digest.hexdigest()
+        finally:
+            self._file.close()

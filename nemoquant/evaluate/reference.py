@@ -180,7 +180,7 @@ def _written(cache: Path, source: Source, rows: Rows, device: Device, origin: Or
 @contextmanager
 def _held(partial: Path) -> Iterator[None]:
     """Holds the lock of a file, as long as this process lives."""
-    handle = open_regular(partial, follow=False)
+    handle = open_regular(partial, follow=False, write=True)  # NFS gives no such lock to one who only reads
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

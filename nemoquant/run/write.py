@@ -147,7 +147,7 @@ class Output:
             done += size
             progress("pack", done, self.plan.bytes_in, "")
 
-        present = run.finished_shards()
+        present = set(run.shards)  # compared with their hashes when the run was taken up
         with workers as entered:
             packer = Packer(self.plan, self.source.checkpoint, scales, entered, packed)
             for shard in self.layout:

@@ -130,8 +130,8 @@ def _panics() -> Iterator[None]:
     except OSError:  # there is none: in its place, so that the panic's text has somewhere to go
         kept = os.open(os.devnull, os.O_WRONLY)
     held, panic = os.memfd_create("stderr"), None
-    os.dup2(held, 2)
     try:
+        os.dup2(held, 2)
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # its class can't be imported

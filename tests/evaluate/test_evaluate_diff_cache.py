@@ -1,7 +1,9 @@
 """The reference cache: it gives identical figures, and is never used for another source or other rows."""
 
+import errno
 import fcntl
 import json
+import os
 
 import numpy as np
 import pytest
@@ -263,6 +265,21 @@ def test_what_another_run_writes_is_left_to_it(source, compare, cache):
             compare(source, source, reference_cache=cache)
         assert partial.read_text() == "half of it"
         assert not cache.exists()
+
+
+def test_a_lock_on_a_network_disk(source, compare, cache, monkeypatch):
+    """NFS gives an exclusive lock only to who has opened the file for writing."""
+    lock = fcntl.flock
+
+    def of_nfs(handle, operation):
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        lock(handle, operation)
+
+    monkeypatch.setattr(reference.fcntl, "flock", of_nfs)
+    cache.with_name(cache.name + ".partial").write_text("half of it")
+    compare(source, source, reference_cache=cache, card=False)
+    assert cache.is_file()
 
 
 def test_what_a_killed_run_left_is_replaced(source, compare, cache):

@@ -219,6 +219,20 @@ def test_a_scale_is_made_from_its_whole_group(member, own, tmp_path, monkeypatch
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+def test_kept_shards_are_hashed_once(source, token_rows, tmp_path, monkeypatch):
+    """When the run is taken up; that verifies them at its end is another matter."""
+    from nemoquant.checkpoint import manifest
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopped_after(2, patch)
+        make(source, token_rows, tmp_path / "out")
+    read, file_sha256 = [], manifest.file_sha256
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: (read.append(path.name), file_sha256(path))[1])
+    make(source, token_rows, tmp_path / "out", resume=True)
+    shards = sorted(name for name in read if name.endswith(".safetensors"))
+    assert [name[:11] for name in shards] == ["model-00001", "model-00002"]
+
+
 def test_damaged_scales_in_a_partial_folder(own, token_rows, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stopped_after(1, patch)
@@ -427,6 +441,42 @@ def test_a_source_that_shrinks(where, own, token_rows, tmp_path):
     shard.write_bytes(whole)
     nemoquant("quantize", own, out, *options, *(["--resume"] if kept else []))
     assert verify(out, open_weights(own, "")).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda shard: os.truncate(shard, 8192), "and has 8,192"),
+        (lambda shard: shard.unlink(), "it can't be opened any more"),
+        (lambda shard: shard.with_name("new").replace(shard), "another file has its name now"),
+    ],
+)
+def test_a_file_that_is_not_mapped_yet(change, says, own):
+    shard = shard_of(own, HEAD)
+    with pytest.raises(SourceChangedError, match=rf"{shard} changed while it was read: .*{says}"):  # noqa: SIM117
+        with Checkpoint(own) as checkpoint:
+            shutil.copy2(shard, shard.with_name("new"))
+            change(shard)
+            checkpoint.raw(HEAD)
+
+
+def test_hashing_ahead_ends_soon(source, monkeypatch):
+    """After an interrupt nobody waits for the rest of a layer, which can have gigabytes."""
+    from nemoquant.checkpoint import identity
+
+    hashed = []
+
+    def slow(data):
+        hashed.append(len(data))
+        time.sleep(0.05)
+        return piece_hash(data)
+
+    monkeypatch.setattr(identity, "PIECE_BYTES", 100)
+    monkeypatch.setattr(identity, "piece_hash", slow)
+    with Checkpoint(source) as checkpoint:
+        with identity.Ahead(checkpoint, {"head": [HEAD]}) as ahead:
+            ahead.begin("head")
+        assert sum(hashed) < checkpoint.tensors[HEAD].nbytes // 10
 
 
 # Two sets of weights.
