@@ -108,6 +108,7 @@ class Output:
         files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
         manifest.write_manifest(folder, self._manifest(scales, warnings, files, units))
         report = verify(folder, self.source, encode_again=False, progress=progress)
+        self.source.checkpoint.check_unchanged()  # or what was written seems wrong
         if not report.ok:
             raise VerificationError(
                 f"what was written is not what was planned: {'; '.join(report.problems[:3])}"

@@ -49,7 +49,7 @@ def begun(source, token_rows, tmp_path):
 
 def last_line(process):
     """The error of a process that must end now; nothing else but the lines of a run may be told."""
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=120)
     lines = [line for line in told.splitlines() if not line.startswith(("expected: ", "fp8: "))]
     return error_line("\n".join(lines))
 

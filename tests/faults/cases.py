@@ -31,7 +31,9 @@ def table(cases: Sequence[Case]) -> str:
     for case in cases:
         counts[(case.suite, case.scene, case.outcome)] += case.number
     lines = ["| suite | scene | what came out | cases |", "|---|---|---|---:|"]
-    lines += [f"| {suite} | {scene} | {outcome} | {n:,} |" for (suite, scene, outcome), n in counts.items()]
+    lines += [
+        f"| {suite} | {scene} | {outcome} | {n:,} |" for (suite, scene, outcome), n in sorted(counts.items())
+    ]
     bad = [case for case in cases if case.problems]
     lines += ["", f"{counts.total():,} cases, {len(bad):,} with problems"]
     for case in bad:

@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,17 +201,19 @@ def run(
     parsers: Sequence[str] | None = None,
     folder: Path | None = None,
     patience: float = PATIENCE,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
     """Run cases over all parsers, or some.
 
     Args:
         cases: in all; each parser gets its share of them, at least one.
         folder: for the files; what is there from an earlier run is used again.
+        say: called with a line for each parser that is done.
     """
     names = list(parsers or PARSERS)
     total = sum(TABLE[name].share for name in names)
     jobs = [(name, range(max(1, round(cases * TABLE[name].share / total)))) for name in names]
-    results = {name: Result(name) for name in names}
+    results, counts = {name: Result(name) for name in names}, dict(jobs)
     with tempfile.TemporaryDirectory() as temporary:
         base = folder or Path(temporary)
         for name, number, kind, what, seconds, memory in _outcomes(base, jobs, seed, patience):
@@ -227,6 +229,9 @@ def run(
                 result.errors[what.partition(":")[0]] += 1
             elif kind == "failure":
                 result.failures.append(f"{name}, seed {seed}, case {number}: {what}")
+            if result.cases == len(counts[name]):
+                took = f"longest {result.longest:.2f} s, largest {result.largest / 1e6:,.0f} MB"
+                say(f"{name}: {result.cases:,} cases, {len(result.failures)} failures, {took}")
     return list(results.values())
 
 
@@ -273,7 +278,13 @@ def main() -> int:
         good = (given.folder / f"good {given.parser[0]}").read_bytes()  # of a run in this folder
         sys.stdout.buffer.write(case(given.parser[0], good, given.seed, given.show))
         return 0
-    results = run(given.cases, given.seed, given.parser, given.folder)
+    results = run(
+        given.cases,
+        given.seed,
+        given.parser,
+        given.folder,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(table(results))
     return 1 if any(result.failures for result in results) else 0
 
