@@ -22,7 +22,9 @@ from nemoquant.checkpoint.identity import (
     source_groups,
     told,
 )
+from nemoquant.checkpoint.intact import check_settings
 from nemoquant.checkpoint.making import clear, ended
+from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, OutputError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
@@ -259,10 +261,16 @@ class Job:
             yield cluster
 
     def _done(self, origin: Scales | Rows | None) -> Outcome:
-        """The outcome of a run that had made OUT already; only its state may be left to remove."""
+        """The outcome of a run that had made OUT already; only its state may be left to remove.
+
+        Raises:
+            UsageError: of other options or of another source. CheckpointError: OUT is damaged.
+        """
         assert self.earlier is not None
         made = manifest.read_manifest(self.out)
         check_finished(self.earlier, self._identity(self.prepare(origin)), made)
+        check_settings(self.out, made)
+        Checkpoint(self.out).close()  # its headers and sizes; `verify` reads all of it
         self._check_source(self.out, made["source"]["units"])
         clear(self.out)
         self.listener.say(f"{self.out} was finished already")

@@ -570,3 +570,16 @@ def test_a_run_that_ended_between_its_last_layer_and_its_scales(own, token_rows,
     make(own, token_rows, tmp_path / "out", resume=True)
     make(own, token_rows, tmp_path / "whole")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00001.safetensors"])
+def test_a_finished_out_that_is_damaged_is_not_called_finished(name, source, token_rows, tmp_path):
+    options = {"shard_bytes": 10**9}
+    out = make(source, token_rows, tmp_path / "out", **options).out
+    said = []
+    make(source, token_rows, out, resume=True, said=said, **options)
+    assert said[-1] == f"{out} was finished already"
+    with (out / name).open("r+b") as f:
+        f.truncate(f.seek(0, 2) - 1)
+    with pytest.raises(CheckpointError, match=name):
+        make(source, token_rows, out, resume=True, **options)
