@@ -193,7 +193,8 @@ def _problem(error: Any) -> str:
 class _Strict(yaml.SafeLoader):
     """YAML whose mappings have each key once; plain YAML would silently take the last one.
 
-    Anchors and aliases are refused: nine lines of them can stand for more values than memory holds.
+    Anchors and aliases are refused: nine lines of them can stand for more values than memory holds. So are
+    tags, which give a value a kind that it does not look like: PyYAML fails on some in ways of its own.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -203,6 +204,11 @@ class _Strict(yaml.SafeLoader):
             raise yaml.YAMLError(
                 f"{sign}{event.anchor[:80]} is an anchor or alias of YAML, which a recipe may not have; put "
                 f"a pattern that begins with {sign} in quotes{event.start_mark}"
+            )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(
+                f"{brief(event.tag)} is a tag of YAML, which a recipe may not have; write the value alone"
+                f"{event.start_mark}"
             )
         return super().compose_node(parent, index)
 

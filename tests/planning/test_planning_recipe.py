@@ -201,7 +201,7 @@ def test_a_file(tmp_path: Path) -> None:
         ("a: [1", "cannot be read as YAML: while parsing a flow sequence"),
         (
             "a: !!python/object:os.system x",
-            "cannot be read as YAML: could not determine a constructor for the tag",
+            "cannot be read as YAML: 'tag:yaml.org,2002:python/object:os.system' is a tag of YAML",
         ),
         ("\xff", "cannot be read as YAML: 'utf-8' codec can't decode"),
         ("name: a\nname: b", "cannot be read as YAML: key 'name' stands twice"),
@@ -338,3 +338,16 @@ def test_presets() -> None:
 
 def test_recipes_lie_in_the_source_tree() -> None:
     assert recipe_folder() == CALIB / "recipes"
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp x", "!!bool maybe", "!!python/object:os.system x", "!!binary '%'"]
+)
+def test_tags_are_refused(value, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nsummary: {value}\nrules:\n- roles: ['*']\n  format: source\n")
+    with pytest.raises(
+        RecipeError,
+        match=r"cannot be read as YAML: 'tag:yaml.org,2002:python/object:os.system' is a tag of YAML, which a recipe may not",
+    ):
+        load_recipe(str(path))
