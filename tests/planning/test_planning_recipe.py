@@ -348,6 +348,6 @@ def test_tags_are_refused(value, tmp_path):
     path.write_text(f"name: mine\nsummary: {value}\nrules:\n- roles: ['*']\n  format: source\n")
     with pytest.raises(
         RecipeError,
-        match=r"cannot be read as YAML: 'tag:yaml.org,2002:python/object:os.system' is a tag of YAML, which a recipe may not",
+        match=r"is a tag of YAML, which a recipe may not have",
     ):
         load_recipe(str(path))
