@@ -10,6 +10,7 @@ import pytest
 from support.commands import error_line, nemoquant
 from support.files import tree
 from support.places import DEMO
+from support.processes import listening
 
 SLOW = """
 import sys, time
@@ -31,11 +32,15 @@ def begun(source, token_rows, tmp_path):
     """Starts ``quantize`` into new folders, and returns it once it waits in layer ``layer``."""
     started = []
 
-    def begin(layer=0, **options):
+    def begin(layer=0, ignored=()):
         command = [sys.executable, "-c", SLOW, str(layer), "quantize", source, tmp_path / "new/out"]
         command += ["--fmt", "fp8", "--calib", token_rows, "--threads", "1"]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: listening(ignored),
         )
         started.append(process)
         assert process.stdout.readline() == "here\n", process.stderr.read()
@@ -102,7 +107,7 @@ def test_a_signal_that_was_lost_can_be_sent_again(monkeypatch):
 
 @pytest.mark.slow
 def test_nohup_is_respected(begun):
-    process = begun(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = begun(ignored=[signal.SIGHUP])
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)

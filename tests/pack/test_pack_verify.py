@@ -19,6 +19,7 @@ import pytest
 from support.commands import invoke, nemoquant
 from support.files import edit_json
 from support.pack_oracle import PRESETS, read
+from support.processes import listening
 from support.tampering import overwrite, sign
 
 from nemoquant.api import RunOptions, plan, quantize, verify
@@ -241,6 +242,7 @@ def test_a_signal_ends_it_soon(sent, out):
         [sys.executable, "-m", "nemoquant", "verify", str(out)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        preexec_fn=listening,
     )
     descriptors = Path(f"/proc/{process.pid}/fd")
     while process.poll() is None:
