@@ -11,17 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import UsageError
+from nemoquant.errors import UsageError, brief
 
 MOST_THREADS = 1024
-MOST_PATH = 4096  # characters: Linux takes no longer one
+MOST_WHOLE = (1 << 31) - 1  # of rows, tokens, sequences
+MOST_BYTES = (1 << 63) - 1  # no file and no memory has more
+MOST_SEED = (1 << 64) - 1
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures; with others, logits overflow or vanish
+MOST_PATH, MOST_NAME = 4096, 255  # bytes: Linux takes no longer path, and most disks no longer name in it
 PathLike = str | os.PathLike[str]
 
 
 def refuse(name: str, got: object, expected: str) -> UsageError:
     """The error to raise; what was got is cut to a readable length."""
-    shown = repr(got)
-    return UsageError(f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}; expected {expected}")
+    return UsageError(f"{name} is {brief(got)}; expected {expected}")
 
 
 def either(words: Sequence[object]) -> str:
@@ -60,8 +63,8 @@ def check_functions(**functions: object) -> None:
             raise refuse(name, got, "a function")
 
 
-def whole(name: str, got: Any, least: int) -> int:
-    """``got`` as an int of at least ``least``; integers of numpy are accepted, bool and float are not."""
+def whole(name: str, got: Any, least: int, most: int = MOST_WHOLE) -> int:
+    """``got`` as an int in a range; integers of numpy are accepted, bool and float are not."""
     try:
         value = None if isinstance(got, bool) else operator.index(got)
     except TypeError:
@@ -69,7 +72,9 @@ def whole(name: str, got: Any, least: int) -> int:
     if value is None:
         raise refuse(name, got, f"a whole number of at least {least}")
     if value < least:
-        raise UsageError(f"{name} is {value}; expected at least {least}")
+        raise refuse(name, value, f"at least {least}")
+    if value > most:
+        raise refuse(name, value, f"at most {most}")
     return value
 
 
@@ -77,31 +82,44 @@ def threads(got: Any) -> int | None:
     """A number of threads, or None; a hundred thousand would exhaust the memory of the process."""
     if got is None:
         return None
-    count = whole("threads", got, 1)
-    if count > MOST_THREADS:
-        raise UsageError(f"threads is {count}; expected at most {MOST_THREADS}")
-    return count
+    return whole("threads", got, 1, MOST_THREADS)
 
 
-def number(name: str, got: Any, expected: str) -> float:
-    """``got`` as a finite float of at least 0."""
+def temperature(got: Any) -> float:
+    """A temperature of the choice of tokens: 0, or a number that neither loses nor overflows logits."""
     try:
         value = math.nan if isinstance(got, bool | str) else float(got)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise refuse(name, got, expected)
-    return value
+    if value == 0 or COLDEST <= value <= HOTTEST:
+        return value
+    raise refuse("temperature", got, f"0 (greedy), or a number from {COLDEST:f} to {HOTTEST:,.0f}")
+
+
+def home_expanded(got: str) -> str:
+    """A path with ``~`` or ``~user`` at its beginning replaced; shells don't do it in quotes or after ``=``.
+
+    Where there is no such home it is left as it is.
+    """
+    return os.path.expanduser(got)  # noqa: PTH111  Path's raises where there is no home
 
 
 def path(name: str, got: Any) -> Path:
     """``got``, a str or a path object, as a Path; an empty str would be the folder of the process."""
-    if got == "" or (isinstance(got, str) and ("\0" in got or len(got) > MOST_PATH)):
-        raise refuse(name, got, "a path")
     try:
-        return Path(got)
+        text = os.fspath(got)
+        if not isinstance(text, str):
+            raise TypeError
     except TypeError:
         raise refuse(name, got, "a path, as str or Path") from None
+    text = home_expanded(text)
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raise refuse(name, got, "a path") from None
+    if not raw or b"\0" in raw or len(raw) > MOST_PATH or max(map(len, raw.split(b"/"))) > MOST_NAME:
+        raise refuse(name, got, "a path")
+    return Path(text)
 
 
 def optional_path(name: str, got: Any) -> Path | None:

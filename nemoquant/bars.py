@@ -13,6 +13,7 @@ from typing import Literal
 from nemoquant.arguments import refuse
 from nemoquant.notebook import in_notebook
 from nemoquant.progress import Progress, no_progress
+from nemoquant.words import MOST_NAME, plain
 
 SHOW_AFTER = 2.0  # seconds: shorter work shows no bar
 PLAIN_EVERY = 60.0  # seconds between lines where there is no terminal
@@ -83,13 +84,14 @@ def _bars(notebook: bool = False) -> Iterator[Progress]:
     bars = rich.progress.Progress(
         *columns,
         TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", markup=False),
         console=Console(force_jupyter=True) if notebook else Console(stderr=True),
         transient=True,
     )
     tasks: dict[str, TaskID] = {}
 
     def report(stage: str, done: int, total: int, what: str) -> None:
+        what = plain(what, MOST_NAME)
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, what=what)
         bars.update(tasks[stage], completed=done, total=total, what=what)
@@ -119,8 +121,9 @@ def _plain() -> Progress:
         elif now - last_line > PLAIN_EVERY and total:
             last_line = now
             left = (now - began[stage]) * (total - done) / max(1, done)
+            where = f", {plain(what, MOST_NAME)}" if what else ""
             print(
-                f"{stage}: {done / total:.0%}{', ' + what if what else ''}, about {left / 60:.0f} min left",
+                f"{stage}: {done / total:.0%}{where}, about {left / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )

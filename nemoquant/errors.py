@@ -7,6 +7,7 @@
             HeaderError                      a safetensors file whose header cannot be trusted
             TensorTableError                 tensors missing, extra or misshapen, all in one error
             WeightError                      NaN or Inf in weights
+            SourceChangedError               a file that changed while it was read
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
@@ -16,11 +17,17 @@
         VerificationError           exit 1   a written checkpoint that does not match its plan
     KeyboardInterrupt               exit 130 Ctrl-C; Python's own, the command line gives it this exit code
         Interrupted                 exit 130 the same, and says what is left of the run and how to resume it
+                                             SIGTERM and SIGHUP end a command alike, with 143 and 129
 
-A message names the thing, what was got, what was expected, and what to do, in that order.
+A message names the thing, what was got, what was expected, and what to do, in that order. It may repeat text
+from files, whatever that is: as a str it is one printable line, not too long (``words.py``).
 """
 
 from collections.abc import Sequence
+from reprlib import Repr
+from typing import Any
+
+from nemoquant.words import MOST_NAME, message, plain
 
 
 class NemoquantError(Exception):
@@ -34,7 +41,7 @@ class NemoquantError(Exception):
     kept = ""
 
     def __str__(self) -> str:
-        return "; ".join(filter(None, (super().__str__(), self.kept)))
+        return message("; ".join(filter(None, (super().__str__(), self.kept))))
 
 
 class UsageError(NemoquantError):
@@ -58,6 +65,10 @@ class TensorTableError(CheckpointError):
 
 
 class WeightError(CheckpointError):
+    pass
+
+
+class SourceChangedError(CheckpointError):
     pass
 
 
@@ -93,10 +104,37 @@ class Interrupted(KeyboardInterrupt):
     kept = "nothing was kept"
 
     def __str__(self) -> str:
-        return self.kept
+        return message(self.kept)
 
 
 def listing(names: Sequence[object], limit: int = 5) -> str:
     """``a, b, c and 7 more``: the first ``limit`` names, because there may be thousands."""
-    shown = ", ".join(str(n) for n in names[:limit])
+    shown = ", ".join(plain(n, MOST_NAME) for n in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+class _Brief(Repr):
+    """``repr`` in bounded time and length, whatever the value: long, deep, or with too many digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlong, self.maxstring, self.maxother = 3, 60, 100, 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out more than 4,300 digits
+        return super().repr_int(x, level) if x.bit_length() < 14_000 else f"<{x.bit_length():,} bits>"
+
+
+def brief(value: object) -> str:
+    """A value that a file or a user gave, for a message: ``repr`` cut to a readable length."""
+    text = _Brief().repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def field_problem(error: Any) -> str:
+    """The first problem in pydantic's ValidationError, in one line: the key, what it held, and why."""
+    first, more = error.errors(include_url=False)[0], error.error_count() - 1
+    key = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]") or "the whole"
+    got = "" if first["type"] == "missing" else f" is {brief(first['input'])}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"`{key}`{got}: {message[:1].lower()}{message[1:]}" + (f", and {more:,} more" if more else "")

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Container, Iterable, Sequence
 from html import escape
 
+from nemoquant.words import plain
+
 
 def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook.
@@ -32,9 +34,9 @@ def html_table(
 
     head = f"<thead>{line('th', header)}</thead>" if header else ""
     body = "".join(line("td", cells) for cells in rows)
-    return f"<p>{escape(caption)}</p><table>{head}<tbody>{body}</tbody></table>"
+    return f"<p>{_text(caption)}</p><table>{head}<tbody>{body}</tbody></table>"
 
 
 def _text(cell: object) -> str:
     shown = f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
-    return escape(shown)
+    return escape(plain(shown))

@@ -21,6 +21,7 @@ from support.synthetic import CONFIG, WIDE, random_tensors, write_checkpoint, wr
 from support.tampering import changed_copy
 
 from nemoquant.api import RunOptions, diff, export_onnx, quantize
+from nemoquant.checkpoint import intact
 from nemoquant.evaluate.schema import Report
 
 
@@ -47,6 +48,14 @@ def one_thread_a_worker() -> Iterator[None]:
     yield
     if WORKER:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def stamps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where stamps of hashed checkpoints are kept in tests: not in the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "stamps"
+    monkeypatch.setattr(intact, "stamp_folder", lambda: folder)
+    return folder
 
 
 @pytest.fixture

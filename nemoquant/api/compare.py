@@ -9,7 +9,7 @@ from nemoquant import arguments
 from nemoquant.arguments import PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import ENGINES, EngineName
-from nemoquant.errors import UsageError, listing
+from nemoquant.errors import NemoquantError, UsageError, listing
 from nemoquant.formats import Device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.progress import Progress
@@ -83,6 +83,7 @@ def diff(
         raise UsageError(
             f"{text} has rows of one token; expected at least 2, the first one predicts the second"
         )
+    from nemoquant.checkpoint.intact import Reading
     from nemoquant.engine.base import Engine
     from nemoquant.engine.load import load_engine
     from nemoquant.evaluate.candidate import CandidateCheckpoint
@@ -113,12 +114,25 @@ def diff(
                 for path, file in zip(paths, given, strict=True)
             ]
         report = stack.enter_context(bars)
-        found = compare(opened, sides, tokens, cache, report, engines=engines, device=device)
+        signed = {side.path: side.manifest for side in sides if side.manifest is not None}
+        reading = stack.enter_context(Reading(signed))
+
+        def computed(stage: str, done: int, total: int, what: str) -> None:
+            reading.check()
+            report(stage, done, total, what)
+
+        try:
+            found = compare(opened, sides, tokens, cache, computed, engines=engines, device=device)
+        except NemoquantError:
+            reading.finish(report)  # damage is the better explanation of what could not be computed
+            raise
+        intact = reading.finish(report)
     warnings = list(tokens.warnings)
     if card:
         warnings += [
             w
             for path, measured in zip(paths, found.candidates, strict=True)
-            for w in update_card(path, measured, found)
+            if path in intact
+            for w in update_card(intact[path], measured, found)
         ]
     return found.model_copy(update={"warnings": warnings})

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemoquant import arguments
-from nemoquant.arguments import PathLike
+from nemoquant.arguments import MOST_BYTES, PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
@@ -25,8 +25,11 @@ def export_onnx(
     mtp: bool = False,
     copy: bool = True,
     progress: Progress | Literal[False] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> "Exported":
     """Write ``model.onnx`` (and ``mtp.onnx``) beside a checkpoint's shards, or with a copy of it in ``out``.
+
+    A checkpoint that nemoquant wrote is held against its manifest first; a damaged one is refused.
 
     Args:
         dialect: ``onnxruntime``, ``tensorrt_rtx`` or ``tensorrt``.
@@ -34,8 +37,9 @@ def export_onnx(
         layers: first layer, and the index after the last one; None is the whole model.
         mtp: also the multi-token-prediction module; the main graph then outputs the hidden states for it.
         copy: False refuses where tensors would have to be copied.
-        progress: of a copy. None shows it in a terminal or notebook; False shows nothing; a function is
-            called with it.
+        progress: of hashing and of a copy. None shows it in a terminal or notebook; False shows nothing; a
+            function is called with it.
+        say: called with a line of text before the shards are hashed.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
@@ -43,6 +47,7 @@ def export_onnx(
     if compute is not None:
         arguments.check_word("compute", compute, COMPUTES)
     arguments.check_flags(last_token_only=last_token_only, mtp=mtp, copy=copy)
+    arguments.check_functions(say=say)
     bars = shown(progress)
     if layers is not None:
         layers = _layers(layers)
@@ -56,7 +61,9 @@ def export_onnx(
 
     options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
     with bars as report:
-        return export(source, out, dialect, options, mtp=mtp, copy=copy, progress=report)
+        return export(
+            source, out, dialect, options, mtp=mtp, copy=copy, say=say or (lambda text: None), progress=report
+        )
 
 
 def _layers(given: Any) -> tuple[int, int]:
@@ -116,7 +123,7 @@ def export_engine(
     sm = None if sm is None else arguments.whole("sm", sm, 1)
     max_seq_len = arguments.whole("max_seq_len", max_seq_len, 2)
     max_batch = arguments.whole("max_batch", max_batch, 1)
-    workspace = None if workspace is None else arguments.whole("workspace", workspace, 1)
+    workspace = None if workspace is None else arguments.whole("workspace", workspace, 1, MOST_BYTES)
     source, out = arguments.path("source", source), arguments.path("out", out)
     cache = arguments.optional_path("timing_cache", timing_cache)
     library = arguments.optional_path("plugins", plugins)

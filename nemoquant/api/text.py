@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from nemoquant import arguments
+from nemoquant import arguments, bars
 from nemoquant.arguments import PathLike
 from nemoquant.engine import ENGINES, EngineName
+from nemoquant.progress import Progress
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,10 +69,13 @@ def generate(
     threads: int | None = None,
     ready: Callable[[], None] | None = None,
     stream: Callable[[str], None] | None = None,
+    progress: Progress | Literal[False] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Generated:
     """Generate text with the checkpoint in ``path``, quantized or not.
 
-    It ends at the model's end-of-sequence tokens, or after ``max_tokens``.
+    It ends at the model's end-of-sequence tokens, or after ``max_tokens``. A checkpoint that nemoquant wrote
+    is held against its manifest first; a damaged one is refused.
 
     Args:
         prompt: text to go on from.
@@ -84,17 +89,22 @@ def generate(
         threads: None is all that this process may use.
         ready: called when the engine is loaded and the prompt fits, before the first token.
         stream: called with each piece of new text as soon as its characters are complete.
+        progress: of hashing the shards. None shows it in a terminal or notebook; False shows nothing; a
+            function is called with it.
+        say: called with a line of text before the shards are hashed.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
     arguments.check_text("prompt", prompt)
     arguments.check_word("engine", engine, ENGINES)
     arguments.check_flags(chat=chat)
-    arguments.check_functions(ready=ready, stream=stream)
-    max_tokens, seed = arguments.whole("max_tokens", max_tokens, 1), arguments.whole("seed", seed, 0)
+    arguments.check_functions(ready=ready, stream=stream, say=say)
+    showing = bars.shown(progress)
+    max_tokens = arguments.whole("max_tokens", max_tokens, 1)
+    seed = arguments.whole("seed", seed, 0, arguments.MOST_SEED)
     mtp = arguments.whole("mtp", mtp, 0)
     threads = arguments.threads(threads)
-    temperature = arguments.number("temperature", temperature, "0 (greedy) or a positive number")
+    temperature = arguments.temperature(temperature)
     folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)
     from nemoquant.engine.generate import Drafts, Sampler, stop_tokens
@@ -106,7 +116,10 @@ def generate(
     config, _ = load_config(folder)
     codec = TextCodec(folder)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
-    loaded = load_engine(engine, folder, threads, file, library)
+    with showing as report:
+        loaded = load_engine(
+            engine, folder, threads, file, library, say=say or (lambda text: None), progress=report
+        )
     drafts, began, before = Drafts(), time.monotonic(), codec.decode(ids)
     new = new_tokens(
         loaded,

@@ -1,8 +1,8 @@
 """Hidden states of the calibration rows, which wait between layers: in memory, or in two files.
 
 A layer reads what the layer before it wrote. With files, input and output of a layer lie in different files,
-so that an interrupted layer can be run again. The page cache serves them, and memory does not grow with the
-number of rows.
+so that an interrupted layer can be run again; what a layer wrote is on the disk before a run's state can name
+it. The page cache serves them, and memory does not grow with the number of rows.
 """
 
 import hashlib
@@ -13,6 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from nemoquant.checkpoint.folder import HIDDEN
+from nemoquant.files import open_own, sync_folder
 
 
 class HiddenStates(Protocol):
@@ -45,7 +48,7 @@ class InMemory:
 
 
 class InFiles:
-    """Two files in a folder, ``hidden.0`` and ``hidden.1``: one is read, the other is written.
+    """Two files in a folder, ``HIDDEN``: one is read, the other is written.
 
     Attributes:
         current: number of the file that is read.
@@ -57,8 +60,9 @@ class InFiles:
     ) -> None:
         self.shape, self.dtype, self.current, self.sha256 = shape, dtype, current, ""
         self._row = shape[1] * shape[2] * dtype.itemsize
-        self._paths = [folder / f"hidden.{i}" for i in (0, 1)]
-        self._files = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in self._paths]
+        self._paths = [folder / name for name in HIDDEN]
+        self._files = [open_own(path) for path in self._paths]
+        sync_folder(folder)
         self._digest = hashlib.sha256()
 
     def read(self, rows: Sequence[int]) -> Tensor:
@@ -81,6 +85,7 @@ class InFiles:
 
     def turn(self) -> None:
         self.current = 1 - self.current
+        os.fsync(self._files[self.current])
         self.sha256, self._digest = self._digest.hexdigest(), hashlib.sha256()
 
     def holds(self, rows: Sequence[int], sha256: str) -> bool:

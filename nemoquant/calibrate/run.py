@@ -110,6 +110,7 @@ def calibrate(
     Raises:
         CalibrationError: more than ``MAX_NON_FINITE`` of the rows produced NaN or Inf; WeightError where
             the weights contain NaN or Inf.
+        SourceChangedError: the source changed since it was opened.
     """
     dtype = dtype or getattr(torch, compute_dtype(device))
     hidden = hidden or InMemory((*rows.ids.shape, config.hidden_size), dtype)
@@ -156,6 +157,7 @@ class _Run:
 
     def embed(self, rows: Rows, dtype: torch.dtype) -> None:
         """Write the hidden states before the first layer."""
+        self.checkpoint.check_unchanged()
         weights = LayerWeights(self.checkpoint, f"{names.EMBEDDINGS}.")
         for batch in self.batches(1):
             self.hidden.write(
@@ -177,6 +179,7 @@ class _Run:
                 self._check_finite(i)
             self.hidden.write([row for row, good in zip(batch, finite, strict=True) if good], output)
             self._add(collected)
+        self.checkpoint.check_unchanged()  # after the layer was read: its results are kept next
         self.hidden.turn()
         for collector in self.collectors:
             collector.finish(i)
@@ -190,6 +193,7 @@ class _Run:
             for observer in observers:
                 observer.observe(names.HEAD, x)
         self._add([observer.collect() for observer in observers])
+        self.checkpoint.check_unchanged()
         for collector in self.collectors:
             collector.finish(None)
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import CalibrationError, listing
+from nemoquant.checkpoint.identity import Units
+from nemoquant.errors import CalibrationError, brief, listing
+from nemoquant.files import read_json
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "nemoquant_scales.json"
 
 
@@ -25,6 +27,7 @@ class Scales:
         tokens_per_expert: MoE layer -> number of tokens of each expert.
         non_finite_rows: number of rows that were left out because they produced NaN or Inf.
         warnings: shown to the user by the run, and again by each run that takes its scales from the file.
+        units: hashes of the source's units that were calibrated, see ``checkpoint/identity.py``.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +36,7 @@ class Scales:
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     non_finite_rows: int = 0
     warnings: list[str] = field(default_factory=list)
+    units: Units = field(default_factory=dict)
 
     def __repr__(self) -> str:
         experts = sum(map(len, self.tokens_per_expert.values()))
@@ -48,6 +52,7 @@ class Scales:
             "settings": self.settings,
             "non_finite_rows": self.non_finite_rows,
             "warnings": self.warnings,
+            "units": self.units,
             "tokens_per_expert": {str(k): v for k, v in self.tokens_per_expert.items()},
             "kv_amax": self.kv_amax,
             "input_amax": self.input_amax,
@@ -61,12 +66,13 @@ class Scales:
     def from_json(data: dict[str, Any]) -> "Scales":
         """The reverse of ``to_json``; other data raise ValueError, KeyError, TypeError or AttributeError."""
         return Scales(
-            dict(data["settings"]),
-            {str(k): float(v) for k, v in data["input_amax"].items()},
-            {str(k): float(v) for k, v in data["kv_amax"].items()},
-            {int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
-            int(data["non_finite_rows"]),
-            [str(w) for w in data["warnings"]],
+            settings=dict(data["settings"]),
+            input_amax={str(k): float(v) for k, v in data["input_amax"].items()},
+            kv_amax={str(k): float(v) for k, v in data["kv_amax"].items()},
+            tokens_per_expert={int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
+            non_finite_rows=int(data["non_finite_rows"]),
+            warnings=[str(w) for w in data["warnings"]],
+            units={str(k): str(v) for k, v in data["units"].items()},
         )
 
     @staticmethod
@@ -74,25 +80,27 @@ class Scales:
         """Read a scales file.
 
         Raises:
-            CalibrationError: not a scales file, or of another schema.
+            CalibrationError: not a scales file, or of another schema; names the key, what it held, and why.
         """
+        from nemoquant.calibrate.scales_schema import problem
+
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise CalibrationError(
-                    f"{path}: schema {data['schema']}, expected {SCHEMA}; calibrate again with this version"
-                )
-            scales = Scales.from_json(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            data = read_json(path)
+        except (OSError, ValueError) as error:
             raise CalibrationError(
-                f"{path} is not a scales file ({error!r}); expected the {FILE} of an earlier run"
+                f"{path} is not a scales file ({error}); expected the {FILE} of an earlier run"
             ) from None
-        bad = [k for k, v in (scales.input_amax | scales.kv_amax).items() if not 0 <= v < float("inf")]
-        if bad:
+        got = data.get("schema") if isinstance(data, dict) else None
+        if type(got) is int and got != SCHEMA:
             raise CalibrationError(
-                f"{path}: maxima of {listing(bad)} are negative or not finite; calibrate again"
+                f"{path}: schema {brief(got)}, expected {SCHEMA}; calibrate again with this version"
             )
-        return scales
+        wrong = problem(data)
+        if wrong is not None:
+            raise CalibrationError(
+                f"{path} is not a scales file ({wrong}); expected the {FILE} of an earlier run"
+            )
+        return Scales.from_json(data)
 
     def unreached(self) -> list[str]:
         """Experts without a token, as ``layer 3 expert 7``."""

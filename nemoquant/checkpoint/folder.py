@@ -1,33 +1,30 @@
-"""The output folder: ``OUT.partial`` while it is made, ``OUT`` once it is complete.
+"""The output folder: ``OUT.partial`` while it is made (``making.py``), ``OUT`` once it is complete.
 
-Only what was made here is ever removed.
+One run at a time is in it: who holds the lock of the folder ``nemoquant_resume`` in it. No link in it is
+followed: a run that finds one there, or anything that no run makes, is refused.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from nemoquant.errors import Interrupted, NemoquantError, OutputError
+from nemoquant.errors import OutputError, listing
+from nemoquant.files import locked
 
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens*",
-    "LICENSE*",
-    "NOTICE*",
-)
+FOLDER = "nemoquant_resume"  # in OUT.partial: all that is not output
+STATE = "state.json"
+HIDDEN = ("hidden.0", "hidden.1")
+HALF = ".partial"  # end of the name of a file that is not whole yet
 MARGIN = 64 << 20  # bytes of free disk beyond the tensors, for side files and the rest
 BYTES_PER_TENSOR = 600  # in headers, index, config files and scales file
 
 
 def partial_of(out: Path) -> Path:
     """The folder ``OUT.partial`` of ``out``."""
-    return out.parent / (out.name + ".partial")
+    return out.parent / (out.name + HALF)
 
 
 def nearest_folder(path: Path) -> Path:
@@ -36,31 +33,39 @@ def nearest_folder(path: Path) -> Path:
     return next(p for p in (here, *here.parents) if p.is_dir())
 
 
-def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, resume: bool = False) -> None:
+def check_output(
+    out: Path, source: Path, tensors: int, tensor_bytes: int, *, resume: bool | None = None
+) -> None:
     """Make sure that ``out`` can be written.
 
-    With ``resume`` the partial folder of an earlier run may exist, and its bytes count as room.
-
+    Args:
+        resume: whether the partial folder of an earlier run may exist, whose bytes then count as room; None
+            where no run could go on with it: then one is in the way only if another kind of run could.
     Raises:
-        OutputError: it exists, overlaps the source, an earlier run left its partial folder, its folder is not
-            writable, or the disk has no room for that many tensors and bytes.
+        OutputError: it exists, overlaps the source, an earlier run left its partial folder or another one
+            is in it, its folder is not writable, or the disk has no room for that many tensors and bytes.
     """
     target, origin = out.resolve(), source.resolve()
     for path in (target, partial_of(target)):
         if path == origin or path in origin.parents or origin in path.parents:
             raise OutputError(f"{out} overlaps the source {source}; expected a folder outside it")
     if out.exists() or out.is_symlink():
-        raise OutputError(
-            f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
-        )
+        if resume is None and not out.is_symlink():
+            with suppress(OSError):  # only an empty one, of a run that was killed when all else was done
+                (out / FOLDER).rmdir()
+        raise OutputError(told_that_it_exists(out))
     partial, bytes_there = partial_of(out), 0
-    if partial.exists():
-        if not resume:
-            raise OutputError(
-                f"{partial} exists, left by a run that did not end; --resume goes on with it, or remove it, "
-                f"or choose another output"
-            )
-        bytes_there = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
+    if os.path.lexists(partial):
+        check_folder(partial)
+        if os.path.lexists(partial / FOLDER):
+            with only_run(partial):
+                pass
+        if begun(partial):
+            if not resume and not abandoned(partial, resume):
+                raise OutputError(told_that_it_was_left(partial, resume))
+            with os.scandir(partial) as entries:
+                sizes = (entry.stat(follow_symlinks=False) for entry in entries)
+                bytes_there = sum(status.st_size for status in sizes if stat.S_ISREG(status.st_mode))
     parent = nearest_folder(target)
     below = next(p for p in (target, *target.parents) if p.parent == parent)
     if below.exists():
@@ -76,78 +81,75 @@ def check_output(out: Path, source: Path, tensors: int, tensor_bytes: int, *, re
         )
 
 
-@contextmanager
-def making(out: Path) -> Iterator[Path]:
-    """Yields the empty folder ``OUT.partial``, renamed to OUT if the body succeeds, and removed if not.
+def told_that_it_exists(out: Path) -> str:
+    return f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
 
-    Raises:
-        OutputError: it can't be made or written; or OUT was made meanwhile, and then the finished OUT.partial
-            stays.
-    """
-    partial = partial_of(out)
-    parents = [p for p in out.absolute().parents if not p.exists()]
-    made = False
-    try:
-        partial.mkdir(parents=True)
-        made = True
-        yield partial
-    except BaseException as error:
-        if made:
-            shutil.rmtree(partial, ignore_errors=True)
-        for parent in parents:  # innermost first; a folder that another run uses by now stays
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{out}: {error.strerror or error}; nothing was kept, make room or choose another output"
-            ) from error
-        # The files that an inner run kept were removed with the rest.
-        if isinstance(error, NemoquantError | Interrupted) and error.kept:
-            error.kept = "nothing was kept"
-        raise
-    try:
-        partial.rename(out)
-    except OSError as error:
+
+def told_that_it_was_left(partial: Path, resume: bool | None) -> str:
+    goes_on = "" if resume is None else "--resume goes on with it, or "
+    return f"{partial} exists, left by a run that did not end; {goes_on}remove it, or choose another output"
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that this is a folder and no link to one: what is in it is changed and removed."""
+    if not stat.S_ISDIR(folder.lstat().st_mode):
         raise OutputError(
-            f"{partial} is finished and verified, but can't be renamed to {out} ({error.strerror}); rename it"
-        ) from None
+            f"{folder} is a link or a file; expected a folder that a run made: move it away, or choose "
+            f"another output"
+        )
 
 
-def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave.
+def begun(partial: Path) -> bool:
+    """Whether a run left something in OUT.partial: one that was killed at once may leave empty folders."""
+    inner = partial / FOLDER
+    return bool(names_in(partial) - {FOLDER}) or (inner.is_dir() and not names_in(inner) <= {STATE + HALF})
 
-    ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
+
+def abandoned(partial: Path, resume: bool | None) -> bool:
+    """Whether a run left what is there that nobody could go on with, such as a copy: it kept no state."""
+    inner = partial / FOLDER
+    return resume is None and inner.is_dir() and STATE not in names_in(inner)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@contextmanager
+def only_run(partial: Path) -> Iterator[None]:
+    """Keeps a second run out of OUT.partial.
 
     Raises:
-        OutputError: a file to copy can't be read.
+        OutputError: another run is in it, or ended just now.
     """
-    auto_map = raw_config.get("auto_map")
-    auto_map = auto_map if isinstance(auto_map, dict) else {}
-    entries = [
-        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
-    ]
-    modules = {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
-    wanted, skipped = [], []
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if name in ("config.json", "nemoquant.json") or name.endswith(
-            (".safetensors", ".safetensors.index.json")
-        ):
-            continue  # written by the run itself, or files of tensors
-        belongs = name in modules or any(fnmatch(name, pattern) for pattern in SIDE_FILES)
-        if belongs and path.is_file():
-            if not os.access(path, os.R_OK):
-                raise OutputError(
-                    f"{path} cannot be read (permission denied); it belongs to the checkpoint: make it "
-                    f"readable"
-                )
-            wanted.append(name)
-        else:
-            skipped.append(name + "/" * path.is_dir())
-    return wanted, skipped
+    inner = partial / FOLDER
+    check_folder(inner)
+    with ExitStack() as held:
+        try:
+            handle = held.enter_context(locked(inner, wait=False))
+            gone = not os.path.samestat(os.fstat(handle), inner.lstat())
+        except (BlockingIOError, FileNotFoundError):
+            gone = True
+        if gone:
+            raise OutputError(
+                f"{partial} is being written by another run; wait for it, or choose another output"
+            )
+        yield
 
 
-def copy_side_files(source: Path, names: list[str], folder: Path) -> None:
-    """Copy these files into ``folder``; links are followed, because hub caches consist of links."""
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
+def check_entries(folder: Path, files: Collection[str], folders: Collection[str]) -> None:
+    """Make sure that a folder holds only files and folders of these names, no links."""
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    if strange := [entry.name for entry in found if entry.name not in files and entry.name not in folders]:
+        raise OutputError(
+            f"{folder} holds {listing(strange)}, which no run writes there; move it away, or choose another "
+            f"output"
+        )
+    for entry in found:
+        right = entry.is_dir if entry.name in folders else entry.is_file
+        if not right(follow_symlinks=False):
+            raise OutputError(
+                f"{entry.path} is a link, or not what a run writes under that name; move it away, or choose "
+                f"another output"
+            )

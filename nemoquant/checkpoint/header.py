@@ -7,12 +7,14 @@ or overlaps.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import HeaderError
+from nemoquant.errors import HeaderError, brief
+from nemoquant.files import open_regular, parse_json
 
 ITEM_SIZE = {
     "BOOL": 1,
@@ -34,6 +36,7 @@ ITEM_SIZE = {
 }
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 64
+MAX_TENSORS = 1 << 21  # four parts of every tensor that a config may have (model/parse.py)
 ALIGNMENT = 4096  # in files that we write, the data begin at a multiple of a page
 
 
@@ -61,8 +64,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             another entry.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
+        with os.fdopen(open_regular(file), "rb") as f:
+            size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > size - 8:
                 raise HeaderError(
@@ -78,44 +81,43 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise HeaderError(f"{file}: cannot be read ({error.strerror}); expected a safetensors file") from None
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text.decode("utf-8"))
+    except ValueError as error:
         raise HeaderError(
             f"{file.name}: header is not valid JSON ({error}); expected a safetensors file"
         ) from None
     if not isinstance(entries, dict):
         raise HeaderError(f"{file.name}: header is a JSON {type(entries).__name__}, expected an object")
     metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise HeaderError(f"{file.name}: `__metadata__` is {brief(metadata)}; expected texts by name")
+    if len(entries) > MAX_TENSORS:
+        raise HeaderError(
+            f"{file.name}: header has {len(entries):,} tensors; expected at most {MAX_TENSORS:,}"
+        )
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin) for name, entry in entries.items()}
     _check_coverage(file, tensors, begin, size)
-    return tensors, metadata if isinstance(metadata, dict) else {}
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
-    return result
+    return tensors, metadata
 
 
 def _tensor(file: Path, name: str, entry: object, begin: int) -> TensorInfo:
     def fail(got: str) -> HeaderError:
-        return HeaderError(f"{file.name}: tensor {name!r} has {got}")
+        return HeaderError(f"{file.name}: tensor {brief(name)} has {got}")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise fail(f"the entry {entry!r}, expected dtype, shape and data_offsets")
+        raise fail(f"the entry {brief(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise fail(f"dtype {dtype!r}, expected one of {', '.join(ITEM_SIZE)}")
+        raise fail(f"dtype {brief(dtype)}, expected one of {', '.join(ITEM_SIZE)}")
     if not _naturals(shape):
-        raise fail(f"shape {shape!r}, expected a list of sizes")
+        raise fail(f"shape {brief(shape)}, expected a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail(f"data_offsets {offsets!r}, expected [begin, end]")
+        raise fail(f"data_offsets {brief(offsets)}, expected [begin, end]")
     expected = math.prod(shape) * ITEM_SIZE[dtype]
     if offsets[1] - offsets[0] != expected:
-        raise fail(f"{offsets[1] - offsets[0]:,} bytes, expected {expected:,} for {dtype} {shape}")
+        needed = f"{expected:,}" if expected < 1 << 63 else "more than any file has"
+        raise fail(f"{offsets[1] - offsets[0]:,} bytes, expected {needed} for {dtype} {brief(shape)}")
     return TensorInfo(name, dtype, tuple(shape), file, begin + offsets[0], begin + offsets[1])
 
 
@@ -137,7 +139,7 @@ def _check_coverage(file: Path, tensors: Mapping[str, TensorInfo], begin: int, s
                 if t.start < at
                 else f"leaves a hole of {t.start - at:,} bytes before it"
             )
-            raise HeaderError(f"{file.name}: tensor {t.name!r} {kind}; expected contiguous data")
+            raise HeaderError(f"{file.name}: tensor {brief(t.name)} {kind}; expected contiguous data")
         at = t.end
     if at != size:
         raise HeaderError(

@@ -1,33 +1,38 @@
 """``nemoquant.json``: what was made, from what, with which settings, and the sha256 of every file.
 
-It contains no time, host or path.
+It contains no time, host or path. Who changes it in a finished folder holds the folder's lock from reading to
+writing, so that two processes lose nothing. What its content must look like is in ``manifest_schema.py``.
 """
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import TensorInfo
-from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError
+from nemoquant.files import locked, open_regular, read_json, replace_bytes, replace_text
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
 
 FILE = "nemoquant.json"
-SCHEMA = 1
-READ_BYTES = 8 << 20
-SAMPLE_BYTES = 1024
-REQUIRED = {"files": dict, "plan": dict, "source": dict, "shard_bytes": int}
+CARD = "README.md"  # may be edited after it was written: everybody does before publishing a model
+SCHEMA = 2
+READ_BYTES = 1 << 20
+
+Check = Callable[[Mapping[str, Any]], None]
+"""Called with a manifest before it is changed; raises where the folder is not what it lists."""
 
 
 def file_sha256(path: Path, count: Count = lambda size: None) -> str:
-    """sha256 of a file, read a few megabytes at a time; ``count`` is called with the size of each piece."""
+    """sha256 of a regular file, read piece by piece; ``count`` is called with the size of each piece."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
-    with path.open("rb", buffering=0) as f:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as f:
         while got := f.readinto(buffer):
             digest.update(buffer[:got])
             count(got)
@@ -43,32 +48,6 @@ def tensor_table_sha256(tensors: Mapping[str, TensorInfo]) -> str:
     """Identity of a checkpoint's tensor table: names, dtypes and shapes, whatever files hold the tensors."""
     table = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(table).encode()).hexdigest()
-
-
-def weights_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases.
-
-    These few megabytes distinguish one training from another.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
-        digest.update(checkpoint.raw(name).data)
-        checkpoint.release([name])
-    return digest.hexdigest()
-
-
-def content_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of :func:`weights_fingerprint` and of a few bytes from the middle of every tensor.
-
-    It distinguishes weights without reading them whole.
-    """
-    digest = hashlib.sha256(weights_fingerprint(checkpoint).encode())
-    for name in sorted(checkpoint.tensors):
-        raw = checkpoint.raw(name)
-        middle = raw.size // 2
-        digest.update(raw[middle : middle + SAMPLE_BYTES].tobytes())
-        checkpoint.release([name])
-    return digest.hexdigest()
 
 
 def pack_dtypes(table: list[TensorSpec]) -> dict[str, Any]:
@@ -88,75 +67,75 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
     replace_text(folder / FILE, json.dumps(signed, indent=1, sort_keys=True) + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: first under another name in its folder, then renamed."""
-    replace_bytes(path, text.encode("utf-8"))
+def listed(data: Mapping[str, Any], name: str) -> list[str | None]:
+    """The sha256 that a file may have: one, and another while it is replaced; None: it may be absent."""
+    return [*([data["files"][name]] if name in data["files"] else []), *_before(data, name)]
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: first under another name in its folder, then renamed."""
-    partial = path.parent / (path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def _before(data: Mapping[str, Any], name: str) -> list[str | None]:
+    return [data["was"][name]] if name in data.get("was", {}) else []
 
 
-def enter_file(folder: Path, name: str) -> None:
-    """Record in the manifest the sha256 of a file that was written later, or written again.
+def put_file(
+    folder: Path, name: str, content: bytes, check: Check, *, made_from: bytes | None = None
+) -> None:
+    """Write or replace a file of a finished folder, and its sha256 in the manifest.
 
+    While the file is replaced the manifest lists both hashes: a kill at any moment leaves a folder that is
+    what its manifest lists.
+
+    Args:
+        check: see :data:`Check`.
+        made_from: what the file still must contain; None replaces whatever is there.
     Raises:
-        CheckpointError: the manifest can't be used.
+        CheckpointError: the manifest can't be used, or the file has other content than ``made_from``.
     """
-    data = read_manifest(folder)
-    data["files"][name] = file_sha256(folder / name)
-    write_manifest(folder, data)
-
-
-def change_file(folder: Path, name: str, text: str) -> None:
-    """Replace the text of a file that the manifest lists, and its sha256 there: both or neither.
-
-    Raises:
-        CheckpointError: the manifest can't be used, or the file is no longer the one that it lists.
-    """
-    data, path = read_manifest(folder), folder / name
-    if data["files"].get(name) != file_sha256(path):
-        raise CheckpointError(f"{path} was changed after it was written; it is left as it is")
-    data["files"][name] = hashlib.sha256(text.encode()).hexdigest()
-    old_text = path.read_text(encoding="utf-8")
-    replace_text(path, text)
-    try:
-        write_manifest(folder, data)
-    except BaseException:
-        replace_text(path, old_text)
-        raise
+    with locked(folder):
+        data, path = read_manifest(folder), folder / name
+        check(data)
+        here = file_sha256(path) if path.exists() else None
+        if made_from is not None and here != hashlib.sha256(made_from).hexdigest():
+            raise CheckpointError(f"{path} was changed meanwhile; it is left as it is")
+        before = here if here in listed(data, name) else None
+        after = dict(data) | {"files": data["files"] | {name: hashlib.sha256(content).hexdigest()}}
+        others = {other: digest for other, digest in data.get("was", {}).items() if other != name}
+        write_manifest(folder, after | {"was": others | {name: before}})
+        try:
+            replace_bytes(path, content)
+        except BaseException:
+            write_manifest(folder, data)
+            raise
+        final = {k: v for k, v in after.items() if k != "was"} | ({"was": others} if others else {})
+        with suppress(OSError):  # with both hashes the folder is what is listed too, and the file is written
+            write_manifest(folder, final)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read ``nemoquant.json`` and check its own sha256.
+    """Read ``nemoquant.json``, and check its own sha256 and that its content is as nemoquant writes it.
 
     Raises:
-        CheckpointError: it is missing, not JSON, of another schema, or was changed.
+        CheckpointError: it is missing, not JSON, of another schema, was changed, or holds values of a wrong
+            kind.
     """
     path = folder / FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected a checkpoint that nemoquant wrote") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); expected JSON") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    if type(schema) is not int or schema != SCHEMA:
         raise CheckpointError(
-            f"{path}: schema {got!r}, expected {SCHEMA}; use the version of nemoquant that wrote it"
+            f"{path}: schema {repr(schema)[:80]}, expected {SCHEMA}; use the version of nemoquant that "
+            f"wrote it"
         )
     if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
         raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
-    missing = [key for key, kind in REQUIRED.items() if not isinstance(data.get(key), kind)]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}, or has them of another kind; expected what nemoquant writes"
-        )
-    return data
+    from nemoquant.checkpoint.manifest_schema import problem
+
+    wrong = problem(data)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not as nemoquant writes it: {wrong}; quantize again")
+    found: dict[str, Any] = data
+    return found

@@ -1,6 +1,6 @@
 """Write one safetensors file from front to back, with its sha256 computed on the way.
 
-The header comes first, then the bytes of the tensors in order.
+The header comes first, then the bytes of the tensors in order. When the file is closed it is on the disk.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from nemoquant.checkpoint.background import Background
 from nemoquant.checkpoint.header import ITEM_SIZE, encode_header
+from nemoquant.files import close_synced
 
 METADATA = {"format": "pt"}
 
@@ -80,10 +81,11 @@ class ShardWriter:
         try:
             for stage in self._stages:
                 stage.end(cancel=kind is not None)
+            if kind is None:
+                for stage in self._stages:
+                    stage.check()
+                assert self._left == 0, f"{self.path.name}: {self._left} bytes are missing"
+                close_synced(self._file)
+                self.sha256 = self._digest.hexdigest()
         finally:
             self._file.close()
-        if kind is None:
-            for stage in self._stages:
-                stage.check()
-            assert self._left == 0, f"{self.path.name}: {self._left} bytes are missing"
-            self.sha256 = self._digest.hexdigest()

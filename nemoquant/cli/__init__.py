@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 from typing import Any
 
 import click
@@ -51,9 +50,13 @@ class Verbs(click.Group):
         with formatter.section("Commands"):  # without loading the verbs
             formatter.write_dl(list(VERBS.items()))
 
-    def invoke(self, ctx: click.Context) -> Any:
-        import signal
+    def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
+        from nemoquant.cli.ending import Ending
 
+        with Ending(program=args is None) as ending:
+            return super().main(args, *rest, obj=ending, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
         from nemoquant.errors import NemoquantError
 
         # torch's threads would spin for milliseconds while they wait; with other work on the machine this
@@ -61,18 +64,16 @@ class Verbs(click.Group):
         # a fifth faster than sleeping at once (measured). OpenMP reads both once, when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
         try:
             return super().invoke(ctx)
-        except NemoquantError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:  # an unforeseen error of disk or permissions: one line, not exit code 1
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
         except KeyboardInterrupt as error:
-            click.echo(f"error: interrupted; {str(error) or 'nothing was kept'}", err=True)
-            sys.exit(130)
+            ctx.obj.interrupted(error)
+        except NemoquantError as error:
+            ctx.obj.failed(str(error), error.exit_code)
+        except OSError as error:  # an unforeseen error of disk or permissions: one line, not exit code 1
+            if ctx.obj.signal is not None:  # such as of a terminal that is gone
+                ctx.obj.interrupted(error)
+            ctx.obj.failed(str(error), 2)
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -89,5 +90,5 @@ def main() -> None:
       nemoquant diff MODEL OUT --html report.html
 
     \b
-    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (`quantize --resume` goes on).
+    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (SIGTERM 143, SIGHUP 129; `quantize --resume` goes on).
     """  # noqa: E501  a paragraph of the help that click does not wrap

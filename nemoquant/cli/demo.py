@@ -6,19 +6,20 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
+from nemoquant.cli.shared import PATH, say, show, whole
 
 
 @click.command("demo")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("nemoquant-demo"),
     show_default=True,
     help="New folder for all that is made.",
 )
 @click.option(
     "--rows",
-    type=click.IntRange(min=1),
+    type=whole(1),
     default=32,
     show_default=True,
     help="Rows of 512 tokens to calibrate and compare on.",
@@ -39,10 +40,8 @@ def command(out: Path, rows: int) -> None:
     from nemoquant.shipped import demo_model
 
     began = time.monotonic()
-    click.echo(f"source: {demo_model()}", err=True)
+    say(f"source: {demo_model()}", err=True)
     with progress_bars(False) as progress:
-        report = demo(out, rows=rows, say=lambda text: click.echo(text, err=True), progress=progress)
-    click.echo("\n".join(table(report)))
-    click.echo(
-        f"\n{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s."
-    )
+        report = demo(out, rows=rows, say=lambda text: say(text, err=True), progress=progress)
+    show("\n".join(table(report)) + "\n\n")
+    say(f"{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s.")

@@ -7,25 +7,21 @@ import click
 from click.core import ParameterSource
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import THREADS
+from nemoquant.cli.shared import FILE, PATH, THREADS, print_json_text, say, show, whole
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.formats import DEVICES, Device
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-
 
 @click.command("diff")
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=PATH)
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Text to compare on: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of text.")
-@click.option(
-    "--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a row."
-)
+@click.option("--rows", type=whole(1), default=32, show_default=True, help="Rows of text.")
+@click.option("--seq-len", type=whole(2), default=512, show_default=True, help="Tokens in a row.")
 @click.option(
     "--html", type=FILE, metavar="FILE", help="Write the report as one HTML file that opens offline."
 )
@@ -129,7 +125,7 @@ def command(
         if given(name) is ParameterSource.COMMANDLINE
     ]
     if data is not None and data.suffix == ".npy" and unused:
-        click.echo(
+        say(
             f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True
         )
     with progress_bars(to_stdout) as progress:
@@ -150,16 +146,16 @@ def command(
         )
     write_files(report, files)
     if to_stdout:
-        click.echo(report.dump(), nl=False)
+        print_json_text(report.dump())
     else:
         from nemoquant.evaluate.report.markdown import markdown as summary
 
-        click.echo(summary(report), nl=False)
+        show(summary(report))
         for kind, path in files.items():
             if path is not None:
-                click.echo(f"{kind}: {path}", err=True)
+                say(f"{kind}: {path}", err=True)
     failures = [line for condition in conditions for line in condition.failures(report)]
     for line in failures:
-        click.echo(f"failed: {line}", err=True)
+        say(f"failed: {line}", err=True)
     if failures:
         sys.exit(1)

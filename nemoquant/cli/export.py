@@ -1,17 +1,16 @@
 """``nemoquant export``: graphs and engines."""
 
+import re
 from pathlib import Path
 
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json
+from nemoquant.cli.shared import FILE, GIGABYTES, PATH, json_option, print_json, say, whole
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.errors import UsageError
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
 from nemoquant.units import size
-
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group("export")
@@ -30,14 +29,14 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
     if value is None:
         return None
     first, colon, end = value.partition(":")
-    if not (colon and first.isdigit() and end.isdigit()):
+    if not (colon and re.fullmatch("[0-9]{1,9}", first) and re.fullmatch("[0-9]{1,9}", end)):
         raise UsageError(f"--layers {value}: expected A:B, the first layer and the one behind the last")
     return int(first), int(end)
 
 
 @command.command("onnx")
-@click.argument("source", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.argument("source", metavar="DIR", type=PATH)
+@click.argument("out", required=False, type=PATH)
 @click.option(
     "--dialect",
     type=click.Choice(DIALECT_NAMES),
@@ -95,6 +94,7 @@ def export_onnx(
             mtp=mtp,
             copy=not no_copy,
             progress=progress,
+            say=lambda text: None if as_json else say(text, err=True),
         )
     figures = {
         "folder": str(exported.folder),
@@ -108,11 +108,9 @@ def export_onnx(
         print_json(figures)
         return
     for path in exported.graphs:
-        click.echo(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
-    click.echo(
-        f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}"
-    )
-    click.echo(
+        say(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
+    say(f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}")
+    say(
         f"{size(exported.copied_bytes)} of tensors copied"
         if exported.copied_bytes
         else "no tensor copied: weights stay in the shards"
@@ -120,7 +118,7 @@ def export_onnx(
 
 
 @command.command("trt")
-@click.argument("source", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("source", metavar="DIR", type=PATH)
 @click.argument("out", type=FILE)
 @click.option(
     "--target",
@@ -129,7 +127,9 @@ def export_onnx(
     "where no GPU is found.",
 )
 @click.option(
-    "--sm", type=int, help="GPU to build for, as 120 for SM 12.0; default: the one in this machine."
+    "--sm",
+    type=whole(1, 9999),
+    help="GPU to build for, as 120 for SM 12.0; default: the one in this machine.",
 )
 @click.option(
     "--compute",
@@ -140,17 +140,15 @@ def export_onnx(
 )
 @click.option(
     "--max-seq-len",
-    type=click.IntRange(min=2),
+    type=whole(2),
     default=4096,
     show_default=True,
     help="Most positions of a sequence.",
 )
-@click.option(
-    "--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most sequences at once."
-)
+@click.option("--max-batch", type=whole(1), default=1, show_default=True, help="Most sequences at once.")
 @click.option(
     "--workspace",
-    type=click.FloatRange(min=0.001),
+    type=GIGABYTES,
     help="Scratch memory in GB; default: the builder's own choice.",
 )
 @click.option("--last-token-only", is_flag=True, help="Logits of the last position only.")
@@ -227,17 +225,17 @@ def export_trt(
         weight_streaming=weight_streaming,
         timing_cache=timing_cache,
         plugins=plugins,
-        say=lambda text: None if as_json else click.echo(text, err=True),
+        say=lambda text: None if as_json else say(text, err=True),
     )
     if as_json:
         print_json(facts)
         return
     types = ", ".join(f"{count:,} {name}" for name, count in facts["layers_by_output_type"].items())
-    click.echo(
+    say(
         f"{out}: {facts['runtime']} {facts['version']}, {size(facts['bytes'])}, SM {facts['sm']}, "
         f"{facts['layers']:,} layers, built in "
         f"{facts['build_seconds']} s"
     )
-    click.echo(f"layers by the type that they put out: {types}")
+    say(f"layers by the type that they put out: {types}")
     if facts["warnings"]:
-        click.echo(f"{len(facts['warnings'])} warnings of the builder are in {out.name}.json", err=True)
+        say(f"{len(facts['warnings'])} warnings of the builder are in {out.name}.json", err=True)

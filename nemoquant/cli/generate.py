@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import THREADS
+from nemoquant.arguments import HOTTEST, MOST_SEED
+from nemoquant.cli.shared import FILE, PATH, THREADS, Number, say, show, whole
 from nemoquant.engine import ENGINES, EngineName
 
 
 @click.command("generate")
-@click.argument("model", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("model", metavar="DIR", type=PATH)
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option(
     "--chat", is_flag=True, help="The prompt is what a user says: put it through the chat template."
@@ -23,26 +24,30 @@ from nemoquant.engine import ENGINES, EngineName
 )
 @click.option(
     "--engine-file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="What `nemoquant export trt` wrote, for --engine rtx or trt.",
 )
 @click.option(
     "--plugins",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="Plugin library for --engine trt.",
 )
+@click.option("--max-tokens", type=whole(1), default=64, show_default=True, help="Most tokens to generate.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most tokens to generate."
+    "--temperature",
+    type=Number(0, HOTTEST),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
 )
 @click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."
+    "--seed", type=whole(0, MOST_SEED), default=0, show_default=True, help="Of the choice with a temperature."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice with a temperature.")
 @click.option(
     "--mtp",
-    type=click.IntRange(min=1),
+    type=whole(1),
     help="Draft so many tokens at a time with the multi-token-prediction module.",
 )
 @click.option("--threads", type=THREADS, help="Threads; default: all that this process may use.")
@@ -71,20 +76,31 @@ def command(
     """
     from nemoquant import api
 
-    made = api.generate(
-        model,
-        prompt,
-        chat=chat,
-        engine=engine,
-        engine_file=engine_file,
-        plugins=plugins,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        mtp=mtp or 0,
-        threads=threads,
-        ready=lambda: click.echo(prompt, nl=False),
-        stream=lambda text: click.echo(text, nl=False),
-    )
-    click.echo()
-    click.echo(made.summary(), err=True)
+    begun = False
+
+    def shown(text: str) -> None:
+        nonlocal begun
+        begun = True
+        show(text)
+
+    try:
+        made = api.generate(
+            model,
+            prompt,
+            chat=chat,
+            engine=engine,
+            engine_file=engine_file,
+            plugins=plugins,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            mtp=mtp or 0,
+            threads=threads,
+            ready=lambda: shown(prompt),
+            stream=shown,
+            say=lambda text: say(text, err=True),
+        )
+    finally:
+        if begun:
+            say("")  # an error stands on a line of its own
+    say(made.summary(), err=True)

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, table
+from nemoquant.cli.shared import PATH, json_option, print_json, say, table, whole
 from nemoquant.units import size
 
 
 @click.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option(
     "--context",
-    type=click.IntRange(min=1),
+    type=whole(1),
     help="Tokens for the full-context figure; default: the config's maximum.",
 )
 @json_option
@@ -57,7 +57,7 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
         ("SSM state", f"{size(summary['ssm_state_bytes_per_sequence'])} a sequence"),
     ]
     for name, text in lines:
-        click.echo(f"{name:<18}{text}")
+        say(f"{name:<18}{text}")
     table(
         [(k, v["tensors"], v["bytes"]) for k, v in summary["dtypes"].items()],
         ("stored as", "tensors", "bytes"),

@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 from nemoquant.cli.shared import (
+    PATH,
+    THREADS,
     json_option,
     memory_option,
     no_scale_groups_option,
@@ -13,7 +15,9 @@ from nemoquant.cli.shared import (
     recipe_name,
     recipe_options,
     run_option,
+    say,
     table,
+    whole,
 )
 from nemoquant.formats import DEVICES
 from nemoquant.run.options import RunOptions
@@ -21,7 +25,7 @@ from nemoquant.units import size
 
 
 @click.command("plan")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @recipe_options
 @no_scale_groups_option
 @click.option(
@@ -29,11 +33,11 @@ from nemoquant.units import size
     is_flag=True,
     help="Also measure this machine shortly, and say what quantize would need: memory, disk, time.",
 )
-@run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows, for --estimate.")
-@run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a row, for --estimate.")
+@run_option("rows", type=whole(1), show_default=True, help="Calibration rows, for --estimate.")
+@run_option("seq_len", type=whole(1), show_default=True, help="Tokens in a row, for --estimate.")
 @run_option(
     "threads",
-    type=click.IntRange(min=1),
+    type=THREADS,
     help="Threads, for --estimate; default: all that this process may use.",
 )
 @run_option(
@@ -44,7 +48,7 @@ from nemoquant.units import size
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=".",
     help="Folder on the disk that would be written, for --estimate.",
 )
@@ -74,7 +78,7 @@ def command(
         data["cautions"] = cautions(resolved)
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         return
-    click.echo(f"{resolved.recipe.name}: {resolved.recipe.summary}")
+    say(f"{resolved.recipe.name}: {resolved.recipe.summary}")
     table(role_table(resolved), ROLE_HEADER, right="34")
     figures = resolved.summary()
     kv, ssm = figures["kv_cache_bytes_per_token"], figures["ssm_state_bytes_per_sequence"]
@@ -93,7 +97,7 @@ def command(
         ("calibration", "needed for activation scales" if resolved.needs_calibration else "not needed"),
     ]
     for name, text in lines:
-        click.echo(f"{name:<24}{text}")
+        say(f"{name:<24}{text}")
     loading = [
         f"not {loader.engine}: {loader.hardware}"
         if loader.version is None
@@ -101,20 +105,18 @@ def command(
         for loader in loaders(resolved)
     ]
     for number, text in enumerate(loading or ["not known: nobody has looked at this mixture of formats"]):
-        click.echo(f"{'' if number else 'loaded by':<24}{text}")
+        say(f"{'' if number else 'loaded by':<24}{text}")
     if expected:
         from nemoquant.run.estimate import expectation
 
-        click.echo(f"{'on this machine':<24}{expectation(expected)}")
+        say(f"{'on this machine':<24}{expectation(expected)}")
     for name in resolved.unused_formats:
-        click.echo(
+        say(
             f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe "
             f"names",
             err=True,
         )
     for text in cautions(resolved):
-        click.echo(f"warning: {text}", err=True)
+        say(f"warning: {text}", err=True)
     if resolved.assumed:
-        click.echo(
-            "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
-        )
+        say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")

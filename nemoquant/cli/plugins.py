@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json
+from nemoquant.cli.shared import PATH, THREADS, json_option, print_json, say
 from nemoquant.units import size
 
 
@@ -36,12 +36,10 @@ def command() -> None:
     help="Build CUTLASS's grouped products of the experts too, for these of the architectures (sm_90a, "
     "sm_100a); default: none.",
 )
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Compilers at once; default: the CPUs of this process."
-)
+@click.option("--jobs", type=THREADS, help="Compilers at once; default: the CPUs of this process.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder for the libraries; default: where nemoquant looks for them.",
 )
 @click.option("--host", is_flag=True, help="For the CPU, by an emulator: slow, for tests.")
@@ -107,12 +105,10 @@ def build_command(
     target = "the CPU (emulated, for tests)" if host else ", ".join(f"sm_{a}" for a in built.architectures)
     for name in built.libraries:
         what = f"TensorRT {built.tensorrt} plugins" if "plugins" in name else "kernels"
-        click.echo(f"{folder / name}: {size((folder / name).stat().st_size)}, {what} for {target}")
+        say(f"{folder / name}: {size((folder / name).stat().st_size)}, {what} for {target}")
     if "libnemoquant_plugins.so" in built.libraries:
-        click.echo(
+        say(
             f"load it by trtexec --dynamicPlugins={folder / 'libnemoquant_plugins.so'}, or the registry's "
             f"load_library"
         )
-    click.echo(
-        f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}"
-    )
+    say(f"log, with the registers of every kernel: {folder / ('build_host.log' if host else 'build.log')}")

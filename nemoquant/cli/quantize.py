@@ -10,6 +10,8 @@ from click.core import ParameterSource
 
 from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import (
+    GIGABYTES,
+    PATH,
     THREADS,
     dtype_of,
     json_option,
@@ -20,31 +22,35 @@ from nemoquant.cli.shared import (
     recipe_name,
     recipe_options,
     run_option,
+    say,
+    whole,
 )
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES
+from nemoquant.machine import resident
 from nemoquant.run.options import DTYPES, OPTIONS, PLACES, RunOptions, Where
 from nemoquant.units import duration, size
 
 if TYPE_CHECKING:
+    from nemoquant.api.quantizing import Result
     from nemoquant.planning.plan import Plan
     from nemoquant.run.estimate import Estimate
 
 
 @click.command("quantize")
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("out", type=PATH)
 @recipe_options
 @run_option(
     "data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Calibration data: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
 )
-@run_option("rows", type=click.IntRange(min=1), show_default=True, help="Calibration rows.")
-@run_option("seq_len", type=click.IntRange(min=1), show_default=True, help="Tokens in a calibration row.")
+@run_option("rows", type=whole(1), show_default=True, help="Calibration rows.")
+@run_option("seq_len", type=whole(1), show_default=True, help="Tokens in a calibration row.")
 @run_option(
     "scales",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="nemoquant_scales.json of an earlier run, instead of calibrating.",
 )
@@ -65,14 +71,14 @@ if TYPE_CHECKING:
 )
 @run_option(
     "row_batch",
-    type=click.IntRange(min=1),
+    type=whole(1),
     help="Calibration rows that go through a layer at once; default: as many as --memory, or 4 GB, admits.",
 )
 @memory_option
 @run_option("threads", type=THREADS, help="Threads; default: all that this process may use.")
 @run_option(
     "shard_bytes",
-    type=click.FloatRange(min=0.000001),
+    type=GIGABYTES,
     default=OPTIONS["shard_bytes"].default / 1e9,
     callback=lambda context, parameter, gigabytes: int(gigabytes * 1e9),
     show_default=True,
@@ -131,14 +137,14 @@ def command(
     starting = ExitStack()
     starting.enter_context(loading())
     from nemoquant import api
-    from nemoquant.machine import resident
+    from nemoquant.checkpoint.making import ended
     from nemoquant.run.estimate import expectation
 
     began = time.monotonic()
 
     def planned(resolved: "Plan") -> None:
         if not as_json:
-            click.echo(
+            say(
                 f"{resolved.recipe.name}: {size(resolved.bytes_in)} -> {size(resolved.bytes_out)}, "
                 f"{resolved.bits_per_weight:.2f} bits a weight, "
                 f"{len(resolved.quantized):,} of {len(resolved.rows):,} tensors quantized"
@@ -152,54 +158,62 @@ def command(
         starting.close()
         estimates.append(estimate)
         if not as_json:
-            click.echo(f"expected: {expectation(estimate)}", err=True)
+            say(f"expected: {expectation(estimate)}", err=True)
 
-    with starting, progress_bars(as_json) as progress:
-        result = api.quantize(
-            source,
-            out,
-            name,
-            options,
-            dry_run=dry_run,
-            planned=planned,
-            expected=expected,
-            progress=progress,
-            say=lambda text: click.echo(text, err=True),
-        )
-    took = time.monotonic() - began
-    unused = _unused_options(result.plan.needs_calibration, options)
-    warnings = result.warnings + unused
-    if as_json:
-        figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
-        figures["calibration"] = result.calibration
-        figures["expected"] = estimates[0].to_json()
-        figures["peak_memory"] = resident("VmHWM")
-        print_json(
-            figures
-            | {"warnings": warnings, "verified": result.verified, "skipped_side_files": result.skipped_files}
-        )
-        return
-    for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
-    if result.skipped_files:
-        click.echo(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+    with ExitStack() as end:
+        with starting, progress_bars(as_json) as progress:
+            result = api.quantize(
+                source,
+                out,
+                name,
+                options,
+                dry_run=dry_run,
+                planned=planned,
+                expected=expected,
+                progress=progress,
+                say=lambda text: say(text, err=True),
+            )
+            if not dry_run:
+                end.enter_context(ended(out))
+        took = time.monotonic() - began
+        unused = _unused_options(result.plan.needs_calibration, options)
+        warnings = result.warnings + unused
+        if as_json:
+            figures = result.plan.summary() | {"out": str(out), "dry_run": dry_run, "seconds": round(took, 3)}
+            figures["calibration"] = result.calibration
+            figures["expected"] = estimates[0].to_json() if estimates else None
+            figures["peak_memory"] = resident("VmHWM")
+            figures |= {"warnings": warnings, "verified": result.verified}
+            print_json(figures | {"skipped_side_files": result.skipped_files})
+            return
+        for warning in warnings:
+            say(f"warning: {warning}", err=True)
+        if result.skipped_files:
+            say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+        if result.calibration is not None:
+            say(_calibrated(result.calibration))
+        say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
+
+
+def _outcome(
+    source: Path, result: "Result", took: float, expected: "Estimate | None", *, dry_run: bool
+) -> str:
+    """What was made, in one line; nothing was expected of a run that OUT is of already."""
     resolved = result.plan
     sizes = f"{size(resolved.bytes_in)} -> {size(resolved.bytes_out)} of tensors"
     what = f"{sizes}, {resolved.bits_per_weight:.2f} bits a weight"
     if dry_run:
-        click.echo(
+        return (
             f"dry run: {resolved.recipe.name} fits {source}; {what}; {resolved.tensors_out:,} tensors would "
-            f"be written to {out}"
+            f"be written to {result.out}"
         )
-    else:
-        if result.calibration is not None:
-            click.echo(_calibrated(result.calibration))
-        peak, estimate = resident("VmHWM"), estimates[0]
-        click.echo(
-            f"{out}: {resolved.recipe.name}, {what}, verified, {duration(took)} (expected "
-            f"{duration(estimate.seconds)}), "
-            f"{size(peak)} of memory at most (expected {size(estimate.memory)})"
-        )
+    if expected is None:
+        return f"{result.out}: {resolved.recipe.name}, {what}, finished already"
+    return (
+        f"{result.out}: {resolved.recipe.name}, {what}, verified, {duration(took)} (expected "
+        f"{duration(expected.seconds)}), "
+        f"{size(resident('VmHWM'))} of memory at most (expected {size(expected.memory)})"
+    )
 
 
 def _renamed(engine: Where, on: Where) -> Where:
@@ -207,7 +221,7 @@ def _renamed(engine: Where, on: Where) -> Where:
     is_given = click.get_current_context().get_parameter_source("on") is ParameterSource.COMMANDLINE
     if is_given and on != engine:
         raise UsageError(f"got --on {on} and --engine {engine}, its old name; expected --on alone")
-    click.echo("note: --engine is now --on", err=True)
+    say("note: --engine is now --on", err=True)
     return engine
 
 

@@ -2,7 +2,7 @@
 
 import click
 
-from nemoquant.cli.shared import json_option, print_json, table
+from nemoquant.cli.shared import json_option, print_json, show, table
 
 
 @click.group("recipes")
@@ -36,10 +36,12 @@ def show_recipe(name: str, as_json: bool) -> None:
     """Print a recipe: a preset's file as it is, comments and all."""
     from pathlib import Path
 
+    from nemoquant.arguments import home_expanded
+    from nemoquant.files import read_text
     from nemoquant.planning.recipe import load_recipe, presets
 
     recipe = load_recipe(name)
     if as_json:
         print_json(recipe.dump())
     else:
-        click.echo(presets().get(name, Path(name)).read_text(encoding="utf-8"), nl=False)
+        show(read_text(presets().get(name, Path(home_expanded(name)))))

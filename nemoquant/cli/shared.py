@@ -2,19 +2,54 @@
 
 import gc
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from nemoquant.arguments import MOST_THREADS
-from nemoquant.errors import UsageError
+from nemoquant import arguments
+from nemoquant.errors import UsageError, brief
 from nemoquant.formats import FORMATS
 from nemoquant.run.options import OPTIONS
+from nemoquant.words import passage, plain
 
-THREADS = click.IntRange(1, MOST_THREADS)
+
+class Place(click.Path):
+    """A path; ``~`` at its beginning is the home, as everywhere."""
+
+    def __init__(self, *, folder: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=folder)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            expanded = arguments.path(param.human_readable_name if param else "path", value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(expanded, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number of a range, which neither ``nan`` nor ``inf`` is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{brief(value)} is not a finite number", param, ctx)
+        return number
+
+
+def whole(least: int, most: int = arguments.MOST_WHOLE) -> click.IntRange:
+    """A whole number of a range; the Python API has the same."""
+    return click.IntRange(least, most)
+
+
+PATH, FILE = Place(), Place(folder=False)
+THREADS = whole(1, arguments.MOST_THREADS)
+GIGABYTES = Number(0.000001, 1e9)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -76,8 +111,8 @@ class Bytes(click.ParamType["int"]):
             if match
             else 0
         )
-        if count < 1:
-            self.fail(f"{value!r} is no size; expected one such as 4G, 500M or 2GiB", param, ctx)
+        if not 1 <= count < arguments.MOST_BYTES:
+            self.fail(f"{brief(value)} is no size; expected one such as 4G, 500M or 2GiB", param, ctx)
         return int(count)
 
 
@@ -101,9 +136,24 @@ json_option = click.option(
 )
 
 
+def say(text: object, *, err: bool = False) -> None:
+    """One line on standard output or standard error, whatever names are in it."""
+    click.echo(plain(text), err=err)
+
+
+def show(text: str) -> None:
+    """Text of any number of lines on standard output, as it is but for what a terminal would obey."""
+    click.echo(passage(text), nl=False)
+
+
 def print_json(data: Any) -> None:
     """JSON on standard output; NaN and Infinity never occur in it."""
-    click.echo(json.dumps(data, indent=2, allow_nan=False))
+    print_json_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def print_json_text(text: str) -> None:
+    """JSON on standard output, in ASCII: other characters are escaped, as JSON may have them."""
+    click.echo(re.sub(r"[^\x00-\x7e]", lambda c: json.dumps(c[0])[1:-1], text), nl=False)
 
 
 def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "") -> None:
@@ -116,8 +166,8 @@ def table(rows: list[tuple[Any, ...]], header: tuple[str, ...], right: str = "")
     for i, name in enumerate(header):
         grid.add_column(name, justify="right" if str(i) in right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    console = Console(highlight=False, markup=False)
+        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else plain(cell) for cell in row))
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160  # a file or pipe: no terminal sets the width
     console.print(grid)

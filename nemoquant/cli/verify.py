@@ -6,14 +6,14 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import json_option, print_json
+from nemoquant.cli.shared import PATH, json_option, print_json, say
 
 
 @click.command("verify")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="SRC",
     help="The source: compare and encode its weights again.",
 )
@@ -35,12 +35,12 @@ def command(out: Path, against: Path | None, as_json: bool) -> None:
         print_json(report)
     else:
         for warning in report["warnings"]:
-            click.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         for problem in report["problems"]:
-            click.echo(f"problem: {problem}", err=True)
+            say(f"problem: {problem}", err=True)
         checked = ", ".join(
             f"{count:,} {name.replace('_', ' ')}" for name, count in report["checked"].items() if count
         )
-        click.echo(f"{out}: {'ok' if report['ok'] else 'FAILED'} ({checked})")
+        say(f"{out}: {'ok' if report['ok'] else 'FAILED'} ({checked})")
     if not report["ok"]:
         sys.exit(1)

@@ -16,7 +16,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from nemoquant.checkpoint.manifest import file_sha256, replace_bytes
+from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.engine import TARGETS, Target, TargetName
 from nemoquant.engine.messages import logger
 from nemoquant.engine.targets import (
@@ -27,6 +27,7 @@ from nemoquant.engine.targets import (
     target_sm,
 )
 from nemoquant.errors import EngineError, UsageError
+from nemoquant.files import replace_bytes
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.model.names import OUTPUT

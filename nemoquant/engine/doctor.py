@@ -85,7 +85,7 @@ def doctor() -> list[Finding]:
         lacking.append("not installed: pip install 'nemoquant[trt]'")
     try:
         library = plugin_library(None)
-    except UsageError as error:
+    except (BuildError, UsageError) as error:
         lacking.append(str(error))
     return [
         Finding("machine", True, True, f"{usable_threads()} CPU threads, {gpu or 'no CUDA device'}"),

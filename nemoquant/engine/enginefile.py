@@ -1,34 +1,46 @@
 """An engine file and the JSON beside it, checked against its checkpoint before any GPU is used."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nemoquant.checkpoint.manifest import FILE as MANIFEST
 from nemoquant.checkpoint.manifest import file_sha256, read_manifest
 from nemoquant.engine import TARGETS
-from nemoquant.errors import CheckpointError, UsageError
+from nemoquant.errors import CheckpointError, UsageError, brief, field_problem
+from nemoquant.files import MOST_SETTINGS, read_json
+from nemoquant.graph import Compute
 
 SCHEMA = 2
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "runtime": str,
-    "version": str,
-    "sm": int,
-    "compute": str,
-    "max_seq_len": int,
-    "max_batch": int,
-    "part": str,
-    "sha256": str,
-    "config": str,
-    "bytes": int,
-    "last_token_only": bool,
-    "with_hidden": bool,
-    "strip_weights": bool,
-    "weight_streaming": bool,
-    "plan": (str, type(None)),
-    "mtp": (str, type(None)),
-    "plugins": (dict, type(None)),
-}
+Size = Annotated[int, Field(ge=1, lt=1 << 63)]
+Text = Annotated[str, Field(max_length=1000)]
+
+
+class Facts(BaseModel):
+    """The facts that are read; the file has more of them, for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    schema_: int = Field(alias="schema")
+    runtime: Text
+    version: Text
+    checkpoint: Text
+    sm: Size
+    compute: Compute
+    max_seq_len: Size
+    max_batch: Size
+    part: Literal["main", "mtp"]
+    sha256: Text
+    config: Text
+    bytes: Size
+    last_token_only: bool
+    with_hidden: bool
+    strip_weights: bool
+    weight_streaming: bool
+    plan: Text | None
+    mtp: Text | None
+    plugins: dict[str, Any] | None
 
 
 def facts_file(engine: Path) -> Path:
@@ -53,19 +65,24 @@ def read_facts(engine: Path, folder: Path, target: str) -> dict[str, Any]:
     if not engine.is_file():
         raise CheckpointError(f"{engine} does not exist; {again}")
     try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [name for name, kind in TYPES.items() if not isinstance(facts[name], kind)]
+        facts = read_json(path, MOST_SETTINGS)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing; an engine can't be run without its facts, copy it there or {again}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not as `export trt` writes it ({error}); {again}") from None
+    got = facts.get("schema") if isinstance(facts, dict) else None
+    try:
+        if type(got) is int and got != SCHEMA:
+            raise CheckpointError(
+                f"{path} is not as this version writes it (schema {brief(got)}, expected {SCHEMA}); {again}"
+            )
+        Facts.model_validate(facts)
+    except ValidationError as error:
         raise CheckpointError(
-            f"{path} is not as `export trt` writes it ({type(error).__name__}: {error}); {again}"
+            f"{path} is not as `export trt` writes it ({field_problem(error)}); {again}"
         ) from None
-    if wrong or facts.get("schema") != SCHEMA:
-        what = ", ".join(wrong) or f"schema {facts.get('schema')}, expected {SCHEMA}"
-        raise CheckpointError(f"{path} is not as this version writes it ({what}); {again}")
     if facts["runtime"] != TARGETS[target].module:
         other = next((t for t in TARGETS.values() if t.module == facts["runtime"]), None)
         raise UsageError(
@@ -85,7 +102,7 @@ def read_facts(engine: Path, folder: Path, target: str) -> dict[str, Any]:
             f"{engine} was changed after it was built: its size or sha256 is another than in {path.name}; "
             f"{again}"
         )
-    return facts
+    return dict(facts)
 
 
 def _short(plan: str | None) -> str:

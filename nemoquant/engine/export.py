@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.manifest import replace_bytes, replace_text
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.intact import hash_once
 from nemoquant.engine.build import BuiltEngine, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
+from nemoquant.files import replace_bytes, replace_text
 
 
 def export_engine(
@@ -42,10 +44,15 @@ def export_engine(
             )
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
+    intact = None
+    if (path / manifest.FILE).exists():
+        intact = hash_once(path, manifest.read_manifest(path), say)
     # first, because a checkpoint without the module is refused at once
     drafts = [build(path, options, device, say, mtp=True)] if mtp else []
     built = [build(path, replace(options, with_hidden=mtp), device, say), *drafts]
     facts = [_facts(path, file, engine, mtp) for file, engine in zip(files, built, strict=True)]
+    if intact is not None:
+        intact.check(manifest.read_manifest(path))
     try:
         for file, engine, known in zip(files, built, facts, strict=True):
             replace_bytes(file, engine.data)

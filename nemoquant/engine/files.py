@@ -1,12 +1,42 @@
 """An exported graph on disk, checked before a runtime loads it: its metadata, and the shards it refers to."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from nemoquant.checkpoint.intact import Intact
 from nemoquant.checkpoint.manifest import file_sha256
-from nemoquant.errors import CheckpointError, MissingExtraError
+from nemoquant.errors import CheckpointError, MissingExtraError, brief, field_problem
+from nemoquant.files import parse_json, plain_name, read_bytes
+
+MOST_GRAPH = 1 << 30  # bytes: weights are not in it, so even Super's has a few megabytes
+
+
+def _plain(name: str) -> str:
+    if not plain_name(name):
+        raise ValueError("expected a plain file name")
+    return name
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class ShardFacts(_Part):
+    """A shard that the graph points into; ``sha256`` is None where no manifest tells it."""
+
+    size: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: str | None
+
+
+class GraphFacts(_Part):
+    """The metadata that are read; there are more of them, for people."""
+
+    dialect: str
+    compute: str
+    files: Annotated[dict[Annotated[str, AfterValidator(_plain)], ShardFacts], Field(min_length=1)]
 
 
 def read_graph(path: Path) -> Any:
@@ -18,7 +48,7 @@ def read_graph(path: Path) -> Any:
     """
     onnx = onnx_package()
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load_model_from_string(read_bytes(path, MOST_GRAPH))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist; make it with `nemoquant export onnx {path.parent}`"
@@ -31,12 +61,10 @@ def read_graph(path: Path) -> Any:
         *_node_tensors(n for f in model.functions for n in f.node),
     ):
         for entry in tensor.external_data:
-            if entry.key == "location" and (
-                Path(entry.value).name != entry.value or entry.value in ("", ".", "..")
-            ):
+            if entry.key == "location" and not plain_name(entry.value):
                 raise CheckpointError(
-                    f"{path}: {tensor.name} has its data in {entry.value!r}; expected a plain file name "
-                    f"beside the graph, export it again"
+                    f"{path}: {brief(tensor.name)} has its data in {brief(entry.value)}; expected a plain "
+                    f"file name beside the graph, export it again"
                 )
     return model
 
@@ -71,29 +99,29 @@ def graph_facts(model: Any, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: they are missing, or not in that form.
     """
-    for entry in model.metadata_props:
-        if entry.key == "nemoquant":
-            try:
-                facts: dict[str, Any] = json.loads(entry.value)
-                texts = (facts["dialect"], facts["compute"], *facts["files"])
-                sizes = [(int(file["size"]), file["sha256"]) for file in facts["files"].values()]
-            except (ValueError, TypeError, KeyError, AttributeError):
-                break
-            if (
-                sizes
-                and all(isinstance(text, str) for text in texts)
-                and all(Path(name).name == name for name in facts["files"])
-            ):
-                return facts
+    text = next((entry.value for entry in model.metadata_props if entry.key == "nemoquant"), None)
+    try:
+        if text is None:
+            raise ValueError("there are none")
+        facts = parse_json(text)
+        GraphFacts.model_validate(facts)
+    except ValidationError as error:
+        why = field_problem(error)
+    except ValueError as error:
+        why = str(error)
+    else:
+        return dict(facts)
     raise CheckpointError(
-        f"{path} was not exported by nemoquant, or was changed: its metadata are not as expected; export it "
-        f"again"
+        f"{path} was not exported by nemoquant, or was changed: its metadata are not as expected ({why}); "
+        f"export it again"
     )
 
 
-def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
+def check_shards(path: Path, facts: dict[str, Any], dialect: str, intact: Intact | None = None) -> None:
     """Make sure that the graph is for ``dialect`` and that the shards beside it are the ones it was made for.
 
+    Args:
+        intact: the folder, where its shards are known to be what its manifest lists; None hashes them here.
     Raises:
         CheckpointError: another dialect; a shard is missing, has another size, or (where its hash is known)
             other bytes.
@@ -114,7 +142,10 @@ def check_shards(path: Path, facts: dict[str, Any], dialect: str) -> None:
                 f"{shard} has {shard.stat().st_size:,} bytes, {path.name} was made for "
                 f"{expected['size']:,}; export it again"
             )
-        if expected["sha256"] is not None and file_sha256(shard) != expected["sha256"]:
+        if expected["sha256"] is None:
+            continue
+        digest = intact.shards.get(name) if intact is not None else None
+        if (digest or file_sha256(shard)) != expected["sha256"]:
             raise CheckpointError(
                 f"{shard} was changed after {path.name} was made: its sha256 is another; export it again"
             )

@@ -1,17 +1,20 @@
 """Text from a checkpoint, token by token, by any engine: greedy or sampled, with or without MTP drafts."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemoquant.engine.base import Engine, Floats, Step
-from nemoquant.errors import EngineError, UsageError
+from nemoquant.errors import CheckpointError, EngineError, UsageError, brief
+from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.parse import MOST_SIZE
+
+MODULE = "the multi-token-prediction module"
 
 
 @dataclass
@@ -42,11 +45,18 @@ class Sampler:
             raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or a positive number")
         self.generator = np.random.default_rng(self.seed)
 
-    def __call__(self, logits: Floats) -> int:
-        if np.isnan(logits).any():
+    def __call__(self, logits: Floats, place: int = 0, what: str = "the model") -> int:
+        """The token; ``place`` (from 0) among the new ones, and ``what`` gave the logits, are for messages.
+
+        Raises:
+            EngineError: there is a NaN or Inf among the logits, which have no likeliest token then.
+        """
+        bad = np.count_nonzero(~np.isfinite(logits))
+        if bad:
             raise EngineError(
-                "the model computes NaN, so there is no likeliest token; is the checkpoint damaged? "
-                "`nemoquant verify` checks its files, `nemoquant diff` names the tensor"
+                f"{what} computes NaN or Inf: {bad:,} of the {logits.size:,} logits of new token "
+                f"{place + 1}; expected finite ones, is the checkpoint damaged? `nemoquant verify` checks "
+                f"its files, `nemoquant diff` names the layer"
             )
         if not self.temperature:
             return int(logits.argmax())
@@ -56,14 +66,27 @@ class Sampler:
 
 
 def stop_tokens(path: Path, config: NemotronHConfig) -> set[int]:
-    """The eos tokens of generation_config.json, else of config.json."""
+    """The eos tokens of generation_config.json, else of config.json.
+
+    Raises:
+        CheckpointError: generation_config.json can't be read.
+    """
+    file = path / "generation_config.json"
     try:
-        eos = json.loads((path / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        eos = None
-    ids = eos if isinstance(eos, list) else [eos]
-    named = {i for i in ids if isinstance(i, int)}
-    return named or set(config.eos_token_ids)
+        settings = read_json(file, MOST_SETTINGS)
+    except FileNotFoundError:
+        settings = {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); expected JSON") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(settings).__name__}; expected an object")
+    eos = settings.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and 0 <= i <= MOST_SIZE for i in ids):
+        raise CheckpointError(
+            f"{file}: `eos_token_id` is {brief(eos)}; expected a token id or a list of them"
+        )
+    return set(ids) or set(config.eos_token_ids)
 
 
 def generate(
@@ -116,16 +139,14 @@ def _ids(tokens: list[int]) -> Any:
 
 def _plain(engine: Engine, prompt: list[int], sampler: Sampler) -> Iterator[int]:
     step = engine.forward(_ids(prompt))
-    while True:
-        token = sampler(step.logits[0, -1])
+    for place in count():
+        token = sampler(step.logits[0, -1], place)
         yield token
         step = engine.forward(_ids([token]), step.state)
 
 
-def _drafted(
-    engine: Engine, prompt: list[int], sampler: Sampler, count: int, drafts: Drafts
-) -> Iterator[int]:
-    """Drafts ``count`` tokens after each chosen one, and verifies all in one call of the main model.
+def _drafted(engine: Engine, prompt: list[int], sampler: Sampler, most: int, drafts: Drafts) -> Iterator[int]:
+    """Drafts ``most`` tokens after each chosen one, and verifies all in one call of the main model.
 
     The scan's state can't be cut back: where a draft is rejected, the accepted tokens run once more from the
     state before. The module's own cache contains the hidden state of every accepted position; drafts run
@@ -136,17 +157,18 @@ def _drafted(
     yield token
     pending_hidden, pending_tokens = _hidden(step), [*prompt[1:], token]
     module_state: Any = None
+    made = 1
     while True:
         # positions whose next token is known by now; the draft starts from the last of them
         caught_up = engine.draft(_ids(pending_tokens), pending_hidden, module_state)
         module_state = caught_up.state
-        guesses = [sampler(caught_up.logits[0, -1])]
+        guesses = [sampler(caught_up.logits[0, -1], made, MODULE)]
         ahead = caught_up
-        while len(guesses) < count:
+        while len(guesses) < most:
             ahead = engine.draft(_ids(guesses[-1:]), _hidden(ahead)[:, -1:], ahead.state)
-            guesses.append(sampler(ahead.logits[0, -1]))
+            guesses.append(sampler(ahead.logits[0, -1], made + len(guesses), MODULE))
         checked = engine.forward(_ids([token, *guesses]), step.state)
-        chosen = [sampler(checked.logits[0, i]) for i in range(len(guesses) + 1)]
+        chosen = [sampler(checked.logits[0, i], made + i) for i in range(len(guesses) + 1)]
         agreed = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
         drafts.drafted += len(guesses)
         drafts.accepted += agreed
@@ -154,6 +176,7 @@ def _drafted(
         step = checked if agreed == len(guesses) else engine.forward(_ids(kept), step.state)
         new = [*guesses[:agreed], chosen[agreed]]
         yield from new
+        made += len(new)
         pending_hidden, pending_tokens = _hidden(step), new
         token = new[-1]
 

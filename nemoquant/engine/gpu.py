@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.intact import Say, hash_once, silent
 from nemoquant.engine import TARGETS
 from nemoquant.engine.base import Floats, GraphEngine, Step
 from nemoquant.engine.build import EngineOptions, engine_graph
@@ -181,9 +183,12 @@ class TensorRTEngine(GraphEngine[Session]):
         device: Gpu | None,
         plugins: Path | None = None,
         on: str = "cuda",
+        say: Say = silent,
     ) -> None:
         """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device for tensors.
 
+        Args:
+            say: told how much is hashed, where the weights come from the folder's shards.
         Raises:
             NemoquantError: see ``enginefile.read_facts`` and ``check_device``; a missing extra or plugin
                 library; an engine of the multi-token-prediction module.
@@ -203,6 +208,8 @@ class TensorRTEngine(GraphEngine[Session]):
         self.max_seq_len: int | None = facts["max_seq_len"]
         if facts["plugins"] is not None:
             load_plugins(TARGETS[target].package(), plugin_library(plugins))
+        if facts["strip_weights"] and (folder / manifest.FILE).exists():
+            hash_once(folder, manifest.read_manifest(folder), say)
         self.main = Session(file, folder, facts, target, on)
         self.mtp = None if drafts is None else Session(mtp_file(file), folder, drafts, target, on)
         self.has_mtp = self.mtp is not None

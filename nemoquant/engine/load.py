@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import assert_never
 
 from nemoquant.arguments import check_word
+from nemoquant.checkpoint.intact import Say, silent
 from nemoquant.engine import ENGINES, TARGETS, EngineName
 from nemoquant.engine.base import Engine
 from nemoquant.engine.targets import find_gpu
 from nemoquant.errors import UsageError
 from nemoquant.machine import usable_threads
+from nemoquant.progress import Progress, no_progress
 
 
 def load_engine(
@@ -17,6 +19,8 @@ def load_engine(
     threads: int | None = None,
     file: Path | None = None,
     plugins: Path | None = None,
+    say: Say = silent,
+    progress: Progress = no_progress,
 ) -> Engine:
     """An engine over the folder ``path``.
 
@@ -24,6 +28,7 @@ def load_engine(
         threads: None is all that this process may use.
         file: the engine file of ``rtx`` and ``trt``, which the others do not have.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
+        say, progress: of hashing the shards, where they are held against a manifest.
     Raises:
         NemoquantError: a name that no engine has; a missing extra; a graph, shards or an engine file that are
             damaged or for another checkpoint; no GPU where one is needed.
@@ -42,14 +47,14 @@ def load_engine(
     if name == "torch":
         from nemoquant.engine.torch import TorchEngine
 
-        return TorchEngine(path, threads or usable_threads())
+        return TorchEngine(path, threads or usable_threads(), say, progress)
     if name == "onnxruntime":
         from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(path, threads)
+        return OnnxRuntimeEngine(path, threads, say, progress)
     if name == "rtx" or name == "trt":
         from nemoquant.engine.gpu import TensorRTEngine
 
         assert file is not None
-        return TensorRTEngine(name, file, path, find_gpu(), plugins)
+        return TensorRTEngine(name, file, path, find_gpu(), plugins, say=say)
     assert_never(name)

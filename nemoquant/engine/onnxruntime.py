@@ -1,14 +1,18 @@
 """The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder; weights stay packed in memory."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.intact import Intact, Say, check_graph, check_settings, hash_once, silent
 from nemoquant.engine.base import GraphEngine, Step
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
 from nemoquant.graph import MODEL, MTP
+from nemoquant.progress import Progress, no_progress
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -16,9 +20,12 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int
 def package() -> Any:
     """The onnxruntime module.
 
+    From 1.29 on it reports its use to Microsoft, from its import on, unless this variable forbids it.
+
     Raises:
         MissingExtraError: it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:
@@ -31,12 +38,18 @@ def package() -> Any:
 class Graph:
     """One session: runs a graph, and separates the names of its states from its other inputs."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Raises CheckpointError where the graph or its shards are missing, damaged or of another export."""
+    def __init__(self, path: Path, threads: int | None = None, intact: Intact | None = None) -> None:
+        """Load it.
+
+        Args:
+            intact: its folder, where that was held against a manifest: then it is not hashed again.
+        Raises:
+            CheckpointError: the graph or its shards are missing, damaged or of another export.
+        """
         runtime = package()
         self.path = path
         self.facts = graph_facts(read_graph(path), path)
-        check_shards(path, self.facts, "onnxruntime")
+        check_shards(path, self.facts, "onnxruntime", intact)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
@@ -92,11 +105,30 @@ class OnnxRuntimeEngine(GraphEngine[Graph]):
     name = "onnxruntime"
     max_seq_len: int | None = None
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        self.main = Graph(path / MODEL, threads)
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        say: Say = silent,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Load ``model.onnx``, and ``mtp.onnx`` where it stands beside it.
+
+        Raises:
+            CheckpointError: one or its shards are missing, damaged or of another export.
+            UsageError: the graph holds some layers only.
+        """
+        intact = None
+        if (path / manifest.FILE).exists():
+            signed = manifest.read_manifest(path)
+            check_settings(path, signed)
+            for name in (MODEL, MTP):
+                check_graph(path / name, signed)
+            intact = hash_once(path, signed, say, progress)
+        self.main = Graph(path / MODEL, threads, intact)
         if "logits" not in self.main.outputs or "input_ids" not in self.main.inputs:
             raise UsageError(f"{path / MODEL} holds some layers only; export the whole model")
-        self.mtp = Graph(path / MTP, threads) if (path / MTP).exists() else None
+        self.mtp = Graph(path / MTP, threads, intact) if (path / MTP).exists() else None
         self.has_mtp = self.mtp is not None and "hidden_out" in self.main.outputs
 
     def describe(self) -> dict[str, Any]:

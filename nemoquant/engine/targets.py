@@ -97,6 +97,7 @@ def plugin_library(given: Path | None) -> Path:
 
     Raises:
         UsageError: there is no such file, or it was built from the sources of another version.
+        BuildError: nothing names it, and this user has no home folder where it could be.
     """
     path = given or (Path(os.environ[PLUGINS]) if os.environ.get(PLUGINS) else None)
     if path is None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from nemoquant.checkpoint.intact import Say, hash_once, silent
 from nemoquant.engine.base import Floats, Step, Tokens
 from nemoquant.machine import torch_threads
 from nemoquant.model.reference import ReferenceModel
+from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 
@@ -20,9 +22,18 @@ class TorchEngine:
     name = "torch"
     max_seq_len: int | None = None
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        say: Say = silent,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Raises CheckpointError where the checkpoint can't be opened, or is not what its manifest lists."""
         self.threads = threads
         self.opened = PackedCheckpoint(path)
+        if self.opened.manifest is not None:
+            hash_once(path, self.opened.manifest, say, progress)
         self.has_mtp = self.opened.has_mtp
         self.model = ReferenceModel(self.opened.config, self.opened.weights)
         self.tap = self.opened.tap()
@@ -30,13 +41,16 @@ class TorchEngine:
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
         with torch_threads(self.threads):
             hidden, after = self.model.hidden(torch.from_numpy(tokens), state, self.tap)
-            return Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
+            step = Step(self.model.logits(hidden, self.tap).numpy(), hidden.numpy(), after)
+        self.opened.checkpoint.check_unchanged()
+        return step
 
     def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
         with torch_threads(self.threads):
             logits, out, after = self.model.mtp_forward(
                 torch.from_numpy(tokens), torch.from_numpy(hidden), state, self.tap
             )
+        self.opened.checkpoint.check_unchanged()
         return Step(logits.numpy(), out.numpy(), after)
 
     def describe(self) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """A checkpoint to compare with its source, and the modules that are measured in it."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from nemoquant.checkpoint import manifest
 from nemoquant.errors import CheckpointError, listing
+from nemoquant.files import read_json
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.sources.source import Source
+from nemoquant.tokens.tokenizer import MOST_BYTES
 
 TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 UNIMPORTANT = (
@@ -131,7 +132,7 @@ def _check_tokenizer(path: Path, source: Path) -> None:
     if not all(file.exists() for file in files):
         return
     try:
-        theirs, ours = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        theirs, ours = (read_json(file, MOST_BYTES) for file in files)
         differing = [part for part in TOKENIZER_PARTS if theirs.get(part) != ours.get(part)]
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{files[0]} or {files[1]} cannot be read as a tokenizer ({error})") from None

@@ -1,31 +1,34 @@
 """Writes the measured figures into nemoquant's model card, and the card's new hash into the manifest."""
 
-from pathlib import Path
+import hashlib
 
-from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.intact import Intact
+from nemoquant.checkpoint.manifest import CARD, listed, put_file, read_manifest
 from nemoquant.errors import CheckpointError
 from nemoquant.evaluate.report.markdown import cost_sentence
 from nemoquant.evaluate.schema import Candidate, Report
+from nemoquant.files import MOST_SETTINGS, read_bytes
 from nemoquant.pack.card import with_cost
-from nemoquant.pack.files import CARD
 
 
-def update_card(path: Path, candidate: Candidate, report: Report) -> list[str]:
-    """Write the figures into the card in the folder ``path``; returns warnings where it was not changed.
+def update_card(intact: Intact, candidate: Candidate, report: Report) -> list[str]:
+    """Write the figures into the card of a checkpoint; returns warnings where it was not changed.
 
-    The card of a checkpoint that another tool wrote is not changed.
+    A card that was edited is left as it is, and so is one in a folder that is no longer what was measured.
     """
-    if not (path / manifest.FILE).exists():
-        return []
+    card = intact.folder / CARD
     try:
-        text = (path / CARD).read_text(encoding="utf-8")
-        changed = with_cost(text, cost_sentence(candidate, report.data, report.reference.perplexity))
-        if changed is None:
-            return [f"{path / CARD} has no line for the cost in accuracy; it is left as it is"]
-        if changed != text:
-            manifest.change_file(path, CARD, changed)
+        old = read_bytes(card, MOST_SETTINGS)
+        data = read_manifest(intact.folder)
+        if hashlib.sha256(old).hexdigest() not in listed(data, CARD):
+            return [f"{card} was edited after it was written; it is left as it is"]
+        new = with_cost(old.decode(), cost_sentence(candidate, report.data, report.reference.perplexity))
+        if new is None:
+            return [f"{card} has no line for the cost in accuracy; it is left as it is"]
+        if new.encode() != old or CARD in data.get("was", {}):  # of a run that was killed meanwhile
+            put_file(intact.folder, CARD, new.encode(), intact.check, made_from=old)
     except CheckpointError as error:
         return [str(error)]
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{path / CARD} can't be given the figures ({error}); it is left as it is"]
+    except (OSError, ValueError) as error:
+        return [f"{card} can't be given the figures ({error}); it is left as it is"]
     return []

@@ -17,11 +17,13 @@ from nemoquant.evaluate.candidate import CandidateCheckpoint, ModuleSpec
 from nemoquant.evaluate.layers import SEGMENT, Energy
 from nemoquant.evaluate.schema import Experts, Module, Quantized
 from nemoquant.formats.noise import Noise
+from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Weight
 from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.model.names import OUTPUT
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
+from nemoquant.pack.outliers import Lost
 from nemoquant.quantized.checkpoint import PackedWeights
 from nemoquant.quantized.packed import plain_noise
 
@@ -49,6 +51,19 @@ class Mixed(Mapping[str, Tensor]):
 def sample(x: Tensor) -> Tensor:
     """The part of x [rows, length, hidden] that effects are measured on."""
     return x[:EFFECT_ROWS, :SEGMENT]
+
+
+def lost_to_outliers(candidate: CandidateCheckpoint, spec: TensorSpec, noise: Noise) -> Lost | None:
+    """What a tensor of the candidate lost to its scale, given its noise; None if no user needs to know."""
+    stored = candidate.stored[spec.name]
+    if stored.format == "source":
+        return None
+    blocks = candidate.weights("").packed(stored).encoded.block_scales
+    lost = Lost(flushed=noise.flushed, values=noise.count)
+    if blocks is not None:
+        lost += Lost(floored=ARITHMETIC[stored.format].floored(blocks), blocks=blocks.size)
+        candidate.checkpoint.release(stored.parts.values())
+    return lost if lost.too_much(stored.format) else None
 
 
 def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> Noise:

@@ -26,7 +26,15 @@ from nemoquant.evaluate.engines import check_engines, run_engines
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
-from nemoquant.evaluate.modules import EFFECT_ROWS, ModuleNoise, effects, sample, weight_noise
+from nemoquant.evaluate.modules import (
+    EFFECT_ROWS,
+    ModuleNoise,
+    effects,
+    lost_to_outliers,
+    sample,
+    weight_noise,
+)
+from nemoquant.evaluate.origin import Origin
 from nemoquant.evaluate.reference import Stage, embed, stream
 from nemoquant.formats import FORMATS, Device
 from nemoquant.formats.gpu import torch_device
@@ -34,6 +42,7 @@ from nemoquant.model import names
 from nemoquant.model.parse import layer_pattern
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
+from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.progress import Progress
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
@@ -49,6 +58,7 @@ class Side:
         self.hidden = torch.empty(0)
         self.layers: list[schema.Layer] = []
         self.modules: list[schema.Module] = []
+        self.lost: dict[str, Lost] = {}
 
     def noise(self, layer: int | None, *roles: str) -> list[ModuleNoise]:
         """Noise of the weights of a layer's modules, or of modules outside the layers with these roles."""
@@ -57,6 +67,10 @@ class Side:
             if module.layer == layer and (layer is not None or module.role in roles):
                 noise = ModuleNoise(module)
                 noise.weights = [weight_noise(self.candidate, spec) for spec in module.specs]
+                for spec, found in zip(module.specs, noise.weights, strict=True):
+                    lost = lost_to_outliers(self.candidate, spec, found)
+                    if lost is not None:
+                        self.lost[spec.module] = lost
                 noises.append(noise)
         return noises
 
@@ -104,7 +118,11 @@ def diff(
     sides = [Side(candidate, on) for candidate in candidates]
     steps = len(config.layers) + 2
     before = torch.empty(0)
-    with closing(stream(source, rows, cache, device)) as stages:
+    with (
+        Origin(source, candidates, always=cache is not None) as origin,
+        closing(stream(source, rows, cache, device, origin)) as stages,
+    ):
+        origin.begin("begin")
         for done, stage in enumerate(stages):
             what = (
                 "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
@@ -117,7 +135,9 @@ def diff(
                     _embedding(side, rows, stage)
                 else:
                     _layer(side, source, before, stage, what)
+            origin.passed("begin" if stage.layer is None else stage.layer)
             before = stage.hidden
+        origin.passed("norm", "head", "mtp")
     heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
 
     def report_share(number: int, what: str) -> None:
@@ -305,7 +325,7 @@ def _candidate(
         for s in mtp
         if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error
     ]
-    warnings = list(candidate.warnings)
+    warnings = [*candidate.warnings, *lost_warnings(side.lost)]
     if changed:
         warnings.append(
             f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}"

@@ -69,6 +69,12 @@ class Arithmetic(Protocol):
     def limit(self, scale: np.float32) -> float:
         """The largest magnitude that a tensor with this scale can hold."""
 
+    def floored(self, block_scales: Codes) -> int:
+        """How many block scales are the smallest there is, so that their blocks are rounded more coarsely.
+
+        0 for formats without block scales, or whose range holds those of any weight.
+        """
+
     def bad_scales(self, block_scales: Codes) -> int:
         """How many block scales no encoder writes: NaN, negative, or zero. 0 for formats without them."""
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from nemoquant.errors import MissingExtraError, UsageError
 from nemoquant.formats import DEVICES, e4m3
+from nemoquant.formats.kernel_cache import place_triton
 from nemoquant.formats.rounding import Weight, weight_bits
 
 LANES = 1024
@@ -49,6 +50,7 @@ def chosen(device: str) -> bool:
         raise MissingExtraError(
             "device cuda needs Triton, which torch for CUDA brings along: pip install triton"
         )
+    place_triton()
     return True
 
 

@@ -64,6 +64,21 @@ def keep(dispatcher: Any) -> Any:
     return dispatcher
 
 
+def place_triton() -> None:
+    """Let Triton keep its kernels here too, for a user whose home folder can't be written.
+
+    It would fail, or write into a folder named ``~``. Without a folder here, that is left to it.
+    """
+    if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
+        return
+    with suppress(RuntimeError):  # the user has no home folder
+        if os.access(Path.home(), os.W_OK | os.X_OK):
+            return
+    at = folder()
+    if at is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(at / "triton")
+
+
 def _user_folder() -> Path:
     if _CONFIG.CACHE_DIR:
         parent = Path(_CONFIG.CACHE_DIR) / "nemoquant-kernels"

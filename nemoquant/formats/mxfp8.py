@@ -234,6 +234,10 @@ class Mxfp8:
         _check_scale(scale)
         return LARGEST
 
+    def floored(self, block_scales: Codes) -> int:  # noqa: ARG002
+        """2^-127 serves values below any bf16 number that is normal; blocks of zeros have it too."""
+        return 0
+
     def bad_scales(self, block_scales: Codes) -> int:
         """NaN. (The byte 0, which is 2^-127, is right for blocks of zeros.)"""
         return int(np.count_nonzero(block_scales == e8m0.NAN))

@@ -335,6 +335,10 @@ class Nvfp4:
         """
         return BEYOND_ROUNDING * e2m1.MAX * e4m3.MAX * float(scale)
 
+    def floored(self, block_scales: Codes) -> int:
+        """2^-9. (A block of zeros has 1.0.)"""
+        return int(np.count_nonzero(block_scales == 1))
+
     def bad_scales(self, block_scales: Codes) -> int:
         """Not one of the 126 positive finite E4M3 values."""
         return int(np.count_nonzero((block_scales < 1) | (block_scales > e4m3.LARGEST_CODE)))

@@ -7,7 +7,6 @@ that ``pack`` writes.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,15 @@ from typing import Any
 import onnx_ir as ir
 
 from nemoquant.checkpoint import SHARD_BYTES, manifest
-from nemoquant.checkpoint.folder import check_output, copy_side_files, making, side_files
+from nemoquant.checkpoint.folder import check_output
 from nemoquant.checkpoint.header import TensorInfo
+from nemoquant.checkpoint.intact import Intact, Say, hash_once, silent
+from nemoquant.checkpoint.making import making
 from nemoquant.checkpoint.reader import INDEX
+from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
+from nemoquant.files import copy_again, replace_bytes, write_again
 from nemoquant.graph import MODEL, MTP, Exported
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
@@ -40,6 +43,7 @@ def export_onnx(
     *,
     mtp: bool = False,
     copy: bool = True,
+    say: Say = silent,
     progress: Progress = no_progress,
 ) -> Exported:
     """Write ``model.onnx`` (and ``mtp.onnx``) for the checkpoint in ``path``.
@@ -47,6 +51,7 @@ def export_onnx(
     Args:
         out: a new folder for a copy; None is ``path`` itself.
         copy: False refuses where tensors would have to be copied.
+        say: told how much is hashed, where a checkpoint with a manifest is to be held against it.
     Raises:
         CheckpointError, UsageError, OutputError
     """
@@ -57,7 +62,7 @@ def export_onnx(
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
         if reason is None:
-            return _write_graphs(opened, dialect, options, mtp)
+            return _write_graphs(opened, dialect, options, mtp, say, progress)
         if not copy:
             raise UsageError(
                 f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
@@ -69,12 +74,22 @@ def export_onnx(
             )
         size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
         check_output(out, path, len(opened.checkpoint.tensors), size)
-        with making(out) as folder:
-            _copy(opened, folder, progress)
-            copied = PackedCheckpoint(folder)
+        intact = _intact(opened, say, progress)
+        with making(out, _names(opened)) as made:
+            _copy(opened, made.folder, progress)
+            if intact is not None:
+                intact.check(manifest.read_manifest(path))
+            copied = PackedCheckpoint(made.folder)
             with copied.checkpoint:
-                made = _write_graphs(copied, dialect, options, mtp)
-    return Exported(out, [out / graph.name for graph in made.graphs], size, made.functions, made.nodes)
+                written = _write_graphs(copied, dialect, options, mtp, silent, progress)
+    return Exported(
+        out, [out / graph.name for graph in written.graphs], size, written.functions, written.nodes
+    )
+
+
+def _intact(opened: PackedCheckpoint, say: Say, progress: Progress) -> Intact | None:
+    """The checkpoint held against its manifest; None where it has none."""
+    return None if opened.manifest is None else hash_once(opened.path, opened.manifest, say, progress)
 
 
 def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
@@ -102,6 +117,19 @@ def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
     return iter(groups.values())
 
 
+def _names(opened: PackedCheckpoint) -> set[str]:
+    """Names of all files that a copy may have."""
+    shards = {info.file.name for info in opened.checkpoint.tensors.values()}
+    if not _views(opened):
+        count = sum(1 for _ in _shards(opened))
+        shards = {_shard_name(number, count) for number in range(1, count + 1)}
+    return {*shards, *WRITTEN, *side_files(opened.path, opened.raw_config)[0], MODEL, MTP}
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
     """Copy the checkpoint into an empty folder.
 
@@ -124,7 +152,7 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = _shard_name(number, len(shards))
         with ShardWriter(
             folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]
         ) as writer:
@@ -137,10 +165,10 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
                 progress("copy", done, total, "")
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_again(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     for name in ("config.json", LEGACY):
         if (opened.path / name).exists():
-            shutil.copyfile(opened.path / name, folder / name)
+            copy_again(opened.path / name, folder / name)
     copy_side_files(opened.path, side_files(opened.path, opened.raw_config)[0], folder)
 
 
@@ -178,7 +206,7 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
     names += side_files(path, opened.raw_config)[0]
     total, done = sum((path / name).stat().st_size for name in names), 0
     for name in names:
-        shutil.copyfile(path / name, folder / name)
+        copy_again(path / name, folder / name)
         done += (path / name).stat().st_size
         progress("copy", done, total, "")
     if opened.manifest is not None:
@@ -188,21 +216,20 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
         )
 
 
-def _write_graphs(opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool) -> Exported:
-    names = [(MODEL, Builder(opened, DIALECTS[dialect], options).main)]
+def _write_graphs(
+    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, say: Say, progress: Progress
+) -> Exported:
+    models = {MODEL: Builder(opened, DIALECTS[dialect], options).main()}
     if mtp:
-        names.append((MTP, Builder(opened, DIALECTS[dialect], options).mtp))
-    graphs, functions, nodes = [], [], 0
-    for name, build in names:
-        model = build()
+        models[MTP] = Builder(opened, DIALECTS[dialect], options).mtp()
+    intact = _intact(opened, say, progress)  # after what could be refused without reading the shards
+    functions, nodes = [], 0
+    for name, model in models.items():
         _describe(opened, model, dialect, options)
-        _save(model, opened.path / name)
-        if opened.manifest is not None:
-            manifest.enter_file(opened.path, name)
-        graphs.append(opened.path / name)
+        _save(model, opened.path / name, intact)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
-    return Exported(opened.path, graphs, 0, functions, nodes)
+    return Exported(opened.path, [opened.path / name for name in models], 0, functions, nodes)
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:
@@ -225,11 +252,13 @@ def shard_identity(opened: PackedCheckpoint, name: str) -> dict[str, Any]:
     return {"size": (opened.path / name).stat().st_size, "sha256": files.get(name)}
 
 
-def _save(model: ir.Model, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
+def _save(model: ir.Model, path: Path, intact: Intact | None) -> None:
+    """Write a graph; beside a manifest it is entered there, if the folder is still what was exported."""
+    content = ir.to_proto(model).SerializeToString()
     try:
-        partial.write_bytes(ir.to_proto(model).SerializeToString())
-        partial.replace(path)
+        if intact is None:
+            replace_bytes(path, content)
+        else:
+            manifest.put_file(path.parent, path.name, content, intact.check)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: {error.strerror or error}; the graph can't be written there") from None

@@ -15,14 +15,18 @@ What the layout has for each number format is one row of ``LAYOUT``.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from pydantic import BaseModel, ValidationError
+
 from nemoquant.checkpoint.header import TensorInfo
-from nemoquant.errors import CheckpointError
+from nemoquant.errors import CheckpointError, field_problem, listing
+from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
 from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
@@ -278,13 +282,63 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     return f"it has {LEGACY}" if (path / LEGACY).exists() else None
 
 
+class _Listed(BaseModel):
+    quant_algo: str | None = None
+    group_size: int | None = None
+
+
+class _Number(BaseModel):
+    num_bits: Any = None
+    group_size: int | None = None
+
+
+class _Group(BaseModel):
+    weights: _Number | None = None
+    input_activations: _Number | None = None
+
+
+class _Declared(BaseModel):
+    """The keys of ``SECTION`` that are read here; there may be others, of this tool or another."""
+
+    quant_algo: str | None = None
+    quantized_layers: dict[str, _Listed] | None = None
+    kv_cache_scheme: dict[str, Any] | str | None = None
+    config_groups: dict[str, _Group] | None = None
+    ignore: list[str] | None = None
+
+
+class _Legacy(BaseModel):
+    """The keys of ``LEGACY`` that are read here."""
+
+    quant_algo: str | None = None
+    group_size: int | None = None
+    quantized_layers: dict[str, _Listed] | None = None
+    kv_cache_quant_algo: str | None = None
+    exclude_modules: list[str] | None = None
+
+
 def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint declares about its quantization; empty if nothing.
 
     It has the form of ``SECTION`` in config.json.
+
+    Raises:
+        CheckpointError: what it declares can't be read; names the key, what it held, and why.
     """
     declared = raw.get(SECTION)
-    return declared if isinstance(declared, dict) and declared else _legacy_quantization(path)
+    if declared is None or declared == {}:
+        return _legacy_quantization(path)
+    _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
+    return dict(declared)
+
+
+def _check(data: object, schema: type[BaseModel], place: str) -> None:
+    try:
+        schema.model_validate(data, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{place} can't be read ({field_problem(error)}); expected what {READABLE} checkpoints have"
+        ) from None
 
 
 def declared_cache(quantization: Mapping[str, Any]) -> CacheFormat | None:
@@ -298,24 +352,40 @@ def declared_cache(quantization: Mapping[str, Any]) -> CacheFormat | None:
 def unknown_cache(quantization: Mapping[str, Any]) -> str | None:
     """The KV cache in :func:`declared_quantization`, as JSON, where its format is none that is known."""
     cache = quantization.get("kv_cache_scheme")
-    return None if cache is None or declared_cache(quantization) is not None else json.dumps(cache)
+    return None if cache is None or declared_cache(quantization) is not None else json.dumps(cache)[:200]
 
 
 def _legacy_quantization(path: Path) -> dict[str, Any]:
     """What ``LEGACY`` declares, in the form of ``SECTION``; for checkpoints whose config.json has none."""
-    try:
-        legacy = json.loads((path / LEGACY).read_text(encoding="utf-8"))["quantization"]
-        algorithm = legacy.get("kv_cache_quant_algo")
-        caches: dict[Any, Any] = {
-            theirs: {"num_bits": CACHE_FORMATS[name].bits} for name, theirs in CACHES.items()
-        }
-        return {
-            "quant_algo": legacy.get("quant_algo"),
-            "quantized_layers": legacy.get("quantized_layers"),
-            "kv_cache_scheme": caches.get(algorithm, algorithm),
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    legacy = _read_legacy(path)
+    if not legacy:
         return {}
+    algorithm = legacy.get("kv_cache_quant_algo")
+    return {
+        "quant_algo": legacy.get("quant_algo"),
+        "quantized_layers": legacy.get("quantized_layers"),
+        "kv_cache_scheme": _scheme(algorithm),
+    }
+
+
+def _scheme(algorithm: Any) -> Any:
+    """``kv_cache_scheme`` for the name of a cache in ``LEGACY``; an unknown name, and none, as it is."""
+    known = {theirs: {"num_bits": CACHE_FORMATS[name].bits} for name, theirs in CACHES.items()}
+    return known.get(algorithm, algorithm)
+
+
+def _read_legacy(path: Path) -> Mapping[str, Any]:
+    """``quantization`` of ``LEGACY``; empty where there is no such file."""
+    file = path / LEGACY
+    try:
+        content = read_json(file, MOST_SETTINGS)
+    except (FileNotFoundError, NotADirectoryError):  # no such file, or ``path`` is a bare config
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); expected JSON with `quantization`") from None
+    legacy: Any = content.get("quantization") if isinstance(content, dict) else None
+    _check(legacy, _Legacy, f"{file}: `quantization`")
+    return dict(legacy)
 
 
 def declared_algorithm(declared: Mapping[str, Any]) -> Any:
@@ -340,3 +410,105 @@ def module_algorithm(declared: Mapping[str, Any], module: str) -> Any:
     entry = _listed(declared, module)
     algorithm = declared_algorithm(declared if entry is None else entry)
     return None if algorithm == MIXED else algorithm
+
+
+def contradictions(
+    path: Path, raw: Mapping[str, Any], formats: Mapping[str, Literal["source", FormatName]]
+) -> list[str]:
+    """What the config files declare against each other or against the tensors; engines read one of them.
+
+    What one of them leaves out is no contradiction.
+
+    Args:
+        formats: module of a GEMM -> the format of its weight in the file.
+    Returns:
+        a phrase for each.
+    """
+    section, legacy = raw.get(SECTION) or {}, _read_legacy(path)
+    quantized = {module: format for module, format in formats.items() if format != "source"}
+    found = _disagreements(section, legacy, formats) if section and legacy else []
+    for file, key, patterns in (
+        ("config.json", "ignore", section.get("ignore")),
+        (LEGACY, "exclude_modules", legacy.get("exclude_modules")),
+    ):
+        wrong = [module for module in quantized if _excluded(module, patterns or [])]
+        if wrong:
+            found.append(f"{file} excludes in `{key}` modules that are quantized: {listing(wrong)}")
+    for where, sizes, blocks in _group_sizes(section, legacy, quantized):
+        wrong_sizes = sorted({size for size in sizes if size is not None} - blocks)
+        if wrong_sizes and None not in blocks:
+            found.append(
+                f"{where} has the group_size {listing(wrong_sizes)}, its tensors have blocks of "
+                f"{listing(sorted(blocks))}"
+            )
+    return found
+
+
+def _disagreements(
+    section: Mapping[str, Any], legacy: Mapping[str, Any], modules: Iterable[str]
+) -> list[str]:
+    """Where both files declare something, and not the same."""
+    found = []
+    ours, theirs = section.get("quant_algo"), legacy.get("quant_algo")
+    if "quant_algo" in section and "quant_algo" in legacy and ours != theirs:
+        found.append(f"config.json declares the algorithm {ours}, {LEGACY} {theirs}")
+    layers, older = section.get("quantized_layers"), legacy.get("quantized_layers")
+    if layers and older:
+        algorithms = [
+            {module: entry.get("quant_algo") for module, entry in listed.items()}
+            for listed in (layers, older)
+        ]
+        differing = sorted(
+            module
+            for module in algorithms[0].keys() | algorithms[1].keys()
+            if algorithms[0].get(module) != algorithms[1].get(module)
+        )
+        if differing:
+            found.append(f"config.json and {LEGACY} list other algorithms for {listing(differing)}")
+    if section.get("ignore") is not None and legacy.get("exclude_modules") is not None:
+        differing = [
+            module
+            for module in modules
+            if _excluded(module, section["ignore"]) != _excluded(module, legacy["exclude_modules"])
+        ]
+        if differing:
+            found.append(f"only one of config.json and {LEGACY} excludes {listing(differing)}")
+    cache = declared_cache(section)
+    if cache is not None and "kv_cache_quant_algo" in legacy:
+        name = legacy["kv_cache_quant_algo"]
+        if name != CACHES[cache.name]:
+            found.append(f"config.json declares a KV cache of {CACHES[cache.name]}, {LEGACY} {name}")
+    return found
+
+
+def _excluded(module: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is excluded: itself, by a pattern with wildcards, or with all that is below a name."""
+    return any(
+        module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)
+        for pattern in patterns
+    )
+
+
+def _group_sizes(
+    section: Mapping[str, Any], legacy: Mapping[str, Any], quantized: Mapping[str, FormatName]
+) -> Iterator[tuple[str, list[int | None], set[Any]]]:
+    """Each place that declares sizes of groups: its name, the sizes, and the blocks that are in the file.
+
+    Of a format without blocks nothing is said: None is among the blocks then.
+    """
+    present = set(quantized.values())
+    if len(present) == 1:
+        yield LEGACY, [legacy.get("group_size")], {FORMATS[name].block for name in present}
+    for name, group in (section.get("config_groups") or {}).items():
+        for key in ("weights", "input_activations"):
+            number = group.get(key) or {}
+            blocks = {FORMATS[f].block for f in present if FORMATS[f].weight_bits == number.get("num_bits")}
+            if blocks:
+                yield f"config.json, {name}.{key}", [number.get("group_size")], blocks
+    for file, layers in (("config.json", section), (LEGACY, legacy)):
+        by_format: dict[FormatName, list[int | None]] = {}
+        for module, entry in (layers.get("quantized_layers") or {}).items():
+            if module in quantized:
+                by_format.setdefault(quantized[module], []).append(entry.get("group_size"))
+        for format, sizes in by_format.items():
+            yield f"{file}, `quantized_layers` of {LAYOUT[format].algorithm}", sizes, {FORMATS[format].block}

@@ -4,13 +4,14 @@ The family's configs spell the layer schedule in three ways and several scalars 
 read only here (those of a layer kind stand in its record). Nothing here reads weights.
 """
 
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import ConfigError, listing
+from nemoquant.errors import ConfigError, brief, listing
+from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.kinds import KINDS
 
@@ -36,6 +37,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "layers_block_type": ("layer_types",),
 }
 
+# Bounds far above every published model, so that a config can't ask for a table that fills the memory: Super
+# has 88 layers, 512 experts and 42,683 tensors, of which the largest dimension is 131,072.
+MOST_LAYERS = 4096  # those of all multi-token-prediction modules too
+MOST_EXPERTS = 1 << 16
+MOST_SIZE = (1 << 31) - 1
+MOST_TENSORS = 1 << 19
+
 
 def layer_pattern(layers: Sequence[LayerKind]) -> str:
     """A schedule in the letters of ``hybrid_override_pattern``."""
@@ -50,12 +58,12 @@ def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file, MOST_SETTINGS)
     except FileNotFoundError:
         raise ConfigError(
             f"{file} does not exist; expected a Nemotron-H checkpoint folder or its config.json"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{file} cannot be read as JSON ({error}); expected a Nemotron-H config.json"
         ) from None
@@ -80,10 +88,12 @@ def _plain(value: Any) -> Any:
 
     ``{"__float__": "Infinity"}`` becomes the number, and layer kinds get our names.
     """
+    return [_one(v) for v in value] if isinstance(value, list | tuple) else _one(value)
+
+
+def _one(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"__float__"}:
-        return _plain(value["__float__"])
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        value = value["__float__"]
     if isinstance(value, str):
         return math.inf if value.lower() in ("inf", "infinity") else BLOCK_NAMES.get(value, value)
     return value
@@ -106,29 +116,36 @@ class _Parser:
         }
         values = [_plain(value) for value in given.values()]
         if any(v != values[0] for v in values[1:]):
-            raise self.fail(f"{given} contradict each other; expected one value, remove the wrong key")
+            shown = ", ".join(f"{key!r}: {brief(value)}" for key, value in given.items())
+            raise self.fail(f"{{{shown}}} contradict each other; expected one value, remove the wrong key")
         return values[0] if values else None
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, minimum: int = 1, maximum: int = MOST_SIZE
+    ) -> int:
         value = self.find(name)
         if value is None:
             if default is None:
                 raise self.fail(f"`{name}` is missing; expected an integer of at least {minimum}")
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.fail(f"`{name}` is {value!r}; expected an integer of at least {minimum}")
+            raise self.fail(f"`{name}` is {brief(value)}; expected an integer of at least {minimum}")
+        if value > maximum:
+            raise self.fail(f"`{name}` is {brief(value)}; expected an integer of at most {maximum:,}")
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, *, infinite: bool = False) -> float:
         value = self.find(name)
         if value is None:
             return default
         try:
-            result = float(value)
-        except (TypeError, ValueError, OverflowError):
+            result = float(value) if isinstance(value, int | float | str) else math.nan
+        except (ValueError, OverflowError):
             result = math.nan
         if isinstance(value, bool) or math.isnan(result):
-            raise self.fail(f"`{name}` is {value!r}; expected a number")
+            raise self.fail(f"`{name}` is {brief(value)}; expected a number")
+        if not infinite and math.isinf(result):
+            raise self.fail(f"`{name}` is {brief(value)}; expected a finite number")
         return result
 
     def flag(self, name: str, default: bool) -> bool:
@@ -136,18 +153,21 @@ class _Parser:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.fail(f"`{name}` is {value!r}; expected true or false")
+            raise self.fail(f"`{name}` is {brief(value)}; expected true or false")
         return value
 
     def schedule(self, pattern_key: str, list_key: str) -> tuple[LayerKind, ...] | None:
         pattern, blocks = self.raw.get(pattern_key), self.find(list_key)
         if pattern is None and blocks is None:
             return None
+        for key, value in ((pattern_key, pattern), (list_key, blocks)):
+            if isinstance(value, str | list) and len(value) > MOST_LAYERS:
+                raise self.fail(f"`{key}` has {len(value):,} layers; expected at most {MOST_LAYERS:,}")
         spelled: list[tuple[LayerKind, ...]] = []
         if pattern is not None:
             if not isinstance(pattern, str) or not pattern:
                 raise self.fail(
-                    f"`{pattern_key}` is {pattern!r}; expected a string of the letters "
+                    f"`{pattern_key}` is {brief(pattern)}; expected a string of the letters "
                     f"{' '.join(PATTERN_LETTERS)}"
                 )
             unknown = sorted(set(pattern) - PATTERN_LETTERS.keys())
@@ -167,7 +187,7 @@ class _Parser:
             )
             if bad or not blocks:
                 raise self.fail(
-                    f"`{list_key}` has the unknown layer kind {bad!r}; expected a list of "
+                    f"`{list_key}` has the unknown layer kind {brief(bad)}; expected a list of "
                     f"{listing(list(BLOCK_NAMES), 9)}"
                 )
             spelled.append(tuple(BLOCK_NAMES[b] for b in blocks))
@@ -183,11 +203,13 @@ class _Parser:
         if value is None:
             return 0.0, math.inf
         if not isinstance(value, list | tuple) or len(value) != 2:
-            raise self.fail(f"`time_step_limit` is {value!r}; expected a pair of numbers")
+            raise self.fail(f"`time_step_limit` is {brief(value)}; expected a pair of numbers")
         low, high = (
             default
             if v is None
-            else _Parser({"time_step_limit": v}, self.source).number("time_step_limit", default)
+            else _Parser({"time_step_limit": v}, self.source).number(
+                "time_step_limit", default, infinite=True
+            )
             for v, default in zip(value, (0.0, math.inf), strict=True)
         )
         if not 0 <= low < high:
@@ -197,7 +219,7 @@ class _Parser:
     def parse(self) -> NemotronHConfig:
         if self.raw.get("model_type") != "nemotron_h":
             raise self.fail(
-                f"`model_type` is {self.raw.get('model_type')!r}, expected 'nemotron_h'; nemoquant "
+                f"`model_type` is {brief(self.raw.get('model_type'))}, expected 'nemotron_h'; nemoquant "
                 f"quantizes the Nemotron-H family only"
             )
         layers = self.schedule("hybrid_override_pattern", "layers_block_type")
@@ -206,28 +228,34 @@ class _Parser:
         declared = self.raw.get("num_hidden_layers")
         if declared is not None and declared != len(layers):
             raise self.fail(
-                f"`num_hidden_layers` is {declared!r}, but the layer schedule has {len(layers)} layers; "
+                f"`num_hidden_layers` is {brief(declared)}, but the layer schedule has {len(layers)} layers; "
                 f"expected the same"
             )
         for key in ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias"):
             if self.raw.get(key):
                 raise self.fail(
-                    f"`{key}` is {self.raw[key]!r}, expected false; no published model of this family has "
-                    f"biases in its projections"
+                    f"`{key}` is {brief(self.raw[key])}, expected false; no published model of this family "
+                    f"has biases in its projections"
                 )
         for key, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
             if self.raw.get(key, expected) != expected:
                 raise self.fail(
-                    f"`{key}` is {self.raw[key]!r}, expected {expected!r}, the only one that this family has"
+                    f"`{key}` is {brief(self.raw[key])}, expected {expected!r}, the only one that this "
+                    f"family has"
                 )
         if self.raw.get("sliding_window") is not None:
             raise self.fail(
-                f"`sliding_window` is {self.raw['sliding_window']!r}, expected null; this family attends to "
-                f"the whole context"
+                f"`sliding_window` is {brief(self.raw['sliding_window'])}, expected null; this family "
+                f"attends to the whole context"
             )
-        modules = self.integer("num_nextn_predict_layers", 0, minimum=0)
+        modules = self.integer("num_nextn_predict_layers", 0, minimum=0, maximum=MOST_LAYERS)
         mtp = self.schedule("mtp_hybrid_override_pattern", "mtp_layers_block_type") or ("attention", "moe")
         mtp = mtp if modules else ()
+        if len(mtp) * modules > MOST_LAYERS:
+            raise self.fail(
+                f"`num_nextn_predict_layers` is {modules:,}, of {len(mtp):,} layers each; expected at most "
+                f"{MOST_LAYERS:,} layers in all"
+            )
         kinds = set(layers) | set(mtp)
         config = NemotronHConfig(
             layers=layers,
@@ -246,13 +274,14 @@ class _Parser:
             eos_token_ids=self.token_ids("eos_token_id"),
         )
         self.check_divisibility(config)
+        self.check_count(config)
         return config
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.fail(f"`{name}` is {value!r}; expected a token id or a list of them")
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= MOST_SIZE for i in ids):
+            raise self.fail(f"`{name}` is {brief(value)}; expected a token id or a list of them")
         return tuple(ids)
 
     def attention(self, present: bool) -> dict[str, Any]:
@@ -270,7 +299,9 @@ class _Parser:
         dtype = self.raw.get("mamba_ssm_cache_dtype") or "float32"
         dtype = "float32" if dtype == "auto" else dtype  # engines read "auto" as float32
         if dtype not in ("float32", "float16", "bfloat16"):
-            raise self.fail(f"`mamba_ssm_cache_dtype` is {dtype!r}; expected float32, float16 or bfloat16")
+            raise self.fail(
+                f"`mamba_ssm_cache_dtype` is {brief(dtype)}; expected float32, float16 or bfloat16"
+            )
         return {
             **{name: self.integer(name) if present else 0 for name in sizes},
             "use_conv_bias": self.flag("use_conv_bias", True),
@@ -283,7 +314,7 @@ class _Parser:
     def experts(self, present: bool) -> dict[str, Any]:
         shared = self.integer("n_shared_experts", 1, minimum=0) if present else 0
         return {
-            "n_routed_experts": self.integer("n_routed_experts") if present else 0,
+            "n_routed_experts": self.integer("n_routed_experts", maximum=MOST_EXPERTS) if present else 0,
             "num_experts_per_tok": self.integer("num_experts_per_tok") if present else 0,
             "n_shared_experts": shared,
             "moe_latent_size": self.integer("moe_latent_size", 0, minimum=0) if present else 0,
@@ -318,4 +349,14 @@ class _Parser:
                 f"`topk_group` is {c.topk_group} of `n_group` = {c.n_group} groups, which hold "
                 f"{open_experts} experts for "
                 f"`num_experts_per_tok` = {c.num_experts_per_tok}; expected enough of them"
+            )
+
+    def check_count(self, c: NemotronHConfig) -> None:
+        """The number of tensors, counted without making the table of them."""
+        layers = Counter((*c.layers, *c.mtp_layers * c.mtp_modules))
+        total = sum(count * (1 + sum(1 for _ in KINDS[kind].tensors(c))) for kind, count in layers.items())
+        if total > MOST_TENSORS:
+            raise self.fail(
+                f"its {layers.total():,} layers would have {total:,} tensors (`n_routed_experts` is "
+                f"{c.n_routed_experts:,}); expected at most {MOST_TENSORS:,}"
             )

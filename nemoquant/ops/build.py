@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemoquant._version import __version__
-from nemoquant.errors import BuildError, OutputError, UsageError
+from nemoquant.errors import BuildError, OutputError, UsageError, field_problem
+from nemoquant.files import MOST_SETTINGS, copy_again, read_json, rename, replace_text
 from nemoquant.machine import usable_threads
 from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
@@ -52,8 +53,20 @@ class Built:
 
 
 def default_folder() -> Path:
-    """Where ``nemoquant plugins build`` puts the libraries, and where they are looked for."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoquant/plugins"
+    """Where ``nemoquant plugins build`` puts the libraries, and where they are looked for.
+
+    Raises:
+        BuildError: this user has no home folder. No place for temporary files is taken instead: what lies
+            there could be another user's, and would be executed.
+    """
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise BuildError(
+            "this user has no home folder, in which the plugins would be; set XDG_CACHE_HOME, or name the "
+            "files: `plugins build --out`, NEMOQUANT_KERNELS, NEMOQUANT_PLUGINS"
+        ) from None
+    return caches / "nemoquant/plugins"
 
 
 def read_built(folder: Path, host: bool = False) -> Built | None:
@@ -62,15 +75,19 @@ def read_built(folder: Path, host: bool = False) -> Built | None:
     Raises:
         BuildError: its ``build.json`` can't be read.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     path = folder / f"{_stem(host)}.json"
-    if not path.is_file():
-        return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Built(**data | {key: tuple(data[key]) for key in ("architectures", "gemm_architectures")})
-    except (ValueError, TypeError, KeyError):
+        return TypeAdapter(Built).validate_python(read_json(path, MOST_SETTINGS))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BuildError(f"{path} can't be read ({error.strerror or error}); set XDG_CACHE_HOME") from None
+    except ValueError as error:  # pydantic's error is one too
+        why = field_problem(error) if isinstance(error, ValidationError) else str(error)
         raise BuildError(
-            f"{path} is not what `nemoquant plugins build` writes; remove it and build again"
+            f"{path} is not what `nemoquant plugins build` writes ({why}); remove it and build again"
         ) from None
 
 
@@ -325,10 +342,11 @@ def _install(
         if headers is None and "plugins" in library.name:
             continue  # left by an earlier build
         partial = out / f"{library.name}.partial"
-        shutil.copy2(library, partial)
-        partial.replace(out / library.name)
+        copy_again(library, partial)
+        shutil.copystat(library, partial)
+        rename(partial, out / library.name)
         libraries[library.name] = hashlib.sha256((out / library.name).read_bytes()).hexdigest()
     version = tensorrt_version(headers) if headers else None
     built = Built(__version__, sources, host, architectures, gemm, tensorrt=version, libraries=libraries)
-    (out / f"{_stem(host)}.json").write_text(json.dumps(asdict(built), indent=1) + "\n", encoding="utf-8")
+    replace_text(out / f"{_stem(host)}.json", json.dumps(asdict(built), indent=1) + "\n")
     return built

@@ -11,6 +11,7 @@ from nemoquant.errors import BuildError, EngineError
 from nemoquant.ops.abi import structure
 from nemoquant.ops.build import default_folder, read_built
 from nemoquant.ops.sources import sources_hash
+from nemoquant.words import plain
 
 VARIABLE = "NEMOQUANT_KERNELS"
 
@@ -125,18 +126,20 @@ def kernels(device: str) -> Kernels | None:
 
 
 def _find() -> Kernels | None:
-    named, built = os.environ.get(VARIABLE), default_folder() / "libnemoquant_kernels.so"
+    named = os.environ.get(VARIABLE)
     library: Kernels | None = None
     if named == "none":
         _report(f"{VARIABLE}=none, torch computes")
     elif named:
         library = load(Path(named))
-    elif not built.is_file():
-        _report("none are built, torch computes; `nemoquant plugins build` makes them")
     else:
         try:
-            library = load(built)
-        except BuildError as error:  # left over from another version; the user did not name it
+            built = default_folder() / "libnemoquant_kernels.so"
+            if built.is_file():
+                library = load(built)
+            else:
+                _report("none are built, torch computes; `nemoquant plugins build` makes them")
+        except (BuildError, OSError) as error:  # of another version, or no place; the user did not name it
             _report(f"torch computes: {error}")
     if library is None:
         return None
@@ -157,7 +160,7 @@ def _find() -> Kernels | None:
 
 
 def _report(text: str) -> None:
-    print(f"CUDA kernels: {text}", file=sys.stderr)
+    print(plain(f"CUDA kernels: {text}"), file=sys.stderr)
 
 
 def serves(op: str, device: str) -> bool:

@@ -5,6 +5,7 @@ from nemoquant.formats import FORMATS
 from nemoquant.layouts.loaders import Loader, loaders
 from nemoquant.planning.plan import Plan, role_table
 from nemoquant.units import size
+from nemoquant.words import in_markdown, markdown_code
 
 NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
 
@@ -31,9 +32,9 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "---",
         "tags: [nemotron_h, modelopt, " + ", ".join(sorted({row.format for row in plan.quantized})) + "]",
         "---",
-        f"# Nemotron-H, quantized: {plan.recipe.name}",
+        f"# Nemotron-H, quantized: {in_markdown(plan.recipe.name)}",
         "",
-        plan.recipe.summary,
+        in_markdown(plan.recipe.summary),
         "",
         f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
@@ -73,7 +74,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         "",
     ]
     if warnings:
-        lines += ["## Warnings", "", *(f"- {warning}" for warning in warnings), ""]
+        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in warnings), ""]
     lines += [
         "## Provenance",
         "",
@@ -81,5 +82,5 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         f"sha256; `nemoquant verify` checks them.",
     ]
     if copied:
-        lines += ["", "Copied from the source: " + ", ".join(f"`{name}`" for name in copied) + "."]
+        lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, copied)) + "."]
     return "\n".join(lines) + "\n"

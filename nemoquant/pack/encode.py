@@ -15,32 +15,54 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nemoquant.checkpoint.identity import piece_hash, piece_rows
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.errors import WeightError
 from nemoquant.formats import Device, gpu
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.pack.outliers import Lost, lost_to_scale
 from nemoquant.pack.scales import weight_scale
 from nemoquant.planning.plan import Row
-
-CHUNK_BYTES = 8 << 20  # of source, read and encoded at a time
 
 Array = npt.NDArray[Any]
 Part = tuple[Row, slice]
 
 
 class EncodedWeight(NamedTuple):
-    """A whole weight: decode scale, degenerate (all zeros) or not, codes and block scales in chunks."""
+    """A whole weight: decode scale, degenerate (all zeros) or not, its pieces in order."""
 
     scale: np.float32
     degenerate: bool
-    chunks: list[Encoded]
+    pieces: list["EncodedPiece"]
+
+
+class EncodedPiece(NamedTuple):
+    """Some rows of a weight: codes, block scales, the hash of the source's bytes, and what its scale cost."""
+
+    encoded: Encoded
+    hash: bytes
+    lost: Lost
+
+
+class Measured(NamedTuple):
+    """max |w| of some rows of a weight, and the hash of the source's bytes."""
+
+    amax: np.float32
+    hash: bytes
+
+
+class Copied(NamedTuple):
+    """Bytes of the source, mapped, and their hash."""
+
+    raw: Array
+    hash: bytes
 
 
 def slices(row: Row) -> list[slice]:
-    """Rows of a weight [out, in], ``CHUNK_BYTES`` at a time."""
-    step = max(1, CHUNK_BYTES // _row_bytes(row))
+    """Rows of a weight [out, in], one piece at a time (see ``checkpoint/identity.py``)."""
+    step = piece_rows(row.shape[0], row.bytes_in)
     return [slice(start, min(start + step, row.shape[0])) for start in range(0, row.shape[0], step)]
 
 
@@ -50,9 +72,8 @@ def _row_bytes(row: Row) -> int:
 
 @contextmanager
 def _reading(checkpoint: Checkpoint, row: Row, part: slice) -> Iterator[Array]:
-    """Some rows of a weight for the kernels: bf16 bit patterns or float32, mapped; float16 is converted."""
-    array = checkpoint.array(row.name)[part]
-    yield array.astype(np.float32) if array.dtype == np.float16 else array
+    """Some rows of a weight, mapped."""
+    yield checkpoint.array(row.name)[part]
     checkpoint.release_bytes(row.name, part.start * _row_bytes(row), part.stop * _row_bytes(row))
 
 
@@ -63,7 +84,18 @@ def amax(checkpoint: Checkpoint, row: Row, part: slice) -> np.float32:
         WeightError: the rows contain NaN or Inf.
     """
     with _reading(checkpoint, row, part) as weight:
-        return check_finite(row.name, bits_amax(weight))
+        return check_finite(row.name, bits_amax(_floats(weight)))
+
+
+def measure(checkpoint: Checkpoint, row: Row, part: slice) -> Measured:
+    """``amax`` with the hash of what it was found in; raises WeightError as it does."""
+    with _reading(checkpoint, row, part) as weight:
+        return Measured(check_finite(row.name, bits_amax(_floats(weight))), piece_hash(weight))
+
+
+def _floats(weight: Array) -> Array:
+    """A weight for the kernels: bf16 bit patterns or float32; float16 is converted."""
+    return weight.astype(np.float32) if weight.dtype == np.float16 else weight
 
 
 def check_finite(name: str, value: np.float32) -> np.float32:
@@ -78,10 +110,18 @@ def check_finite(name: str, value: np.float32) -> np.float32:
 
 def encode(
     checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu"
-) -> Encoded:
+) -> EncodedPiece:
     """Codes of some rows, and their block scales; a degenerate weight becomes zeros."""
     with _reading(checkpoint, row, part) as weight:
-        return _codes(row, _on(device, weight), scale, degenerate)
+        encoded = _codes(row, _on(device, _floats(weight)), scale, degenerate)
+        return _piece(row, weight, encoded, scale, degenerate)
+
+
+def _piece(row: Row, weight: Array, encoded: Encoded, scale: np.float32, degenerate: bool) -> EncodedPiece:
+    # After the kernel: it holds no lock while pages come from the disk, hashing does.
+    assert row.format != "source"
+    lost = Lost() if degenerate else lost_to_scale(row.format, _floats(weight), encoded, scale)
+    return EncodedPiece(encoded, piece_hash(weight), lost)
 
 
 def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:
@@ -112,19 +152,20 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> EncodedWei
             scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts]
         )
     with _reading(checkpoint, row, parts[0]) as array:
-        weight = _on(device, array)
+        weight = _on(device, _floats(array))
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
-        return EncodedWeight(scale, degenerate, [_codes(row, weight, scale, degenerate)])
+        codes = _codes(row, weight, scale, degenerate)
+        return EncodedWeight(scale, degenerate, [_piece(row, array, codes, scale, degenerate)])
 
 
-def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Array:
-    """Bytes of an unquantized tensor, mapped and checked to be finite. The caller drops their pages."""
+def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Copied:
+    """A piece of an unquantized tensor, checked to be finite. The caller drops its pages."""
     raw = checkpoint.raw(row.name)[begin:end]
     values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
     check_finite(
         row.name, bits_amax((values.astype(np.float32) if row.source_dtype == "F16" else values)[None])
     )
-    return raw
+    return Copied(raw, piece_hash(raw))
 
 
 def groups(rows: Iterable[Row], nbytes: int) -> Iterator[tuple[Row, ...]]:

@@ -5,5 +5,4 @@ from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.layouts.modelopt import LEGACY
 
-CARD = "README.md"
-WRITTEN = (INDEX, "config.json", LEGACY, CARD, manifest.FILE, SCALES_FILE)
+WRITTEN = (INDEX, "config.json", LEGACY, manifest.CARD, manifest.FILE, SCALES_FILE)

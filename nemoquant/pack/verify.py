@@ -1,32 +1,43 @@
 """Verify: read a written checkpoint again and compare it with its plan, resolved from its own manifest.
 
-1. the manifest is unchanged, every file in it exists and has its sha256; an unknown file gives a warning
+1. the manifest is unchanged, every file in it exists and has its sha256; an unknown file gives a warning, and
+   so does a model card that was edited; nothing is read through a link out of the folder
 2. the recipe and the config give the plan whose hash the manifest names
 3. names, dtypes, shapes and order of all tensors are those of the plan, the index agrees, data begins at a
    page
 4. every scalar scale is finite and positive, every block scale is one that its format writes, and the scales
    of inputs and caches are those that follow from the scales file
 5. both config files are those that the plan calls for, and the source's own keys are all there
-6. with the source: unquantized tensors are equal bit for bit; quantized ones are encoded again and must give
-   the same bytes
+6. with the source: its bytes have the hashes that the manifest has; unquantized tensors are equal bit for
+   bit; quantized ones are encoded again and must give the same bytes
 """
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.header import ALIGNMENT, read_header
-from nemoquant.checkpoint.manifest import FILE, file_sha256, read_manifest, tensor_table_sha256
-from nemoquant.checkpoint.reader import INDEX, Checkpoint
-from nemoquant.errors import NemoquantError
+from nemoquant.checkpoint.identity import (
+    UnitHash,
+    Units,
+    differing,
+    piece_hash,
+    pieces,
+    told,
+    unit_name,
+)
+from nemoquant.checkpoint.intact import SHARD, Hashing
+from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
+from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from nemoquant.errors import CheckpointError, NemoquantError
+from nemoquant.files import lies_in, read_json
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
@@ -41,15 +52,19 @@ from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Count, Progress, no_progress
 from nemoquant.sources.source import Source
 
-COMPARE_BYTES = 16 << 20
+ELSEWHERE = "is no regular file of this folder (a link out of it, or a device or pipe); nothing was read"
 
 
 class Verification:
-    """Result of verify: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts checked items."""
+    """Result of verify: ``problems`` make it fail, ``warnings`` do not; ``checked`` counts checked items.
+
+    ``edited`` are files that may be edited and were; each has a warning too.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.edited: list[str] = []
         self.checked: dict[str, int] = {
             "files": 0,
             "tensors": 0,
@@ -66,10 +81,17 @@ class Verification:
         """Add another report's results to this one."""
         self.problems += other.problems
         self.warnings += other.warnings
+        self.edited += other.edited
         self.checked = {key: count + other.checked[key] for key, count in self.checked.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "problems": self.problems, "warnings": self.warnings, "checked": self.checked}
+        return {
+            "ok": self.ok,
+            "problems": self.problems,
+            "warnings": self.warnings,
+            "edited": self.edited,
+            "checked": self.checked,
+        }
 
 
 def verify(
@@ -84,8 +106,14 @@ def verify(
         CheckpointError: the checkpoint can't be checked at all, because its manifest can't be used.
     """
     report = Verification()
+    if not _own(out, FILE):
+        raise CheckpointError(f"{out / FILE} {ELSEWHERE}")
     manifest = read_manifest(out)
-    total = sum((out / name).stat().st_size for name in manifest["files"] if (out / name).is_file())
+    report.problems += _elsewhere(out, manifest)
+    if report.problems:
+        return report
+    files = [name for name in manifest["files"] if name != CARD]
+    total = sum((out / name).stat().st_size for name in files if (out / name).exists())
     if source is not None:
         total += sum(info.nbytes for info in source.checkpoint.tensors.values())
     done, counting = 0, threading.Lock()
@@ -97,10 +125,8 @@ def verify(
             progress("verify", min(done, total), total, "")
 
     rest = Verification()
-    with ThreadPoolExecutor(usable_threads()) as pool:  # files are hashed while their content is checked
-        hashes = [
-            pool.submit(_check_file, out / name, digest, count) for name, digest in manifest["files"].items()
-        ]
+    digests = {out / name: listed(manifest, name) for name in files}
+    with Hashing(digests, usable_threads(), count) as hashing:  # while the content is checked
         try:
             plan = _plan_again(out, manifest, rest)
             layout = shards(plan, manifest["shard_bytes"])
@@ -112,11 +138,9 @@ def verify(
                         _compare(manifest, layout, checkpoint, source, rest, again=encode_again, count=count)
         except NemoquantError as error:
             rest.problems.append(str(error))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        report.problems += [problem for file in hashes if (problem := file.result()) is not None]
-    report.checked["files"] += len(hashes)
+        report.problems += hashing.problems().values()
+    report.checked["files"] += len(manifest["files"])
+    _check_card(out, manifest, report)
     for path in sorted(out.iterdir()):
         if path.name not in manifest["files"] and path.name != FILE:
             report.warnings.append(f"{path.name} is not in the manifest; nemoquant did not write it")
@@ -124,16 +148,34 @@ def verify(
     return report
 
 
-def _check_file(path: Path, digest: str, count: Count) -> str | None:
-    """What is wrong with one file of the manifest; None where it is intact."""
+def _own(out: Path, name: str) -> bool:
+    """Whether a name leads to a regular file of this folder; so does one that there is not."""
     try:
-        if file_sha256(path, count) != digest:
-            return f"{path.name} was changed: its sha256 is not the manifest's"
-    except FileNotFoundError:
-        return f"{path.name} is missing; the manifest lists it"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-    return None
+        return lies_in(out, name)
+    except RuntimeError:  # a circle of links
+        return False
+    except OSError:  # a link to nothing is refused; what else can't be read is said when it is read
+        return not (out / name).is_symlink()
+
+
+def _elsewhere(out: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files that verify would read, and that are no regular files of this folder; one of them ends it."""
+    names = {*manifest["files"], "config.json", LEGACY, INDEX, SCALES_FILE, SINGLE}
+    names |= {path.name for path in out.iterdir() if path.name.endswith(SHARD)}
+    return [f"{name} {ELSEWHERE}" for name in sorted(names) if not _own(out, name)]
+
+
+def _check_card(out: Path, manifest: dict[str, Any], report: Verification) -> None:
+    """The model card is there to be edited: what became of it is said, and is no damage."""
+    if CARD not in manifest["files"]:
+        return
+    with Hashing({out / CARD: listed(manifest, CARD)}, threads=1) as hashing:
+        problems = hashing.problems()
+    if problems and (out / CARD).exists():
+        report.edited.append(CARD)
+        report.warnings.append(f"{CARD} was edited: its sha256 is not the manifest's")
+    else:
+        report.warnings += problems.values()
 
 
 def _plan_again(out: Path, manifest: dict[str, Any], report: Verification) -> Plan:
@@ -248,7 +290,7 @@ def _check_configs(out: Path, plan: Plan, source: Source | None, report: Verific
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none, so that it differs from what is expected."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
@@ -274,65 +316,78 @@ def _compare(
     for row in (row for unit in units for row in unit.rows if row.weight_group):
         groups.setdefault(row.weight_group or "", []).append(row)
 
-    def problem(entries: dict[str, dict[str, Entry]], row: Row) -> str | None:
+    def check(entries: dict[str, dict[str, Entry]], row: Row) -> Compared:
         if row.format == "source":
-            return (
-                None
-                if _equal_bytes(original, written, row)
-                else f"{row.name} differs from the source; expected the same bytes"
-            )
-        if again and not _encodes_to(
-            row, groups.get(row.weight_group or "", [row]), entries[row.name], original, written
-        ):
-            return f"{row.module}: encoding the source's weight again gives other bytes"
-        return None
+            return _equal_bytes(original, written, row)
+        if not again:
+            return Compared(None, [])
+        group = groups.get(row.weight_group or "", [row])
+        return _encoded_again(row, group, entries[row.name], original, written)
 
+    found: Units = {}
     with ThreadPoolExecutor(usable_threads()) as pool:
         for unit in units:
             entries: dict[str, dict[str, Entry]] = {}
             for e in unit.entries:
                 entries.setdefault(e.row.name, {})[e.kind] = e
-            for row, text in zip(unit.rows, pool.map(partial(problem, entries), unit.rows), strict=True):
-                if text:
-                    report.problems.append(text)
+            digest, whole = UnitHash(), True
+            for row, result in zip(unit.rows, pool.map(partial(check, entries), unit.rows), strict=True):
+                if result.problem:
+                    report.problems.append(result.problem)
                 if row.format == "source" or again:
                     report.checked["compared_with_source" if row.format == "source" else "encoded_again"] += 1
+                    for piece in result.hashes:
+                        digest.piece(piece)
+                    digest.end_tensor()
+                else:
+                    whole = False
                 original.release([row.name])
                 count(row.bytes_in)
+            if whole:
+                found[unit_name(unit.rows[0].name)] = digest.hexdigest()
             written.release(e.name for e in unit.entries)
+    original.check_unchanged()
+    changed = differing(manifest["source"]["units"], found)
+    if changed:
+        report.problems.append(
+            f"{source.path} is not the source: {told(changed, len(found))} from what it was made from"
+        )
 
 
-def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> bool:
-    """Compares part by part, so that a large tensor does not stay in memory twice."""
-    a, b = source.raw(row.name), written.raw(row.name)
-    for begin in range(0, a.size, COMPARE_BYTES):
-        end = min(begin + COMPARE_BYTES, a.size)
-        if not np.array_equal(a[begin:end], b[begin:end]):
-            return False
+class Compared(NamedTuple):
+    """What is wrong with one tensor, and the hashes of the source's pieces."""
+
+    problem: str | None
+    hashes: list[bytes]
+
+
+def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> Compared:
+    """Compares piece by piece, so that a large tensor does not stay in memory twice."""
+    a, b, equal, hashes = source.raw(row.name), written.raw(row.name), True, []
+    for begin, end in pieces(row.shape, row.bytes_in):
+        equal = equal and np.array_equal(a[begin:end], b[begin:end])
+        hashes.append(piece_hash(a[begin:end]))
         source.release_bytes(row.name, begin, end)
         written.release_bytes(row.name, begin, end)
-    return a.size == b.size
+    return Compared(None if equal else f"{row.name} differs from the source; expected the same bytes", hashes)
 
 
-def _encodes_to(
+def _encoded_again(
     row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint
-) -> bool:
+) -> Compared:
     """Whether the source's weight gives the stored scales and codes; rows of ``group`` share its scale."""
     scale, degenerate = weight_scale(
         row, max(amax(source, member, part) for member in group for part in slices(member))
     )
-    if "global_scale" in entries and written.array(entries["global_scale"].name)[()] != scale:
-        return False
+    equal = "global_scale" not in entries or written.array(entries["global_scale"].name)[()] == scale
     codes = written.array(entries["codes"].name)
     block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None
+    hashes = []
     for part in slices(row):
-        expected, expected_scales = encode(source, row, part, scale, degenerate)
-        if not np.array_equal(codes[part], expected):
-            return False
-        if (
-            block_scales is not None
-            and expected_scales is not None
-            and not np.array_equal(block_scales[part], expected_scales)
-        ):
-            return False
-    return True
+        (expected, expected_scales), piece, _ = encode(source, row, part, scale, degenerate)
+        hashes.append(piece)
+        equal = equal and np.array_equal(codes[part], expected)
+        if block_scales is not None and expected_scales is not None:
+            equal = equal and np.array_equal(block_scales[part], expected_scales)
+    what = f"{row.module}: encoding the source's weight again gives other bytes"
+    return Compared(None if equal else what, hashes)

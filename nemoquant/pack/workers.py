@@ -4,9 +4,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from nemoquant.checkpoint.identity import PIECE_BYTES
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.formats import Device
-from nemoquant.pack.encode import CHUNK_BYTES
 
 AHEAD = 3  # results for each thread, where memory allows it
 P = ParamSpec("P")
@@ -40,7 +40,7 @@ class Workers(Protocol):
 class Threads:
     """Threads of this process; with a GPU each has one chunk there. Use as a context manager."""
 
-    group_bytes = CHUNK_BYTES
+    group_bytes = PIECE_BYTES
 
     def __init__(
         self, checkpoint: Checkpoint, threads: int, ahead: int | None = None, device: Device = "cpu"

@@ -17,20 +17,25 @@ from typing import Any
 import numpy as np
 
 from nemoquant.calibrate.scales import Scales
+from nemoquant.checkpoint.identity import UnitHash, Units, pieces, unit_name
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.formats.arithmetic import Encoded
+from nemoquant.errors import SourceChangedError, listing
 from nemoquant.pack.encode import (
     Array,
+    Copied,
+    EncodedPiece,
     EncodedWeight,
+    Measured,
     Part,
-    amax,
     copy,
     encode,
     groups,
+    measure,
     pack_weights,
     slices,
 )
+from nemoquant.pack.outliers import Lost
 from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
@@ -39,7 +44,6 @@ from nemoquant.progress import Count
 
 # Work in a thread, and the function by which this thread takes its result.
 PackStep = tuple[Future[Any] | None, Callable[[Any], None]]
-COPY_BYTES = 4 << 20
 
 
 class Packer:
@@ -49,6 +53,8 @@ class Packer:
         warnings: what a user should know about the scales.
         zero_weights: modules whose weight has no value that a normal fp32 scale could represent; written as
             zeros with scale 1.0.
+        lost: module -> what its scale cost, where that is too much.
+        units: hashes of the source's units that were read.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class Packer:
         self.scales = activation_scales(plan, scales)
         self.warnings = self.scales.warnings
         self.zero_weights: list[str] = []
+        self.lost: dict[str, Lost] = {}
+        self.units: Units = {}
         self._groups: dict[str, list[Row]] = {}
         for row in plan.quantized:
             if row.weight_group:
@@ -69,6 +77,7 @@ class Packer:
 
         Raises:
             WeightError: NaN or Inf in a tensor, quantized or not.
+            SourceChangedError: the source changed since it was opened.
         """
         with ShardWriter(
             path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True
@@ -85,49 +94,75 @@ class Packer:
                 for future, _ in waiting:
                     if future is not None:
                         future.cancel()
+        self.checkpoint.check_unchanged()
         return writer.sha256
 
     def _steps(self, shard: Shard, writer: ShardWriter) -> Iterator[PackStep]:
         """All work of a shard in file order. Each step's work starts when the step is requested."""
         for unit in shard.units:
+            self.checkpoint.check_unchanged()
+            digest = UnitHash()
             if unit.rows[0].format == "source":
                 for row in unit.rows:
-                    yield from self._copy(row, writer)
+                    yield from self._copy(row, writer, digest)
             else:
-                yield from self._quantize(unit, writer)
+                yield from self._quantize(unit, writer, digest)
+            yield None, partial(self._end_unit, unit_name(unit.rows[0].name), digest)
             caches = [
                 self.scales.caches[entry.row.module] for entry in unit.entries if entry.kind == "kv_scale"
             ]
             if caches:
                 yield None, partial(_write_scalars, writer, caches)
 
-    def _copy(self, row: Row, writer: ShardWriter) -> Iterator[PackStep]:
+    def read_for(self, shard: Shard) -> Units:
+        """Hashes of what a written shard was made from: its units, and those that share a scale with them."""
+        rows = [member for unit in shard.units for row in unit.rows for member in self._members(row)]
+        return {name: self.units[name] for name in dict.fromkeys(unit_name(row.name) for row in rows)}
+
+    def _members(self, row: Row) -> list[Row]:
+        """The rows whose maximum gives a row its scale."""
+        return self._groups[row.weight_group] if row.weight_group else [row]
+
+    def _end_unit(self, name: str, digest: UnitHash, _: None = None) -> None:
+        """Keep the hash of a unit; one that was read for a scale before must have the same one."""
+        if self.units.setdefault(name, digest.hexdigest()) != digest.hexdigest():
+            raise SourceChangedError(
+                f"{self.checkpoint.path}: {listing([name])} had other bytes for its scale than for its "
+                f"codes; expected files that nobody writes to meanwhile, the same on all nodes of a cluster"
+            )
+
+    def _copy(self, row: Row, writer: ShardWriter, digest: UnitHash) -> Iterator[PackStep]:
         """Copy an unquantized tensor, bit for bit."""
-        for begin in range(0, row.bytes_in, COPY_BYTES):
-            end = min(begin + COPY_BYTES, row.bytes_in)
 
-            yield self.workers.here(copy, row, begin, end), partial(self._put_copy, writer, row, begin, end)
+        def put(begin: int, end: int, copied: Copied) -> None:
+            digest.piece(copied.hash)
+            writer.write(copied.raw, partial(self.checkpoint.release_bytes, row.name, begin, end))
+            self.progress(end - begin)
 
-    def _put_copy(self, writer: ShardWriter, row: Row, begin: int, end: int, raw: Array) -> None:
-        writer.write(raw, partial(self.checkpoint.release_bytes, row.name, begin, end))
-        self.progress(end - begin)
+        for begin, end in pieces(row.shape, row.bytes_in):
+            yield self.workers.here(copy, row, begin, end), partial(put, begin, end)
+        yield None, lambda _: digest.end_tensor()
 
-    def _quantize(self, unit: Unit, writer: ShardWriter) -> Iterator[PackStep]:
+    def _quantize(self, unit: Unit, writer: ShardWriter, digest: UnitHash) -> Iterator[PackStep]:
         """Codes are written as they come; block scales, then scalars, at the end of the unit."""
         scales: list[np.float32] = []
         block_scales: list[Array] = []
+        lost: dict[str, Lost] = {}
 
-        def put(nbytes: int, encoded: Encoded) -> None:
-            codes, blocks = encoded
+        def put(row: Row, nbytes: int, piece: EncodedPiece) -> None:
+            codes, blocks = piece.encoded
+            lost[row.module] = lost.get(row.module, Lost()) + piece.lost
+            digest.piece(piece.hash)
             writer.write(codes)
             if blocks is not None:
                 block_scales.append(blocks)
             self.progress(nbytes)
 
         def put_weights(rows: tuple[Row, ...], packed: list[EncodedWeight]) -> None:
-            for row, (scale, degenerate, chunks) in zip(rows, packed, strict=True):
-                for part, encoded in zip(slices(row), chunks, strict=True):
-                    put(row.bytes_in * (part.stop - part.start) // row.shape[0], encoded)
+            for row, (scale, degenerate, encoded) in zip(rows, packed, strict=True):
+                for part, piece in zip(slices(row), encoded, strict=True):
+                    put(row, row.bytes_in * (part.stop - part.start) // row.shape[0], piece)
+                digest.end_tensor()
                 put_scale(row, scale)
                 if degenerate:
                     self.zero_weights.append(row.module)
@@ -137,6 +172,11 @@ class Packer:
                 scales.append(scale)
 
         def end(_: None) -> None:
+            if len(unit.rows) == 1:
+                digest.end_tensor()
+            for row in unit.rows:
+                if row.format != "source" and lost[row.module].too_much(row.format):
+                    self.lost[row.module] = lost[row.module]
             for blocks in block_scales:
                 writer.write(blocks)
             _write_scalars(writer, scales)
@@ -152,14 +192,13 @@ class Packer:
             for part in slices(row):
                 nbytes = row.bytes_in * (part.stop - part.start) // row.shape[0]
                 encoded = self.workers.submit(encode, row, part, scale, degenerate, self.workers.device)
-                yield encoded, partial(put, nbytes)
+                yield encoded, partial(put, row, nbytes)
         yield None, end
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
-        members = self._groups[row.weight_group] if row.weight_group else [row]
-        parts: list[Part] = [(member, part) for member in members for part in slices(member)]
-        maxima = list(self._map(amax, parts))
+        parts: list[Part] = [(member, part) for member in self._members(row) for part in slices(member)]
+        maxima = self._measured(parts)
         scale, degenerate = weight_scale(row, max(maxima))
         if degenerate or not any(
             value for (member, _), value in zip(parts, maxima, strict=True) if member is row
@@ -167,10 +206,21 @@ class Packer:
             self.zero_weights.append(row.module)  # even if its group gives it a scale
         return scale, degenerate
 
-    def _map(self, function: Callable[..., np.float32], items: Iterable[Part]) -> Iterator[np.float32]:
-        waiting: deque[Future[np.float32]] = deque()
-        for item in items:
-            waiting.append(self.workers.submit(function, *item))
+    def _measured(self, parts: list[Part]) -> list[np.float32]:
+        """The maxima of whole weights, in pieces; their hashes are kept."""
+        maxima, digests = [], {member.name: UnitHash() for member, _ in parts}
+        for (member, _), found in zip(parts, self._map(parts), strict=True):
+            maxima.append(found.amax)
+            digests[member.name].piece(found.hash)
+        for name, digest in digests.items():
+            digest.end_tensor()
+            self._end_unit(unit_name(name), digest)
+        return maxima
+
+    def _map(self, parts: Iterable[Part]) -> Iterator[Measured]:
+        waiting: deque[Future[Measured]] = deque()
+        for part in parts:
+            waiting.append(self.workers.submit(measure, *part))
             if len(waiting) > self.workers.ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -17,15 +17,30 @@ rules:                                  # first match wins; every tensor must be
 kv_cache: fp8                           # source or fp8
 """
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nemoquant.errors import RecipeError, listing
+from nemoquant.arguments import home_expanded
+from nemoquant.errors import RecipeError, brief, listing
+from nemoquant.files import read_text
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Format, FormatName, ScaleMethod
+from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.shipped import recipe_folder
+
+# Bounds far above any recipe that a person or a search would write.
+MOST_BYTES = 256 << 10  # of a file; the presets have one kilobyte
+MOST_RULES = 1024
+MOST_PATTERNS = 512  # with wildcards, in all rules: each may be compared with every tensor
+MOST_NAMES = 65_536  # in one rule
+MOST_PROBLEMS = 8  # in a message
+MOST_DIGITS = 40  # of a number
+
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+Layer = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Rule(BaseModel):
@@ -33,9 +48,9 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    roles: list[str] = Field(default=[], min_length=1)
-    names: list[str] = Field(default=[], min_length=1)
-    layers: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)] | None = None
+    roles: list[Pattern] = Field(default=[], min_length=1, max_length=MOST_PATTERNS)
+    names: list[Pattern] = Field(default=[], min_length=1, max_length=MOST_NAMES)
+    layers: Annotated[list[Layer], Field(min_length=1, max_length=MOST_LAYERS)] | None = None
     format: Literal["source", FormatName]
     scales: ScaleMethod = "max"
     activations: Literal[FormatName, "none"] | None = None
@@ -71,8 +86,13 @@ class Rule(BaseModel):
         return self.format
 
     def __str__(self) -> str:
-        where = f"roles {', '.join(self.roles)}" if self.roles else f"names {', '.join(self.names)}"
+        where = f"roles {listing(self.roles, 20)}" if self.roles else f"names {listing(self.names, 20)}"
         return where + (f" in {len(self.layers)} layers" if self.layers is not None else "")
+
+
+def has_wildcard(pattern: str) -> bool:
+    """Whether a pattern may match other names than itself."""
+    return any(c in pattern for c in "*?[")
 
 
 def _activations(number: Format | None) -> tuple[str | None, ...]:
@@ -87,10 +107,19 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    summary: str
-    rules: list[Rule] = Field(min_length=1)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    summary: str = Field(max_length=2000)
+    rules: list[Rule] = Field(min_length=1, max_length=MOST_RULES)
     kv_cache: Literal["source", CacheName] = "source"
+
+    @model_validator(mode="after")
+    def bounded(self) -> "Recipe":
+        count = sum(has_wildcard(glob) for rule in self.rules for glob in (*rule.roles, *rule.names))
+        if count > MOST_PATTERNS:
+            raise ValueError(
+                f"its rules have {count:,} patterns with wildcards; expected at most {MOST_PATTERNS}"
+            )
+        return self
 
     @property
     def cache(self) -> CacheFormat | None:
@@ -114,17 +143,17 @@ def load_recipe(name_or_path: str) -> Recipe:
         RecipeError: there is no such preset or file, or the file does not follow the schema.
     """
     shipped = presets()
-    path = shipped.get(name_or_path, Path(name_or_path))
+    path = shipped.get(name_or_path, Path(home_expanded(name_or_path)))
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Strict)  # a SafeLoader
+        data = yaml.load(read_text(path, MOST_BYTES), _Strict)  # a SafeLoader
     except FileNotFoundError:
         raise RecipeError(
-            f"recipe {name_or_path!r} is neither a file nor a preset; presets are "
+            f"recipe {brief(name_or_path)} is neither a file nor a preset; presets are "
             f"{listing(list(shipped), 20)}"
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(
-            f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())}"
+            f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())[:500]}"
         ) from None
     return parse_recipe(data, name_or_path)
 
@@ -138,9 +167,11 @@ def parse_recipe(data: object, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(_problem(e) for e in error.errors())
+        problems = [_problem(e) for e in error.errors(include_url=False)[:MOST_PROBLEMS]]
+        if error.error_count() > MOST_PROBLEMS:
+            problems.append(f"and {error.error_count() - MOST_PROBLEMS:,} more")
         raise RecipeError(
-            f"recipe {source}: {problems}; `nemoquant recipes show fp8` prints a valid one"
+            f"recipe {source}: {'; '.join(problems)}; `nemoquant recipes show fp8` prints a valid one"
         ) from None
 
 
@@ -148,31 +179,65 @@ def _problem(error: Any) -> str:
     """One of pydantic's errors in a line; rules are counted from 1, as everywhere."""
     place = list(error["loc"])
     rule = f"rule {place[1] + 1}" if len(place) > 1 and place[0] == "rules" else ""
-    key = ".".join(str(p) for p in (place[2:] if rule else place))
+    key = ".".join(str(p)[:80] for p in (place[2:] if rule else place))
     if error["type"] == "extra_forbidden":
         return f"unknown key `{key}`" + (f" in {rule}" if rule else "")
     where = ", ".join(part for part in (rule, f"`{key}`" if key else "") if part) or "recipe"
     message = error["msg"].removeprefix("Value error, ")
     message = message.removesuffix(" or instance of Rule").removesuffix(" or instance of Recipe")
     return f"{where}: {message}" + (
-        "" if isinstance(error["input"], dict) else f", got {_short(error['input'])}"
+        "" if isinstance(error["input"], dict | Recipe | Rule) else f", got {brief(error['input'])}"
     )
 
 
-def _short(value: object) -> str:
-    """A value for a message, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 class _Strict(yaml.SafeLoader):
-    """YAML whose mappings have each key once; plain YAML would silently take the last one."""
+    """YAML whose mappings have each key once; plain YAML would silently take the last one.
+
+    Anchors and aliases are refused: nine lines of them can stand for more values than memory holds. So are
+    tags, which give a value a kind that it does not look like: PyYAML fails on some in ways of its own.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            raise yaml.YAMLError(
+                f"{sign}{event.anchor[:80]} is an anchor or alias of YAML, which a recipe may not have; put "
+                f"a pattern that begins with {sign} in quotes{event.start_mark}"
+            )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(
+                f"{brief(event.tag)} is a tag of YAML, which a recipe may not have; write the value alone"
+                f"{event.start_mark}"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {listing(twice)} stands twice", node.start_mark
-            )
+        seen: set[Hashable] = set()
+        for inner, _ in node.value:
+            key = self.construct_object(inner, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # YAML itself refuses it
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {brief(key)} stands twice", inner.start_mark
+                )
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """A number of a readable length: of ``1:1:1:...`` YAML makes one in quadratic time."""
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value):,} characters", node.start_mark
+            )
+        kind = (
+            yaml.SafeLoader.construct_yaml_int
+            if node.tag.endswith(":int")
+            else yaml.SafeLoader.construct_yaml_float
+        )
+        return kind(self, node)
+
+
+for _tag in ("int", "float"):
+    _Strict.add_constructor(f"tag:yaml.org,2002:{_tag}", _Strict.construct_number)

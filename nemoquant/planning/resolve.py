@@ -17,14 +17,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from fnmatch import translate
+from itertools import chain
 
-from nemoquant.errors import RecipeError, listing
+from nemoquant.errors import RecipeError, brief, listing
 from nemoquant.formats import FORMATS
 from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
 from nemoquant.planning.plan import Plan, Row
-from nemoquant.planning.recipe import Recipe, Rule
+from nemoquant.planning.recipe import Recipe, Rule, has_wildcard
 
 _REASONS = {
     "ssm.": "the recurrence multiplies their error over the whole sequence, and engines widen them to fp32",
@@ -50,8 +51,10 @@ def resolve(
         RecipeError: the recipe does not fit; the message lists what does not.
     """
     claims = _claim(recipe, table)
+    reasons = [f"rule {number}: {rule}" for number, rule in enumerate(recipe.rules, 1)]
     rows = [
-        _row(spec, rule, number, scale_groups) for spec, (number, rule) in zip(table, claims, strict=True)
+        _row(spec, rule, reasons[number - 1], scale_groups)
+        for spec, (number, rule) in zip(table, claims, strict=True)
     ]
     _check_allowed(rows)
     _check_divisible(rows)
@@ -66,23 +69,60 @@ def resolve(
     return plan
 
 
-def _pattern(globs: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(translate(g) for g in globs))
+class _Globs:
+    """Patterns of a rule; those without wildcards are looked up, whatever their number."""
+
+    def __init__(self, globs: Iterable[str]) -> None:
+        self.exact = {g for g in globs if not has_wildcard(g)}
+        wild = [translate(g) for g in globs if has_wildcard(g)]
+        self.wild = re.compile("|".join(wild)) if wild else None
+
+    def match(self, name: str) -> bool:
+        return name in self.exact or (self.wild is not None and self.wild.fullmatch(name) is not None)
+
+
+class _Index:
+    """A tensor table by what rules ask for: places of tensors by name or module, and by role and layer."""
+
+    def __init__(self, table: list[TensorSpec]) -> None:
+        self.table = table
+        self.named: dict[str, list[int]] = defaultdict(list)
+        self.placed: dict[tuple[str, int | None], list[int]] = defaultdict(list)
+        for i, spec in enumerate(table):
+            for name in {spec.name, spec.module}:
+                self.named[name].append(i)
+            self.placed[spec.role, spec.layer].append(i)
+
+    def matches(self, rule: Rule) -> list[int]:
+        """The places of the tensors that a rule matches."""
+        if rule.names:
+            globs = _Globs(rule.names)
+            names = self.named if globs.wild else globs.exact & self.named.keys()
+            return sorted({i for name in names if globs.match(name) for i in self.named[name]})
+        wanted = _roles(rule)
+        layers = None if rule.layers is None else set(rule.layers)
+        places = (
+            places
+            for (role, layer), places in self.placed.items()
+            if role in wanted and (layers is None or layer in layers)
+        )
+        return list(chain.from_iterable(places))
 
 
 def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
     """For each tensor the first rule that matches it, with the rule's number (from 1)."""
     for rule in recipe.rules:
-        unknown = [g for g in rule.roles if not any(_pattern([g]).fullmatch(role) for role in ROLES)]
+        unknown = [g for g in rule.roles if not any(map(_Globs([g]).match, ROLES))]
         if unknown:
             raise RecipeError(
                 f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}"
             )
+    index = _Index(table)
     claims: list[tuple[int, Rule] | None] = [None] * len(table)
     taken_roles: set[str] = set()  # roles that earlier rules take in all layers
     for number, rule in enumerate(recipe.rules, 1):
-        matched = _matches(rule, table)
-        _check_matched(recipe, rule, number, table, matched)
+        matched = index.matches(rule)
+        _check_matched(recipe, rule, number, index, matched)
         unclaimed = [i for i in matched if claims[i] is None]
         roles = _roles(rule)
         # A rule for whole roles may have nothing to take in this model, if it would have in another.
@@ -108,29 +148,18 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
 
 
 def _roles(rule: Rule) -> set[str]:
-    pattern = _pattern(rule.roles)
-    return {role for role in ROLES if pattern.fullmatch(role)}
+    globs = _Globs(rule.roles)
+    return {role for role in ROLES if globs.match(role)}
 
 
-def _matches(rule: Rule, table: list[TensorSpec]) -> list[int]:
-    if rule.names:
-        names = _pattern(rule.names)
-        return [i for i, s in enumerate(table) if names.fullmatch(s.name) or names.fullmatch(s.module)]
-    wanted = _roles(rule)
-    layers = None if rule.layers is None else set(rule.layers)
-    return [i for i, s in enumerate(table) if s.role in wanted and (layers is None or s.layer in layers)]
-
-
-def _check_matched(
-    recipe: Recipe, rule: Rule, number: int, table: list[TensorSpec], matched: list[int]
-) -> None:
-    where = f"recipe {recipe.name}: rule {number}"
+def _check_matched(recipe: Recipe, rule: Rule, number: int, index: _Index, matched: list[int]) -> None:
+    where, table = f"recipe {recipe.name}: rule {number}", index.table
+    names = {name for i in matched for name in (table[i].name, table[i].module)} if rule.names else set()
     for glob in rule.names:
-        pattern = _pattern([glob])
-        if not any(pattern.fullmatch(table[i].name) or pattern.fullmatch(table[i].module) for i in matched):
+        if glob not in names and not (has_wildcard(glob) and any(map(_Globs([glob]).match, names))):
             raise RecipeError(
-                f"{where}: the name pattern {glob!r} matches none of the {len(table):,} tensors; names look "
-                f"like "
+                f"{where}: the name pattern {brief(glob)} matches none of the {len(table):,} tensors; names "
+                f"look like "
                 f"{table[min(len(table) - 1, 2)].name!r}"
             )
     if rule.layers is not None:
@@ -143,7 +172,7 @@ def _check_matched(
             )
 
 
-def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
+def _row(spec: TensorSpec, rule: Rule, reason: str, scale_groups: bool) -> Row:
     form = rule.number
     shares_weight = scale_groups and form is not None and form.global_scale
     shares_input = scale_groups and form is not None and form.calibrated and rule.activation_format
@@ -159,7 +188,7 @@ def _row(spec: TensorSpec, rule: Rule, number: int, scale_groups: bool) -> Row:
         activation_format=rule.activation_format,
         weight_group=_weight_group(spec) if shares_weight else None,
         input_group=_input_group(spec) if shares_input else None,
-        reason=f"rule {number}: {rule}",
+        reason=reason,
     )
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import Tensor
 
-from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint import intact, manifest
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CheckpointError, TensorTableError, listing
+from nemoquant.errors import CheckpointError, TensorTableError, WeightError, listing
 from nemoquant.formats import FORMATS, FormatName
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.noise import Noise
@@ -23,6 +23,7 @@ from nemoquant.layouts.modelopt import (
     LAYOUT,
     READABLE,
     Stored,
+    contradictions,
     declared_algorithm,
     declared_cache,
     declared_quantization,
@@ -55,22 +56,27 @@ class PackedCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read headers and scalars.
+        """Read headers and scalars; what has a manifest is held against it, its shards by their sizes.
 
         Raises:
-            CheckpointError: or a subclass: unreadable, or not in a layout that can be decoded.
+            CheckpointError: or a subclass: unreadable, damaged, or not in a layout that can be decoded.
         """
         self.path = path
         self.warnings: list[str] = []
+        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
+        if self.manifest is not None:
+            intact.check_settings(path, self.manifest)
         self.config, self.raw_config = load_config(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is a config.json; expected the folder with the weights")
         self.table = tensor_table(self.config)
-        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
         self.checkpoint = Checkpoint(path)
+        if self.manifest is not None:
+            intact.check_listed(self.checkpoint, self.manifest)
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         declared = declared_quantization(path, self.raw_config)
+        self._check_declared()
         self._read_inputs(declared)
         self.cache = declared_cache(declared)
         unknown = unknown_cache(declared)
@@ -81,6 +87,21 @@ class PackedCheckpoint:
             )
         self._read_cache_scales()
         self._check_extra()
+        self._check_router()
+
+    def _check_declared(self) -> None:
+        """Engines read one of two config files: they must agree, with each other and with the tensors."""
+        gemms = {
+            spec.module: self.stored[spec.name].format
+            for spec in self.table
+            if spec.name in self.stored and spec.role.removeprefix("mtp.") in (*LINEAR_ROLES, "eh_proj")
+        }
+        found = contradictions(self.path, self.raw_config, gemms)
+        if found:
+            raise CheckpointError(
+                f"{self.path}: its config files contradict each other, or its tensors: {'; '.join(found)}; "
+                f"engines would read them in different ways, quantize again"
+            )
 
     def _find_stored(self) -> dict[str, Stored]:
         stored, problems, no_mtp = {}, [], 0
@@ -208,6 +229,19 @@ class PackedCheckpoint:
                 f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change "
                 f"what an engine computes, expected the ModelOpt layout with {READABLE}"
             )
+
+    def _check_router(self) -> None:
+        """NaN in the bias of a router would choose experts without a NaN in any output."""
+        for spec in self.table:
+            name = spec.name
+            if spec.role.removeprefix("mtp.") == "router.bias" and name in self.stored:
+                values = LayerWeights(self.checkpoint, "")[name]
+                bad = int((~values.isfinite()).sum())
+                if bad:
+                    raise WeightError(
+                        f"{self.path}: {bad} of {values.numel()} values of {name} are NaN or Inf; expected "
+                        f"finite ones, is it damaged?"
+                    )
 
     def formats(self, module: str) -> tuple[Literal["source", FormatName], FormatName | None]:
         """The format of a module's weight, and that of its input at run time (None: not quantized)."""

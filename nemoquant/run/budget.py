@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from nemoquant.calibrate.batch import Batch, RowBatch, rows_of
 from nemoquant.checkpoint.background import DEPTH
+from nemoquant.checkpoint.identity import PIECE_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import Device
 from nemoquant.machine import resident
-from nemoquant.pack.encode import CHUNK_BYTES
 from nemoquant.pack.workers import AHEAD
 from nemoquant.planning.plan import Plan
 from nemoquant.units import size
@@ -20,8 +20,8 @@ DEFAULT_MEMORY = 4_000_000_000  # bytes, used to choose the row batch where --me
 # Memory of the process at the start is rounded up to a multiple of this, so that two runs choose the same.
 BASE_STEP = 256_000_000
 # Pinned memory of a thread that feeds a GPU: a chunk, as float32 if the source is float16, and its codes.
-LANE = 3 * CHUNK_BYTES
-PIECE = 2 * CHUNK_BYTES  # of one piece in the pipeline: its source, mapped, and the result
+LANE = 3 * PIECE_BYTES
+PIECE = 2 * PIECE_BYTES  # of one piece in the pipeline: its source, mapped, and the result
 BYTES_A_TENSOR = 1500  # of plan, layout, headers and JSON, for each tensor read or written
 
 
@@ -100,4 +100,4 @@ def pack_bytes(plan: Plan) -> int:
         scales = [math.prod(shape) for kind, _, shape in row.parts() if kind == "block_scales"]
         unit = row.name if row.expert is None else (row.role, row.layer)
         blocks[unit] = blocks.get(unit, 0) + sum(scales)
-    return 2 * DEPTH * CHUNK_BYTES // 2 + max(blocks.values(), default=0)
+    return 2 * DEPTH * PIECE_BYTES // 2 + max(blocks.values(), default=0)

@@ -10,6 +10,7 @@ Each node needs nemoquant of this version and the source under the same path; ea
 its first task.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -27,11 +28,13 @@ from torch import Tensor
 
 from nemoquant._version import __version__
 from nemoquant.calibrate.run import Observed, Observers, observe
-from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.identity import Units, differing, hash_units, told, units_of
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
 from nemoquant.formats import Device
+from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.roles import mixer_table
 from nemoquant.pack.workers import Threads
 
 P = ParamSpec("P")
@@ -47,12 +50,14 @@ class Cluster:
 
     Attributes:
         processors: number that tasks can use, over all nodes.
+        units: hashes of the source's units that nodes calibrated, as they read them.
     """
 
     def __init__(self, ray: Any, checkpoint: Checkpoint) -> None:
         self._ray, self.checkpoint = ray, checkpoint
+        self.units: Units = {}
         self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._source = (str(checkpoint.path.resolve()), manifest.weights_fingerprint(checkpoint), __version__)
+        self._source = (str(checkpoint.path.resolve()), small_tensors_sha256(checkpoint), __version__)
         # A task that is lost with its node runs again, as long as there are nodes. Tasks are spread, because
         # each node has its own disk and memory.
         options = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
@@ -86,8 +91,15 @@ class Cluster:
             yield self._observed(waiting.popleft())
 
     def _observed(self, reference: Any) -> Observed:
-        output, *rest = self.result(reference)
-        return Observed(from_wire(output), *rest)
+        output, finite, collected, units = self.result(reference)
+        changed = differing(self.units, units)
+        if changed:
+            raise CheckpointError(
+                f"{self.checkpoint.path} is not the same on all nodes of the cluster: "
+                f"{told(changed, len(units))}; copy it to them again"
+            )
+        self.units |= units
+        return Observed(from_wire(output), finite, collected)
 
     def begin(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> Any:
         """Start a task; returns its reference."""
@@ -201,7 +213,10 @@ def _without_statistics() -> Iterator[None]:
 
 
 def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    return function(_opened(source), *arguments)
+    checkpoint = _opened(source)
+    result = function(checkpoint, *arguments)
+    checkpoint.check_unchanged()
+    return result
 
 
 def _observe(
@@ -212,8 +227,32 @@ def _observe(
     device: str,
     observers: Observers,
 ) -> tuple[Any, ...]:
-    output, *rest = observe(_opened(source), config, layer, from_wire(states), device, observers)
-    return (to_wire(output), *rest)
+    checkpoint = _opened(source)
+    output, *rest = observe(checkpoint, config, layer, from_wire(states), device, observers)
+    prefix, kind = names.layer(layer), config.layers[layer]
+    mixer = (spec.name for spec in mixer_table(config, kind, prefix + names.MIXER, layer))
+    units = _hashed(source, (f"{prefix}norm.weight", *mixer))
+    checkpoint.check_unchanged()  # also for a batch whose layer was hashed with an earlier one
+    return (to_wire(output), *rest, units)
+
+
+@lru_cache(maxsize=2)
+def _hashed(source: tuple[str, str, str], tensors: tuple[str, ...]) -> Units:
+    """Hashes of a layer's units on this node, once for all batches of a worker."""
+    return hash_units(_opened(source), units_of(tensors), 1)
+
+
+def small_tensors_sha256(checkpoint: Checkpoint) -> str:
+    """sha256 of all one-dimensional tensors: norms, SSM parameters, biases.
+
+    These few megabytes distinguish one training from another, before a node begins. What its tasks read is
+    hashed whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(name for name, info in checkpoint.tensors.items() if len(info.shape) == 1):
+        digest.update(checkpoint.raw(name).data)
+        checkpoint.release([name])
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -229,7 +268,7 @@ def _opened(source: tuple[str, str, str]) -> Checkpoint:
             f"a node of the cluster has nemoquant {__version__}; expected {version}, as here"
         )
     checkpoint = Checkpoint(Path(path))
-    if manifest.weights_fingerprint(checkpoint) != fingerprint:
+    if small_tensors_sha256(checkpoint) != fingerprint:
         raise CheckpointError(
             f"{path} is another checkpoint on a node of the cluster; expected the same one under this path "
             f"everywhere"

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +14,29 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import check_output, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, check_output, nearest_folder
+from nemoquant.checkpoint.identity import (
+    Ahead,
+    Units,
+    differing,
+    source_groups,
+    told,
+)
+from nemoquant.checkpoint.intact import check_settings
+from nemoquant.checkpoint.making import clear, ended
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.errors import CheckpointError, OutputError
+from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.pack.workers import Threads
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
+from nemoquant.run import same_source
 from nemoquant.run.budget import Budget, budget
 from nemoquant.run.estimate import Estimate, estimate_run
 from nemoquant.run.options import RunOptions
-from nemoquant.run.unfinished import Unfinished, check_identity, earlier, finish, unfinished
+from nemoquant.run.unfinished import Unfinished, check_finished, earlier, unfinished
 from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.sources.source import Source
@@ -34,7 +47,10 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary."""
+    """Result of a run: items that verify checked, source files not copied, warnings, calibration summary.
+
+    Nothing was checked where OUT was finished already.
+    """
 
     verified: dict[str, int]
     skipped: list[str]
@@ -89,13 +105,18 @@ class Job:
         """The compute dtype of calibration, ``float32`` or ``bfloat16``."""
         return self.options.dtype or compute_dtype(self.options.device)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run that ``--resume`` is to continue has made OUT already."""
+        return self.earlier is not None and self.earlier.folder == self.out
+
     def check(self) -> None:
         """Refuse everything that can be refused without reading weights or text.
 
         Raises:
             OutputError
         """
-        if self.earlier is None or self.earlier.verified is None or self.earlier.folder != self.out:
+        if not self.is_finished:
             needed = self.plan.bytes_out + self._hidden_bytes()
             check_output(
                 self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume
@@ -195,26 +216,37 @@ class Job:
             NemoquantError: any of its kinds; see errors.py.
         """
         origin = self.read_origin()
-        with self._cluster() as cluster:
+        if self.is_finished:
+            return self._done(origin)
+        with ExitStack() as end, self._cluster() as cluster:
             processors = None if cluster is None else cluster.processors
             prepared = self.prepare(origin, processors)
             self.announce(prepared, processors)
-            weights = manifest.weights_fingerprint(self.source.checkpoint)
-            identity = self._identity(prepared, weights)
-            if self.earlier is not None and self.earlier.folder == self.out:
-                return self._done(self.earlier, identity)
+            identity = self._identity(prepared)
             with unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run:
                 if run.worth_keeping:
                     self.listener.say(f"going on with {run.folder}: {run.describe()}")
+                    run.finished_shards()
+                    self._check_source(run.folder, run.units)
                 elif self.options.resume:
                     self.listener.say("nothing to go on with, beginning anew")
-                scales, added = self._scales(run, prepared, weights, cluster)
+                scales, added = self._scales(run, prepared, cluster)
                 workers = (
                     Threads(self.source.checkpoint, self.threads, prepared.budget.ahead, self.options.device)
                     if cluster is None
                     else cluster.workers(self.threads)
                 )
-                written = self.output.write(run, scales, workers, [*warnings, *added], self.listener.progress)
+                written = self.output.write(
+                    run,
+                    scales,
+                    workers,
+                    [*warnings, *added],
+                    self.listener.progress,
+                    hashed=self._hashed(run, cluster),
+                    scales_file=None if self.options.scales is None else str(self.options.scales),
+                )
+                self.source.checkpoint.check_unchanged()
+            end.enter_context(ended(self.out))
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
@@ -228,24 +260,53 @@ class Job:
             self.listener.say(f"Ray: {cluster.processors} processors")
             yield cluster
 
-    def _done(self, before: Unfinished, identity: dict[str, Any]) -> Outcome:
-        """Finish a run that was killed after OUT had its name: only its state is left to remove."""
-        check_identity(before, identity)
-        scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
-        warnings = manifest.read_manifest(self.out)["warnings"]
-        self.listener.say(f"{self.out} was finished already")
-        finish(self.out)
-        assert before.verified is not None
-        skipped = self.output.side_files[1]
-        return Outcome(before.verified, skipped, warnings, None if scales is None else scales.summary())
+    def _done(self, origin: Scales | Rows | None) -> Outcome:
+        """The outcome of a run that had made OUT already; only its state may be left to remove.
 
-    def _identity(self, prepared: Prepared, weights: str) -> dict[str, Any]:
+        Raises:
+            UsageError: of other options or of another source. CheckpointError: OUT is damaged.
+        """
+        assert self.earlier is not None
+        made = manifest.read_manifest(self.out)
+        check_finished(self.earlier, self._identity(self.prepare(origin)), made)
+        check_settings(self.out, made)
+        Checkpoint(self.out).close()  # its headers and sizes; `verify` reads all of it
+        self._check_source(self.out, made["source"]["units"])
+        clear(self.out)
+        self.listener.say(f"{self.out} was finished already")
+        scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
+        skipped = self.output.side_files[1]
+        return Outcome({}, skipped, made["warnings"], None if scales is None else scales.summary())
+
+    def _check_source(self, folder: Path, expected: Units) -> None:
+        same_source.check(
+            self.source,
+            folder,
+            expected,
+            self.threads,
+            say=self.listener.say,
+            progress=self.listener.progress,
+        )
+
+    def _hashed(self, run: Unfinished, cluster: "Cluster | None") -> Units:
+        """Hashes of the source that packing must come to as well.
+
+        Those of what was calibrated and of what is kept; on a cluster all of them, because its nodes read
+        their own copies.
+        """
+        known = run.units
+        if cluster is not None:
+            known |= same_source.hash_rest(
+                self.source, known, self.threads, say=self.listener.say, progress=self.listener.progress
+            )
+        return known
+
+    def _identity(self, prepared: Prepared) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
         identity: dict[str, Any] = {
             "nemoquant": __version__,
             "config": manifest.config_sha256(self.source.raw_config)[:12],
             "tensors": manifest.tensor_table_sha256(self.source.checkpoint.tensors)[:12],
-            "weights": weights[:12],
             "scale_groups": self.plan.scale_groups,
             "recipe": f"{self.plan.recipe.name} ({self.plan.sha256[:12]})",
             "shard_bytes": self.options.shard_bytes,
@@ -265,7 +326,7 @@ class Job:
         return identity
 
     def _scales(
-        self, run: Unfinished, prepared: Prepared, weights: str, cluster: "Cluster | None"
+        self, run: Unfinished, prepared: Prepared, cluster: "Cluster | None"
     ) -> tuple[Scales | None, list[str]]:
         """Calibrate, or take the results of an earlier run; returns warnings too.
 
@@ -275,31 +336,38 @@ class Job:
         if origin is None:
             return None, []
         file = run.folder / SCALES_FILE
-        if run.calibrated:
-            scales = Scales.load(file)
-        elif isinstance(origin, Scales):
+        if isinstance(origin, Scales):
             scales = origin
+        elif run.calibrated:
+            scales = self._calibrated(run, file)
         else:
             with torch_threads(self.calibration_threads):
                 scales = self._calibrate(run, origin, prepared, cluster)
-            scales.settings["weights"] = weights
             scales.warnings = [*origin.warnings, *scales.warnings_for(self.plan)]
-        warnings = list(scales.warnings)
-        if isinstance(origin, Scales) and origin.settings.get("weights") != weights:
-            warnings.insert(
-                0,
-                f"{self.options.scales} was made from other weights than {self.source.path}: "
-                "their norms and SSM parameters differ",
-            )
         if not run.calibrated:
-            manifest.replace_text(file, scales.dump())
+            text = scales.dump()
+            replace_text(file, text)
             run.calibrated = True
             if run.calibration is not None:
-                run.calibration = {"layers": run.calibration["layers"]}
+                run.calibration = {
+                    "layers": run.calibration["layers"],
+                    "units": scales.units,
+                    "scales_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                }
             run.save()
-        for hidden in run.state.glob("hidden.*"):
-            hidden.unlink()
-        return scales, warnings
+        for hidden in HIDDEN:
+            (run.state / hidden).unlink(missing_ok=True)
+        return scales, list(scales.warnings)
+
+    def _calibrated(self, run: Unfinished, file: Path) -> Scales:
+        """The scales that an earlier run calibrated; raises OutputError where their file is not its own."""
+        assert run.calibration is not None
+        if not file.is_file() or manifest.file_sha256(file) != run.calibration["scales_sha256"]:
+            raise OutputError(
+                f"{file} is damaged: its sha256 is not the one in the run's state; remove {run.folder} and "
+                f"begin again"
+            )
+        return Scales.load(file)
 
     def _calibrate(
         self, run: Unfinished, rows: Rows, prepared: Prepared, cluster: "Cluster | None"
@@ -315,6 +383,8 @@ class Job:
         assert row_batch is not None
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         begin, at = None, run.calibration
+        run.check_calibration(len(self.source.config.layers), len(rows.ids))
+        units: Units = dict(at["units"]) if at else {}
         hidden = InFiles(
             run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
         )
@@ -326,10 +396,20 @@ class Job:
                     f"the hidden states in {run.state} are damaged: calibrating from the first layer on"
                 )
                 begin = run.calibration = None
+                units = {}
+        groups = source_groups(self.source.table)
+        ahead = Ahead(self.source.checkpoint, {k: v for k, v in groups.items() if k not in ("head", "mtp")})
 
         def keep(between: Between) -> None:
+            if between.layers == 1:
+                units.update(ahead.take("begin"))
+            units.update(ahead.take(between.layers - 1))
+            # The layer's own check came before its hashes were complete, which are those of what it read only
+            # if nothing changed until now.
+            self.source.checkpoint.check_unchanged()
             run.calibration = {
                 "layers": between.layers,
+                "units": units,
                 "dead_rows": between.dead,
                 "collected": between.collected,
                 "hidden": hidden.current,
@@ -337,7 +417,9 @@ class Job:
             }
             run.save()
 
-        try:
+        with closing(hidden), ahead:
+            next_group = "begin" if begin is None else begin.layers if begin.layers in groups else "norm"
+            ahead.begin(next_group)
             dead = calibrate(
                 self.source.checkpoint,
                 self.source.config,
@@ -352,8 +434,15 @@ class Job:
                 spread=None if cluster is None else cluster.spread,
                 progress=self.listener.progress,
             )
-        finally:
-            hidden.close()
+            units.update(ahead.take("norm"))
+        changed = differing(units, cluster.units) if cluster is not None else []
+        if changed:
+            raise CheckpointError(
+                f"{self.source.path} is another one on the nodes of the cluster than here: "
+                f"{told(changed, len(units))}; copy it to them again"
+            )
+        self.source.checkpoint.check_unchanged()
+        amax.scales.units = units
         amax.scales.non_finite_rows = len(dead)
         return amax.scales
 

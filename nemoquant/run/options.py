@@ -11,7 +11,17 @@ from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, get_args
 
-from nemoquant.arguments import PathLike, check_flags, check_text, check_word, optional_path, threads, whole
+from nemoquant.arguments import (
+    MOST_BYTES,
+    MOST_WHOLE,
+    PathLike,
+    check_flags,
+    check_text,
+    check_word,
+    optional_path,
+    threads,
+    whole,
+)
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES, Device
@@ -111,10 +121,11 @@ class RunOptions:
         for name in ("rows", "seq_len", "row_batch", "memory", "shard_bytes"):
             value = getattr(self, name)
             if value is not None or name in ("rows", "seq_len", "shard_bytes"):
-                object.__setattr__(self, name, whole(name, value, 1))
+                most = MOST_BYTES if name in ("memory", "shard_bytes") else MOST_WHOLE
+                object.__setattr__(self, name, whole(name, value, 1, most))
         object.__setattr__(self, "threads", threads(self.threads))
         for name in ("data", "scales"):
-            optional_path(name, getattr(self, name))
+            object.__setattr__(self, name, optional_path(name, getattr(self, name)))
         check_word("device", self.device, DEVICES)
         if self.dtype is not None:
             check_word("dtype", self.dtype, DTYPES)

@@ -3,39 +3,36 @@
     OUT.partial/nemoquant_resume/state.json    options; calibrated layers and their results; shards, sha256
     OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the rows, before and after the current layer
 
-``state.json`` is written to a temporary file and renamed, after each layer and each shard, so that a kill at
-any moment leaves the last one whole. Nothing else is trusted: hidden states and shards are compared with the
-hashes in it before a run uses them.
+``state.json`` is written to a temporary file and renamed, after each layer and each shard, so that a kill or
+a power cut at any moment leaves the last one whole. What it names is on the disk before it is. Nothing else
+is trusted: hidden states and shards are compared with the hashes in it before a run uses them, and the source
+with those of what they were made from.
 
     fails before a layer or shard is finished   all that was made is removed
+    finds NaN or Inf in the source              the same: a repaired source is another one
     fails, is interrupted or killed later       OUT.partial stays, --resume continues
     ends well                                   OUT.partial becomes OUT, and the folder in it is removed
 """
 
-import fcntl
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.folder import partial_of
-from nemoquant.checkpoint.manifest import file_sha256, replace_text
-from nemoquant.errors import Interrupted, NemoquantError, OutputError, UsageError, listing
+from nemoquant.calibrate.scales import FILE as SCALES_FILE
+from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.folder import FOLDER, STATE, partial_of
+from nemoquant.checkpoint.identity import Units
+from nemoquant.checkpoint.making import making
+from nemoquant.errors import OutputError, UsageError, WeightError, listing
 from nemoquant.run.options import OPTIONS, Option
-
-FOLDER = "nemoquant_resume"
-STATE = "state.json"
-SCHEMA = 2
+from nemoquant.run.state import CalibrationState, ShardState, read_state, write_state
 
 Identity = Mapping[str, Any]
 FACTS = {  # what decides the output's bytes besides the options, with its name in messages
     "nemoquant": "nemoquant",
     "config": "SRC's config",
     "tensors": "SRC's tensors",
-    "weights": "SRC's weights",
     "recipe": "the recipe",
 }
 
@@ -47,18 +44,17 @@ class Unfinished:
         folder: where the output's files are written.
         identity: all that decides the output's bytes: ``FACTS``, and options by their fields of
             :class:`RunOptions`.
-        calibration: JSON data of the layers that were calibrated, None before the first.
+        calibration: the layers that were calibrated, None before the first; ``units`` in it are the hashes of
+            what was read for them, ``scales_sha256`` that of the scales file once it is final.
         calibrated: whether the scales file is written and final.
-        shards: file name -> {"sha256", "zero_weights"}.
-        verified: counts of the items that verify checked, once it passed.
+        shards: those that are written, by file name; ``units`` are hashes of what each was made from.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
         self.folder, self.identity = folder, dict(identity)
-        self.calibration: dict[str, Any] | None = None
+        self.calibration: CalibrationState | None = None
         self.calibrated = False
-        self.shards: dict[str, dict[str, Any]] = {}
-        self.verified: dict[str, Any] | None = None
+        self.shards: dict[str, ShardState] = {}
 
     @property
     def state(self) -> Path:
@@ -70,9 +66,16 @@ class Unfinished:
         return bool(self.shards) or self.calibration is not None
 
     def save(self) -> None:
-        """Write the state; a kill leaves the new one or the one before."""
-        data = {k: v for k, v in vars(self).items() if k != "folder"}
-        replace_text(self.state / STATE, json.dumps({"schema": SCHEMA} | data))
+        """Write the state; a kill or a power cut leaves the new one or the one before."""
+        write_state(
+            self.state / STATE,
+            {
+                "identity": self.identity,  # type: ignore[typeddict-item]  # of any options
+                "calibration": self.calibration,
+                "calibrated": self.calibrated,
+                "shards": self.shards,
+            },
+        )
 
     def describe(self) -> str:
         """How far the run came, in a few words."""
@@ -86,14 +89,57 @@ class Unfinished:
         shards = f"{len(self.shards)} shards written" if self.shards else ""
         return ", ".join(filter(None, (layers, shards))) or "nothing finished yet"
 
-    def finished_shards(self) -> dict[str, dict[str, Any]]:
+    def kept(self, error: BaseException) -> str:
+        """What to say of it after an error; empty where nothing is worth keeping.
+
+        After damaged weights nothing is: a repaired source is another one.
+        """
+        if not self.worth_keeping or isinstance(error, WeightError):
+            return ""
+        return f"{self.folder} is kept ({self.describe()}): --resume goes on from there"
+
+    def finished_shards(self) -> dict[str, ShardState]:
         """Shards of an earlier run that are unchanged; the others are forgotten, and packed again."""
         self.shards = {
             file: entry
             for file, entry in self.shards.items()
-            if (self.folder / file).is_file() and file_sha256(self.folder / file) == entry["sha256"]
+            if (self.folder / file).is_file() and manifest.file_sha256(self.folder / file) == entry["sha256"]
         }
         return self.shards
+
+    @property
+    def packed(self) -> Units:
+        """Hashes of all of the source that the shards were made from."""
+        found: Units = {}
+        for entry in self.shards.values():
+            found |= entry["units"]
+        return found
+
+    @property
+    def units(self) -> Units:
+        """The same of the whole kept part; where both have a unit, its hash when it was calibrated."""
+        return self.packed | (self.calibration["units"] if self.calibration else {})
+
+    def forget(self, units: Collection[str]) -> None:
+        """Drop the shards that were made from these units of the source; they are packed again."""
+        self.shards = {
+            file: entry for file, entry in self.shards.items() if entry["units"].keys().isdisjoint(units)
+        }
+        self.save()
+
+    def check_calibration(self, layers: int, rows: int) -> None:
+        """Make sure that the state is of a model of so many layers, and of so many rows.
+
+        Raises:
+            OutputError
+        """
+        at = self.calibration
+        if at and (at["layers"] > layers or any(row >= rows for row in at.get("dead_rows", ()))):
+            raise _unreadable(self.folder, "it has more layers or rows than this run")
+
+
+def _unreadable(folder: Path, why: object) -> OutputError:
+    return OutputError(f"{folder / FOLDER / STATE} can't be read ({why}); remove {folder} and begin again")
 
 
 def load(folder: Path) -> Unfinished | None:
@@ -102,23 +148,71 @@ def load(folder: Path) -> Unfinished | None:
     Raises:
         OutputError: it can't be read.
     """
-    file = folder / FOLDER / STATE
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data.pop("schema") != SCHEMA:
-            raise ValueError("of another version of nemoquant")
-        run = Unfinished(folder, data["identity"])
-        vars(run).update({key: data[key] for key in vars(run) if key != "folder"})
-    except FileNotFoundError:
+        state = read_state(folder / FOLDER / STATE)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{file} can't be read ({error}); remove {folder} and begin again") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, getattr(error, "strerror", None) or error) from None
+    run = Unfinished(folder, state["identity"])
+    run.calibration, run.calibrated, run.shards = state["calibration"], state["calibrated"], state["shards"]
     return run
 
 
 def earlier(out: Path) -> Unfinished | None:
-    """The state of an earlier run for ``--resume``: in OUT.partial, or in OUT if it was killed at the end."""
-    return load(partial_of(out)) or load(out)
+    """The state of an earlier run for ``--resume``: in OUT.partial, or of OUT where that run has finished.
+
+    Raises:
+        OutputError: it can't be read. CheckpointError: OUT's manifest can't be used.
+    """
+    found = load(partial_of(out))
+    if found is not None or not (out / manifest.FILE).is_file():
+        return found
+    found = Unfinished(out, _made_from(out))
+    found.calibrated = True
+    return found
+
+
+def _made_from(out: Path) -> dict[str, Any]:
+    """The identity of the run that made OUT, from its manifest and its scales file."""
+    data = manifest.read_manifest(out)
+    plan, source, calibration = data["plan"], data["source"], data["calibration"]
+    identity = {
+        "nemoquant": data["nemoquant"],
+        "config": source["config_sha256"][:12],
+        "tensors": source["tensor_table_sha256"][:12],
+        "scale_groups": plan["scale_groups"],
+        "recipe": f"{plan['recipe']['name']} ({plan['sha256'][:12]})",
+        "shard_bytes": data["shard_bytes"],
+    }
+    if calibration is None:
+        return identity
+    # Scales that were calibrated and the same ones from a file make the same bytes.
+    rows, length, tokens = calibration["rows"], calibration["seq_len"], calibration["tokens_sha256"]
+    return identity | {
+        "scales": manifest.file_sha256(out / SCALES_FILE)[:12],
+        "data": f"{rows} rows of {length} tokens of {calibration['data']} ({tokens[:12]})",
+        "dtype": calibration["dtype"],
+        "row_batch": calibration["row_batch"],
+    }
+
+
+def check_finished(run: Unfinished, identity: Identity, made: Mapping[str, Any]) -> None:
+    """Make sure that a run with this identity would make the OUT that an earlier one has finished.
+
+    Args:
+        made: OUT's manifest.
+    Raises:
+        UsageError: names the options and inputs that differ. OutputError: a file is missing.
+    """
+    asked = {name: value for name, value in identity.items() if name in run.identity}
+    run.identity = {name: run.identity[name] for name in asked}
+    check_identity(run, asked)
+    missing = [name for name in made["files"] if not (run.folder / name).is_file()]
+    if missing:
+        raise OutputError(
+            f"{run.folder} lacks {listing(missing)}, which its manifest lists; remove it and begin again"
+        )
 
 
 def check_identity(found: Unfinished, identity: Identity) -> None:
@@ -136,131 +230,37 @@ def check_identity(found: Unfinished, identity: Identity) -> None:
             changed.append(f"{option.flag} was {option.shown(was)} and is {option.shown(now)}")
     if changed:
         raise UsageError(
-            f"{found.folder} was begun with other options: {'; '.join(changed)}; give the same ones to "
-            f"--resume, or remove the folder"
-        )
-
-
-def check_files(folder: Path, known: set[str]) -> None:
-    """Make sure that an OUT.partial holds only files that a run writes.
-
-    Raises:
-        OutputError: names the other files.
-    """
-    strange = sorted(
-        path.name for path in folder.iterdir() if path.name.removesuffix(".partial") not in known | {FOLDER}
-    )
-    if strange:
-        raise OutputError(
-            f"{folder} holds {listing(strange)}, which no run writes there; move it away, or choose another "
-            f"output"
+            f"{found.folder} was begun with other options: {'; '.join(changed)}; give the same ones, or "
+            f"remove the folder"
         )
 
 
 @contextmanager
-def unfinished(out: Path, identity: Identity, known: set[str], *, resume: bool) -> Iterator[Unfinished]:
+def unfinished(
+    out: Path, identity: Identity, known: Collection[str], *, resume: bool
+) -> Iterator[Unfinished]:
     """Yields the run's state in OUT.partial; when the body ends well, OUT.partial becomes OUT.
 
     Args:
         known: names of the files that the run may write.
-        resume: continue with the OUT.partial that exists, if it was begun with the same options; else it must
-            not exist.
+        resume: continue with the OUT.partial that exists, if it was begun with the same options; else none
+            may exist.
     Raises:
         OutputError: OUT.partial can't be made or written, holds other files or is in use by another run; or
             OUT has appeared meanwhile.
         UsageError: other options than before.
         Interrupted: for a KeyboardInterrupt of the body, with how to continue.
     """
-    partial = partial_of(out)
-    parents = [p for p in out.absolute().parents if not p.exists()]
-    run: Unfinished | None = None
-    ours = False  # whether this run made all that is in the folder
-    try:
-        if resume and partial.exists():
-            check_files(partial, known)
-            if any(partial.iterdir()) and not (partial / FOLDER).is_dir():
+    with making(out, known, resume=resume) as made:
+        run = load(made.folder)
+        if run is None:
+            if made.begun:
                 raise OutputError(
-                    f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it"
+                    f"{made.folder} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it"
                 )
-        else:
-            partial.mkdir(parents=True)
-        (partial / FOLDER).mkdir(exist_ok=True)
-        with _locked(partial / FOLDER):
-            state = load(partial)
-            if state is None:
-                if len(list(partial.iterdir())) > 1:
-                    raise OutputError(
-                        f"{partial} has files but no {FOLDER}/{STATE}; no run can go on with it, remove it"
-                    )
-                ours = True  # made above, or by a run that was killed before it wrote anything
-                state = Unfinished(partial, identity)
-                state.save()
-            check_identity(state, identity)
-            for half in (*partial.glob("*.partial"), *partial.glob(f"{FOLDER}/*.partial")):
-                half.unlink()
-            run = state
-            yield run
-    except BaseException as error:
-        keep = run.worth_keeping if run is not None else not ours
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
-        for folder in (partial / FOLDER, partial, *parents) if run is None else parents:
-            with suppress(OSError):  # only what is empty; innermost first
-                folder.rmdir()
-        _add_kept(
-            error,
-            out,
-            f"{partial} is kept ({run.describe()}): --resume goes on from there"
-            if keep and run is not None
-            else "",
-        )
-        raise
-    try:
-        partial.rename(out)
-    except OSError as error:
-        raise OutputError(
-            f"{partial} is finished and verified, but can't be renamed to {out} ({error.strerror}); make "
-            f"room there, then --resume"
-        ) from None
-    finish(out)
-
-
-def finish(out: Path) -> None:
-    """Remove the state of the run from OUT; ``state.json`` last, so that a kill leaves it or nothing."""
-    for path in sorted((out / FOLDER).iterdir(), key=lambda path: path.name == STATE):
-        path.unlink()
-    (out / FOLDER).rmdir()
-
-
-def _add_kept(error: BaseException, out: Path, kept: str) -> None:
-    """Add to an error what is left of the run; interrupts and system errors become nemoquant's own."""
-    if isinstance(error, NemoquantError):
-        error.kept = kept
-    elif isinstance(error, KeyboardInterrupt | OSError):
-        replacement: Interrupted | OutputError = Interrupted()
-        if isinstance(error, OSError):
-            replacement = OutputError(f"{out}: {error.strerror or error}; make room or choose another output")
-        replacement.kept = kept or "nothing was kept"
-        raise replacement from error
-    elif kept:
-        error.add_note(kept)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out; the system releases the lock however this process ends.
-
-    Raises:
-        OutputError: another run holds the lock.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(
-            f"{folder.parent} is being written by another run; wait for it, or choose another output"
-        ) from None
-    else:
-        yield
-    finally:
-        os.close(handle)
+            run = Unfinished(made.folder, identity)
+            run.save()
+        check_identity(run, identity)
+        made.disposable, made.kept = True, run.kept
+        made.drop_halves()
+        yield run

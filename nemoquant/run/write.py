@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemoquant._version import __version__
-from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import copy_side_files, side_files
+from nemoquant.checkpoint.identity import Units, differing, told, units_of
 from nemoquant.checkpoint.reader import INDEX
-from nemoquant.errors import VerificationError, listing
+from nemoquant.checkpoint.side_files import copy_side_files, side_files
+from nemoquant.errors import SourceChangedError, VerificationError, listing
+from nemoquant.files import write_again
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
-from nemoquant.pack.files import CARD, WRITTEN
+from nemoquant.pack.files import WRITTEN
+from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.state import LostState
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
+from nemoquant.words import in_markdown, markdown_code
 
 
 class Written(NamedTuple):
@@ -66,43 +70,69 @@ class Output:
         workers: AbstractContextManager[Workers],
         warnings: Sequence[str],
         progress: Progress,
+        *,
+        hashed: Units,
+        scales_file: str | None = None,
     ) -> Written:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
+
+        The scales file is there already.
 
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
+            hashed: hashes of units of the source that packing must come to as well.
+            scales_file: the file of another run that the scales are from; its source may be another one.
         Raises:
-            CalibrationError, WeightError, VerificationError
+            CalibrationError, WeightError, SourceChangedError, VerificationError
         """
         folder = run.folder
         warnings = [*warnings, *self._pack(run, scales, workers, progress)]
+        packed = run.packed
+        units = {name: packed[name] for name in units_of(row.name for row in self.plan.rows)}
+        self._check_same(run, hashed, units)
+        if scales is not None and scales_file is not None:
+            warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
             _write_json(folder / name, data)
         weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
         _write_json(
             folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
         )
-        if scales is not None:
-            (folder / SCALES_FILE).write_text(scales.dump(), encoding="utf-8")
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        _write_text(folder / manifest.CARD, text)
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
-        names = sorted(
-            path.name for path in folder.iterdir() if path.is_file() and path.name != manifest.FILE
-        )
+        names = sorted(name for name in self.names - {manifest.FILE} if (folder / name).exists())
         files = {name: digests.get(name) or manifest.file_sha256(folder / name) for name in names}
-        manifest.write_manifest(folder, self._manifest(scales, warnings, files))
+        manifest.write_manifest(folder, self._manifest(scales, warnings, files, units))
         report = verify(folder, self.source, encode_again=False, progress=progress)
+        self.source.checkpoint.check_unchanged()  # or what was written seems wrong
         if not report.ok:
             raise VerificationError(
                 f"what was written is not what was planned: {'; '.join(report.problems[:3])}"
             )
-        run.verified = report.checked
-        run.save()
         return Written(report.checked, skipped, warnings)
+
+    def _check_same(self, run: Unfinished, hashed: Units, units: Units) -> None:
+        changed = differing(hashed, units)
+        if changed:
+            run.forget(changed)
+            raise SourceChangedError(
+                f"{self.source.path} is not the same for calibration and packing, or on all nodes: "
+                f"{told(changed, len(hashed))}; expected files that nobody writes to meanwhile, the same on "
+                f"all nodes of a cluster"
+            )
+
+    def _scales_warnings(self, scales: Scales, units: Units, scales_file: str) -> list[str]:
+        """A warning where scales of another run are of another source."""
+        changed = differing(scales.units, units)
+        return [
+            f"{scales_file} was made from other weights than {self.source.path}: "
+            f"{told(changed, len(scales.units))}; its input scales may not fit, calibrate again without "
+            f"--scales"
+        ] * bool(changed)
 
     def _pack(
         self,
@@ -119,7 +149,7 @@ class Output:
             done += size
             progress("pack", done, self.plan.bytes_in, "")
 
-        present = run.finished_shards()
+        present = set(run.shards)  # compared with their hashes when the run was taken up
         with workers as entered:
             packer = Packer(self.plan, self.source.checkpoint, scales, entered, packed)
             for shard in self.layout:
@@ -129,12 +159,29 @@ class Output:
                 (run.folder / shard.file).unlink(missing_ok=True)
                 before = len(packer.zero_weights)
                 digest = packer.write(run.folder / shard.file, shard)
-                run.shards[shard.file] = {"sha256": digest, "zero_weights": packer.zero_weights[before:]}
+                run.shards[shard.file] = {
+                    "sha256": digest,
+                    "zero_weights": packer.zero_weights[before:],
+                    "lost": {
+                        row.module: _counts(packer.lost[row.module])
+                        for unit in shard.units
+                        for row in unit.rows
+                        if row.module in packer.lost
+                    },
+                    "units": packer.read_for(shard),
+                }
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
-        return packer.warnings + _zero_warnings(self.plan, zero)
+        lost = {
+            module: Lost(**counts)
+            for shard in self.layout
+            for module, counts in run.shards[shard.file]["lost"].items()
+        }
+        return packer.warnings + _zero_warnings(self.plan, zero) + lost_warnings(lost)
 
-    def _manifest(self, scales: Scales | None, warnings: list[str], files: dict[str, str]) -> dict[str, Any]:
+    def _manifest(
+        self, scales: Scales | None, warnings: list[str], files: dict[str, str], units: Units
+    ) -> dict[str, Any]:
         return {
             "schema": manifest.SCHEMA,
             "nemoquant": __version__,
@@ -142,6 +189,7 @@ class Output:
                 "config_sha256": manifest.config_sha256(self.source.raw_config),
                 "tensor_table_sha256": manifest.tensor_table_sha256(self.source.checkpoint.tensors),
                 "dtypes": manifest.pack_dtypes(self.source.table),
+                "units": units,
             },
             "plan": self.plan.summary()
             | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
@@ -151,6 +199,15 @@ class Output:
             "skipped_side_files": self.side_files[1],
             "files": files,
         }
+
+
+def _counts(lost: Lost) -> LostState:
+    return {
+        "floored": lost.floored,
+        "blocks": lost.blocks,
+        "flushed": lost.flushed,
+        "values": lost.values,
+    }
 
 
 def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
@@ -171,7 +228,11 @@ def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_again(path, text.encode("utf-8"))
 
 
 def _calibration_sentence(scales: Scales | None) -> str:
@@ -179,6 +240,7 @@ def _calibration_sentence(scales: Scales | None) -> str:
         return "none was needed."
     s = scales.settings
     return (
-        f"{s['rows']} rows of {s['seq_len']} tokens of `{s['data']}`, {s['dtype']} compute; "
+        f"{in_markdown(s['rows'])} rows of {in_markdown(s['seq_len'])} tokens of {markdown_code(s['data'])}, "
+        f"{in_markdown(s['dtype'])} compute; "
         "the largest magnitude of each GEMM input."
     )

@@ -1,35 +1,25 @@
 """Calibration rows: text or token ids from a file, as one matrix of tokens.
 
-Documents are taken in file order, each followed by the eos token, and cut into rows without overlap; tokens
-that do not fill a last row are dropped and counted.
-
-    .txt       one document
-    .jsonl     one document per line: {"text": ...}, {"messages": [...]} through the chat template,
-               or {"input_ids": [...]}
-    .parquet   the same by columns (extra `parquet`)
-    .npy       integer array [rows, length], used unchanged
+Documents (``documents.py``) are taken in file order, each followed by the eos token, and cut into rows
+without overlap; tokens that do not fill a last row are dropped and counted. An .npy file is an integer array
+[rows, length], used unchanged.
 """
 
 import hashlib
-import json
-import re
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nemoquant.errors import CalibrationError, MissingExtraError
+from nemoquant.errors import CalibrationError
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.tokens.codec import chat_template, load_tokenizer
+from nemoquant.tokens.array import read_array
+from nemoquant.tokens.documents import documents
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
-PIECE_CHARS = 1 << 16
-LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,9 @@ def load_rows(
             f".parquet or .npy"
         )
     loaded = (
-        _read_array(path) if path.suffix == ".npy" else _read_documents(path, model, config, rows, length)
+        Rows(read_array(path), path.name, 0)
+        if path.suffix == ".npy"
+        else _read_documents(path, model, config, rows, length)
     )
     if loaded.ids.size and not (loaded.ids.min() >= 0 and loaded.ids.max() < config.vocab_size):
         raise CalibrationError(
@@ -97,133 +89,34 @@ def load_rows(
     return replace(loaded, warnings=tuple(warnings))
 
 
-def _read_array(path: Path) -> Rows:
-    try:
-        with path.open("rb") as f:
-            array = np.load(f, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(
-            f"{path} cannot be read as a numpy array ({error}); expected integers [rows, length]"
-        ) from None
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
-        raise CalibrationError(
-            f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]"
-        )
-    return Rows(array.astype(np.int64), path.name, 0)
-
-
 def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
-    stream: list[int] = []
-    for document in _documents(path, model):
-        before = len(stream)
-        for ids in document:
-            stream += ids
-            if len(stream) >= rows * length:
+    parts: list[npt.NDArray[np.int64]] = []
+    total = 0
+
+    def add(ids: Sequence[int]) -> None:
+        nonlocal total
+        parts.append(np.array(ids, np.int64))
+        total += len(ids)
+
+    with closing(documents(path, model)) as found:
+        for document in found:
+            before = total
+            for ids in document:
+                add(ids)
+                if total >= rows * length:
+                    break
+            if total > before:
+                add(config.eos_token_ids[:1])
+            if total >= rows * length:
                 break
-        if len(stream) > before:
-            stream += config.eos_token_ids[:1]
-        if len(stream) >= rows * length:
-            break
-    if not stream:
+    if not total:
         raise CalibrationError(f"{path} holds no text; expected at least one row of {length} tokens")
-    count = min(rows, len(stream) // length)
+    count = min(rows, total // length)
     if not count:
         raise CalibrationError(
-            f"{path} holds {len(stream)} tokens, less than one row of {length}; give more text or a smaller "
+            f"{path} holds {total} tokens, less than one row of {length}; give more text or a smaller "
             f"--seq-len"
         )
-    dropped = len(stream) - count * length if count < rows else 0
-    return Rows(np.array(stream[: count * length], np.int64).reshape(count, length), path.name, dropped)
-
-
-def _documents(path: Path, model: Path) -> Iterator[Iterable[list[int]]]:
-    """Token ids of each document, in pieces that are tokenized on demand."""
-    tokenizer, template = None, None
-    for number, document in _raw_documents(path):
-        where = f"{path.name}, document {number}"
-        if isinstance(document.get("input_ids"), list):
-            ids = document["input_ids"]
-            bad = [i for i in ids if type(i) is not int or not 0 <= i < 1 << 31]
-            if bad:
-                raise CalibrationError(f"{where}: `input_ids` holds {bad[0]!r}; expected token ids")
-            yield [ids]
-            continue
-        text = document.get("text")
-        if text is None and isinstance(document.get("messages"), list):
-            template = template or chat_template(model)
-            text = template(document["messages"], where)
-        if not isinstance(text, str):
-            kinds = (
-                ", ".join(f"{key} ({type(value).__name__})" for key, value in sorted(document.items()))
-                or "nothing"
-            )
-            raise CalibrationError(
-                f"{where}: has {kinds}; expected `text` (str), `messages` (list) or `input_ids` (list)"
-            )
-        tokenizer = tokenizer or load_tokenizer(model)
-        yield map(partial(_encode, tokenizer), _pieces(text))
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A long text cut between lines, so that not much more of it is tokenized than the rows need.
-
-    The cut is after a single line break between two other characters: no tokenizer of this family joins
-    tokens across one.
-    """
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        place = LINE_END.search(text, start + PIECE_CHARS)
-        if place is None:
-            break
-        yield text[start : place.end()]
-        start = place.end()
-    yield text[start:]
-
-
-def _raw_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        if path.suffix == ".txt":
-            yield 1, {"text": path.read_text(encoding="utf-8")}
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        document = json.loads(line)
-                        if not isinstance(document, dict):
-                            raise CalibrationError(
-                                f"{path.name}, line {number}: a JSON {type(document).__name__}, expected an "
-                                f"object"
-                            )
-                        yield number, document
-        elif path.suffix == ".parquet":
-            yield from _parquet(path)
-        else:
-            raise CalibrationError(
-                f"{path}: unknown kind {path.suffix!r}; expected .txt, .jsonl, .parquet or .npy"
-            )
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path.name}: not JSON ({error}); expected one JSON object a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtraError(
-            f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'"
-        ) from None
-    try:
-        rows = (row for batch in parquet.ParquetFile(path).iter_batches(64) for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
-    except pyarrow.ArrowException as error:
-        raise CalibrationError(f"{path} cannot be read as parquet ({error})") from None
+    dropped = total - count * length if count < rows else 0
+    kept = np.concatenate(parts)[: count * length].reshape(count, length)
+    return Rows(kept, path.name, dropped)

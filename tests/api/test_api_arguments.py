@@ -1,14 +1,16 @@
 """A wrong word or an impossible number is a UsageError that says what was got and what is known."""
 
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.places import SUPER as CONFIG
 
 import nemoquant
 from nemoquant import arguments
-from nemoquant.errors import UsageError
+from nemoquant.errors import NemoquantError, RecipeError, UsageError
 from nemoquant.planning.recipe import presets
 
 PLACE = Path("nowhere")
@@ -107,9 +109,9 @@ WRONG = {
         ("engine_file", 7, "engine_file is 7; expected a path, as str or Path"),
         ("plugins", 7, "plugins is 7; expected a path, as str or Path"),
         ("max_tokens", 0, "max_tokens is 0; expected at least 1"),
-        ("temperature", -1, "temperature is -1; expected 0 (greedy) or a positive number"),
-        ("temperature", "hot", "temperature is 'hot'; expected 0 (greedy) or a positive number"),
-        ("temperature", float("nan"), "temperature is nan; expected 0 (greedy) or a positive number"),
+        ("temperature", -1, "temperature is -1; expected 0 (greedy), or a number from"),
+        ("temperature", "hot", "temperature is 'hot'; expected 0 (greedy), or a number from"),
+        ("temperature", float("nan"), "temperature is nan; expected 0 (greedy), or a number from"),
         ("seed", -1, "seed is -1; expected at least 0"),
         ("mtp", "two", "mtp is 'two'; expected a whole number of at least 0"),
         ("threads", 0, "threads is 0; expected at least 1"),
@@ -170,6 +172,88 @@ def test_a_long_value_is_cut():
         arguments.check_word("engine", "x" * 5000, ("torch",))
     assert len(str(error.value)) < 250
     says(error, "engine is 'xxxx")
+
+
+NUMBER = r"\b(int|float)\b"
+NUMBERS = [
+    *(
+        "rows",
+        "seq_len",
+        "row_batch",
+        "memory",
+        "threads",
+        "shard_bytes",
+        "context",
+        "max_tokens",
+        "seed",
+        "mtp",
+    ),
+    *("temperature", "sm", "max_seq_len", "max_batch", "workspace"),
+]
+
+
+def test_every_number_is_among_these():
+    found = {
+        name
+        for call, _ in CALLS.values()
+        for name, parameter in inspect.signature(call).parameters.items()
+        if re.search(NUMBER, str(parameter.annotation))
+    }
+    assert found - {"layers", "progress"} == set(NUMBERS)
+
+
+IMPOSSIBLE = [float("nan"), float("inf"), -float("inf"), -1, 1e400, 10**30, "9", True, []]
+HUGE = pytest.param(10**5000, id="10**5000")  # pytest itself can't write it out
+
+
+@pytest.mark.parametrize("got", [*IMPOSSIBLE, HUGE])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (function, name)
+        for function, (call, _) in CALLS.items()
+        for name, parameter in inspect.signature(call).parameters.items()
+        if name in NUMBERS and re.search(NUMBER, str(parameter.annotation))
+    ],
+)
+def test_impossible_numbers(function, name, got):
+    call, positional = CALLS[function]
+    with pytest.raises(UsageError) as error:
+        call(*positional, **{name: got})
+    assert str(error.value).startswith(f"{name} is ")
+    assert "; expected " in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e7, 1e-320, 1e308])
+def test_temperatures_that_lose_or_overflow_logits(temperature):
+    with pytest.raises(UsageError, match=r"expected 0 \(greedy\), or a number from 0.000001 to 1,000,000"):
+        nemoquant.generate(PLACE, "Once", temperature=temperature)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 256, "x/" * 3000])
+@pytest.mark.parametrize("function", CALLS)
+def test_what_is_no_path(function, text):
+    call, positional = CALLS[function]
+    with pytest.raises(UsageError, match=r"expected a path"):
+        call(text, *positional[1:])
+
+
+def test_the_home_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert arguments.path("out", "~/x") == tmp_path / "x"
+    assert arguments.path("out", Path("~/x")) == tmp_path / "x"
+    assert arguments.paths("outs", ["~/x", "y"]) == [tmp_path / "x", Path("y")]
+    options = nemoquant.RunOptions(data="~/rows.npy", scales="~/scales.json")
+    assert (options.data, options.scales) == (tmp_path / "rows.npy", tmp_path / "scales.json")
+    for function in ("inspect", "verify", "generate", "export_onnx"):
+        call, positional = CALLS[function]
+        with pytest.raises(NemoquantError, match=str(tmp_path / "nowhere")):
+            call("~/nowhere", *positional[1:])
+    with pytest.raises(RecipeError, match="neither a file nor a preset"):
+        nemoquant.plan(CONFIG, "~/mine.yaml")
+    (tmp_path / "mine.yaml").write_text("name: mine\nsummary: s\nrules: [{roles: ['*'], format: fp8}]\n")
+    with pytest.raises(RecipeError, match="can't be given the format fp8"):
+        nemoquant.plan(CONFIG, "~/mine.yaml")
 
 
 def test_integers_of_numpy_are_integers():

@@ -43,9 +43,9 @@ SIGNATURES = {
     "workspace=None last_token_only=False mtp=False strip_weights=False weight_streaming=False "
     "timing_cache=None plugins=None say=None",
     "export_onnx": "source out=None * dialect='onnxruntime' compute=None last_token_only=False layers=None "
-    "mtp=False copy=True progress=None",
+    "mtp=False copy=True progress=None say=None",
     "generate": "path prompt * chat=False engine='torch' engine_file=None plugins=None max_tokens=64 "
-    "temperature=0.0 seed=0 mtp=0 threads=None ready=None stream=None",
+    "temperature=0.0 seed=0 mtp=0 threads=None ready=None stream=None progress=None say=None",
     "inspect": "path * context=None",
     "plan": "source recipe * scale_groups=True",
     "quantize": "source out recipe options=None * dry_run=False planned=None expected=None progress=None "

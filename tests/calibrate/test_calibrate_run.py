@@ -261,21 +261,59 @@ def test_scales_file_round_trip_is_exact(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=2), r"schema 2, expected 1; calibrate again"),
-        (lambda d: d.pop("schema"), "is not a scales file"),
-        (lambda d: d.pop("kv_amax"), "is not a scales file"),
-        (lambda d: d.update(input_amax=[1]), "is not a scales file"),
-        (lambda d: d["input_amax"].update(lm_head="much"), "is not a scales file"),
-        (lambda d: d["input_amax"].update(lm_head=None), "is not a scales file"),
+        (lambda d: d.update(schema=1), r"schema 1, expected 2; calibrate again"),
+        (lambda d: d.pop("schema"), r"`schema`: field required"),
+        (lambda d: d.update(schema="2"), r"`schema` is '2': input should be a valid integer"),
+        (lambda d: d.update(schema=10**400), r"schema 1000\d+\.\.\.0+, expected 2"),
+        (lambda d: d.pop("kv_amax"), r"`kv_amax`: field required"),
+        (lambda d: d.update(input_amax=[1]), r"`input_amax` is \[1\]: input should be a valid dictionary"),
+        (
+            lambda d: d["input_amax"].update(lm_head="much"),
+            r"`input_amax.lm_head` is 'much': input should be",
+        ),
+        (lambda d: d["input_amax"].update(lm_head=None), r"`input_amax.lm_head` is None: input should be"),
+        (lambda d: d["input_amax"].update(lm_head=True), r"`input_amax.lm_head` is True: input should be"),
+        (
+            lambda d: d["input_amax"].update(lm_head=10**400),
+            r"`input_amax.lm_head` is 1000.* and 1 more|is 1000",
+        ),
         (
             lambda d: d["input_amax"].update(lm_head=float("nan")),
-            "maxima of lm_head are negative or not finite",
+            r"`input_amax.lm_head` is nan: input should",
         ),
         (
             lambda d: d["input_amax"].update(lm_head=float("inf")),
-            "maxima of lm_head are negative or not finite",
+            r"`input_amax.lm_head` is inf: input should",
         ),
-        (lambda d: d["input_amax"].update(lm_head=-1.0), "maxima of lm_head are negative or not finite"),
+        (lambda d: d["input_amax"].update(lm_head=3.5e38), r"`input_amax.lm_head` is 3.5e\+38: input should"),
+        (lambda d: d["input_amax"].update(lm_head=-1.0), r"`input_amax.lm_head` is -1.0: input should be"),
+        (lambda d: d["kv_amax"].update(x=-1), r"`kv_amax.x` is -1: input should be"),
+        (lambda d: d.pop("settings"), r"`settings`: field required"),
+        (lambda d: d.update(settings={}), r"`settings.rows`: field required, and 7 more"),
+        (
+            lambda d: d["settings"].update(rows="8"),
+            r"`settings.rows` is '8': input should be a valid integer",
+        ),
+        (lambda d: d["settings"].update(rows=float("inf")), r"`settings.rows` is inf: "),
+        (
+            lambda d: d["settings"].update(data=None),
+            r"`settings.data` is None: input should be a valid string",
+        ),
+        (lambda d: d["settings"].update(more=[[]]), r"`settings.more` is \[\[\]\]: extra inputs"),
+        (lambda d: d["settings"].update(row_batch={"moe": 0}), r"`settings.row_batch.*` is "),
+        (lambda d: d.update(warnings="x"), r"`warnings` is 'x': input should be a valid list"),
+        (lambda d: d.update(warnings=["x" * 10_001]), r"`warnings.0` is 'xxx.*: string should have at most"),
+        (lambda d: d.update(non_finite_rows=-1), r"`non_finite_rows` is -1: input should be greater"),
+        (
+            lambda d: d.update(tokens_per_expert={"x": [1]}),
+            r"`tokens_per_expert.x` is 'x': string should match",
+        ),
+        (lambda d: d.update(tokens_per_expert={"\u00b2": [1]}), r"`tokens_per_expert.\u00b2` is "),
+        (lambda d: d.update(tokens_per_expert={"2": [1.5]}), r"`tokens_per_expert.2.0` is 1.5: "),
+        (lambda d: d.update(units=None), r"`units` is None: input should be a valid dictionary"),
+        (lambda d: d.update(units={"a": "x"}), r"`units.a` is 'x': string should match"),
+        (lambda d: d.update(more=1), r"`more` is 1: extra inputs are not permitted"),
+        (lambda d: d.update({"n" * 100_000: 1}), r"`n{80}` is 1: extra inputs are not permitted"),
     ],
 )
 def test_damaged_scales_files(change, message, source, tmp_path):
@@ -288,10 +326,13 @@ def test_damaged_scales_files(change, message, source, tmp_path):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '"x"', "[" * 100_000, '{"schema": 2, "schema": 2}', '{"a": "\\ud800"}', "\xff"],
+)
 def test_files_that_are_no_scales_files(text, tmp_path):
     path = tmp_path / FILE
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(CalibrationError, match="is not a scales file"):
         Scales.load(path)
 

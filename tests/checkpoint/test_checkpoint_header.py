@@ -1,8 +1,10 @@
 """safetensors headers, written by hand, and every error that a header can have."""
 
 import json
+import os
 import random
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from nemoquant.checkpoint import header
 from nemoquant.checkpoint.header import TensorInfo, encode_header, read_header
 from nemoquant.errors import HeaderError, NemoquantError
 
@@ -101,10 +104,22 @@ WRONG: dict[str, tuple[Any, bytes, str]] = {
     "nested beyond reason": (
         b"[" * 100_000,
         b"",
-        "some.safetensors: header is not valid JSON (maximum recursion",
+        "some.safetensors: header is not valid JSON (it is nested too deeply",
     ),
     "a list": ([], b"", "some.safetensors: header is a JSON list, expected an object"),
     "a string": ("x", b"", "some.safetensors: header is a JSON str, expected an object"),
+    "metadata that are a list": ({"__metadata__": []}, b"", "`__metadata__` is []; expected texts by name"),
+    "metadata with a number": (
+        {"__metadata__": {"format": 1}},
+        b"",
+        "`__metadata__` is {'format': 1}; expected texts by name",
+    ),
+    "half a character": (b'{"\\ud800": 1}', b"", "a string in it has half of a surrogate pair"),
+    "more bytes than a number has": (
+        {"t": ONE | {"shape": [2**62] * 64}},
+        b"0000",
+        "tensor 't' has 4 bytes, expected more than any file has for U8 [4611686018427387904, ",
+    ),
     "a tensor named twice": (b'{"t":{},"t":{}}', b"", "header is not valid JSON (duplicate key 't')"),
     "a key of an entry twice": (
         b'{"t":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}',
@@ -339,3 +354,33 @@ def test_safetensors_reads_it_back(tmp_path: Path) -> None:
     }
     assert ours["one"].start == len(header)
     assert metadata == {"format": "pt"}
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_key_that_stands_twice_among_many_is_found_at_once(make: Make, inner: bool) -> None:
+    keys = ",".join(f'"k{i}":1' for i in range(20_000))
+    twice = "{" + keys + "," + keys + "}"
+    began = time.process_time()
+    with pytest.raises(HeaderError, match=r"duplicate key 'k0'"):
+        read_header(make((f'{{"t":{twice}}}' if inner else twice).encode()))
+    assert time.process_time() - began < 1
+
+
+def test_more_tensors_than_any_model_has(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MAX_TENSORS", 2)
+    assert len(read_header(make({"a": tensor(0, 1), "b": tensor(1, 1)}, b"0"))[0]) == 2
+    with pytest.raises(HeaderError, match="header has 3 tensors; expected at most 2"):
+        read_header(make({"a": tensor(0, 1), "b": tensor(1, 1), "c": tensor(1, 1)}, b"0"))
+
+
+@pytest.mark.parametrize("entry", [1, ONE | {"dtype": "x" * 90_000}, ONE | {"shape": ["x" * 90_000] * 90}])
+def test_a_message_cuts_long_names_and_values(make: Make, entry: Any) -> None:
+    with pytest.raises(HeaderError) as error:
+        read_header(make({"n" * 100_000: entry}, b"0000"))
+    assert len(str(error.value)) < 600
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(HeaderError, match="cannot be read"):
+        read_header(tmp_path / "pipe.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import threading
 from collections.abc import Callable
@@ -14,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.measured import needs_proc
 
+from nemoquant.checkpoint import reader
 from nemoquant.checkpoint.header import encode_header
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CheckpointError, HeaderError
+from nemoquant.errors import CheckpointError, HeaderError, SourceChangedError
 from nemoquant.sources.source import open_source
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[..., Path]
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -70,9 +72,12 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert content(tmp_path) == {"x": b"xy"}
 
 
-def test_the_index_comes_before_a_single_file(two_shards: Path) -> None:
+def test_two_sets_of_weights_are_refused(two_shards: Path) -> None:
     write(two_shards / "model.safetensors", {"x": ("U8", [2], b"xy")})
-    assert set(content(two_shards)) == {"a", "b", "c"}
+    with pytest.raises(
+        CheckpointError, match=r"has two sets of weights: .*index\.json, and model\.safetensors,"
+    ):
+        Checkpoint(two_shards)
 
 
 def test_shards_that_the_index_does_not_name_are_left_alone(two_shards: Path) -> None:
@@ -118,6 +123,8 @@ def test_not_a_folder(tmp_path: Path) -> None:
         "",
         "a\\b.safetensors",
         "model.bin",
+        "a\n.safetensors",
+        "a\x1b.safetensors",
     ],
 )
 def test_shard_names_are_plain(two_shards: Path, shard: str) -> None:
@@ -130,25 +137,55 @@ def test_shard_names_are_plain(two_shards: Path, shard: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        "3",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": null}',
-        '{"weight_map": {"a": 1}}',
-        "[" * 100_000,
-        "\xff",
-    ],
+    "text", ["{", "[" * 100_000, "\xff", '{"a": 1, "a": 2}', '{"weight_map": {"\\ud800": 1}}']
 )
-def test_an_index_that_is_none(two_shards: Path, text: str) -> None:
+def test_an_index_that_is_not_json(two_shards: Path, text: str) -> None:
     (two_shards / INDEX).write_text(text, encoding="latin-1")
     with pytest.raises(
         CheckpointError, match=r"index\.json cannot be read \(.*\); expected JSON with a `weight_map`"
     ):
         Checkpoint(two_shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("[]", "None"),
+        ("3", "None"),
+        ("{}", "None"),
+        ('{"weight_map": []}', "[]"),
+        ('{"weight_map": null}', "None"),
+        ('{"weight_map": {"a": 1}}', "{'a': 1}"),
+        ('{"weight_map": {"a": null, "b": "x.safetensors"}}', "{'a': None, 'b': 'x.safetensors'}"),
+    ],
+)
+def test_an_index_that_is_none(two_shards: Path, text: str, got: str) -> None:
+    (two_shards / INDEX).write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint(two_shards)
+    assert f"{INDEX} has the weight_map {got}; expected an object of file names by tensor" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [[1 << 40, 0, 1], [(1 << 16) + 1, 0, 8]])
+def test_experts_without_values_are_not_counted_out(tmp_path: Path, shape: list[int]) -> None:
+    """A header of a hundred bytes asked for 10^12 tensors."""
+    text = json.dumps(
+        {"backbone.layers.0.mixer.experts.up_proj": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}
+    ).encode()
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(HeaderError, match=rf"has {shape[0]:,} experts; expected at most 65,536"):
+        Checkpoint(tmp_path)
+
+
+def test_all_shards_together_are_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b'{"backbone.layers.0.mixer.experts.up_proj":{"dtype":"U8","shape":[9,1,1],"data_offsets":[0,9]}}'
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(9))
+    monkeypatch.setattr(reader, "MAX_TENSORS", 9)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert len(checkpoint.tensors) == 9
+    monkeypatch.setattr(reader, "MAX_TENSORS", 8)
+    with pytest.raises(CheckpointError, match="has too many tensors; expected at most 8"):
+        Checkpoint(tmp_path)
 
 
 def test_a_missing_shard(two_shards: Path) -> None:
@@ -467,3 +504,12 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path: Path) -> None:
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.array("b").tolist() == [0x3F80] * 16
         assert checkpoint.array("a").shape == (rows, 65536)
+
+
+def test_files_that_changed_are_told_when_the_checkpoint_is_left(source: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(source, tmp_path / "own")
+    says = r"changed while it was read: it had [\d,]+ bytes and has 9"
+    with pytest.raises(SourceChangedError, match=says), Checkpoint(own):
+        next(own.glob("*.safetensors")).write_bytes(b"truncated")
+    with pytest.raises(ZeroDivisionError), Checkpoint(source):  # an error of the body is not hidden
+        raise ZeroDivisionError

@@ -1,10 +1,8 @@
-"""Written shards, and the manifest, which contains a hash of itself."""
+"""Written shards, and hashes of files and tensor tables."""
 
 import hashlib
-import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +10,11 @@ from safetensors import safe_open
 
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.manifest import (
-    canonical,
     file_sha256,
     pack_dtypes,
-    read_manifest,
     tensor_table_sha256,
-    write_manifest,
 )
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.errors import CheckpointError
 from nemoquant.model.roles import TensorSpec
 
 # --- shards
@@ -130,102 +124,3 @@ def test_dtypes_in_short() -> None:
     ]
     assert pack_dtypes(table) == {"usual": "BF16", "others": {"a": "F32"}}
     assert pack_dtypes(table[:1]) == {"usual": "F32", "others": {}}
-
-
-# --- the manifest
-
-DATA: dict[str, Any] = {
-    "schema": 1,
-    "nemoquant": "0.1.0",
-    "files": {"b": "22", "a": "11"},
-    "notes": ["é", 0.5, None],
-    "plan": {},
-    "source": {},
-    "shard_bytes": 5,
-}
-CANONICAL = b"""{
- "files": {
-  "a": "11",
-  "b": "22"
- },
- "nemoquant": "0.1.0",
- "notes": [
-  "\\u00e9",
-  0.5,
-  null
- ],
- "plan": {},
- "schema": 1,
- "shard_bytes": 5,
- "source": {}
-}"""
-
-
-def test_canonical_bytes() -> None:
-    assert canonical(DATA) == CANONICAL
-    assert canonical(dict(reversed(DATA.items())) | {"sha256": "what it was"}) == CANONICAL
-
-
-def test_written_and_read(tmp_path: Path) -> None:
-    write_manifest(tmp_path, DATA)
-    assert [p.name for p in tmp_path.iterdir()] == ["nemoquant.json"]
-    digest = hashlib.sha256(CANONICAL).hexdigest()
-    assert json.loads((tmp_path / "nemoquant.json").read_bytes()) == DATA | {"sha256": digest}
-    assert read_manifest(tmp_path) == DATA | {"sha256": digest}
-    assert "sha256" not in DATA
-
-
-def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
-    for folder, data in (("x", DATA), ("y", dict(reversed(DATA.items())) | {"sha256": "old"})):
-        (tmp_path / folder).mkdir()
-        write_manifest(tmp_path / folder, data)
-    assert (tmp_path / "x/nemoquant.json").read_bytes() == (tmp_path / "y/nemoquant.json").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"a": "11"', '"a": "12"'),
-        ('"a": "11",', ""),
-        ('"schema": 1', '"schema": 1, "more": 0'),
-        ("0.5", "0.50000001"),
-        ('"sha256": "', '"sha256": "0'),
-        ('"sha256"', '"sha257"'),
-    ],
-    ids=["a value", "a file less", "a key more", "a number", "the hash", "no hash"],
-)
-def test_tampering_is_refused(tmp_path: Path, old: str, new: str) -> None:
-    write_manifest(tmp_path, DATA)
-    file = tmp_path / "nemoquant.json"
-    text = file.read_text()
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new))
-    with pytest.raises(
-        CheckpointError, match=r"nemoquant\.json was changed after it was written: its sha256 does not fit"
-    ):
-        read_manifest(tmp_path)
-
-
-def test_white_space_is_not_content(tmp_path: Path) -> None:
-    write_manifest(tmp_path, DATA)
-    file = tmp_path / "nemoquant.json"
-    file.write_text(json.dumps(json.loads(file.read_text()), indent=8))
-    assert read_manifest(tmp_path)["files"] == {"a": "11", "b": "22"}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, r"nemoquant\.json does not exist; expected a checkpoint that nemoquant wrote"),
-        ("{", r"nemoquant\.json cannot be read \(.*\); expected JSON"),
-        ("[]", r"nemoquant\.json: schema 'list', expected 1; use the version of nemoquant that wrote it"),
-        ("{}", r"nemoquant\.json: schema None, expected 1"),
-        ('{"schema": 2}', r"nemoquant\.json: schema 2, expected 1"),
-        ('{"schema": 1}', r"nemoquant\.json was changed after it was written"),
-    ],
-)
-def test_no_manifest(tmp_path: Path, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / "nemoquant.json").write_text(text)
-    with pytest.raises(CheckpointError, match=message):
-        read_manifest(tmp_path)

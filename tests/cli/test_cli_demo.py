@@ -1,13 +1,16 @@
-"""``nemoquant demo``: the whole toolchain on the trained model in one command, complete or not at all."""
+"""``nemoquant demo``: the whole toolchain on the trained model in one command; killed, it goes on."""
 
 import importlib.util
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import invoke, nemoquant
+from support.commands import error_line, invoke, nemoquant
 from support.files import tree
 
 from nemoquant.api import verify
+from nemoquant.checkpoint.folder import FOLDER, STATE
 from nemoquant.demo import PRESETS, REPORTS, demo
 from nemoquant.errors import OutputError, VerificationError
 from nemoquant.evaluate.report.markdown import markdown, table
@@ -136,43 +139,96 @@ def an_output(_, out, *__, **___):
     (out / "nemoquant_scales.json").write_text("{}")
 
 
-def test_an_interrupt_leaves_nothing(tmp_path):
+def test_an_interrupt_before_anything_is_finished_leaves_nothing(tmp_path):
     out, seen = tmp_path / "new/deeper/out", []
 
     def stop(*_):
         seen.append(out.with_name("out.partial").is_dir())
         interrupt()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^nothing was kept$"):
         demo(out, rows=1, progress=stop)
     assert seen == [True]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_at_the_end_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemoquant.api.quantize", an_output)
-    monkeypatch.setattr("nemoquant.api.verify", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        demo(tmp_path / "out", rows=1)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.slow
+def test_it_goes_on_after_an_interrupt(shown, tmp_path, monkeypatch):
+    """Presets that are done are not made again; the end is the same as without it."""
+    from nemoquant import api
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    out, made, quantize, verify_one = tmp_path / "out", [], api.quantize, api.verify
+
+    def counted(source, folder, preset, *rest, **options):
+        result = quantize(source, folder, preset, *rest, **options)
+        made.append((preset, bool(result.verified)))
+        return result
+
+    def stopped(*arguments, **options):
+        return interrupt() if len(made) == 2 else verify_one(*arguments, **options)
+
+    monkeypatch.setattr("nemoquant.api.quantize", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr("nemoquant.api.verify", stopped)
+        result = nemoquant("demo", "--out", out, "--rows", ROWS, code=130)
+    kept = f"error: interrupted; {out}.partial is kept: the same command goes on from there"
+    assert result.stderr.splitlines()[-1] == kept
+    assert made == [("fp8", True), ("fp8-published", True)]
+
+    before = tree(tmp_path)
+    refused = nemoquant("demo", "--out", out, "--rows", ROWS + 1, code=2)
+    says = (
+        rf"error: \S+out\.partial was begun with --rows {ROWS} by version \S+, this is --rows {ROWS + 1} by"
+    )
+    assert re.match(says, refused.stderr.splitlines()[-1])
+    assert tree(tmp_path) == before
+
+    for name in ("nvfp4-sm120.engine", "nvfp4-sm120.engine.json"):
+        (tmp_path / "out.partial" / name).write_text("of the demo that was killed")
+    made.clear()
+    again = nemoquant("demo", "--out", out, "--rows", ROWS)
+    told = [line for line in again.stderr.splitlines() if line.startswith("going on with ")]
+    assert told == [f"going on with {out}.partial: fp8, fp8-published finished"]
+    assert made[:2] == [("fp8", False), ("fp8-published", False)]
+    assert all(verified for _, verified in made[2:])
+    expected, found = tree(shown[0]), tree(out)
+    assert found.keys() == expected.keys()
+    other = [name for name in found if found[name] != expected[name]]
+    assert [name for name in other if ".engine" not in name and not name.startswith("report.")] == []
 
 
-def test_an_interrupt_through_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemoquant.api.quantize", interrupt)
-    result = invoke("demo", "--out", tmp_path / "out")
-    assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "error: interrupted; nothing was kept"
-    assert list(tmp_path.iterdir()) == []
+def test_no_message_names_an_option_that_it_lacks(tmp_path):
+    """Not even where what lies there is of ``quantize``, which has it."""
+    for name, content in (("mine", "mine"), ("report.md", "mine"), (f"{FOLDER}/{STATE}", "{")):
+        file = tmp_path / "out.partial" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        before = tree(tmp_path)
+        result = nemoquant("demo", "--out", tmp_path / "out", code=2)
+        assert "--" not in error_line(result.stderr.splitlines()[-1])
+        assert tree(tmp_path) == before
+        shutil.rmtree(tmp_path / "out.partial")
 
 
-def test_an_output_that_does_not_verify_leaves_nothing(tmp_path, monkeypatch):
+def test_an_output_that_does_not_verify_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("nemoquant.api.quantize", an_output)
     monkeypatch.setattr(
         "nemoquant.api.verify", lambda *a, **k: {"ok": False, "problems": ["config.json is missing"]}
     )
-    with pytest.raises(VerificationError, match=r"fp8: config\.json is missing"):
+    says = r"fp8: config\.json is missing; \S+out\.partial is kept as it is; remove it to begin again"
+    with pytest.raises(VerificationError, match=says):
         demo(tmp_path / "out", rows=1)
-    assert list(tmp_path.iterdir()) == []
+    assert (tmp_path / "out.partial/fp8/nemoquant_scales.json").exists()
+
+
+def test_a_demo_that_was_killed_at_its_very_end(tmp_path):
+    out = tmp_path / "out"
+    (out / FOLDER).mkdir(parents=True)
+    (out / FOLDER / STATE).write_text("{}")
+    (out / "report.html").write_text("html")
+    nemoquant("demo", "--out", out, code=2)
+    assert tree(out) == {"report.html": b"html"}
 
 
 def test_places_where_it_cannot_be(tmp_path):
@@ -187,5 +243,5 @@ def test_places_where_it_cannot_be(tmp_path):
 
 def test_no_rows(tmp_path):
     result = nemoquant("demo", "--out", tmp_path / "out", "--rows", 0, code=2)
-    assert "'--rows': 0 is not in the range x>=1" in result.stderr
+    assert "'--rows': 0 is not in the range 1<=x<=" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -318,7 +318,7 @@ def test_an_edited_card_is_left_alone(run, quantized):
     before = tree(out)
     result = run(out, sound)
     assert (
-        f"- {out}/README.md was changed after it was written; it is left as it is\n"
+        f"- {out}/README.md was edited after it was written; it is left as it is\n"
         in result.stdout.replace("\\", "")
     )
     assert tree(out) == before
@@ -345,9 +345,8 @@ def test_a_card_that_cannot_be_read(content, run, quantized):
     card.unlink() if content is None else card.write_bytes(content)
     before = tree(out)
     (warning,) = json.loads(run(out, "--json", "-").stdout)["warnings"]
-    assert warning.startswith(f"{card} can't be given the figures (") and warning.endswith(
-        "); it is left as it is"
-    )
+    what = "can't be given the figures (" if content is None else "was edited after it was written"
+    assert warning.startswith(f"{card} {what}") and warning.endswith("; it is left as it is")
     assert tree(out) == before
 
 
@@ -357,16 +356,14 @@ def test_a_folder_that_cannot_be_written(name, run, quantized, source, monkeypat
 
     Root may write anywhere.
     """
-    replace = manifest.replace_text
+    call = "replace_bytes" if name == "README.md" else "replace_text"
 
-    def denied(path, text):
-        if path.name == name:
-            raise PermissionError(13, "Permission denied", str(path))
-        replace(path, text)
+    def denied(path, content):  # noqa: ARG001
+        raise PermissionError(13, "Permission denied", str(path))
 
     out = quantized("fp8")
     before = tree(out)
-    monkeypatch.setattr(manifest, "replace_text", denied)
+    monkeypatch.setattr(manifest, call, denied)
     (warning,) = json.loads(run(out, "--json", "-").stdout)["warnings"]
     assert f"{out}/README.md can't be given the figures (" in warning and "Permission denied" in warning
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import torch
 from support.commands import invoke, refusal
 from support.files import edit_json, tree
 from support.synthetic import replaced
-from support.tampering import load_tensors, overwrite
+from support.tampering import load_tensors, overwrite, sign
 
 from nemoquant.api import diff
 from nemoquant.checkpoint.manifest import FILE, read_manifest, write_manifest
@@ -174,7 +174,7 @@ def test_candidates_that_are_none(what, source, quantized, tmp_path, refused):
         )
     elif what == "no config":
         (out / "config.json").unlink()
-        refused(source, out, parts=["config.json does not exist"])
+        refused(source, out, parts=[f"{out} is damaged: config.json is missing; the manifest lists it"])
     elif what == "no weights":
         shard.unlink()
         refused(source, out, parts=[str(shard), "does not exist", "download the shard"])
@@ -183,6 +183,8 @@ def test_candidates_that_are_none(what, source, quantized, tmp_path, refused):
         refused(source, out, parts=[shard.name, "expected a safetensors file"])
     else:
         (out / "model.safetensors.index.json").unlink()
+        refused(source, out, parts=["model.safetensors.index.json is missing; the manifest lists it"])
+        (out / FILE).unlink()
         refused(source, out, parts=["fp8 has neither model.safetensors.index.json nor model.safetensors"])
 
 
@@ -261,7 +263,7 @@ def test_a_manifest_that_names_another_source(key, source, quantized, refused):
     )
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"schema": 1}'])
+@pytest.mark.parametrize("content", ["{", "{}", '{"schema": 2}'])
 def test_manifests_that_cannot_be_used(content, source, quantized, refused):
     out = quantized("fp8")
     (out / FILE).write_text(content)
@@ -270,7 +272,7 @@ def test_manifests_that_cannot_be_used(content, source, quantized, refused):
         out,
         parts=[
             f"{out / FILE}",
-            "expected JSON" if content == "{" else "expected 1" if content == "{}" else "was changed",
+            "expected JSON" if content == "{" else "expected 2" if content == "{}" else "was changed",
         ],
     )
 
@@ -299,6 +301,7 @@ def test_another_tokenizer(vocabulary, more, part, source, quantized, refused):
     save_tokenizer(source, {"<unk>": 0, "a": 1, "b": 2})
     out = quantized("fp8")
     save_tokenizer(out, vocabulary, **more)
+    sign(out)
     refused(
         source,
         out,
@@ -315,8 +318,10 @@ def test_the_same_tokenizer_written_otherwise(source, quantized, compare):
     file = out / "tokenizer.json"
     data = json.loads(file.read_text())
     file.write_text(json.dumps(dict(reversed(data.items())) | {"truncation": None}))
+    sign(out)
     assert compare(source, out).candidates[0].logits.kl.mean > 0
     file.unlink()
+    sign(out)
     assert compare(source, out).candidates[0].logits.kl.mean > 0
 
 
@@ -325,6 +330,7 @@ def test_a_tokenizer_that_is_none(source, quantized, refused):
     out = quantized("fp8")
     for content in ("{", "[]"):
         (out / "tokenizer.json").write_text(content)
+        sign(out)
         refused(source, out, parts=[f"{out}/tokenizer.json", "cannot be read as a tokenizer"])
 
 
@@ -534,6 +540,7 @@ def test_a_candidate_that_computes_nan(what, source, quantized, refused):
     name, change, place = BAD[what]
     out = quantized("nvfp4")
     overwrite(out, name, change)
+    sign(out)
     line = refused(source, out, parts=[f"{out}", "NaN or Inf"])
     assert place in line.lower()
 
@@ -564,6 +571,7 @@ def test_nan_that_no_token_reaches(source, quantized, compare, tmp_path):
     reached = next(e.routing.tokens_per_expert for e in found.layers if e.name == "2")
     idle = next(e for e, count in enumerate(reached) if not count)
     overwrite(out, f"{name.format(idle)}.weight", lambda codes: b"\x7f" + codes[1:])
+    sign(out)
     result = run(source, out, "--data", data, "--json", "-")
     assert result.exit_code == 2 or name.format(idle) in result.stdout, "an error, or a warning that names it"
 
@@ -754,6 +762,7 @@ def test_a_cache_that_nobody_knows(section, legacy, part, source, quantized, ref
         declared["quantization"]["kv_cache_quant_algo"] = legacy
         older.write_text(json.dumps(declared))
     config.write_text(json.dumps(data))
+    sign(out)
     refused(source, out, parts=[f"it declares a KV cache of {part}", "expected FP8, or none"])
 
 
@@ -763,6 +772,8 @@ def test_an_algorithm_that_the_tensors_are_not(source, quantized, refused):
     data = json.loads(config.read_text())
     data["quantization_config"]["quant_algo"] = "MXFP4"
     config.write_text(json.dumps(data))
+    edit_json(out / "hf_quant_config.json", lambda data: data["quantization"].update(quant_algo="MXFP4"))
+    sign(out)
     refused(
         source,
         out,
@@ -790,6 +801,7 @@ def test_mxfp8_block_scales_that_do_not_fit(edit, part, fitting, quantized, chan
 def test_a_block_scale_that_is_nan(fitting, quantized, refused):
     out = quantized("mxfp8")
     overwrite(out, f"{EXPERT}.weight_scale", lambda data: b"\xff" + data[1:])
+    sign(out)
     refused(fitting("mxfp8"), out, parts=[f"{EXPERT}.weight decodes to NaN or Inf"])
 
 

@@ -266,7 +266,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("changed", {"sha256": "0" * 64}, ["was changed after it was built"]),
     ("shorter", {"bytes": 5}, ["was changed after it was built"]),
-    ("no length", {"max_seq_len": "long"}, ["not as this version writes it (max_seq_len)"]),
+    ("no length", {"max_seq_len": "long"}, ["`max_seq_len` is 'long': input should be a valid integer"]),
     ("an older schema", {"schema": 1}, ["schema 1, expected 2"]),
     ("the module", {"part": "mtp"}, ["is the multi-token-prediction module"]),
     ("its module is missing", {"mtp": "model.mtp.engine"}, ["model.mtp.engine does not exist"]),

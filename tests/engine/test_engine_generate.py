@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.commands import nemoquant
+from support.tampering import sign
 
 from nemoquant.engine.base import Step
 from nemoquant.engine.generate import Drafts, Sampler, generate
@@ -72,6 +73,7 @@ def test_it_stops_at_the_end_of_sequence(folder: Path, copied: Callable[..., Pat
     ids = TextCodec(own).encode(PROMPT)
     first = next(iter(generate(engine, ids, max_tokens=1, stop=set(), sampler=Sampler())))
     (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [first]}))
+    sign(own)
     assert " 0 out" in run(own, "--max-tokens", 8).stderr
 
 
@@ -145,8 +147,8 @@ def test_drafts_change_nothing(count: int, wrong: set[int]) -> None:
 def test_refusals(folder: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
     assert "the prompt holds no tokens" in run(folder, prompt="", code=2).stderr
     assert "leave out --temperature" in run(folder, "--mtp", 1, "--temperature", 1, code=2).stderr
-    assert "expected 0 (greedy) or a positive number" in run(folder, "--temperature", -1, code=2).stderr
-    assert "expected 0 (greedy) or a positive number" in run(folder, "--temperature", "nan", code=2).stderr
+    for value in (-1, "nan"):
+        assert "'--temperature': " in run(folder, "--temperature", value, code=2).stderr
     for engine in ("rtx", "trt"):
         assert f"--engine {engine} needs the engine file" in run(folder, "--engine", engine, code=2).stderr
     assert "does not exist" in run(tmp_path / "nowhere", code=2).stderr
@@ -167,6 +169,7 @@ def test_chat_goes_through_the_template(folder: Path, copied: Callable[..., Path
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt "
         "%}answer:{% endif %}"
     )
+    sign(own)
     from nemoquant.tokens.codec import TextCodec
 
     codec = TextCodec(own)

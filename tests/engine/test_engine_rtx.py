@@ -108,7 +108,7 @@ def test_refusals(demo: Callable[[str], Path], copied: Callable[..., Path], tmp_
         (tmp_path / name).unlink()
     lacking = copied(fp8)
     next(lacking.glob("*.safetensors")).unlink()
-    refused(lacking, out, "--sm", 89, parts=["does not exist", "download the shard"])
+    refused(lacking, out, "--sm", 89, parts=["is missing; the manifest lists it", "copy it there again"])
     assert not list(tmp_path.glob("e*"))
 
 

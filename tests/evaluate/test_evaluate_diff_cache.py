@@ -1,6 +1,9 @@
 """The reference cache: it gives identical figures, and is never used for another source or other rows."""
 
+import errno
+import fcntl
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from support.tampering import overwrite
 from nemoquant.api import diff
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import CheckpointError, HeaderError, OutputError
+from nemoquant.evaluate import reference
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
 
@@ -45,15 +49,34 @@ def test_it_serves_other_candidates(source, quantized, compare, cache):
     assert compare(source, out, reference_cache=cache).dump() == compare(source, out).dump()
 
 
-def test_it_is_read(source, compare, cache):
-    """The candidate is compared with the cache's content: a changed stream is an error of the candidate."""
+@pytest.fixture
+def scaled(source, compare, cache):
+    """A cache whose stream after layer 2 was changed."""
     compare(source, source, reference_cache=cache)
     folder = cache.parent / "holds"
     folder.mkdir()
     cache.rename(folder / "reference.safetensors")
     overwrite(folder, "hidden.3", lambda data: (np.frombuffer(data, np.float32) * np.float32(1.5)).tobytes())
-    (found,) = compare(source, source, reference_cache=folder / "reference.safetensors").candidates
+    return folder / "reference.safetensors"
+
+
+def test_it_is_read(source, compare, scaled, monkeypatch):
+    """The candidate is compared with the cache's content: a changed stream is an error of the candidate."""
+    monkeypatch.setattr(reference, "tensor_hash", lambda data: stored_hash(scaled, data))
+    (found,) = compare(source, source, reference_cache=scaled).candidates
     assert [entry.name for entry in found.layers if entry.stream.relative > 0] == ["2"]
+
+
+def stored_hash(cache, data):
+    """The hash that the cache has for the tensor with these bytes: as if it had been written so."""
+    with safe_open(cache, "np") as f:
+        name = next(n for n in f.keys() if np.array_equal(f.get_tensor(n).ravel(), data))  # noqa: SIM118
+        return json.loads(f.metadata()["tensors"])[name]
+
+
+def test_a_damaged_one_is_refused(source, scaled, token_rows):
+    with pytest.raises(CheckpointError, match=r"reference\.safetensors is damaged: hidden\.3 does not have"):
+        diff(source, [source], threads=1, card=False, reference_cache=scaled, data=token_rows)
 
 
 def test_it_is_a_safetensors_file_of_the_stream(source, compare, cache):
@@ -61,7 +84,7 @@ def test_it_is_a_safetensors_file_of_the_stream(source, compare, cache):
     with safe_open(cache, "np") as f:
         shapes = {name: tuple(f.get_tensor(name).shape) for name in f.keys()}  # noqa: SIM118
         assert all(np.isfinite(f.get_tensor(name)).all() for name in shapes)
-        assert f.metadata().keys() >= {"schema", "config", "tensor_table", "weights", "tokens"}
+        assert f.metadata().keys() >= {"schema", "config", "tensor_table", "units", "tensors", "tokens"}
     hidden = {f"hidden.{i}": (8, 32, 64) for i in range(7)}
     assert shapes == hidden | {f"ssm_state.{i}": (8, 4, 16, 16) for i in (0, 4)}
 
@@ -117,8 +140,8 @@ def test_another_cut(change, source, cache, ids, refused):
 @pytest.mark.parametrize(
     ("what", "part"),
     [
-        ("training", "weights differ"),
-        ("matrix", "weights differ"),
+        ("training", "groups of experts differ (backbone.embeddings.weight)"),
+        ("matrix", f"1 of 10 tensors or groups of experts differ ({IN_PROJ})"),
         ("config", "config differ"),
         ("tensor table", "tensor table differ"),
     ],
@@ -234,10 +257,33 @@ def test_a_full_disk(source, compare, cache, monkeypatch):
 def test_what_another_run_writes_is_left_to_it(source, compare, cache):
     partial = cache.with_name(cache.name + ".partial")
     partial.write_text("half of it")
-    with pytest.raises(
-        OutputError,
-        match=r"partial exists, left by a run that was killed or still writing; remove it, or give",
-    ):
-        compare(source, source, reference_cache=cache)
-    assert partial.read_text() == "half of it"
-    assert not cache.exists()
+    with partial.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(
+            OutputError, match=r"partial is being written by another run; wait for it, or give"
+        ):
+            compare(source, source, reference_cache=cache)
+        assert partial.read_text() == "half of it"
+        assert not cache.exists()
+
+
+def test_a_lock_on_a_network_disk(source, compare, cache, monkeypatch):
+    """NFS gives an exclusive lock only to who has opened the file for writing."""
+    lock = fcntl.flock
+
+    def of_nfs(handle, operation):
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        lock(handle, operation)
+
+    monkeypatch.setattr(reference.fcntl, "flock", of_nfs)
+    cache.with_name(cache.name + ".partial").write_text("half of it")
+    compare(source, source, reference_cache=cache, card=False)
+    assert cache.is_file()
+
+
+def test_what_a_killed_run_left_is_replaced(source, compare, cache):
+    partial = cache.with_name(cache.name + ".partial")
+    partial.write_text("half of it")
+    compare(source, source, reference_cache=cache)
+    assert cache.is_file() and not partial.exists()

@@ -7,6 +7,7 @@ that file.
 """
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from nemoquant.formats import kernel_cache
 from nemoquant.formats.kernel_cache import KEPT
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nemoquant"
@@ -42,7 +44,8 @@ class Copy:
         self.at, self.home = at, home
         (at / "nemoquant").mkdir(parents=True)
         (at / "nemoquant/__init__.py").touch()
-        shutil.copy(PACKAGE / "errors.py", at / "nemoquant")
+        for name in ("errors.py", "words.py"):
+            shutil.copy(PACKAGE / name, at / "nemoquant")
         shutil.copytree(
             PACKAGE / "formats", at / "nemoquant/formats", ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -128,6 +131,51 @@ def test_where_it_cannot_be_written_a_private_temporary_folder_serves(
     assert (first.codes, first.folder.parent) == (RIGHT, temporary / f"nemoquant-kernels-{os.getuid()}")
     assert first.folder.parent.stat().st_mode & 0o777 == 0o700
     assert copy.run(XDG_CACHE_HOME="/dev/null", TMPDIR=temporary).hits == 1
+
+
+NOBODY = """
+import pwd
+
+def getpwuid(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = getpwuid
+"""
+
+
+def test_a_user_without_a_home(make: Callable[[str], Copy], tmp_path: Path) -> None:
+    """As in a container with a random user: no HOME, and no line in /etc/passwd."""
+    copy, temporary = make("one"), tmp_path / "temporary"
+    temporary.mkdir()
+    (copy.at / "nobody.py").write_text(NOBODY + RUN)
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import nobody"],
+        cwd=copy.at,
+        env={"TMPDIR": str(temporary), "PYTHONPATH": str(copy.at)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    codes, _, folder = ran.stdout.split()
+    assert (codes, Path(folder).parent) == (RIGHT, temporary / f"nemoquant-kernels-{os.getuid()}")
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null", "."])
+def test_triton_gets_a_folder_where_the_home_serves_nothing(
+    home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    kernel_cache.place_triton()
+    found = os.environ.get("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "restored")  # monkeypatch removes it after the test
+    assert found == (None if home == "." else str(kernel_cache.folder()) + "/triton")
+    kernel_cache.place_triton()
+    assert os.environ["TRITON_CACHE_DIR"] == "restored", "what the user named stays"
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from support.places import DEMO
 from support.tampering import changed_copy
 
 from nemoquant.api import RunOptions, export_onnx, quantize, verify
+from nemoquant.checkpoint.manifest import FILE
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.errors import CheckpointError, OutputError, UsageError
@@ -274,7 +275,7 @@ def test_a_write_that_fails_leaves_no_graph(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr("nemoquant.checkpoint.manifest.replace_bytes", full)
         with pytest.raises(OutputError, match="No space left on device"):
             export_onnx(folder)
     assert tree(folder) == before
@@ -319,10 +320,12 @@ def test_links_are_refused_in_place_and_followed_for_a_copy(
     quantized: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     """Hub caches consist of links."""
-    folder, links = quantized(), tmp_path / "links"
-    links.mkdir()
+    folder, repository = quantized(), tmp_path / "models--made--up"
+    links = repository / "snapshots/0a1b2c"
+    links.mkdir(parents=True)
+    shutil.copytree(folder, repository / "blobs")
     for file in folder.iterdir():
-        (links / file.name).symlink_to(file)
+        (links / file.name).symlink_to(f"../../blobs/{file.name}")
     refused(links, parts=["model-00001-of-00001.safetensors is a link", "ONNX refuses", "give an OUT folder"])
     made = export_onnx(links, tmp_path / "out")
     assert not any(p.is_symlink() for p in made.folder.iterdir())
@@ -401,7 +404,7 @@ def test_a_copy_that_fails_leaves_nothing(
     folder = quantized()
     before = tree(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("nemoquant.graph.export._save", lambda model, path: 1 / 0)
+        patch.setattr("nemoquant.graph.export._save", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_onnx(folder, tmp_path / "a/b")
     assert tree(tmp_path) == before
@@ -522,6 +525,14 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         f.write(data)
 
 
+@pytest.fixture
+def unsigned(demo: Callable[[str], Path], copied: Callable[..., Path]) -> Path:
+    """A checkpoint with its graphs and without a manifest: what the graph itself says is all there is."""
+    folder = copied(demo("nvfp4-w4a16"))
+    (folder / FILE).unlink()
+    return folder
+
+
 def edited(folder: Path, change: Callable[[Any], Any]) -> None:
     model = proto(folder / "model.onnx")
     change(model)
@@ -598,10 +609,8 @@ def set_metadata(folder: Path, **facts: Any) -> None:
         "unknown dialect",
     ],
 )
-def test_the_engine_refuses(
-    damage: Callable[[Path], Any], parts: list[str], demo: Callable[[str], Path], copied: Callable[..., Path]
-) -> None:
-    folder = copied(demo("nvfp4-w4a16"))
+def test_the_engine_refuses(damage: Callable[[Path], Any], parts: list[str], unsigned: Path) -> None:
+    folder = unsigned
     Graph(folder / "model.onnx")  # this one is complete
     damage(folder)
     with pytest.raises(CheckpointError) as caught:
@@ -613,10 +622,8 @@ def test_the_engine_refuses(
     "text",
     ["no json", "[]", "{}", '{"dialect": "onnxruntime"}', '{"dialect": "onnxruntime", "files": {"a": 1}}'],
 )
-def test_metadata_that_are_no_facts(
-    text: str, demo: Callable[[str], Path], copied: Callable[..., Path]
-) -> None:
-    folder = copied(demo("nvfp4-w4a16"))
+def test_metadata_that_are_no_facts(text: str, unsigned: Path) -> None:
+    folder = unsigned
 
     def change(model: Any) -> None:
         next(entry for entry in model.metadata_props if entry.key == "nemoquant").value = text
@@ -627,13 +634,11 @@ def test_metadata_that_are_no_facts(
 
 
 @pytest.mark.parametrize("inside", ["the graph", "a function", "a subgraph"])
-def test_constants_may_not_point_out_of_the_folder(
-    inside: str, demo: Callable[[str], Path], copied: Callable[..., Path]
-) -> None:
+def test_constants_may_not_point_out_of_the_folder(inside: str, unsigned: Path) -> None:
     """External data of a node's attribute, in the graph, a function or a subgraph."""
     import onnx
 
-    folder = copied(demo("nvfp4-w4a16"))
+    folder = unsigned
 
     def change(model: Any) -> None:
         nodes = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from support.places import NANO, SUPER
 
 from nemoquant.errors import ConfigError
+from nemoquant.model import parse
 from nemoquant.model.parse import load_config, parse_config
+from nemoquant.model.roles import tensor_table
 
 RAW: dict[str, Any] = {
     "model_type": "nemotron_h",
@@ -423,7 +426,11 @@ def test_the_folder_or_the_file(tmp_path: Path) -> None:
         ("", "cannot be read as JSON (Expecting value"),
         ('{"a": 1', "cannot be read as JSON ("),
         ("\xff", "cannot be read as JSON ('utf-8' codec"),
-        ("[" * 100_000, "cannot be read as JSON (maximum recursion"),
+        ("[" * 100_000, "cannot be read as JSON (it is nested too deeply"),
+        ('{"a":' * 65 + "1" + "}" * 65, "cannot be read as JSON (it is nested too deeply"),
+        ('{"a": 1, "a": 2}', "cannot be read as JSON (duplicate key 'a'"),
+        ('{"a": "\\ud800"}', "cannot be read as JSON (a string in it has half of a surrogate pair"),
+        (" " * (16 << 20) + "{}", "cannot be read as JSON (it has more than 16,777,216 bytes"),
         ("1" * 5000, "cannot be read as JSON (Exceeds the limit"),
         ("[]", "holds a JSON list, expected an object with `model_type: nemotron_h`"),
         ("null", "holds a JSON NoneType, expected an object"),
@@ -435,6 +442,82 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path)
     assert str(error.value).startswith(f"{file} {message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hybrid_override_pattern": "M" * 4097},
+            "`hybrid_override_pattern` has 4,097 layers; expected at most 4,096",
+        ),
+        (
+            {"hybrid_override_pattern": "M" * 5_000_000},
+            "`hybrid_override_pattern` has 5,000,000 layers; expected at most 4,096",
+        ),
+        (
+            {"hybrid_override_pattern": ..., "layers_block_type": ["moe"] * 4097},
+            "`layers_block_type` has 4,097 layers; expected at most 4,096",
+        ),
+        (
+            {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*" * 4097},
+            "`mtp_hybrid_override_pattern` has 4,097 layers; expected at most 4,096",
+        ),
+        (
+            {"num_nextn_predict_layers": 10**8},
+            "`num_nextn_predict_layers` is 100000000; expected an integer of at most 4,096",
+        ),
+        (
+            {"num_nextn_predict_layers": 4000, "mtp_hybrid_override_pattern": "*E"},
+            "`num_nextn_predict_layers` is 4,000, of 2 layers each; expected at most 4,096 layers in all",
+        ),
+        (
+            {"n_routed_experts": 10**8},
+            "`n_routed_experts` is 100000000; expected an integer of at most 65,536",
+        ),
+        (
+            {"n_routed_experts": 1 << 16, "hybrid_override_pattern": "EEEEE"},
+            "its 5 layers would have 655,385 tensors (`n_routed_experts` is 65,536); expected at most "
+            "524,288",
+        ),
+        (
+            {"n_routed_experts": 1 << 12, "hybrid_override_pattern": "E", "num_nextn_predict_layers": 64},
+            "its 129 layers would have 533,125 tensors",
+        ),
+        (
+            {"hidden_size": 1 << 31},
+            "`hidden_size` is 2147483648; expected an integer of at most 2,147,483,647",
+        ),
+        ({"vocab_size": 10**3000}, "`vocab_size` is 100000000000000000000000000"),
+        ({"layer_norm_epsilon": math.inf}, "`layer_norm_epsilon` is inf; expected a finite number"),
+        (
+            {"eos_token_id": [1 << 31]},
+            "`eos_token_id` is [2147483648]; expected a token id or a list of them",
+        ),
+    ],
+)
+def test_configs_without_bounds(changes: dict[str, Any], message: str) -> None:
+    began = time.process_time()
+    refused = refusal(**changes)
+    assert refused.startswith(message)
+    assert len(refused) < 300
+    assert time.process_time() - began < 3, "no table was made"
+
+
+def test_the_bounds_are_far_above_super() -> None:
+    config, _ = load_config(SUPER)
+    assert 40 * len(config.layers) < parse.MOST_LAYERS
+    assert 100 * config.n_routed_experts < parse.MOST_EXPERTS
+    assert 10_000 * config.vocab_size < parse.MOST_SIZE
+    assert 12 * len(tensor_table(config)) < parse.MOST_TENSORS
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, ["x" * 1000] * 1000, {"a": ["b"] * 1000}, 10**3000])
+@pytest.mark.parametrize(
+    "key", sorted({*RAW, "num_hidden_layers", "time_step_limit", "eos_token_id", "use_bias"})
+)
+def test_a_message_cuts_what_the_config_holds(key: str, value: Any) -> None:
+    assert len(refusal(**{key: value})) < 500
 
 
 def test_messages_name_the_file(tmp_path: Path) -> None:

@@ -4,8 +4,15 @@
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +22,7 @@ from support.pack_oracle import PRESETS, read
 from support.tampering import overwrite, sign
 
 from nemoquant.api import RunOptions, plan, quantize, verify
-from nemoquant.checkpoint.manifest import FILE
+from nemoquant.checkpoint.manifest import FILE, write_manifest
 
 IN_PROJ, EXPERT = "backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.experts.3.up_proj"
 ONE_FILE = "model-00001-of-00001.safetensors"
@@ -80,7 +87,6 @@ def test_a_flipped_byte(at, out):
     [
         "config.json",
         "hf_quant_config.json",
-        "README.md",
         "nemoquant_scales.json",
         "model.safetensors.index.json",
     ],
@@ -91,7 +97,7 @@ def test_a_changed_file(name, out):
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json", "README.md"]
+    "name", ["hf_quant_config.json", "config.json", ONE_FILE, "model.safetensors.index.json"]
 )
 def test_a_missing_file(name, out):
     (out / name).unlink()
@@ -110,8 +116,8 @@ def test_a_changed_manifest(out):
     [
         (None, "does not exist"),
         ("{", "cannot be read"),
-        ("[]", "schema 'list', expected 1"),
-        ('{"schema": 99}', "schema 99, expected 1"),
+        ("[]", "schema 'list', expected 2"),
+        ('{"schema": 99}', "schema 99, expected 2"),
     ],
 )
 def test_no_usable_manifest(content, message, out):
@@ -123,6 +129,131 @@ def test_no_usable_manifest(content, message, out):
     assert code == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_edited_card_is_no_damage(out):
+    """Everybody edits the card before a push."""
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words.\n")
+    code, report = command(out)
+    assert (code, report["ok"], report["problems"], report["edited"]) == (0, True, [], ["README.md"])
+    assert report["warnings"] == ["README.md was edited: its sha256 is not the manifest's"]
+    assert "warning: README.md was edited" in nemoquant("verify", out).stderr
+    (out / "README.md").unlink()
+    code, report = command(out)
+    assert (code, report["edited"]) == (0, [])
+    assert report["warnings"] == ["README.md is missing; the manifest lists it"]
+
+
+# What must not be read.
+
+ELSEWHERE = "is no regular file of this folder (a link out of it, or a device or pipe); nothing was read"
+
+
+def listed(out, name):
+    """Lists a file in the manifest, with a hash that the file can't have."""
+    data = json.loads((out / FILE).read_text())
+    data["files"][name] = "0" * 64
+    write_manifest(out, data)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/etc/passwd", "../../etc/passwd", "sub/file", "..", ".", ""])
+def test_a_manifest_that_names_a_path(name, out):
+    listed(out, name)
+    code, message = command(out)
+    assert code == 2
+    assert "nemoquant.json is not as nemoquant writes it: `files" in message
+    assert "expected the name of a file in the folder, without a path" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "extra",
+        "config.json",
+        "hf_quant_config.json",
+        "nemoquant_scales.json",
+        ONE_FILE,
+        "model.safetensors.index.json",
+    ],
+)
+@pytest.mark.parametrize(
+    "target", ["/dev/zero", "/etc/passwd", "outside", "nowhere", "itself", "FIFO", "folder"]
+)
+def test_nothing_is_read_through_a_file_that_is_none(target, name, out, tmp_path):
+    """A pipe or a device would be read for ever; whether the manifest lists the file or not."""
+    file = out / name
+    content = file.read_bytes() if file.exists() else b""
+    (tmp_path / "outside").write_bytes(content)
+    if target == "FIFO":
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+    elif target == "folder":
+        file.unlink(missing_ok=True)
+        file.mkdir()
+    else:
+        file.unlink(missing_ok=True)
+        file.symlink_to({"outside": "../outside", "itself": name}.get(target, target))
+    if name == "extra":
+        listed(out, name)
+    assert failed(out) == f"{name} {ELSEWHERE}"
+    if name != "extra":
+        data = json.loads((out / FILE).read_text())
+        del data["files"][name]
+        write_manifest(out, data)
+        assert failed(out) == f"{name} {ELSEWHERE}"
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/etc/passwd", "../outside"])
+def test_a_manifest_behind_a_link(target, out, tmp_path):
+    (out / FILE).rename(tmp_path / "outside")
+    (out / FILE).symlink_to(target)
+    code, message = command(out)
+    assert (code, f"{out}/{FILE} {ELSEWHERE}" in message) == (2, True)
+
+
+def test_a_strange_shard_that_the_index_could_name(out):
+    os.mkfifo(out / "more.safetensors")
+    assert failed(out) == f"more.safetensors {ELSEWHERE}"
+
+
+def test_links_of_a_hub_cache_are_its_own_files(out, tmp_path):
+    """``snapshots/REVISION/NAME -> ../../blobs/HASH``, as a download leaves it."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1234", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(out.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert command(snapshot)[0] == 0
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to("/etc/passwd")
+    assert failed(snapshot) == f"README.md {ELSEWHERE}"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_soon(sent, out):
+    """A listed file of a terabyte of zeros, which would be hashed for many minutes."""
+    with (out / "long").open("wb") as f:
+        f.truncate(1 << 40)
+    listed(out, "long")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemoquant", "verify", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    descriptors = Path(f"/proc/{process.pid}/fd")
+    while process.poll() is None:
+        with suppress(OSError):
+            if any(link.resolve() == out / "long" for link in descriptors.iterdir()):
+                break
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(sent)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + sent
+    assert stdout == b""
+    assert stderr.decode().startswith("error: interrupted") and stderr.count(b"\n") == 1
 
 
 def test_a_foreign_file_is_a_warning(out):
@@ -380,10 +511,10 @@ def test_plain_report(out, source):
     result = nemoquant("verify", out, "--against", source)
     assert result.stdout.startswith(f"{out}: ok (")
     shutil.rmtree(out / "nothing", ignore_errors=True)
-    (out / "README.md").unlink()
+    (out / "hf_quant_config.json").unlink()
     result = nemoquant("verify", out, code=1)
     assert result.stdout.startswith(f"{out}: FAILED (")
-    assert "problem: README.md is missing; the manifest lists it\n" in result.stderr
+    assert "problem: hf_quant_config.json is missing; the manifest lists it\n" in result.stderr
 
 
 def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The recipe's schema: the values of each key, and the messages for a recipe file that breaks it."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +201,32 @@ def test_a_file(tmp_path: Path) -> None:
         ("a: [1", "cannot be read as YAML: while parsing a flow sequence"),
         (
             "a: !!python/object:os.system x",
-            "cannot be read as YAML: could not determine a constructor for the tag",
+            "cannot be read as YAML: 'tag:yaml.org,2002:python/object:os.system' is a tag of YAML",
         ),
         ("\xff", "cannot be read as YAML: 'utf-8' codec can't decode"),
-        ("name: a\nname: b", "cannot be read as YAML: key name stands twice"),
+        ("name: a\nname: b", "cannot be read as YAML: key 'name' stands twice"),
+        (
+            "name: &a x",
+            "cannot be read as YAML: &a is an anchor or alias of YAML, which a recipe may not have",
+        ),
+        ("a: [*, b]", "cannot be read as YAML: while scanning an alias"),
+        ("a: *b", "cannot be read as YAML: *b is an anchor or alias of YAML"),
+        (
+            "? [1, 2]\n: 3",
+            'cannot be read as YAML: while constructing a mapping in "<unicode string>", line 1',
+        ),
+        ("a: " + "1:" * 100_000 + "1", "cannot be read as YAML: a number of 200,001 characters"),
+        ("a: 0x" + "f" * 100_000, "cannot be read as YAML: a number of 100,002 characters"),
+        ("a: 1." + "0" * 100_000, "cannot be read as YAML: a number of"),
+        ("a: 2000-99-99", "cannot be read as YAML: month must be in 1..12"),
+        ("[" * 100_000, "cannot be read as YAML: maximum recursion"),
+        ("- " * 100_000, "cannot be read as YAML: maximum recursion"),
+        ("#" * (256 << 10) + "#", "cannot be read as YAML: it has more than 262,144 bytes"),
+        ('name: "\\ud800"\nsummary: s\nrules: []', "`name`: Input should be a valid string, unable to parse"),
+        (
+            'name: n\nsummary: "\\udfff"\nrules: []',
+            "`summary`: Input should be a valid string, unable to parse",
+        ),
         ("", "recipe: Input should be a valid dictionary, got None"),
         ("fp8", "recipe: Input should be a valid dictionary, got 'fp8'"),
     ],
@@ -221,6 +244,65 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(error.value)
 
 
+def test_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
+    """Nine lines that stand for 10^9 values: 400 bytes that were never read to the end."""
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=r"&a0 is an anchor or alias of YAML"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
+    keys = "\n".join(f"k{i}: 1" for i in range(10_000))
+    (tmp_path / "mine.yaml").write_text(f"{keys}\n{keys}\n")
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=r"key 'k0' stands twice .*line 10001"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert time.process_time() - began < 10, "YAML itself takes most of it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rules": [RULE] * 1025},
+            "`rules`: List should have at most 1024 items after validation, not 1025, got [",
+        ),
+        ({"name": "n" * 101}, "`name`: String should have at most 100 characters, got 'nnn"),
+        ({"summary": "n" * 2001}, "`summary`: String should have at most 2000 characters, got 'nnn"),
+        (
+            {"rules": [{"roles": ["r"] * 513, "format": "fp8"}]},
+            "rule 1, `roles`: List should have at most 512 items after validation, not 513, got [",
+        ),
+        (
+            {"rules": [{"names": ["n" * 201], "format": "fp8"}]},
+            "rule 1, `names.0`: String should have at most 200 characters, got 'nnn",
+        ),
+        (
+            {"rules": [{"names": ["a*"] * 300, "format": "fp8"}, {"names": ["b?"] * 213, "format": "fp8"}]},
+            "recipe: its rules have 513 patterns with wildcards; expected at most 512",
+        ),
+        (
+            {"rules": [RULE | {"layers": [0] * 4097}]},
+            "rule 1, `layers`: List should have at most 4096 items after validation, not 4097, got [",
+        ),
+        ({"k" * 100_000: 1}, "unknown key `" + "k" * 80 + "`"),
+        ({"summary": 10**5000}, "`summary`: Input should be a valid string, got <16,610 bits>"),
+    ],
+)
+def test_recipes_without_bounds(changes: dict[str, Any], message: str) -> None:
+    refused = refusal(BASE | changes)
+    assert refused.startswith(message)
+    assert len(refused) < 400
+
+
+def test_a_message_tells_a_few_of_many_problems() -> None:
+    refused = refusal(BASE | {"rules": [RULE | {"format": "int4"}] * 500})
+    assert refused.count("`format`") == 8
+    assert refused.endswith("; and 492 more")
+
+
 def test_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("fp9")
@@ -229,7 +311,7 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
         "nvfp4-w4a16, nvfp4, "
         "super-nvfp4-published"
     )
-    with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*Is a directory"):
+    with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
         load_recipe(str(tmp_path))
 
 
@@ -256,3 +338,16 @@ def test_presets() -> None:
 
 def test_recipes_lie_in_the_source_tree() -> None:
     assert recipe_folder() == CALIB / "recipes"
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp x", "!!bool maybe", "!!python/object:os.system x", "!!binary '%'"]
+)
+def test_tags_are_refused(value, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\nsummary: {value}\nrules:\n- roles: ['*']\n  format: source\n")
+    with pytest.raises(
+        RecipeError,
+        match=r"is a tag of YAML, which a recipe may not have",
+    ):
+        load_recipe(str(path))

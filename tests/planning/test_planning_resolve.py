@@ -1,12 +1,14 @@
 """Recipes against tensor tables: matching, every refusal, scale groups, and the plan's identity."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.places import SUPER
 from support.processes import run_python
 
 from nemoquant import api
@@ -546,3 +548,44 @@ def test_an_fp8_cache_needs_calibration_and_adds_its_scales() -> None:
     assert made.tensors_out == len(made.rows) + 4
     assert made.bytes_out == made.bytes_in + 4 * 4
     assert made.kv_cache_bytes_per_token() == {"source": 2 * 2 * 2 * 16 * 2, "planned": 2 * 2 * 2 * 16}
+
+
+# --- recipes that would take long
+
+
+@pytest.fixture(scope="module")
+def super_raw() -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(SUPER.read_text())
+    return raw
+
+
+def test_patterns_that_could_be_matched_in_many_ways_are_matched_in_one(super_raw: dict[str, Any]) -> None:
+    globs = [f"*{'?*e*' * 40}z{i}" for i in range(500)]
+    began = time.process_time()
+    assert "the name pattern" in refusal({"names": globs, "format": "fp8"}, REST, raw=super_raw)
+    assert time.process_time() - began < 20
+
+
+def test_the_names_of_all_experts_in_one_rule(super_raw: dict[str, Any]) -> None:
+    """They are looked up, and each row's reason names a few of them: all of all would be 80 GB."""
+    names = [
+        spec.module for spec in tensor_table(parse_config(super_raw)) if spec.role.startswith("experts.")
+    ]
+    assert len(names) == 40_960
+    began = time.process_time()
+    plan = planned({"names": names, "format": "fp8"}, REST, raw=super_raw)
+    assert time.process_time() - began < 10
+    assert quantized(plan) == set(names)
+    reason = plan.quantized[0].reason
+    assert reason.startswith(f"rule 1: names {names[0]}, {names[1]}, ")
+    assert reason.endswith(" and 40940 more")
+
+
+def test_a_rule_for_each_layer_of_a_large_model(super_raw: dict[str, Any]) -> None:
+    count = len(super_raw["hybrid_override_pattern"])
+    rules = [{"roles": ["experts.*"], "layers": [i], "format": "fp8"} for i in range(count)]
+    moe = [r for r in rules if super_raw["hybrid_override_pattern"][r["layers"][0]] == "E"]
+    began = time.process_time()
+    plan = planned(*moe, REST, raw=super_raw)
+    assert time.process_time() - began < 5
+    assert len(plan.quantized) == 40_960

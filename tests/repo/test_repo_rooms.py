@@ -12,7 +12,19 @@ from support.places import PACKAGE
 
 # From the top; rooms on one line may import each other. `solve` (solved weights) will come after `calibrate`.
 ORDER = (
-    ("_version", "errors", "arguments", "machine", "units", "notebook", "progress", "bars", "shipped"),
+    (
+        "_version",
+        "words",
+        "errors",
+        "files",
+        "arguments",
+        "machine",
+        "units",
+        "notebook",
+        "progress",
+        "bars",
+        "shipped",
+    ),
     ("formats",),
     ("ops",),
     ("model",),

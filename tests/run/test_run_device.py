@@ -28,12 +28,13 @@ RUN = """
 import json, sys
 from pathlib import Path
 from nemoquant import api
+from nemoquant.checkpoint import identity
 from nemoquant.formats import gpu
 from nemoquant.pack import encode
 
 source, out, preset = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 options, calibration = map(json.loads, sys.argv[4:])
-encode.CHUNK_BYTES = 4096  # so that weights of this size have several chunks
+identity.PIECE_BYTES = 4096  # so that weights of this size have several chunks
 sent, put = [], gpu.put
 gpu.put = lambda weight: sent.append(weight.shape) or put(weight)
 made = api.quantize(source, out, preset, api.RunOptions(**calibration, device="cuda", **options))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -14,7 +15,7 @@ from support.places import SUPPORT
 from support.processes import run_python
 
 from nemoquant.api import RunOptions, quantize
-from nemoquant.errors import CheckpointError, UsageError
+from nemoquant.errors import CheckpointError, SourceChangedError, UsageError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray (extra: ray)")
 
@@ -31,7 +32,9 @@ def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["said"] == ["Ray: 2 processors"]
+    begun, hashed = report["said"]
+    assert begun == "Ray: 2 processors"
+    assert re.fullmatch(r"hashing .* of .*, for the nodes to be held against", hashed)
     for name in (
         "two",
         "calibrate",
@@ -111,13 +114,12 @@ def test_options_of_where_it_is_computed(source, tmp_path):
 
 def test_a_node_with_another_source_or_version(source, make_checkpoint):
     """A worker's check before its first task, called here directly."""
-    from nemoquant.checkpoint.manifest import weights_fingerprint
     from nemoquant.checkpoint.reader import Checkpoint
-    from nemoquant.run.cluster import _opened
+    from nemoquant.run.cluster import _opened, small_tensors_sha256
 
     other = make_checkpoint("other", seed=1)
     with Checkpoint(source) as checkpoint:
-        fingerprint = weights_fingerprint(checkpoint)
+        fingerprint = small_tensors_sha256(checkpoint)
     with pytest.raises(
         CheckpointError, match="is another checkpoint on a node of the cluster; expected the same one"
     ):
@@ -139,3 +141,20 @@ def test_tensors_on_the_wire(dtype):
     assert again.dtype == states.dtype
     assert again.equal(states[:, ::2])
     again.zero_()
+
+
+def test_a_task_whose_files_change(make_checkpoint):
+    """Whatever a task computed on a node is dropped, with an error that names the file."""
+    from nemoquant import __version__
+    from nemoquant.checkpoint.reader import Checkpoint
+    from nemoquant.run.cluster import _call, _opened, small_tensors_sha256
+
+    source = make_checkpoint()
+    with Checkpoint(source) as checkpoint:
+        identity = str(source), small_tensors_sha256(checkpoint), __version__
+    shard = source / "model-00001-of-00002.safetensors"
+    _opened.cache_clear()
+    assert _call(identity, lambda checkpoint: 1, ()) == 1
+    with pytest.raises(SourceChangedError, match=rf"{shard} changed while it was read: it was written to"):
+        _call(identity, lambda checkpoint: os.utime(shard), ())
+    _opened.cache_clear()

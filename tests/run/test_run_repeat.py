@@ -117,12 +117,12 @@ def test_a_fused_single_file_source_gives_the_same_output(preset, make_checkpoin
 
 def test_links_in_the_source_are_followed_and_none_is_written(source, quantized, tmp_path):
     (source / "tokenizer_config.json").write_text("{}")
-    linked, blobs = tmp_path / "snapshot", tmp_path / "blobs"  # the layout of a hub cache
-    linked.mkdir()
+    linked, blobs = tmp_path / "hub/snapshots/0f3a", tmp_path / "hub/blobs"  # the layout of a hub cache
+    linked.mkdir(parents=True)
     blobs.mkdir()
     for i, path in enumerate(sorted(source.iterdir())):
         (blobs / f"blob{i}").write_bytes(path.read_bytes())
-        (linked / path.name).symlink_to(f"../blobs/blob{i}")
+        (linked / path.name).symlink_to(f"../../blobs/blob{i}")
     plain, followed = quantized("nvfp4", "plain"), quantized("nvfp4", "followed", of=linked)
     assert changed_files(plain, followed) == []
     assert (followed / "tokenizer_config.json").exists()

@@ -5,6 +5,7 @@ tests/run/test_run_killed.py kills runs in the middle of a write.
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from support.files import tree
 from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import Interrupted, OutputError, UsageError, WeightError
 from nemoquant.run.unfinished import FOLDER, STATE
+from nemoquant.run.write import Output
 
 SHARD_BYTES = 30_000
 
@@ -72,7 +74,9 @@ def test_an_interrupted_run_is_gone_on_with(where, says, begun, source, token_ro
     assert begun(**where) == f"{tmp_path}/out.partial is kept ({says}): --resume goes on from there"
     said = []
     again = make(source, token_rows, tmp_path / "out", resume=True, said=said)
-    assert said == [f"going on with {tmp_path}/out.partial: {says}"]
+    first, second = said
+    assert first == f"going on with {tmp_path}/out.partial: {says}"
+    assert re.fullmatch(rf"hashing [\d.]+ kB of {source} again, which it was made from", second)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert (again.warnings, again.calibration, again.verified) == (
         whole.warnings,
@@ -92,7 +96,7 @@ def test_what_is_finished_is_not_done_again(begun, source, token_rows, tmp_path,
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
 
 
-def test_rows_with_nan_are_remembered(make_checkpoint, begun, tmp_path):
+def test_rows_with_nan_are_remembered(make_checkpoint, begun, tmp_path, monkeypatch):
     """Packing refuses the embedding that caused the NaN; the scales file still records the lost rows."""
 
     def edit(tensors):
@@ -103,10 +107,17 @@ def test_rows_with_nan_are_remembered(make_checkpoint, begun, tmp_path):
     ids[4, 7] = 95
     np.save(rows, ids)
     begun(layers=3, of=poisoned, rows=rows)
+    kept, write = [], Output.write
+
+    def copied(output, run, *arguments, **options):
+        kept.append((run.folder / "nemoquant_scales.json").read_bytes())
+        return write(output, run, *arguments, **options)
+
+    monkeypatch.setattr(Output, "write", copied)
     for name, resume in (("whole", False), ("out", True)):
-        with pytest.raises(WeightError, match=r"backbone\.embeddings\.weight has NaN.*is kept"):
+        with pytest.raises(WeightError, match=r"backbone\.embeddings\.weight has NaN.*nothing was kept"):
             make(poisoned, rows, tmp_path / name, resume=resume)
-    kept = [(tmp_path / f"{name}.partial/nemoquant_scales.json").read_bytes() for name in ("whole", "out")]
+        assert not (tmp_path / f"{name}.partial").exists()
     assert kept[0] == kept[1]
     assert json.loads(kept[0])["non_finite_rows"] == 1
     assert json.loads(kept[0])["warnings"][0] == "1 calibration rows came to NaN or Inf and were left out"
@@ -157,7 +168,7 @@ def test_options_that_matter_must_be_the_same(change, says, begun, source, token
     before = tree(tmp_path)
     with pytest.raises(
         UsageError,
-        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones to --resume",
+        match=rf"out\.partial was begun with other options: .*{says}.*give the same ones, or remove the",
     ):
         make(source, token_rows, tmp_path / "out", resume=True, **change)
     assert tree(tmp_path) == before
@@ -181,7 +192,9 @@ def test_other_rows_or_another_source_are_refused(begun, source, token_rows, tmp
             calibration={"scales": first.out / "nemoquant_scales.json"},
         )
     other = make_checkpoint("other", seed=1)
-    with pytest.raises(UsageError, match=r"SRC's weights was \w{12} and is \w{12}"):
+    with pytest.raises(
+        UsageError, match=r"begun with other weights than .* tensors or groups of experts diff"
+    ):
         make(other, token_rows, tmp_path / "out", resume=True)
 
 
@@ -213,8 +226,8 @@ def test_damaged_hidden_states_are_computed_again(begun, source, token_rows, tmp
         file.write_bytes(data)
     said = []
     make(source, token_rows, tmp_path / "out", resume=True, said=said)
-    assert "hidden states" in said[1]
-    assert "are damaged: calibrating from the first layer on" in said[1]
+    assert "hidden states" in said[2]
+    assert "are damaged: calibrating from the first layer on" in said[2]
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -230,7 +243,9 @@ def test_a_damaged_shard_is_packed_again(begun, source, token_rows, tmp_path):
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 3}', '{"schema": 2, "identity": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"schema": 3}', '{"schema": 2, "identity": {}}', "[" * 5000]
+)
 def test_a_state_that_cannot_be_read(content, begun, source, token_rows, tmp_path):
     begun(layers=2)
     (tmp_path / "out.partial" / FOLDER / STATE).write_text(content)
@@ -319,15 +334,93 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
     make(source, token_rows, tmp_path / "out", resume=True)
 
 
-def test_a_run_within_a_folder_that_is_removed_promises_nothing(source, token_rows, tmp_path, monkeypatch):
-    """``demo`` quantizes into its own folder, which is removed after any error in it."""
-    from nemoquant.checkpoint.folder import making
+def test_an_output_that_is_finished(source, token_rows, tmp_path):
+    """The same options: there is nothing to do, with or without an empty folder that a kill left."""
+    first = make(source, token_rows, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    (tmp_path / "out" / FOLDER).mkdir()
+    (tmp_path / "out" / FOLDER / STATE).write_text("damaged")
+    said = []
+    again = make(
+        source, token_rows, tmp_path / "out", resume=True, said=said, threads=2, calibration={"dtype": None}
+    )
+    assert said[0].startswith("hashing ")
+    assert said[1:] == [f"{tmp_path}/out was finished already"]
+    assert tree(tmp_path / "out") == before
+    assert (again.warnings, again.calibration, again.skipped_files, again.verified) == (
+        first.warnings,
+        first.calibration,
+        first.skipped_files,
+        {},
+    )
+    scales = {"data": None, "dtype": None, "scales": tmp_path / "out/nemoquant_scales.json"}
+    make(source, token_rows, tmp_path / "out", resume=True, calibration=scales)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"preset": "fp8"}, r"the recipe was nvfp4 \(\w{12}\) and is fp8 \(\w{12}\)"),
+        ({"scale_groups": False}, "--no-scale-groups was False and is True"),
+        ({"shard_bytes": 60_000}, "--shard-size was 3e-05 and is 6e-05"),
+        ({"calibration": {"row_batch": 3}}, r"--row-batch was .* and is 3"),
+        ({"calibration": {"dtype": "bfloat16"}}, "--compute was float32 and is bfloat16"),
+    ],
+)
+def test_another_output_is_finished(change, says, source, token_rows, tmp_path):
+    make(source, token_rows, tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(
+        UsageError, match=rf"out was begun with other options: .*{says}.*; give the same ones"
+    ):
+        make(source, token_rows, tmp_path / "out", resume=True, **change)
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_output_of_another_config_or_that_lacks_a_file(make_checkpoint, token_rows, tmp_path):
+    out = tmp_path / "out"
+    source, other = make_checkpoint("source"), make_checkpoint("other", max_position_embeddings=77)
+    make(source, token_rows, out, "nvfp4-w4a16")
+    with pytest.raises(UsageError, match=r"SRC's config was \w{12} and is \w{12}"):
+        make(other, token_rows, out, "nvfp4-w4a16", resume=True)
+    next(out.glob("*.safetensors")).unlink()
+    with pytest.raises(
+        OutputError, match=r"out lacks model-\S+, which its manifest lists; remove it and begin"
+    ):
+        make(source, token_rows, out, "nvfp4-w4a16", resume=True)
+
+
+def test_a_finished_output_of_other_weights(make_checkpoint, token_rows, tmp_path):
+    """The same shapes, and one changed byte in the middle of a matrix."""
+
+    def edit(tensors):
+        tensors["backbone.layers.3.mixer.up_proj.weight"][5, 5] += 1
+
+    make(make_checkpoint("source"), token_rows, tmp_path / "out", "nvfp4-w4a16")
+    with pytest.raises(
+        UsageError, match=r"out was begun with other weights than .*1 of \d+ .*3\.mixer\.up_proj"
+    ):
+        make(make_checkpoint("other", edit), token_rows, tmp_path / "out", "nvfp4-w4a16", resume=True)
+
+
+def test_an_output_that_nobody_of_ours_made(source, token_rows, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="out exists; expected a new folder"):
+        make(source, token_rows, tmp_path / "out", resume=True)
+
+
+def test_files_that_others_put_there_are_not_listed(source, token_rows, tmp_path, monkeypatch):
+    """Nor hashed: it may be a pipe. The run ends with all of its own in OUT."""
     from nemoquant.run import write as run
 
-    monkeypatch.setattr(run, "verify", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(Interrupted, match=r"^nothing was kept$"), making(tmp_path / "demo") as folder:
-        make(source, token_rows, folder / "out")
-    assert not (tmp_path / "demo.partial").exists()
+    config_files = run.config_files
+    partial = tmp_path / "out.partial"
+    monkeypatch.setattr(
+        run, "config_files", lambda *a: ((partial / "theirs").write_text("mine"), config_files(*a))[1]
+    )
+    out = make(source, token_rows, tmp_path / "out").out
+    assert "theirs" not in json.loads((out / "nemoquant.json").read_text())["files"]
+    assert (out / "theirs").read_text() == "mine"
 
 
 def test_a_state_with_an_option_that_this_version_does_not_know(tmp_path):

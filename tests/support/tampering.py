@@ -38,8 +38,11 @@ def overwrite(out: Path, name: str, data: bytes | Callable[[bytes], bytes], at: 
 
 
 def changed_copy(folder: Path, out: Path, edit: Callable[[dict[str, Tensor]], object], **config: Any) -> Path:
-    """A copy in one file; ``edit`` changes its tensors (a dict by name), ``config`` its config.json."""
-    ignored = shutil.ignore_patterns("*.safetensors", "model.safetensors.index.json")
+    """A copy in one file, as another tool would write it: without a manifest.
+
+    ``edit`` changes its tensors (a dict by name), ``config`` its config.json.
+    """
+    ignored = shutil.ignore_patterns("*.safetensors", "model.safetensors.index.json", FILE)
     shutil.copytree(folder, out, ignore=ignored)
     tensors = load_tensors(folder)
     edit(tensors)

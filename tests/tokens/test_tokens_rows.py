@@ -198,7 +198,11 @@ BAD = {
     ),
     "unknown kind": ("x.csv", "a b c", "unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"),
     "no suffix": ("x", "a b c", "unknown kind ''"),
-    "not JSON": ("x.jsonl", '{"text": "a"}\nhello\n', "x.jsonl: not JSON"),
+    "not JSON": (
+        "x.jsonl",
+        '{"text": "a"}\nhello\n',
+        "x.jsonl, line 2: not JSON (Expecting value, at character 1); expected one JSON object a line",
+    ),
     "a list": ("x.jsonl", '{"text": "a"}\n[1]\n', "x.jsonl, line 2: a JSON list, expected an object"),
     "other keys": (
         "x.jsonl",

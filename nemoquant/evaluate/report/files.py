@@ -4,10 +4,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemoquant.checkpoint.manifest import replace_text
 from nemoquant.errors import OutputError, UsageError
 from nemoquant.evaluate.report.markdown import markdown
 from nemoquant.evaluate.schema import Report
+from nemoquant.files import replace_text
 
 
 def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = ()) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from nemoquant.evaluate.schema import FIGURES, Candidate, Data, Layer, Module, Report, number
 from nemoquant.units import size
+from nemoquant.words import in_markdown, markdown_code
 
 WORST_LAYERS = 3
 
@@ -12,10 +13,10 @@ def markdown(report: Report) -> str:
     """The whole summary: figures of all candidates side by side, then the largest errors of each."""
     d, r = report.data, report.reference
     lines = [
-        f"# Accuracy of {_text(r.name)}, quantized",
+        f"# Accuracy of {in_markdown(r.name)}, quantized",
         "",
-        f"{d.rows} rows of {d.seq_len:,} tokens of {code(d.source)}, {d.predicted_positions:,} predicted "
-        f"positions; "
+        f"{d.rows} rows of {d.seq_len:,} tokens of {markdown_code(d.source)}, "
+        f"{d.predicted_positions:,} predicted positions; "
         f"bf16 source {size(r.bytes)}, perplexity {number(r.perplexity, '.3f')}; nemoquant "
         f"{report.nemoquant}.",
         "",
@@ -25,7 +26,7 @@ def markdown(report: Report) -> str:
         lines += ["", *_candidate(candidate)]
     warnings = [*report.warnings, *(f"{c.name}: {w}" for c in report.candidates for w in c.warnings)]
     if warnings:
-        lines += ["", "## Warnings", "", *(f"- {_text(w)}" for w in warnings)]
+        lines += ["", "## Warnings", "", *(f"- {in_markdown(w)}" for w in warnings)]
     return "\n".join(lines) + "\n"
 
 
@@ -34,11 +35,11 @@ def table(report: Report) -> Iterable[str]:
     yield "| " + " | ".join(FIGURES) + " |"
     yield "|---" + "|---:" * (len(FIGURES) - 1) + "|"
     for name, *figures in report.figures():
-        yield "| " + " | ".join([_text(name), *figures]) + " |"
+        yield "| " + " | ".join([in_markdown(name), *figures]) + " |"
 
 
 def _candidate(c: Candidate) -> Iterable[str]:
-    yield f"## {_text(c.name)}: what hurts"
+    yield f"## {in_markdown(c.name)}: what hurts"
     yield ""
     if c.engine is not None:
         yield (
@@ -73,7 +74,7 @@ def _module_line(m: Module) -> str:
         else f" (lowest SQNR: expert {m.experts.worst_expert})"
     )
     cells = [
-        code(m.name) + worst,
+        markdown_code(m.name) + worst,
         m.format,
         m.input_format or "-",
         f"{m.effect:.3%}",
@@ -99,20 +100,5 @@ def cost_sentence(candidate: Candidate, data: Data, reference_perplexity: float 
         f"the same likeliest token at "
         f"{logits.top1_agreement:.2%} of {data.predicted_positions:,} positions ({data.rows} rows of "
         f"{data.seq_len:,} tokens of "
-        f"{code(data.source)}). Measure it on your task too."
+        f"{markdown_code(data.source)}). Measure it on your task too."
     )
-
-
-def code(text: str) -> str:
-    """Untrusted text as Markdown code, in one line and safe in a table's cell."""
-    return f"`{_printable(text).replace('`', chr(39)).replace('|', '/')}`"
-
-
-def _text(text: str) -> str:
-    """Untrusted text as plain text: nothing in it is markup."""
-    return "".join("\\" + ch if ch in "\\`*[]<>|" else ch for ch in _printable(text))
-
-
-def _printable(text: str) -> str:
-    """The text in one line, without control characters."""
-    return "".join(ch if ch.isprintable() else "?" for ch in " ".join(text.split()))

@@ -1,0 +1,82 @@
+"""The other files of a source: tokenizer, chat template, licences. Which are copied, and from where."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemoquant.errors import OutputError
+from nemoquant.files import copy_again, lies_in, plain_name
+
+TEXTS = ("", ".md", ".txt", ".rst", ".pdf")
+SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program has no place here
+    "generation_config": (".json",),
+    "tokenizer": (".json", ".model", ".txt"),
+    "chat_template": (".jinja", ".json", ".txt"),
+    "special_tokens": (".json",),
+    "LICENSE": TEXTS,
+    "NOTICE": TEXTS,
+}
+
+
+def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave.
+
+    ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
+
+    Raises:
+        OutputError: a file to copy can't be read, or is a link to somewhere else than the source or the hub
+            cache that the source is part of.
+    """
+    auto_map = raw_config.get("auto_map")
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
+    entries = [
+        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
+    ]
+    modules = {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
+    wanted, skipped = [], []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if name in ("config.json", "nemoquant.json") or name.endswith(
+            (".safetensors", ".safetensors.index.json")
+        ):
+            continue  # written by the run itself, or files of tensors
+        belongs = plain_name(name) and (
+            name in modules
+            or any(name.startswith(begin) and path.suffix in ends for begin, ends in SIDE_FILES.items())
+        )
+        if belongs and (path.is_symlink() or path.is_file()):
+            _check(path)
+            wanted.append(name)
+        else:
+            skipped.append(name + "/" * path.is_dir())
+    return wanted, skipped
+
+
+def _check(path: Path) -> Path:
+    """Make sure that a file to copy is readable, and of this source; returns where it is."""
+    try:
+        here = lies_in(path.parent, path.name)
+    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        raise OutputError(f"{path} is a link that leads nowhere; download it again, or remove it") from None
+    target = path.resolve()
+    if not here:
+        raise OutputError(
+            f"{path} is a link to {target}; expected a file in the source, or a link to a file in it or in "
+            f"its hub cache: put a copy in place of the link, or remove it"
+        )
+    if not os.access(path, os.R_OK):
+        raise OutputError(
+            f"{path} cannot be read (permission denied); it belongs to the checkpoint: make it readable"
+        )
+    return target
+
+
+def copy_side_files(source: Path, names: Sequence[str], folder: Path) -> None:
+    """Copy these files into ``folder``; links are followed, because hub caches consist of links.
+
+    Raises:
+        OutputError: one leads somewhere else than when the run began; see :func:`side_files`.
+    """
+    for name in names:
+        copy_again(_check(source / name), folder / name)

@@ -1,0 +1,99 @@
+"""How a command ends: after Ctrl-C and other signals, and when who reads its output has gone."""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+import click
+
+from nemoquant import words
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 5.0  # seconds after a signal in which another one changes nothing: it would hit the cleaning up
+
+
+class Ending:
+    """Signals become a KeyboardInterrupt, so that all clean up as after Ctrl-C; a context manager.
+
+    A signal that is ignored, as under nohup, stays ignored. Signals after the first one are raised again only
+    when cleaning up takes long. If a write found that nobody reads standard output or standard error any
+    more, the process ends by SIGPIPE, silently, as other tools do: ``nemoquant ... | head``.
+    """
+
+    def __init__(self, *, program: bool) -> None:
+        """``program``: whether the process ends with the command; its exit is then kept from signals too."""
+        self._program, self._cut_off = program, False
+        self._at = -GRACE
+        self._before: dict[int, signal._HANDLER] = {}
+        self._streams: list[int] = []
+        self.signal: signal.Signals | None = None  # the one that ended the command
+
+    def __enter__(self) -> "Ending":
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._stop)
+            self._before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, self._broken)
+            for stream in (1, 2):  # rich puts another file in the place of one that nobody reads
+                with suppress(OSError):
+                    self._streams.append(os.dup(stream))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+                stream.flush()
+        if self.unread:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGPIPE)
+        for descriptor in self._streams:
+            os.close(descriptor)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._program else handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        now = time.monotonic()
+        if now - self._at < GRACE:
+            return
+        self.signal, self._at = self.signal or signal.Signals(number), now
+        raise KeyboardInterrupt
+
+    def _broken(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._cut_off = True
+
+    @property
+    def unread(self) -> bool:
+        """Whether a write found a pipe without a reader, and standard output or error is one."""
+        poll = select.poll()
+        for descriptor in self._streams:
+            poll.register(descriptor, 0)
+        return self._cut_off and any(event & select.POLLERR for _, event in poll.poll(0))
+
+    def interrupted(self, error: BaseException) -> NoReturn:
+        """End after a signal, with a line on what is left and the exit code that shells give it."""
+        name = "" if self.signal in (None, signal.SIGINT) else f" by {self.signal.name}"
+        left = next((kept for e in _chain(error) if (kept := getattr(e, "kept", ""))), "nothing was kept")
+        self.failed(f"interrupted{name}; {left}", 128 + (self.signal or signal.SIGINT))
+
+    def failed(self, message: str, code: int) -> NoReturn:
+        """End with a line on standard error; with SIGHUP its terminal may be gone."""
+        if not self.unread:
+            with suppress(OSError):
+                click.echo(f"error: {words.message(message)}", err=True)
+        sys.exit(code)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then those that it was raised from or after."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

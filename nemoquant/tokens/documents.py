@@ -1,0 +1,208 @@
+"""Documents of a file as token ids, in pieces: no more of a file is read or tokenized than is used.
+
+    .txt       one document
+    .jsonl     one document per line: {"text": ...}, {"messages": [...]} through the chat template,
+               or {"input_ids": [...]}
+    .parquet   the same by columns (extra `parquet`)
+
+A .txt may be of any size, it is read as it is used. A document of the other kinds is in memory as a whole,
+and bounded.
+"""
+
+import json
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from nemoquant.errors import CalibrationError, MissingExtraError, listing
+from nemoquant.files import open_regular, parse_json
+from nemoquant.tokens.template import ChatTemplate
+from nemoquant.tokens.tokenizer import encode, load_tokenizer
+
+MOST_CHARS = 16 << 20  # of a line of .jsonl, and bytes of a row of .parquet: JSON can take 20 times as much
+PIECE_CHARS = 1 << 16  # at least, of a text that goes on
+MOST_PIECE = 1 << 18  # a tokenizer takes some 100 bytes for each
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+WORD_END = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+COLUMNS = ("input_ids", "text", "messages")
+
+
+def documents(path: Path, model: Path) -> Generator[Iterable[list[int]]]:
+    """Token ids of each document, in pieces that are tokenized on demand.
+
+    To be closed: the chat template has a process.
+
+    Args:
+        model: the folder that holds tokenizer and chat template.
+    Raises:
+        CalibrationError: an unreadable file, or a document that is none of the above.
+        MissingExtraError: a .parquet file without the extra.
+    """
+    tokenizer: Any = None
+    if path.suffix == ".txt":
+        yield map(partial(encode, load_tokenizer(model)), pieces(_characters(path)))
+        return
+    template: ChatTemplate | None = None
+    with ExitStack() as stack:
+        for number, document in _objects(path):
+            where = f"{path.name}, document {number}"
+            if isinstance(document.get("input_ids"), list):
+                yield [_ids(document["input_ids"], where)]
+                continue
+            text = document.get("text")
+            if text is None and isinstance(document.get("messages"), list):
+                template = template or stack.enter_context(ChatTemplate(model))
+                text = template.render(document["messages"], where)
+            if not isinstance(text, str):
+                kinds = [f"{key} ({type(value).__name__})" for key, value in sorted(document.items())]
+                raise CalibrationError(
+                    f"{where}: has {listing(kinds) or 'nothing'}; expected `text` (str), `messages` (list) "
+                    f"or `input_ids` (list)"
+                )
+            tokenizer = tokenizer or load_tokenizer(model)
+            slices = (text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS))
+            yield map(partial(encode, tokenizer), pieces(slices))
+
+
+def pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """A text, which comes in chunks, in pieces that can be tokenized one by one.
+
+    A cut is after a single line break between two other characters, the first after ``PIECE_CHARS``: no
+    tokenizer of this family joins tokens across one. Where there is none before ``MOST_PIECE``, it is between
+    two words, before a space between two letters: there tokens of this family begin as well. Where there is
+    no such place either, it is at ``MOST_PIECE``, and the tokens around the cut may differ from those of the
+    whole text.
+    """
+    coming, text, more = iter(chunks), "", True
+    while True:
+        while more and len(text) <= MOST_PIECE:  # one character more than a piece: a cut looks at it
+            chunk = next(coming, None)
+            more = chunk is not None
+            text += chunk or ""
+        if len(text) <= PIECE_CHARS:
+            break
+        end = _end(LINE_END, text)
+        if end is None and len(text) <= MOST_PIECE:
+            break
+        end = end or _end(WORD_END, text) or MOST_PIECE
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _end(place: re.Pattern[str], text: str) -> int | None:
+    """Where the first such place is that a piece may end at."""
+    found = place.search(text, PIECE_CHARS, MOST_PIECE + 1)
+    return found and found.end()
+
+
+def _ids(ids: list[Any], where: str) -> list[int]:
+    for i in ids:
+        if type(i) is not int or not 0 <= i < 1 << 31:
+            raise CalibrationError(f"{where}: `input_ids` holds {i!r:.200}; expected token ids")
+    return ids
+
+
+def _open(path: Path) -> TextIO:
+    """A text file; bytes that are not UTF-8 become lone surrogates, which :func:`_check_utf8` finds."""
+    return os.fdopen(open_regular(path), encoding="utf-8", errors="surrogateescape")
+
+
+def _check_utf8(text: str, path: Path, line: int) -> None:
+    """Raises CalibrationError, with its line, for a byte that was not UTF-8; the text begins in ``line``."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        line += text.count("\n", 0, error.start)
+        raise CalibrationError(
+            f"{path} cannot be read (byte 0x{ord(text[error.start]) & 0xFF:02x} in line {line}); "
+            f"expected UTF-8 text"
+        ) from None
+
+
+def _characters(path: Path) -> Iterator[str]:
+    """The text of a file, as much of it at a time as a piece has."""
+    line = 1
+    try:
+        with _open(path) as file:
+            while chunk := file.read(PIECE_CHARS):
+                _check_utf8(chunk, path, line)
+                yield chunk
+                line += chunk.count("\n")
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Documents as mappings, with their numbers from 1."""
+    if path.suffix == ".jsonl":
+        yield from _lines(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    else:
+        raise CalibrationError(
+            f"{path}: unknown kind {path.suffix!r}; expected .txt, .jsonl, .parquet or .npy"
+        )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(MOST_CHARS + 1):
+                number += 1
+                if len(line) > MOST_CHARS:
+                    raise CalibrationError(
+                        f"{path.name}, line {number}: has more than {MOST_CHARS:,} characters; cut the "
+                        f"document into several, or give it as .txt, which may have any size"
+                    )
+                if line.strip():
+                    _check_utf8(line, path, number)
+                    yield number, _object(line, f"{path.name}, line {number}")
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        document = parse_json(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(
+            f"{where}: not JSON ({error.msg}, at character {error.pos + 1}); expected one JSON object a line"
+        ) from None
+    except ValueError as error:
+        raise CalibrationError(f"{where}: can't be used ({error}); expected one JSON object a line") from None
+    if not isinstance(document, dict):
+        raise CalibrationError(f"{where}: a JSON {type(document).__name__}, expected an object")
+    return document
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows, one at a time and read as they are used: a row can be as large as a document may be."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtraError(
+            f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            known = [name for name in COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(1, columns=known or None, use_threads=False):
+                number += 1
+                if batch.get_total_buffer_size() > MOST_CHARS:
+                    raise CalibrationError(
+                        f"{path.name}, document {number}: has more than {MOST_CHARS:,} bytes; cut it into "
+                        f"several, or give it as .txt, which may have any size"
+                    )
+                yield number, batch.to_pylist()[0]
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{path} cannot be read as parquet ({error}), after {number} documents"
+        ) from None

@@ -1,0 +1,149 @@
+"""The tokenizer of a checkpoint: read within bounds, and its library's panics as errors.
+
+The library (``tokenizers``, in Rust) ends some files in a panic, which prints a backtrace and is no Exception
+of Python; and a file of a few bytes can make any amount of text of each character.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nemoquant.errors import CalibrationError, brief
+from nemoquant.files import parse_json, read_text
+
+MOST_BYTES = 128 << 20  # of the file: real ones have up to some tens of megabytes
+MOST_CHARS = 4096  # of a token, or of what replaces another text: real ones have up to some hundreds
+MOST_GROWTH = 64  # characters of which one becomes
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The tokenizer of a checkpoint folder, a ``tokenizers.Tokenizer``.
+
+    It neither cuts texts nor pads them, whatever the file says: transformers does it when it is asked only.
+
+    Raises CalibrationError if it can't be read.
+    """
+    file = model / "tokenizer.json"
+    if not file.exists():
+        raise CalibrationError(
+            f"{file} does not exist; text needs the model's tokenizer, or give token ids (.npy, or "
+            f"`input_ids` in .jsonl)"
+        )
+    from tokenizers import Tokenizer
+
+    try:
+        text = read_text(file, MOST_BYTES)
+        _check(parse_json(text))
+        with _panics():
+            tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise CalibrationError(f"{file} cannot be read as a tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens.
+
+    Raises CalibrationError if the tokenizer fails.
+    """
+    with _failing("split a text"), _panics():
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of token ids, without special tokens.
+
+    Raises CalibrationError if the tokenizer fails.
+    """
+    with _failing("make a text of tokens"), _panics():
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def _check(data: Any) -> None:
+    """Bounds for the text that tokens and replacements make.
+
+    Raises:
+        ValueError: names what is not within them.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a JSON {type(data).__name__}, not an object")
+    growth = 1
+    for part in [p for name in ("normalizer", "pre_tokenizer", "decoder") for p in _parts(data.get(name))]:
+        if part.get("type") == "Precompiled":
+            raise ValueError("it has a `Precompiled` normalizer, which no tokenizer of this family has")
+        if part.get("type") == "Replace":
+            growth *= max(1, len(str(part.get("content"))))
+        for name in ("content", "prepend"):
+            _check_chars(part.get(name))
+    if growth > MOST_GROWTH:
+        raise ValueError(
+            f"its replacements make up to {brief(growth)} characters of one; expected at most {MOST_GROWTH}"
+        )
+    model, added = data.get("model"), data.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token in vocabulary if isinstance(vocabulary, dict | list) else ():
+        _check_chars(token[0] if isinstance(token, list) and token else token)
+    for entry in added if isinstance(added, list) else ():
+        _check_chars(entry.get("content") if isinstance(entry, dict) else None)
+
+
+def _check_chars(text: object) -> None:
+    if isinstance(text, str) and len(text) > MOST_CHARS:
+        raise ValueError(f"{brief(text)} has {len(text):,} characters; expected at most {MOST_CHARS:,}")
+
+
+def _parts(part: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a normalizer, a pre-tokenizer or a decoder: those of a sequence, or it alone."""
+    if not isinstance(part, dict):
+        return
+    yield part
+    for inner in part.values():
+        if isinstance(inner, list):
+            for one in inner:
+                yield from _parts(one)
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception
+        raise CalibrationError(
+            f"the tokenizer can't {what} ({error}); is its tokenizer.json damaged?"
+        ) from None
+
+
+@contextmanager
+def _panics() -> Iterator[None]:
+    """Makes a panic a ValueError, and keeps its backtrace from standard error.
+
+    What others write there meanwhile is written afterwards.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none: in its place, so that the panic's text has somewhere to go
+        kept = os.open(os.devnull, os.O_WRONLY)
+    held, panic = os.memfd_create("stderr"), None
+    try:
+        os.dup2(held, 2)
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # its class can't be imported
+            raise
+        panic = str(error)
+    finally:
+        os.dup2(kept, 2)
+        size = os.lseek(held, 0, os.SEEK_END)
+        if panic is None and size:
+            with suppress(OSError):
+                os.write(2, os.pread(held, size, 0))
+        os.close(held)
+        os.close(kept)
+    if panic is not None:
+        raise ValueError(panic)

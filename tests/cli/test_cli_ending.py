@@ -1,0 +1,175 @@
+"""How commands end: after signals, and when who reads their output has gone. Processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.commands import error_line, nemoquant
+from support.files import tree
+from support.places import DEMO
+
+SLOW = """
+import sys, time
+from nemoquant.calibrate import run
+from nemoquant.cli import main
+layer, at = run._Run.layer, int(sys.argv.pop(1))
+def slow(self, i, *rest):
+    if i == at:
+        print("here", flush=True)
+        time.sleep(60)
+    return layer(self, i, *rest)
+run._Run.layer = slow
+main()
+"""
+
+
+@pytest.fixture
+def begun(source, token_rows, tmp_path):
+    """Starts ``quantize`` into new folders, and returns it once it waits in layer ``layer``."""
+    started = []
+
+    def begin(layer=0, **options):
+        command = [sys.executable, "-c", SLOW, str(layer), "quantize", source, tmp_path / "new/out"]
+        command += ["--fmt", "fp8", "--calib", token_rows, "--threads", "1"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+        started.append(process)
+        assert process.stdout.readline() == "here\n", process.stderr.read()
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def last_line(process):
+    """The error of a process that must end now; nothing else but the lines of a run may be told."""
+    _, told = process.communicate(timeout=120)
+    lines = [line for line in told.splitlines() if not line.startswith(("expected: ", "fp8: "))]
+    return error_line("\n".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGTERM, "interrupted by SIGTERM", 143),
+        (signal.SIGHUP, "interrupted by SIGHUP", 129),
+    ],
+)
+def test_signals_end_alike(number, name, code, begun, tmp_path):
+    process = begun(layer=2)
+    process.send_signal(number)
+    kept = f"{tmp_path}/new/out.partial is kept (2 layers calibrated): --resume goes on from there"
+    assert last_line(process) == f"error: {name}; {kept}"
+    assert process.returncode == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.02, 0.1])
+def test_a_second_signal_disturbs_nothing(seconds, begun, tmp_path):
+    """Wherever it falls: while files are removed, while the error is told, while Python ends."""
+    before = tree(tmp_path)
+    process = begun()
+    for _ in range(4):
+        process.send_signal(signal.SIGINT)
+        time.sleep(seconds)
+    assert last_line(process) == "error: interrupted; nothing was kept"
+    assert process.returncode == 130
+    assert tree(tmp_path) == before
+
+
+def test_a_signal_that_was_lost_can_be_sent_again(monkeypatch):
+    """A library may swallow the first one; the next is raised again once the cleaning up should be over."""
+    from nemoquant.cli import ending
+
+    monkeypatch.setattr(ending, "GRACE", 0.05)
+    with ending.Ending(program=False) as end:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.06)
+        assert end.signal is signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_nohup_is_respected(begun):
+    process = begun(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert last_line(process) == "error: interrupted by SIGTERM; nothing was kept"
+
+
+def test_an_interrupt_when_all_is_written(source, token_rows, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemoquant.cli.quantize._calibrated", interrupt)
+    out = tmp_path / "out"
+    result = nemoquant("quantize", source, out, "--fmt", "fp8", "--calib", token_rows, code=130)
+    assert result.stderr.splitlines()[-1] == f"error: interrupted; {out} is whole"
+    assert nemoquant("verify", out).exit_code == 0
+
+
+def unread(*arguments, stream="stdout"):
+    """Runs a command whose standard output or error nobody reads; returns its code, and the other stream."""
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    command = [sys.executable, "-m", "nemoquant", *map(str, arguments)]
+    with subprocess.Popen(command, text=True, **streams) as process:
+        os.close(write)
+        told = process.communicate(timeout=120)
+    return process.returncode, told[0] or told[1] or ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["recipes", "list"],
+        ["inspect", DEMO, "--json"],
+        ["plan", DEMO, "--fmt", "fp8"],
+        ["generate", DEMO, "--prompt", "It", "--max-tokens", "2"],
+        ["doctor"],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[2:])),
+)
+def test_output_that_nobody_reads(arguments):
+    """As other tools end in ``nemoquant ... | head``: by the signal, without a word."""
+    assert unread(*arguments) == (-signal.SIGPIPE, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["inspect", "/nowhere"], ["plan", DEMO, "--fmt", "fp9"], ["demo"]])
+def test_errors_that_nobody_reads(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert unread(*arguments, stream="stderr") == (-signal.SIGPIPE, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_messages_nobody_reads_leaves_nothing(source, token_rows, tmp_path):
+    before = tree(tmp_path)
+    arguments = ["quantize", source, tmp_path / "new/out", "--fmt", "fp8", "--calib", token_rows]
+    assert unread(*arguments, stream="stderr") == (-signal.SIGPIPE, "")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_an_error_of_its_own_is_told_though_nobody_reads_the_output():
+    code, told = unread("inspect", "/nowhere")
+    assert code == 2
+    assert error_line(told, ["/nowhere"])
