@@ -1,17 +1,23 @@
 """The reference model against an independent one: transformers' NemotronHForCausalLM, same weights."""
 
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.norms import relative_error as relative
+from support.places import CALIB, DEMO, NANO_MODEL
 from support.small_model import random_weights, small_config, source, transformers_model
 from torch import Tensor
 
 from nemoquant.model.attention import KVState
 from nemoquant.model.mamba2 import MambaState
+from nemoquant.model.parse import parse_config
 from nemoquant.model.reference import ReferenceModel, layer_forward
+from nemoquant.tokens.rows import load_rows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -55,6 +61,20 @@ def test_logits_in_float32(changes: dict[str, Any]) -> None:
     expected = their_logits(transformers_model(raw, config, weights), ids)
     got, _ = ReferenceModel(config, source(weights)).forward(ids)
     assert 0.3 < float(expected.std()) < 3  # O(1), otherwise the comparison proves little
+    assert relative(got, expected) < FLOAT32
+
+
+@pytest.mark.parametrize("folder", [DEMO, NANO_MODEL], ids=lambda folder: folder.name)
+def test_logits_of_the_trained_models(folder: Path) -> None:
+    """On text, with learnt routers and decays: rows of 64 tokens, which fit one chunk of either model."""
+    raw = json.loads((folder / "config.json").read_text()) | {"time_step_min": 0.0}  # theirs has a floor
+    config = parse_config(raw)
+    weights = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        weights |= {name: w.float() for name, w in load_file(shard).items()}
+    ids = torch.from_numpy(load_rows(CALIB / "data/evaluation.jsonl", folder, config, 4, 64).ids)
+    expected = their_logits(transformers_model(raw, config, weights), ids)
+    got, _ = ReferenceModel(config, source(weights)).forward(ids)
     assert relative(got, expected) < FLOAT32
 
 
