@@ -1,15 +1,16 @@
-"""What care costs: hashes of the source, and waiting for the disk, switched off one at a time.
+"""What care costs: the share of hashes of the source in a run's processor time, of fsync in its wall time.
 
 python -m bench.checkpoints SRC            1.6 GB
-python -m bench.safety SRC [--rounds 5] [--folder FOLDER]
+python -m bench.safety SRC [--rounds 3] [--folder FOLDER]
 
-For each job: the whole run, one without the hashes of the source's units, and one without fsync, in turn.
-Ratios are those of one round, their median is shown with the least and the most.
+Each call is timed within the run: a difference between two runs would be smaller than what they differ by
+anyway.
 """
 
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,31 +19,39 @@ from statistics import median
 
 import numpy as np
 
-from bench.measure import machine, run
+from bench.measure import machine
 
 JOBS = {
-    "packing alone, weights of the experts (nvfp4-w4a16)": ["quantize", "--recipe", "nvfp4-w4a16"],
-    "calibrated on 8 rows of 256 tokens (fp8)": ["quantize", "--fmt", "fp8", "--calib", "ROWS"],
+    "packing alone (nvfp4-w4a16)": ["--recipe", "nvfp4-w4a16"],
+    "calibrated on 8 rows of 256 tokens (fp8)": ["--fmt", "fp8", "--calib", "ROWS"],
 }
-WITHOUT = {
-    "nothing": "",
-    "hashes": """
+TIMED = """
+import json, os, resource, sys, threading, time
 from nemoquant.checkpoint import identity
 from nemoquant.pack import encode
-encode.piece_hash = identity.piece_hash = lambda data: bytes(16)
-identity.hash_unit = lambda *arguments: "0" * 32
-""",
-    "fsync": "import os; os.fsync = os.fdatasync = lambda handle: None\n",
-}
 
+spent, lock = {"hashes": 0.0, "fsync": 0.0}, threading.Lock()
 
-def seconds(source: Path, out: Path, job: list[str], without: str, rows: Path, log: Path) -> float:
-    verb, *options = job
-    code = WITHOUT[without] + "from nemoquant.cli import main\nmain()"
-    given = [str(rows) if option == "ROWS" else option for option in options]
-    cost = run([sys.executable, "-c", code, verb, str(source), str(out), *given], log)
-    shutil.rmtree(out)
-    return cost.wall
+def timed(name, clock, function):
+    def call(*arguments):
+        begin = clock()
+        result = function(*arguments)
+        with lock:
+            spent[name] += clock() - begin
+        return result
+    return call
+
+encode.piece_hash = timed("hashes", time.thread_time, encode.piece_hash)
+identity.hash_unit = timed("hashes", time.thread_time, identity.hash_unit)
+os.fsync = timed("fsync", time.monotonic, os.fsync)
+begin, results = time.monotonic(), sys.argv.pop(1)
+from nemoquant.cli import main
+main(standalone_mode=False)
+usage = resource.getrusage(resource.RUSAGE_SELF)
+found = spent | {"wall": time.monotonic() - begin, "cpu": usage.ru_utime + usage.ru_stime}
+with open(results, "w") as f:
+    json.dump(found, f)
+"""
 
 
 def main() -> None:
@@ -50,28 +59,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for the outputs; a temporary folder where none is given")
     args = parser.parse_args()
-    print(f"{machine()}, {time.strftime('%Y-%m-%d')}, {args.rounds} rounds, seconds and ratios\n")
-    print("| job | whole | hashes cost | fsync costs |\n|---|---:|---:|---:|")
+    print(f"{machine()}, {time.strftime('%Y-%m-%d')}, medians of {args.rounds}\n")
+    print("| job | wall | processor | hashes, of processor time | fsync, of wall time |")
+    print("|---|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         vocabulary = json.loads((args.source / "config.json").read_text())["vocab_size"]
-        rows = folder / "rows.npy"
-        np.save(rows, np.random.default_rng(0).integers(3, vocabulary, (8, 256)))
-        for job, command in JOBS.items():
-            found: dict[str, list[float]] = {without: [] for without in WITHOUT}
-            for _ in range(args.rounds + 1):
-                for without, times in found.items():
-                    times.append(seconds(args.source, folder / "out", command, without, rows, folder / "log"))
-            whole = found["nothing"][1:]  # the first reads files from disk
-            shares = [
-                [a / b - 1 for a, b in zip(whole, found[without][1:], strict=True)]
-                for without in ("hashes", "fsync")
-            ]
-            cells = [f"{median(s):+.1%} ({min(s):+.1%} to {max(s):+.1%})" for s in shares]
-            print(f"| {job} | {median(whole):.2f} s | {' | '.join(cells)} |", flush=True)
+        np.save(folder / "rows.npy", np.random.default_rng(0).integers(3, vocabulary, (8, 256)))
+        for job, options in JOBS.items():
+            given = [str(folder / "rows.npy") if option == "ROWS" else option for option in options]
+            found = [_run(args.source, folder, given) for _ in range(args.rounds + 1)][1:]
+            wall, cpu = (median(run[key] for run in found) for key in ("wall", "cpu"))
+            hashes = median(run["hashes"] / run["cpu"] for run in found)
+            fsync = median(run["fsync"] / run["wall"] for run in found)
+            print(f"| {job} | {wall:.2f} s | {cpu:.2f} s | {hashes:.1%} | {fsync:.1%} |", flush=True)
+
+
+def _run(source: Path, folder: Path, options: list[str]) -> dict[str, float]:
+    out, results = folder / "out", folder / "results.json"
+    command = [sys.executable, "-c", TIMED, results, "quantize", source, out, *options]
+    subprocess.run(command, check=True, capture_output=True)
+    shutil.rmtree(out)
+    found: dict[str, float] = json.loads(results.read_text())
+    return found
 
 
 if __name__ == "__main__":
