@@ -17,6 +17,7 @@ from support.processes import run_python
 
 from nemoquant import api
 from nemoquant.api import RunOptions, quantize
+from nemoquant.checkpoint import identity
 from nemoquant.errors import Interrupted, MissingExtraError, UsageError
 from nemoquant.formats import gpu
 
@@ -41,6 +42,12 @@ made = api.quantize(source, out, preset, api.RunOptions(**calibration, device="c
 chunks = [part for row in made.plan.quantized for part in encode.slices(row)]
 print(json.dumps({"sent": len(sent), "chunks": len(chunks)}))
 """
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same here: hashes of a source depend on its pieces."""
+    monkeypatch.setattr(identity, "PIECE_BYTES", 4096)
 
 
 def on_gpu(
