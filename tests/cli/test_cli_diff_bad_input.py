@@ -72,7 +72,11 @@ def usage(tmp_path):
             ["x.jsonl holds 3 tokens, less than one row of 512", "smaller --seq-len"],
         ),
         ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
-        ("x.jsonl", '{"input_ids": [5]}\nhello\n', ["x.jsonl: not JSON", "expected one JSON object a line"]),
+        (
+            "x.jsonl",
+            '{"input_ids": [5]}\nhello\n',
+            ["x.jsonl, line 2: not JSON", "expected one JSON object a line"],
+        ),
         ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
         ("x.txt", "some text", ["tokenizer.json does not exist; text needs the model's tokenizer"]),
         ("missing.txt", None, ["missing.txt does not exist; expected .txt, .jsonl, .parquet or .npy"]),
@@ -129,7 +133,7 @@ def test_parquet_without_its_extra(source, tmp_path, refused, monkeypatch):
     [("--rows", 0, 1), ("--rows", -1, 1), ("--seq-len", 0, 2), ("--seq-len", 1, 2), ("--threads", 0, 1)],
 )
 def test_counts(option, value, least, source, usage):
-    bounds = f"{least}<=x<=1024" if option == "--threads" else f"x>={least}"
+    bounds = f"{least}<=x<={1024 if option == '--threads' else 2**31 - 1}"
     usage(source, source, option, value, parts=[f"'{option}'", f"{value} is not in the range {bounds}"])
     name = option.strip("-").replace("-", "_")
     with pytest.raises(UsageError, match=f"^{name} is {value}; expected at least {least}$"):
