@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from support.commands import nemoquant
 from support.places import DEMO
+from support.stops import stopped_after
 
 from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import Interrupted
 from nemoquant.formats import FORMATS
 from nemoquant.formats.registry import ARITHMETIC
-from nemoquant.pack import write
 from nemoquant.pack.outliers import TOO_MUCH, Lost, lost_to_scale
 from nemoquant.sources.source import open_source
 
@@ -151,17 +151,8 @@ def test_it_is_remembered(outliers, token_rows, tmp_path, monkeypatch):
     options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
     whole = quantize(outliers, tmp_path / "whole", "nvfp4", options)
     assert re.fullmatch(SAYS, whole.warnings[-1])
-    packed, count = write.Packer.write, 0
-
-    def some(*arguments):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return packed(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(write.Packer, "write", some)
+        stopped_after(3, patch)
         quantize(outliers, tmp_path / "out", "nvfp4", options)
     resumed = quantize(outliers, tmp_path / "out", "nvfp4", replace(options, resume=True))
     assert resumed.warnings == whole.warnings

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.files import tree
+from support.stops import stopped_after
 
 from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import Interrupted, OutputError, UsageError, WeightError
@@ -124,7 +125,6 @@ def test_rows_with_nan_are_remembered(make_checkpoint, begun, tmp_path, monkeypa
 
 
 def test_zero_weights_are_remembered(make_checkpoint, token_rows, tmp_path, monkeypatch):
-    from nemoquant.pack import write
 
     def edit(tensors):
         tensors["backbone.layers.0.mixer.in_proj.weight"].zero_()  # in the first shards
@@ -133,17 +133,8 @@ def test_zero_weights_are_remembered(make_checkpoint, token_rows, tmp_path, monk
     source = make_checkpoint("zeros", edit)
     whole = make(source, token_rows, tmp_path / "whole")
     assert "2 weights are zero" in whole.warnings[-1]
-    packed, count = write.Packer.write, 0
-
-    def some(*arguments):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return packed(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(write.Packer, "write", some)
+        stopped_after(3, patch)
         make(source, token_rows, tmp_path / "out")
     assert make(source, token_rows, tmp_path / "out", resume=True).warnings == whole.warnings
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.commands import nemoquant
 from support.files import tree
+from support.stops import stopped_after
 from support.tampering import changed_copy, overwrite
 
 from nemoquant.api import RunOptions, diff, quantize
@@ -53,22 +54,6 @@ def make(source, token_rows, out, preset="nvfp4", *, resume=False, said=None, **
     options = {"data": token_rows, "dtype": "float32", "threads": 1, "shard_bytes": 30_000} | options
     said = [] if said is None else said
     return quantize(source, out, preset, RunOptions(resume=resume, **options), say=said.append)
-
-
-def stopped_after(count, patch, action=None):
-    """Packer.write that acts, or is interrupted, after some shards."""
-    packed, done = write.Packer.write, 0
-
-    def some(*arguments):
-        nonlocal done
-        done += 1
-        if done > count:
-            if action is None:
-                raise KeyboardInterrupt
-            action()
-        return packed(*arguments)
-
-    patch.setattr(write.Packer, "write", some)
 
 
 # The hash.
