@@ -23,7 +23,7 @@ A message names the thing, what was got, what was expected, and what to do, in t
 from files, whatever that is: as a str it is one printable line, not too long (``words.py``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from reprlib import Repr
 from typing import Any
 
@@ -129,6 +129,17 @@ def brief(value: object) -> str:
     """A value that a file or a user gave, for a message: ``repr`` cut to a readable length."""
     text = _Brief().repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def schema_problem(validate: Callable[[Any], object], data: object) -> str | None:
+    """What a schema of pydantic finds wrong with ``data``, in one line; None where nothing is."""
+    from pydantic import ValidationError  # slow to import
+
+    try:
+        validate(data)
+    except ValidationError as error:
+        return field_problem(error)
+    return None
 
 
 def field_problem(error: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.identity import Units
-from nemoquant.errors import CalibrationError, brief, listing
+from nemoquant.errors import CalibrationError, brief, listing, schema_problem
 from nemoquant.files import read_json
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
@@ -82,7 +82,7 @@ class Scales:
         Raises:
             CalibrationError: not a scales file, or of another schema; names the key, what it held, and why.
         """
-        from nemoquant.calibrate.scales_schema import problem
+        from nemoquant.calibrate.scales_schema import Content
 
         try:
             data = read_json(path)
@@ -95,7 +95,7 @@ class Scales:
             raise CalibrationError(
                 f"{path}: schema {brief(got)}, expected {SCHEMA}; calibrate again with this version"
             )
-        wrong = problem(data)
+        wrong = schema_problem(Content.model_validate, data)
         if wrong is not None:
             raise CalibrationError(
                 f"{path} is not a scales file ({wrong}); expected the {FILE} of an earlier run"

@@ -2,9 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from nemoquant.errors import field_problem
+from pydantic import BaseModel, ConfigDict, Field
 
 Amax = Annotated[float, Field(ge=0, le=3.4028234663852886e38)]  # a float32
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -45,12 +43,3 @@ class Content(_Part):
     tokens_per_expert: dict[Layer, list[Count]]
     kv_amax: dict[str, Amax]
     input_amax: dict[str, Amax]
-
-
-def problem(data: object) -> str | None:
-    """What is wrong with the content of a scales file, in one line; None where nothing is."""
-    try:
-        Content.model_validate(data)
-    except ValidationError as error:
-        return field_problem(error)
-    return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import TensorInfo
-from nemoquant.errors import CheckpointError
+from nemoquant.errors import CheckpointError, brief, schema_problem
 from nemoquant.files import locked, open_regular, read_json, replace_bytes, replace_text
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
@@ -127,14 +127,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
     if type(schema) is not int or schema != SCHEMA:
         raise CheckpointError(
-            f"{path}: schema {repr(schema)[:80]}, expected {SCHEMA}; use the version of nemoquant that "
-            f"wrote it"
+            f"{path}: schema {brief(schema)}, expected {SCHEMA}; use the version of nemoquant that wrote it"
         )
     if data.get("sha256") != hashlib.sha256(canonical(data)).hexdigest():
         raise CheckpointError(f"{path} was changed after it was written: its sha256 does not fit its content")
-    from nemoquant.checkpoint.manifest_schema import problem
+    from nemoquant.checkpoint.manifest_schema import Manifest
 
-    wrong = problem(data)
+    wrong = schema_problem(Manifest.model_validate, data)
     if wrong is not None:
         raise CheckpointError(f"{path} is not as nemoquant writes it: {wrong}; quantize again")
     found: dict[str, Any] = data

@@ -2,10 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nemoquant.checkpoint.header import ITEM_SIZE
-from nemoquant.errors import field_problem
 from nemoquant.files import plain_name
 
 
@@ -72,12 +71,3 @@ class Manifest(_Part):
     warnings: list[Text]
     files: dict[Name, Digest]
     was: dict[Name, Digest | None] = {}
-
-
-def problem(data: object) -> str | None:
-    """What is wrong with a manifest's content, in one line; None where nothing is."""
-    try:
-        Manifest.model_validate(data)
-    except ValidationError as error:
-        return field_problem(error)
-    return None

@@ -112,16 +112,21 @@ def encode(
     checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu"
 ) -> EncodedPiece:
     """Codes of some rows, and their block scales; a degenerate weight becomes zeros."""
-    with _reading(checkpoint, row, part) as weight:
-        encoded = _codes(row, _on(device, _floats(weight)), scale, degenerate)
-        return _piece(row, weight, encoded, scale, degenerate)
+    with _reading(checkpoint, row, part) as source:
+        weight = _floats(source)
+        encoded = _codes(row, _on(device, weight), scale, degenerate)
+        return _piece(row, source, weight, encoded, scale, degenerate)
 
 
-def _piece(row: Row, weight: Array, encoded: Encoded, scale: np.float32, degenerate: bool) -> EncodedPiece:
-    # After the kernel: it holds no lock while pages come from the disk, hashing does.
+def _piece(
+    row: Row, source: Array, weight: Array, encoded: Encoded, scale: np.float32, degenerate: bool
+) -> EncodedPiece:
     assert row.format != "source"
-    lost = Lost() if degenerate else lost_to_scale(row.format, _floats(weight), encoded, scale)
-    return EncodedPiece(encoded, piece_hash(weight), lost)
+    # After the kernel: it holds no lock while pages come from the disk, hashing does.
+    digest = piece_hash(source)
+    return EncodedPiece(
+        encoded, digest, Lost() if degenerate else lost_to_scale(row.format, weight, encoded, scale)
+    )
 
 
 def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:
@@ -151,11 +156,12 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> EncodedWei
         return EncodedWeight(
             scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts]
         )
-    with _reading(checkpoint, row, parts[0]) as array:
-        weight = _on(device, _floats(array))
-        scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(weight)))
-        codes = _codes(row, weight, scale, degenerate)
-        return EncodedWeight(scale, degenerate, [_piece(row, array, codes, scale, degenerate)])
+    with _reading(checkpoint, row, parts[0]) as source:
+        weight = _floats(source)
+        put = _on(device, weight)
+        scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(put)))
+        encoded = _codes(row, put, scale, degenerate)
+        return EncodedWeight(scale, degenerate, [_piece(row, source, weight, encoded, scale, degenerate)])
 
 
 def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Copied:

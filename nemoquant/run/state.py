@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
 from nemoquant.arguments import MOST_THREADS
 from nemoquant.calibrate.scales import Scales
-from nemoquant.errors import NemoquantError
+from nemoquant.errors import NemoquantError, schema_problem
 from nemoquant.files import MOST_JSON, plain_name, read_json, replace_text
 from nemoquant.model.config import LayerKind
 from nemoquant.run.options import Dtype
@@ -142,12 +142,9 @@ def read_state(path: Path) -> State:
     if data["sha256"] != _sha256(data["state"]):
         raise ValueError("changed after it was written: its sha256 does not fit its content")
     state: State = data["state"]  # in its own order: the sha256 is that of its text
-    try:
-        _STATE.validate_python(state)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}") from None
+    wrong = schema_problem(_STATE.validate_python, state)
+    if wrong is not None:
+        raise ValueError(wrong)
     calibration = state["calibration"]
     if calibration is not None:
         needed = {"scales_sha256"} if state["calibrated"] else BETWEEN_LAYERS

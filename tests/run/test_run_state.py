@@ -102,7 +102,7 @@ def test_what_is_missing_or_too_much(stopped):
                 make()
     write_state(file, state | {"more": 1})
     with pytest.raises(
-        OutputError, match=r"more: Extra inputs are not permitted\); remove .*out\.partial and"
+        OutputError, match=r"`more` is 1: extra inputs are not permitted\); remove .*out\.partial and"
     ):
         make()
 
