@@ -35,17 +35,17 @@ class Making:
         folder: OUT.partial.
         begun: whether an earlier run left something in it.
         disposable: whether all in it that is ours may be removed after an error, unless it is worth keeping.
+        finished: whether it holds all of OUT, and lacks only the name.
         kept: error -> what there is that is worth keeping, in words for its message; empty for nothing.
     """
 
     def __init__(self, out: Path, files: Collection[str], folders: Collection[str]) -> None:
         self.out, self.folder = out, partial_of(out)
-        self.begun = self.disposable = False
+        self.begun = self.disposable = self.finished = False
         self.kept: Callable[[BaseException], str] = lambda _: ""
         self._files = {name + end for name in files for end in ("", HALF)}
         self._folders = {name + end for name in folders for end in ("", HALF)}
         self._inner = {name + end for name in (STATE, *HIDDEN) for end in ("", HALF)}
-        self._renaming = False
 
     def look(self, resume: bool | None, *, held_before: bool) -> None:
         """Make sure that the folder is empty, or with ``resume`` holds only what a run makes.
@@ -88,19 +88,21 @@ class Making:
             OutputError
         """
         sync_folder(self.folder)
-        self.disposable, self._renaming = False, True
+        self.disposable, self.finished = False, True
         try:
             rename(self.folder, self.out)
         except OSError as error:
             raise OutputError(
                 f"{self.folder} is finished and verified, but can't be renamed to {self.out} "
-                f"({error.strerror}); make room there" + ", then rename it" * (not self.kept(error))
+                f"({error.strerror}); make room there"
+                + ", then rename it, or give the command again"
+                * (not self.kept(error))
             ) from None
         clear(self.out)
 
     def give_up(self, error: BaseException) -> str:
         """After an error: remove what is ours and not worth keeping; returns what is left, in words."""
-        if self._renaming and not os.path.lexists(self.folder):
+        if self.finished and not os.path.lexists(self.folder):
             return whole(self.out)
         if kept := self.kept(error):
             return kept
@@ -150,7 +152,7 @@ def making(
             made.finish()
         except BaseException as error:
             left = made.give_up(error)
-            for folder in empty:
+            for folder in () if made.finished else empty:  # a next run knows by FOLDER that it may begin anew
                 with suppress(OSError):  # only what is empty
                     folder.rmdir()
             told = explained(error, out, left)

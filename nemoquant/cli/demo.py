@@ -36,7 +36,7 @@ def command(out: Path, rows: int) -> None:
       nemoquant demo --out /tmp/demo --rows 8
     """
     from nemoquant.demo import REPORTS, demo
-    from nemoquant.evaluate.report.markdown import table
+    from nemoquant.evaluate.report.markdown import table, warning
     from nemoquant.shipped import demo_model
 
     began = time.monotonic()
@@ -44,4 +44,6 @@ def command(out: Path, rows: int) -> None:
     with progress_bars(False) as progress:
         report = demo(out, rows=rows, say=lambda text: say(text, err=True), progress=progress)
     show("\n".join(table(report)) + "\n\n")
+    for found in report.all_warnings():
+        say(f"warning: {warning(*found)}", err=True)
     say(f"{out / REPORTS['html']}: open it in a browser. All of it took {time.monotonic() - began:.0f} s.")

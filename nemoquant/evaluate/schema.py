@@ -250,6 +250,12 @@ class Report(_Part):
         """The JSON text."""
         return self.model_dump_json(indent=1) + "\n"
 
+    def all_warnings(self) -> list[tuple[str, str]]:
+        """All warnings, each with the name of the candidate that it is about, or "" where it is of the whole."""
+        return [("", text) for text in self.warnings] + [
+            (c.name, text) for c in self.candidates for text in c.warnings
+        ]
+
     def figures(self) -> list[list[str]]:
         """The main figures as text under ``FIGURES``: a line for the reference, then one for each candidate."""
         r = self.reference

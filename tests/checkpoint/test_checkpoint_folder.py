@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,34 @@ def test_a_state_that_cannot_be_removed_from_a_whole_output(out):
         with making(out, FILES) as made:
             (made.folder / FOLDER / "theirs").write_text("mine")
     assert tree(out) == {FOLDER: None, f"{FOLDER}/theirs": b"mine"}
+
+
+def test_what_is_finished_but_has_not_its_name_may_be_made_again(out, tmp_path, monkeypatch):
+    """As where the disk has no room for the new name; both ways that the message names end well."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for by_hand in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr("nemoquant.checkpoint.making.rename", full)
+            with pytest.raises(  # noqa: SIM117
+                OutputError, match="is finished .* make room there, then rename it, or give the command again$"
+            ):
+                with making(out, FILES) as made:
+                    (made.folder / FILES[0]).write_text("whole")
+        if by_hand:
+            made.folder.rename(out)
+        else:
+            check_output(out, tmp_path / "source", 1, 1)
+            with making(out, FILES) as made:
+                assert not (made.folder / FILES[0]).exists()
+                (made.folder / FILES[0]).write_text("whole")
+        assert (out / FILES[0]).read_text() == "whole"
+        with pytest.raises(OutputError, match="out exists"):
+            check_output(out, tmp_path / "source", 1, 1)
+        assert tree(out) == {FILES[0]: b"whole"}
+        shutil.rmtree(out)
 
 
 def test_an_interrupt_behind_the_rename_says_that_the_output_is_whole(out, monkeypatch):

@@ -187,9 +187,14 @@ def test_it_goes_on_after_an_interrupt(shown, tmp_path, monkeypatch):
     for name in ("nvfp4-sm120.engine", "nvfp4-sm120.engine.json"):
         (tmp_path / "out.partial" / name).write_text("of the demo that was killed")
     made.clear()
+    compare = api.diff
+    monkeypatch.setattr(
+        "nemoquant.api.diff", lambda *a, **o: compare(*a, **o).model_copy(update={"warnings": ["a card"]})
+    )
     again = nemoquant("demo", "--out", out, "--rows", ROWS)
     told = [line for line in again.stderr.splitlines() if line.startswith("going on with ")]
     assert told == [f"going on with {out}.partial: fp8, fp8-published finished"]
+    assert "warning: a card" in again.stderr.splitlines()
     assert made[:2] == [("fp8", False), ("fp8-published", False)]
     assert all(verified for _, verified in made[2:])
     expected, found = tree(shown[0]), tree(out)

@@ -61,8 +61,7 @@ def render(report: Report) -> str:
         caches=CACHE_FORMATS,
         percent=percent,
         perplexity=perplexity,
-        warnings=[("", text) for text in report.warnings]
-        + [(c.name, text) for c in report.candidates for text in c.warnings],
+        warnings=report.all_warnings(),
         style=Markup((HERE / "report.css").read_text()),
         scripts=[Markup(script) for script in scripts],
         hashes=Markup(" ".join(f"'sha256-{_sha256(script)}'" for script in scripts)),

@@ -24,10 +24,14 @@ def markdown(report: Report) -> str:
     ]
     for candidate in report.candidates:
         lines += ["", *_candidate(candidate)]
-    warnings = [*report.warnings, *(f"{c.name}: {w}" for c in report.candidates for w in c.warnings)]
-    if warnings:
-        lines += ["", "## Warnings", "", *(f"- {in_markdown(w)}" for w in warnings)]
+    if warnings := report.all_warnings():
+        lines += ["", "## Warnings", "", *(f"- {in_markdown(warning(*w))}" for w in warnings)]
     return "\n".join(lines) + "\n"
+
+
+def warning(candidate: str, text: str) -> str:
+    """A warning of ``Report.all_warnings`` in one line."""
+    return f"{candidate}: {text}" if candidate else text
 
 
 def table(report: Report) -> Iterable[str]:
