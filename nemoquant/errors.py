@@ -131,6 +131,9 @@ def brief(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+MOST_PROBLEMS = 10_000  # of one file, of which the first is shown
+
+
 def schema_problem(validate: Callable[[Any], object], data: object) -> str | None:
     """What a schema of pydantic finds wrong with ``data``, in one line; None where nothing is."""
     from pydantic import ValidationError  # slow to import
@@ -144,6 +147,8 @@ def schema_problem(validate: Callable[[Any], object], data: object) -> str | Non
 
 def field_problem(error: Any) -> str:
     """The first problem in pydantic's ValidationError, in one line: the key, what it held, and why."""
+    if error.error_count() > MOST_PROBLEMS:  # each would be made, in order to show one
+        return f"{error.error_count():,} of its values are not of the kind that they should be"
     first, more = error.errors(include_url=False)[0], error.error_count() - 1
     key = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]") or "the whole"
     got = "" if first["type"] == "missing" else f" is {brief(first['input'])}"

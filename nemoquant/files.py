@@ -19,6 +19,8 @@ from typing import IO, Any
 
 MOST_JSON = 256 << 20  # bytes: a manifest or an index of a large model has some megabytes
 MOST_SETTINGS = 16 << 20  # bytes of a config, a recipe, a template: real ones have kilobytes
+MOST_ENTRIES = 1_000_000  # of lists and objects in a JSON file; real ones have a tenth of that, at most
+MOST_TABLE_ENTRIES = 4_000_000  # where each tensor of a large model, or each token, has some
 MOST_DEPTH = 64  # of lists and objects in each other; no file has ten. Deeper ones would exhaust the stack
 COPY_BYTES = 8 << 20
 
@@ -68,13 +70,18 @@ def read_text(path: Path, most: int = MOST_SETTINGS, *, follow: bool = True) -> 
     return read_bytes(path, most, follow=follow).decode("utf-8-sig")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, entries: int = MOST_ENTRIES) -> Any:
     """JSON whose strings can be written again, without a key twice in an object.
 
+    Args:
+        entries: of all its lists and objects, at most.
     Raises:
-        ValueError: for anything else: nesting without end, lone surrogates and numbers of thousands of
-            digits, too.
+        ValueError: for anything else: nesting without end, too many entries, lone surrogates
+            and numbers of thousands of digits, too.
     """
+    # Counted before they are made: each is some tens of times as large in memory as in the file.
+    if sum(text.count(mark) for mark in ",[{") > entries:
+        raise ValueError(f"it has more than {entries:,} entries, the most that such a file may have")
     try:
         data = json.loads(text, object_pairs_hook=_once)
         if "\\u" in text:  # only an escape can bring a lone surrogate: UTF-8 has none
@@ -87,9 +94,9 @@ def parse_json(text: str) -> Any:
     return data
 
 
-def read_json(path: Path, most: int = MOST_JSON, *, follow: bool = True) -> Any:
+def read_json(path: Path, most: int = MOST_JSON, *, entries: int = MOST_ENTRIES, follow: bool = True) -> Any:
     """A JSON file; raises OSError and ValueError as :func:`read_text` and :func:`parse_json`."""
-    return parse_json(read_text(path, most, follow=follow))
+    return parse_json(read_text(path, most, follow=follow), entries=entries)
 
 
 _TOO_DEEP = f"it is nested too deeply; expected at most {MOST_DEPTH} lists and objects in each other"
@@ -142,17 +149,28 @@ def lies_in(folder: Path, name: str) -> bool:
     return any(place in target.parents for place in places) and stat.S_ISREG(target.lstat().st_mode)
 
 
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS)  # a file system has no such call
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk.
 
     File systems that know no such thing are left alone, and folders that may be written but not read.
+
+    Raises:
+        OSError: the disk failed; a name may be lost in a power cut.
     """
-    with suppress(OSError):
+    try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        os.close(handle)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ so that an interrupted layer can be run again; what a layer wrote is on the disk
 it. The page cache serves them, and memory does not grow with the number of rows.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Sequence
@@ -69,9 +70,11 @@ class InFiles:
         states = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         for row, state in zip(rows, states, strict=True):
             view = _bytes(state)
-            got = os.preadv(self._files[self.current], [view], row * self._row)
-            if got != self._row:
-                raise OSError(5, f"{self._paths[self.current].name} ends at row {row}")
+            while view:  # one call moves 2 GiB at most
+                got = os.preadv(self._files[self.current], [view], (row + 1) * self._row - len(view))
+                if not got:
+                    raise OSError(errno.EIO, f"it ends within row {row}", str(self._paths[self.current]))
+                view = view[got:]
         return states
 
     def write(self, rows: Sequence[int], states: Tensor) -> None:

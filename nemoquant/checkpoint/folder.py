@@ -54,18 +54,7 @@ def check_output(
             with suppress(OSError):  # only an empty one, of a run that was killed when all else was done
                 (out / FOLDER).rmdir()
         raise OutputError(told_that_it_exists(out))
-    partial, bytes_there = partial_of(out), 0
-    if os.path.lexists(partial):
-        check_folder(partial)
-        if os.path.lexists(partial / FOLDER):
-            with only_run(partial):
-                pass
-        if begun(partial):
-            if not resume and not abandoned(partial, resume):
-                raise OutputError(told_that_it_was_left(partial, resume))
-            with os.scandir(partial) as entries:
-                sizes = (entry.stat(follow_symlinks=False) for entry in entries)
-                bytes_there = sum(status.st_size for status in sizes if stat.S_ISREG(status.st_mode))
+    bytes_there = _bytes_there(partial_of(out), resume)
     parent = nearest_folder(target)
     below = next(p for p in (target, *target.parents) if p.parent == parent)
     if below.exists():
@@ -81,12 +70,32 @@ def check_output(
         )
 
 
+def _bytes_there(partial: Path, resume: bool | None) -> int:
+    """Bytes of the files that a run left in OUT.partial, which is not in the way; see ``check_output``."""
+    if not os.path.lexists(partial):
+        return 0
+    try:
+        check_folder(partial)
+        if os.path.lexists(partial / FOLDER):
+            with only_run(partial):
+                pass
+        if not begun(partial):
+            return 0
+        if not resume and not abandoned(partial, resume):
+            raise OutputError(told_that_it_was_left(partial, resume))
+        with os.scandir(partial) as entries:
+            found = [entry.stat(follow_symlinks=False) for entry in entries]
+    except FileNotFoundError:  # the run that was in it has ended meanwhile
+        return 0
+    return sum(status.st_size for status in found if stat.S_ISREG(status.st_mode))
+
+
 def told_that_it_exists(out: Path) -> str:
     return f"{out} exists; expected a new folder, nothing is overwritten: remove it or choose another name"
 
 
 def told_that_it_was_left(partial: Path, resume: bool | None) -> str:
-    goes_on = "" if resume is None else "--resume goes on with it, or "
+    goes_on = "--resume goes on with it, or " if resume is not None and _has_state(partial) else ""
     return f"{partial} exists, left by a run that did not end; {goes_on}remove it, or choose another output"
 
 
@@ -107,8 +116,11 @@ def begun(partial: Path) -> bool:
 
 def abandoned(partial: Path, resume: bool | None) -> bool:
     """Whether a run left what is there that nobody could go on with, such as a copy: it kept no state."""
-    inner = partial / FOLDER
-    return resume is None and inner.is_dir() and STATE not in names_in(inner)
+    return resume is None and (partial / FOLDER).is_dir() and not _has_state(partial)
+
+
+def _has_state(partial: Path) -> bool:
+    return os.path.lexists(partial / FOLDER / STATE)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -123,9 +135,9 @@ def only_run(partial: Path) -> Iterator[None]:
         OutputError: another run is in it, or ended just now.
     """
     inner = partial / FOLDER
-    check_folder(inner)
     with ExitStack() as held:
         try:
+            check_folder(inner)
             handle = held.enter_context(locked(inner, wait=False))
             gone = not os.path.samestat(os.fstat(handle), inner.lstat())
         except (BlockingIOError, FileNotFoundError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import HeaderError, brief
-from nemoquant.files import open_regular, parse_json
+from nemoquant.files import MOST_TABLE_ENTRIES, open_regular, parse_json
 
 ITEM_SIZE = {
     "BOOL": 1,
@@ -81,7 +81,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise HeaderError(f"{file}: cannot be read ({error.strerror}); expected a safetensors file") from None
     try:
-        entries = parse_json(text.decode("utf-8"))
+        entries = parse_json(text.decode("utf-8"), entries=MOST_TABLE_ENTRIES)
     except ValueError as error:
         raise HeaderError(
             f"{file.name}: header is not valid JSON ({error}); expected a safetensors file"

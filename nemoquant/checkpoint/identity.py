@@ -14,6 +14,8 @@ defence against someone who makes two models with the same hash on purpose.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -22,6 +24,7 @@ import xxhash
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, listing
+from nemoquant.files import open_regular
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
@@ -100,22 +103,41 @@ def hash_unit(checkpoint: Checkpoint, tensors: Iterable[str], count: Count = lam
     unit, buffer = UnitHash(), bytearray(0)
     for name in tensors:
         info = checkpoint.tensors[name]
-        with info.file.open("rb", buffering=0) as f:
+        with _opened(info.file) as file:
             for begin, end in pieces(info.shape, info.nbytes):
                 if len(buffer) < end - begin:
                     buffer = bytearray(end - begin)
                 view = memoryview(buffer)[: end - begin]
-                _read(f.fileno(), info, begin, view)
+                _read(file, info, begin, view)
                 unit.piece(piece_hash(view))
                 count(end - begin)
         unit.end_tensor()
     return unit.hexdigest()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error.strerror}); expected a readable source")
+
+
 def _read(file: int, info: TensorInfo, begin: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        got = os.preadv(file, [view[done:]], info.start + begin + done)
+        try:
+            got = os.preadv(file, [view[done:]], info.start + begin + done)
+        except OSError as error:
+            raise _unreadable(info.file, error) from None
         if not got:
             raise CheckpointError(
                 f"{info.file} ends within the tensor {info.name}; expected {info.end:,} bytes at least: it "
@@ -203,6 +225,11 @@ def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str
 def told(units: Sequence[str], of: int) -> str:
     """``2 of 40 tensors or groups of experts differ (a, b)``."""
     return f"{len(units)} of {of} tensors or groups of experts differ ({listing(units)})"
+
+
+def calibrated_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:
+    """The groups that calibration reads: of :func:`source_groups` all but the head and the MTP modules."""
+    return {key: group for key, group in source_groups(table).items() if key not in ("head", "mtp")}
 
 
 def source_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:

@@ -1,10 +1,10 @@
-"""When a mapped file loses bytes while it is read: zeros and a count, instead of the end of the process.
+"""When a mapped file loses bytes while it is read: zeros and a note, instead of the end of the process.
 
 A file that is truncated, or a disk or server that fails, sends SIGBUS to whoever touches a mapped page that
-is gone; by default the process dies without a word. The handler here puts a page of zeros in its place and
-counts it, so that the computation comes to an end and ``Checkpoint.check_unchanged`` can say which file it
-was, before anything is made of the result. (So do Wayland's compositors with their clients' memory.) Faults
-at other addresses go to the handler that was there before.
+is gone; by default the process dies without a word. The handler here puts zeros in its place, and in that of
+the rest of the file, and notes it, so that the computation comes to an end and ``Checkpoint.check_unchanged``
+can say which file it was, before anything is made of the result. (So do Wayland's compositors with their
+clients' memory.) Faults at other addresses go to the handler that was there before.
 
 The handler is machine code: Python's own handlers run between bytecodes, which a faulting instruction never
 reaches. It calls mmap and sigaction alone, and takes no lock.
@@ -26,7 +26,7 @@ SA_SIGINFO, SA_NODEFER = 4, 0x40000000
 MAP_FIXED = 0x10
 ADDRESS = 16  # of si_addr in siginfo_t, on 64-bit Linux
 
-# First address of a mapped file, the one after its last, pages lost; the first row's first word is the number
+# First address of a mapped file, the one after its last, how often it lost pages; the first row's first word is the number
 # of rows in use.
 _table = np.zeros((1 + FILES, 3), np.int64)
 _lock = threading.Lock()  # two checkpoints may be mapped at once, and must not take one row
@@ -45,15 +45,15 @@ _earlier = _Sigaction()
 
 
 class Watched:
-    """A mapped file whose lost pages are counted from now on, as long as the map lives."""
+    """A mapped file of which is noted that it lost pages, as long as the map lives."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._row = _watch(mapped)
 
     @property
-    def lost(self) -> int:
-        """Number of pages that were gone when they were used."""
-        return 0 if self._row is None else int(_table[self._row, 2])
+    def lost(self) -> bool:
+        """Whether a page was gone when it was used; it and all behind it were zeros from then on."""
+        return self._row is not None and bool(_table[self._row, 2])
 
 
 def _watch(mapped: mmap.mmap) -> int | None:
@@ -96,9 +96,11 @@ def _handler(library: ctypes.CDLL) -> int:
     void handle(int number, char *info, void *context) {
         for (long i = 1; i <= table[0][0]; i++)
             if (table[i][0] <= address && address < table[i][1]) {
+                long begin = address & -page;    // one mapping to the end: a process has 65,530 at most
                 table[i][2]++;
-                mmap(address & -page, page, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+                if (mmap(begin, table[i][1] - begin, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+                    break;
                 return;
             }
         sigaction(number, &earlier, NULL);    // the instruction runs again, and the earlier handler gets it
@@ -110,19 +112,19 @@ def _handler(library: ctypes.CDLL) -> int:
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(void, [whole, long, long]), "handle")
     number, info, _ = function.args
-    begin, test, compare, following, found, unknown = (
+    begin, test, compare, following, found, done, unknown = (
         function.append_basic_block(name)
-        for name in ("begin", "test", "compare", "following", "found", "unknown")
+        for name in ("begin", "test", "compare", "following", "found", "done", "unknown")
     )
     build = ir.IRBuilder(begin)
 
     def load(at: Any) -> Any:
         return build.load(build.inttoptr(at, long.as_pointer()))
 
-    def call(name: str, kinds: list[Any], arguments: list[Any]) -> None:
+    def call(name: str, kinds: list[Any], arguments: list[Any]) -> Any:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
         kind = ir.FunctionType(long, kinds)
-        build.call(build.inttoptr(long(address), kind.as_pointer()), arguments)
+        return build.call(build.inttoptr(long(address), kind.as_pointer()), arguments)
 
     table, row_bytes = _table.ctypes.data, _table.strides[0]
     address, used = load(build.add(info, long(ADDRESS))), load(long(table))
@@ -144,11 +146,15 @@ def _handler(library: ctypes.CDLL) -> int:
     build.store(build.add(build.load(lost), long(1)), lost)
     page, protection = mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-    call(
+    first = build.and_(address, long(-page))
+    length = build.sub(load(build.add(row, long(8))), first)
+    mapped = call(
         "mmap",
         [long, long, whole, whole, whole, long],
-        [build.and_(address, long(-page)), long(page), whole(protection), whole(flags), whole(-1), long(0)],
+        [first, length, whole(protection), whole(flags), whole(-1), long(0)],
     )
+    build.cbranch(build.icmp_signed("==", mapped, long(-1)), unknown, done)
+    build.position_at_end(done)
     build.ret_void()
     build.position_at_end(unknown)
     call("sigaction", [whole, long, long], [number, long(ctypes.addressof(_earlier)), long(0)])

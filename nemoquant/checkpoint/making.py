@@ -25,7 +25,7 @@ from nemoquant.checkpoint.folder import (
     told_that_it_was_left,
 )
 from nemoquant.errors import Interrupted, NemoquantError, OutputError
-from nemoquant.files import rename, sync_folder
+from nemoquant.files import sync_folder
 
 
 class Making:
@@ -90,7 +90,7 @@ class Making:
         sync_folder(self.folder)
         self.disposable, self.finished = False, True
         try:
-            rename(self.folder, self.out)
+            self.folder.rename(self.out)
         except OSError as error:
             raise OutputError(
                 f"{self.folder} is finished and verified, but can't be renamed to {self.out} "
@@ -98,6 +98,7 @@ class Making:
                 + ", then rename it, or give the command again"
                 * (not self.kept(error))
             ) from None
+        sync_folder(self.out.parent)
         clear(self.out)
 
     def give_up(self, error: BaseException) -> str:

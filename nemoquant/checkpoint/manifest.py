@@ -103,7 +103,10 @@ def put_file(
         try:
             replace_bytes(path, content)
         except BaseException:
-            write_manifest(folder, data)
+            # The file may have its new content: a signal, or a failing disk, after it was renamed. Then the
+            # manifest stays, which is right for both.
+            if (file_sha256(path) if path.exists() else None) == here:
+                write_manifest(folder, data)
             raise
         final = {k: v for k, v in after.items() if k != "was"} | ({"was": others} if others else {})
         with suppress(OSError):  # with both hashes the folder is what is listed too, and the file is written

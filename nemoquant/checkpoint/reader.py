@@ -28,7 +28,7 @@ from nemoquant.errors import (
     brief,
     listing,
 )
-from nemoquant.files import plain_name, read_json
+from nemoquant.files import MOST_TABLE_ENTRIES, plain_name, read_json
 from nemoquant.model.parse import MOST_EXPERTS
 from nemoquant.model.roles import TensorSpec
 
@@ -137,7 +137,7 @@ class Checkpoint:
         for file, watched in list(self._watched.items()):
             if watched.lost:
                 raise SourceChangedError(
-                    f"{file} could not be read: {watched.lost} pages were gone when they were needed; it was "
+                    f"{file} could not be read: some of it was gone when it was needed; it was "
                     f"cut for a while, or its disk fails: make sure that it is whole, then run again"
                 )
 
@@ -274,7 +274,7 @@ def _check_one_set(path: Path, chosen: str, named: set[str]) -> None:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        content = read_json(index)
+        content = read_json(index, entries=MOST_TABLE_ENTRIES)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{index} cannot be read ({error}); expected JSON with a `weight_map`"

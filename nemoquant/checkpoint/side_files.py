@@ -7,6 +7,7 @@ from typing import Any
 
 from nemoquant.errors import OutputError
 from nemoquant.files import copy_again, lies_in, plain_name
+from nemoquant.words import plain
 
 TEXTS = ("", ".md", ".txt", ".rst", ".pdf")
 SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program has no place here
@@ -20,7 +21,8 @@ SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program h
 
 
 def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave.
+    """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave,
+    printable.
 
     ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
 
@@ -49,7 +51,7 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
             _check(path)
             wanted.append(name)
         else:
-            skipped.append(name + "/" * path.is_dir())
+            skipped.append(plain(name) + "/" * path.is_dir())
     return wanted, skipped
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nemoquant.checkpoint import manifest
 from nemoquant.errors import CheckpointError, listing
-from nemoquant.files import read_json
+from nemoquant.files import MOST_TABLE_ENTRIES, read_json
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -132,7 +132,7 @@ def _check_tokenizer(path: Path, source: Path) -> None:
     if not all(file.exists() for file in files):
         return
     try:
-        theirs, ours = (read_json(file, MOST_BYTES) for file in files)
+        theirs, ours = (read_json(file, MOST_BYTES, entries=MOST_TABLE_ENTRIES) for file in files)
         differing = [part for part in TOKENIZER_PARTS if theirs.get(part) != ours.get(part)]
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{files[0]} or {files[1]} cannot be read as a tokenizer ({error})") from None

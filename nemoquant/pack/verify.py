@@ -37,7 +37,7 @@ from nemoquant.checkpoint.intact import SHARD, Hashing
 from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from nemoquant.errors import CheckpointError, NemoquantError
-from nemoquant.files import lies_in, read_json
+from nemoquant.files import MOST_TABLE_ENTRIES, lies_in, read_json
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
@@ -290,7 +290,7 @@ def _check_configs(out: Path, plan: Plan, source: Source | None, report: Verific
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none, so that it differs from what is expected."""
     try:
-        data = read_json(path)
+        data = read_json(path, entries=MOST_TABLE_ENTRIES)
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -169,7 +169,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        document = parse_json(line)
+        document = parse_json(line, entries=MOST_CHARS)  # commas of its text count too
     except json.JSONDecodeError as error:
         raise CalibrationError(
             f"{where}: not JSON ({error.msg}, at character {error.pos + 1}); expected one JSON object a line"

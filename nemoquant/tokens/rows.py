@@ -18,6 +18,7 @@ from nemoquant.errors import CalibrationError
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.tokens.array import read_array
 from nemoquant.tokens.documents import documents
+from nemoquant.words import plain
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
 
@@ -28,7 +29,7 @@ class Rows:
 
     Attributes:
         ids: [rows, length] int64.
-        source: name of the file.
+        source: name of the file, printable.
         dropped: number of tokens that do not fill a row.
         warnings: messages for the user: fewer rows than requested, tokens dropped.
     """
@@ -67,7 +68,7 @@ def load_rows(
             f".parquet or .npy"
         )
     loaded = (
-        Rows(read_array(path), path.name, 0)
+        Rows(read_array(path), plain(path.name), 0)
         if path.suffix == ".npy"
         else _read_documents(path, model, config, rows, length)
     )
@@ -119,4 +120,4 @@ def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int,
         )
     dropped = total - count * length if count < rows else 0
     kept = np.concatenate(parts)[: count * length].reshape(count, length)
-    return Rows(kept, path.name, dropped)
+    return Rows(kept, plain(path.name), dropped)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import CalibrationError, brief
-from nemoquant.files import parse_json, read_text
+from nemoquant.files import MOST_TABLE_ENTRIES, parse_json, read_text
 
 MOST_BYTES = 128 << 20  # of the file: real ones have up to some tens of megabytes
 MOST_CHARS = 4096  # of a token, or of what replaces another text: real ones have up to some hundreds
@@ -35,7 +35,7 @@ def load_tokenizer(model: Path) -> Any:
 
     try:
         text = read_text(file, MOST_BYTES)
-        _check(parse_json(text))
+        _check(parse_json(text, entries=MOST_TABLE_ENTRIES))
         with _panics():
             tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
