@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 RowBatch = int | Mapping[str, int]  # rows at once, of all layers or by kind of layer
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
+MAX_NON_FINITE = 0.1  # share of rows that may be left out
 HIDDEN_FILES = 2  # hidden states before and after the layer in work
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemoquant.calibrate.batch import RowBatch, compute_dtype, rows_of
+from nemoquant.calibrate.batch import MAX_NON_FINITE, RowBatch, compute_dtype, rows_of
 from nemoquant.calibrate.hidden import HiddenStates, InMemory
 from nemoquant.calibrate.observers import Collector, Observer
 from nemoquant.checkpoint.reader import Checkpoint
@@ -27,7 +27,6 @@ from nemoquant.model.taps import Tap, prefixed
 from nemoquant.progress import Progress, no_progress
 from nemoquant.tokens.rows import Rows
 
-MAX_NON_FINITE = 0.1  # share of rows that may be left out
 DEFAULT_ROW_BATCH = 4
 
 Observers = Sequence[Callable[[], Observer]]

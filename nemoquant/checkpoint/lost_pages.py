@@ -26,8 +26,8 @@ SA_SIGINFO, SA_NODEFER = 4, 0x40000000
 MAP_FIXED = 0x10
 ADDRESS = 16  # of si_addr in siginfo_t, on 64-bit Linux
 
-# First address of a mapped file, the one after its last, how often it lost pages; the first row's first word is the number
-# of rows in use.
+# First address of a mapped file, the one after its last, how often it lost pages; the first row's first word
+# is the number of rows in use.
 _table = np.zeros((1 + FILES, 3), np.int64)
 _lock = threading.Lock()  # two checkpoints may be mapped at once, and must not take one row
 

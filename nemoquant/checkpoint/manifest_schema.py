@@ -1,6 +1,6 @@
 """What ``nemoquant.json`` must look like; a page of its own, because pydantic is slow to import."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -23,6 +23,7 @@ def _known(dtype: str) -> str:
 Name = Annotated[str, AfterValidator(_plain)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UnitDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
 Dtype = Annotated[str, AfterValidator(_known)]
 Text = Annotated[str, Field(max_length=1 << 20)]
 
@@ -61,12 +62,28 @@ class Plan(_Part):
     scale_groups: bool
 
 
+class Calibration(_Part):
+    """The settings of a scales file; see ``calibrate.run.settings``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rows: Positive
+    seq_len: Positive
+    tokens_sha256: Digest
+    data: Text
+    device: Text
+    dtype: Text
+    row_batch: Positive | dict[str, Positive]
+    threads: Positive
+
+
 class Manifest(_Part):
     """``was`` has the hash before (None: no such file) of a file that is being replaced."""
 
+    nemoquant: Text
     source: Source
     plan: Plan
-    calibration: dict[str, Any] | None
+    calibration: Calibration | None
     shard_bytes: Annotated[int, Field(ge=1)]
     warnings: list[Text]
     files: dict[Name, Digest]

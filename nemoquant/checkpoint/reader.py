@@ -91,9 +91,10 @@ class Checkpoint:
             self.close()
 
     def close(self) -> None:
-        """Drop all maps; a map stays open as long as an array still uses it."""
+        """Drop all maps, and look for changes no longer; a map stays open while an array still uses it."""
         self._maps.clear()
         self._watched.clear()
+        self._facts.clear()
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, mapped, uint8, 1-D. Writing to them would not reach the file.

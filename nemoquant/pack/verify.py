@@ -32,6 +32,7 @@ from nemoquant.checkpoint.identity import (
     pieces,
     told,
     unit_name,
+    units_of,
 )
 from nemoquant.checkpoint.intact import SHARD, Hashing
 from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
@@ -188,6 +189,8 @@ def _plan_again(out: Path, manifest: dict[str, Any], report: Verification) -> Pl
     plan = resolve(
         parse_recipe(settings["recipe"]), config, table, assumed=False, scale_groups=settings["scale_groups"]
     )
+    if manifest["source"]["units"].keys() != units_of(spec.name for spec in table).keys():
+        report.problems.append(f"{FILE} does not list the hashes of all of its source")
     if plan.sha256 != settings["sha256"]:
         report.problems.append(
             f"the recipe and config.json give the plan {plan.sha256[:12]}, the manifest names "

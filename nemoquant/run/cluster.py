@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -42,6 +43,7 @@ T = TypeVar("T")
 GROUP_BYTES = 64 << 20  # of source in one packing task
 USAGE = "RAY_USAGE_STATS_ENABLED"  # environment variable of Ray
 AHEAD = 2  # tasks for each processor of the cluster that may run or wait
+SourceOnNode = tuple[str, str, str, str]  # path, hash of its small tensors, version, run
 Wire = tuple[np.ndarray[Any, Any], tuple[int, ...], torch.dtype]
 
 
@@ -57,7 +59,14 @@ class Cluster:
         self._ray, self.checkpoint = ray, checkpoint
         self.units: Units = {}
         self.processors = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._source = (str(checkpoint.path.resolve()), small_tensors_sha256(checkpoint), __version__)
+        # The last part is of this run alone: a worker may outlive it, in a connection that the caller keeps,
+        # and must open the source again for another one.
+        self._source = (
+            str(checkpoint.path.resolve()),
+            small_tensors_sha256(checkpoint),
+            __version__,
+            secrets.token_hex(8),
+        )
         # A task that is lost with its node runs again, as long as there are nodes. Tasks are spread, because
         # each node has its own disk and memory.
         options = {"num_cpus": 1, "max_retries": -1, "scheduling_strategy": "SPREAD"}
@@ -212,7 +221,7 @@ def _without_statistics() -> Iterator[None]:
 # The functions below run on the nodes.
 
 
-def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+def _call(source: SourceOnNode, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     checkpoint = _opened(source)
     result = function(checkpoint, *arguments)
     checkpoint.check_unchanged()
@@ -220,7 +229,7 @@ def _call(source: tuple[str, str, str], function: Callable[..., T], arguments: t
 
 
 def _observe(
-    source: tuple[str, str, str],
+    source: SourceOnNode,
     config: NemotronHConfig,
     layer: int,
     states: Wire,
@@ -237,7 +246,7 @@ def _observe(
 
 
 @lru_cache(maxsize=2)
-def _hashed(source: tuple[str, str, str], tensors: tuple[str, ...]) -> Units:
+def _hashed(source: SourceOnNode, tensors: tuple[str, ...]) -> Units:
     """Hashes of a layer's units on this node, once for all batches of a worker."""
     return hash_units(_opened(source), units_of(tensors), 1)
 
@@ -256,12 +265,12 @@ def small_tensors_sha256(checkpoint: Checkpoint) -> str:
 
 
 @lru_cache(maxsize=1)
-def _opened(source: tuple[str, str, str]) -> Checkpoint:
+def _opened(source: SourceOnNode) -> Checkpoint:
     """The source, opened once a worker.
 
     Raises CheckpointError where the source or the version of nemoquant differs on this node.
     """
-    path, fingerprint, version = source
+    path, fingerprint, version, _ = source
     torch.set_num_threads(1)
     if version != __version__:
         raise CheckpointError(

@@ -14,18 +14,20 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import HIDDEN, check_output, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, STATE, check_output, nearest_folder
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
+    calibrated_groups,
     differing,
-    source_groups,
     told,
+    unit_name,
+    units_of,
 )
 from nemoquant.checkpoint.intact import check_settings
 from nemoquant.checkpoint.making import clear, ended
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.errors import CheckpointError, OutputError
+from nemoquant.errors import CheckpointError, OutputError, UsageError, WeightError
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
@@ -162,7 +164,7 @@ class Job:
             count, length = origin.ids.shape
             batch = Batch(count, length, self.dtype)
             if row_batch is None and self.earlier is not None:
-                row_batch = self.earlier.identity.get("row_batch")
+                row_batch = self._earlier_row_batch(self.earlier)
 
         def choose(row_batch: RowBatch | None) -> Budget:
             return budget(
@@ -180,6 +182,13 @@ class Job:
             assert isinstance(picked, Mapping)
             row_batch = {kind: min(most, picked[kind]) for kind in sorted(picked)}
         return Prepared(origin, batch, choose(row_batch))
+
+    def _earlier_row_batch(self, before: Unfinished) -> RowBatch | None:
+        """Rows at once in the run that is continued; None where it does not name all kinds of layers."""
+        found: RowBatch | None = before.identity.get("row_batch")
+        if isinstance(found, Mapping) and not found.keys() >= set(self.source.config.layers):
+            return None
+        return found
 
     def announce(self, prepared: Prepared, processors: int | None = None) -> None:
         """If the listener wants an estimate, measure this machine and report what the run will need."""
@@ -223,10 +232,13 @@ class Job:
             prepared = self.prepare(origin, processors)
             self.announce(prepared, processors)
             identity = self._identity(prepared)
-            with unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run:
+            with (
+                unfinished(self.out, identity, self.output.names, resume=self.options.resume) as run,
+                self._unless_it_changed(),
+            ):
                 if run.worth_keeping:
                     self.listener.say(f"going on with {run.folder}: {run.describe()}")
-                    run.finished_shards()
+                    self._keep_finished(run)
                     self._check_source(run.folder, run.units)
                 elif self.options.resume:
                     self.listener.say("nothing to go on with, beginning anew")
@@ -236,17 +248,19 @@ class Job:
                     if cluster is None
                     else cluster.workers(self.threads)
                 )
-                written = self.output.write(
-                    run,
-                    scales,
-                    workers,
-                    [*warnings, *added],
-                    self.listener.progress,
-                    hashed=self._hashed(run, cluster),
-                    scales_file=None if self.options.scales is None else str(self.options.scales),
-                )
+                with self._hashed(run, cluster) as hashed:
+                    written = self.output.write(
+                        run,
+                        scales,
+                        workers,
+                        [*warnings, *added],
+                        self.listener.progress,
+                        hashed=hashed,
+                        scales_file=None if self.options.scales is None else str(self.options.scales),
+                    )
                 self.source.checkpoint.check_unchanged()
             end.enter_context(ended(self.out))
+            self.source.checkpoint.close()  # whatever happens to it now, OUT is whole
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager
@@ -271,10 +285,23 @@ class Job:
         check_finished(self.earlier, self._identity(self.prepare(origin)), made)
         check_settings(self.out, made)
         Checkpoint(self.out).close()  # its headers and sizes; `verify` reads all of it
-        self._check_source(self.out, made["source"]["units"])
+        units = made["source"]["units"]
+        if units.keys() != units_of(row.name for row in self.plan.rows).keys():
+            raise CheckpointError(
+                f"{self.out / manifest.FILE} does not list the hashes of all of its source; remove "
+                f"{self.out} and begin again"
+            )
+        self._check_source(self.out, units)
+        scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
+        if isinstance(origin, Rows) and scales is not None:
+            other = same_source.of_other_weights(self.source, scales.units, units)
+            if other is not None:
+                raise UsageError(
+                    f"{self.out} has scales of other weights than {self.source.path}, which this run would "
+                    f"calibrate: {other}; give the --scales that it was made with, or remove it"
+                )
         clear(self.out)
         self.listener.say(f"{self.out} was finished already")
-        scales = Scales.load(self.out / SCALES_FILE) if self.plan.needs_calibration else None
         skipped = self.output.side_files[1]
         return Outcome({}, skipped, made["warnings"], None if scales is None else scales.summary())
 
@@ -288,18 +315,43 @@ class Job:
             progress=self.listener.progress,
         )
 
-    def _hashed(self, run: Unfinished, cluster: "Cluster | None") -> Units:
-        """Hashes of the source that packing must come to as well.
+    def _keep_finished(self, run: Unfinished) -> None:
+        """Keep those shards of an earlier run that are whole."""
+        if not run.shards:
+            return
+        needed = {
+            shard.file: {unit_name(row.name) for unit in shard.units for row in unit.rows}
+            for shard in self.output.layout
+        }
+        self.listener.say(f"hashing the {len(run.shards)} shards in {run.folder}, to see that they are whole")
+        run.keep_finished(needed, self.threads)
+
+    @contextmanager
+    def _unless_it_changed(self) -> Iterator[None]:
+        """NaN and Inf in a file that somebody writes to are no damage: what is done by now is worth keeping.
+
+        Raises:
+            SourceChangedError: in place of a WeightError, where the source changed.
+        """
+        try:
+            yield
+        except WeightError:
+            self.source.checkpoint.check_unchanged()
+            raise
+
+    @contextmanager
+    def _hashed(self, run: Unfinished, cluster: "Cluster | None") -> Iterator[Callable[[], Units]]:
+        """Yields what returns hashes of the source that packing must come to as well.
 
         Those of what was calibrated and of what is kept; on a cluster all of them, because its nodes read
-        their own copies.
+        their own copies: they are hashed while packing goes on.
         """
         known = run.units
-        if cluster is not None:
-            known |= same_source.hash_rest(
-                self.source, known, self.threads, say=self.listener.say, progress=self.listener.progress
-            )
-        return known
+        if cluster is None:
+            yield lambda: known
+            return
+        with same_source.hashing_rest(self.source, known, self.listener.say) as rest:
+            yield lambda: known | rest()
 
     def _identity(self, prepared: Prepared) -> dict[str, Any]:
         """What decides the output's bytes: see ``run/unfinished.py`` and the table of options."""
@@ -340,13 +392,16 @@ class Job:
             scales = origin
         elif run.calibrated:
             scales = self._calibrated(run, file)
+            scales.check(self.plan, file)
         else:
             with torch_threads(self.calibration_threads):
                 scales = self._calibrate(run, origin, prepared, cluster)
+            scales.check(self.plan, run.state / STATE)  # which an earlier run may have begun
             scales.warnings = [*origin.warnings, *scales.warnings_for(self.plan)]
-        if not run.calibrated:
-            text = scales.dump()
+        text = scales.dump()
+        if isinstance(origin, Scales) or not run.calibrated:  # the state has no hash of a file that was given
             replace_text(file, text)
+        if not run.calibrated:
             run.calibrated = True
             if run.calibration is not None:
                 run.calibration = {
@@ -361,8 +416,8 @@ class Job:
 
     def _calibrated(self, run: Unfinished, file: Path) -> Scales:
         """The scales that an earlier run calibrated; raises OutputError where their file is not its own."""
-        assert run.calibration is not None
-        if not file.is_file() or manifest.file_sha256(file) != run.calibration["scales_sha256"]:
+        at = run.calibration
+        if at is None or not file.is_file() or manifest.file_sha256(file) != at["scales_sha256"]:
             raise OutputError(
                 f"{file} is damaged: its sha256 is not the one in the run's state; remove {run.folder} and "
                 f"begin again"
@@ -397,8 +452,8 @@ class Job:
                 )
                 begin = run.calibration = None
                 units = {}
-        groups = source_groups(self.source.table)
-        ahead = Ahead(self.source.checkpoint, {k: v for k, v in groups.items() if k not in ("head", "mtp")})
+        groups = calibrated_groups(self.source.table)
+        ahead = Ahead(self.source.checkpoint, groups)
 
         def keep(between: Between) -> None:
             if between.layers == 1:
@@ -407,6 +462,8 @@ class Job:
             # The layer's own check came before its hashes were complete, which are those of what it read only
             # if nothing changed until now.
             self.source.checkpoint.check_unchanged()
+            if cluster is not None:
+                self._check_nodes(units, cluster)
             run.calibration = {
                 "layers": between.layers,
                 "units": units,
@@ -418,8 +475,10 @@ class Job:
             run.save()
 
         with closing(hidden), ahead:
-            next_group = "begin" if begin is None else begin.layers if begin.layers in groups else "norm"
-            ahead.begin(next_group)
+            keys = list(groups)
+            at_first = 0 if begin is None else keys.index(begin.layers if begin.layers in groups else "norm")
+            for key in keys[at_first : at_first + 2]:
+                ahead.begin(key)
             dead = calibrate(
                 self.source.checkpoint,
                 self.source.config,
@@ -435,16 +494,23 @@ class Job:
                 progress=self.listener.progress,
             )
             units.update(ahead.take("norm"))
-        changed = differing(units, cluster.units) if cluster is not None else []
-        if changed:
-            raise CheckpointError(
-                f"{self.source.path} is another one on the nodes of the cluster than here: "
-                f"{told(changed, len(units))}; copy it to them again"
-            )
         self.source.checkpoint.check_unchanged()
         amax.scales.units = units
         amax.scales.non_finite_rows = len(dead)
         return amax.scales
+
+    def _check_nodes(self, units: Units, cluster: "Cluster") -> None:
+        """Make sure that the nodes calibrated what is here, before the state says that it was calibrated.
+
+        Raises:
+            CheckpointError
+        """
+        changed = differing(units, cluster.units)
+        if changed:
+            raise CheckpointError(
+                f"{self.source.path} is another one on the nodes of the cluster than here: "
+                f"{told(changed, len(cluster.units))}; copy it to them again"
+            )
 
 
 def _with_earlier_dtype(options: RunOptions, before: Unfinished | None) -> RunOptions:

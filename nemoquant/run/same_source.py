@@ -1,10 +1,20 @@
 """Whether a source is the one that an earlier run read: its bytes are read and hashed again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from nemoquant.checkpoint.identity import Units, differing, hash_units, told, units_of
+from nemoquant.checkpoint.identity import (
+    Ahead,
+    Units,
+    calibrated_groups,
+    differing,
+    hash_units,
+    told,
+    units_of,
+)
 from nemoquant.errors import UsageError
 from nemoquant.progress import Progress
 from nemoquant.sources.source import Source
@@ -39,22 +49,36 @@ def check(
         )
 
 
-def hash_rest(
-    source: Source,
-    known: Mapping[str, str],
-    threads: int,
-    *,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> Units:
-    """Hashes of all units that ``known`` lacks, for a cluster, whose nodes read their own copies.
+@contextmanager
+def hashing_rest(
+    source: Source, known: Mapping[str, str], say: Callable[[str], None]
+) -> Iterator[Callable[[], Units]]:
+    """Hashes all units that ``known`` lacks in a thread, for a cluster, whose nodes read their own copies.
+
+    Yields what waits for them and returns them.
 
     Args:
         say: told how much is read.
     """
     units = {name: tensors for name, tensors in _units(source).items() if name not in known}
-    say(f"hashing {size(_bytes(source, units))} of {source.path}, for the nodes to be held against")
-    return _hash(source, units, threads, progress)
+    say(f"hashing {size(_bytes(source, units))} of {source.path} meanwhile, for the nodes to be held against")
+    tensors = [tensor for unit in units.values() for tensor in unit]
+    with Ahead(source.checkpoint, {"rest": tensors}) as ahead:
+        ahead.begin("rest")
+        yield partial(ahead.take, "rest")
+
+
+def of_other_weights(source: Source, scales: Mapping[str, str], units: Mapping[str, str]) -> str | None:
+    """Where scales were calibrated on other weights than these, which, in words.
+
+    Args:
+        scales: hashes of the units that were calibrated.
+        units: hashes of all units of the source.
+    """
+    groups = calibrated_groups(source.table).values()
+    wanted = units_of(tensor for group in groups for tensor in group)
+    changed = [name for name in wanted if scales.get(name) != units[name]]
+    return told(changed, len(wanted)) if changed else None
 
 
 def _hash(source: Source, units: Mapping[str, list[str]], threads: int, progress: Progress) -> Units:

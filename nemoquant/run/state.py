@@ -6,6 +6,7 @@ sha256 of all of it: a flipped bit in a maximum would be a wrong scale.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -13,8 +14,8 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
 from nemoquant.arguments import MOST_THREADS
-from nemoquant.calibrate.scales import Scales
-from nemoquant.errors import NemoquantError, schema_problem
+from nemoquant.calibrate.scales_schema import Content
+from nemoquant.errors import schema_problem
 from nemoquant.files import MOST_JSON, plain_name, read_json, replace_text
 from nemoquant.model.config import LayerKind
 from nemoquant.run.options import Dtype
@@ -33,12 +34,9 @@ def _is_plain(name: str) -> str:
 
 def _are_collected(data: dict[str, Any]) -> dict[str, Any]:
     """Results of the collectors by their names; see ``calibrate/observers.py``."""
-    try:
-        scales = Scales.from_json(data["scales"])
-    except (NemoquantError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"no scales: {error!r}") from None
-    if not all(0 <= amax < float("inf") for amax in (scales.input_amax | scales.kv_amax).values()):
-        raise ValueError("maxima are negative or not finite")
+    wrong = schema_problem(Content.model_validate, data.get("scales"))
+    if wrong is not None:
+        raise ValueError(f"not the scales so far: {wrong}")
     return data
 
 
@@ -115,6 +113,12 @@ class State(TypedDict):
 
 
 _STATE: TypeAdapter[State] = TypeAdapter(State)
+_IDENTITY: TypeAdapter[IdentityState] = TypeAdapter(IdentityState)
+
+
+def identity_problem(identity: Mapping[str, Any]) -> str | None:
+    """What is wrong with what decides a run's bytes, in one line; None where nothing is."""
+    return schema_problem(_IDENTITY.validate_python, identity)
 
 
 def write_state(path: Path, state: State) -> None:

@@ -19,14 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemoquant.calibrate.batch import MAX_NON_FINITE
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.folder import FOLDER, STATE, partial_of
 from nemoquant.checkpoint.identity import Units
+from nemoquant.checkpoint.intact import Hashing
 from nemoquant.checkpoint.making import making
-from nemoquant.errors import OutputError, UsageError, WeightError, listing
+from nemoquant.errors import CheckpointError, OutputError, UsageError, WeightError, listing
 from nemoquant.run.options import OPTIONS, Option
-from nemoquant.run.state import CalibrationState, ShardState, read_state, write_state
+from nemoquant.run.state import CalibrationState, ShardState, identity_problem, read_state, write_state
 
 Identity = Mapping[str, Any]
 FACTS = {  # what decides the output's bytes besides the options, with its name in messages
@@ -98,14 +100,22 @@ class Unfinished:
             return ""
         return f"{self.folder} is kept ({self.describe()}): --resume goes on from there"
 
-    def finished_shards(self) -> dict[str, ShardState]:
-        """Shards of an earlier run that are unchanged; the others are forgotten, and packed again."""
-        self.shards = {
+    def keep_finished(self, needed: Mapping[str, Collection[str]], threads: int) -> None:
+        """Keep the shards of an earlier run that are unchanged; the others are forgotten, and packed again.
+
+        Args:
+            needed: file -> units of the source that it is made from.
+        """
+        known = {
             file: entry
             for file, entry in self.shards.items()
-            if (self.folder / file).is_file() and manifest.file_sha256(self.folder / file) == entry["sha256"]
+            if file in needed and entry["units"].keys() >= set(needed[file])
         }
-        return self.shards
+        with Hashing(
+            {self.folder / file: [entry["sha256"]] for file, entry in known.items()}, threads
+        ) as all_:
+            damaged = all_.problems()
+        self.shards = {file: entry for file, entry in known.items() if self.folder / file not in damaged}
 
     @property
     def packed(self) -> Units:
@@ -134,8 +144,11 @@ class Unfinished:
             OutputError
         """
         at = self.calibration
-        if at and (at["layers"] > layers or any(row >= rows for row in at.get("dead_rows", ()))):
+        dead = at.get("dead_rows", ()) if at else ()
+        if at and (at["layers"] > layers or any(row >= rows for row in dead)):
             raise _unreadable(self.folder, "it has more layers or rows than this run")
+        if len(set(dead)) > MAX_NON_FINITE * rows:
+            raise _unreadable(self.folder, "more rows came to NaN or Inf than a run goes on with")
 
 
 def _unreadable(folder: Path, why: object) -> OutputError:
@@ -168,7 +181,10 @@ def earlier(out: Path) -> Unfinished | None:
     found = load(partial_of(out))
     if found is not None or not (out / manifest.FILE).is_file():
         return found
-    found = Unfinished(out, _made_from(out))
+    identity = _made_from(out)
+    if wrong := identity_problem(identity):
+        raise CheckpointError(f"{out / manifest.FILE} is not as nemoquant writes it: {wrong}; quantize again")
+    found = Unfinished(out, identity)
     found.calibrated = True
     return found
 
@@ -187,10 +203,17 @@ def _made_from(out: Path) -> dict[str, Any]:
     }
     if calibration is None:
         return identity
+    try:
+        digest = manifest.file_sha256(out / SCALES_FILE)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out / SCALES_FILE} cannot be read ({error.strerror}); expected the file that the run wrote: "
+            f"remove {out} and begin again"
+        ) from None
     # Scales that were calibrated and the same ones from a file make the same bytes.
     rows, length, tokens = calibration["rows"], calibration["seq_len"], calibration["tokens_sha256"]
     return identity | {
-        "scales": manifest.file_sha256(out / SCALES_FILE)[:12],
+        "scales": digest[:12],
         "data": f"{rows} rows of {length} tokens of {calibration['data']} ({tokens[:12]})",
         "dtype": calibration["dtype"],
         "row_batch": calibration["row_batch"],

@@ -1,7 +1,7 @@
 """Writes a run's folder (shards, configs, index, side files, scales, card, manifest), then verifies it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from nemoquant.checkpoint.identity import Units, differing, told, units_of
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.errors import SourceChangedError, VerificationError, listing
-from nemoquant.files import write_again
+from nemoquant.files import sync_folder, write_again
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import card
 from nemoquant.pack.files import WRITTEN
@@ -26,10 +26,11 @@ from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.same_source import of_other_weights
 from nemoquant.run.state import LostState
 from nemoquant.run.unfinished import Unfinished
 from nemoquant.sources.source import Source
-from nemoquant.words import in_markdown, markdown_code
+from nemoquant.words import in_markdown, markdown_code, message
 
 
 class Written(NamedTuple):
@@ -71,7 +72,7 @@ class Output:
         warnings: Sequence[str],
         progress: Progress,
         *,
-        hashed: Units,
+        hashed: Callable[[], Units],
         scales_file: str | None = None,
     ) -> Written:
         """Write everything that ``run`` does not have yet into its folder, and verify it.
@@ -81,7 +82,7 @@ class Output:
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
-            hashed: hashes of units of the source that packing must come to as well.
+            hashed: returns hashes of units of the source that packing must come to as well.
             scales_file: the file of another run that the scales are from; its source may be another one.
         Raises:
             CalibrationError, WeightError, SourceChangedError, VerificationError
@@ -90,7 +91,7 @@ class Output:
         warnings = [*warnings, *self._pack(run, scales, workers, progress)]
         packed = run.packed
         units = {name: packed[name] for name in units_of(row.name for row in self.plan.rows)}
-        self._check_same(run, hashed, units)
+        self._check_same(run, hashed(), units)
         if scales is not None and scales_file is not None:
             warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
@@ -127,12 +128,11 @@ class Output:
 
     def _scales_warnings(self, scales: Scales, units: Units, scales_file: str) -> list[str]:
         """A warning where scales of another run are of another source."""
-        changed = differing(scales.units, units)
+        other = of_other_weights(self.source, scales.units, units)
         return [
-            f"{scales_file} was made from other weights than {self.source.path}: "
-            f"{told(changed, len(scales.units))}; its input scales may not fit, calibrate again without "
-            f"--scales"
-        ] * bool(changed)
+            f"{scales_file} was made from other weights than {self.source.path}: {other}; its input scales "
+            f"may not fit, calibrate again without --scales"
+        ] * (other is not None)
 
     def _pack(
         self,
@@ -170,6 +170,7 @@ class Output:
                     },
                     "units": packer.read_for(shard),
                 }
+                sync_folder(run.folder)  # the shard's name, before the state has it
                 run.save()
         zero = [name for shard in self.layout for name in run.shards[shard.file]["zero_weights"]]
         lost = {
@@ -195,7 +196,7 @@ class Output:
             | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
             "calibration": None if scales is None else scales.settings,
             "shard_bytes": self.shard_bytes,
-            "warnings": warnings,
+            "warnings": [message(text) for text in warnings],
             "skipped_side_files": self.side_files[1],
             "files": files,
         }

@@ -218,7 +218,7 @@ def test_what_is_finished_but_has_not_its_name_may_be_made_again(out, tmp_path, 
             patch.setattr(Path, "rename", full)
             with pytest.raises(  # noqa: SIM117
                 OutputError,
-                match="is finished .* make room there, then rename it, or give the command again$",
+                match=r"is finished .* make room there, then rename it, or give the command again$",
             ):
                 with making(out, FILES) as made:
                     (made.folder / FILES[0]).write_text("whole")

@@ -249,6 +249,29 @@ def test_a_file_and_its_hash_are_replaced(folder: Path, name: str) -> None:
     assert state(folder, "b") == (b"other", True)
 
 
+def test_a_signal_behind_the_rename_leaves_the_new_file_listed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one before it the file that was there."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write = manifest.replace_bytes
+    for call, content in (("close_synced", b"first"), ("sync_folder", b"new")):
+        put_file(folder, "a", b"first", accept)
+
+        def stopped(path: Path, data: bytes, call: str = call) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(f"nemoquant.files.{call}", stop)
+                write(path, data)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(manifest, "replace_bytes", stopped)
+            put_file(folder, "a", b"new", accept)
+        assert state(folder, "a") == (content, True)
+
+
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path

@@ -6,7 +6,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-DEEP, TWICE = "\x01deep", "\x01twice"  # stand for what no Python value is; `json_bytes` writes them out
+# They stand for what no Python value is, or is too large to be copied often; `json_bytes` writes them out.
+DEEP, TWICE, WIDE = "\x01deep", "\x01twice", "\x01wide"
 NASTY: tuple[Any, ...] = (
     None,
     True,
@@ -103,8 +104,10 @@ def replaced(tree: Any, path: Path, value: Any) -> Any:
 
 
 def changed(tree: Any, rng: random.Random) -> Any:
-    """A copy of a tree with one to four changes of its structure."""
+    """A copy of a tree with one to four changes of its structure; of a thousand one is made large."""
     tree = copy.deepcopy(tree)
+    if not rng.randrange(1000):
+        return put(tree, rng.choice(list(places(tree))), WIDE)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         path = rng.choice(list(places(tree)))
         value = at(tree, path)
@@ -126,7 +129,7 @@ def changed(tree: Any, rng: random.Random) -> Any:
                 tree = put(
                     tree, path, rng.choice((value + "\ud800", value * 40, value[:-1], value + "\n\x1b[H"))
                 )
-            case 7 if isinstance(value, int | float):
+            case 7 if isinstance(value, int | float) and abs(value) < 1e300:  # what a float holds
                 tree = put(
                     tree, path, rng.choice((-value, value + 1, value * 1000, str(value), float(value)))
                 )
@@ -143,7 +146,8 @@ def json_bytes(tree: Any) -> bytes:
     """JSON as a hostile program writes it: NaN, half surrogates, a key twice, lists in lists without end."""
     text = json.dumps(tree)
     text = text.replace(json.dumps(TWICE)[:-1], '"')
-    return text.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000).encode()
+    text = text.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000)
+    return text.replace(json.dumps(WIDE), "[" + "{}," * 1_500_000 + "{}]").encode()
 
 
 def damaged(data: bytes, words: tuple[bytes, ...], rng: random.Random) -> bytes:

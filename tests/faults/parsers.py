@@ -269,7 +269,7 @@ def _state(folder: Path) -> None:
     if found is not None:
         found.describe()
         unfinished.check_identity(found, found.identity)
-        found.finished_shards()
+        found.keep_finished({}, 1)
 
 
 def _rows(name: str) -> Callable[[Path], object]:

@@ -1,13 +1,15 @@
 """What every parser shares: JSON within bounds, and values of any size in a message."""
 
+import errno
 import os
 import time
+from contextlib import nullcontext
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from nemoquant.errors import brief, field_problem
-from nemoquant.files import MOST_DEPTH, parse_json, read_json, read_text
+from nemoquant.errors import brief, field_problem, schema_problem
+from nemoquant.files import MOST_DEPTH, parse_json, read_json, read_text, sync_folder
 
 
 @pytest.mark.parametrize("open_", ["[", '{"a":', '[{"a":'])
@@ -106,3 +108,39 @@ def test_the_first_problem_of_a_record(data, problem):
     line = field_problem(error.value)
     assert line.startswith(problem)
     assert len(line) < 400 and "\n" not in line
+
+
+@pytest.mark.parametrize("value", ["{}", "[]", '"a"', '{"b":1}'])
+def test_entries_are_counted_before_they_are_made(value):
+    text = "[" + ",".join([value] * 1000) + "]"
+    entries = 1000 + (1000 if value[0] in "{[" else 0)
+    assert len(parse_json(text, entries=entries)) == 1000
+    with pytest.raises(ValueError, match=f"more than {entries - 1:,} entries"):
+        parse_json(text, entries=entries - 1)
+
+
+def test_of_many_wrong_values_none_is_looked_for():
+    """pydantic would make all of them, to show the first."""
+
+    class Numbers(BaseModel):
+        them: dict[str, int]
+
+    data = {"them": {str(i): "x" for i in range(200_000)}}
+    began = time.process_time()
+    assert schema_problem(Numbers.model_validate, data) == (
+        "200,000 of its values are not of the kind that they should be"
+    )
+    assert time.process_time() - began < 1
+    assert schema_problem(Numbers.model_validate, {"them": {"a": 1}}) is None
+
+
+@pytest.mark.parametrize(("code", "raised"), [("EIO", True), ("ENOSPC", True), ("EINVAL", False)])
+def test_a_disk_that_fails_to_keep_a_name_is_told(code, raised, tmp_path, monkeypatch):
+    """Where a file system has no such call, there is nothing to tell."""
+
+    def fail(_):
+        raise OSError(getattr(errno, code), "no")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=str(tmp_path)) if raised else nullcontext():
+        sync_folder(tmp_path)

@@ -4,15 +4,19 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 from support.commands import nemoquant
 from support.files import changed_files
 from support.places import SUPPORT
 from support.processes import run_python
+from support.tampering import overwrite
 
 from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import CheckpointError, SourceChangedError, UsageError
@@ -34,7 +38,7 @@ def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     begun, hashed = report["said"]
     assert begun == "Ray: 2 processors"
-    assert re.fullmatch(r"hashing .* of .*, for the nodes to be held against", hashed)
+    assert re.fullmatch(r"hashing .* of .* meanwhile, for the nodes to be held against", hashed)
     for name in (
         "two",
         "calibrate",
@@ -123,11 +127,69 @@ def test_a_node_with_another_source_or_version(source, make_checkpoint):
     with pytest.raises(
         CheckpointError, match="is another checkpoint on a node of the cluster; expected the same one"
     ):
-        _opened((str(other), fingerprint, __import__("nemoquant").__version__))
+        _opened((str(other), fingerprint, __import__("nemoquant").__version__, "run"))
     with pytest.raises(
         CheckpointError, match=r"a node of the cluster has nemoquant .*; expected 0\.0\.0, as here"
     ):
-        _opened((str(source), fingerprint, "0.0.0"))
+        _opened((str(source), fingerprint, "0.0.0", "run"))
+
+
+class OneNode:
+    """Stands in for Ray: one node, whose source lies elsewhere."""
+
+    class exceptions:
+        RayTaskError = RayError = ZeroDivisionError
+
+    def __init__(self, source):
+        self.source = source
+
+    def remote(self, **_):
+        return lambda function: SimpleNamespace(
+            remote=lambda source, *rest: function((str(self.source), *source[1:]), *rest)
+        )
+
+    def cluster_resources(self):
+        return {"CPU": 1}
+
+    def put(self, value):
+        return value
+
+    get = put
+
+
+@pytest.fixture
+def on_node(monkeypatch):
+    """Runs ``quantize`` from one source on a node that has another one."""
+    from nemoquant.run import cluster
+
+    def run(here, there, out, recipe="nvfp4", **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                cluster, "connected", lambda _, opened: nullcontext(cluster.Cluster(OneNode(there), opened))
+            )
+            return quantize(here, out, recipe, RunOptions(dtype="float32", on="ray", **options))
+
+    return run
+
+
+def test_what_a_node_calibrated_on_other_weights_is_not_kept(source, token_rows, tmp_path, on_node):
+    """A LoRA merge on the node: after its first layer the run ends, and nothing of it is taken up again."""
+    other, out = shutil.copytree(source, tmp_path / "other"), tmp_path / "out"
+    overwrite(other, "backbone.layers.1.mixer.o_proj.weight", lambda data: bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(CheckpointError, match=r"another one on the nodes .*o_proj.*\(1 layers calibrated"):
+        on_node(source, other, out, data=token_rows)
+    on_node(source, source, out, data=token_rows, resume=True)
+    on_node(source, source, tmp_path / "whole", data=token_rows)
+    assert changed_files(out, tmp_path / "whole") == []
+
+
+def test_what_a_node_packed_from_other_weights_is_not_kept(source, tmp_path, on_node):
+    """A worker of the run before does not hold the next one up: each opens the source again."""
+    other, out = shutil.copytree(source, tmp_path / "other"), tmp_path / "out"
+    overwrite(other, "backbone.layers.2.mixer.experts.3.up_proj.weight", lambda data: bytes(len(data)))
+    with pytest.raises(SourceChangedError, match=r"on all nodes: 1 of .*experts\.up_proj"):
+        on_node(source, other, out, "nvfp4-w4a16")
+    on_node(source, source, out, "nvfp4-w4a16", resume=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -151,7 +213,7 @@ def test_a_task_whose_files_change(make_checkpoint):
 
     source = make_checkpoint()
     with Checkpoint(source) as checkpoint:
-        identity = str(source), small_tensors_sha256(checkpoint), __version__
+        identity = str(source), small_tensors_sha256(checkpoint), __version__, "run"
     shard = source / "model-00001-of-00002.safetensors"
     _opened.cache_clear()
     assert _call(identity, lambda checkpoint: 1, ()) == 1

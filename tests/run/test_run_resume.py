@@ -14,7 +14,8 @@ from support.files import tree
 from support.stops import stopped_after
 
 from nemoquant.api import RunOptions, quantize
-from nemoquant.errors import Interrupted, OutputError, UsageError, WeightError
+from nemoquant.checkpoint import manifest
+from nemoquant.errors import CheckpointError, Interrupted, OutputError, UsageError, WeightError
 from nemoquant.run.unfinished import FOLDER, STATE
 from nemoquant.run.write import Output
 
@@ -75,9 +76,12 @@ def test_an_interrupted_run_is_gone_on_with(where, says, begun, source, token_ro
     assert begun(**where) == f"{tmp_path}/out.partial is kept ({says}): --resume goes on from there"
     said = []
     again = make(source, token_rows, tmp_path / "out", resume=True, said=said)
-    first, second = said
+    first, *shards, last = said
     assert first == f"going on with {tmp_path}/out.partial: {says}"
-    assert re.fullmatch(rf"hashing [\d.]+ kB of {source} again, which it was made from", second)
+    number = where.get("shards")
+    whole_shards = f"hashing the {number} shards in {tmp_path}/out.partial, to see that they are whole"
+    assert shards == ([whole_shards] if number else [])
+    assert re.fullmatch(rf"hashing [\d.]+ kB of {source} again, which it was made from", last)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert (again.warnings, again.calibration, again.verified) == (
         whole.warnings,
@@ -346,6 +350,40 @@ def test_an_output_that_is_finished(source, token_rows, tmp_path):
     )
     scales = {"data": None, "dtype": None, "scales": tmp_path / "out/nemoquant_scales.json"}
     make(source, token_rows, tmp_path / "out", resume=True, calibration=scales)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"calibration": {}}, "`calibration.rows`: field required"),
+        ({"calibration": {"tokens_sha256": 3}}, "`calibration.tokens_sha256` is 3"),
+        ({"calibration": {"row_batch": "x"}}, "`calibration.row_batch"),
+        ({"calibration": {"row_batch": [1]}}, "`calibration.row_batch"),
+        ({"calibration": {"row_batch": {"moe": 2}}}, "--row-batch was"),
+        ({"calibration": {"row_batch": {"what": 2}}}, "`row_batch"),
+        ({"calibration": {"dtype": "int8"}}, "`dtype` is 'int8'"),
+        ({"nemoquant": None}, "`nemoquant` is None"),
+        ({"source": {"units": {}}}, "does not list the hashes of all of its source"),
+    ],
+)
+def test_a_finished_output_whose_manifest_is_forged(change, says, source, token_rows, tmp_path):
+    """It was signed again, so that only its content tells."""
+    out = make(source, token_rows, tmp_path / "out").out
+    data = manifest.read_manifest(out)
+    for key, value in change.items():
+        data[key] = (data[key] | value if value else value) if isinstance(value, dict) else value
+    manifest.write_manifest(out, data)
+    before = tree(out)
+    with pytest.raises((CheckpointError, UsageError), match=says):
+        make(source, token_rows, out, resume=True)
+    assert tree(out) == before
+
+
+def test_a_finished_output_that_lacks_its_scales(source, token_rows, tmp_path):
+    out = make(source, token_rows, tmp_path / "out").out
+    (out / "nemoquant_scales.json").unlink()
+    with pytest.raises(CheckpointError, match=r"nemoquant_scales\.json cannot be read \(No such file"):
+        make(source, token_rows, out, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Who the source is: a byte that changed, in whatever way, is seen before a model is made of two."""
 
+import errno
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +21,7 @@ from support.stops import stopped_after
 from support.tampering import changed_copy, overwrite
 
 from nemoquant.api import RunOptions, diff, quantize
-from nemoquant.checkpoint import lost_pages
+from nemoquant.checkpoint import intact, lost_pages
 from nemoquant.checkpoint.identity import UnitHash, hash_unit, piece_hash, pieces, unit_name, units_of
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import (
@@ -206,16 +209,15 @@ def test_a_scale_is_made_from_its_whole_group(member, own, tmp_path, monkeypatch
 
 def test_kept_shards_are_hashed_once(source, token_rows, tmp_path, monkeypatch):
     """When the run is taken up; that verifies them at its end is another matter."""
-    from nemoquant.checkpoint import manifest
-
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         stopped_after(2, patch)
         make(source, token_rows, tmp_path / "out")
-    read, file_sha256 = [], manifest.file_sha256
-    monkeypatch.setattr(manifest, "file_sha256", lambda path: (read.append(path.name), file_sha256(path))[1])
-    make(source, token_rows, tmp_path / "out", resume=True)
-    shards = sorted(name for name in read if name.endswith(".safetensors"))
-    assert [name[:11] for name in shards] == ["model-00001", "model-00002"]
+    read, problem = [], intact.Hashing._problem
+    monkeypatch.setattr(intact.Hashing, "_problem", lambda *a: (read.append(a[1].name), problem(*a))[1])
+    stopped_after(0, monkeypatch)
+    with pytest.raises(Interrupted):
+        make(source, token_rows, tmp_path / "out", resume=True)
+    assert sorted(name[:11] for name in read) == ["model-00001", "model-00002"]
 
 
 def test_damaged_scales_in_a_partial_folder(own, token_rows, tmp_path, monkeypatch):
@@ -242,6 +244,51 @@ def test_scales_of_another_model_are_told(source, token_rows, tmp_path):
     assert warning in json.loads((made.out / "nemoquant.json").read_text())["warnings"]
     again = make(source, None, tmp_path / "again", scales=scales, dtype=None)
     assert not again.warnings
+
+
+def test_scales_that_do_not_say_what_they_are_of_are_told(source, token_rows, tmp_path):
+    scales = make(source, token_rows, tmp_path / "base").out / "nemoquant_scales.json"
+    scales.write_text(json.dumps(json.loads(scales.read_text()) | {"units": {}}))
+    made = make(source, None, tmp_path / "out", scales=scales, dtype=None)
+    assert "was made from other weights" in made.warnings[0]
+
+
+def test_a_finished_output_with_scales_of_another_model(source, token_rows, tmp_path):
+    """A run that calibrates would not have made it."""
+    scales = make(source, token_rows, tmp_path / "base").out / "nemoquant_scales.json"
+    merged = changed_copy(source, tmp_path / "merged", lambda t: t[EXPERT][0].mul_(2))
+    out = make(merged, None, tmp_path / "out", scales=scales, dtype=None).out
+    with pytest.raises(UsageError, match=rf"out has scales of other weights than .*1 of .*{EXPERTS}"):
+        make(merged, token_rows, out, resume=True)
+    make(merged, None, out, scales=scales, dtype=None, resume=True)
+
+
+@pytest.mark.parametrize("text", ["{", "larger"])
+def test_given_scales_are_written_again(text, source, token_rows, tmp_path, monkeypatch):
+    """The state has no hash of them: whatever a killed run left of its copy is not used."""
+    scales = make(source, token_rows, tmp_path / "base").out / "nemoquant_scales.json"
+    given = {"scales": scales, "dtype": None}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stopped_after(1, patch)
+        make(source, None, tmp_path / "out", **given)
+    copy = tmp_path / "out.partial/nemoquant_scales.json"
+    copy.write_text(text if text == "{" else copy.read_text().replace("0.", "1.", 1))
+    assert copy.read_text() != scales.read_text()
+    out = make(source, None, tmp_path / "out", resume=True, **given).out
+    assert (out / copy.name).read_text() == scales.read_text()
+
+
+def test_a_name_that_is_not_utf8(own, token_rows, tmp_path):
+    """Of the rows' file and of one that is left out: both are in the manifest, the first in the state too."""
+    rows = tmp_path / os.fsdecode(b"caf\xe9.npy")
+    shutil.copy(token_rows, rows)
+    (own / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    out = make(own, rows, tmp_path / "out").out
+    data = json.loads((out / "nemoquant.json").read_text())
+    assert data["calibration"]["data"] == "caf\\udce9.npy"
+    assert "caf\\udce9.txt" in data["skipped_side_files"]
+    assert verify(out, open_weights(own, "")).ok
+    make(own, rows, tmp_path / "out", resume=True)
 
 
 def test_verify_against_is_exact(own, token_rows, tmp_path):
@@ -337,6 +384,49 @@ def flip_secretly(folder, name):
     status = shard.stat()
     flip(folder, name)
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_that_is_being_written_is_not_called_damaged(own, token_rows, tmp_path, monkeypatch):
+    """NaN of a copy in progress: the run is kept, and its source is not said to be damaged."""
+    from nemoquant.calibrate import run
+
+    name, layer, done = "backbone.layers.2.mixer.gate.weight", run._Run.layer, 0
+
+    def half_written(*arguments):
+        nonlocal done
+        done += 1
+        if done == 3:
+            overwrite(own, name, lambda data: b"\xff" * len(data))
+        return layer(*arguments)
+
+    shard = shard_of(own, name)
+    before = shard.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(SourceChangedError, match="--resume goes on"):
+        patch.setattr(run._Run, "layer", half_written)
+        make(own, token_rows, tmp_path / "out")
+    shard.write_bytes(before)
+    make(own, token_rows, tmp_path / "out", resume=True)
+    make(own, token_rows, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_source_that_changes_once_the_output_has_its_name(own, token_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemoquant.checkpoint.making.clear", lambda out: flip(own, HEAD))
+    assert make(own, token_rows, tmp_path / "out").verified
+
+
+def test_a_source_disk_that_fails_is_not_the_outputs(own, token_rows, tmp_path, monkeypatch):
+    read = os.preadv
+
+    def fail(file, *rest):
+        if Path(f"/proc/self/fd/{file}").readlink().parent == own:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
+        patch.setattr(os, "preadv", fail)
+        make(own, token_rows, tmp_path / "out")
+    assert re.match(rf"{own}/model-\S+ cannot be read \(Input/output error\)", str(error.value))
 
 
 def test_a_change_that_hides_its_time(own, token_rows, tmp_path, monkeypatch):

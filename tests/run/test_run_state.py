@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from support.files import changed_files
 
 from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import NemoquantError, OutputError
@@ -115,6 +116,43 @@ def test_layers_and_rows_that_the_run_lacks(stopped):
         write_state(file, changed(state, ("calibration", key), value))
         with pytest.raises(OutputError, match="more layers or rows than this run"):
             make()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ((("calibration", "dead_rows"), [0, 1, 2, 3, 4, 5, 6, 7]), "more rows came to NaN or Inf"),
+        ((("calibration", "collected", "scales", "settings"), {}), "not the scales so far: `settings.rows`"),
+        ((("calibration", "collected", "scales", "kv_amax"), {"x": -1.0}), "not the scales so far"),
+        ((("calibration", "collected", "scales", "input_amax"), {"x": 1.0}), "modules that this model lacks"),
+        ((("calibrated",), True), "calibration lacks scales_sha256"),
+        ((("calibration",), None), "is damaged: its sha256 is not the one in the run's state"),
+    ],
+)
+def test_what_no_run_writes(change, says, stopped, monkeypatch):
+    """Also where the types are right."""
+    file, state, make = stopped
+    path, value = change
+    if state["calibrated"] != (path == ("calibration",)):
+        return
+    write_state(file, changed(state, path, value))
+    monkeypatch.undo()
+    with pytest.raises(NemoquantError, match=says):
+        make()
+
+
+def test_a_shard_whose_hashes_are_missing_is_packed_again(stopped, tmp_path, monkeypatch, source, token_rows):
+    file, state, make = stopped
+    if not state["calibrated"]:
+        return
+    for entry in state["shards"].values():
+        entry["units"] = {}
+    write_state(file, state)
+    monkeypatch.undo()
+    make()
+    options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
+    quantize(source, tmp_path / "whole", "nvfp4", options)
+    assert changed_files(tmp_path / "out", tmp_path / "whole") == []
 
 
 def test_a_flipped_bit_is_found(stopped):
