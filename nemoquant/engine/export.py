@@ -45,8 +45,9 @@ def export_engine(
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
     intact = None
-    if (path / manifest.FILE).exists():
-        intact = hash_once(path, manifest.read_manifest(path), say)
+    signed = manifest.read_if_there(path)
+    if signed is not None:
+        intact = hash_once(path, signed, say)
     # first, because a checkpoint without the module is refused at once
     drafts = [build(path, options, device, say, mtp=True)] if mtp else []
     built = [build(path, replace(options, with_hidden=mtp), device, say), *drafts]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.intact import Say, hash_once, silent
+from nemoquant.checkpoint.manifest import read_if_there
 from nemoquant.engine import TARGETS
 from nemoquant.engine.base import Floats, GraphEngine, Step
 from nemoquant.engine.build import EngineOptions, engine_graph
@@ -208,8 +208,9 @@ class TensorRTEngine(GraphEngine[Session]):
         self.max_seq_len: int | None = facts["max_seq_len"]
         if facts["plugins"] is not None:
             load_plugins(TARGETS[target].package(), plugin_library(plugins))
-        if facts["strip_weights"] and (folder / manifest.FILE).exists():
-            hash_once(folder, manifest.read_manifest(folder), say)
+        signed = read_if_there(folder) if facts["strip_weights"] else None
+        if signed is not None:
+            hash_once(folder, signed, say)
         self.main = Session(file, folder, facts, target, on)
         self.mtp = None if drafts is None else Session(mtp_file(file), folder, drafts, target, on)
         self.has_mtp = self.mtp is not None

@@ -63,7 +63,7 @@ class PackedCheckpoint:
         """
         self.path = path
         self.warnings: list[str] = []
-        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
+        self.manifest = manifest.read_if_there(path)
         if self.manifest is not None:
             intact.check_settings(path, self.manifest)
         self.config, self.raw_config = load_config(path)

@@ -30,6 +30,11 @@ def flipped(out: Path, name: str, at: int) -> None:
     (out / name).write_bytes(raw)
 
 
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("../../blobs/0123")
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "bits of a weight": lambda out: overwrite(out, WEIGHT, lambda data: bytes(b ^ 128 for b in data)),
     "one bit at the end": lambda out: flipped(out, SHARD, -1),
@@ -42,6 +47,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a shard that is cut": lambda out: (out / SHARD).write_bytes((out / SHARD).read_bytes()[:-1]),
     "no shard": lambda out: (out / SHARD).unlink(),
     "the manifest": lambda out: flipped(out, FILE, 100),
+    "a manifest whose blob is missing": lambda out: dangling(out / FILE),
 }
 
 
