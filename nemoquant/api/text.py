@@ -107,12 +107,14 @@ def generate(
     temperature = arguments.temperature(temperature)
     folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)
+    from nemoquant.checkpoint.intact import open_settings
     from nemoquant.engine.generate import Drafts, Sampler, stop_tokens
     from nemoquant.engine.generate import generate as new_tokens
     from nemoquant.engine.load import load_engine
     from nemoquant.model.parse import load_config
     from nemoquant.tokens.codec import TextCodec
 
+    open_settings(folder)
     config, _ = load_config(folder)
     codec = TextCodec(folder)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)

@@ -1,6 +1,6 @@
 """Whether a checkpoint is what its manifest lists: what is checked when, and what is remembered of it.
 
-    opening             settings, index and side files by their sha256; shards by their size, which the header
+    opening, inspect    settings, index and side files by their sha256; shards by their size, which the header
                         gives, with the tensors that the index names
     generate, export    all shards too, once: a stamp outside the checkpoint spares the next time, as long as
                         size, times and inode of every shard are the same
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemoquant.checkpoint.manifest import CARD, FILE, file_sha256, listed
+from nemoquant.checkpoint.manifest import CARD, FILE, file_sha256, listed, read_if_there
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.files import read_json, replace_text
@@ -198,6 +198,20 @@ def check_settings(folder: Path, data: Mapping[str, Any]) -> None:
         problems = hashing.problems()
     if problems:
         raise damaged(folder, list(problems.values()))
+
+
+def open_settings(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder whose small files are what it lists; None where there is none.
+
+    Before anything else is read: what is wrong with a file is told by its sha256, not by what it would do.
+
+    Raises:
+        CheckpointError: see :func:`check_settings` and ``manifest.read_manifest``.
+    """
+    data = read_if_there(folder)
+    if data is not None:
+        check_settings(folder, data)
+    return data
 
 
 def check_listed(checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:

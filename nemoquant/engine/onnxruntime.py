@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nemoquant.checkpoint.intact import Intact, Say, check_graph, check_settings, hash_once, silent
-from nemoquant.checkpoint.manifest import read_if_there
+from nemoquant.checkpoint.intact import Intact, Say, check_graph, hash_once, open_settings, silent
 from nemoquant.engine.base import GraphEngine, Step
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
@@ -119,9 +118,8 @@ class OnnxRuntimeEngine(GraphEngine[Graph]):
             UsageError: the graph holds some layers only.
         """
         intact = None
-        signed = read_if_there(path)
+        signed = open_settings(path)
         if signed is not None:
-            check_settings(path, signed)
             for name in (MODEL, MTP):
                 check_graph(path / name, signed)
             intact = hash_once(path, signed, say, progress)

@@ -94,6 +94,28 @@ def test_every_verb_refuses_every_damage(
         assert tree(tmp_path) == before, f"{what}: no report, no card, no graph, no folder"
 
 
+SMALL = {
+    "norm_eps": "config.json",
+    "hf_quant_config": "hf_quant_config.json",
+    "the index": "model.safetensors.index.json",
+    "the tokenizer": "tokenizer.json",
+    "scales": "nemoquant_scales.json",
+}
+
+
+@pytest.mark.parametrize("what", SMALL)
+def test_damage_of_a_small_file_is_called_damage(
+    what: str, demo: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
+    """Not by what it would lead to, such as a tokenizer that can't be read."""
+    out = copied(demo("nvfp4"))
+    DAMAGE[what](out)
+    for verb in (("inspect", out), ("generate", out, "--prompt", "x")):
+        refusal(
+            *verb, parts=[f"{out} is damaged: {SMALL[what]} was changed: its sha256 is not the manifest's"]
+        )
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_takes_what_is_whole(
     verb: str, call: Callable[..., Any], demo: Callable[[str], Path], copied: Callable[..., Path]
