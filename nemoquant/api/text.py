@@ -108,7 +108,7 @@ def generate(
     folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)
     from nemoquant.checkpoint.intact import open_settings
-    from nemoquant.engine.generate import Drafts, Sampler, stop_tokens
+    from nemoquant.engine.generate import Drafts, Sampler, check_call, stop_tokens
     from nemoquant.engine.generate import generate as new_tokens
     from nemoquant.engine.load import load_engine
     from nemoquant.model.parse import load_config
@@ -118,17 +118,25 @@ def generate(
     config, _ = load_config(folder)
     codec = TextCodec(folder)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
+    stop, sampler = stop_tokens(folder, config), Sampler(temperature, seed)
     with showing as report:
         loaded = load_engine(
-            engine, folder, threads, file, library, say=say or (lambda text: None), progress=report
+            engine,
+            folder,
+            threads,
+            file,
+            library,
+            say=say or (lambda text: None),
+            progress=report,
+            admit=lambda known: check_call(known, ids, max_tokens=max_tokens, sampler=sampler, mtp=mtp),
         )
     drafts, began, before = Drafts(), time.monotonic(), codec.decode(ids)
     new = new_tokens(
         loaded,
         ids,
         max_tokens=max_tokens,
-        stop=stop_tokens(folder, config),
-        sampler=Sampler(temperature, seed),
+        stop=stop,
+        sampler=sampler,
         mtp=mtp,
         drafts=drafts,
     )

@@ -3,7 +3,7 @@
     opening, inspect    settings, index and side files by their sha256; shards by their size, which the header
                         gives, with the tensors that the index names
     generate, export    all shards too, once: a stamp outside the checkpoint spares the next time, as long as
-                        size, times and inode of every shard are the same
+                        size, times and inode of every shard are the same; what was loaded is looked at again
     diff                all shards, in the background while layers are computed
     verify              everything, always
     before something is settings again, and that every shard is still the file that was hashed
@@ -155,12 +155,25 @@ class Intact:
             CheckpointError: a file is another one, or the manifest lists another one.
         """
         check_settings(self.folder, data)
-        changed = [name for name, seen in self.seen.items() if _identity(self.folder / name) != seen]
-        changed += [FILE] if shards(data) != self.shards else []
+        other = [FILE] if shards(data) != self.shards else []
+        self._refuse(self._changed() + other, "nothing was written into it")
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was read after the hashing are still the same shards.
+
+        Raises:
+            CheckpointError: a file is another one.
+        """
+        self._refuse(self._changed(), "what was computed with it is thrown away")
+
+    def _changed(self) -> list[str]:
+        return [name for name, seen in self.seen.items() if _identity(self.folder / name) != seen]
+
+    def _refuse(self, changed: list[str], outcome: str) -> None:
         if changed:
             raise CheckpointError(
-                f"{self.folder}: {listing(changed)} changed since the checkpoint was read; "
-                f"nothing was written into it, `nemoquant verify {self.folder}` says what it is now"
+                f"{self.folder}: {listing(changed)} changed since the checkpoint was read; {outcome}, "
+                f"`nemoquant verify {self.folder}` says what it is now"
             )
 
 
@@ -242,12 +255,17 @@ def check_graph(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def hash_once(
-    folder: Path, data: Mapping[str, Any], say: Say = silent, progress: Progress = no_progress
+    folder: Path,
+    data: Mapping[str, Any],
+    say: Say = silent,
+    progress: Progress = no_progress,
+    threads: int | None = None,
 ) -> Intact:
     """Hash every shard, unless they were hashed before and are the same files as then.
 
     Args:
         say: told before it begins how much is read.
+        threads: None is all that this process may use.
     Raises:
         CheckpointError: a shard is missing or was changed.
     """
@@ -261,7 +279,7 @@ def hash_once(
         raise damaged(folder, missing)
     total = sum(seen[0] for seen in now.values() if seen is not None)
     say(f"{folder}: reading its shards, {size(total)}, to hold them against {FILE}")
-    with Reading({folder: data}, usable_threads()) as reading:
+    with Reading({folder: data}, threads or usable_threads()) as reading:
         return reading.finish(progress)[folder]
 
 

@@ -1,5 +1,6 @@
 """The interface of an engine, which runs tokens from a state on; ``generate`` and ``diff`` need no more."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -42,6 +43,15 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Facts for people and JSON: runtime, version, device, dtypes."""
+
+
+Admit = Callable[[Engine], None]
+"""Called once ``has_mtp`` and ``max_seq_len`` of an engine are known, before a weight is read; raises
+where they do not suffice."""
+
+
+def admit_any(engine: Engine) -> None:
+    """An Admit that refuses none."""
 
 
 class LoadedGraph(Protocol):

@@ -58,7 +58,8 @@ def test_drafts_and_chat(folder):
         ({"prompt": ""}, "the prompt holds no tokens"),
     ],
 )
-def test_refusals_come_before_anything_is_shown(options, says, folder):
+def test_refusals_come_before_anything_is_read_or_shown(options, says, folder, unread):
+    unread()
     shown = []
     with pytest.raises(nemoquant.UsageError, match=says):
         nemoquant.generate(folder, **{"prompt": PROMPT, **options}, ready=lambda: shown.append(1))

@@ -244,6 +244,33 @@ def test_a_card_is_not_written_into_a_folder_that_changed_meanwhile(
     assert "not measured" in (out / "README.md").read_text()
 
 
+def test_shards_that_change_after_they_were_hashed(
+    demo: Callable[[str], Path], copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a session reads them; and later, because it has them mapped."""
+    from nemoquant.engine import onnxruntime
+
+    out, tokens = copied(demo("nvfp4")), np.array([[5, 6]])
+    engine = onnxruntime.OnnxRuntimeEngine(out, 1)
+    step = engine.forward(tokens)
+    flipped(out, SHARD, -3)
+    changed = f"{SHARD} changed since the checkpoint was read"
+    with pytest.raises(CheckpointError, match=changed):
+        engine.forward(tokens)
+    with pytest.raises(CheckpointError, match=changed):
+        engine.draft(tokens, step.hidden)
+    flipped(out, SHARD, -3)
+    graph = onnxruntime.Graph
+
+    def reads_another(path: Path, threads: int) -> Any:
+        flipped(path.parent, SHARD, -3)
+        return graph(path, threads)
+
+    monkeypatch.setattr(onnxruntime, "Graph", reads_another)
+    with pytest.raises(CheckpointError, match=changed):
+        onnxruntime.OnnxRuntimeEngine(out, 1)
+
+
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("options", [(), ("--mtp", 1)], ids=["plain", "drafts"])
 @pytest.mark.parametrize("value", [b"\xc0\x7f", b"\x80\x7f"], ids=["NaN", "Inf"])
