@@ -16,6 +16,7 @@ tools wrote, have nothing that they could be held against.
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +29,7 @@ from typing import Any
 from nemoquant.checkpoint.manifest import CARD, FILE, file_sha256, listed, read_if_there
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
 from nemoquant.errors import CheckpointError, listing
-from nemoquant.files import read_json, replace_text
+from nemoquant.files import read_json, replace_bytes
 from nemoquant.machine import usable_threads
 from nemoquant.progress import Count, Progress, no_progress
 from nemoquant.units import size
@@ -38,6 +39,8 @@ REQUIRED = ("config.json", INDEX)
 SHOWN_EVERY = 0.2  # seconds between reports while waiting
 SETTLED = 2.0  # seconds: a file that was written less long ago could change again without a new time
 MOST_STAMP = 16 << 20  # bytes of a stamp; one of a thousand shards has 0.2 MB
+KEPT = 100  # stamps, those that were used last
+STAMP = re.compile(r"[0-9a-f]{32}\.json(\.partial)?")  # its name; a killed process leaves the second kind
 
 Say = Callable[[str], None]
 
@@ -147,6 +150,12 @@ class Intact:
 
     def __init__(self, folder: Path, shards: Mapping[str, str], seen: Mapping[str, Identity]) -> None:
         self.folder, self.shards, self.seen = folder, shards, seen
+
+    @classmethod
+    def copy(cls, folder: Path, data: Mapping[str, Any]) -> "Intact":
+        """A folder that was just made of shards that were hashed; ``data`` is its manifest."""
+        names = shards(data)
+        return cls(folder, names, {name: Identity.of(folder / name) for name in names})
 
     def check(self, data: Mapping[str, Any]) -> None:
         """Make sure that it still is, before something is signed into it; ``data`` is its manifest now.
@@ -271,8 +280,7 @@ def hash_once(
     """
     expected = shards(data)
     now = {name: _identity(folder / name) for name in expected}
-    stamp = _stamp(folder)
-    if stamp is not None and None not in now.values() and _stamped(stamp, _content(expected, now)):
+    if None not in now.values() and _stamped(_content(expected, now)):
         return Intact(folder, expected, {name: seen for name, seen in now.items() if seen is not None})
     missing = [f"{name} is missing; the manifest lists it" for name, seen in now.items() if seen is None]
     if missing:
@@ -340,7 +348,7 @@ class Reading:
         intact = {}
         for folder, names in self.folders.items():
             own = {name: seen[folder / name] for name in names}
-            _leave(folder, names, own, self._began)
+            _leave(names, own, self._began)
             intact[folder] = Intact(folder, names, own)
         return intact
 
@@ -356,12 +364,14 @@ def stamp_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoquant/intact"
 
 
-def _stamp(folder: Path) -> Path | None:
-    """The file that says that the shards of a folder were hashed; None where there is no place for it."""
+def _stamp(content: dict[str, Any]) -> Path | None:
+    """The file that says that shards were hashed; None where there is no place for it.
+
+    Its name says of which files, not where they are: a folder that is renamed holds the same ones.
+    """
     try:
-        key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-        return stamp_folder() / f"{key}.json"
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        return stamp_folder() / f"{hashlib.sha256(_text(content)).hexdigest()[:32]}.json"
+    except RuntimeError:  # the user has no home folder
         return None
 
 
@@ -370,18 +380,31 @@ def _content(names: Mapping[str, str], seen: Mapping[str, Identity | None]) -> d
     return {name: [digest, *(seen[name] or ())] for name, digest in names.items()}
 
 
-def _stamped(stamp: Path, content: dict[str, Any]) -> bool:
+def _text(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _stamped(content: dict[str, Any]) -> bool:
+    stamp = _stamp(content)
     try:
-        return bool(read_json(stamp, MOST_STAMP) == content)
+        if stamp is None or read_json(stamp, MOST_STAMP) != content:
+            return False
     except (OSError, ValueError):
         return False
+    with suppress(OSError):
+        os.utime(stamp)  # the time of its last use is now
+    return True
 
 
-def _leave(folder: Path, names: Mapping[str, str], seen: Mapping[str, Identity], began: float) -> None:
+def _leave(names: Mapping[str, str], seen: Mapping[str, Identity], began: float) -> None:
     """Write the stamp where that is possible; without one the shards are hashed again next time."""
-    stamp = _stamp(folder)
+    content = _content(names, seen)
+    stamp = _stamp(content)
     if stamp is None or any(began - identity.changed < SETTLED for identity in seen.values()):
         return
     with suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(stamp, json.dumps(_content(names, seen)))
+        replace_bytes(stamp, _text(content))
+        stamps = [path for path in stamp.parent.iterdir() if STAMP.fullmatch(path.name)]
+        for old in sorted(stamps, key=lambda path: path.lstat().st_mtime_ns, reverse=True)[KEPT:]:
+            old.unlink(missing_ok=True)

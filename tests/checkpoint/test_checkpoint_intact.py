@@ -124,6 +124,30 @@ def test_files_that_were_written_just_now_are_not_remembered(
     assert said(folder) != []
 
 
+def test_a_folder_that_is_renamed_holds_the_same_files(folder: Path) -> None:
+    assert said(folder) != []
+    assert said(folder.rename(folder.with_name("renamed"))) == []
+
+
+def test_stamps_that_were_not_used_for_long_are_dropped(
+    folder: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intact, "KEPT", 2)
+    said(folder)
+    (first,) = stamps.iterdir()
+    others = [stamps / f"{number:032x}{end}" for number, end in ((1, ".json"), (2, ".json.partial"))]
+    theirs = stamps / "notes.json"
+    for path in (theirs, *others, first):
+        path.touch()
+        os.utime(path, (1000, 1000))
+    assert said(folder) == [], "which counts as used"
+    (folder / "b.safetensors").touch()
+    assert said(folder) != []
+    left = set(stamps.iterdir())
+    assert {first, theirs} < left and len(left) == 3, "the two that were used last"
+    assert said(folder) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"a.safetensors": []}'])
 def test_stamps_that_cannot_be_used(folder: Path, stamps: Path, content: bytes) -> None:
     said(folder)

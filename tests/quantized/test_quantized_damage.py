@@ -199,6 +199,22 @@ def test_export_reads_the_shards_once(
     assert verify(out)["ok"] and SHARD in hashed, "verify always reads"
 
 
+def test_a_copy_is_not_hashed_again(
+    demo: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, hashed = copied(demo("nvfp4")), []
+    whole = intact.file_sha256
+
+    def noted(path: Path, count: Any) -> str:
+        hashed.append(path)
+        return whole(path, count)
+
+    monkeypatch.setattr(intact, "file_sha256", noted)
+    export_onnx(out, tmp_path / "made")
+    assert [path for path in hashed if path.name == SHARD] == [out / SHARD]
+    assert verify(tmp_path / "made")["ok"]
+
+
 @pytest.mark.parametrize("name", [SHARD, "config.json", FILE])
 def test_nothing_is_signed_into_a_folder_that_changed_meanwhile(
     name: str, demo: Callable[[str], Path], copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
