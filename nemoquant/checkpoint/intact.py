@@ -146,16 +146,19 @@ class Intact:
 
     Attributes:
         shards: name -> sha256, of every shard that the manifest lists.
+        read: whether they were hashed just now; not where a stamp spared that.
     """
 
-    def __init__(self, folder: Path, shards: Mapping[str, str], seen: Mapping[str, Identity]) -> None:
-        self.folder, self.shards, self.seen = folder, shards, seen
+    def __init__(
+        self, folder: Path, shards: Mapping[str, str], seen: Mapping[str, Identity], *, read: bool = True
+    ) -> None:
+        self.folder, self.shards, self.seen, self.read = folder, shards, seen, read
 
     @classmethod
     def copy(cls, folder: Path, data: Mapping[str, Any]) -> "Intact":
         """A folder that was just made of shards that were hashed; ``data`` is its manifest."""
         names = shards(data)
-        return cls(folder, names, {name: Identity.of(folder / name) for name in names})
+        return cls(folder, names, {name: Identity.of(folder / name) for name in names}, read=False)
 
     def check(self, data: Mapping[str, Any]) -> None:
         """Make sure that it still is, before something is signed into it; ``data`` is its manifest now.
@@ -281,7 +284,8 @@ def hash_once(
     expected = shards(data)
     now = {name: _identity(folder / name) for name in expected}
     if None not in now.values() and _stamped(_content(expected, now)):
-        return Intact(folder, expected, {name: seen for name, seen in now.items() if seen is not None})
+        same = {name: seen for name, seen in now.items() if seen is not None}
+        return Intact(folder, expected, same, read=False)
     missing = [f"{name} is missing; the manifest lists it" for name, seen in now.items() if seen is None]
     if missing:
         raise damaged(folder, missing)
@@ -294,15 +298,27 @@ def hash_once(
 class Reading:
     """All shards of some checkpoints, hashed in the background. Leaving the block ends that soon."""
 
-    def __init__(self, folders: Mapping[Path, Mapping[str, Any]], threads: int = 1) -> None:
-        """Begin; ``folders`` are the checkpoints with their manifests."""
+    def __init__(
+        self,
+        folders: Mapping[Path, Mapping[str, Any]],
+        threads: int = 1,
+        known: Iterable[Intact] = (),
+    ) -> None:
+        """Begin; ``folders`` are the checkpoints with their manifests.
+
+        Args:
+            known: of those whose shards were read just now they are looked at again in the end, and not read.
+        """
         self.folders = {folder: shards(data) for folder, data in folders.items()}
         self._began = time.time()
         self._done, self._lock = 0, threading.Lock()
+        hashed = [one for one in known if one.read and one.shards == self.folders.get(one.folder)]
+        self._seen = {one.folder / name: seen for one in hashed for name, seen in one.seen.items()}
         files = {
             folder / name: [digest]
             for folder, names in self.folders.items()
             for name, digest in names.items()
+            if folder / name not in self._seen
         }
         self._total = sum(seen[0] for path in files if (seen := _identity(path)) is not None)
         self._hashing = Hashing(files, threads, self._count)
@@ -340,7 +356,7 @@ class Reading:
             self.check()
             report("hash", self._done, self._total, "")
         self._raise(self._hashing.problems())
-        seen = self._hashing.seen
+        seen = self._seen | self._hashing.seen
         self._raise(
             {path: f"{path.name} was changed meanwhile" for path in seen if _identity(path) != seen[path]}
         )

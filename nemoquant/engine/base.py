@@ -7,6 +7,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nemoquant.checkpoint.intact import Intact
+
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -28,12 +30,13 @@ class Engine(Protocol):
     """A model that can be run.
 
     ``has_mtp`` is whether ``draft`` can be called; ``max_seq_len`` is the largest number of positions of a
-    sequence, None is no limit.
+    sequence, None is no limit; ``intact`` is its folder, if its shards were hashed to load it.
     """
 
     name: str
     has_mtp: bool
     max_seq_len: int | None
+    intact: Intact | None
 
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
         """Run tokens [batch, length] from ``state`` on; None is the start of a sequence."""

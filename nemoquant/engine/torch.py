@@ -35,8 +35,8 @@ class TorchEngine:
         self.opened = PackedCheckpoint(path)
         self.has_mtp = self.opened.has_mtp
         admit(self)
-        if self.opened.manifest is not None:
-            hash_once(path, self.opened.manifest, say, progress, threads)
+        signed = self.opened.manifest
+        self.intact = None if signed is None else hash_once(path, signed, say, progress, threads)
         self.model = ReferenceModel(self.opened.config, self.opened.weights)
         self.tap = self.opened.tap()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemoquant.checkpoint import intact
-from nemoquant.checkpoint.intact import Hashing, Reading, check_settings, hash_once
+from nemoquant.checkpoint.intact import Hashing, Intact, Reading, check_settings, hash_once
 from nemoquant.errors import CheckpointError
 
 FILES = {
@@ -251,6 +251,22 @@ def test_several_folders(folder: Path, tmp_path: Path) -> None:
     with (
         Reading({folder: DATA, other: DATA}) as reading,
         pytest.raises(CheckpointError, match="other is dam"),
+    ):
+        reading.finish()
+
+
+def test_what_was_hashed_just_now(folder: Path) -> None:
+    """It is not read again, only looked at; what a stamp says was read another time."""
+    for again in (False, True):
+        loaded = hash_once(folder, DATA)
+        with Reading({folder: DATA}, known=[loaded]) as reading:
+            assert reading._total == (3_000_005 if again else 0)
+            assert reading.finish()[folder].seen == loaded.seen
+    loaded = Intact(folder, loaded.shards, loaded.seen)
+    (folder / "b.safetensors").write_bytes(b"later")
+    with (
+        Reading({folder: DATA}, known=[loaded]) as reading,
+        pytest.raises(CheckpointError, match=r"b\.safetensors was changed meanwhile"),
     ):
         reading.finish()
 

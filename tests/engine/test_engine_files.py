@@ -236,7 +236,7 @@ def test_a_diff_asks_before_it_computes(
     loaded: Callable[..., tuple[gpu.TensorRTEngine, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine, folder = loaded("fp8")
-    monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments: engine)
+    monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments, **named: engine)
     arguments: dict[str, Any] = {"engine": "trt", "rows": 2, "card": False, "threads": 1}
     with pytest.raises(
         UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"

@@ -1,6 +1,7 @@
 """A damaged checkpoint is never computed with: every verb that would, one kind of damage after another."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,20 +200,45 @@ def test_export_reads_the_shards_once(
     assert verify(out)["ok"] and SHARD in hashed, "verify always reads"
 
 
-def test_a_copy_is_not_hashed_again(
-    demo: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, hashed = copied(demo("nvfp4")), []
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The shards that are hashed, in their order."""
+    paths: list[Path] = []
     whole = intact.file_sha256
 
     def noted(path: Path, count: Any) -> str:
-        hashed.append(path)
+        if path.name == SHARD:
+            paths.append(path)
+            time.sleep(0.1)  # long enough to be seen
         return whole(path, count)
 
     monkeypatch.setattr(intact, "file_sha256", noted)
+    return paths
+
+
+def test_a_copy_is_not_hashed_again(
+    demo: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, hashed: list[Path]
+) -> None:
+    out = copied(demo("nvfp4"))
     export_onnx(out, tmp_path / "made")
-    assert [path for path in hashed if path.name == SHARD] == [out / SHARD]
+    assert hashed == [out / SHARD]
     assert verify(tmp_path / "made")["ok"]
+
+
+def test_a_diff_with_an_engine_reads_the_shards_once(
+    demo: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hashed: list[Path],
+) -> None:
+    """To load the engine, in sight, and not a second time in the background."""
+    monkeypatch.setattr(intact, "SHOWN_EVERY", 0.001)
+    source, out, rows, stages = demo("bf16"), copied(demo("nvfp4")), tmp_path / "few.npy", []
+    np.save(rows, np.random.default_rng(0).integers(3, 90, (1, 8)))
+    hashed.clear()
+    diff(source, out, data=rows, engine="onnxruntime", progress=lambda *given: stages.append(given[0]))
+    assert (hashed, stages[0]) == ([out / SHARD], "hash")
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", FILE])
