@@ -239,6 +239,12 @@ def open_settings(folder: Path) -> dict[str, Any] | None:
     return data
 
 
+def unlisted(folder: Path, data: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """A warning for each of these files that is there and not in the manifest."""
+    strange = [name for name in names if os.path.lexists(folder / name) and not listed(data, name)]
+    return [f"{folder / name} is used and is not in {FILE}: nemoquant did not write it" for name in strange]
+
+
 def check_listed(checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
     """Make sure that the manifest lists every shard that is read.
 
