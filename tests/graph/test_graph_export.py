@@ -487,6 +487,7 @@ def test_without_the_extra(
 ) -> None:
     folder = quantized()
     monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("nemoquant.graph", sys.modules["nemoquant.graph"])  # put back with what is in it
     for name in [n for n in sys.modules if n.startswith("nemoquant.graph")]:
         monkeypatch.delitem(sys.modules, name)
     refused(folder, parts=["extra `onnx`", "pip install 'nemoquant[onnx]'"], code=3)

@@ -13,9 +13,10 @@ from support.files import edit_json, tree
 from support.pack_oracle import read
 from support.tampering import overwrite, sign
 
-from nemoquant.api import diff, export_onnx, verify
+from nemoquant.api import diff, export_engine, export_onnx, verify
 from nemoquant.checkpoint import intact, manifest
 from nemoquant.checkpoint.manifest import FILE
+from nemoquant.engine.build import BuiltEngine
 from nemoquant.errors import CheckpointError
 from nemoquant.evaluate import card
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -239,6 +240,35 @@ def test_a_diff_with_an_engine_reads_the_shards_once(
     hashed.clear()
     diff(source, out, data=rows, engine="onnxruntime", progress=lambda *given: stages.append(given[0]))
     assert (hashed, stages[0]) == ([out / SHARD], "hash")
+
+
+def test_the_export_of_an_engine_shows_that_it_hashes(
+    demo: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hashed: list[Path],
+) -> None:
+    """Once for both of its parts."""
+    monkeypatch.setattr(intact, "SHOWN_EVERY", 0.001)
+    out, seen = copied(demo("nvfp4"), graphs=False), []
+
+    def built(*given: Any, ready: Callable[[], None], mtp: bool = False) -> BuiltEngine:  # noqa: ARG001
+        ready()
+        return BuiltEngine(b"engine", {"part": "mtp" if mtp else "main"})
+
+    monkeypatch.setattr("nemoquant.engine.export.build", built)
+    export_engine(
+        out,
+        tmp_path / "e",
+        target="rtx",
+        sm=120,
+        mtp=True,
+        say=seen.append,
+        progress=lambda *x: seen.append(x[0]),
+    )
+    assert hashed == [out / SHARD]
+    assert seen[0].startswith(f"{out}: reading its shards, ") and set(seen[1:]) == {"hash"}
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", FILE])
