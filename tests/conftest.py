@@ -59,6 +59,17 @@ def stamps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
+def unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Once it was called, a shard that is hashed to load a checkpoint ends the test."""
+
+    def forbid() -> None:
+        monkeypatch.setattr(intact, "stamp_folder", lambda: tmp_path / "no stamps")
+        monkeypatch.setattr(intact, "Reading", None)
+
+    return forbid
+
+
+@pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Makes a checkpoint. Config keys are changed by name; ``edit`` changes the tensors before writing."""
 

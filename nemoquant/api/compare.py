@@ -92,6 +92,7 @@ def diff(
     from nemoquant.evaluate.run import diff as compare
 
     with ExitStack() as stack:
+        report = stack.enter_context(bars)
         stack.enter_context(torch_threads(threads or usable_threads()))
         stack.enter_context(opened.checkpoint)
         names = [p.resolve().name for p in paths]
@@ -110,12 +111,12 @@ def diff(
                     f"their order"
                 )
             engines = [
-                load_engine(engine, path, threads, file, library)
+                load_engine(engine, path, threads, file, library, progress=report)
                 for path, file in zip(paths, given, strict=True)
             ]
-        report = stack.enter_context(bars)
         signed = {side.path: side.manifest for side in sides if side.manifest is not None}
-        reading = stack.enter_context(Reading(signed))
+        known = [one.intact for one in engines if one.intact is not None]
+        reading = stack.enter_context(Reading(signed, known=known))
 
         def computed(stage: str, done: int, total: int, what: str) -> None:
             reading.check()

@@ -89,6 +89,7 @@ def export_engine(
     weight_streaming: bool = False,
     timing_cache: PathLike | None = None,
     plugins: PathLike | None = None,
+    progress: Progress | Literal[False] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Build a TensorRT engine of a checkpoint into the new file ``out``, with ``out.json`` beside it.
@@ -104,6 +105,8 @@ def export_engine(
         mtp: also build the multi-token-prediction module, into a second file beside ``out``.
         strip_weights: leave the weights out of the file; they are taken from the shards when it is loaded.
         weight_streaming, timing_cache, plugins: see ``nemoquant.engine.build.EngineOptions``; ``trt`` only.
+        progress: of hashing the shards. None shows it in a terminal or notebook; False shows nothing; a
+            function is called with it.
         say: called with a line of text at each step.
     Returns:
         the content of ``out.json``.
@@ -120,6 +123,7 @@ def export_engine(
         weight_streaming=weight_streaming,
     )
     arguments.check_functions(say=say)
+    bars = shown(progress)
     sm = None if sm is None else arguments.whole("sm", sm, 1)
     max_seq_len = arguments.whole("max_seq_len", max_seq_len, 2)
     max_batch = arguments.whole("max_batch", max_batch, 1)
@@ -148,4 +152,5 @@ def export_engine(
         timing_cache=cache,
         plugins=library,
     )
-    return export(source, out, options, gpu, say or (lambda text: None), mtp=mtp)
+    with bars as report:
+        return export(source, out, options, gpu, say or (lambda text: None), mtp=mtp, progress=report)

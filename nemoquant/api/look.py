@@ -47,6 +47,9 @@ def resolved(source: Source | BareConfig, recipe: str, scale_groups: bool) -> Pl
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
     """Describe a checkpoint folder or a bare ``config.json``: layers, parameters, formats, cache sizes.
 
+    The small files of a checkpoint that nemoquant wrote are held against its manifest first; its shards are
+    not read.
+
     Args:
         context: tokens for ``kv_cache.bytes_at_context``; None is the config's ``max_position_embeddings``.
     Raises:

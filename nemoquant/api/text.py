@@ -23,6 +23,7 @@ class Generated:
         drafted, accepted: tokens that multi-token prediction drafted, and those that the model would have
             chosen too; 0 without ``mtp``.
         engine: what ran it.
+        warnings: files that were used and are not in the checkpoint's manifest.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Generated:
     drafted: int
     accepted: int
     engine: EngineName
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """Counts and speed in one line."""
@@ -107,26 +109,39 @@ def generate(
     temperature = arguments.temperature(temperature)
     folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)
-    from nemoquant.engine.generate import Drafts, Sampler, stop_tokens
+    from nemoquant.checkpoint.intact import open_settings, unlisted
+    from nemoquant.engine.generate import Drafts, Sampler, check_call, stop_tokens
     from nemoquant.engine.generate import generate as new_tokens
     from nemoquant.engine.load import load_engine
     from nemoquant.model.parse import load_config
     from nemoquant.tokens.codec import TextCodec
 
+    signed = open_settings(folder)
+    used = ["tokenizer.json", "generation_config.json"]
+    used += ["chat_template.jinja", "tokenizer_config.json"] if chat else []
+    warnings = [] if signed is None else unlisted(folder, signed, used)
     config, _ = load_config(folder)
     codec = TextCodec(folder)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
+    stop, sampler = stop_tokens(folder, config), Sampler(temperature, seed)
     with showing as report:
         loaded = load_engine(
-            engine, folder, threads, file, library, say=say or (lambda text: None), progress=report
+            engine,
+            folder,
+            threads,
+            file,
+            library,
+            say=say or (lambda text: None),
+            progress=report,
+            admit=lambda known: check_call(known, ids, max_tokens=max_tokens, sampler=sampler, mtp=mtp),
         )
     drafts, began, before = Drafts(), time.monotonic(), codec.decode(ids)
     new = new_tokens(
         loaded,
         ids,
         max_tokens=max_tokens,
-        stop=stop_tokens(folder, config),
-        sampler=Sampler(temperature, seed),
+        stop=stop,
+        sampler=sampler,
         mtp=mtp,
         drafts=drafts,
     )
@@ -149,4 +164,5 @@ def generate(
         drafted=drafts.drafted,
         accepted=drafts.accepted,
         engine=engine,
+        warnings=tuple(warnings),
     )

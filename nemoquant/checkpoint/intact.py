@@ -1,9 +1,9 @@
 """Whether a checkpoint is what its manifest lists: what is checked when, and what is remembered of it.
 
-    opening             settings, index and side files by their sha256; shards by their size, which the header
+    opening, inspect    settings, index and side files by their sha256; shards by their size, which the header
                         gives, with the tensors that the index names
     generate, export    all shards too, once: a stamp outside the checkpoint spares the next time, as long as
-                        size, times and inode of every shard are the same
+                        size, times and inode of every shard are the same; what was loaded is looked at again
     diff                all shards, in the background while layers are computed
     verify              everything, always
     before something is settings again, and that every shard is still the file that was hashed
@@ -16,6 +16,7 @@ tools wrote, have nothing that they could be held against.
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,10 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemoquant.checkpoint.manifest import CARD, FILE, file_sha256, listed
+from nemoquant.checkpoint.manifest import CARD, FILE, file_sha256, listed, read_if_there
 from nemoquant.checkpoint.reader import INDEX, Checkpoint
 from nemoquant.errors import CheckpointError, listing
-from nemoquant.files import read_json, replace_text
+from nemoquant.files import read_json, replace_bytes
 from nemoquant.machine import usable_threads
 from nemoquant.progress import Count, Progress, no_progress
 from nemoquant.units import size
@@ -38,6 +39,8 @@ REQUIRED = ("config.json", INDEX)
 SHOWN_EVERY = 0.2  # seconds between reports while waiting
 SETTLED = 2.0  # seconds: a file that was written less long ago could change again without a new time
 MOST_STAMP = 16 << 20  # bytes of a stamp; one of a thousand shards has 0.2 MB
+KEPT = 100  # stamps, those that were used last
+STAMP = re.compile(r"[0-9a-f]{32}\.json(\.partial)?")  # its name; a killed process leaves the second kind
 
 Say = Callable[[str], None]
 
@@ -143,10 +146,19 @@ class Intact:
 
     Attributes:
         shards: name -> sha256, of every shard that the manifest lists.
+        read: whether they were hashed just now; not where a stamp spared that.
     """
 
-    def __init__(self, folder: Path, shards: Mapping[str, str], seen: Mapping[str, Identity]) -> None:
-        self.folder, self.shards, self.seen = folder, shards, seen
+    def __init__(
+        self, folder: Path, shards: Mapping[str, str], seen: Mapping[str, Identity], *, read: bool = True
+    ) -> None:
+        self.folder, self.shards, self.seen, self.read = folder, shards, seen, read
+
+    @classmethod
+    def copy(cls, folder: Path, data: Mapping[str, Any]) -> "Intact":
+        """A folder that was just made of shards that were hashed; ``data`` is its manifest."""
+        names = shards(data)
+        return cls(folder, names, {name: Identity.of(folder / name) for name in names}, read=False)
 
     def check(self, data: Mapping[str, Any]) -> None:
         """Make sure that it still is, before something is signed into it; ``data`` is its manifest now.
@@ -155,12 +167,25 @@ class Intact:
             CheckpointError: a file is another one, or the manifest lists another one.
         """
         check_settings(self.folder, data)
-        changed = [name for name, seen in self.seen.items() if _identity(self.folder / name) != seen]
-        changed += [FILE] if shards(data) != self.shards else []
+        other = [FILE] if shards(data) != self.shards else []
+        self._refuse(self._changed() + other, "nothing was written into it")
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was read after the hashing are still the same shards.
+
+        Raises:
+            CheckpointError: a file is another one.
+        """
+        self._refuse(self._changed(), "what was computed with it is thrown away")
+
+    def _changed(self) -> list[str]:
+        return [name for name, seen in self.seen.items() if _identity(self.folder / name) != seen]
+
+    def _refuse(self, changed: list[str], outcome: str) -> None:
         if changed:
             raise CheckpointError(
-                f"{self.folder}: {listing(changed)} changed since the checkpoint was read; "
-                f"nothing was written into it, `nemoquant verify {self.folder}` says what it is now"
+                f"{self.folder}: {listing(changed)} changed since the checkpoint was read; {outcome}, "
+                f"`nemoquant verify {self.folder}` says what it is now"
             )
 
 
@@ -200,6 +225,26 @@ def check_settings(folder: Path, data: Mapping[str, Any]) -> None:
         raise damaged(folder, list(problems.values()))
 
 
+def open_settings(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder whose small files are what it lists; None where there is none.
+
+    Before anything else is read: what is wrong with a file is told by its sha256, not by what it would do.
+
+    Raises:
+        CheckpointError: see :func:`check_settings` and ``manifest.read_manifest``.
+    """
+    data = read_if_there(folder)
+    if data is not None:
+        check_settings(folder, data)
+    return data
+
+
+def unlisted(folder: Path, data: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """A warning for each of these files that is there and not in the manifest."""
+    strange = [name for name in names if os.path.lexists(folder / name) and not listed(data, name)]
+    return [f"{folder / name} is used and is not in {FILE}: nemoquant did not write it" for name in strange]
+
+
 def check_listed(checkpoint: Checkpoint, data: Mapping[str, Any]) -> None:
     """Make sure that the manifest lists every shard that is read.
 
@@ -228,41 +273,58 @@ def check_graph(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def hash_once(
-    folder: Path, data: Mapping[str, Any], say: Say = silent, progress: Progress = no_progress
+    folder: Path,
+    data: Mapping[str, Any],
+    say: Say = silent,
+    progress: Progress = no_progress,
+    threads: int | None = None,
 ) -> Intact:
     """Hash every shard, unless they were hashed before and are the same files as then.
 
     Args:
         say: told before it begins how much is read.
+        threads: None is all that this process may use.
     Raises:
         CheckpointError: a shard is missing or was changed.
     """
     expected = shards(data)
     now = {name: _identity(folder / name) for name in expected}
-    stamp = _stamp(folder)
-    if stamp is not None and None not in now.values() and _stamped(stamp, _content(expected, now)):
-        return Intact(folder, expected, {name: seen for name, seen in now.items() if seen is not None})
+    if None not in now.values() and _stamped(_content(expected, now)):
+        same = {name: seen for name, seen in now.items() if seen is not None}
+        return Intact(folder, expected, same, read=False)
     missing = [f"{name} is missing; the manifest lists it" for name, seen in now.items() if seen is None]
     if missing:
         raise damaged(folder, missing)
     total = sum(seen[0] for seen in now.values() if seen is not None)
     say(f"{folder}: reading its shards, {size(total)}, to hold them against {FILE}")
-    with Reading({folder: data}, usable_threads()) as reading:
+    with Reading({folder: data}, threads or usable_threads()) as reading:
         return reading.finish(progress)[folder]
 
 
 class Reading:
     """All shards of some checkpoints, hashed in the background. Leaving the block ends that soon."""
 
-    def __init__(self, folders: Mapping[Path, Mapping[str, Any]], threads: int = 1) -> None:
-        """Begin; ``folders`` are the checkpoints with their manifests."""
+    def __init__(
+        self,
+        folders: Mapping[Path, Mapping[str, Any]],
+        threads: int = 1,
+        known: Iterable[Intact] = (),
+    ) -> None:
+        """Begin; ``folders`` are the checkpoints with their manifests.
+
+        Args:
+            known: of those whose shards were read just now they are looked at again in the end, and not read.
+        """
         self.folders = {folder: shards(data) for folder, data in folders.items()}
         self._began = time.time()
         self._done, self._lock = 0, threading.Lock()
+        hashed = [one for one in known if one.read and one.shards == self.folders.get(one.folder)]
+        self._seen = {one.folder / name: seen for one in hashed for name, seen in one.seen.items()}
         files = {
             folder / name: [digest]
             for folder, names in self.folders.items()
             for name, digest in names.items()
+            if folder / name not in self._seen
         }
         self._total = sum(seen[0] for path in files if (seen := _identity(path)) is not None)
         self._hashing = Hashing(files, threads, self._count)
@@ -300,7 +362,7 @@ class Reading:
             self.check()
             report("hash", self._done, self._total, "")
         self._raise(self._hashing.problems())
-        seen = self._hashing.seen
+        seen = self._seen | self._hashing.seen
         self._raise(
             {path: f"{path.name} was changed meanwhile" for path in seen if _identity(path) != seen[path]}
         )
@@ -308,7 +370,7 @@ class Reading:
         intact = {}
         for folder, names in self.folders.items():
             own = {name: seen[folder / name] for name in names}
-            _leave(folder, names, own, self._began)
+            _leave(names, own, self._began)
             intact[folder] = Intact(folder, names, own)
         return intact
 
@@ -324,12 +386,14 @@ def stamp_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoquant/intact"
 
 
-def _stamp(folder: Path) -> Path | None:
-    """The file that says that the shards of a folder were hashed; None where there is no place for it."""
+def _stamp(content: dict[str, Any]) -> Path | None:
+    """The file that says that shards were hashed; None where there is no place for it.
+
+    Its name says of which files, not where they are: a folder that is renamed holds the same ones.
+    """
     try:
-        key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-        return stamp_folder() / f"{key}.json"
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        return stamp_folder() / f"{hashlib.sha256(_text(content)).hexdigest()[:32]}.json"
+    except RuntimeError:  # the user has no home folder
         return None
 
 
@@ -338,18 +402,31 @@ def _content(names: Mapping[str, str], seen: Mapping[str, Identity | None]) -> d
     return {name: [digest, *(seen[name] or ())] for name, digest in names.items()}
 
 
-def _stamped(stamp: Path, content: dict[str, Any]) -> bool:
+def _text(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _stamped(content: dict[str, Any]) -> bool:
+    stamp = _stamp(content)
     try:
-        return bool(read_json(stamp, MOST_STAMP) == content)
+        if stamp is None or read_json(stamp, MOST_STAMP) != content:
+            return False
     except (OSError, ValueError):
         return False
+    with suppress(OSError):
+        os.utime(stamp)  # the time of its last use is now
+    return True
 
 
-def _leave(folder: Path, names: Mapping[str, str], seen: Mapping[str, Identity], began: float) -> None:
+def _leave(names: Mapping[str, str], seen: Mapping[str, Identity], began: float) -> None:
     """Write the stamp where that is possible; without one the shards are hashed again next time."""
-    stamp = _stamp(folder)
+    content = _content(names, seen)
+    stamp = _stamp(content)
     if stamp is None or any(began - identity.changed < SETTLED for identity in seen.values()):
         return
     with suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(stamp, json.dumps(_content(names, seen)))
+        replace_bytes(stamp, _text(content))
+        stamps = [path for path in stamp.parent.iterdir() if STAMP.fullmatch(path.name)]
+        for old in sorted(stamps, key=lambda path: path.lstat().st_mtime_ns, reverse=True)[KEPT:]:
+            old.unlink(missing_ok=True)

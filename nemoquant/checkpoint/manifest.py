@@ -113,6 +113,11 @@ def put_file(
             write_manifest(folder, final)
 
 
+def read_if_there(folder: Path) -> dict[str, Any] | None:
+    """:func:`read_manifest`; None where a folder has none. A link that leads nowhere is an error."""
+    return read_manifest(folder) if os.path.lexists(folder / FILE) else None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read ``nemoquant.json``, and check its own sha256 and that its content is as nemoquant writes it.
 
@@ -124,6 +129,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         data: Any = read_json(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link that leads nowhere; download the checkpoint again"
+            ) from None
         raise CheckpointError(f"{path} does not exist; expected a checkpoint that nemoquant wrote") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); expected JSON") from None

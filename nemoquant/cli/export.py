@@ -210,23 +210,25 @@ def export_trt(
     """
     from nemoquant import api
 
-    facts = api.export_engine(
-        source,
-        out,
-        target=target,
-        sm=sm,
-        compute=compute,
-        max_seq_len=max_seq_len,
-        max_batch=max_batch,
-        workspace=int(workspace * 1e9) if workspace else None,
-        last_token_only=last_token_only,
-        mtp=mtp,
-        strip_weights=strip_weights,
-        weight_streaming=weight_streaming,
-        timing_cache=timing_cache,
-        plugins=plugins,
-        say=lambda text: None if as_json else say(text, err=True),
-    )
+    with progress_bars(as_json) as progress:
+        facts = api.export_engine(
+            source,
+            out,
+            target=target,
+            sm=sm,
+            compute=compute,
+            max_seq_len=max_seq_len,
+            max_batch=max_batch,
+            workspace=int(workspace * 1e9) if workspace else None,
+            last_token_only=last_token_only,
+            mtp=mtp,
+            strip_weights=strip_weights,
+            weight_streaming=weight_streaming,
+            timing_cache=timing_cache,
+            plugins=plugins,
+            progress=progress,
+            say=lambda text: None if as_json else say(text, err=True),
+        )
     if as_json:
         print_json(facts)
         return

@@ -103,4 +103,6 @@ def command(
     finally:
         if begun:
             say("")  # an error stands on a line of its own
+    for warning in made.warnings:
+        say(f"warning: {warning}", err=True)
     say(made.summary(), err=True)

@@ -1,10 +1,13 @@
 """The interface of an engine, which runs tokens from a state on; ``generate`` and ``diff`` need no more."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nemoquant.checkpoint.intact import Intact
 
 Tokens = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -27,12 +30,13 @@ class Engine(Protocol):
     """A model that can be run.
 
     ``has_mtp`` is whether ``draft`` can be called; ``max_seq_len`` is the largest number of positions of a
-    sequence, None is no limit.
+    sequence, None is no limit; ``intact`` is its folder, if its shards were hashed to load it.
     """
 
     name: str
     has_mtp: bool
     max_seq_len: int | None
+    intact: Intact | None
 
     def forward(self, tokens: Tokens, state: Any = None) -> Step:
         """Run tokens [batch, length] from ``state`` on; None is the start of a sequence."""
@@ -42,6 +46,15 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Facts for people and JSON: runtime, version, device, dtypes."""
+
+
+Admit = Callable[[Engine], None]
+"""Called once ``has_mtp`` and ``max_seq_len`` of an engine are known, before a weight is read; raises
+where they do not suffice."""
+
+
+def admit_any(engine: Engine) -> None:
+    """An Admit that refuses none."""
 
 
 class LoadedGraph(Protocol):

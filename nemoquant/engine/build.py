@@ -99,6 +99,7 @@ def build(
     say: Callable[[str], None] = lambda text: None,
     *,
     mtp: bool = False,
+    ready: Callable[[], None] = lambda: None,
 ) -> BuiltEngine:
     """Build an engine for the checkpoint in ``path``.
 
@@ -106,6 +107,7 @@ def build(
         device: the GPU of this machine.
         say: called with a line of text at each step.
         mtp: build the multi-token-prediction module, not the main model.
+        ready: called before the weights are read.
     Raises:
         UsageError: see :func:`check_options`, ``targets.target_sm``, ``targets.check_formats`` and
             ``targets.plugin_library``.
@@ -128,6 +130,7 @@ def build(
         builder = trt.Builder(messages)
         network = builder.create_network(_strongly_typed(trt))
         parser = trt.OnnxParser(network, messages)
+        ready()
         say(f"graph: {len(model.graph)} nodes")
         if not parser.parse(proto, str(path / "model.onnx")):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]

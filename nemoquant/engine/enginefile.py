@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nemoquant.checkpoint.manifest import FILE as MANIFEST
-from nemoquant.checkpoint.manifest import file_sha256, read_manifest
+from nemoquant.checkpoint.manifest import file_sha256, read_if_there
 from nemoquant.engine import TARGETS
 from nemoquant.errors import CheckpointError, UsageError, brief, field_problem
 from nemoquant.files import MOST_SETTINGS, read_json
@@ -89,7 +88,8 @@ def read_facts(engine: Path, folder: Path, target: str) -> dict[str, Any]:
             f"{engine} is for {other.title if other else facts['runtime']}, expected {TARGETS[target].title}"
             + (f"; run it with --engine {other.name}" if other else f"; {again}")
         )
-    plan = read_manifest(folder)["plan"]["sha256"] if (folder / MANIFEST).exists() else None
+    signed = read_if_there(folder)
+    plan = None if signed is None else signed["plan"]["sha256"]
     if facts["plan"] != plan:
         raise CheckpointError(
             f"{engine} was built for the plan {_short(facts['plan'])}, {folder} was written by "

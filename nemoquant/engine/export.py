@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.intact import hash_once
+from nemoquant.checkpoint.intact import Intact, hash_once
 from nemoquant.engine.build import BuiltEngine, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
 from nemoquant.files import replace_bytes, replace_text
+from nemoquant.progress import Progress, no_progress
 
 
 def export_engine(
@@ -24,12 +25,14 @@ def export_engine(
     say: Callable[[str], None] = lambda text: None,
     *,
     mtp: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Build an engine of the checkpoint in ``path``; writes ``out``, and ``out.json`` with its facts.
 
     Args:
         device: the GPU of this machine.
         mtp: also build the multi-token-prediction module, into a second file beside ``out``.
+        progress: of hashing the shards.
     Returns:
         the facts of the main engine.
     Raises:
@@ -44,12 +47,17 @@ def export_engine(
             )
     if not out.absolute().parent.is_dir():
         raise OutputError(f"{out}: {out.absolute().parent} is not a folder; make it, or choose another place")
-    intact = None
-    if (path / manifest.FILE).exists():
-        intact = hash_once(path, manifest.read_manifest(path), say)
+    intact: Intact | None = None
+
+    def hashed() -> None:
+        nonlocal intact
+        signed = manifest.read_if_there(path)
+        if signed is not None and intact is None:
+            intact = hash_once(path, signed, say, progress)
+
     # first, because a checkpoint without the module is refused at once
-    drafts = [build(path, options, device, say, mtp=True)] if mtp else []
-    built = [build(path, replace(options, with_hidden=mtp), device, say), *drafts]
+    drafts = [build(path, options, device, say, mtp=True, ready=hashed)] if mtp else []
+    built = [build(path, replace(options, with_hidden=mtp), device, say, ready=hashed), *drafts]
     facts = [_facts(path, file, engine, mtp) for file, engine in zip(files, built, strict=True)]
     if intact is not None:
         intact.check(manifest.read_manifest(path))

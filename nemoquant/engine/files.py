@@ -1,12 +1,11 @@
 """An exported graph on disk, checked before a runtime loads it: its metadata, and the shards it refers to."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from nemoquant.checkpoint.intact import Intact
 from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.errors import CheckpointError, MissingExtraError, brief, field_problem
 from nemoquant.files import parse_json, plain_name, read_bytes
@@ -117,11 +116,13 @@ def graph_facts(model: Any, path: Path) -> dict[str, Any]:
     )
 
 
-def check_shards(path: Path, facts: dict[str, Any], dialect: str, intact: Intact | None = None) -> None:
+def check_shards(
+    path: Path, facts: dict[str, Any], dialect: str, known: Mapping[str, str] | None = None
+) -> None:
     """Make sure that the graph is for ``dialect`` and that the shards beside it are the ones it was made for.
 
     Args:
-        intact: the folder, where its shards are known to be what its manifest lists; None hashes them here.
+        known: shard -> the sha256 that it is held against elsewhere; others are hashed here.
     Raises:
         CheckpointError: another dialect; a shard is missing, has another size, or (where its hash is known)
             other bytes.
@@ -144,7 +145,7 @@ def check_shards(path: Path, facts: dict[str, Any], dialect: str, intact: Intact
             )
         if expected["sha256"] is None:
             continue
-        digest = intact.shards.get(name) if intact is not None else None
+        digest = None if known is None else known.get(name)
         if (digest or file_sha256(shard)) != expected["sha256"]:
             raise CheckpointError(
                 f"{shard} was changed after {path.name} was made: its sha256 is another; export it again"

@@ -105,8 +105,23 @@ def generate(
         mtp: number of tokens to draft at a time and verify in one call, at most ``max_tokens``; greedy only.
         drafts: counts drafted and accepted tokens.
     Raises:
+        UsageError: see :func:`check_call`. While iterating, EngineError: the model computes NaN.
+    """
+    check_call(engine, prompt, max_tokens=max_tokens, sampler=sampler, mtp=mtp)
+    tokens = (
+        _plain(engine, prompt, sampler)
+        if not mtp
+        else _drafted(engine, prompt, sampler, min(mtp, max_tokens), drafts or Drafts())
+    )
+    return islice(takewhile(lambda token: token not in stop, tokens), max_tokens)
+
+
+def check_call(engine: Engine, prompt: list[int], *, max_tokens: int, sampler: Sampler, mtp: int) -> None:
+    """Make sure that an engine admits a call of :func:`generate`; nothing is computed.
+
+    Raises:
         UsageError: no prompt, more tokens than the engine admits, or drafts where the engine has none or with
-            a temperature. While iterating, EngineError: the model computes NaN.
+            a temperature.
     """
     if not prompt:
         raise UsageError("the prompt holds no tokens; give some text")
@@ -125,12 +140,6 @@ def generate(
         )
     if mtp and sampler.temperature:
         raise UsageError("--mtp verifies greedily; leave out --temperature")
-    tokens = (
-        _plain(engine, prompt, sampler)
-        if not mtp
-        else _drafted(engine, prompt, sampler, min(mtp, max_tokens), drafts or Drafts())
-    )
-    return islice(takewhile(lambda token: token not in stop, tokens), max_tokens)
 
 
 def _ids(tokens: list[int]) -> Any:

@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.intact import Say, hash_once, silent
+from nemoquant.checkpoint.manifest import read_if_there
 from nemoquant.engine import TARGETS
-from nemoquant.engine.base import Floats, GraphEngine, Step
+from nemoquant.engine.base import Admit, Floats, GraphEngine, Step, admit_any
 from nemoquant.engine.build import EngineOptions, engine_graph
 from nemoquant.engine.enginefile import mtp_file, read_facts
 from nemoquant.engine.messages import logger
 from nemoquant.engine.targets import Gpu, load_plugins, plugin_library
 from nemoquant.errors import EngineError, UsageError
+from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 DTYPES = {
@@ -184,11 +185,14 @@ class TensorRTEngine(GraphEngine[Session]):
         plugins: Path | None = None,
         on: str = "cuda",
         say: Say = silent,
+        progress: Progress = no_progress,
+        threads: int | None = None,
+        admit: Admit = admit_any,
     ) -> None:
         """Load ``file`` for the checkpoint in ``folder``; ``on`` is torch's name of the device for tensors.
 
         Args:
-            say: told how much is hashed, where the weights come from the folder's shards.
+            say, progress, threads: of hashing the folder's shards, where the weights come from them.
         Raises:
             NemoquantError: see ``enginefile.read_facts`` and ``check_device``; a missing extra or plugin
                 library; an engine of the multi-token-prediction module.
@@ -206,13 +210,17 @@ class TensorRTEngine(GraphEngine[Session]):
         check_device(facts, file, device)
         self.facts = facts
         self.max_seq_len: int | None = facts["max_seq_len"]
+        self.has_mtp = drafts is not None
+        admit(self)
+        trt = TARGETS[target].package()
         if facts["plugins"] is not None:
-            load_plugins(TARGETS[target].package(), plugin_library(plugins))
-        if facts["strip_weights"] and (folder / manifest.FILE).exists():
-            hash_once(folder, manifest.read_manifest(folder), say)
+            load_plugins(trt, plugin_library(plugins))
+        signed = read_if_there(folder) if facts["strip_weights"] else None
+        self.intact = None if signed is None else hash_once(folder, signed, say, progress, threads)
         self.main = Session(file, folder, facts, target, on)
         self.mtp = None if drafts is None else Session(mtp_file(file), folder, drafts, target, on)
-        self.has_mtp = self.mtp is not None
+        if self.intact is not None:
+            self.intact.check_unchanged()
 
     def describe(self) -> dict[str, Any]:
         version = self.main.trt.__version__

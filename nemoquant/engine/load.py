@@ -6,7 +6,7 @@ from typing import assert_never
 from nemoquant.arguments import check_word
 from nemoquant.checkpoint.intact import Say, silent
 from nemoquant.engine import ENGINES, TARGETS, EngineName
-from nemoquant.engine.base import Engine
+from nemoquant.engine.base import Admit, Engine, admit_any
 from nemoquant.engine.targets import find_gpu
 from nemoquant.errors import UsageError
 from nemoquant.machine import usable_threads
@@ -21,6 +21,7 @@ def load_engine(
     plugins: Path | None = None,
     say: Say = silent,
     progress: Progress = no_progress,
+    admit: Admit = admit_any,
 ) -> Engine:
     """An engine over the folder ``path``.
 
@@ -29,6 +30,7 @@ def load_engine(
         file: the engine file of ``rtx`` and ``trt``, which the others do not have.
         plugins: the plugin library of ``trt``; None is where ``nemoquant plugins build`` puts it.
         say, progress: of hashing the shards, where they are held against a manifest.
+        admit: see :data:`Admit`.
     Raises:
         NemoquantError: a name that no engine has; a missing extra; a graph, shards or an engine file that are
             damaged or for another checkpoint; no GPU where one is needed.
@@ -47,14 +49,16 @@ def load_engine(
     if name == "torch":
         from nemoquant.engine.torch import TorchEngine
 
-        return TorchEngine(path, threads or usable_threads(), say, progress)
+        return TorchEngine(path, threads or usable_threads(), say, progress, admit)
     if name == "onnxruntime":
         from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(path, threads, say, progress)
+        return OnnxRuntimeEngine(path, threads, say, progress, admit)
     if name == "rtx" or name == "trt":
         from nemoquant.engine.gpu import TensorRTEngine
 
         assert file is not None
-        return TensorRTEngine(name, file, path, find_gpu(), plugins, say=say)
+        return TensorRTEngine(
+            name, file, path, find_gpu(), plugins, say=say, progress=progress, threads=threads, admit=admit
+        )
     assert_never(name)

@@ -1,14 +1,14 @@
 """The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder; weights stay packed in memory."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.intact import Intact, Say, check_graph, check_settings, hash_once, silent
-from nemoquant.engine.base import GraphEngine, Step
+from nemoquant.checkpoint.intact import Say, check_graph, hash_once, open_settings, shards, silent
+from nemoquant.engine.base import Admit, Floats, GraphEngine, Step, Tokens, admit_any
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
 from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
 from nemoquant.graph import MODEL, MTP
@@ -38,18 +38,13 @@ def package() -> Any:
 class Graph:
     """One session: runs a graph, and separates the names of its states from its other inputs."""
 
-    def __init__(self, path: Path, threads: int | None = None, intact: Intact | None = None) -> None:
-        """Load it.
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """Load it; the file and its shards are checked already.
 
-        Args:
-            intact: its folder, where that was held against a manifest: then it is not hashed again.
         Raises:
-            CheckpointError: the graph or its shards are missing, damaged or of another export.
+            CheckpointError: ONNX Runtime refuses it.
         """
         runtime = package()
-        self.path = path
-        self.facts = graph_facts(read_graph(path), path)
-        check_shards(path, self.facts, "onnxruntime", intact)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
@@ -111,30 +106,58 @@ class OnnxRuntimeEngine(GraphEngine[Graph]):
         threads: int | None = None,
         say: Say = silent,
         progress: Progress = no_progress,
+        admit: Admit = admit_any,
     ) -> None:
-        """Load ``model.onnx``, and ``mtp.onnx`` where it stands beside it.
+        """Load ``model.onnx``, and ``mtp.onnx`` where it stands beside it; shards are read last.
 
         Raises:
-            CheckpointError: one or its shards are missing, damaged or of another export.
+            MissingExtraError: onnxruntime or onnx is not installed.
+            CheckpointError: a graph or its shards are missing, damaged or of another export.
             UsageError: the graph holds some layers only.
         """
-        intact = None
-        if (path / manifest.FILE).exists():
-            signed = manifest.read_manifest(path)
-            check_settings(path, signed)
-            for name in (MODEL, MTP):
-                check_graph(path / name, signed)
-            intact = hash_once(path, signed, say, progress)
-        self.main = Graph(path / MODEL, threads, intact)
-        if "logits" not in self.main.outputs or "input_ids" not in self.main.inputs:
+        package()
+        signed = open_settings(path)
+        self.facts, inputs, outputs = _checked(path / MODEL, signed)
+        if "logits" not in outputs or "input_ids" not in inputs:
             raise UsageError(f"{path / MODEL} holds some layers only; export the whole model")
-        self.mtp = Graph(path / MTP, threads, intact) if (path / MTP).exists() else None
-        self.has_mtp = self.mtp is not None and "hidden_out" in self.main.outputs
+        drafts = (path / MTP).exists()
+        if drafts:
+            _checked(path / MTP, signed)
+        self.has_mtp = drafts and "hidden_out" in outputs
+        admit(self)
+        self.intact = None if signed is None else hash_once(path, signed, say, progress, threads)
+        self.main = Graph(path / MODEL, threads)
+        self.mtp = Graph(path / MTP, threads) if drafts else None
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if self.intact is not None:
+            self.intact.check_unchanged()
+
+    def forward(self, tokens: Tokens, state: Any = None) -> Step:
+        step = super().forward(tokens, state)
+        self._check_unchanged()  # shards are mapped as long as a session lives
+        return step
+
+    def draft(self, tokens: Tokens, hidden: Floats, state: Any = None) -> Step:
+        step = super().draft(tokens, hidden, state)
+        self._check_unchanged()
+        return step
 
     def describe(self) -> dict[str, Any]:
         return {
             "engine": self.name,
             "version": package().__version__,
             "device": "cpu",
-            "compute": self.main.facts["compute"],
+            "compute": self.facts["compute"],
         }
+
+
+def _checked(path: Path, signed: Mapping[str, Any] | None) -> tuple[dict[str, Any], set[str], set[str]]:
+    """Facts, inputs and outputs of a graph that is what the manifest lists, and for the shards beside it."""
+    if signed is not None:
+        check_graph(path, signed)
+    model = read_graph(path)
+    facts = graph_facts(model, path)
+    check_shards(path, facts, "onnxruntime", None if signed is None else shards(signed))
+    return facts, {value.name for value in model.graph.input}, {value.name for value in model.graph.output}

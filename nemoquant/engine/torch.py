@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from nemoquant.checkpoint.intact import Say, hash_once, silent
-from nemoquant.engine.base import Floats, Step, Tokens
+from nemoquant.engine.base import Admit, Floats, Step, Tokens, admit_any
 from nemoquant.machine import torch_threads
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.progress import Progress, no_progress
@@ -28,13 +28,15 @@ class TorchEngine:
         threads: int | None = None,
         say: Say = silent,
         progress: Progress = no_progress,
+        admit: Admit = admit_any,
     ) -> None:
         """Raises CheckpointError where the checkpoint can't be opened, or is not what its manifest lists."""
         self.threads = threads
         self.opened = PackedCheckpoint(path)
-        if self.opened.manifest is not None:
-            hash_once(path, self.opened.manifest, say, progress)
         self.has_mtp = self.opened.has_mtp
+        admit(self)
+        signed = self.opened.manifest
+        self.intact = None if signed is None else hash_once(path, signed, say, progress, threads)
         self.model = ReferenceModel(self.opened.config, self.opened.weights)
         self.tap = self.opened.tap()
 

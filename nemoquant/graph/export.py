@@ -7,7 +7,7 @@ that ``pack`` writes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def export_onnx(
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
         reason = _why_copy(opened, out)
         if reason is None:
-            return _write_graphs(opened, dialect, options, mtp, say, progress)
+            return _write_graphs(opened, dialect, options, mtp, lambda: _intact(opened, say, progress))
         if not copy:
             raise UsageError(
                 f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
@@ -81,7 +81,9 @@ def export_onnx(
                 intact.check(manifest.read_manifest(path))
             copied = PackedCheckpoint(made.folder)
             with copied.checkpoint:
-                written = _write_graphs(copied, dialect, options, mtp, silent, progress)
+                signed = copied.manifest
+                of_copy = None if signed is None else Intact.copy(copied.path, signed)
+                written = _write_graphs(copied, dialect, options, mtp, lambda: of_copy)
     return Exported(
         out, [out / graph.name for graph in written.graphs], size, written.functions, written.nodes
     )
@@ -217,12 +219,17 @@ def _copy_files(opened: PackedCheckpoint, folder: Path, progress: Progress) -> N
 
 
 def _write_graphs(
-    opened: PackedCheckpoint, dialect: str, options: GraphOptions, mtp: bool, say: Say, progress: Progress
+    opened: PackedCheckpoint,
+    dialect: str,
+    options: GraphOptions,
+    mtp: bool,
+    held: Callable[[], Intact | None],
 ) -> Exported:
+    """Write the graphs of ``opened``; ``held`` holds its shards against its manifest, and may read them."""
     models = {MODEL: Builder(opened, DIALECTS[dialect], options).main()}
     if mtp:
         models[MTP] = Builder(opened, DIALECTS[dialect], options).mtp()
-    intact = _intact(opened, say, progress)  # after what could be refused without reading the shards
+    intact = held()  # after what could be refused without reading the shards
     functions, nodes = [], 0
     for name, model in models.items():
         _describe(opened, model, dialect, options)

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import Tensor
 
-from nemoquant.checkpoint import intact, manifest
+from nemoquant.checkpoint import intact
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, WeightError, listing
@@ -63,9 +63,7 @@ class PackedCheckpoint:
         """
         self.path = path
         self.warnings: list[str] = []
-        self.manifest = manifest.read_manifest(path) if (path / manifest.FILE).exists() else None
-        if self.manifest is not None:
-            intact.check_settings(path, self.manifest)
+        self.manifest = intact.open_settings(path)
         self.config, self.raw_config = load_config(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is a config.json; expected the folder with the weights")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.header import ITEM_SIZE
+from nemoquant.checkpoint.intact import open_settings
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.layouts import modelopt
 from nemoquant.model.config import NemotronHConfig
@@ -16,6 +17,7 @@ from nemoquant.model.roles import TensorSpec, tensor_table
 
 def summarize(path: Path, context: int | None) -> dict[str, Any]:
     """See :func:`nemoquant.inspect`."""
+    open_settings(path)
     config, raw = load_config(path)
     table = tensor_table(config)
     if path.is_dir():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support.commands import nemoquant as command
 from support.tampering import overwrite, sign
 
 import nemoquant
@@ -49,6 +50,24 @@ def test_drafts_and_chat(folder):
     assert chat.prompt_tokens > plain.prompt_tokens
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json"])
+def test_files_beside_the_checkpoint_that_it_does_not_list(name, demo, copied):
+    """They are used, as whoever put them there wants, and that is said."""
+    folder = copied(demo("nvfp4-w4a16"), graphs=False)
+    given = folder / name
+    text = given.read_text()
+    given.unlink()
+    sign(folder)
+    call = {"max_tokens": 1, "threads": 1}
+    assert nemoquant.generate(folder, PROMPT, **call).warnings == ()
+    given.write_text(text)
+    warning = f"{given} is used and is not in nemoquant.json: nemoquant did not write it"
+    plain = nemoquant.generate(folder, PROMPT, **call).warnings
+    assert plain == (() if name == "chat_template.jinja" else (warning,)), "a template without a chat is not"
+    shown = command("generate", folder, "--prompt", PROMPT, "--chat", "--max-tokens", 1, "--threads", 1)
+    assert f"warning: {warning}\n" in shown.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -58,7 +77,8 @@ def test_drafts_and_chat(folder):
         ({"prompt": ""}, "the prompt holds no tokens"),
     ],
 )
-def test_refusals_come_before_anything_is_shown(options, says, folder):
+def test_refusals_come_before_anything_is_read_or_shown(options, says, folder, unread):
+    unread()
     shown = []
     with pytest.raises(nemoquant.UsageError, match=says):
         nemoquant.generate(folder, **{"prompt": PROMPT, **options}, ready=lambda: shown.append(1))

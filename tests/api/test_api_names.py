@@ -41,7 +41,7 @@ SIGNATURES = {
     "estimate": "source recipe options=None * out='.' " + " ".join(OPTIONS),
     "export_engine": "source out * target=None sm=None compute='bfloat16' max_seq_len=4096 max_batch=1 "
     "workspace=None last_token_only=False mtp=False strip_weights=False weight_streaming=False "
-    "timing_cache=None plugins=None say=None",
+    "timing_cache=None plugins=None progress=None say=None",
     "export_onnx": "source out=None * dialect='onnxruntime' compute=None last_token_only=False layers=None "
     "mtp=False copy=True progress=None say=None",
     "generate": "path prompt * chat=False engine='torch' engine_file=None plugins=None max_tokens=64 "

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import nemoquant
+from nemoquant.checkpoint import intact
+from nemoquant.engine.load import load_engine
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.machine import torch_threads
 
@@ -106,6 +108,20 @@ def test_an_engine_has_its_threads_while_it_runs(source, seen, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         engine.forward(torch.tensor([[1, 2, 3]]).numpy())
     assert seen == [2, BEFORE] * 2
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_an_engine_is_hashed_with_its_threads(engine, demo, tmp_path, monkeypatch):
+    folder, numbers, reading = demo("nvfp4-w4a16"), [], intact.Reading
+    monkeypatch.setattr(intact, "stamp_folder", lambda: tmp_path)
+
+    def noted(folders, threads):
+        numbers.append(threads)
+        return reading(folders, threads)
+
+    monkeypatch.setattr(intact, "Reading", noted)
+    load_engine(engine, folder, threads=5)
+    assert numbers == [5]
 
 
 def test_generate(demo, seen):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemoquant.checkpoint import intact
-from nemoquant.checkpoint.intact import Hashing, Reading, check_settings, hash_once
+from nemoquant.checkpoint.intact import Hashing, Intact, Reading, check_settings, hash_once
 from nemoquant.errors import CheckpointError
 
 FILES = {
@@ -124,6 +124,30 @@ def test_files_that_were_written_just_now_are_not_remembered(
     assert said(folder) != []
 
 
+def test_a_folder_that_is_renamed_holds_the_same_files(folder: Path) -> None:
+    assert said(folder) != []
+    assert said(folder.rename(folder.with_name("renamed"))) == []
+
+
+def test_stamps_that_were_not_used_for_long_are_dropped(
+    folder: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intact, "KEPT", 2)
+    said(folder)
+    (first,) = stamps.iterdir()
+    others = [stamps / f"{number:032x}{end}" for number, end in ((1, ".json"), (2, ".json.partial"))]
+    theirs = stamps / "notes.json"
+    for path in (theirs, *others, first):
+        path.touch()
+        os.utime(path, (1000, 1000))
+    assert said(folder) == [], "which counts as used"
+    (folder / "b.safetensors").touch()
+    assert said(folder) != []
+    left = set(stamps.iterdir())
+    assert {first, theirs} < left and len(left) == 3, "the two that were used last"
+    assert said(folder) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"a.safetensors": []}'])
 def test_stamps_that_cannot_be_used(folder: Path, stamps: Path, content: bytes) -> None:
     said(folder)
@@ -227,6 +251,22 @@ def test_several_folders(folder: Path, tmp_path: Path) -> None:
     with (
         Reading({folder: DATA, other: DATA}) as reading,
         pytest.raises(CheckpointError, match="other is dam"),
+    ):
+        reading.finish()
+
+
+def test_what_was_hashed_just_now(folder: Path) -> None:
+    """It is not read again, only looked at; what a stamp says was read another time."""
+    for again in (False, True):
+        loaded = hash_once(folder, DATA)
+        with Reading({folder: DATA}, known=[loaded]) as reading:
+            assert reading._total == (3_000_005 if again else 0)
+            assert reading.finish()[folder].seen == loaded.seen
+    loaded = Intact(folder, loaded.shards, loaded.seen)
+    (folder / "b.safetensors").write_bytes(b"later")
+    with (
+        Reading({folder: DATA}, known=[loaded]) as reading,
+        pytest.raises(CheckpointError, match=r"b\.safetensors was changed meanwhile"),
     ):
         reading.finish()
 

@@ -29,7 +29,7 @@ from nemoquant.engine.generate import Drafts, Sampler, generate
 from nemoquant.engine.load import load_engine
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.targets import Gpu
-from nemoquant.errors import EngineError, NemoquantError, UsageError
+from nemoquant.errors import CheckpointError, EngineError, NemoquantError, UsageError
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (extra: rtx)"
@@ -236,7 +236,7 @@ def test_a_diff_asks_before_it_computes(
     loaded: Callable[..., tuple[gpu.TensorRTEngine, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine, folder = loaded("fp8")
-    monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments: engine)
+    monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments, **named: engine)
     arguments: dict[str, Any] = {"engine": "trt", "rows": 2, "card": False, "threads": 1}
     with pytest.raises(
         UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"
@@ -292,6 +292,23 @@ def test_refusals(
             "trt", file, demo("fp8"), GPU, tmp_path / "no.so" if changed.get("plugins") else None, on="cpu"
         )
     check_parts(parts, str(error.value))
+
+
+def test_shards_that_change_while_an_engine_gets_them(
+    demo: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without weights is refitted from the shards."""
+    folder = copied(demo("fp8"))
+
+    def refitted(file: Path, folder: Path, *given: Any) -> None:  # noqa: ARG001
+        with next(folder.glob("*.safetensors")).open("ab") as f:
+            f.write(b"x")
+
+    monkeypatch.setattr(targets.Target, "package", lambda self: stand_in((64, 3)))
+    monkeypatch.setattr(gpu, "Session", refitted)
+    file = write_engine(tmp_path / "model.engine", folder, strip_weights=True)
+    with pytest.raises(CheckpointError, match=r"safetensors changed since the checkpoint was read"):
+        gpu.TensorRTEngine("trt", file, folder, GPU, on="cpu")
 
 
 def test_refusals_of_the_command_line(

@@ -13,9 +13,7 @@ from support.tampering import sign
 
 from nemoquant.engine.base import Step
 from nemoquant.engine.generate import Drafts, Sampler, generate
-from nemoquant.engine.onnxruntime import OnnxRuntimeEngine
 from nemoquant.engine.torch import TorchEngine
-from nemoquant.errors import UsageError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed (extra: ort)"
@@ -144,7 +142,11 @@ def test_drafts_change_nothing(count: int, wrong: set[int]) -> None:
     assert 0 <= drafts.accepted <= drafts.drafted
 
 
-def test_refusals(folder: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
+def test_refusals(
+    folder: Path, copied: Callable[..., Path], tmp_path: Path, unread: Callable[[], None]
+) -> None:
+    """All of them before a shard is read."""
+    unread()
     assert "the prompt holds no tokens" in run(folder, prompt="", code=2).stderr
     assert "leave out --temperature" in run(folder, "--mtp", 1, "--temperature", 1, code=2).stderr
     for value in (-1, "nan"):
@@ -155,11 +157,11 @@ def test_refusals(folder: Path, copied: Callable[..., Path], tmp_path: Path) -> 
     bare = copied(folder, graphs=False)
     assert "nemoquant export onnx" in run(bare, "--engine", "onnxruntime", code=2).stderr
     (bare / "tokenizer.json").unlink()
-    assert "tokenizer.json does not exist" in run(bare, code=2).stderr
-    with pytest.raises(UsageError, match="has no multi-token prediction here; export with --mtp"):
-        engine_without = OnnxRuntimeEngine(copied(folder, "no mtp"))
-        engine_without.has_mtp = False
-        list(generate(engine_without, [1], max_tokens=1, stop=set(), sampler=Sampler(), mtp=1))
+    assert "tokenizer.json is missing; the manifest lists it" in run(bare, code=2).stderr
+    without = copied(folder, "no mtp")
+    (without / "mtp.onnx").unlink()
+    refused = run(without, "--engine", "onnxruntime", "--mtp", 1, code=2).stderr
+    assert "has no multi-token prediction here; export with --mtp" in refused
 
 
 def test_chat_goes_through_the_template(folder: Path, copied: Callable[..., Path]) -> None:

@@ -86,6 +86,12 @@ def test_facts_that_are_no_record(text, engine):
         engine.written(text)
 
 
+def test_a_manifest_whose_blob_is_missing(engine, tmp_path):
+    (tmp_path / "source/nemoquant.json").symlink_to("../../blobs/0123")
+    with pytest.raises(CheckpointError, match=r"nemoquant\.json is a link that leads nowhere; download"):
+        engine()
+
+
 # The metadata of a graph.
 
 

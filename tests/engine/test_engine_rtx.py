@@ -91,12 +91,22 @@ def refused(*arguments: object, parts: list[str], code: int = 2) -> None:
     check_parts(parts, command("export", "trt", "--target", "rtx", *arguments, code=code).stderr)
 
 
-def test_refusals(demo: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path) -> None:
-    fp8, nvfp4, out = demo("fp8"), demo("nvfp4"), tmp_path / "e"
+def test_refusals(
+    demo: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unread: Callable[[], None],
+) -> None:
+    """All of them before a shard is read."""
+    monkeypatch.setattr("nemoquant.engine.targets.find_gpu", lambda: None)
+    fp8, nvfp4, out, mxfp8 = demo("fp8"), demo("nvfp4"), tmp_path / "e", demo("mxfp8")
+    unread()
+    refused(fp8, out, parts=["--sm is needed where no GPU is found"])
     for sm in (90, 100, 103):
         refused(fp8, out, "--sm", sm, parts=[f"--sm {sm}", "data-centre", "--target trt"])
     refused(fp8, out, "--sm", 70, parts=["--sm 70", "75, 80, 86, 89, 120, 121"])
-    refused(demo("mxfp8"), out, "--sm", 80, parts=["holds MXFP8", "from SM 89 on"])
+    refused(mxfp8, out, "--sm", 80, parts=["holds MXFP8", "from SM 89 on"])
     refused(nvfp4, out, "--sm", 89, parts=["holds NVFP4", "from SM 100 on"])
     refused(fp8, out, "--sm", 86, parts=["holds FP8", "from SM 89 on"])
     refused(fp8, tmp_path / "no/e", "--sm", 89, parts=["is not a folder"])
@@ -108,14 +118,18 @@ def test_refusals(demo: Callable[[str], Path], copied: Callable[..., Path], tmp_
         (tmp_path / name).unlink()
     lacking = copied(fp8)
     next(lacking.glob("*.safetensors")).unlink()
-    refused(lacking, out, "--sm", 89, parts=["is missing; the manifest lists it", "copy it there again"])
+    refused(lacking, out, "--sm", 89, parts=["does not exist, but model.safetensors.index.json names it"])
     assert not list(tmp_path.glob("e*"))
 
 
 def test_without_the_extra(
-    demo: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unread: Callable[[], None],
 ) -> None:
     folder = demo("fp8")
+    unread()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     refused(folder, tmp_path / "e", "--sm", 89, parts=["pip install 'nemoquant[rtx]'"], code=3)
     assert not list(tmp_path.iterdir())

@@ -487,6 +487,7 @@ def test_without_the_extra(
 ) -> None:
     folder = quantized()
     monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("nemoquant.graph", sys.modules["nemoquant.graph"])  # put back with what is in it
     for name in [n for n in sys.modules if n.startswith("nemoquant.graph")]:
         monkeypatch.delitem(sys.modules, name)
     refused(folder, parts=["extra `onnx`", "pip install 'nemoquant[onnx]'"], code=3)
@@ -659,17 +660,22 @@ def test_constants_may_not_point_out_of_the_folder(inside: str, unsigned: Path) 
         OnnxRuntimeEngine(folder)
 
 
-def test_some_layers_are_no_model(quantized: Callable[..., Path]) -> None:
+def test_some_layers_are_no_model(quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = quantized()
     for layers in ((0, 4), (4, 10), (3, 4)):
         export_onnx(folder, layers=layers)
+        monkeypatch.setattr("nemoquant.engine.onnxruntime.hash_once", None)  # refused before a shard is read
         with pytest.raises(UsageError, match="holds some layers only; export the whole model"):
             OnnxRuntimeEngine(folder)
 
 
-def test_onnxruntime_missing(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_missing(
+    demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, unread: Callable[[], None]
+) -> None:
+    folder = demo("nvfp4")
+    unread()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = nemoquant("generate", demo("nvfp4"), "--prompt", "Once", "--engine", "onnxruntime", code=3)
+    result = nemoquant("generate", folder, "--prompt", "Once", "--engine", "onnxruntime", code=3)
     assert "extra `ort`" in result.stderr
 
 

@@ -1,6 +1,7 @@
 """A damaged checkpoint is never computed with: every verb that would, one kind of damage after another."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from support.files import edit_json, tree
 from support.pack_oracle import read
 from support.tampering import overwrite, sign
 
-from nemoquant.api import diff, export_onnx, verify
+from nemoquant.api import diff, export_engine, export_onnx, verify
 from nemoquant.checkpoint import intact, manifest
 from nemoquant.checkpoint.manifest import FILE
+from nemoquant.engine.build import BuiltEngine
 from nemoquant.errors import CheckpointError
 from nemoquant.evaluate import card
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -30,6 +32,11 @@ def flipped(out: Path, name: str, at: int) -> None:
     (out / name).write_bytes(raw)
 
 
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("../../blobs/0123")
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "bits of a weight": lambda out: overwrite(out, WEIGHT, lambda data: bytes(b ^ 128 for b in data)),
     "one bit at the end": lambda out: flipped(out, SHARD, -1),
@@ -42,6 +49,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a shard that is cut": lambda out: (out / SHARD).write_bytes((out / SHARD).read_bytes()[:-1]),
     "no shard": lambda out: (out / SHARD).unlink(),
     "the manifest": lambda out: flipped(out, FILE, 100),
+    "a manifest whose blob is missing": lambda out: dangling(out / FILE),
 }
 
 
@@ -86,6 +94,28 @@ def test_every_verb_refuses_every_damage(
         assert str(out) in line or SHARD in line, (what, line)
         assert result.stdout == "", "nothing was computed"
         assert tree(tmp_path) == before, f"{what}: no report, no card, no graph, no folder"
+
+
+SMALL = {
+    "norm_eps": "config.json",
+    "hf_quant_config": "hf_quant_config.json",
+    "the index": "model.safetensors.index.json",
+    "the tokenizer": "tokenizer.json",
+    "scales": "nemoquant_scales.json",
+}
+
+
+@pytest.mark.parametrize("what", SMALL)
+def test_damage_of_a_small_file_is_called_damage(
+    what: str, demo: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
+    """Not by what it would lead to, such as a tokenizer that can't be read."""
+    out = copied(demo("nvfp4"))
+    DAMAGE[what](out)
+    for verb in (("inspect", out), ("generate", out, "--prompt", "x")):
+        refusal(
+            *verb, parts=[f"{out} is damaged: {SMALL[what]} was changed: its sha256 is not the manifest's"]
+        )
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -171,6 +201,76 @@ def test_export_reads_the_shards_once(
     assert verify(out)["ok"] and SHARD in hashed, "verify always reads"
 
 
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The shards that are hashed, in their order."""
+    paths: list[Path] = []
+    whole = intact.file_sha256
+
+    def noted(path: Path, count: Any) -> str:
+        if path.name == SHARD:
+            paths.append(path)
+            time.sleep(0.1)  # long enough to be seen
+        return whole(path, count)
+
+    monkeypatch.setattr(intact, "file_sha256", noted)
+    return paths
+
+
+def test_a_copy_is_not_hashed_again(
+    demo: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, hashed: list[Path]
+) -> None:
+    out = copied(demo("nvfp4"))
+    export_onnx(out, tmp_path / "made")
+    assert hashed == [out / SHARD]
+    assert verify(tmp_path / "made")["ok"]
+
+
+def test_a_diff_with_an_engine_reads_the_shards_once(
+    demo: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hashed: list[Path],
+) -> None:
+    """To load the engine, in sight, and not a second time in the background."""
+    monkeypatch.setattr(intact, "SHOWN_EVERY", 0.001)
+    source, out, rows, stages = demo("bf16"), copied(demo("nvfp4")), tmp_path / "few.npy", []
+    np.save(rows, np.random.default_rng(0).integers(3, 90, (1, 8)))
+    hashed.clear()
+    diff(source, out, data=rows, engine="onnxruntime", progress=lambda *given: stages.append(given[0]))
+    assert (hashed, stages[0]) == ([out / SHARD], "hash")
+
+
+def test_the_export_of_an_engine_shows_that_it_hashes(
+    demo: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hashed: list[Path],
+) -> None:
+    """Once for both of its parts."""
+    monkeypatch.setattr(intact, "SHOWN_EVERY", 0.001)
+    out, seen = copied(demo("nvfp4"), graphs=False), []
+
+    def built(*given: Any, ready: Callable[[], None], mtp: bool = False) -> BuiltEngine:  # noqa: ARG001
+        ready()
+        return BuiltEngine(b"engine", {"part": "mtp" if mtp else "main"})
+
+    monkeypatch.setattr("nemoquant.engine.export.build", built)
+    export_engine(
+        out,
+        tmp_path / "e",
+        target="rtx",
+        sm=120,
+        mtp=True,
+        say=seen.append,
+        progress=lambda *x: seen.append(x[0]),
+    )
+    assert hashed == [out / SHARD]
+    assert seen[0].startswith(f"{out}: reading its shards, ") and set(seen[1:]) == {"hash"}
+
+
 @pytest.mark.parametrize("name", [SHARD, "config.json", FILE])
 def test_nothing_is_signed_into_a_folder_that_changed_meanwhile(
     name: str, demo: Callable[[str], Path], copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -214,6 +314,33 @@ def test_a_card_is_not_written_into_a_folder_that_changed_meanwhile(
     (warning,) = diff(demo("bf16"), out, data=token_rows).warnings
     assert warning.startswith(f"{out}: {SHARD} changed since the checkpoint was read; nothing was written")
     assert "not measured" in (out / "README.md").read_text()
+
+
+def test_shards_that_change_after_they_were_hashed(
+    demo: Callable[[str], Path], copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a session reads them; and later, because it has them mapped."""
+    from nemoquant.engine import onnxruntime
+
+    out, tokens = copied(demo("nvfp4")), np.array([[5, 6]])
+    engine = onnxruntime.OnnxRuntimeEngine(out, 1)
+    step = engine.forward(tokens)
+    flipped(out, SHARD, -3)
+    changed = f"{SHARD} changed since the checkpoint was read"
+    with pytest.raises(CheckpointError, match=changed):
+        engine.forward(tokens)
+    with pytest.raises(CheckpointError, match=changed):
+        engine.draft(tokens, step.hidden)
+    flipped(out, SHARD, -3)
+    graph = onnxruntime.Graph
+
+    def reads_another(path: Path, threads: int) -> Any:
+        flipped(path.parent, SHARD, -3)
+        return graph(path, threads)
+
+    monkeypatch.setattr(onnxruntime, "Graph", reads_another)
+    with pytest.raises(CheckpointError, match=changed):
+        onnxruntime.OnnxRuntimeEngine(out, 1)
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
