@@ -101,7 +101,7 @@ def test_what_a_batch_takes_is_what_was_promised(large):
     """
     config = parse_config(CONFIG)
     table = []
-    for kind, rows, length, dtype, peak in child(LAYERS, large, json.dumps([(4, 512), (1, 2048)])):
+    for kind, rows, length, dtype, peak in child(LAYERS, large, json.dumps([(2, 512), (1, 1024)])):
         batch = Batch(rows, length, dtype)
         converted = weight_bytes(config, batch.item_size) - weight_bytes(config, 2)
         table.append(

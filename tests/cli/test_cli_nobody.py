@@ -40,16 +40,18 @@ def run(folder: Path, *arguments: object, home: str | None = None, code: int = 0
     return done.stdout + done.stderr
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "temporary").mkdir()
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests: kernels are compiled in the first."""
+    folder = tmp_path_factory.mktemp("nobody")
+    (folder / "temporary").mkdir()
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "/dev/null/nonexistent"], ids=["no home", "a home that is none"])
-def test_verbs_that_compute(home, folder, source, token_rows):
-    out = folder / "out"
+def test_verbs_that_compute(home, folder, source, token_rows, tmp_path):
+    out = tmp_path / "out"
     run(folder, "quantize", source, out, "--fmt", "nvfp4", "--calib", token_rows, home=home)
     assert list((folder / "temporary").glob("nemoquant-kernels-*/*/*.nbc")), "kernels are kept there"
     run(folder, "verify", out, "--against", source, home=home)
