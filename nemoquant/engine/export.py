@@ -13,7 +13,7 @@ from nemoquant.engine.build import BuiltEngine, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
-from nemoquant.files import replace_bytes, replace_text
+from nemoquant.files import why_not_written, write_named
 
 
 def export_engine(
@@ -36,6 +36,10 @@ def export_engine(
         NemoquantError: a file exists or can't be written; see ``build``. Nothing is left behind.
     """
     files = [out, *([mtp_file(out)] if mtp else [])]
+    for place in (facts_file(files[-1]), options.timing_cache):  # the longest name; what may be replaced
+        reason = None if place is None else why_not_written(place)
+        if reason:
+            raise OutputError(f"{place}: {reason}")
     for file in (name for engine in files for name in (engine, facts_file(engine))):
         if file.exists() or file.is_symlink():
             raise OutputError(
@@ -55,8 +59,8 @@ def export_engine(
         intact.check(manifest.read_manifest(path))
     try:
         for file, engine, known in zip(files, built, facts, strict=True):
-            replace_bytes(file, engine.data)
-            replace_text(facts_file(file), json.dumps(known, indent=1, sort_keys=True) + "\n")
+            write_named(file, engine.data)
+            write_named(facts_file(file), f"{json.dumps(known, indent=1, sort_keys=True)}\n".encode())
     except BaseException as error:
         for file in files:
             file.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
 """``nemoquant diff``: exit codes, which output goes where, escaped Markdown, the model card, the schema."""
 
 import json
+import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,25 @@ def test_files(run, quantized, tmp_path):
         "rows.npy",
         "source",
     ]
+
+
+def test_streams_are_written_to_and_stay_what_they_are(run, source, tmp_path):
+    """As root, a rename would put a file in the place of a device; here in that of a link to one."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(os.devnull)
+    with ThreadPoolExecutor(1) as reader:
+        piped = reader.submit(pipe.read_text)
+        run(source, "--no-card", "--markdown", pipe, "--html", link)
+        assert piped.result().startswith("# Accuracy of source")
+    assert pipe.is_fifo() and link.is_symlink()
+
+
+def test_a_file_of_the_user_beside_a_report_stays(run, source, tmp_path):
+    beside = tmp_path / "report.html.partial"
+    beside.write_text("of the user")
+    run(source, "--no-card", "--html", tmp_path / "report.html")
+    assert beside.read_text() == "of the user"
 
 
 def test_html(run, quantized, tmp_path):
