@@ -8,6 +8,7 @@
             TensorTableError                 tensors missing, extra or misshapen, all in one error
             WeightError                      NaN or Inf in weights
             SourceChangedError               a file that changed while it was read
+            UncomputableError                a quantized checkpoint decodes to, or computes, NaN or Inf
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
@@ -69,6 +70,10 @@ class WeightError(CheckpointError):
 
 
 class SourceChangedError(CheckpointError):
+    pass
+
+
+class UncomputableError(CheckpointError):
     pass
 
 

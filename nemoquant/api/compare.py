@@ -9,7 +9,7 @@ from nemoquant import arguments
 from nemoquant.arguments import PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import ENGINES, EngineName
-from nemoquant.errors import NemoquantError, UsageError, listing
+from nemoquant.errors import NemoquantError, UncomputableError, UsageError, listing
 from nemoquant.formats import Device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.progress import Progress
@@ -88,6 +88,7 @@ def diff(
     from nemoquant.engine.load import load_engine
     from nemoquant.evaluate.candidate import CandidateCheckpoint
     from nemoquant.evaluate.card import update_card
+    from nemoquant.evaluate.engines import check_engines
     from nemoquant.evaluate.reference import check_cache
     from nemoquant.evaluate.run import diff as compare
 
@@ -113,6 +114,7 @@ def diff(
                 load_engine(engine, path, threads, file, library)
                 for path, file in zip(paths, given, strict=True)
             ]
+            check_engines(engines, tokens.ids.shape[1])
         report = stack.enter_context(bars)
         signed = {side.path: side.manifest for side in sides if side.manifest is not None}
         reading = stack.enter_context(Reading(signed))
@@ -123,8 +125,11 @@ def diff(
 
         try:
             found = compare(opened, sides, tokens, cache, computed, engines=engines, device=device)
+        except UncomputableError:
+            reading.finish(report)  # damage is the better explanation
+            raise
         except NemoquantError:
-            reading.finish(report)  # damage is the better explanation of what could not be computed
+            reading.check()
             raise
         intact = reading.finish(report)
     warnings = list(tokens.warnings)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.errors import CheckpointError, WeightError
+from nemoquant.errors import UncomputableError, WeightError
 from nemoquant.evaluate.candidate import CandidateCheckpoint, ModuleSpec
 from nemoquant.evaluate.layers import SEGMENT, Energy
 from nemoquant.evaluate.schema import Experts, Module, Quantized
@@ -71,7 +71,7 @@ def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> Noise:
 
     Raises:
         WeightError: the source's tensor has NaN or Inf.
-        CheckpointError: the candidate's tensor decodes to NaN or Inf.
+        UncomputableError: the candidate's tensor decodes to NaN or Inf.
     """
     source = candidate.source.checkpoint
     assert source is not None
@@ -87,7 +87,7 @@ def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> Noise:
             f"{source.path}: {spec.name} has NaN or Inf; expected finite weights, is the source damaged?"
         )
     if not math.isfinite(noise.error):
-        raise CheckpointError(
+        raise UncomputableError(
             f"{candidate.path}: {spec.name} decodes to NaN or Inf; an engine would compute with that, "
             f"quantize again"
         )

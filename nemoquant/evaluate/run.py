@@ -19,10 +19,10 @@ from torch import Tensor
 from nemoquant._version import __version__
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.engine.base import Engine
-from nemoquant.errors import CheckpointError, listing
+from nemoquant.errors import UncomputableError, listing
 from nemoquant.evaluate import schema
 from nemoquant.evaluate.candidate import CandidateCheckpoint
-from nemoquant.evaluate.engines import check_engines, run_engines
+from nemoquant.evaluate.engines import run_engines
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
@@ -84,9 +84,9 @@ class Side:
         return counts
 
     def check_finite(self, where: str, *energies: Energy) -> None:
-        """Raises CheckpointError at NaN or Inf, which a report cannot hold."""
+        """Raises UncomputableError at NaN or Inf, which a report cannot hold."""
         if not all(energy.finite for energy in energies):
-            raise CheckpointError(
+            raise UncomputableError(
                 f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would "
                 f"too, no figure can be given: "
                 "look at its scales there, or calibrate again"
@@ -113,7 +113,6 @@ def diff(
     Raises:
         NemoquantError: see ``reference.stream``; or a candidate produces NaN.
     """
-    check_engines(engines, rows.ids.shape[1])
     config, on = source.config, torch_device(device)
     sides = [Side(candidate, on) for candidate in candidates]
     steps = len(config.layers) + 2
@@ -127,6 +126,7 @@ def diff(
             what = (
                 "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
             )
+            origin.passed("begin" if stage.layer is None else stage.layer)
             for number, side in enumerate(sides):
                 progress(
                     "diff", done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}"
@@ -135,7 +135,7 @@ def diff(
                     _embedding(side, rows, stage)
                 else:
                     _layer(side, source, before, stage, what)
-            origin.passed("begin" if stage.layer is None else stage.layer)
+            origin.check_unchanged()
             before = stage.hidden
         origin.passed("norm", "head", "mtp")
     heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
@@ -147,6 +147,7 @@ def diff(
     runs = run_engines(engines, rows, heads[0], heads[1:], report_share) if engines else [None] * len(sides)
     for side, energy in zip(sides, energies, strict=True):
         _head_modules(side, source, before, energy)
+    origin.check_unchanged()
     progress("diff", steps * len(sides), steps * len(sides), "done")
     reference = _reference(source, own.perplexity, acceptance[0])
     return schema.Report(

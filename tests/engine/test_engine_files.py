@@ -239,9 +239,13 @@ def test_a_diff_asks_before_it_computes(
     engine, folder = loaded("fp8")
     monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments: engine)
     arguments: dict[str, Any] = {"engine": "trt", "rows": 2, "card": False, "threads": 1}
-    with pytest.raises(
-        UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"
+        ),
     ):
+        patch.setattr("nemoquant.checkpoint.intact.Reading", lambda *_: pytest.fail("it reads shards first"))
         nemoquant.diff(DEMO, [folder], seq_len=65, engine_files=[tmp_path / "model.engine"], **arguments)
     with pytest.raises(UsageError, match="2 engine files for 1 checkpoints"):
         nemoquant.diff(DEMO, [folder], seq_len=16, engine_files=["a", "b"], **arguments)
