@@ -14,6 +14,7 @@ from nemoquant.formats import Device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.progress import Progress
 from nemoquant.sources.source import open_weights
+from nemoquant.words import as_utf8, plain
 
 if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
@@ -95,8 +96,8 @@ def diff(
     with ExitStack() as stack:
         stack.enter_context(torch_threads(threads or usable_threads()))
         stack.enter_context(opened.checkpoint)
-        names = [p.resolve().name for p in paths]
-        names = names if len(set(names)) == len(names) else [str(p) for p in paths]
+        names = [as_utf8(p.resolve().name) for p in paths]
+        names = names if len(set(names)) == len(names) else [as_utf8(p) for p in paths]
         sides = [CandidateCheckpoint(path, opened, name) for path, name in zip(paths, names, strict=True)]
         for side in sides:
             stack.enter_context(side.checkpoint)
@@ -135,7 +136,7 @@ def diff(
     warnings = list(tokens.warnings)
     if card:
         warnings += [
-            w
+            plain(w)
             for path, measured in zip(paths, found.candidates, strict=True)
             if path in intact
             for w in update_card(intact[path], measured, found)

@@ -14,6 +14,7 @@ from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
 from nemoquant.files import why_not_written, write_named
+from nemoquant.words import as_utf8
 
 
 def export_engine(
@@ -75,9 +76,9 @@ def _facts(path: Path, file: Path, engine: BuiltEngine, mtp: bool) -> dict[str, 
     return {
         "schema": SCHEMA,
         **engine.facts,
-        "checkpoint": path.resolve().name,
-        "file": file.name,
+        "checkpoint": as_utf8(path.resolve().name),
+        "file": as_utf8(file.name),
         "bytes": len(engine.data),
         "sha256": hashlib.sha256(engine.data).hexdigest(),
-        "mtp": mtp_file(file).name if mtp and engine.facts["part"] == "main" else None,
+        "mtp": as_utf8(mtp_file(file).name) if mtp and engine.facts["part"] == "main" else None,
     }

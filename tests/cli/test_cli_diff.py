@@ -262,6 +262,21 @@ def test_names_are_no_markup(name, run, quantized):
     assert report["candidates"][0]["name"] == name, "the data has the name as it is"
 
 
+def test_names_that_are_no_utf8(run, source, quantized, tmp_path):
+    """Linux takes any bytes; a report is UTF-8, and is not lost after all the work."""
+    out, reference = (
+        folder.rename(tmp_path / os.fsdecode(name))
+        for folder, name in ((quantized("nvfp4"), b"out\xff"), (source, b"src\xfe"))
+    )
+    (out / "README.md").write_text("edited: a warning names it")
+    files = {kind: tmp_path / kind for kind in ("html", "json", "markdown")}
+    run(out, *(x for kind, path in files.items() for x in (f"--{kind}", path)), of=reference)
+    report = json.loads(files["json"].read_text())
+    assert (report["candidates"][0]["name"], report["reference"]["name"]) == ("out\\udcff", "src\\udcfe")
+    assert "out\\udcff/README.md was edited" in report["warnings"][0]
+    assert r"out\\udcff" in files["markdown"].read_text() and "udcff" in files["html"].read_text()
+
+
 def test_a_data_file_is_no_markup(run, quantized, token_rows):
     data = token_rows.rename(token_rows.with_name("a`b|c<i>.npy"))
     out = quantized("nvfp4-w4a16")
