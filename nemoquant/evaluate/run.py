@@ -30,7 +30,6 @@ from nemoquant.evaluate.modules import (
     EFFECT_ROWS,
     ModuleNoise,
     effects,
-    lost_to_outliers,
     sample,
     weight_noise,
 )
@@ -67,9 +66,9 @@ class Side:
         for module in self.candidate.modules:
             if module.layer == layer and (layer is not None or module.role in roles):
                 noise = ModuleNoise(module)
-                noise.weights = [weight_noise(self.candidate, spec) for spec in module.specs]
-                for spec, found in zip(module.specs, noise.weights, strict=True):
-                    lost = lost_to_outliers(self.candidate, spec, found)
+                for spec in module.specs:
+                    found, lost = weight_noise(self.candidate, spec)
+                    noise.weights.append(found)
                     if lost is not None:
                         self.lost[spec.module] = lost
                 noises.append(noise)
@@ -325,9 +324,14 @@ def _candidate(
     changed += [
         s.name
         for s in mtp
-        if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error
+        if candidate.stored[s.name].format == "source" and weight_noise(candidate, s)[0].error
     ]
-    warnings = [*candidate.warnings, *lost_warnings(side.lost)]
+    lost_formats = {
+        spec.module: stored.format
+        for spec in candidate.table
+        if (stored := candidate.stored.get(spec.name)) is not None and stored.format != "source"
+    }
+    warnings = [*candidate.warnings, *lost_warnings(side.lost, lost_formats)]
     if changed:
         warnings.append(
             f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}"
