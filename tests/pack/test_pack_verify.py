@@ -72,6 +72,11 @@ def test_fresh_output_passes(preset, fitting, quantized):
     assert alone["checked"]["scales"] == checked["scales"] > 0
 
 
+def test_nothing_is_counted_that_verify_does_not_tell(source, out, monkeypatch):
+    monkeypatch.setattr("nemoquant.pack.encode.lost_to_scale", lambda *_: pytest.fail("it counts"))
+    assert verify(out, source)["ok"]
+
+
 def test_several_shards_pass(source, quantized):
     out = quantized("nvfp4", shard_bytes=20_000)
     assert command(out, "--against", source)[0] == 0
