@@ -80,6 +80,14 @@ def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
     )
 
 
+def rounds(text: str) -> int:
+    """``--rounds``: a median needs at least one."""
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
 def machine() -> str:
     """CPU, cores and memory, as a line for the results."""
     info = Path("/proc/cpuinfo").read_text()

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.measure import machine, run
+from bench.measure import machine, rounds, run
 
 RECIPES = Path(__file__).parent / "recipes"
 PEERS = Path(__file__).parent / "peer"
@@ -134,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--modelopt", metavar="PYTHON")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=rounds, default=3)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     args = parser.parse_args()

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from bench.measure import machine, run
+from bench.measure import machine, rounds, run
 from bench.peers import prepare
 
 BUFFER = 8 << 20
@@ -69,7 +69,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=rounds, default=3)
     parser.add_argument("--recipe", default="nvfp4-w4a16", help="one that needs no calibration")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""What care costs: the share of hashes of the source in a run's processor time, of fsync in its wall time.
+"""What care costs: hashes of the source, and the count of what weights lose to their scale, as shares of a
+run's processor time; fsync of its wall time. (The sha256 of what is written is not counted: it is part of the
+output.)
 
 python -m bench.checkpoints SRC            1.6 GB
 python -m bench.safety SRC [--rounds 3] [--folder FOLDER]
@@ -19,7 +21,7 @@ from statistics import median
 
 import numpy as np
 
-from bench.measure import machine
+from bench.measure import machine, rounds
 
 JOBS = {
     "packing alone (nvfp4-w4a16)": ["--recipe", "nvfp4-w4a16"],
@@ -28,9 +30,9 @@ JOBS = {
 TIMED = """
 import json, os, resource, sys, threading, time
 from nemoquant.checkpoint import identity
-from nemoquant.pack import encode
+from nemoquant.pack import encode, verify
 
-spent, lock = {"hashes": 0.0, "fsync": 0.0}, threading.Lock()
+spent, lock = {"hashes": 0.0, "counts": 0.0, "fsync": 0.0}, threading.Lock()
 
 def timed(name, clock, function):
     def call(*arguments):
@@ -41,7 +43,9 @@ def timed(name, clock, function):
         return result
     return call
 
-encode.piece_hash = timed("hashes", time.thread_time, encode.piece_hash)
+for module in (encode, verify):  # each has the name for itself
+    module.piece_hash = timed("hashes", time.thread_time, module.piece_hash)
+encode.lost_to_scale = timed("counts", time.thread_time, encode.lost_to_scale)
 identity.hash_unit = timed("hashes", time.thread_time, identity.hash_unit)
 os.fsync = timed("fsync", time.monotonic, os.fsync)
 begin, results = time.monotonic(), sys.argv.pop(1)
@@ -59,12 +63,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=rounds, default=3)
     parser.add_argument("--folder", type=Path, help="for the outputs; a temporary folder where none is given")
     args = parser.parse_args()
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}, medians of {args.rounds}\n")
-    print("| job | wall | processor | hashes, of processor time | fsync, of wall time |")
-    print("|---|---:|---:|---:|---:|")
+    print(
+        "| job | wall | processor | hashes, of processor time | lost values, the same | fsync, of wall time |"
+    )
+    print("|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         vocabulary = json.loads((args.source / "config.json").read_text())["vocab_size"]
@@ -73,9 +79,12 @@ def main() -> None:
             given = [str(folder / "rows.npy") if option == "ROWS" else option for option in options]
             found = [_run(args.source, folder, given) for _ in range(args.rounds + 1)][1:]
             wall, cpu = (median(run[key] for run in found) for key in ("wall", "cpu"))
-            hashes = median(run["hashes"] / run["cpu"] for run in found)
+            hashes, counts = (median(run[key] / run["cpu"] for run in found) for key in ("hashes", "counts"))
             fsync = median(run["fsync"] / run["wall"] for run in found)
-            print(f"| {job} | {wall:.2f} s | {cpu:.2f} s | {hashes:.1%} | {fsync:.1%} |", flush=True)
+            print(
+                f"| {job} | {wall:.2f} s | {cpu:.2f} s | {hashes:.1%} | {counts:.1%} | {fsync:.1%} |",
+                flush=True,
+            )
 
 
 def _run(source: Path, folder: Path, options: list[str]) -> dict[str, float]:

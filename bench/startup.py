@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench.measure import machine
+from bench.measure import machine, rounds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=rounds, default=20)
     args = parser.parse_args()
     tool = shutil.which("nemoquant", path=str(Path(sys.executable).parent)) or "nemoquant"
     commands = {"python -c pass": [sys.executable, "-c", "pass"], "nemoquant --help": [tool, "--help"]}

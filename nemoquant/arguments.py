@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import UsageError, brief
+from nemoquant.files import MOST_NAME
 
 MOST_THREADS = 1024
 MOST_WHOLE = (1 << 31) - 1  # of rows, tokens, sequences
 MOST_BYTES = (1 << 63) - 1  # no file and no memory has more
 MOST_SEED = (1 << 64) - 1
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures; with others, logits overflow or vanish
-MOST_PATH, MOST_NAME = 4096, 255  # bytes: Linux takes no longer path, and most disks no longer name in it
+MOST_PATH = 4096  # bytes: Linux takes no longer path
 PathLike = str | os.PathLike[str]
 
 

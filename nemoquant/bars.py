@@ -43,11 +43,16 @@ def _automatic() -> Iterator[Progress]:
                 yield report
         else:
             yield _plain()
-    elif sys.stderr.isatty():
+    elif _terminal():
         with _bars() as report:
             yield report
     else:
         yield no_progress
+
+
+def _terminal() -> bool:
+    """Whether standard error is a terminal; a process may have none at all (``2>&-``, a service)."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextmanager
@@ -57,9 +62,9 @@ def progress_bars(quiet: bool) -> Iterator[Progress]:
     On a terminal it draws bars; elsewhere it prints a plain line a stage when that is over, and one a minute
     before.
     """
-    if quiet:
+    if quiet or sys.stderr is None:
         yield no_progress
-    elif not sys.stderr.isatty():
+    elif not _terminal():
         yield _plain()
     else:
         with _bars() as report:

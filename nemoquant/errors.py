@@ -8,6 +8,7 @@
             TensorTableError                 tensors missing, extra or misshapen, all in one error
             WeightError                      NaN or Inf in weights
             SourceChangedError               a file that changed while it was read
+            UncomputableError                a quantized checkpoint decodes to, or computes, NaN or Inf
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
@@ -18,6 +19,8 @@
     KeyboardInterrupt               exit 130 Ctrl-C; Python's own, the command line gives it this exit code
         Interrupted                 exit 130 the same, and says what is left of the run and how to resume it
                                              SIGTERM and SIGHUP end a command alike, with 143 and 129
+    OSError                         exit 2   of the disk or the system, where nothing better is said
+    any other exception             exit 70  an error of nemoquant's own or of a library: a traceback
 
 A message names the thing, what was got, what was expected, and what to do, in that order. It may repeat text
 from files, whatever that is: as a str it is one printable line, not too long (``words.py``).
@@ -28,6 +31,8 @@ from reprlib import Repr
 from typing import Any
 
 from nemoquant.words import MOST_NAME, message, plain
+
+UNFORESEEN = 70  # exit code; EX_SOFTWARE of sysexits.h
 
 
 class NemoquantError(Exception):
@@ -69,6 +74,10 @@ class WeightError(CheckpointError):
 
 
 class SourceChangedError(CheckpointError):
+    pass
+
+
+class UncomputableError(CheckpointError):
     pass
 
 

@@ -23,6 +23,9 @@ MOST_ENTRIES = 1_000_000  # of lists and objects in a JSON file; real ones have 
 MOST_TABLE_ENTRIES = 4_000_000  # where each tensor of a large model, or each token, has some
 MOST_DEPTH = 64  # of lists and objects in each other; no file has ten. Deeper ones would exhaust the stack
 COPY_BYTES = 8 << 20
+MOST_NAME = 255  # bytes: most disks take no longer name
+# Ends the name under which a file that a user named is written first: nobody has a file of their own there.
+UNFINISHED = ".nemoquant-partial"
 
 
 def open_regular(path: Path, *, follow: bool = True, write: bool = False) -> int:
@@ -230,12 +233,15 @@ def open_own(path: Path) -> int:
     return handle
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
+def replace_bytes(path: Path, data: bytes, half: str = ".partial") -> None:
     """Write a file whole or not at all: first under another name in its folder, then renamed.
 
     A symbolic link under either name is replaced, never followed.
+
+    Args:
+        half: end of the other name.
     """
-    partial = path.parent / (path.name + ".partial")
+    partial = path.parent / (path.name + half)
     try:
         write_again(partial, data)
         rename(partial, path)
@@ -248,6 +254,37 @@ def replace_bytes(path: Path, data: bytes) -> None:
 def replace_text(path: Path, text: str) -> None:
     """:func:`replace_bytes` of UTF-8."""
     replace_bytes(path, text.encode("utf-8"))
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a character device or a pipe, or a link to one: ``/dev/null``, ``/dev/stdout``."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
+def why_not_written(path: Path) -> str | None:
+    """Why :func:`write_named` must not write a file, said before the work; None where it may."""
+    if len(os.fsencode(path.name)) + len(UNFINISHED) > MOST_NAME:
+        return f"its name is too long; expected at most {MOST_NAME - len(UNFINISHED)} bytes"
+    if is_stream(path):
+        return None if os.access(path, os.W_OK) else "it can't be written; choose another place"
+    if path.is_symlink():
+        return "it is a link, which would be replaced; name the file that it leads to"
+    if path.exists() and not path.is_file():
+        return "it is no file; expected a file, a pipe or a device such as /dev/null"
+    return None
+
+
+def write_named(path: Path, data: bytes) -> None:
+    """Write a file that a user named: replaced whole or not at all; what is a stream is written to."""
+    if is_stream(path):
+        with path.open("wb") as f:
+            f.write(data)
+    else:
+        replace_bytes(path, data, UNFINISHED)
 
 
 @contextmanager

@@ -56,6 +56,11 @@ def markdown_code(text: object) -> str:
     return f"`{line.replace('`', chr(39)).replace('|', '/')}`"
 
 
+def as_utf8(name: object) -> str:
+    """A file's name as it is, but that bytes that are no UTF-8 become visible: JSON and reports are UTF-8."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text

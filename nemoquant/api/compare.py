@@ -9,11 +9,12 @@ from nemoquant import arguments
 from nemoquant.arguments import PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import ENGINES, EngineName
-from nemoquant.errors import NemoquantError, UsageError, listing
+from nemoquant.errors import NemoquantError, UncomputableError, UsageError, listing
 from nemoquant.formats import Device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.progress import Progress
 from nemoquant.sources.source import open_weights
+from nemoquant.words import as_utf8, plain
 
 if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
@@ -88,6 +89,7 @@ def diff(
     from nemoquant.engine.load import load_engine
     from nemoquant.evaluate.candidate import CandidateCheckpoint
     from nemoquant.evaluate.card import update_card
+    from nemoquant.evaluate.engines import check_length
     from nemoquant.evaluate.reference import check_cache
     from nemoquant.evaluate.run import diff as compare
 
@@ -95,8 +97,8 @@ def diff(
         report = stack.enter_context(bars)
         stack.enter_context(torch_threads(threads or usable_threads()))
         stack.enter_context(opened.checkpoint)
-        names = [p.resolve().name for p in paths]
-        names = names if len(set(names)) == len(names) else [str(p) for p in paths]
+        names = [as_utf8(p.resolve().name) for p in paths]
+        names = names if len(set(names)) == len(names) else [as_utf8(p) for p in paths]
         sides = [CandidateCheckpoint(path, opened, name) for path, name in zip(paths, names, strict=True)]
         for side in sides:
             stack.enter_context(side.checkpoint)
@@ -110,8 +112,17 @@ def diff(
                     f"{len(given)} engine files for {len(paths)} checkpoints; expected one for each, in "
                     f"their order"
                 )
+            length = tokens.ids.shape[1]
             engines = [
-                load_engine(engine, path, threads, file, library, progress=report)
+                load_engine(
+                    engine,
+                    path,
+                    threads,
+                    file,
+                    library,
+                    progress=report,
+                    admit=lambda known: check_length(known, length),
+                )
                 for path, file in zip(paths, given, strict=True)
             ]
         signed = {side.path: side.manifest for side in sides if side.manifest is not None}
@@ -124,14 +135,17 @@ def diff(
 
         try:
             found = compare(opened, sides, tokens, cache, computed, engines=engines, device=device)
+        except UncomputableError:
+            reading.finish(report)  # damage is the better explanation
+            raise
         except NemoquantError:
-            reading.finish(report)  # damage is the better explanation of what could not be computed
+            reading.check()
             raise
         intact = reading.finish(report)
     warnings = list(tokens.warnings)
     if card:
         warnings += [
-            w
+            plain(w)
             for path, measured in zip(paths, found.candidates, strict=True)
             if path in intact
             for w in update_card(intact[path], measured, found)

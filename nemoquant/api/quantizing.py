@@ -240,9 +240,11 @@ def verify(
     Args:
         progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
     Returns:
-        ``{"ok", "problems", "warnings", "checked"}``.
+        ``{"ok", "problems", "warnings", "edited", "checked"}``; ``edited`` are files that may be edited and
+        were, such as the model card.
     Raises:
-        CheckpointError: the manifest, or the source, can't be used. UsageError
+        CheckpointError: the manifest, or the source, can't be used: it has NaN or Inf, or changes meanwhile.
+            UsageError
     """
     bars = shown(progress)
     folder, other = arguments.path("out", out), arguments.optional_path("against", against)

@@ -21,6 +21,7 @@ VERBS = {
     "doctor": "Show which engines can run here, and why the others can't.",
     "recipes": "List and show the shipped recipes.",
 }
+MAKING = ("quantize", "export", "plugins", "demo")  # after an interrupt these say what is kept
 
 
 class Verbs(click.Group):
@@ -51,8 +52,10 @@ class Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
-        from nemoquant.cli.ending import Ending
+        from nemoquant.cli.ending import Ending, open_streams
 
+        if args is None:
+            open_streams()
         with Ending(program=args is None) as ending:
             return super().main(args, *rest, obj=ending, **extra)
 
@@ -67,13 +70,19 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            ctx.obj.interrupted(error)
+            ctx.obj.interrupted(error, makes=ctx.invoked_subcommand in MAKING)
         except NemoquantError as error:
             ctx.obj.failed(str(error), error.exit_code)
         except OSError as error:  # an unforeseen error of disk or permissions: one line, not exit code 1
             if ctx.obj.signal is not None:  # such as of a terminal that is gone
-                ctx.obj.interrupted(error)
+                ctx.obj.interrupted(error, makes=ctx.invoked_subcommand in MAKING)
             ctx.obj.failed(str(error), 2)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise  # click's own ends: of usage, and of --help
+        except Exception as error:
+            if ctx.obj.signal is not None:  # what a library makes of it
+                ctx.obj.interrupted(error, makes=ctx.invoked_subcommand in MAKING)
+            ctx.obj.unforeseen(error)
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -90,5 +99,5 @@ def main() -> None:
       nemoquant diff MODEL OUT --html report.html
 
     \b
-    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 130 interrupted (SIGTERM 143, SIGHUP 129; `quantize --resume` goes on).
+    Exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 a missing extra, 70 an error of nemoquant's own, 130 interrupted (SIGTERM 143, SIGHUP 129; `quantize --resume` goes on).
     """  # noqa: E501  a paragraph of the help that click does not wrap

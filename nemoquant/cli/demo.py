@@ -28,7 +28,7 @@ def command(out: Path, rows: int) -> None:
     """Quantize the small trained model that comes with nemoquant with every preset, verify, and compare all
     with bf16.
 
-    Takes about a minute on two cores, needs no GPU and no download.
+    Takes one to two minutes on two cores, needs no GPU and no download.
 
     \b
     Examples:

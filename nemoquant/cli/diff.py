@@ -112,12 +112,12 @@ def command(
     """  # noqa: E501  help that click does not wrap
     from nemoquant import api
     from nemoquant.evaluate.conditions import Condition
-    from nemoquant.evaluate.report.files import check_files, write_files
+    from nemoquant.evaluate.report.files import CACHE, check_files, write_files
 
     conditions = [Condition.parse(text) for text in fail_if]
     to_stdout = str(json_file) == "-"
     files = {"html": html, "json": None if to_stdout else json_file, "markdown": markdown}
-    check_files(files | {"reference cache": reference_cache}, [source, *outs])
+    check_files(files | {CACHE: reference_cache}, [source, *outs])
     given = click.get_current_context().get_parameter_source
     unused = [
         flag

@@ -6,17 +6,33 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
 import click
 
 from nemoquant import words
+from nemoquant.errors import UNFORESEEN
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0  # seconds after a signal in which another one changes nothing: it would hit the cleaning up
+
+
+def open_streams() -> None:
+    """Standard streams that are closed (``2>&-``) lead to /dev/null from now on.
+
+    Else the next file that is opened has their descriptor, and in it stands what a library has to say.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Never closed; it gets the lowest number that is free, which is that of the stream.
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 class Ending:
@@ -78,11 +94,24 @@ class Ending:
             poll.register(descriptor, 0)
         return self._cut_off and any(event & select.POLLERR for _, event in poll.poll(0))
 
-    def interrupted(self, error: BaseException) -> NoReturn:
-        """End after a signal, with a line on what is left and the exit code that shells give it."""
+    def interrupted(self, error: BaseException, *, makes: bool) -> NoReturn:
+        """End after a signal, with the exit code that shells give it.
+
+        Args:
+            makes: whether the command makes something; then the line says what is left of it.
+        """
         name = "" if self.signal in (None, signal.SIGINT) else f" by {self.signal.name}"
-        left = next((kept for e in _chain(error) if (kept := getattr(e, "kept", ""))), "nothing was kept")
-        self.failed(f"interrupted{name}; {left}", 128 + (self.signal or signal.SIGINT))
+        kept = [found for e in _chain(error) if (found := getattr(e, "kept", ""))]
+        left = f"; {kept[0] if kept else 'nothing was kept'}" if makes else ""
+        self.failed(f"interrupted{name}{left}", 128 + (self.signal or signal.SIGINT))
+
+    def unforeseen(self, error: Exception) -> NoReturn:
+        """End after an error that nobody expected, with its traceback; not with 1, a check that failed."""
+        if not self.unread:
+            with suppress(OSError):
+                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        what = f"{type(error).__name__}, which nemoquant did not expect"
+        self.failed(f"{what}; please report it with the lines above", UNFORESEEN)
 
     def failed(self, message: str, code: int) -> NoReturn:
         """End with a line on standard error; with SIGHUP its terminal may be gone."""

@@ -27,7 +27,7 @@ from nemoquant.engine.targets import (
     target_sm,
 )
 from nemoquant.errors import EngineError, UsageError
-from nemoquant.files import replace_bytes
+from nemoquant.files import write_named
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.model.names import OUTPUT
@@ -146,7 +146,7 @@ def build(
                 f"{target.title} can't build an engine for SM {sm} from {path}: {messages.text()}"
             )
         if options.timing_cache is not None:
-            replace_bytes(options.timing_cache, bytes(config.get_timing_cache().serialize()))
+            write_named(options.timing_cache, bytes(config.get_timing_cache().serialize()))
         data = bytes(data)
         facts = {
             "runtime": target.module,

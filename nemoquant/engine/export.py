@@ -13,8 +13,9 @@ from nemoquant.engine.build import BuiltEngine, EngineOptions, build
 from nemoquant.engine.enginefile import SCHEMA, facts_file, mtp_file
 from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
-from nemoquant.files import replace_bytes, replace_text
+from nemoquant.files import why_not_written, write_named
 from nemoquant.progress import Progress, no_progress
+from nemoquant.words import as_utf8
 
 
 def export_engine(
@@ -39,6 +40,10 @@ def export_engine(
         NemoquantError: a file exists or can't be written; see ``build``. Nothing is left behind.
     """
     files = [out, *([mtp_file(out)] if mtp else [])]
+    for place in (facts_file(files[-1]), options.timing_cache):  # the longest name; what may be replaced
+        reason = None if place is None else why_not_written(place)
+        if reason:
+            raise OutputError(f"{place}: {reason}")
     for file in (name for engine in files for name in (engine, facts_file(engine))):
         if file.exists() or file.is_symlink():
             raise OutputError(
@@ -63,8 +68,8 @@ def export_engine(
         intact.check(manifest.read_manifest(path))
     try:
         for file, engine, known in zip(files, built, facts, strict=True):
-            replace_bytes(file, engine.data)
-            replace_text(facts_file(file), json.dumps(known, indent=1, sort_keys=True) + "\n")
+            write_named(file, engine.data)
+            write_named(facts_file(file), f"{json.dumps(known, indent=1, sort_keys=True)}\n".encode())
     except BaseException as error:
         for file in files:
             file.unlink(missing_ok=True)
@@ -79,9 +84,9 @@ def _facts(path: Path, file: Path, engine: BuiltEngine, mtp: bool) -> dict[str, 
     return {
         "schema": SCHEMA,
         **engine.facts,
-        "checkpoint": path.resolve().name,
-        "file": file.name,
+        "checkpoint": as_utf8(path.resolve().name),
+        "file": as_utf8(file.name),
         "bytes": len(engine.data),
         "sha256": hashlib.sha256(engine.data).hexdigest(),
-        "mtp": mtp_file(file).name if mtp and engine.facts["part"] == "main" else None,
+        "mtp": as_utf8(mtp_file(file).name) if mtp and engine.facts["part"] == "main" else None,
     }

@@ -13,15 +13,13 @@ from nemoquant.evaluate.schema import EngineRun
 from nemoquant.tokens.rows import Rows
 
 
-def check_engines(engines: Sequence[Engine], length: int) -> None:
-    """Raises UsageError where an engine admits no rows of this length; called before the long work starts."""
-    for engine in engines:
-        if engine.max_seq_len is not None and length > engine.max_seq_len:
-            raise UsageError(
-                f"rows of {length:,} tokens: the {engine.name} engine was built for {engine.max_seq_len:,} "
-                f"at most; give --seq-len, or build it "
-                "again with a larger --max-seq-len"
-            )
+def check_length(engine: Engine, length: int) -> None:
+    """Raises UsageError where an engine takes no rows of this length; before it reads its weights."""
+    if engine.max_seq_len is not None and length > engine.max_seq_len:
+        raise UsageError(
+            f"rows of {length:,} tokens: the {engine.name} engine was built for {engine.max_seq_len:,} at "
+            f"most; give --seq-len, or build it again with a larger --max-seq-len"
+        )
 
 
 def run_engines(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemoquant.checkpoint.weights import LayerWeights
-from nemoquant.errors import CheckpointError, WeightError
+from nemoquant.errors import UncomputableError, WeightError
 from nemoquant.evaluate.candidate import CandidateCheckpoint
 from nemoquant.evaluate.layers import Energy, into, run_layer
 from nemoquant.evaluate.metrics import Positions, compare, top1
@@ -143,7 +143,7 @@ def compare_heads(
             )
         for candidate, own in zip(candidates, logits[1:], strict=True):
             if not torch.isfinite(own).all():
-                raise CheckpointError(
+                raise UncomputableError(
                     f"{candidate.path}: the head computes NaN or Inf on the given rows; an engine would "
                     f"too, no figure can be given"
                 )
@@ -154,9 +154,11 @@ def compare_heads(
         compare(logits, targets[part], positions, part.start)
     has_mtp = [config.mtp_modules > 0, *(config.mtp_modules > 0 and c.has_mtp for c in candidates)]
     acceptance = [head.acceptance(ids) if has else None for head, has in zip(heads, has_mtp, strict=True)]
-    for path, share in zip([source.path, *(c.path for c in candidates)], acceptance, strict=True):
+    kinds = [WeightError, *(UncomputableError for _ in candidates)]
+    paths = [source.path, *(c.path for c in candidates)]
+    for kind, path, share in zip(kinds, paths, acceptance, strict=True):
         if share is not None and math.isnan(share):
-            raise CheckpointError(
+            raise kind(
                 f"{path}: its multi-token-prediction module (mtp) computes NaN or Inf; expected finite "
                 f"weights"
             )

@@ -12,18 +12,17 @@ import numpy as np
 from torch import Tensor
 
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.errors import CheckpointError, WeightError
+from nemoquant.errors import UncomputableError, WeightError
 from nemoquant.evaluate.candidate import CandidateCheckpoint, ModuleSpec
 from nemoquant.evaluate.layers import SEGMENT, Energy
 from nemoquant.evaluate.schema import Experts, Module, Quantized
 from nemoquant.formats.noise import Noise
-from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Weight
 from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.model.names import OUTPUT
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
-from nemoquant.pack.outliers import Lost
+from nemoquant.pack.outliers import Lost, lost_of
 from nemoquant.quantized.checkpoint import PackedWeights
 from nemoquant.quantized.packed import plain_noise
 
@@ -53,33 +52,26 @@ def sample(x: Tensor) -> Tensor:
     return x[:EFFECT_ROWS, :SEGMENT]
 
 
-def lost_to_outliers(candidate: CandidateCheckpoint, spec: TensorSpec, noise: Noise) -> Lost | None:
-    """What a tensor of the candidate lost to its scale, given its noise; None if no user needs to know."""
-    stored = candidate.stored[spec.name]
-    if stored.format == "source":
-        return None
-    blocks = candidate.weights("").packed(stored).encoded.block_scales
-    lost = Lost(flushed=noise.flushed, values=noise.count)
-    if blocks is not None:
-        lost += Lost(floored=ARITHMETIC[stored.format].floored(blocks), blocks=blocks.size)
-        candidate.checkpoint.release(stored.parts.values())
-    return lost if lost.too_much(stored.format) else None
-
-
-def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> Noise:
+def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> tuple[Noise, Lost | None]:
     """Noise of one tensor of the candidate against the source's.
 
+    Returns:
+        the noise, and what the tensor lost to its scale; None where no user needs to know of that.
     Raises:
         WeightError: the source's tensor has NaN or Inf.
-        CheckpointError: the candidate's tensor decodes to NaN or Inf.
+        UncomputableError: the candidate's tensor decodes to NaN or Inf.
     """
     source = candidate.source.checkpoint
     assert source is not None
     stored = candidate.stored[spec.name]
+    weight, lost = _matrix(source, spec), None
     if stored.format == "source":
-        noise = plain_noise(_matrix(source, spec), _matrix(candidate.checkpoint, spec))
+        noise = plain_noise(weight, _matrix(candidate.checkpoint, spec))
     else:
-        noise = candidate.weights("").packed(stored).noise(_matrix(source, spec))
+        packed = candidate.weights("").packed(stored)
+        noise = packed.noise(weight)
+        lost = lost_of(stored.format, weight, packed.encoded.block_scales, noise.flushed)
+        lost = lost if lost.too_much(stored.format) else None
     source.release([spec.name])
     candidate.checkpoint.release(stored.parts.values())
     if not math.isfinite(noise.signal):
@@ -87,11 +79,11 @@ def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> Noise:
             f"{source.path}: {spec.name} has NaN or Inf; expected finite weights, is the source damaged?"
         )
     if not math.isfinite(noise.error):
-        raise CheckpointError(
+        raise UncomputableError(
             f"{candidate.path}: {spec.name} decodes to NaN or Inf; an engine would compute with that, "
             f"quantize again"
         )
-    return noise
+    return noise, lost
 
 
 def _matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Weight:

@@ -39,7 +39,7 @@ class Origin:
             self._ahead.begin(key)
 
     def passed(self, *keys: int | str) -> None:
-        """The diff has read these groups: they must be those that everything else was made from.
+        """These groups, whose reading has begun, must be those that everything else was made from.
 
         Raises:
             CheckpointError: names what was made from another source, and the units that differ.
@@ -47,7 +47,7 @@ class Origin:
         for key in keys:
             if key in self._groups:
                 self.units |= self._ahead.take(key)
-        self._source.checkpoint.check_unchanged()
+        self.check_unchanged()
         if self._cached is not None:
             cache, units = self._cached
             self._compare(
@@ -56,13 +56,22 @@ class Origin:
                 "expected a reference cache of this source, give another file or remove this one",
             )
         for candidate in self._candidates:
-            candidate.checkpoint.check_unchanged()
             assert candidate.manifest is not None
             self._compare(
                 str(candidate.path),
                 candidate.manifest["source"]["units"],
                 "give the source that it was made from",
             )
+
+    def check_unchanged(self) -> None:
+        """What was read and hashed so far is of the files that were opened, of the source and of candidates.
+
+        Raises:
+            SourceChangedError: names the file.
+        """
+        self._source.checkpoint.check_unchanged()
+        for candidate in self._candidates:
+            candidate.checkpoint.check_unchanged()
 
     def _compare(self, what: str, units: Mapping[str, str], advice: str) -> None:
         changed = differing(units, self.units)

@@ -28,7 +28,7 @@ from nemoquant.checkpoint.writer import METADATA, ShardWriter
 from nemoquant.errors import CheckpointError, OutputError, WeightError
 from nemoquant.evaluate.layers import into, run_layer
 from nemoquant.evaluate.origin import Origin
-from nemoquant.files import open_regular, parse_json, rename
+from nemoquant.files import UNFINISHED, open_regular, parse_json, rename
 from nemoquant.formats import Device
 from nemoquant.formats.gpu import torch_device
 from nemoquant.model import names
@@ -140,7 +140,7 @@ def _units(source: Source) -> list[str]:
 
 
 def _written(cache: Path, source: Source, rows: Rows, device: Device, origin: Origin) -> Iterator[Stage]:
-    partial = cache.parent / (cache.name + ".partial")
+    partial = cache.parent / (cache.name + UNFINISHED)
     found: dict[str, str] = {}
     try:
         _remove_dead(partial)

@@ -19,10 +19,10 @@ from torch import Tensor
 from nemoquant._version import __version__
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.engine.base import Engine
-from nemoquant.errors import CheckpointError, listing
+from nemoquant.errors import UncomputableError, listing
 from nemoquant.evaluate import schema
 from nemoquant.evaluate.candidate import CandidateCheckpoint
-from nemoquant.evaluate.engines import check_engines, run_engines
+from nemoquant.evaluate.engines import run_engines
 from nemoquant.evaluate.head import HEAD_ELEMENTS, Head, compare_heads, heads_of
 from nemoquant.evaluate.layers import Energy, choices, into, routing, run_layer
 from nemoquant.evaluate.metrics import summarize
@@ -30,7 +30,6 @@ from nemoquant.evaluate.modules import (
     EFFECT_ROWS,
     ModuleNoise,
     effects,
-    lost_to_outliers,
     sample,
     weight_noise,
 )
@@ -46,6 +45,7 @@ from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.progress import Progress
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
+from nemoquant.words import as_utf8
 
 WORST = 10
 
@@ -66,9 +66,9 @@ class Side:
         for module in self.candidate.modules:
             if module.layer == layer and (layer is not None or module.role in roles):
                 noise = ModuleNoise(module)
-                noise.weights = [weight_noise(self.candidate, spec) for spec in module.specs]
-                for spec, found in zip(module.specs, noise.weights, strict=True):
-                    lost = lost_to_outliers(self.candidate, spec, found)
+                for spec in module.specs:
+                    found, lost = weight_noise(self.candidate, spec)
+                    noise.weights.append(found)
                     if lost is not None:
                         self.lost[spec.module] = lost
                 noises.append(noise)
@@ -84,9 +84,9 @@ class Side:
         return counts
 
     def check_finite(self, where: str, *energies: Energy) -> None:
-        """Raises CheckpointError at NaN or Inf, which a report cannot hold."""
+        """Raises UncomputableError at NaN or Inf, which a report cannot hold."""
         if not all(energy.finite for energy in energies):
-            raise CheckpointError(
+            raise UncomputableError(
                 f"{self.candidate.path}: {where} computes NaN or Inf on the given rows; an engine would "
                 f"too, no figure can be given: "
                 "look at its scales there, or calibrate again"
@@ -113,7 +113,6 @@ def diff(
     Raises:
         NemoquantError: see ``reference.stream``; or a candidate produces NaN.
     """
-    check_engines(engines, rows.ids.shape[1])
     config, on = source.config, torch_device(device)
     sides = [Side(candidate, on) for candidate in candidates]
     steps = len(config.layers) + 2
@@ -127,6 +126,7 @@ def diff(
             what = (
                 "embedding" if stage.layer is None else f"layer {stage.layer}, {config.layers[stage.layer]}"
             )
+            origin.passed("begin" if stage.layer is None else stage.layer)
             for number, side in enumerate(sides):
                 progress(
                     "diff", done * len(sides) + number, steps * len(sides), f"{what}, {side.candidate.name}"
@@ -135,7 +135,7 @@ def diff(
                     _embedding(side, rows, stage)
                 else:
                     _layer(side, source, before, stage, what)
-            origin.passed("begin" if stage.layer is None else stage.layer)
+            origin.check_unchanged()
             before = stage.hidden
         origin.passed("norm", "head", "mtp")
     heads = heads_of(source, candidates, [before, *(side.hidden for side in sides)], on)
@@ -147,6 +147,7 @@ def diff(
     runs = run_engines(engines, rows, heads[0], heads[1:], report_share) if engines else [None] * len(sides)
     for side, energy in zip(sides, energies, strict=True):
         _head_modules(side, source, before, energy)
+    origin.check_unchanged()
     progress("diff", steps * len(sides), steps * len(sides), "done")
     reference = _reference(source, own.perplexity, acceptance[0])
     return schema.Report(
@@ -291,7 +292,7 @@ def _reference(source: Source, perplexity: float | None, acceptance: float | Non
     size = sum(info.nbytes for info in source.checkpoint.tensors.values())
     elements = sum(math.prod(spec.shape) for spec in source.table)
     return schema.Reference(
-        name=source.path.resolve().name,
+        name=as_utf8(source.path.resolve().name),
         pattern=layer_pattern(source.config.layers),
         parameters=elements,
         bytes=size,
@@ -323,9 +324,14 @@ def _candidate(
     changed += [
         s.name
         for s in mtp
-        if candidate.stored[s.name].format == "source" and weight_noise(candidate, s).error
+        if candidate.stored[s.name].format == "source" and weight_noise(candidate, s)[0].error
     ]
-    warnings = [*candidate.warnings, *lost_warnings(side.lost)]
+    lost_formats = {
+        spec.module: stored.format
+        for spec in candidate.table
+        if (stored := candidate.stored.get(spec.name)) is not None and stored.format != "source"
+    }
+    warnings = [*candidate.warnings, *lost_warnings(side.lost, lost_formats)]
     if changed:
         warnings.append(
             f"{len(changed)} tensors are not quantized and yet differ from the source's: {listing(changed)}"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nemoquant.formats.rounding import Floats, Weight, flat, kernel, weight_bits, widen
 
 _LANES = 16  # running sums, added up in a fixed order: vectors of float64
+_CHUNK = 128  # elements that a count of one byte holds: their comparisons become vectors
 BEYOND_ROUNDING = 1 + 2.0**-20  # a scale is amax / limit in fp32: amax itself must not count as larger
 
 
@@ -81,6 +82,25 @@ def _measure(
             _add(widen(bits[start + lane], shift), decoded[start + lane], limit, lane, sums)
     for i in range(bits.shape[0] // _LANES * _LANES, bits.shape[0]):
         _add(widen(bits[i], shift), decoded[i], limit, i % _LANES, sums)
+
+
+@kernel
+def _zeros(bits: NDArray[np.unsignedinteger], magnitude: np.unsignedinteger) -> int:
+    count, none = 0, np.uint8(0)
+    for start in range(0, bits.shape[0] // _CHUNK * _CHUNK, _CHUNK):
+        some = np.uint8(0)
+        for i in range(start, start + _CHUNK):
+            some = np.uint8(some + np.uint8((bits[i] & magnitude) == none))
+        count += int(some)
+    for i in range(bits.shape[0] // _CHUNK * _CHUNK, bits.shape[0]):
+        count += int((bits[i] & magnitude) == none)
+    return count
+
+
+def zeros(bits: NDArray[np.unsignedinteger]) -> int:
+    """How many of these bit patterns are zero but for their highest bit, the sign; any shape, no copy."""
+    magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    return int(_zeros(flat(bits, bits.dtype.type, "bits"), magnitude))
 
 
 def measure(values: Weight, decoded: Floats, limit: float | np.float32) -> Noise:

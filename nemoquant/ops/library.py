@@ -160,7 +160,8 @@ def _find() -> Kernels | None:
 
 
 def _report(text: str) -> None:
-    print(plain(f"CUDA kernels: {text}"), file=sys.stderr)
+    if sys.stderr is not None:  # print would take standard output instead
+        print(plain(f"CUDA kernels: {text}"), file=sys.stderr)
 
 
 def serves(op: str, device: str) -> bool:

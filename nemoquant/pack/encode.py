@@ -118,15 +118,25 @@ def encode(
         return _piece(row, source, weight, encoded, scale, degenerate)
 
 
+def encode_again(
+    checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool
+) -> tuple[Encoded, bytes]:
+    """What :func:`encode` gives, for a comparison: nothing is counted.
+
+    Returns:
+        codes and block scales, and the hash of the source's bytes.
+    """
+    with _reading(checkpoint, row, part) as source:
+        encoded = _codes(row, _floats(source), scale, degenerate)
+        return encoded, piece_hash(source)
+
+
 def _piece(
     row: Row, source: Array, weight: Array, encoded: Encoded, scale: np.float32, degenerate: bool
 ) -> EncodedPiece:
     assert row.format != "source"
-    # After the kernel: it holds no lock while pages come from the disk, hashing does.
-    digest = piece_hash(source)
-    return EncodedPiece(
-        encoded, digest, Lost() if degenerate else lost_to_scale(row.format, weight, encoded, scale)
-    )
+    lost = Lost() if degenerate else lost_to_scale(row.format, weight, encoded, scale)
+    return EncodedPiece(encoded, piece_hash(source), lost)
 
 
 def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:

@@ -28,13 +28,14 @@ import numpy as np
 from nemoquant.errors import listing
 from nemoquant.formats import FORMATS, FormatName
 from nemoquant.formats.arithmetic import Encoded
-from nemoquant.formats.noise import measure
+from nemoquant.formats.noise import measure, zeros
 from nemoquant.formats.registry import ARITHMETIC
-from nemoquant.formats.rounding import Weight
+from nemoquant.formats.rounding import Codes, Weight, weight_bits
 
 TOO_MUCH = 0.05  # of the block scales or values; 200 times the demo model's worst
 LOOK_CLOSER = 64  # a piece with more zeros than one code in so many
 WIDE_BITS = 8  # of a code; with fewer, many are zero in any weight
+MXFP8_ADVICE = "`format: mxfp8`, which has no scale of the whole tensor, or "
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Lost:
 
     Attributes:
         floored, blocks: block scales that are the smallest there is, and all of them.
-        flushed, values: values that are not zero and became zero, and all of them.
+        flushed, values: values that are not zero and became zero, and all that are not zero. (All of a piece
+            that was not looked at closely: it has hardly a zero.)
     """
 
     floored: int = 0
@@ -67,7 +69,7 @@ class Lost:
 
     def words(self) -> str:
         """Both shares."""
-        zero = f"{self.flushed / self.values:.1%} of its values became zero"
+        zero = f"{self.flushed / self.values:.1%} of its nonzero values became zero"
         if not self.floored:
             return zero
         return f"{self.floored / self.blocks:.1%} of its block scales are the smallest there is, {zero}"
@@ -83,22 +85,36 @@ def lost_to_scale(format: FormatName, weight: Weight, encoded: Encoded, scale: n
         weight: [out, in], uint16 bf16 patterns or float32.
     """
     arithmetic, blocks = ARITHMETIC[format], encoded.block_scales
-    floored = 0 if blocks is None else arithmetic.floored(blocks)
-    worn = floored > 0
     if FORMATS[format].weight_bits >= WIDE_BITS:
-        zeros = encoded.codes.size - int(np.count_nonzero(encoded.codes & 0x7F))
-        worn = zeros * LOOK_CLOSER > encoded.codes.size
-    flushed = measure(weight, arithmetic.decode(encoded, scale), np.inf).flushed if worn else 0
-    return Lost(floored, 0 if blocks is None else blocks.size, flushed, weight.size)
+        worn = zeros(encoded.codes) * LOOK_CLOSER > encoded.codes.size
+    else:
+        worn = blocks is not None and arithmetic.floored(blocks) > 0
+    if not worn:
+        return Lost(0, 0 if blocks is None else blocks.size, 0, weight.size)
+    return lost_of(format, weight, blocks, measure(weight, arithmetic.decode(encoded, scale), np.inf).flushed)
 
 
-def lost_warnings(found: Mapping[str, Lost]) -> list[str]:
-    """A warning that names the modules that lost too much, if there are any."""
-    if not found:
-        return []
-    shares = [f"{module} ({lost.words()})" for module, lost in found.items()]
-    return [
-        f"{len(found)} weights lost small values to a scale that a few very large ones decide: "
-        f"{listing(shares)}; are the large values right? Else `format: mxfp8`, which has no scale of the "
-        f"whole tensor, or `format: source` keeps the small ones"
-    ]
+def lost_of(format: FormatName, weight: Weight, block_scales: Codes | None, flushed: int) -> Lost:
+    """What a weight [out, in] lost, ``flushed`` of whose values became zero."""
+    values = weight.size - zeros(weight_bits(weight)[0])
+    if block_scales is None:
+        return Lost(0, 0, flushed, values)
+    return Lost(ARITHMETIC[format].floored(block_scales), block_scales.size, flushed, values)
+
+
+def lost_warnings(found: Mapping[str, Lost], formats: Mapping[str, FormatName]) -> list[str]:
+    """Warnings that name the modules that lost too much, if there are any; ``formats`` are by module."""
+    by_tensor = [module for module in found if FORMATS[formats[module]].global_scale]
+    by_block = [module for module in found if module not in by_tensor]
+    warnings = []
+    for modules, scales, advice in (
+        (by_tensor, "a scale that a few very large ones decide", MXFP8_ADVICE),
+        (by_block, "scales of their blocks, which a few very large ones decide", ""),
+    ):
+        if modules:
+            shares = [f"{module} ({found[module].words()})" for module in modules]
+            warnings.append(
+                f"{len(modules)} weights lost small values to {scales}: {listing(shares)}; are the large "
+                f"values right? Else {advice}`format: source` keeps the small ones"
+            )
+    return warnings

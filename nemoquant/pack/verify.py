@@ -34,17 +34,17 @@ from nemoquant.checkpoint.identity import (
     unit_name,
     units_of,
 )
-from nemoquant.checkpoint.intact import SHARD, Hashing
+from nemoquant.checkpoint.intact import SHARD, SHOWN_EVERY, Hashing
 from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
-from nemoquant.errors import CheckpointError, NemoquantError
+from nemoquant.errors import CheckpointError, NemoquantError, WeightError
 from nemoquant.files import MOST_TABLE_ENTRIES, lies_in, read_json
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
-from nemoquant.pack.encode import amax, encode, slices
+from nemoquant.pack.encode import amax, encode_again, slices
 from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Entry, Shard, shards
 from nemoquant.planning.plan import Plan, Row
@@ -103,8 +103,10 @@ def verify(
     Args:
         source: what the checkpoint was made from, for step 6; ``encode_again`` False leaves out the second
             half of that step.
+        progress: called by this thread alone.
     Raises:
         CheckpointError: the checkpoint can't be checked at all, because its manifest can't be used.
+        SourceChangedError, WeightError: of ``source``; what was found with it says nothing of the checkpoint.
     """
     report = Verification()
     if not _own(out, FILE):
@@ -123,7 +125,13 @@ def verify(
         nonlocal done
         with counting:
             done += size
-            progress("verify", min(done, total), total, "")
+
+    def show() -> None:
+        progress("verify", min(done, total), total, "")
+
+    def compared(size: int) -> None:
+        count(size)
+        show()
 
     rest = Verification()
     digests = {out / name: listed(manifest, name) for name in files}
@@ -136,9 +144,18 @@ def verify(
                 if _check_tensors(out, layout, checkpoint, rest):
                     _check_scales(layout, checkpoint, _activation_scales(out, plan), rest)
                     if source is not None:
-                        _compare(manifest, layout, checkpoint, source, rest, again=encode_again, count=count)
+                        _compare(
+                            manifest, layout, checkpoint, source, rest, again=encode_again, count=compared
+                        )
+        except WeightError:
+            raise  # of the source: nothing else is searched for NaN
         except NemoquantError as error:
+            if source is not None:
+                source.checkpoint.check_unchanged()  # or the checkpoint seems wrong
             rest.problems.append(str(error))
+        while hashing.unfinished(SHOWN_EVERY):
+            show()
+        show()
         report.problems += hashing.problems().values()
     report.checked["files"] += len(manifest["files"])
     _check_card(out, manifest, report)
@@ -387,7 +404,7 @@ def _encoded_again(
     block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None
     hashes = []
     for part in slices(row):
-        (expected, expected_scales), piece, _ = encode(source, row, part, scale, degenerate)
+        (expected, expected_scales), piece = encode_again(source, row, part, scale, degenerate)
         hashes.append(piece)
         equal = equal and np.array_equal(codes[part], expected)
         if block_scales is not None and expected_scales is not None:

@@ -68,6 +68,7 @@ class Packer:
         self.lost: dict[str, Lost] = {}
         self.units: Units = {}
         self._groups: dict[str, list[Row]] = {}
+        self._maxima: dict[str, np.float32] = {}  # tensor -> its largest magnitude, of all in a group at once
         for row in plan.quantized:
             if row.weight_group:
                 self._groups.setdefault(row.weight_group, []).append(row)
@@ -197,25 +198,23 @@ class Packer:
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
-        parts: list[Part] = [(member, part) for member in self._members(row) for part in slices(member)]
-        maxima = self._measured(parts)
-        scale, degenerate = weight_scale(row, max(maxima))
-        if degenerate or not any(
-            value for (member, _), value in zip(parts, maxima, strict=True) if member is row
-        ):
+        members = self._members(row)
+        if row.name not in self._maxima:
+            self._measure([(member, part) for member in members for part in slices(member)])
+        scale, degenerate = weight_scale(row, max(self._maxima[member.name] for member in members))
+        if degenerate or not self._maxima[row.name]:
             self.zero_weights.append(row.module)  # even if its group gives it a scale
         return scale, degenerate
 
-    def _measured(self, parts: list[Part]) -> list[np.float32]:
-        """The maxima of whole weights, in pieces; their hashes are kept."""
-        maxima, digests = [], {member.name: UnitHash() for member, _ in parts}
+    def _measure(self, parts: list[Part]) -> None:
+        """Find the maxima of whole weights, in pieces; their hashes are kept too."""
+        digests = {member.name: UnitHash() for member, _ in parts}
         for (member, _), found in zip(parts, self._map(parts), strict=True):
-            maxima.append(found.amax)
+            self._maxima[member.name] = max(found.amax, self._maxima.get(member.name, found.amax))
             digests[member.name].piece(found.hash)
         for name, digest in digests.items():
             digest.end_tensor()
             self._end_unit(unit_name(name), digest)
-        return maxima
 
     def _map(self, parts: Iterable[Part]) -> Iterator[Measured]:
         waiting: deque[Future[Measured]] = deque()

@@ -178,7 +178,8 @@ class Output:
             for shard in self.layout
             for module, counts in run.shards[shard.file]["lost"].items()
         }
-        return packer.warnings + _zero_warnings(self.plan, zero) + lost_warnings(lost)
+        formats = {row.module: row.format for row in self.plan.rows if row.format != "source"}
+        return packer.warnings + _zero_warnings(self.plan, zero) + lost_warnings(lost, formats)
 
     def _manifest(
         self, scales: Scales | None, warnings: list[str], files: dict[str, str], units: Units

@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 import nemoquant
-from nemoquant.bars import shown
+from nemoquant.bars import progress_bars, shown
 from nemoquant.notebook import in_notebook
 from nemoquant.progress import no_progress
 
@@ -91,6 +91,13 @@ def test_quiet_in_a_terminal(progress, terminal):
     stream = terminal()
     work(progress)
     assert stream.getvalue() == ""
+
+
+def test_no_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    work()
+    with progress_bars(quiet=False) as report:
+        report("pack", 1, 1, "")
 
 
 def test_work_that_is_soon_over_shows_nothing(terminal, monkeypatch):

@@ -1,8 +1,10 @@
 """``nemoquant diff``: exit codes, which output goes where, escaped Markdown, the model card, the schema."""
 
 import json
+import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,25 @@ def test_files(run, quantized, tmp_path):
         "rows.npy",
         "source",
     ]
+
+
+def test_streams_are_written_to_and_stay_what_they_are(run, source, tmp_path):
+    """As root, a rename would put a file in the place of a device; here in that of a link to one."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(os.devnull)
+    with ThreadPoolExecutor(1) as reader:
+        piped = reader.submit(pipe.read_text)
+        run(source, "--no-card", "--markdown", pipe, "--html", link)
+        assert piped.result().startswith("# Accuracy of source")
+    assert pipe.is_fifo() and link.is_symlink()
+
+
+def test_a_file_of_the_user_beside_a_report_stays(run, source, tmp_path):
+    beside = tmp_path / "report.html.partial"
+    beside.write_text("of the user")
+    run(source, "--no-card", "--html", tmp_path / "report.html")
+    assert beside.read_text() == "of the user"
 
 
 def test_html(run, quantized, tmp_path):
@@ -239,6 +260,21 @@ def test_names_are_no_markup(name, run, quantized):
     assert code.count("`") == 0, "backticks come in pairs"
     report = json.loads(run(out, "--no-card", "--json", "-").stdout)
     assert report["candidates"][0]["name"] == name, "the data has the name as it is"
+
+
+def test_names_that_are_no_utf8(run, source, quantized, tmp_path):
+    """Linux takes any bytes; a report is UTF-8, and is not lost after all the work."""
+    out, reference = (
+        folder.rename(tmp_path / os.fsdecode(name))
+        for folder, name in ((quantized("nvfp4"), b"out\xff"), (source, b"src\xfe"))
+    )
+    (out / "README.md").write_text("edited: a warning names it")
+    files = {kind: tmp_path / kind for kind in ("html", "json", "markdown")}
+    run(out, *(x for kind, path in files.items() for x in (f"--{kind}", path)), of=reference)
+    report = json.loads(files["json"].read_text())
+    assert (report["candidates"][0]["name"], report["reference"]["name"]) == ("out\\udcff", "src\\udcfe")
+    assert "out\\udcff/README.md was edited" in report["warnings"][0]
+    assert r"out\\udcff" in files["markdown"].read_text() and "udcff" in files["html"].read_text()
 
 
 def test_a_data_file_is_no_markup(run, quantized, token_rows):

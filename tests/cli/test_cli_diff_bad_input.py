@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import sys
 
 import numpy as np
@@ -612,6 +613,23 @@ def test_report_folders_that_are_none(kind, source, tmp_path, token_rows, refuse
     )
 
 
+def test_files_that_must_not_be_replaced(source, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("nemoquant.api.diff", lambda *a, **k: pytest.fail("it worked first"))
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # its address may not be long
+        server.bind("socket")
+    (tmp_path / "target").write_text("of the user")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name, reason in (
+        ("socket", "it is no file; expected a file, a pipe or a device such as /dev/null"),
+        ("link", "it is a link, which would be replaced; name the file that it leads to"),
+        ("lost", "it is a link, which would be replaced"),
+        ("x" * 250, "its name is too long; expected at most 237 bytes"),
+    ):
+        refused(source, source, "--html", tmp_path / name, parts=[f"{name}: {reason}"])
+
+
 def test_one_file_for_two_reports(source, tmp_path, refused, monkeypatch):
     report = tmp_path / "report"
     refused(
@@ -718,7 +736,7 @@ def test_an_interrupt_changes_nothing(at, source, quantized, tmp_path, refused, 
     ]
     if at == 8:
         files = files[:-2]  # the cache is complete by then, and kept
-    refused(source, out, *files, code=130, parts=["interrupted; nothing was kept"])
+    refused(source, out, *files, code=130, parts=["error: interrupted"])
 
 
 def test_a_report_that_cannot_be_written(source, tmp_path, token_rows, monkeypatch):
@@ -727,7 +745,7 @@ def test_a_report_that_cannot_be_written(source, tmp_path, token_rows, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "replace_text", full)
+    monkeypatch.setattr(files, "write_named", full)
     before = tree(tmp_path)
     result = run(source, source, "--data", token_rows, "--json", tmp_path / "r.json")
     assert result.exit_code == 2

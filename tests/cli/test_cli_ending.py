@@ -127,6 +127,50 @@ def test_an_interrupt_when_all_is_written(source, token_rows, tmp_path, monkeypa
     assert nemoquant("verify", out).exit_code == 0
 
 
+@pytest.mark.parametrize(("verb", "more"), [("verify", 0), ("diff", 1)])
+def test_an_interrupt_of_what_keeps_nothing(verb, more, source, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemoquant.api." + verb, interrupt)
+    assert nemoquant(verb, source, *[source] * more, code=130).stderr == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, AssertionError])
+def test_an_error_that_nobody_foresaw(kind, source, monkeypatch):
+    """Not 1, which a script would take for a check that failed."""
+
+    def fails(*_, **__):
+        raise kind("of a library")
+
+    monkeypatch.setattr("nemoquant.api.verify", fails)
+    result = nemoquant("verify", source, code=70)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-2] == f"{kind.__name__}: of a library"
+    error_line(lines[-1], [kind.__name__, "please report it with the lines above"])
+
+
+CLOSED = """
+import os, sys
+from nemoquant.bars import progress_bars
+from nemoquant.cli import main
+try:
+    main()
+except SystemExit as ended:
+    with progress_bars(quiet=False) as report, open(os.devnull) as opened:
+        report("pack", 1, 1, "")
+        os._exit(ended.code if opened.fileno() > 2 else 99)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["recipes", "list"], 0), (["inspect", "/nowhere"], 2)])
+def test_standard_streams_that_are_closed(arguments, code):
+    """The next file that is opened must not be the one that a library prints to."""
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", CLOSED, *arguments]
+    assert subprocess.run(closing, check=False, timeout=60).returncode == code
+
+
 def unread(*arguments, stream="stdout"):
     """Runs a command whose standard output or error nobody reads; returns its code, and the other stream."""
     read, write = os.pipe()

@@ -23,13 +23,14 @@ from support.commands import nemoquant as command
 from support.places import DEMO
 
 import nemoquant
+from nemoquant import files
 from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.engine import TARGETS, build, gpu, targets
 from nemoquant.engine.generate import Drafts, Sampler, generate
 from nemoquant.engine.load import load_engine
 from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
 from nemoquant.engine.targets import Gpu
-from nemoquant.errors import CheckpointError, EngineError, NemoquantError, UsageError
+from nemoquant.errors import CheckpointError, EngineError, NemoquantError, OutputError, UsageError
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (extra: rtx)"
@@ -236,7 +237,9 @@ def test_a_diff_asks_before_it_computes(
     loaded: Callable[..., tuple[gpu.TensorRTEngine, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine, folder = loaded("fp8")
-    monkeypatch.setattr("nemoquant.engine.load.load_engine", lambda *arguments, **named: engine)
+    monkeypatch.setattr(
+        "nemoquant.engine.load.load_engine", lambda *arguments, admit, **named: (admit(engine), engine)[1]
+    )
     arguments: dict[str, Any] = {"engine": "trt", "rows": 2, "card": False, "threads": 1}
     with pytest.raises(
         UsageError, match=r"rows of 65 tokens: the trt engine was built for 64 at most; give --seq-len"
@@ -493,10 +496,14 @@ def test_a_module_of_its_own_and_nothing_left_behind(
         out.with_name("model.engine.json").unlink()
         nemoquant.export_engine(demo("fp8"), out, target="rtx", sm=89, mtp=True)
     left = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(
-        "nemoquant.engine.export.replace_text",
-        lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left")),
-    )
+    write = files.write_named
+
+    def full(path: Path, data: bytes) -> None:
+        if path.suffix == ".json":
+            raise OSError(28, "No space left")
+        write(path, data)
+
+    monkeypatch.setattr("nemoquant.engine.export.write_named", full)
     with pytest.raises(NemoquantError, match="No space left"):
         nemoquant.export_engine(demo("fp8"), tmp_path / "other", target="rtx", sm=89, max_seq_len=256)
     assert sorted(tmp_path.iterdir()) == left
@@ -513,6 +520,20 @@ def test_an_engine_that_was_built_says_all_that_loading_needs(
     other = Path(shutil.copytree(demo("nvfp4"), tmp_path / "other"))
     with pytest.raises(NemoquantError, match="built for the plan"):
         gpu.TensorRTEngine("rtx", tmp_path / "e", other, None)
+
+
+def test_files_that_could_not_be_written_are_refused_first(
+    demo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.symlink_to(tmp_path / "of the user")
+    for out, more, reason in (
+        (tmp_path / ("x" * 240), {}, "its name is too long; expected at most 237 bytes"),
+        (tmp_path / "model.engine", {"timing_cache": cache}, "cache: it is a link, which would be replaced"),
+    ):
+        with pytest.raises(OutputError, match=reason):
+            nemoquant.export_engine(demo("fp8"), out, target="trt", sm=100, **more)
+    assert list(tmp_path.iterdir()) == [cache]
 
 
 def test_a_runtime_that_fails_gives_its_words(

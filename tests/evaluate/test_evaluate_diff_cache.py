@@ -15,6 +15,7 @@ from nemoquant.api import diff
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import CheckpointError, HeaderError, OutputError
 from nemoquant.evaluate import reference
+from nemoquant.files import UNFINISHED
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj.weight"
 
@@ -255,7 +256,7 @@ def test_a_full_disk(source, compare, cache, monkeypatch):
 
 
 def test_what_another_run_writes_is_left_to_it(source, compare, cache):
-    partial = cache.with_name(cache.name + ".partial")
+    partial = cache.with_name(cache.name + UNFINISHED)
     partial.write_text("half of it")
     with partial.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -277,13 +278,13 @@ def test_a_lock_on_a_network_disk(source, compare, cache, monkeypatch):
         lock(handle, operation)
 
     monkeypatch.setattr(reference.fcntl, "flock", of_nfs)
-    cache.with_name(cache.name + ".partial").write_text("half of it")
+    cache.with_name(cache.name + UNFINISHED).write_text("half of it")
     compare(source, source, reference_cache=cache, card=False)
     assert cache.is_file()
 
 
 def test_what_a_killed_run_left_is_replaced(source, compare, cache):
-    partial = cache.with_name(cache.name + ".partial")
+    partial = cache.with_name(cache.name + UNFINISHED)
     partial.write_text("half of it")
     compare(source, source, reference_cache=cache)
     assert cache.is_file() and not partial.exists()

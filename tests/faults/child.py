@@ -19,11 +19,12 @@ from typing import Any
 
 from support.commands import invoke
 
+from nemoquant.errors import UNFORESEEN
+
 from . import watch
 from .watch import Aim
 
 LONGEST = 120  # seconds of a child
-CRASHED = 70  # exit code of a child that ended with a traceback
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _child(
     before: Callable[[], object],
 ) -> None:
     out, err, events, points = streams
-    code = CRASHED
+    code = UNFORESEEN
     try:
         signal.alarm(LONGEST)
         os.dup2(out, 1)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemoquant.files import UNFINISHED
+
 from .cases import Case
 from .child import Ended, call, main_of
 from .watch import Kind, events
@@ -105,7 +107,7 @@ def run(world: World, choose: random.Random, long: bool) -> Iterator[Case]:  # n
         "verify": ([out, "--against", source], []),
         "diff": (
             [source, out, "--data", world.rows, "--threads", 1, "--html", report],
-            [out, report, Path(f"{report}.partial")],
+            [out, report, Path(f"{report}{UNFINISHED}")],
         ),
         "export": (["onnx", out], [out]),
         "export a copy": (["onnx", out, copy], [copy, root / "copy.partial"]),

@@ -53,6 +53,15 @@ def test_sums_and_counts_are_numpys(shape: tuple[int, int], to_bf16, to_float) -
         assert 0 < expected.flushed < values.size
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 1000])
+def test_zeros_of_either_sign_are_counted(dtype: type[np.unsignedinteger], size: int) -> None:
+    sign = np.iinfo(dtype).max // 2 + 1
+    bits = np.random.default_rng(size).choice(np.array([0, 1, sign - 1, sign, sign + 1], dtype), size)
+    assert noise.zeros(bits) == int(((bits == 0) | (bits == sign)).sum())
+    assert noise.zeros(np.full((2, size), sign, dtype)) == 2 * size
+
+
 @pytest.mark.parametrize("position", range(33))
 def test_every_element_counts_once(position: int) -> None:
     """33 = two whole vectors of 16 and one more."""

@@ -10,6 +10,8 @@ from support import oracle_tensors, pack_oracle
 from support.commands import nemoquant
 from support.pack_oracle import PRESETS, read, scales_of
 
+from nemoquant.pack import write
+
 EXPERTS = 12  # numerically 9 < 10, as text it is not
 
 
@@ -35,6 +37,19 @@ def test_bytes_by_the_command_line(preset, fitting, token_rows, tmp_path):
 def test_bytes_by_the_api_without_scale_groups(preset, fitting, quantized):
     source, out = fitting(preset), quantized(preset, scale_groups=False)
     assert differences(read(out), pack_oracle.expected(source, preset, scales_of(out), groups=False)) == []
+
+
+def test_a_group_is_measured_once_for_all_its_members(quantized, monkeypatch):
+    measured, measure = [], write.measure
+
+    def counted(checkpoint, row, part):
+        measured.append((row.name, part.start))
+        return measure(checkpoint, row, part)
+
+    monkeypatch.setattr(write, "measure", counted)
+    quantized("nvfp4")
+    assert len(measured) == len(set(measured))
+    assert {f"backbone.layers.1.mixer.{p}_proj.weight" for p in "qkv"} <= {name for name, _ in measured}
 
 
 def test_groups_share_their_scales_and_only_they_do(quantized):

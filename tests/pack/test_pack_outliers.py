@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from support.commands import nemoquant
 from support.places import DEMO
 from support.stops import stopped_after
@@ -14,7 +15,7 @@ from nemoquant.api import RunOptions, quantize
 from nemoquant.errors import Interrupted
 from nemoquant.formats import FORMATS
 from nemoquant.formats.registry import ARITHMETIC
-from nemoquant.pack.outliers import TOO_MUCH, Lost, lost_to_scale
+from nemoquant.pack.outliers import TOO_MUCH, Lost, lost_to_scale, lost_warnings
 from nemoquant.sources.source import open_source
 
 METHODS = [(name, method) for name, number in FORMATS.items() for method in number.methods]
@@ -53,12 +54,12 @@ def test_what_is_counted(format, method, times):
     found = lost_to_scale(format, weight, codes, scale)
     flushed = int(((floats(weight) != 0) & (ARITHMETIC[format].decode(codes, scale) == 0)).sum())
     floored = int((codes.block_scales == 1).sum()) if format == "nvfp4" else 0
-    assert (found.floored, found.values) == (floored, weight.size)
+    assert found.floored == floored
     assert found.blocks == (0 if codes.block_scales is None else codes.block_scales.size)
     if found.flushed or found.too_much(format):
-        assert found.flushed == flushed
+        assert (found.flushed, found.values) == (flushed, np.count_nonzero(floats(weight)))
     else:
-        assert not floored
+        assert (floored, found.values) == (0, weight.size)
         assert format == "nvfp4" or flushed < weight.size / 50
     harmed = {"fp8": times >= 3e4, "mxfp8": False, "nvfp4": times >= 1e5}
     assert found.too_much(format) == harmed[format]
@@ -80,9 +81,32 @@ def test_counts_add_up():
     whole = Lost(1, 10, 3, 160) + Lost() + Lost(2, 10, 4, 160)
     assert whole == Lost(3, 20, 7, 320)
     assert (
-        whole.words() == "15.0% of its block scales are the smallest there is, 2.2% of its values became zero"
+        whole.words()
+        == "15.0% of its block scales are the smallest there is, 2.2% of its nonzero values became zero"
     )
-    assert Lost(0, 0, 1, 4).words() == "25.0% of its values became zero"
+    assert Lost(0, 0, 1, 4).words() == "25.0% of its nonzero values became zero"
+
+
+def test_the_share_is_of_what_was_not_zero():
+    """A pruned weight: of the 4% of its values that there are, nearly all are lost."""
+    weight = normal(1e6)
+    weight[:, np.arange(weight.shape[1]) % 25 != 7] = 0
+    codes, scale = encoded(weight, "fp8", "max")
+    found = lost_to_scale("fp8", weight, codes, scale)
+    assert found.flushed < TOO_MUCH * weight.size
+    assert found.too_much("fp8")
+
+
+def test_no_format_is_recommended_in_its_own_place():
+    found = {"a": Lost(0, 4, 1, 2), "b": Lost(0, 0, 1, 4)}
+    assert lost_warnings(found, {"a": "mxfp8", "b": "fp8"}) == [
+        "1 weights lost small values to a scale that a few very large ones decide: b (25.0% of its nonzero "
+        "values became zero); are the large values right? Else `format: mxfp8`, which has no scale of the "
+        "whole tensor, or `format: source` keeps the small ones",
+        "1 weights lost small values to scales of their blocks, which a few very large ones decide: a (50.0% "
+        "of its nonzero values became zero); are the large values right? Else `format: source` keeps the "
+        "small ones",
+    ]
 
 
 def test_honest_weights_are_far_from_the_limit():
@@ -111,16 +135,18 @@ def outliers(make_checkpoint):
         for module in (MAMBA, EXPERT):
             weight = tensors[f"{module}.weight"]
             weight[0, 0] = weight.abs().max() * 1e6
+            if module == MAMBA:  # pruned: what is lost is more than 5% of what there is alone
+                weight[:, torch.arange(weight.shape[1]) % 25 != 0] = 0
 
     return make_checkpoint("outliers", edit)
 
 
 SAYS = (
     r"2 weights lost small values to a scale that a few very large ones decide: "
-    r"backbone\.layers\.0\.mixer\.in_proj \((?:99|100)\.\d% of its values became zero\), "
+    r"backbone\.layers\.0\.mixer\.in_proj \((?:99|100)\.\d% of its nonzero values became zero\), "
     r"backbone\.layers\.5\.mixer\.experts\.3\.up_proj \((?:99|100)\.\d% of its block scales are the smallest "
-    r"there is, \d\d\.\d% of its values became zero\); are the large values right\? Else `format: mxfp8`, "
-    r"which has no scale of the whole tensor, or `format: source` keeps the small ones"
+    r"there is, \d\d\.\d% of its nonzero values became zero\); are the large values right\? Else "
+    r"`format: mxfp8`, which has no scale of the whole tensor, or `format: source` keeps the small ones"
 )
 
 

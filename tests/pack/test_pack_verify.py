@@ -3,12 +3,14 @@
 ``sign`` gives a changed output a matching manifest: then only the deeper check can detect the damage.
 """
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import invoke, nemoquant
+from support.commands import invoke, nemoquant, refusal
 from support.files import edit_json
 from support.pack_oracle import PRESETS, read
 from support.processes import listening
@@ -24,6 +26,7 @@ from support.tampering import overwrite, sign
 
 from nemoquant.api import RunOptions, plan, quantize, verify
 from nemoquant.checkpoint.manifest import FILE, write_manifest
+from nemoquant.pack import verify as check
 
 IN_PROJ, EXPERT = "backbone.layers.0.mixer.in_proj", "backbone.layers.2.mixer.experts.3.up_proj"
 ONE_FILE = "model-00001-of-00001.safetensors"
@@ -67,6 +70,11 @@ def test_fresh_output_passes(preset, fitting, quantized):
     assert alone["ok"]
     assert alone["checked"]["compared_with_source"] == alone["checked"]["encoded_again"] == 0
     assert alone["checked"]["scales"] == checked["scales"] > 0
+
+
+def test_nothing_is_counted_that_verify_does_not_tell(source, out, monkeypatch):
+    monkeypatch.setattr("nemoquant.pack.encode.lost_to_scale", lambda *_: pytest.fail("it counts"))
+    assert verify(out, source)["ok"]
 
 
 def test_several_shards_pass(source, quantized):
@@ -507,6 +515,40 @@ def test_against_what_is_no_source(what, source, out, tmp_path):
     ] in message
     assert message.startswith("error: ")
     assert message.count("\n") == 1
+
+
+def test_a_source_that_changes_meanwhile(source, out, monkeypatch):
+    """It is not the output that is wrong."""
+    again = check._encoded_again
+
+    def changed(*given):
+        overwrite(source, "lm_head.weight", b"\1")
+        return again(*given)
+
+    monkeypatch.setattr(check, "_encoded_again", changed)
+    refusal("verify", out, "--against", source, "--json", parts=[f"{source}/", "written to meanwhile"])
+
+
+@pytest.mark.parametrize("name", [f"{IN_PROJ}.weight", f"{EXPERT}.weight"])
+def test_a_source_with_nan(name, source, out):
+    overwrite(source, name, b"\xc0\x7f")
+    refusal("verify", out, "--against", source, "--json", parts=[f"{name} has NaN", "the source is damaged"])
+
+
+def test_progress_is_called_in_one_thread_and_its_errors_are_its_own(source, out):
+    seen = []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    progress = lambda *given: seen.append((threading.current_thread(), given))  # noqa: E731
+    assert verify(out, source, progress=progress)["ok"]
+    assert {thread for thread, _ in seen} == {threading.main_thread()}
+    _, last, total, _ = seen[-1][1]
+    assert last == total
+    for against in (None, source):
+        with pytest.raises(OSError, match="No space left"):
+            verify(out, against, progress=full)
 
 
 def test_plain_report(out, source):

@@ -303,11 +303,24 @@ def test_verify_against_is_exact(own, token_rows, tmp_path):
     assert verify(out, open_weights(own, "")).ok
 
 
-def test_a_diff_with_another_source(own, token_rows, tmp_path):
+def test_a_diff_with_another_source(own, token_rows, tmp_path, monkeypatch):
+    """It is said before the candidate's layer is computed, and before its shards are hashed to the end."""
+    from nemoquant.checkpoint.intact import Reading
+    from nemoquant.evaluate import run
+
+    layers, layer = [], run._layer
+
+    def computed(side, source, before, stage, what):
+        layers.append(stage.layer)
+        layer(side, source, before, stage, what)
+
     out = make(own, token_rows, tmp_path / "out").out
     options = {"data": token_rows, "threads": 1}
     diff(own, [out], **options)
+    monkeypatch.setattr(run, "_layer", computed)
+    monkeypatch.setattr(Reading, "finish", lambda *_: pytest.fail("it waits"))
     for name in (EXPERT, "mtp.layers.0.eh_proj.weight", HEAD):
+        layers.clear()
         flip(own, name)
         before = tree(out)
         with pytest.raises(
@@ -315,7 +328,23 @@ def test_a_diff_with_another_source(own, token_rows, tmp_path):
         ):
             diff(own, [out], **options)
         assert tree(out) == before
+        assert (int(EXPERT.split(".")[2]) in layers) is (name != EXPERT)
         flip(own, name)
+
+
+def test_a_source_that_changes_while_heads_are_compared(own, token_rows, tmp_path, monkeypatch):
+    from nemoquant.evaluate import run
+
+    out = make(own, token_rows, tmp_path / "out").out
+    compared = run.compare_heads
+
+    def changed(*arguments):
+        flip(own, HEAD)
+        return compared(*arguments)
+
+    monkeypatch.setattr(run, "compare_heads", changed)
+    with pytest.raises(SourceChangedError, match="written to meanwhile"):
+        diff(own, [out], data=token_rows, threads=1)
 
 
 # Within one run.

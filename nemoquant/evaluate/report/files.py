@@ -7,7 +7,9 @@ from pathlib import Path
 from nemoquant.errors import OutputError, UsageError
 from nemoquant.evaluate.report.markdown import markdown
 from nemoquant.evaluate.schema import Report
-from nemoquant.files import replace_text
+from nemoquant.files import is_stream, why_not_written, write_named
+
+CACHE = "reference cache"  # a kind of file that a diff writes
 
 
 def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = ()) -> None:
@@ -16,11 +18,21 @@ def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = 
     Args:
         checkpoints: folders that no report may be written into.
     Raises:
-        OutputError: a folder is missing, not writable or a checkpoint, or a path is a folder; UsageError for
-            the same name twice.
+        OutputError: a folder is missing, not writable or a checkpoint, or a path is a folder or what must not
+            be replaced; UsageError for the same name twice.
     """
-    wanted = [path for path in files.values() if path is not None]
-    for i, path in enumerate(wanted):
+    wanted: list[Path] = []
+    for kind, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; expected a file name")
+        # a cache that is there is only read, through a link too
+        reason = None if kind == CACHE and path.exists() else why_not_written(path)
+        if reason:
+            raise OutputError(f"{path}: {reason}")
+        if is_stream(path):
+            continue
         folder = path.absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(
@@ -31,14 +43,15 @@ def check_files(files: Mapping[str, Path | None], checkpoints: Sequence[Path] = 
                 f"{path}: {folder} is a checkpoint, whose files are listed in its manifest; choose another "
                 f"place"
             )
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder; expected a file name")
-        if path.absolute() in [other.absolute() for other in wanted[:i]]:
+        if path.absolute() in [other.absolute() for other in wanted]:
             raise UsageError(f"{path} is given for two reports; expected a file for each")
+        wanted.append(path)
 
 
 def write_files(report: Report, files: Mapping[str, Path | None]) -> None:
-    """Write those of ``html``, ``json`` and ``markdown`` that are wanted; existing files are replaced.
+    """Write those of ``html``, ``json`` and ``markdown`` that are wanted.
+
+    Existing files are replaced; pipes and devices are written to.
 
     Raises:
         OutputError: one can't be written.
@@ -47,7 +60,7 @@ def write_files(report: Report, files: Mapping[str, Path | None]) -> None:
         if path is None:
             continue
         try:
-            replace_text(path, _text(kind, report))
+            write_named(path, _text(kind, report).encode())
         except OSError as error:
             raise OutputError(
                 f"{path}: {error.strerror or error}; the report can't be written there"
