@@ -24,6 +24,8 @@ from nemoquant.tokens.template import ChatTemplate
 from nemoquant.tokens.tokenizer import encode, load_tokenizer
 
 MOST_CHARS = 16 << 20  # of a line of .jsonl, and bytes of a row of .parquet: JSON can take 20 times as much
+MOST_UNPACKED = 128 << 20  # bytes of a column in a row group of .parquet, or
+MOST_RATIO = 16  # times as many as they have in the file
 PIECE_CHARS = 1 << 16  # at least, of a text that goes on
 MOST_PIECE = 1 << 18  # a tokenizer takes some 100 bytes for each
 LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
@@ -194,15 +196,42 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             known = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(1, columns=known or None, use_threads=False):
-                number += 1
-                if batch.get_total_buffer_size() > MOST_CHARS:
-                    raise CalibrationError(
-                        f"{path.name}, document {number}: has more than {MOST_CHARS:,} bytes; cut it into "
-                        f"several, or give it as .txt, which may have any size"
+            for group in range(file.num_row_groups):
+                _check_pages(file.metadata.row_group(group), known, path, group)
+                for batch in file.iter_batches(1, [group], known or None, use_threads=False):
+                    columns = (  # a column of categories has all of them in each batch, only one is used
+                        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+                        for column in batch.columns
                     )
-                yield number, batch.to_pylist()[0]
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+                    if sum(column.get_total_buffer_size() for column in columns) > MOST_CHARS:
+                        raise CalibrationError(
+                            f"{path.name}, document {number + 1}: has more than {MOST_CHARS:,} bytes; cut it "
+                            f"into several, or give it as .txt, which may have any size"
+                        )
+                    document = batch.to_pylist()[0]
+                    number += 1
+                    yield number, document
+    except CalibrationError:
+        raise
+    except Exception as error:  # without a common base: of a date beyond Python's it is an OverflowError
         raise CalibrationError(
             f"{path} cannot be read as parquet ({error}), after {number} documents"
         ) from None
+
+
+def _check_pages(group: Any, known: list[str], path: Path, number: int) -> None:
+    """Raises CalibrationError if a column of a row group may have a page that fills the memory.
+
+    A page is unpacked whole, three times its size; its size is in no table, but that of all pages of a column
+    in the group. Much text compresses to a quarter.
+    """
+    for column in map(group.column, range(group.num_columns)):
+        name, unpacked = column.path_in_schema, column.total_uncompressed_size
+        if known and name.split(".")[0] not in known:
+            continue
+        if unpacked > max(MOST_UNPACKED, MOST_RATIO * column.total_compressed_size):
+            raise CalibrationError(
+                f"{path.name}, column {name!r}: its {column.total_compressed_size:,} bytes in row group "
+                f"{number} unpack to {unpacked:,}; expected at most {MOST_UNPACKED:,}, write it "
+                f"with smaller row groups"
+            )

@@ -124,6 +124,25 @@ def test_memory_of_a_long_parquet_row(tmp_path):
     )
 
 
+def test_a_parquet_page_that_would_fill_the_memory(tmp_path, monkeypatch):
+    """Each page is unpacked whole, a small file to any size."""
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(documents, "MOST_UNPACKED", 1 << 20)
+    table = pyarrow.table({"text": ["a" * 1_100_000], "other": ["x" * 2_000_000]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
+    with pytest.raises(
+        CalibrationError,
+        match=r"x.parquet, column 'text': its [\d,]+ bytes in row group 0 unpack to 1,100,\d\d\d; expected "
+        r"at most 1,048,576, write it with smaller row groups",
+    ):
+        list(documents.documents(tmp_path / "x.parquet", DEMO))
+    table = pyarrow.table({"text": [draw.randbytes(600_000).hex() for draw in [random.Random(0)]]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
+    assert len(list(documents.documents(tmp_path / "x.parquet", DEMO))) == 1  # a large one may
+
+
 def test_no_more_of_a_text_is_read_than_is_used(tmp_path):
     """The file's end is not UTF-8."""
     (tmp_path / "x.txt").write_bytes(b"word " * (1 << 20) + b"\xff")
