@@ -23,7 +23,9 @@ from nemoquant.files import open_regular, parse_json
 from nemoquant.tokens.template import ChatTemplate
 from nemoquant.tokens.tokenizer import encode, load_tokenizer
 
-MOST_CHARS = 16 << 20  # of a line of .jsonl, and bytes of a row of .parquet: JSON can take 20 times as much
+MOST_LINE = 100 << 20  # characters of a line of .jsonl: it and its text are in memory, at 1 to 4 bytes each
+MOST_ENTRIES = 6 << 20  # of a line, commas of its text too: an object takes 20 times its size in the file
+MOST_ROW = 16 << 20  # bytes of a row of .parquet
 MOST_UNPACKED = 128 << 20  # bytes of a column in a row group of .parquet, or
 MOST_RATIO = 16  # times as many as they have in the file
 PIECE_CHARS = 1 << 16  # at least, of a text that goes on
@@ -110,8 +112,11 @@ def _ids(ids: list[Any], where: str) -> list[int]:
 
 
 def _open(path: Path) -> TextIO:
-    """A text file; bytes that are not UTF-8 become lone surrogates, which :func:`_check_utf8` finds."""
-    return os.fdopen(open_regular(path), encoding="utf-8", errors="surrogateescape")
+    """A text file, without its byte order mark.
+
+    Bytes that are not UTF-8 become lone surrogates, which :func:`_check_utf8` finds.
+    """
+    return os.fdopen(open_regular(path), encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _check_utf8(text: str, path: Path, line: int) -> None:
@@ -155,23 +160,25 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(MOST_CHARS + 1):
+            while line := file.readline(MOST_LINE + 1):
                 number += 1
-                if len(line) > MOST_CHARS:
+                if len(line) > MOST_LINE:
                     raise CalibrationError(
-                        f"{path.name}, line {number}: has more than {MOST_CHARS:,} characters; cut the "
+                        f"{path.name}, line {number}: has more than {MOST_LINE:,} characters; cut the "
                         f"document into several, or give it as .txt, which may have any size"
                     )
                 if line.strip():
                     _check_utf8(line, path, number)
-                    yield number, _object(line, f"{path.name}, line {number}")
+                    document = _object(line, f"{path.name}, line {number}")
+                    line = ""  # it may be as large as its text
+                    yield number, document
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        document = parse_json(line, entries=MOST_CHARS)  # commas of its text count too
+        document = parse_json(line, entries=MOST_ENTRIES)
     except json.JSONDecodeError as error:
         raise CalibrationError(
             f"{where}: not JSON ({error.msg}, at character {error.pos + 1}); expected one JSON object a line"
@@ -203,9 +210,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
                         for column in batch.columns
                     )
-                    if sum(column.get_total_buffer_size() for column in columns) > MOST_CHARS:
+                    if sum(column.get_total_buffer_size() for column in columns) > MOST_ROW:
                         raise CalibrationError(
-                            f"{path.name}, document {number + 1}: has more than {MOST_CHARS:,} bytes; cut it "
+                            f"{path.name}, document {number + 1}: has more than {MOST_ROW:,} bytes; cut it "
                             f"into several, or give it as .txt, which may have any size"
                         )
                     document = batch.to_pylist()[0]
