@@ -102,7 +102,10 @@ def home_expanded(got: str) -> str:
 
     Where there is no such home it is left as it is.
     """
-    return os.path.expanduser(got)  # noqa: PTH111  Path's raises where there is no home
+    try:
+        return os.path.expanduser(got)  # noqa: PTH111  Path's raises where there is no home
+    except ValueError:  # no user has such a name: it has a NUL, or half of a surrogate pair
+        return got
 
 
 def path(name: str, got: Any) -> Path:

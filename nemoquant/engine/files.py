@@ -55,9 +55,9 @@ def read_graph(path: Path) -> Any:
     except Exception as error:  # protobuf's exceptions have no common base
         raise CheckpointError(f"{path} cannot be read as ONNX ({error}); export it again") from None
     for tensor in (
-        *model.graph.initializer,
-        *_node_tensors(model.graph.node),
-        *_node_tensors(n for f in model.functions for n in f.node),
+        *_graph_tensors(model.graph),
+        *_attribute_tensors(a for f in model.functions for a in f.attribute_proto),
+        *_attribute_tensors(a for f in model.functions for n in f.node for a in n.attribute),
     ):
         for entry in tensor.external_data:
             if entry.key == "location" and not plain_name(entry.value):
@@ -68,14 +68,21 @@ def read_graph(path: Path) -> Any:
     return model
 
 
-def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
-    """Tensors in nodes' attributes, including subgraphs."""
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from graph.initializer
-                yield from _node_tensors(graph.node)
+def _graph_tensors(graph: Any) -> Iterator[Any]:
+    """All tensors of a graph, including those of its subgraphs."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _attribute_tensors(attribute for node in graph.node for attribute in node.attribute)
+
+
+def _attribute_tensors(attributes: Iterable[Any]) -> Iterator[Any]:
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _graph_tensors(graph)
 
 
 def onnx_package() -> Any:

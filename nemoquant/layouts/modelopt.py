@@ -15,14 +15,15 @@ What the layout has for each number format is one row of ``LAYOUT``.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, field_problem, listing
@@ -31,12 +32,17 @@ from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Fo
 from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.recipe import has_wildcard
 
 LEGACY = "hf_quant_config.json"  # the older of the two config files
 SECTION = "quantization_config"  # of config.json, the newer one
 PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name first; our own name is in nemoquant.json
 LAYOUT_VERSION = "0.47.0"  # the Model Optimizer that has this layout; tests compare the bytes
 MIXED = "MIXED_PRECISION"  # the algorithm of a checkpoint with several
+MOST_WILDCARDS = (
+    512  # in one list of patterns: each is tried on every module; published ones have one a layer
+)
+MOST_PATTERN = 200  # characters of a pattern
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
 
@@ -297,14 +303,28 @@ class _Group(BaseModel):
     input_activations: _Number | None = None
 
 
+def _bounded(names: list[str]) -> list[str]:
+    patterns = [name for name in names if has_wildcard(name)]
+    wildcards = sum(pattern.count(mark) for pattern in patterns for mark in "*?[")
+    if wildcards > MOST_WILDCARDS or any(len(pattern) > MOST_PATTERN for pattern in patterns):
+        raise ValueError(
+            f"its patterns have {wildcards:,} wildcards; expected at most {MOST_WILDCARDS:,}, and at most "
+            f"{MOST_PATTERN} characters in a pattern"
+        )
+    return names
+
+
+_Names = Annotated[list[str], AfterValidator(_bounded)]  # and patterns
+
+
 class _Declared(BaseModel):
     """The keys of ``SECTION`` that are read here; there may be others, of this tool or another."""
 
     quant_algo: str | None = None
     quantized_layers: dict[str, _Listed] | None = None
     kv_cache_scheme: dict[str, Any] | str | None = None
-    config_groups: dict[str, _Group] | None = None
-    ignore: list[str] | None = None
+    config_groups: dict[str, _Group | list[str]] | None = None  # a list: targets, by the name of a preset
+    ignore: _Names | None = None
 
 
 class _Legacy(BaseModel):
@@ -314,7 +334,7 @@ class _Legacy(BaseModel):
     group_size: int | None = None
     quantized_layers: dict[str, _Listed] | None = None
     kv_cache_quant_algo: str | None = None
-    exclude_modules: list[str] | None = None
+    exclude_modules: _Names | None = None
 
 
 def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,12 +446,15 @@ def contradictions(
     """
     section, legacy = raw.get(SECTION) or {}, _read_legacy(path)
     quantized = {module: format for module, format in formats.items() if format != "source"}
-    found = _disagreements(section, legacy, formats) if section and legacy else []
-    for file, key, patterns in (
-        ("config.json", "ignore", section.get("ignore")),
-        (LEGACY, "exclude_modules", legacy.get("exclude_modules")),
-    ):
-        wrong = [module for module in quantized if _excluded(module, patterns or [])]
+    ignored = _excluded(formats, section.get("ignore") or [])
+    older = _excluded(formats, legacy.get("exclude_modules") or [])
+    found = _disagreements(section, legacy) if section and legacy else []
+    if section.get("ignore") is not None and legacy.get("exclude_modules") is not None:
+        differing = [module for module in formats if (module in ignored) != (module in older)]
+        if differing:
+            found.append(f"only one of config.json and {LEGACY} excludes {listing(differing)}")
+    for file, key, excluded in (("config.json", "ignore", ignored), (LEGACY, "exclude_modules", older)):
+        wrong = [module for module in quantized if module in excluded]
         if wrong:
             found.append(f"{file} excludes in `{key}` modules that are quantized: {listing(wrong)}")
     for where, sizes, blocks in _group_sizes(section, legacy, quantized):
@@ -444,9 +467,7 @@ def contradictions(
     return found
 
 
-def _disagreements(
-    section: Mapping[str, Any], legacy: Mapping[str, Any], modules: Iterable[str]
-) -> list[str]:
+def _disagreements(section: Mapping[str, Any], legacy: Mapping[str, Any]) -> list[str]:
     """Where both files declare something, and not the same."""
     found = []
     ours, theirs = section.get("quant_algo"), legacy.get("quant_algo")
@@ -465,14 +486,6 @@ def _disagreements(
         )
         if differing:
             found.append(f"config.json and {LEGACY} list other algorithms for {listing(differing)}")
-    if section.get("ignore") is not None and legacy.get("exclude_modules") is not None:
-        differing = [
-            module
-            for module in modules
-            if _excluded(module, section["ignore"]) != _excluded(module, legacy["exclude_modules"])
-        ]
-        if differing:
-            found.append(f"only one of config.json and {LEGACY} excludes {listing(differing)}")
     cache = declared_cache(section)
     if cache is not None and "kv_cache_quant_algo" in legacy:
         name = legacy["kv_cache_quant_algo"]
@@ -481,12 +494,17 @@ def _disagreements(
     return found
 
 
-def _excluded(module: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is excluded: itself, by a pattern with wildcards, or with all that is below a name."""
-    return any(
-        module == pattern or module.startswith(f"{pattern}.") or fnmatchcase(module, pattern)
-        for pattern in patterns
-    )
+def _excluded(modules: Iterable[str], patterns: Collection[str]) -> set[str]:
+    """The names that are excluded: itself, by a pattern with wildcards, or with all that is below a name."""
+    names = set(patterns)
+    wild = re.compile("|".join(translate(p) for p in names if has_wildcard(p)) or r"(?!)")
+    return {
+        module
+        for module in modules
+        if module in names
+        or any(module[: dot.start()] in names for dot in re.finditer(r"\.", module))
+        or wild.match(module)
+    }
 
 
 def _group_sizes(
@@ -500,6 +518,8 @@ def _group_sizes(
     if len(present) == 1:
         yield LEGACY, [legacy.get("group_size")], {FORMATS[name].block for name in present}
     for name, group in (section.get("config_groups") or {}).items():
+        if isinstance(group, list):  # a preset's name says no size here
+            continue
         for key in ("weights", "input_activations"):
             number = group.get(key) or {}
             blocks = {FORMATS[f].block for f in present if FORMATS[f].weight_bits == number.get("num_bits")}

@@ -6,7 +6,7 @@ Later stages read the plan and match no names.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -170,8 +170,9 @@ class Plan:
         digest = hashlib.sha256(
             json.dumps([SCHEMA, self.recipe.dump(), self.scale_groups], sort_keys=True).encode()
         )
+        encode = json.JSONEncoder(sort_keys=True).encode
         for row in self.rows:
-            digest.update(json.dumps(asdict(row), sort_keys=True).encode())
+            digest.update(encode(vars(row)).encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -233,7 +234,6 @@ def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
 
 def row_json(row: Row) -> dict[str, Any]:
     """A row as JSON data, with both scale groups under one key."""
-    data = asdict(row)
-    data["shape"] = list(row.shape)
+    data: dict[str, Any] = {**vars(row), "shape": list(row.shape)}
     data["scale_group"] = {"weight": data.pop("weight_group"), "input": data.pop("input_group")}
     return data

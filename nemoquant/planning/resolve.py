@@ -14,9 +14,11 @@ The checks in order; each is an error that lists what is wrong:
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import translate
+from functools import cached_property
 from itertools import chain
 
 from nemoquant.errors import RecipeError, brief, listing
@@ -27,6 +29,7 @@ from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import Recipe, Rule, has_wildcard
 
+MOST_COMPARED = 1 << 23  # names with patterns, a microsecond each; those that begin as a pattern does
 _REASONS = {
     "ssm.": "the recurrence multiplies their error over the whole sequence, and engines widen them to fp32",
     "router": "a rounded router sends tokens to other experts, and engines compute it in fp32",
@@ -69,16 +72,12 @@ def resolve(
     return plan
 
 
-class _Globs:
-    """Patterns of a rule; those without wildcards are looked up, whatever their number."""
-
-    def __init__(self, globs: Iterable[str]) -> None:
-        self.exact = {g for g in globs if not has_wildcard(g)}
-        wild = [translate(g) for g in globs if has_wildcard(g)]
-        self.wild = re.compile("|".join(wild)) if wild else None
-
-    def match(self, name: str) -> bool:
-        return name in self.exact or (self.wild is not None and self.wild.fullmatch(name) is not None)
+def _matching(glob: str, names: Sequence[str]) -> list[str]:
+    """The names that a pattern matches."""
+    if not has_wildcard(glob):
+        return [glob] if glob in names else []
+    match = re.compile(translate(glob)).match
+    return [name for name in names if match(name)]
 
 
 class _Index:
@@ -92,13 +91,14 @@ class _Index:
             for name in {spec.name, spec.module}:
                 self.named[name].append(i)
             self.placed[spec.role, spec.layer].append(i)
+        self.compared = 0
 
-    def matches(self, rule: Rule) -> list[int]:
-        """The places of the tensors that a rule matches."""
-        if rule.names:
-            globs = _Globs(rule.names)
-            names = self.named if globs.wild else globs.exact & self.named.keys()
-            return sorted({i for name in names if globs.match(name) for i in self.named[name]})
+    @cached_property
+    def sorted_names(self) -> list[str]:
+        return sorted(self.named)
+
+    def of_roles(self, rule: Rule) -> list[int]:
+        """The places of the tensors that have a rule's roles, in its layers."""
         wanted = _roles(rule)
         layers = None if rule.layers is None else set(rule.layers)
         places = (
@@ -108,11 +108,37 @@ class _Index:
         )
         return list(chain.from_iterable(places))
 
+    def of_names(self, glob: str, where: str) -> list[int]:
+        """The places of the tensors whose name, or whose module's, a pattern matches.
+
+        Raises:
+            RecipeError: there are none, or it would take too long; ``where`` begins the message.
+        """
+        found = [glob] if glob in self.named else []
+        if has_wildcard(glob):  # compared with the names that begin as it does
+            begin = re.split(r"[*?[]", glob, maxsplit=1)[0]
+            first = bisect_left(self.sorted_names, begin)
+            after = bisect_right(self.sorted_names, begin, first, key=lambda name: name[: len(begin)])
+            self.compared += after - first
+            if self.compared > MOST_COMPARED:
+                raise RecipeError(
+                    f"{where}: the name patterns up to {brief(glob)} would be compared with "
+                    f"{self.compared:,} names; expected at most {MOST_COMPARED:,}, begin them as the names "
+                    f"begin, or use `roles` and `layers`"
+                )
+            found = _matching(glob, self.sorted_names[first:after])
+        if not found:
+            raise RecipeError(
+                f"{where}: the name pattern {brief(glob)} matches none of the {len(self.table):,} tensors; "
+                f"names look like {self.table[min(len(self.table) - 1, 2)].name!r}"
+            )
+        return [i for name in found for i in self.named[name]]
+
 
 def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
     """For each tensor the first rule that matches it, with the rule's number (from 1)."""
     for rule in recipe.rules:
-        unknown = [g for g in rule.roles if not any(map(_Globs([g]).match, ROLES))]
+        unknown = [g for g in rule.roles if not _matching(g, ROLES)]
         if unknown:
             raise RecipeError(
                 f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}"
@@ -121,15 +147,19 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
     claims: list[tuple[int, Rule] | None] = [None] * len(table)
     taken_roles: set[str] = set()  # roles that earlier rules take in all layers
     for number, rule in enumerate(recipe.rules, 1):
-        matched = index.matches(rule)
-        _check_matched(recipe, rule, number, index, matched)
+        where = f"recipe {recipe.name}: rule {number}"
+        if rule.names:
+            matched = sorted({i for glob in rule.names for i in index.of_names(glob, where)})
+        else:
+            matched = index.of_roles(rule)
+            _check_layers(rule, where, table, matched)
         unclaimed = [i for i in matched if claims[i] is None]
         roles = _roles(rule)
         # A rule for whole roles may have nothing to take in this model, if it would have in another.
         dead = roles <= taken_roles if rule.roles and rule.layers is None else not unclaimed
         if dead:
             raise RecipeError(
-                f"recipe {recipe.name}: rule {number} ({rule}) does nothing: earlier rules take all "
+                f"{where} ({rule}) does nothing: earlier rules take all "
                 f"{len(matched)} tensors that it "
                 "matches; the first match wins, move it up or remove it"
             )
@@ -148,20 +178,11 @@ def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
 
 
 def _roles(rule: Rule) -> set[str]:
-    globs = _Globs(rule.roles)
-    return {role for role in ROLES if globs.match(role)}
+    return {role for glob in rule.roles for role in _matching(glob, ROLES)}
 
 
-def _check_matched(recipe: Recipe, rule: Rule, number: int, index: _Index, matched: list[int]) -> None:
-    where, table = f"recipe {recipe.name}: rule {number}", index.table
-    names = {name for i in matched for name in (table[i].name, table[i].module)} if rule.names else set()
-    for glob in rule.names:
-        if glob not in names and not (has_wildcard(glob) and any(map(_Globs([glob]).match, names))):
-            raise RecipeError(
-                f"{where}: the name pattern {brief(glob)} matches none of the {len(table):,} tensors; names "
-                f"look like "
-                f"{table[min(len(table) - 1, 2)].name!r}"
-            )
+def _check_layers(rule: Rule, where: str, table: list[TensorSpec], matched: list[int]) -> None:
+    """Each layer of a rule has a tensor of its roles."""
     if rule.layers is not None:
         empty = sorted(set(rule.layers) - {table[i].layer for i in matched})
         if empty:

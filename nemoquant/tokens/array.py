@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 from nemoquant.errors import CalibrationError
 
+MOST_IDS = 1 << 26  # 512 MiB as int64: thousands of rows of the longest that are used
+
 
 def read_array(path: Path) -> npt.NDArray[np.int64]:
     """The integers [rows, length] of an .npy file, as int64.
@@ -29,5 +31,10 @@ def read_array(path: Path) -> npt.NDArray[np.int64]:
     if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
         raise CalibrationError(
             f"{path} holds {array.dtype} of shape {list(array.shape)}; expected integers [rows, length]"
+        )
+    if array.size > MOST_IDS:
+        raise CalibrationError(
+            f"{path} holds {array.size:,} token ids of shape {list(array.shape)}; expected at "
+            f"most {MOST_IDS:,}"
         )
     return np.array(array, np.int64)

@@ -23,7 +23,11 @@ from nemoquant.files import open_regular, parse_json
 from nemoquant.tokens.template import ChatTemplate
 from nemoquant.tokens.tokenizer import encode, load_tokenizer
 
-MOST_CHARS = 16 << 20  # of a line of .jsonl, and bytes of a row of .parquet: JSON can take 20 times as much
+MOST_LINE = 100 << 20  # characters of a line of .jsonl: it and its text are in memory, at 1 to 4 bytes each
+MOST_ENTRIES = 6 << 20  # of a line, commas of its text too: an object takes 20 times its size in the file
+MOST_ROW = 16 << 20  # bytes of a row of .parquet
+MOST_UNPACKED = 128 << 20  # bytes of a column in a row group of .parquet, or
+MOST_RATIO = 16  # times as many as they have in the file
 PIECE_CHARS = 1 << 16  # at least, of a text that goes on
 MOST_PIECE = 1 << 18  # a tokenizer takes some 100 bytes for each
 LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
@@ -108,8 +112,11 @@ def _ids(ids: list[Any], where: str) -> list[int]:
 
 
 def _open(path: Path) -> TextIO:
-    """A text file; bytes that are not UTF-8 become lone surrogates, which :func:`_check_utf8` finds."""
-    return os.fdopen(open_regular(path), encoding="utf-8", errors="surrogateescape")
+    """A text file, without its byte order mark.
+
+    Bytes that are not UTF-8 become lone surrogates, which :func:`_check_utf8` finds.
+    """
+    return os.fdopen(open_regular(path), encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _check_utf8(text: str, path: Path, line: int) -> None:
@@ -153,23 +160,25 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with _open(path) as file:
-            while line := file.readline(MOST_CHARS + 1):
+            while line := file.readline(MOST_LINE + 1):
                 number += 1
-                if len(line) > MOST_CHARS:
+                if len(line) > MOST_LINE:
                     raise CalibrationError(
-                        f"{path.name}, line {number}: has more than {MOST_CHARS:,} characters; cut the "
+                        f"{path.name}, line {number}: has more than {MOST_LINE:,} characters; cut the "
                         f"document into several, or give it as .txt, which may have any size"
                     )
                 if line.strip():
                     _check_utf8(line, path, number)
-                    yield number, _object(line, f"{path.name}, line {number}")
+                    document = _object(line, f"{path.name}, line {number}")
+                    line = ""  # it may be as large as its text
+                    yield number, document
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        document = parse_json(line, entries=MOST_CHARS)  # commas of its text count too
+        document = parse_json(line, entries=MOST_ENTRIES)
     except json.JSONDecodeError as error:
         raise CalibrationError(
             f"{where}: not JSON ({error.msg}, at character {error.pos + 1}); expected one JSON object a line"
@@ -194,15 +203,42 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             known = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(1, columns=known or None, use_threads=False):
-                number += 1
-                if batch.get_total_buffer_size() > MOST_CHARS:
-                    raise CalibrationError(
-                        f"{path.name}, document {number}: has more than {MOST_CHARS:,} bytes; cut it into "
-                        f"several, or give it as .txt, which may have any size"
+            for group in range(file.num_row_groups):
+                _check_pages(file.metadata.row_group(group), known, path, group)
+                for batch in file.iter_batches(1, [group], known or None, use_threads=False):
+                    columns = (  # a column of categories has all of them in each batch, only one is used
+                        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+                        for column in batch.columns
                     )
-                yield number, batch.to_pylist()[0]
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+                    if sum(column.get_total_buffer_size() for column in columns) > MOST_ROW:
+                        raise CalibrationError(
+                            f"{path.name}, document {number + 1}: has more than {MOST_ROW:,} bytes; cut it "
+                            f"into several, or give it as .txt, which may have any size"
+                        )
+                    document = batch.to_pylist()[0]
+                    number += 1
+                    yield number, document
+    except CalibrationError:
+        raise
+    except Exception as error:  # without a common base: of a date beyond Python's it is an OverflowError
         raise CalibrationError(
             f"{path} cannot be read as parquet ({error}), after {number} documents"
         ) from None
+
+
+def _check_pages(group: Any, known: list[str], path: Path, number: int) -> None:
+    """Raises CalibrationError if a column of a row group may have a page that fills the memory.
+
+    A page is unpacked whole, three times its size; its size is in no table, but that of all pages of a column
+    in the group. Much text compresses to a quarter.
+    """
+    for column in map(group.column, range(group.num_columns)):
+        name, unpacked = column.path_in_schema, column.total_uncompressed_size
+        if known and name.split(".")[0] not in known:
+            continue
+        if unpacked > max(MOST_UNPACKED, MOST_RATIO * column.total_compressed_size):
+            raise CalibrationError(
+                f"{path.name}, column {name!r}: its {column.total_compressed_size:,} bytes in row group "
+                f"{number} unpack to {unpacked:,}; expected at most {MOST_UNPACKED:,}, write it "
+                f"with smaller row groups"
+            )

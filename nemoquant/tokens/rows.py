@@ -6,7 +6,7 @@ without overlap; tokens that do not fill a last row are dropped and counted. An 
 """
 
 import hashlib
-from collections.abc import Sequence
+from array import array
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,11 +72,7 @@ def load_rows(
         if path.suffix == ".npy"
         else _read_documents(path, model, config, rows, length)
     )
-    if loaded.ids.size and not (loaded.ids.min() >= 0 and loaded.ids.max() < config.vocab_size):
-        raise CalibrationError(
-            f"{path}: token ids from {loaded.ids.min()} to {loaded.ids.max()}, expected 0 to "
-            f"{config.vocab_size - 1}; is the tokenizer this model's?"
-        )
+    check_ids(loaded.ids, config, str(path))
     warnings = []
     if len(loaded.ids) < rows and path.suffix != ".npy":
         warnings.append(
@@ -90,26 +86,30 @@ def load_rows(
     return replace(loaded, warnings=tuple(warnings))
 
 
+def check_ids(ids: npt.ArrayLike, config: NemotronHConfig, where: str) -> None:
+    """Raises CalibrationError if some of the token ids, which ``where`` gave, are not in the vocabulary."""
+    found = np.asarray(ids)
+    if found.size and not (found.min() >= 0 and found.max() < config.vocab_size):
+        raise CalibrationError(
+            f"{where}: token ids from {found.min()} to {found.max()}, expected 0 to {config.vocab_size - 1}; "
+            f"is the tokenizer this model's?"
+        )
+
+
 def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
-    parts: list[npt.NDArray[np.int64]] = []
-    total = 0
-
-    def add(ids: Sequence[int]) -> None:
-        nonlocal total
-        parts.append(np.array(ids, np.int64))
-        total += len(ids)
-
+    tokens = array("q")
     with closing(documents(path, model)) as found:
         for document in found:
-            before = total
+            before = len(tokens)
             for ids in document:
-                add(ids)
-                if total >= rows * length:
+                tokens.extend(ids)
+                if len(tokens) >= rows * length:
                     break
-            if total > before:
-                add(config.eos_token_ids[:1])
-            if total >= rows * length:
+            if len(tokens) > before:
+                tokens.extend(config.eos_token_ids[:1])
+            if len(tokens) >= rows * length:
                 break
+    total = len(tokens)
     if not total:
         raise CalibrationError(f"{path} holds no text; expected at least one row of {length} tokens")
     count = min(rows, total // length)
@@ -119,5 +119,5 @@ def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int,
             f"--seq-len"
         )
     dropped = total - count * length if count < rows else 0
-    kept = np.concatenate(parts)[: count * length].reshape(count, length)
+    kept = np.frombuffer(tokens, np.int64)[: count * length].reshape(count, length)
     return Rows(kept, plain(path.name), dropped)

@@ -20,6 +20,7 @@ from nemoquant.files import parse_json, read_text
 
 PROCESSOR_SECONDS = 10  # for one document; an honest template takes milliseconds
 SECONDS = 60  # the same, where the machine is busy
+ALL_PROCESSOR_SECONDS = 600  # for all documents
 MEMORY = 512 << 20  # bytes beyond what the interpreter takes: messages, text and their JSON
 CHARACTERS = 16 << 20  # of the text
 WORKER = Path(__file__).with_name("template_worker.py")
@@ -40,6 +41,7 @@ class ChatTemplate:
             "variables": variables | {"add_generation_prompt": add_generation_prompt},
             "processor_seconds": PROCESSOR_SECONDS,
             "seconds": SECONDS,
+            "all_processor_seconds": ALL_PROCESSOR_SECONDS,
             "memory": MEMORY,
             "characters": CHARACTERS,
         }
@@ -70,7 +72,7 @@ class ChatTemplate:
             CalibrationError: the template refuses the messages or exceeds a limit.
         """
         try:
-            question = json.dumps(messages)
+            question = json.dumps(messages, ensure_ascii=False)
         except (TypeError, RecursionError) as error:
             raise CalibrationError(
                 f"{where}: `messages` can't be given to a chat template ({error}); expected text, numbers, "
@@ -84,7 +86,7 @@ class ChatTemplate:
         assert self._process.stdout is not None
         line = b""
         try:
-            self._process.stdin.write(question.encode("ascii") + b"\n")
+            self._process.stdin.write(question.encode("utf-8", "surrogatepass") + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline(6 * CHARACTERS + 100)  # \u0000: six bytes a character
         except BrokenPipeError:
@@ -123,6 +125,7 @@ def _beyond(where: str, limit: str | int) -> CalibrationError:
         "surrogates": "makes half of a surrogate pair, which is no character",
         -signal.SIGPROF: f"takes more than {PROCESSOR_SECONDS} s of processor time",
         -signal.SIGALRM: f"takes more than {SECONDS} s",
+        -signal.SIGXCPU: f"takes more than {ALL_PROCESSOR_SECONDS} s of processor time for all documents",
     }.get(limit, f"ended its process (exit code {limit})")
     return CalibrationError(
         f"{where}: the chat template {what}; a template formats messages and needs little: is it this "

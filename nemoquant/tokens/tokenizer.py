@@ -5,6 +5,8 @@ of Python; and a file of a few bytes can make any amount of text of each charact
 """
 
 import os
+import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +17,11 @@ from nemoquant.files import MOST_TABLE_ENTRIES, parse_json, read_text
 
 MOST_BYTES = 128 << 20  # of the file: real ones have up to some tens of megabytes
 MOST_CHARS = 4096  # of a token, or of what replaces another text: real ones have up to some hundreds
-MOST_GROWTH = 64  # characters of which one becomes
+MOST_GROWTH = (
+    16  # bytes of which one becomes: the library takes some 200 for each, of 65,536 and more at a time
+)
+MOST_PARTS = 64  # of all steps, each of which goes through the text: real ones have some
+_standard_error = threading.Lock()  # for who has put a file in its place
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -74,16 +80,19 @@ def _check(data: Any) -> None:
     if not isinstance(data, dict):
         raise ValueError(f"it holds a JSON {type(data).__name__}, not an object")
     growth = 1
-    for part in [p for name in ("normalizer", "pre_tokenizer", "decoder") for p in _parts(data.get(name))]:
+    parts = [p for name in ("normalizer", "pre_tokenizer", "decoder") for p in _parts(data.get(name))]
+    if len(parts) > MOST_PARTS:
+        raise ValueError(f"it has {len(parts):,} steps; expected at most {MOST_PARTS}")
+    for part in parts:
         if part.get("type") == "Precompiled":
             raise ValueError("it has a `Precompiled` normalizer, which no tokenizer of this family has")
         if part.get("type") == "Replace":
-            growth *= max(1, len(str(part.get("content"))))
+            growth *= _growth(part)
         for name in ("content", "prepend"):
             _check_chars(part.get(name))
     if growth > MOST_GROWTH:
         raise ValueError(
-            f"its replacements make up to {brief(growth)} characters of one; expected at most {MOST_GROWTH}"
+            f"its replacements make up to {brief(growth)} bytes of one; expected at most {MOST_GROWTH}"
         )
     model, added = data.get("model"), data.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -91,6 +100,17 @@ def _check(data: Any) -> None:
         _check_chars(token[0] if isinstance(token, list) and token else token)
     for entry in added if isinstance(added, list) else ():
         _check_chars(entry.get("content") if isinstance(entry, dict) else None)
+
+
+def _growth(replace: dict[str, Any]) -> int:
+    """How many times as long a text can become by a ``Replace``.
+
+    A regex, or an empty text, can match between any two characters. Another step may decompose what comes in.
+    """
+    made = len(unicodedata.normalize("NFKD", str(replace.get("content"))).encode())
+    pattern = replace.get("pattern")
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1, -(-made // len(text.encode()))) if isinstance(text, str) and text else 1 + made
 
 
 def _check_chars(text: object) -> None:
@@ -123,8 +143,15 @@ def _failing(what: str) -> Iterator[None]:
 def _panics() -> Iterator[None]:
     """Makes a panic a ValueError, and keeps its backtrace from standard error.
 
-    What others write there meanwhile is written afterwards.
+    What others write there meanwhile is written afterwards. One thread at a time: the second would take the
+    first one's file for standard error, and leave it there.
     """
+    with _standard_error, _held():
+        yield
+
+
+@contextmanager
+def _held() -> Iterator[None]:
     try:
         kept = os.dup(2)
     except OSError:  # there is none: in its place, so that the panic's text has somewhere to go

@@ -230,7 +230,7 @@ def test_temperatures_that_lose_or_overflow_logits(temperature):
         nemoquant.generate(PLACE, "Once", temperature=temperature)
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 256, "x/" * 3000])
+@pytest.mark.parametrize("text", ["a\0b", "~a\0b", "\ud800", "~\ud800/x", "x" * 256, "x/" * 3000])
 @pytest.mark.parametrize("function", CALLS)
 def test_what_is_no_path(function, text):
     call, positional = CALLS[function]

@@ -212,3 +212,42 @@ def test_stop_tokens_that_are_none(eos, stop):
 def test_generation_configs_that_cannot_be_read(text, stop):
     with pytest.raises(CheckpointError, match=r"generation_config\.json (cannot be read|holds a JSON)"):
         stop(text)
+
+
+def _place(kind, model, tensor):
+    """Puts a tensor where a graph can have one."""
+    from onnx import AttributeProto, GraphProto, NodeProto, SparseTensorProto
+
+    sparse = SparseTensorProto(**{"indices" if kind == "indices" else "values": tensor})
+    attribute = AttributeProto(name="a")
+    if kind in ("values", "indices"):
+        model.graph.sparse_initializer.append(sparse)
+    elif kind == "default of a function":
+        attribute.t.CopyFrom(tensor)
+        model.functions.add().attribute_proto.append(attribute)
+    else:
+        if kind == "sparse attribute":
+            attribute.sparse_tensor.CopyFrom(sparse)
+        elif kind == "sparse attributes":
+            attribute.sparse_tensors.append(sparse)
+        else:
+            attribute.g.CopyFrom(GraphProto(sparse_initializer=[sparse]))
+        model.graph.node.append(NodeProto(op_type="Constant", attribute=[attribute]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["values", "indices", "sparse attribute", "sparse attributes", "subgraph", "default of a function"],
+)
+def test_data_elsewhere_wherever_a_graph_can_have_a_tensor(kind, tmp_path):
+    import onnx
+
+    tensor = onnx.TensorProto(name="x", data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    model = onnx.ModelProto()
+    _place(kind, model, tensor)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        CheckpointError, match=r"'x' has its data in '\.\./secret'; expected a plain file name"
+    ):
+        read_graph(tmp_path / "model.onnx")

@@ -320,7 +320,7 @@ def _text(folder: Path) -> None:
 
 def _tokenizer_folder(base: Path, folder: Path) -> None:
     """A tokenizer with a part of every kind and few tokens, so that most changes are of its parts."""
-    demo()(base, folder)
+    demo("config.json")(base, folder)
     data = json.loads((DEMO / "tokenizer.json").read_text())
     vocabulary = data["model"]["vocab"]
     data["model"]["vocab"] = {token: i for token, i in vocabulary.items() if i < 280}
@@ -549,7 +549,7 @@ PARSERS: dict[str, Parser] = {
     "parquet": Parser("rows.parquet", text_file("rows.parquet", _parquet), _rows("rows.parquet"), share=0.5),
     "tokenizer_config": Parser(
         "tokenizer_config.json",
-        demo("tokenizer.json", "tokenizer_config.json"),
+        demo("config.json", "tokenizer.json", "tokenizer_config.json"),
         _chat,
         JSON,
         JSON_WORDS,
@@ -558,7 +558,7 @@ PARSERS: dict[str, Parser] = {
     "tokenizer": Parser("tokenizer.json", _tokenizer_folder, _text, JSON, TOKENIZER_WORDS),
     "chat_template": Parser(
         "chat_template.jinja",
-        demo("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        demo("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
         _chat,
         None,
         JINJA,

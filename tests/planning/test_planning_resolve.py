@@ -11,6 +11,7 @@ import torch
 from support.places import SUPER
 from support.processes import run_python
 
+import nemoquant.planning.resolve as resolve_module
 from nemoquant import api
 from nemoquant.errors import RecipeError
 from nemoquant.model.parse import parse_config
@@ -564,6 +565,28 @@ def test_patterns_that_could_be_matched_in_many_ways_are_matched_in_one(super_ra
     began = time.process_time()
     assert "the name pattern" in refusal({"names": globs, "format": "fp8"}, REST, raw=super_raw)
     assert time.process_time() - began < 20
+
+
+def test_a_pattern_is_compared_with_the_names_that_begin_as_it_does(super_raw: dict[str, Any]) -> None:
+    experts = [{"names": [f"backbone.layers.1.mixer.experts.{i}.*"], "format": "fp8"} for i in range(500)]
+    began = time.process_time()
+    plan = planned(*experts, {"roles": ["experts.*"], "layers": [1], "format": "fp8"}, REST, raw=super_raw)
+    assert time.process_time() - began < 5
+    assert [row.reason.split(":")[0] for row in plan.quantized[498:503]] == [
+        f"rule {number}" for number in (499, 500, 501, 501, 501)
+    ]
+    assert len(plan.quantized) == 2 * 512
+
+
+def test_patterns_that_would_be_compared_with_too_many_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = len({name for spec in tensor_table(parse_config(RAW)) for name in (spec.name, spec.module)})
+    rules = [{"names": [f"*.{i}.mixer.*_proj"], "format": "source"} for i in range(6)]
+    monkeypatch.setattr(resolve_module, "MOST_COMPARED", 3 * names)
+    assert refusal(rules[0], rules[2], rules[4], rules[5], REST) == (
+        f"recipe mine: rule 4: the name patterns up to '*.5.mixer.*_proj' would be compared with "
+        f"{4 * names:,} names; expected at most {3 * names:,}, begin them as the names begin, or use `roles` "
+        f"and `layers`"
+    )
 
 
 def test_the_names_of_all_experts_in_one_rule(super_raw: dict[str, Any]) -> None:

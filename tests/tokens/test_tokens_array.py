@@ -75,3 +75,18 @@ def test_headers_that_are_refused(header, version, written, capfd):
     assert str(error.value).endswith("expected integers [rows, length]")
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert capfd.readouterr().err == ""
+
+
+def test_more_ids_than_are_read(written, tmp_path):
+    """A file of nothing but a size: its ids took eight times as much memory."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': (1, {1 << 40}), }}"
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        written(header, b"")
+    with (tmp_path / "x.npy").open("ab") as file:
+        file.truncate((1 << 40) + 1000)
+    with pytest.raises(CalibrationError) as error:
+        read_array(tmp_path / "x.npy")
+    assert str(error.value) == (
+        f"{tmp_path / 'x.npy'} holds 1,099,511,627,776 token ids of shape [1, 1099511627776]; expected at "
+        f"most 67,108,864"
+    )

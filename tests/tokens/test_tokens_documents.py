@@ -84,9 +84,8 @@ LINE = 100_000_000  # characters
 LARGE = {  # memory in MB that reading and tokenizing may take; the text is 100 MB
     "one word.txt": ("a" * LINE, 120),
     "words.txt": ("word " * (LINE // 5), 60),
-    "words.jsonl": (json.dumps({"text": "word " * 3_000_000}), 150),
+    "words.jsonl": (json.dumps({"text": "word " * (LINE // 5)}), 400),
     "a smile.jsonl": (json.dumps({"text": "word " * 3_000_000 + "\U0001f600"}, ensure_ascii=False), 250),
-    "too long.jsonl": (json.dumps({"text": "word " * (LINE // 5)}), 80),
 }
 
 
@@ -98,13 +97,28 @@ def test_memory_of_a_long_line(name, tmp_path):
     path.write_text(content, encoding="utf-8")
     ids, took = child(PEAK, DEMO, path)
     assert took < most * 1e6
-    if name.startswith("too long"):
-        assert ids == (
-            f"{name}, line 1: has more than 16,777,216 characters; cut the document into several, or give it "
-            f"as .txt, which may have any size"
-        )
-    else:
-        assert np.shape(ids) == (1, 128)
+    assert np.shape(ids) == (1, 128)
+
+
+def test_a_line_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MOST_LINE", 1000)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "word " * 200}))
+    with pytest.raises(CalibrationError) as error:
+        list(documents.documents(tmp_path / "x.jsonl", DEMO))
+    assert str(error.value) == (
+        "x.jsonl, line 2: has more than 1,000 characters; cut the document into several, or give it as .txt, "
+        "which may have any size"
+    )
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    text = '{"text": "It is a truth."}' if name == "x.jsonl" else "It is a truth."
+    found = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / name).write_text(mark + text, encoding="utf-8")
+        found.append([list(document) for document in documents.documents(tmp_path / name, DEMO)])
+    assert found[0] == found[1]
 
 
 @needs_proc
@@ -122,6 +136,25 @@ def test_memory_of_a_long_parquet_row(tmp_path):
     assert ids.startswith(
         "x.parquet, document 2: has more than 16,777,216 bytes; cut it into several, or give"
     )
+
+
+def test_a_parquet_page_that_would_fill_the_memory(tmp_path, monkeypatch):
+    """Each page is unpacked whole, a small file to any size."""
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(documents, "MOST_UNPACKED", 1 << 20)
+    table = pyarrow.table({"text": ["a" * 1_100_000], "other": ["x" * 2_000_000]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
+    with pytest.raises(
+        CalibrationError,
+        match=r"x.parquet, column 'text': its [\d,]+ bytes in row group 0 unpack to 1,100,\d\d\d; expected "
+        r"at most 1,048,576, write it with smaller row groups",
+    ):
+        list(documents.documents(tmp_path / "x.parquet", DEMO))
+    table = pyarrow.table({"text": [draw.randbytes(600_000).hex() for draw in [random.Random(0)]]})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
+    assert len(list(documents.documents(tmp_path / "x.parquet", DEMO))) == 1  # a large one may
 
 
 def test_no_more_of_a_text_is_read_than_is_used(tmp_path):

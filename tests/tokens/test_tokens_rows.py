@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from support.files import edit_json
 
 from nemoquant.errors import CalibrationError, MissingExtraError
 from nemoquant.model.parse import load_config
 from nemoquant.shipped import calibration_data
+from nemoquant.tokens.codec import TextCodec
 from nemoquant.tokens.rows import load_rows
 
 
@@ -53,6 +55,17 @@ def test_no_more_rows_than_asked_for(model, tmp_path):
 def test_later_documents_are_not_even_read(model, tmp_path):
     text = json.dumps({"text": "a b c d e"}) + "\n" + "this is no JSON\n"
     assert len(rows(write(tmp_path, "x.jsonl", text), model, count=1).ids) == 1
+
+
+def test_a_prompt_beyond_the_vocabulary(model):
+    edit_json(model / "config.json", lambda config: config.update(vocab_size=6))
+    codec = TextCodec(model)
+    assert codec.encode("a b c") == [3, 4, 5]
+    for ask in (lambda: codec.encode("b c d"), lambda: codec.chat("a")):
+        with pytest.raises(
+            CalibrationError, match=r"the prompt: token ids from .*, expected 0 to 5; is the tok"
+        ):
+            ask()
 
 
 def test_txt_is_one_document(model, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,16 @@ HONEST = {
         "  {%- endfor %}\n"
         "{% endfor %}\n"
         "{{ ns.system ~ bos_token ~ eos_token }}{% if add_generation_prompt %}<assistant>\n{% endif %}\n"
+    ),
+    "generation": (
+        "{{ strftime_now('%Y') }}\n"
+        "{% for m in messages %}\n"
+        "  {% set said = m.content %}\n"
+        "  {%- generation -%}\n"
+        "  {% set said = 'x' %}{{ loop.index ~ said ~ m.role }}\n"
+        "  {%- endgeneration %}\n"
+        "{{ said }}{{ m | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}\n"
+        "{% endfor %}\n"
     ),
 }
 
@@ -129,6 +140,41 @@ def test_limit_of_time(source, tmp_path, monkeypatch):
         CalibrationError, match=r": the chat template takes more than 0\.5 s of processor time; a template"
     ):
         rendered(model(tmp_path, source))
+
+
+def test_limit_of_time_where_its_signals_are_ignored(tmp_path, monkeypatch):
+    """A process inherits which signals are ignored and which are blocked."""
+    monkeypatch.setattr(module, "PROCESSOR_SECONDS", 0.2)
+    kinds = (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU)
+    before = [signal.signal(kind, signal.SIG_IGN) for kind in kinds]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
+    try:
+        with pytest.raises(CalibrationError, match=r"takes more than 0\.2 s of processor time; a template"):
+            rendered(model(tmp_path, LOOPS))
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_limit_of_time_of_all_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ALL_PROCESSOR_SECONDS", 1)
+    source = "{% for i in range(messages | length) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    with (
+        ChatTemplate(model(tmp_path, source)) as template,
+        pytest.raises(CalibrationError, match=r"takes more than 1 s of processor time for all documents; a"),
+    ):
+        for i in range(1000):
+            template.render([0] * 20, f"document {i}")
+
+
+def test_text_up_to_its_limit_whatever_its_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHARACTERS", 1000)
+    folder = model(tmp_path, "{{ messages[0] * 1000 }}")
+    for character in ("a", "\0", "\u2028", "\U0001f600"):
+        assert rendered(folder, [character]) == character * 1000
+        with pytest.raises(CalibrationError, match="makes more than 1,000 characters"):
+            rendered(folder, [character * 2])
 
 
 def test_a_template_that_only_waits_is_ended_too(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """tokenizer.json of a stranger: panics of the library, and texts that grow, are errors of one line."""
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 
 import pytest
 from support.places import DEMO
@@ -10,7 +12,7 @@ from support.processes import run_python
 
 from nemoquant.errors import CalibrationError
 from nemoquant.tokens.codec import TextCodec
-from nemoquant.tokens.tokenizer import MOST_CHARS, load_tokenizer
+from nemoquant.tokens.tokenizer import MOST_CHARS, encode, load_tokenizer
 
 TEXT = "It is a truth universally acknowledged. "
 PAD = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>", "pad_to_multiple_of": 0}
@@ -22,7 +24,8 @@ def codec(tmp_path):
     """The demo's codec with changes of its tokenizer.json, or another text in the file."""
 
     def make(text=None, **changes):
-        shutil.copy(DEMO / "tokenizer_config.json", tmp_path)
+        for name in ("config.json", "tokenizer_config.json"):
+            shutil.copy(DEMO / name, tmp_path)
         data = json.loads((DEMO / "tokenizer.json").read_text()) | changes
         (tmp_path / "tokenizer.json").write_text(
             json.dumps(data) if text is None else text, encoding="latin-1"
@@ -44,12 +47,28 @@ def replace(pattern, content):
             "has a `Precompiled` normalizer",
         ),
         (
-            {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "e"}, "ee")] * 7}},
-            "its replacements make up to 128 characters of one; expected at most 64",
+            {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "e"}, "ee")] * 5}},
+            "its replacements make up to 32 bytes of one; expected at most 16",
         ),
         (
-            {"decoder": {"type": "Sequence", "decoders": [replace({"String": "e"}, "e" * 65)]}},
-            "its replacements make up to 65 characters of one",
+            {"decoder": {"type": "Sequence", "decoders": [replace({"String": "e"}, "e" * 17)]}},
+            "its replacements make up to 17 bytes of one",
+        ),
+        (  # what matches between any two characters doubles the text with one character
+            {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": ""}, "x")] * 21}},
+            "its replacements make up to 2097152 bytes of one",
+        ),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [replace({"Regex": "(?=.)"}, "x")] * 5}},
+            "its replacements make up to 32 bytes of one",
+        ),
+        (  # 18 letters once it is decomposed
+            {"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "e"}, "\ufdfa")]}},
+            "its replacements make up to 33 bytes of one",
+        ),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 64}},
+            " steps; expected at most 64",
         ),
         (
             {"normalizer": {"type": "Prepend", "prepend": "x" * 5000}},
@@ -124,6 +143,46 @@ def test_texts_are_neither_cut_nor_padded(codec):
 def test_real_tokenizers_are_within_the_bounds():
     vocabulary = load_tokenizer(DEMO).get_vocab()
     assert max(map(len, vocabulary)) * 20 < MOST_CHARS
+
+
+def test_replacements_of_real_tokenizers_are_within_the_bounds(codec):
+    steps = [
+        replace({"String": "``"}, '"'),
+        replace({"String": "''"}, '"'),
+        replace({"Regex": " {2,}"}, " "),
+        replace({"String": " "}, "\u2581"),
+    ]
+    back = {"type": "Sequence", "decoders": [replace({"String": "\u2581"}, " "), {"type": "Fuse"}]}
+    codec(normalizer={"type": "Sequence", "normalizers": steps}, decoder=back)
+
+
+def test_standard_error_is_there_after_threads_have_used_it_at_once():
+    """The second took the first one's file for it, and left that in its place."""
+    started, ended = threading.Event(), threading.Event()
+
+    class Slow:
+        def encode(self, text, add_special_tokens):  # noqa: ARG002
+            if text == "first":
+                started.set()
+                ended.wait(0.3)
+            else:
+                started.wait()
+            raise ValueError("x")
+
+    def use(text):
+        with contextlib.suppress(CalibrationError):
+            encode(Slow(), text)
+        if text == "first":
+            ended.set()
+
+    before = os.fstat(2)
+    threads = [threading.Thread(target=use, args=[text]) for text in ("first", "second")]
+    threads[0].start()
+    started.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert os.path.samestat(os.fstat(2), before)
 
 
 def test_what_others_write_to_standard_error_is_kept(capfd, monkeypatch):
