@@ -28,10 +28,10 @@ from .watch import Action, Aim, Event, Kind, events
 from .world import Scene, World, differences, verified, without_was
 
 SAMPLES = {  # cases of the short run
-    "quantize nvfp4": 7,
+    "quantize nvfp4": 6,
     "quantize fp8": 1,
     "quantize nvfp4-w4a16": 1,
-    "diff": 5,
+    "diff": 3,
     "export onnx": 2,
     "export onnx, a copy": 1,
     "demo": 1,

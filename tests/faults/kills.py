@@ -19,10 +19,10 @@ from .watch import Action, Aim, Event, events
 from .world import Scene, World, differences, plant, verified
 
 SAMPLES = {  # cases of the short run
-    "quantize nvfp4": 9,
+    "quantize nvfp4": 7,
     "quantize fp8": 1,
     "quantize nvfp4-w4a16": 2,
-    "diff": 5,
+    "diff": 3,
     "export onnx": 2,
     "export onnx, a copy": 2,
     "demo": 1,
