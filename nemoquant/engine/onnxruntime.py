@@ -1,5 +1,6 @@
 """The onnxruntime engine: ``model.onnx`` and ``mtp.onnx`` of a folder; weights stay packed in memory."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 from nemoquant.checkpoint.intact import Say, check_graph, hash_once, open_settings, shards, silent
 from nemoquant.engine.base import Admit, Floats, GraphEngine, Step, Tokens, admit_any
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
-from nemoquant.errors import CheckpointError, MissingExtraError, UsageError
+from nemoquant.errors import CheckpointError, EngineError, MissingExtraError, UsageError, brief, listing
 from nemoquant.graph import MODEL, MTP
 from nemoquant.progress import Progress, no_progress
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+NAMED = ("batch", "length", "past")  # dimensions of inputs that differ from call to call
+MOST_STATE = 1 << 28  # elements of one state of a sequence: the largest of Super has a million
 
 
 def package() -> Any:
@@ -42,7 +45,7 @@ class Graph:
         """Load it; the file and its shards are checked already.
 
         Raises:
-            CheckpointError: ONNX Runtime refuses it.
+            CheckpointError: ONNX Runtime refuses it, or it has other inputs and outputs than an export.
         """
         runtime = package()
         options = runtime.SessionOptions()
@@ -63,6 +66,28 @@ class Graph:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.states = [name for name in self.inputs if name not in ("input_ids", "hidden")]
+        self.path = path
+        wrong = self._wrong()
+        if wrong:
+            raise CheckpointError(
+                f"{path} is no graph that nemoquant exported: {listing(wrong)}; export it again"
+            )
+
+    def _wrong(self) -> list[str]:
+        """What this class could not feed or take."""
+        sizes = {name: [d for d in value.shape if isinstance(d, int)] for name, value in self.inputs.items()}
+        found = [
+            f"its input {name} is {value.type} {brief(value.shape)}"
+            for name, value in self.inputs.items()
+            if value.type not in NUMPY
+            or any(d not in NAMED for d in value.shape if not isinstance(d, int))
+            or math.prod(sizes[name]) > MOST_STATE
+        ]
+        found += [f"it has no output {p}" for p in map(_present, self.states) if p not in self.outputs]
+        logits = next((value for value in self.session.get_outputs() if value.name == "logits"), None)
+        if logits is not None and (logits.type not in NUMPY or len(logits.shape) != 3):
+            found.append(f"its logits are {logits.type} {brief(logits.shape)}")
+        return found
 
     def empty_state(self, batch: int) -> dict[str, Any]:
         """Zeros for all states, with no past positions."""
@@ -73,25 +98,37 @@ class Graph:
         }
 
     def run(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
-        """Run once; returns all outputs by name. ``feeds`` are cast to the graph's dtypes."""
+        """Run once; returns all outputs by name. ``feeds`` are cast to the graph's dtypes.
+
+        Raises EngineError where ONNX Runtime fails.
+        """
         batch = len(next(iter(feeds.values())))
         given = {
             name: np.ascontiguousarray(value, NUMPY[self.inputs[name].type]) for name, value in feeds.items()
         }
-        return dict(
-            zip(self.outputs, self.session.run(None, given | (state or self.empty_state(batch))), strict=True)
-        )
+        try:
+            found = self.session.run(None, given | (state or self.empty_state(batch)))
+        except Exception as error:  # its exceptions have no common base class
+            raise EngineError(
+                f"{self.path}: ONNX Runtime {package().__version__} fails in it ({error}); export it again"
+            ) from None
+        return dict(zip(self.outputs, found, strict=True))
 
     def step(self, feeds: dict[str, Any], state: dict[str, Any] | None) -> Step:
         """One call of a graph that ends with the head."""
         outputs = self.run(feeds, state)
         hidden = outputs.get("hidden_out")
-        after = {name: outputs["present_" + name.removeprefix("past_")] for name in self.states}
+        after = {name: outputs[_present(name)] for name in self.states}
         return Step(
             outputs["logits"].astype(np.float32, copy=False),
             None if hidden is None else hidden.astype(np.float32, copy=False),
             after,
         )
+
+
+def _present(state: str) -> str:
+    """The output that has a state after a call."""
+    return "present_" + state.removeprefix("past_")
 
 
 class OnnxRuntimeEngine(GraphEngine[Graph]):
