@@ -30,7 +30,7 @@ MOST_UNPACKED = 128 << 20  # bytes of a column in a row group of .parquet, or
 MOST_RATIO = 16  # times as many as they have in the file
 PIECE_CHARS = 1 << 16  # at least, of a text that goes on
 MOST_PIECE = 1 << 18  # a tokenizer takes some 100 bytes for each
-LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+LINE_END = re.compile(r"(?<=\S)\n(?=[^\s/])")
 WORD_END = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 COLUMNS = ("input_ids", "text", "messages")
 
@@ -76,7 +76,8 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
     """A text, which comes in chunks, in pieces that can be tokenized one by one.
 
     A cut is after a single line break between two other characters, the first after ``PIECE_CHARS``: no
-    tokenizer of this family joins tokens across one. Where there is none before ``MOST_PIECE``, it is between
+    tokenizer of this family joins tokens across one, but where a slash follows (some take ``;\n//`` as one).
+    Where there is none before ``MOST_PIECE``, it is between
     two words, before a space between two letters: there tokens of this family begin as well. Where there is
     no such place either, it is at ``MOST_PIECE``, and the tokens around the cut may differ from those of the
     whole text.

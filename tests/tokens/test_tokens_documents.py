@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from support.measured import child, needs_proc
 from support.places import DEMO
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from nemoquant.errors import CalibrationError
 from nemoquant.model.parse import load_config
@@ -65,6 +67,24 @@ def test_pieces_give_the_tokens_of_the_whole_text(between):
     assert len(cut) > 2
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     assert [i for piece in cut for i in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
+
+
+# As in tokenizers that keep `;\n//` together.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def test_pieces_of_code_end_where_its_words_do(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_CHARS", 8)
+    split = Split(Regex(WORDS), "isolated")
+    text = "x = f(1);\n// why\n/* or */\ny = 2;\n" * 100
+    cut = list(pieces([text]))
+    assert len(cut) > 100
+
+    def words(text):
+        return [word for word, _ in split.pre_tokenize_str(text)]
+
+    assert ");\n//" in words(text)
+    assert [word for piece in cut for word in words(piece)] == words(text)
 
 
 PEAK = """
