@@ -132,7 +132,9 @@ def _graphs(folder: Path, say: Callable[[str], None]) -> EngineName:
     if importlib.util.find_spec("tensorrt_rtx"):
         for file in (ENGINE, facts_file(ENGINE)):  # of an earlier demo: nothing would be overwritten
             (folder / file).unlink(missing_ok=True)
-        facts = api.export_engine(folder / "nvfp4", folder / ENGINE, target="rtx", sm=ENGINE_SM)
+        facts = api.export_engine(
+            folder / "nvfp4", folder / ENGINE, target="rtx", sm=ENGINE_SM, progress=False
+        )
         figures = f"{facts['bytes'] / 1e6:.1f} MB, built in {facts['build_seconds']:.1f} s"
         say(f"engine: {ENGINE}, TensorRT-RTX {facts['version']}, {figures}")
     else:

@@ -49,6 +49,7 @@ class Checkpoint:
         path: the folder.
         tensors: published name -> :class:`TensorInfo`, all shards together.
         aliases: published name -> name in the file, for the names that were translated.
+        done: set by who has looked for changes after all was read: the end of the block does not look again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +59,7 @@ class Checkpoint:
             CheckpointError: the folder or the index is not usable.
             HeaderError: a shard's header is not valid.
         """
-        self.path = path
+        self.path, self.done = path, False
         self.aliases: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -85,16 +86,15 @@ class Checkpoint:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self.done:
                 self.check_unchanged()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Drop all maps, and look for changes no longer; a map stays open while an array still uses it."""
+        """Drop all maps; a map stays open as long as an array still uses it."""
         self._maps.clear()
         self._watched.clear()
-        self._facts.clear()
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, mapped, uint8, 1-D. Writing to them would not reach the file.

@@ -260,7 +260,7 @@ class Job:
                     )
                 self.source.checkpoint.check_unchanged()
             end.enter_context(ended(self.out))
-            self.source.checkpoint.close()  # whatever happens to it now, OUT is whole
+            self.source.checkpoint.done = True  # whatever happens to it now, OUT is whole
         return Outcome(*written, None if scales is None else scales.summary())
 
     @contextmanager

@@ -91,7 +91,7 @@ print(json.dumps({"peak": memory(), "promised": promised[0].memory, "row_batch":
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """A checkpoint of a third of a gigabyte."""
-    return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (16, 512), 16 << 20)
+    return large_checkpoint(tmp_path_factory.mktemp("large"), CONFIG, (8, 512), 16 << 20)
 
 
 def test_what_a_batch_takes_is_what_was_promised(large):
@@ -132,10 +132,8 @@ def test_too_little_memory_is_refused(large, tmp_path):
         UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d [MG]B; give more, or shorter rows$"
     ):
         quantize(large, tmp_path / "out", "fp8", options)
-    options = RunOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=16)
-    says = (
-        r"but 16 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
-    )
+    options = RunOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=8)
+    says = r"but 8 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
     with pytest.raises(UsageError, match=says):
         quantize(large, tmp_path / "out", "fp8", options)
     assert not list(tmp_path.iterdir())

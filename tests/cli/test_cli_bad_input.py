@@ -294,7 +294,7 @@ def test_a_partial_folder_is_left_untouched(source, tmp_path, refused):
     refused(
         source,
         out=tmp_path / "out",
-        parts=["out.partial exists, left by a run that did not end; --resume goes on with it, or"],
+        parts=["out.partial exists, left by a run that did not end; remove it, or"],
     )
     assert (partial / "mine").read_text() == "mine"
 

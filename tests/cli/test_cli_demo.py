@@ -17,7 +17,7 @@ from nemoquant.evaluate.report.markdown import markdown, table
 from nemoquant.evaluate.schema import Report
 from nemoquant.shipped import demo_model
 
-ROWS = 4
+ROWS = 2
 WITH_GRAPHS = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnx_ir"))
 WITH_ENGINE = WITH_GRAPHS and importlib.util.find_spec("tensorrt_rtx") is not None
 
