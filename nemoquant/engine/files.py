@@ -107,8 +107,8 @@ def graph_facts(model: Any, path: Path) -> dict[str, Any]:
     """
     text = next((entry.value for entry in model.metadata_props if entry.key == "nemoquant"), None)
     try:
-        if text is None:
-            raise ValueError("there are none")
+        if not isinstance(text, str):  # onnx gives bytes where they are no UTF-8
+            raise ValueError("there are none" if text is None else "they are not UTF-8")
         facts = parse_json(text)
         GraphFacts.model_validate(facts)
     except ValidationError as error:

@@ -26,8 +26,8 @@ from nemoquant.tokens.tokenizer import encode, load_tokenizer
 MOST_LINE = 100 << 20  # characters of a line of .jsonl: it and its text are in memory, at 1 to 4 bytes each
 MOST_ENTRIES = 6 << 20  # of a line, commas of its text too: an object takes 20 times its size in the file
 MOST_ROW = 16 << 20  # bytes of a row of .parquet
-MOST_UNPACKED = 128 << 20  # bytes of a column in a row group of .parquet, or
-MOST_RATIO = 16  # times as many as they have in the file
+MOST_UNPACKED = 128 << 20  # bytes of a row group of .parquet, or
+MOST_RATIO = 16  # times as many as it has in the file
 PIECE_CHARS = 1 << 16  # at least, of a text that goes on
 MOST_PIECE = 1 << 18  # a tokenizer takes some 100 bytes for each
 LINE_END = re.compile(r"(?<=\S)\n(?=[^\s/])")
@@ -205,7 +205,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             known = [name for name in COLUMNS if name in file.schema_arrow.names]
             for group in range(file.num_row_groups):
-                _check_pages(file.metadata.row_group(group), known, path, group)
+                _check_pages(file.metadata, group, path)
                 for batch in file.iter_batches(1, [group], known or None, use_threads=False):
                     columns = (  # a column of categories has all of them in each batch, only one is used
                         column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
@@ -227,19 +227,17 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
 
 
-def _check_pages(group: Any, known: list[str], path: Path, number: int) -> None:
-    """Raises CalibrationError if a column of a row group may have a page that fills the memory.
+def _check_pages(metadata: Any, number: int, path: Path) -> None:
+    """Raises CalibrationError if a row group may have a page that fills the memory.
 
-    A page is unpacked whole, three times its size; its size is in no table, but that of all pages of a column
-    in the group. Much text compresses to a quarter.
+    A page is unpacked whole, three times its size; its size is in no table, but that of all pages of the
+    group. Much text compresses to a quarter. Not by column: pyarrow ends the process where a column's
+    statistics are damaged.
     """
-    for column in map(group.column, range(group.num_columns)):
-        name, unpacked = column.path_in_schema, column.total_uncompressed_size
-        if known and name.split(".")[0] not in known:
-            continue
-        if unpacked > max(MOST_UNPACKED, MOST_RATIO * column.total_compressed_size):
-            raise CalibrationError(
-                f"{path.name}, column {name!r}: its {column.total_compressed_size:,} bytes in row group "
-                f"{number} unpack to {unpacked:,}; expected at most {MOST_UNPACKED:,}, write it "
-                f"with smaller row groups"
-            )
+    unpacked = metadata.row_group(number).total_byte_size
+    in_file = path.stat().st_size // metadata.num_row_groups
+    if unpacked > max(MOST_UNPACKED, MOST_RATIO * in_file):
+        raise CalibrationError(
+            f"{path.name}: row group {number} unpacks to {unpacked:,} bytes, of {in_file:,} that a group has "
+            f"in the file on average; expected at most {MOST_UNPACKED:,}, write it with smaller row groups"
+        )

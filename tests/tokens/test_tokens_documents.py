@@ -19,6 +19,7 @@ from nemoquant.tokens import documents
 from nemoquant.tokens.documents import LINE_END, MOST_PIECE, PIECE_CHARS, pieces
 from nemoquant.tokens.rows import load_rows
 from nemoquant.tokens.tokenizer import load_tokenizer
+from tests.faults import fuzz, parsers
 
 
 def chunked(text: str, size: int) -> Iterator[str]:
@@ -168,13 +169,20 @@ def test_a_parquet_page_that_would_fill_the_memory(tmp_path, monkeypatch):
     parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
     with pytest.raises(
         CalibrationError,
-        match=r"x.parquet, column 'text': its [\d,]+ bytes in row group 0 unpack to 1,100,\d\d\d; expected "
-        r"at most 1,048,576, write it with smaller row groups",
+        match=r"x.parquet: row group 0 unpacks to 3,\d\d\d,\d\d\d bytes, of [\d,]+ that a group has .*; "
+        r"expected at most 1,048,576, write it with smaller row groups",
     ):
         list(documents.documents(tmp_path / "x.parquet", DEMO))
     table = pyarrow.table({"text": [draw.randbytes(600_000).hex() for draw in [random.Random(0)]]})
     parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
     assert len(list(documents.documents(tmp_path / "x.parquet", DEMO))) == 1  # a large one may
+
+
+def test_damaged_statistics_of_a_column_do_not_end_the_process(tmp_path):
+    """pyarrow's table of columns throws where nobody catches; a case that the fuzzer found."""
+    (tmp_path / "x.parquet").write_bytes(fuzz.case("parquet", parsers._parquet(), 2027, 365))
+    with pytest.raises(CalibrationError, match="histogram size mismatch"):
+        list(documents.documents(tmp_path / "x.parquet", DEMO))
 
 
 def test_no_more_of_a_text_is_read_than_is_used(tmp_path):
