@@ -49,7 +49,7 @@ def test_it_runs(shown):
     told = [
         line
         for line in result.stderr.splitlines()
-        if not line.startswith(("calibrate: ", "pack: ", "verify: ", "diff: "))
+        if not line.startswith(("calibrate: ", "pack: ", "verify: ", "hash: ", "diff: "))
     ]
     assert told[0] == f"source: {demo_model()}"
     assert [line.split(": ")[0] for line in told[1:]] == [
