@@ -15,7 +15,7 @@ def command() -> None:
 
     \b
     Examples:
-      nemoquant plugins build                         for sm_80, sm_90a, sm_100a and sm_120a
+      nemoquant plugins build                         for sm_80, sm_90a, sm_100f and sm_120f
       nemoquant plugins build --arch sm_90a           for one GPU: quicker
     """
 
@@ -34,7 +34,7 @@ def command() -> None:
     multiple=True,
     metavar="SM",
     help="Build CUTLASS's grouped products of the experts too, for these of the architectures (sm_90a, "
-    "sm_100a); default: none.",
+    "sm_100f); default: none.",
 )
 @click.option("--jobs", type=THREADS, help="Compilers at once; default: the CPUs of this process.")
 @click.option(
@@ -64,7 +64,7 @@ def build_command(
     \b
     Examples:
       nemoquant plugins build --jobs 4
-      nemoquant plugins build --arch sm_100a,sm_120a --out build/plugins
+      nemoquant plugins build --arch sm_100f,sm_120f --out build/plugins
       nemoquant plugins build --kernels-only
       nemoquant plugins build --arch sm_90a --gemm-arch sm_90a
     """
@@ -80,12 +80,13 @@ def build_command(
         )
     architectures = build.parse_architectures(archs) if archs else build.ARCHITECTURES
     gemm = build.parse_architectures(gemm_archs)
-    known = build.gemm_architectures()
-    if not set(gemm) <= set(architectures) & set(known):
+    families = build.gemm_families()
+    known = [name for name in architectures if any(build.in_family(name, family) for family in families)]
+    if not set(gemm) <= set(known):
         raise UsageError(
             f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, "
-            f"{', '.join(architectures)}, and of those that "
-            f"CUTLASS's products are written for, {', '.join(known)}"
+            f"{', '.join(architectures)}, and of the families that CUTLASS's products are written for, "
+            f"{', '.join(f'sm_{family}' for family in families)}: {', '.join(known) or 'here none'}"
         )
     folder = out or build.default_folder()
     with progress_bars(as_json) as progress:

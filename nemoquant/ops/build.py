@@ -28,7 +28,8 @@ from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
 from nemoquant.shipped import plugin_folder
 
-ARCHITECTURES = ("80", "90a", "100a", "120a")
+ARCHITECTURES = ("80", "90a", "100f", "120f")
+"""What is built by default, as in ``sm_90a``: for 8.x, 9.0, 10.x (B200, B300) and 12.x (RTX, DGX Spark)."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,41 @@ def parse_architectures(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parsed))
 
 
-def gemm_architectures() -> tuple[str, ...]:
-    """The architectures for which an operator has CUTLASS's grouped products."""
+def unknown_to_nvcc(architectures: Sequence[str]) -> str | None:
+    """Why the nvcc on the PATH can't compile for one of these, as a sentence; None if it can for all."""
+
+    def said(option: str) -> str:
+        return subprocess.run(["nvcc", option], check=False, capture_output=True, text=True).stdout
+
+    release = re.search(r"release (\d+)\.(\d+)", said("--version"))
+    version = (int(release[1]), int(release[2])) if release else (0, 0)
+    known = re.findall(r"sm_(\d+)", said("--list-gpu-code"))
+    for name in architectures:
+        why = (
+            f"its code is for {', '.join(f'sm_{number}' for number in known)}"
+            if name.rstrip("af") not in known
+            else "names with f are known from 12.9 on"
+            if name.endswith("f") and version < (12, 9)
+            else None
+        )
+        if why and release:
+            return (
+                f"--arch sm_{name}: nvcc {release[1]}.{release[2]} does not know it: {why}; name others with "
+                f"--arch, or install a later CUDA toolkit"
+            )
+    return None
+
+
+def gemm_families() -> tuple[int, ...]:
+    """The families, such as 90, for which an operator has CUTLASS's grouped products."""
     names = {path.stem.removeprefix("grouped_sm") for path in plugin_folder().glob("*/grouped_sm*.cu")}
-    return tuple(sorted(names, key=lambda name: int(name.rstrip("af"))))
+    return tuple(sorted(map(int, names)))
+
+
+def in_family(architecture: str, family: int) -> bool:
+    """Whether an architecture has a family's instructions: 100a, 100f and 103a those of 100, 100 not."""
+    number = int(architecture.rstrip("af"))
+    return architecture[-1] in "af" and number // 10 == family // 10 and number >= family
 
 
 def build(
@@ -173,8 +205,8 @@ def build(
         out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second
             build is quick.
         architectures: as of :func:`parse_architectures`; not used for the host.
-        gemm: which of them get CUTLASS's grouped products, as of :func:`gemm_architectures`. These products
-            have never run on a device.
+        gemm: which of them get CUTLASS's grouped products; of a family in :func:`gemm_families`. These
+            products have never run on a device.
         jobs: number of compilers at once; default: the CPUs of this process.
         host: build for the emulator on the CPU, instead of for GPUs.
         faces: build the TensorRT plugins too, which needs TensorRT's headers.
@@ -185,6 +217,8 @@ def build(
     """
     out = (out or default_folder()).absolute()
     lacking = missing(host, faces, gemm=bool(gemm))
+    if not (lacking or host):
+        lacking = unknown_to_nvcc(architectures)
     if lacking:
         raise BuildError(lacking)
     cmake, folder = shutil.which("cmake") or "cmake", plugin_folder()

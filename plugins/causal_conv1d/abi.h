@@ -9,7 +9,7 @@ extern "C" {
 
 /* y[b, l, c] = silu(bias[c] + sum over j of weight[c, j] * full[b, l + j, c]), full = state_in (as [B, K - 1, C]) before x;
  * state_out = the last K - 1 positions of full. All arrays are contiguous but x, whose rows may lie further apart.
- * Nothing may overlap. */
+ * What is written overlaps nothing else; but for up to 4 positions state_out may be state_in. */
 typedef struct nemoquant_causal_conv1d_args {
     const void* x;         /* [B, L, C] of dtype; row (b, l) begins at (b * L + l) * x_stride */
     const float* weight;   /* [C, K]; the last tap meets the current position */

@@ -1,4 +1,5 @@
 // The launcher of CausalConv1d: checks the arguments, chooses tile and kernel.
+#include "../common/overlap.hpp"
 #include "abi.h"
 #include "kernel.cuh"
 
@@ -10,6 +11,21 @@ using Args = nemoquant_causal_conv1d_args;
 constexpr int64_t TILE_LIMIT = 64;          // positions: beyond it the halo of K - 1 is below a twentieth
 constexpr int64_t THREADS_WANTED = 2048;    // a multiprocessor
 constexpr uint64_t GRID_LIMIT = (1ULL << 32) - conv::THREADS;  // threads, counted in 32 bits
+
+// The state may be written in its place where one tile has all positions: else the last tile may write it before the first has read it.
+int check_memory(const Args& a) {
+    const bool in_place = a.state_in == a.state_out;
+    if (in_place && a.length > conv::STEP)
+        return fail(NEMOQUANT_BAD_ARGUMENT, "causal_conv1d: state_in is state_out with %lld positions; expected another place, or at most %d positions",
+                    static_cast<long long>(a.length), conv::STEP);
+    const int item = a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2, y_item = a.y_dtype == NEMOQUANT_FLOAT32 ? 4 : 2;
+    const Wide rows = Wide{a.batch} * a.length, state = Wide{a.batch} * a.channels * (a.kernel - 1) * item;
+    return check_apart("causal_conv1d", {{"y", a.y, rows * a.channels * y_item}, {"state_out", a.state_out, state}},
+                       {{"x", a.x, strided(rows, a.x_stride ? a.x_stride : a.channels, a.channels, item)},
+                        {"weight", a.weight, Wide{a.channels} * a.kernel * 4},
+                        {"bias", a.bias, Wide{a.channels} * 4},
+                        {"state_in", in_place ? nullptr : a.state_in, state}});
+}
 
 int check(const Args& a) {
     const auto bad = [](const char* what, int64_t got, const char* wanted) {
@@ -56,6 +72,7 @@ int launch(const Args& a, int64_t stride, void* stream) {
                     "causal_conv1d: batch %lld x length %lld x channels %lld is more than a launch can count; expected %g times less",
                     static_cast<long long>(a.batch), static_cast<long long>(a.length), static_cast<long long>(a.channels),
                     threads / static_cast<double>(GRID_LIMIT));
+    if (const int code = check_memory(a)) return code;
     p.groups = static_cast<uint32_t>(groups);
     p.tiles = static_cast<uint32_t>(tiles);
     p.threads = static_cast<uint32_t>(a.batch * tiles * groups);

@@ -10,3 +10,8 @@ extern "C" NEMOQUANT_API void nemoquant_host_shared_limit(size_t bytes) {
 extern "C" NEMOQUANT_API void nemoquant_host_capability(int capability) {
     nq::host::machine.capability = capability ? capability : nq::host::CAPABILITY;
 }
+
+// How launches run from now on, see Schedule. All 0 is the default.
+extern "C" NEMOQUANT_API void nemoquant_host_schedule(int copies_at_issue, int downwards, int last_block_only) {
+    nq::host::machine.schedule = {copies_at_issue != 0, downwards != 0, last_block_only != 0};
+}

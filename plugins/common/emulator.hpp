@@ -3,8 +3,12 @@
 // A fiber runs until it waits: at a barrier, or at a warp collective (shuffles, votes, matrix products). The last lane that
 // arrives at a collective computes it for all. So threads run in an order that no device would choose, warp after warp, and what
 // is missing a barrier shows. More that a device would let pass: shared memory is filled with NaN before each block and has
-// guard bytes behind it; asynchronous copies happen only when they are waited for; threads that wait for each other in vain
-// are an error. What it can't show: races between blocks, and anything of time.
+// guard bytes behind it; threads that wait for each other in vain are an error.
+//
+// Two choices of a device can be made either way (``Schedule``), since each hides faults that the other shows: asynchronous
+// copies happen when they are waited for, or when they are issued (a place that is still read is overwritten); blocks, warps and
+// lanes take turns upwards or downwards (who reads what another has yet to write). A right kernel gives the same bits in all four.
+// What it can't show: blocks that run at the same time, and anything of time.
 //
 // One launch at a time in a process. Launches end in NEMOQUANT_OK or an error with its reason; nothing is thrown out of them.
 #pragma once
@@ -81,8 +85,16 @@ struct Fiber {
 #endif
 };
 
+// What a device may do in either way; and, for grids that would take days here, whether the last block is the only one to run.
+struct Schedule {
+    bool copies_at_issue = false;
+    bool downwards = false;
+    bool last_block_only = false;
+};
+
 struct Machine {
     std::mutex one_launch;
+    Schedule schedule;
     size_t shared_limit = SHARED_LIMIT;
     int capability = CAPABILITY;
     std::vector<Fiber> fibers;
@@ -243,24 +255,30 @@ inline void prepare_fiber(Fiber& fiber, size_t i, dim3 block) {
 #endif
 }
 
+inline std::string show(uint3 place) {
+    return "(" + std::to_string(place.x) + ", " + std::to_string(place.y) + ", " + std::to_string(place.z) + ")";
+}
+
 inline std::string describe(const Fiber& fiber) {
-    std::string text = "thread (" + std::to_string(fiber.index.x) + ", " + std::to_string(fiber.index.y) + ", " +
-                       std::to_string(fiber.index.z) + ") of block (" + std::to_string(blockIdx.x) + ", " +
-                       std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ") ";
+    const std::string text = "thread " + show(fiber.index) + " of block " + show(blockIdx) + " ";
     if (fiber.state == State::at_barrier) return text + "waits at __syncthreads for threads that never come";
     return text + "waits at a warp exchange for lanes of the mask " + std::to_string(fiber.mask) + " that never come";
 }
 
+// Turn ``i`` of ``count`` as the schedule has it.
+inline size_t in_turn(size_t i, size_t count) { return machine.schedule.downwards ? count - 1 - i : i; }
+
 inline void run_block() {
     Machine& m = machine;
+    const size_t warps = (m.threads + 31) / 32;
     while (m.alive) {
         bool moved = false;
-        for (size_t first = 0; first < m.threads; first += 32) {
-            const size_t end = std::min(first + 32, m.threads);
+        for (size_t warp = 0; warp < warps; ++warp) {
+            const size_t first = in_turn(warp, warps) * 32, lanes = std::min<size_t>(32, m.threads - first);
             for (bool again = true; again;) {
                 again = false;
-                for (size_t i = first; i < end; ++i) {
-                    Fiber& fiber = m.fibers[i];
+                for (size_t lane = 0; lane < lanes; ++lane) {
+                    Fiber& fiber = m.fibers[first + in_turn(lane, lanes)];
                     if (fiber.state != State::ready) continue;
                     m.current = &fiber;
                     threadIdx = fiber.index;
@@ -293,20 +311,20 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(void*), 
     blockDim = block;
     m.body = body;
     m.closure = closure;
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                blockIdx = {x, y, z};
-                std::memset(m.shared, FILL, kept);
-                m.alive = m.threads;
-                m.waiting = 0;
-                for (size_t i = 0; i < m.threads; ++i) prepare_fiber(m.fibers[i], i, block);
-                run_block();
-                for (size_t i = shared; i < kept; ++i)
-                    if (m.shared[i] != FILL)
-                        throw std::logic_error("block (" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) +
-                                               ") wrote behind its " + std::to_string(shared) + " bytes of shared memory");
-            }
+    const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
+    for (size_t turn = m.schedule.last_block_only ? blocks - 1 : 0; turn < blocks; ++turn) {
+        const size_t place = m.schedule.last_block_only ? turn : in_turn(turn, blocks);
+        blockIdx = {static_cast<unsigned>(place % grid.x), static_cast<unsigned>(place / grid.x % grid.y),
+                    static_cast<unsigned>(place / grid.x / grid.y)};
+        std::memset(m.shared, FILL, kept);
+        m.alive = m.threads;
+        m.waiting = 0;
+        for (size_t i = 0; i < m.threads; ++i) prepare_fiber(m.fibers[i], i, block);
+        run_block();
+        for (size_t i = shared; i < kept; ++i)
+            if (m.shared[i] != FILL)
+                throw std::logic_error("block " + show(blockIdx) + " wrote behind its " + std::to_string(shared) + " bytes of shared memory");
+    }
 }
 
 template <class... Parameters, class... Arguments>
@@ -322,12 +340,21 @@ int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
     return NEMOQUANT_OK;
 }
 
-// Asynchronous copies: kept until they are waited for.
+inline void carry_out(const Copy& copy) {
+    if (copy.wanted)
+        std::memcpy(copy.to, copy.from, 16);
+    else
+        std::memset(copy.to, 0, 16);
+}
+
+// Asynchronous copies: kept until they are waited for, or carried out at once.
 inline void copy_async16(void* to, const void* from, bool wanted = true) {
     Fiber& self = *machine.current;
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
         throw std::logic_error("an asynchronous copy of 16 bytes from or to an address that is no multiple of 16");
-    self.copies.push_back({to, from, wanted});
+    const Copy copy{to, from, wanted};
+    if (machine.schedule.copies_at_issue) return carry_out(copy);
+    self.copies.push_back(copy);
     ++self.open;
 }
 
@@ -341,13 +368,7 @@ void copy_async_wait() {
     Fiber& self = *machine.current;
     size_t due = 0, groups = 0;
     while (self.groups.size() - groups > static_cast<size_t>(open)) due += self.groups[groups++];
-    for (size_t i = 0; i < due; ++i) {
-        const Copy& copy = self.copies[i];
-        if (copy.wanted)
-            std::memcpy(copy.to, copy.from, 16);
-        else
-            std::memset(copy.to, 0, 16);
-    }
+    for (size_t i = 0; i < due; ++i) carry_out(self.copies[i]);
     self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(due));
     self.groups.erase(self.groups.begin(), self.groups.begin() + static_cast<std::ptrdiff_t>(groups));
 }

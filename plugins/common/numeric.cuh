@@ -151,10 +151,10 @@ __device__ __forceinline__ uint16_t half_by_chance(float x, uint32_t random) {
     return static_cast<uint16_t>(sign | code);
 }
 
-// Two values by chance, the first in the low half. Built with NQ_CVT_RS, SM100 takes its conversion instruction instead, which knows 13
-// random bits a value: other bits than everywhere else, the same mean to 2^-13 of an ulp.
+// Two values by chance, the first in the low half. Built with NQ_CVT_RS for sm_100a or sm_103a (sm_100f lacks it), their conversion
+// instruction takes its place, which knows 13 random bits a value: other bits than everywhere else, the same mean to 2^-13 of an ulp.
 __device__ __forceinline__ uint32_t half_pair_by_chance(float first, float second, uint32_t random_first, uint32_t random_second) {
-#if defined(NQ_CVT_RS) && defined(__CUDA_ARCH_FEAT_SM100_ALL)
+#if defined(NQ_CVT_RS) && (defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL))
     uint32_t pair;
     const uint32_t random = (random_second >> 19) << 16 | random_first >> 19;  // bits 28 to 16 are the high half's, 12 to 0 the low one's
     asm("cvt.rs.f16x2.f32 %0, %1, %2, %3;" : "=r"(pair) : "f"(second), "f"(first), "r"(random));

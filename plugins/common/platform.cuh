@@ -22,35 +22,40 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 // Dynamic shared memory as ``T* name``, aligned to 128 bytes.
 #define NQ_DYNAMIC_SHARED(T, name)                                \
     extern __shared__ __align__(128) unsigned char nq_dynamic_shared[]; \
     T* name = reinterpret_cast<T*>(nq_dynamic_shared)
 
 #define NQ_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...) \
-    ::nq::launch(#kernel, kernel, grid, block, dynamic_shared_bytes, stream, __VA_ARGS__)
+    ::nq::launch<kernel>(#kernel, kernel, grid, block, dynamic_shared_bytes, stream, __VA_ARGS__)
 
 namespace nq {
 
-template <class... Parameters, class... Arguments>
-int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream,
-           Arguments&&... arguments) {
-    cudaError_t error = cudaSuccess;
-    if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shared));
-    if (error == cudaSuccess) {
-        kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Arguments&&>(arguments)...);
-        error = cudaGetLastError();
-    }
-    if (error == cudaSuccess) return NEMOQUANT_OK;
-    return fail(NEMOQUANT_LAUNCH_FAILED, "%s, grid %u x %u x %u, %zu bytes of shared memory: %s", name, grid.x, grid.y, grid.z,
-                shared, cudaGetErrorString(error));
+// What a call of the runtime said. The error that it left for the next cudaGetLastError() is taken away: it would be the next one's.
+inline cudaError_t taken(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
 }
+
+// While it lives, this thread may load code and set limits though a stream is being captured: neither is work of a stream, and a
+// capture in its usual mode would end with an error.
+class Relaxed {
+  public:
+    Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    Relaxed(const Relaxed&) = delete;
+    Relaxed& operator=(const Relaxed&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 inline int attribute(cudaDeviceAttr which) {
     int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 0;
+    if (taken(cudaGetDevice(&device)) != cudaSuccess || taken(cudaDeviceGetAttribute(&value, which, device)) != cudaSuccess) return 0;
     return value;
 }
 
@@ -64,9 +69,41 @@ inline int compute_capability() {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
-inline int fill_zero(void* at, size_t bytes, void* stream) {
-    const cudaError_t error = cudaMemsetAsync(at, 0, bytes, static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? NEMOQUANT_OK : fail(NEMOQUANT_LAUNCH_FAILED, "clearing %zu bytes: %s", bytes, cudaGetErrorString(error));
+constexpr int DEVICES = 64;  // whose state is kept; for a further one it is made at each launch
+
+// Loads the kernel's code onto the current device and gives its blocks all the shared memory that there is: once for each kernel and
+// device, so that the first launch of a kernel may be in a capture, too.
+template <auto kernel>
+cudaError_t make_ready() {
+    static std::atomic<bool> ready[DEVICES];
+    int device = 0;
+    cudaError_t error = taken(cudaGetDevice(&device));
+    if (error != cudaSuccess || (device < DEVICES && ready[device].load(std::memory_order_acquire))) return error;
+    const Relaxed relaxed;
+    const void* const address = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes found{};
+    error = taken(cudaFuncGetAttributes(&found, address));
+    if (error != cudaSuccess) return error;
+    const int most = static_cast<int>(shared_limit()) - static_cast<int>(found.sharedSizeBytes);
+    error = taken(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    if (error == cudaSuccess && device < DEVICES) ready[device].store(true, std::memory_order_release);
+    return error;
+}
+
+template <auto kernel, class... Parameters, class... Arguments>
+int launch(const char* name, void (*)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream, Arguments&&... arguments) {
+    cudaError_t error = make_ready<kernel>();
+    if (error == cudaSuccess) {
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = block;
+        config.dynamicSmemBytes = shared;
+        config.stream = static_cast<cudaStream_t>(stream);
+        error = taken(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+    }
+    if (error == cudaSuccess) return NEMOQUANT_OK;
+    return fail(NEMOQUANT_LAUNCH_FAILED, "%s, grid %u x %u x %u, %zu bytes of shared memory: %s", name, grid.x, grid.y, grid.z,
+                shared, cudaGetErrorString(error));
 }
 
 // 16 bytes from global to shared memory without a register between; both 16-byte aligned. ``wanted`` false writes zeros.
@@ -102,11 +139,6 @@ inline size_t shared_limit() { return host::machine.shared_limit; }
 inline int multiprocessors() { return 4; }
 inline int compute_capability() { return host::machine.capability; }
 
-inline int fill_zero(void* at, size_t bytes, void*) {
-    std::memset(at, 0, bytes);
-    return NEMOQUANT_OK;
-}
-
 using host::copy_async16;
 using host::copy_async_commit;
 using host::copy_async_wait;
@@ -118,6 +150,12 @@ using host::copy_async_wait;
 #endif
 
 namespace nq {
+
+// Whether the current device is one of those for which code of a family was built: compute capabilities ``first`` to ``last``.
+inline bool runs_here(int first, int last) {
+    const int here = compute_capability();
+    return first <= here && here <= last;
+}
 
 // Bits at an address that is a multiple of their size, whatever is declared to lie there.
 template <class T>

@@ -43,6 +43,14 @@ std::string str(const Value& value) {
     return out.str();
 }
 
+// A float so that no two have the same text.
+std::string exact(float value) {
+    std::ostringstream out;
+    out.precision(std::numeric_limits<float>::max_digits10);
+    out << value;
+    return out.str();
+}
+
 // What the user sees of a string from outside: at most 40 characters, and only printable ones.
 std::string quoted(const std::string& text) {
     std::string shown = "'";
@@ -205,6 +213,13 @@ void Attributes::collect() {
     }
     collection_.nbFields = static_cast<int32_t>(fields_.size());
     collection_.fields = fields_.data();
+    id_.clear();
+    for (const Value& value : values_) {
+        const std::string shown = value.field.kind == Kind::integer ? str(value.integer)
+                                  : value.field.kind == Kind::real  ? exact(value.real)
+                                                                    : value.text;
+        id_ += (id_.empty() ? "" : " ") + std::string(value.field.name) + "=" + shown;
+    }
 }
 
 const Attributes::Value& Attributes::value(const char* name, Kind kind) const {
@@ -330,8 +345,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
         return guarded(definition_.name, -1, [&] {
             check_counts(nbInputs, nbOutputs);
             check_types(nbInputs, [&](int32_t i) -> const PluginTensorDesc& { return in[i].desc; });
-            bind(nbInputs, [&](int32_t i) -> const Dims& { return in[i].min; });
-            bind(nbInputs, [&](int32_t i) -> const Dims& { return in[i].max; });
+            // What is constant may not contradict itself. The bounds of the rest may: TensorRT infers them for each input apart, also
+            // where the same size stands. Shapes at run time are checked whole, in onShapeChange.
+            bind(nbInputs, [&](int32_t i) -> const Dims& { return in[i].desc.dims; });
             return 0;
         });
     }
@@ -340,11 +356,14 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
                             int32_t nbOutputs) const noexcept override {
         return guarded(definition_.name, size_t{0}, [&] {
             check_counts(nbInputs, nbOutputs);
-            const Call call = prepare(bind(nbInputs, [&](int32_t i) -> const Dims& { return in[i].max; }), nbInputs, nbOutputs,
+            const Call call = prepare(bounds(in, nbInputs), nbInputs, nbOutputs,
                                       [&](int32_t i) { return in[i].desc.type; }, [&](int32_t i) { return out[i].desc.type; });
             return definition_.workspace(call);
         });
     }
+
+    // Beside name, version, shapes and types: what decides which kernel runs. Without one, TensorRT keeps no times of plugins.
+    const char* getTimingCacheID() noexcept override { return attributes_->id().c_str(); }
 
     // Runtime
     int32_t onShapeChange(const PluginTensorDesc* in, int32_t nbInputs, const PluginTensorDesc* out,
@@ -466,6 +485,19 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
                     refuse(std::string("input ") + inputs_[i].name + " is " + show(dims) + "; expected [" + inputs_[i].shape + "]" +
                            (want >= 0 ? " with " + word + " = " + str(want)
                                       : ", but " + word + " is no whole number for " + word[0] + " = " + str(sizes[word[0]])));
+            }
+        }
+        return sizes;
+    }
+
+    // The largest bound that any input has for each size.
+    Sizes bounds(const DynamicPluginTensorDesc* in, int32_t nbInputs) const {
+        Sizes sizes;
+        for (int32_t i = 0; i < nbInputs; ++i) {
+            check_rank("input", inputs_[i], in[i].max.nbDims);
+            for (int32_t axis = 0; axis < in[i].max.nbDims; ++axis) {
+                const std::string& word = inputs_[i].dims[axis];
+                if (word.size() == 1) sizes[word[0]] = std::max(sizes[word[0]], in[i].max.d[axis]);
             }
         }
         return sizes;

@@ -71,6 +71,8 @@ class Attributes {
     void set_text(const char* name, const char* value);
 
     const nvinfer1::PluginFieldCollection& collection() const { return collection_; }
+    // "format=fp8 activation=relu2": every field and its value.
+    const std::string& id() const { return id_; }
 
   private:
     struct Value {
@@ -85,6 +87,7 @@ class Attributes {
     std::vector<Value> values_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection collection_{};
+    std::string id_;
 };
 
 // The sizes by their letters; -1 is unknown.

@@ -17,6 +17,7 @@ enum nemoquant_rounding {
     NEMOQUANT_STOCHASTIC = 1 /* float16 states only; see seed */
 };
 
+/* What is written overlaps nothing else, but for state_out, which may be state_in. */
 typedef struct nemoquant_mamba2_scan_args {
     /* x [batch, length, heads, head_dim], b and c [batch, length, groups, state]: float32, float16 or bfloat16, all three the same.
      * Positions and rows lie apart by strides (in elements, multiples of 8); what belongs to one position is contiguous. */

@@ -1,11 +1,12 @@
 // Checks the arguments of nemoquant_mamba2_scan, chooses the kernel, and launches it. The kernels of chunks are in files of their own,
 // so that they compile at the same time.
+#include "../common/overlap.hpp"
 #include "abi.h"
 #include "launch.cuh"
 
 namespace {
 
-using nq::fail;
+using namespace nq;
 using namespace nq::mamba2;
 using Args = nemoquant_mamba2_scan_args;
 
@@ -77,6 +78,30 @@ int check_pointers(const Args& r) {
         if (stride % 8)
             return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: %s is %lld elements, expected a multiple of 8", name, static_cast<long long>(stride));
     return NEMOQUANT_OK;
+}
+
+int item_of(int32_t dtype) { return dtype == NEMOQUANT_FLOAT32 ? 4 : 2; }
+
+// Bytes of [batch, length, columns], by the strides of its rows and positions.
+Wide bytes_of(const Args& r, int64_t batch_stride, int64_t position_stride, Wide columns, int32_t dtype) {
+    return strided(r.batch, batch_stride, (r.length - 1) * Wide{position_stride} + columns, item_of(dtype));
+}
+
+// The state may be written in its place: who writes a part of it is who has read it.
+int check_memory(const Args& r, const void* workspace, size_t workspace_bytes) {
+    const Wide inner = Wide{r.heads} * r.head_dim, shared = Wide{r.groups} * r.state, state = r.batch * inner * r.state * item_of(r.state_dtype);
+    return check_apart("Mamba2Scan",
+                       {{"y", r.y, r.batch * r.length * inner * item_of(r.y_dtype)},
+                        {"state_out", r.state_out, state},
+                        {"workspace", workspace, static_cast<Wide>(workspace_bytes)}},
+                       {{"x", r.x, bytes_of(r, r.x_batch_stride, r.x_position_stride, inner, r.dtype)},
+                        {"B", r.b, bytes_of(r, r.b_batch_stride, r.b_position_stride, shared, r.dtype)},
+                        {"C", r.c, bytes_of(r, r.c_batch_stride, r.c_position_stride, shared, r.dtype)},
+                        {"dt", r.dt, bytes_of(r, r.dt_batch_stride, r.dt_position_stride, r.heads, r.dt_dtype)},
+                        {"A", r.a, Wide{r.heads} * 4},
+                        {"D", r.d, Wide{r.heads} * 4},
+                        {"dt_bias", r.dt_bias, Wide{r.heads} * 4},
+                        {"state_in", r.state_in == r.state_out ? nullptr : r.state_in, state}});
 }
 
 int check(const Args& r) {
@@ -178,15 +203,17 @@ extern "C" int nemoquant_mamba2_scan(const nemoquant_mamba2_scan_args* args, voi
     if (!args) return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: args is a null pointer");
     if (const int error = check(*args)) return error;
     Params p = params_of(*args);
-    if (!has_chunks(*args)) return run_steps(p, args->batch, stream);
-    const Segments segments = segments_of(*args);
+    const bool by_chunks = has_chunks(*args);
+    const Segments segments = by_chunks ? segments_of(*args) : Segments{1, 0};
+    const int64_t all = args->batch * args->heads * (args->head_dim / TILE) * segments.count;
+    const size_t wanted = segments.count > 1 ? segment_bytes(all, args->state) : 0;
+    if (wanted && (!args->workspace || !is_aligned(args->workspace)))
+        return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: workspace %p, expected %zu bytes aligned to 16", args->workspace, wanted);
+    if (const int error = check_memory(*args, args->workspace, wanted)) return error;
+    if (!by_chunks) return run_steps(p, args->batch, stream);
     p.segments = static_cast<int32_t>(segments.count);
     p.chunks_in_segment = segments.chunks;
-    if (segments.count > 1) {
-        if (!args->workspace || !is_aligned(args->workspace))
-            return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: workspace %p, expected %zu bytes aligned to 16", args->workspace,
-                        nemoquant_mamba2_scan_workspace(args));
-        const int64_t all = args->batch * args->heads * (args->head_dim / TILE) * segments.count;
+    if (wanted) {
         p.segment_states = static_cast<float*>(args->workspace);
         p.segment_decays = p.segment_states + all * TILE * args->state;
     }

@@ -1,4 +1,4 @@
-// CUTLASS's grouped products for one choice of operands, tile, schedule and output. Included by grouped_sm90a.cu and grouped_sm100a.cu, which make
+// CUTLASS's grouped products for one choice of operands, tile, schedule and output. Included by grouped_sm90.cu and grouped_sm100.cu, which make
 // the choices; nothing else here knows a CUTLASS type.
 //
 // The weight is A [rows, size] and the tokens are B [size, tokens], so that D [rows, tokens], column-major, is the sums [tokens, rows]: rows are
@@ -147,7 +147,7 @@ int run_grouped(const Grouped& g, void* stream) {
     a.epilogue.thread = To::arguments(g);
     a.epilogue.ptr_D = reinterpret_cast<decltype(a.epilogue.ptr_D)>(const_cast<void**>(g.outputs));
     a.epilogue.dD = reinterpret_cast<decltype(a.epilogue.dD)>(const_cast<int64_t*>(g.output_strides));
-    if (cudaGetDevice(&a.hw_info.device_id) != cudaSuccess) return fail(NEMOQUANT_LAUNCH_FAILED, "routed_experts: there is no current device");
+    if (taken(cudaGetDevice(&a.hw_info.device_id)) != cudaSuccess) return fail(NEMOQUANT_LAUNCH_FAILED, "routed_experts: there is no current device");
     a.hw_info.sm_count = multiprocessors();
     a.hw_info.max_active_clusters = a.hw_info.sm_count;
 
@@ -157,7 +157,10 @@ int run_grouped(const Grouped& g, void* stream) {
                     wanted, static_cast<long long>(SCRATCH_BYTES));
     Gemm gemm;
     cutlass::Status status = Gemm::can_implement(a);
-    if (status == cutlass::Status::kSuccess) status = gemm.run(a, g.scratch, on);
+    if (status == cutlass::Status::kSuccess) {
+        const Relaxed relaxed;  // at its first run it raises limits
+        status = gemm.run(a, g.scratch, on);
+    }
     if (status == cutlass::Status::kSuccess) return NEMOQUANT_OK;
     return fail(NEMOQUANT_LAUNCH_FAILED, "routed_experts: CUTLASS's products of %d groups, [%d, %d] each: %s (%s)", g.groups, g.rows, g.size,
                 cutlass::cutlassGetStatusString(status), cudaGetErrorString(cudaGetLastError()));

@@ -37,7 +37,7 @@ struct Grouped {
 };
 
 // 0, or an error code with its reason kept. Only where the file of that name was built.
-int grouped_sm90a(const Grouped& g, void* stream);   // bf16, e4m3
-int grouped_sm100a(const Grouped& g, void* stream);  // all
+int grouped_sm90(const Grouped& g, void* stream);   // bf16, e4m3
+int grouped_sm100(const Grouped& g, void* stream);  // all
 
 }  // namespace nq::experts

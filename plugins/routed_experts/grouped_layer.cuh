@@ -4,7 +4,7 @@
 //     square*, describe, swizzle*, product   down                                                 * NVFP4 alone
 //
 // The sort before them, and the weighted sum after them, are those of every other way. The kernels are in plain.cuh, their launches in
-// plain.cu, the products in grouped_sm90a.cu and grouped_sm100a.cu.
+// plain.cu, the products in grouped_sm90.cu and grouped_sm100.cu.
 #pragma once
 
 #include <algorithm>
@@ -47,9 +47,9 @@ using Multiply = int (*)(const Grouped&, void* stream);
 
 // Whether this library has products of such operands, for whatever device.
 constexpr bool grouped_built([[maybe_unused]] Operands operands) {
-#if defined(NQ_HAVE_SM100A)
+#if defined(NQ_HAVE_SM100)
     return true;
-#elif defined(NQ_HAVE_SM90A)
+#elif defined(NQ_HAVE_SM90)
     return operands != Operands::nvfp4;
 #else
     return false;
@@ -58,15 +58,13 @@ constexpr bool grouped_built([[maybe_unused]] Operands operands) {
 
 // What multiplies them on the current device; null where nothing that was built does.
 inline Multiply grouped_products([[maybe_unused]] Operands operands) {
-    switch (compute_capability()) {
-#if defined(NQ_HAVE_SM90A)
-        case 90: return operands == Operands::nvfp4 ? nullptr : grouped_sm90a;
+#if defined(NQ_HAVE_SM90)
+    if (runs_here(NQ_SM90_FIRST, NQ_SM90_LAST)) return operands == Operands::nvfp4 ? nullptr : grouped_sm90;
 #endif
-#if defined(NQ_HAVE_SM100A)
-        case 100: return grouped_sm100a;
+#if defined(NQ_HAVE_SM100)
+    if (runs_here(NQ_SM100_FIRST, NQ_SM100_LAST)) return grouped_sm100;
 #endif
-        default: return nullptr;
-    }
+    return nullptr;
 }
 
 // One layer, or a slab of its tokens.

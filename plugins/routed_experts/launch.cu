@@ -1,6 +1,7 @@
 // Checks the arguments of nemoquant_routed_experts, chooses the kernels, lays out the workspace, and launches.
 #include <algorithm>
 
+#include "../common/overlap.hpp"
 #include "abi.h"
 #include "grouped_layer.cuh"
 #include "native.cuh"
@@ -18,8 +19,6 @@ constexpr int64_t CHOSEN_MOST = 4096, SIZE_MOST = 1 << 20, EXPERT_MOST = 1 << 30
 constexpr int64_t SLAB_PAIRS = 96 * 1024, SLAB_MOST = 400 * 1024;  // the most: so that the narrowest tiles fit a grid
 // Mean pairs of an expert up to which 8 and 32 tokens are a tile.
 constexpr int64_t NARROW_MEAN = 4, MIDDLE_MEAN = 32;
-// Mean pairs of an expert from which grouped products are taken, where they were built: half a tile of theirs. To be tuned on a device.
-constexpr int64_t GROUPED_MEAN = 64;
 // Warps of a narrow block share a row's inputs until there are so many blocks, none with fewer chunks than this.
 constexpr int64_t BLOCKS_WANTED = 2048, CHUNKS_LEAST = 4;
 
@@ -65,10 +64,10 @@ int check_sizes(const Args& a) {
     return NEMOQUANT_OK;
 }
 
-// Whether this library has products of FP4, and for this device: code for sm_120a runs on no other.
-#if defined(NQ_HAVE_SM120A)
+// Whether this library has products of FP4, and for this device.
+#if defined(NQ_HAVE_SM120)
 constexpr bool NATIVE_BUILT = true;
-bool native_here() { return compute_capability() == 120; }
+bool native_here() { return runs_here(NQ_SM120_FIRST, NQ_SM120_LAST); }
 #else
 constexpr bool NATIVE_BUILT = false;
 bool native_here() { return false; }
@@ -107,10 +106,10 @@ int check_products(const Args& a) {
                             a.format, a.tile);
             if (!NATIVE_BUILT)
                 return fail(NEMOQUANT_UNSUPPORTED,
-                            "routed_experts: products is 2, native FP4, which this library was built without; expected 0 or 1, or a build for sm_120a");
+                            "routed_experts: products is 2, native FP4, which this library was built without; expected 0 or 1, or a build for sm_120f");
             if (!native_here())
                 return fail(NEMOQUANT_UNSUPPORTED,
-                            "routed_experts: products is 2, native FP4, on a device of compute capability %d.%d; expected 12.0, or products 0 or 1",
+                            "routed_experts: products is 2, native FP4, on a device of compute capability %d.%d; expected 12.x that this library was built for, or products 0 or 1",
                             compute_capability() / 10, compute_capability() % 10);
             return NEMOQUANT_OK;
         case NEMOQUANT_EXPERTS_GROUPED: return check_grouped(a);
@@ -151,6 +150,27 @@ int check(const Args& a) {
     return NEMOQUANT_OK;
 }
 
+int check_memory(const Args& a, size_t workspace_bytes) {
+    const auto weights = format_of(a).weights;
+    const Wide tokens = Wide{a.tokens} * a.input * (a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2), pairs = Wide{a.tokens} * a.chosen;
+    const Wide all = Wide{a.experts} * a.input * a.width, scales = Wide{a.experts} * 4;
+    const Wide codes = weights == Weights::bf16 ? 2 * all : weights == Weights::e2m1 ? all / 2 : all;
+    const bool blocks = weights == Weights::e2m1, global = weights != Weights::bf16, inputs = format_of(a).rounding != Rounding::none;
+    return check_apart("routed_experts",
+                       {{"y", a.y, tokens}, {"skipped", a.skipped, 4}, {"workspace", a.workspace, static_cast<Wide>(workspace_bytes)}},
+                       {{"x", a.x, tokens},
+                        {"expert_ids", a.expert_ids, pairs * 8},
+                        {"expert_weights", a.expert_weights, pairs * 4},
+                        {"up", a.up, codes},
+                        {"down", a.down, codes},
+                        {"up_block_scales", blocks ? a.up_block_scales : nullptr, all / 16},
+                        {"down_block_scales", blocks ? a.down_block_scales : nullptr, all / 16},
+                        {"up_global_scale", global ? a.up_global_scale : nullptr, scales},
+                        {"down_global_scale", global ? a.down_global_scale : nullptr, scales},
+                        {"up_input_scale", inputs ? a.up_input_scale : nullptr, scales},
+                        {"down_input_scale", inputs ? a.down_input_scale : nullptr, scales}});
+}
+
 // Sizes of one slab.
 struct Slab {
     int64_t tokens, pairs, blocks, tiles;
@@ -165,17 +185,7 @@ struct Slab {
     static int64_t most(const Args& a) { return a.slab ? a.slab : SLAB_PAIRS; }
 };
 
-// Of how many experts ``pairs`` pairs may want grouped products; 0: of none. So many have room in the workspace.
-int64_t grouped_experts(const Args& a, int64_t pairs) {
-    if (!grouped_built(operands_of(a)) || a.tile || !one_kind(a)) return 0;
-    if (a.products == NEMOQUANT_EXPERTS_GROUPED) return a.experts;
-    return a.products == NEMOQUANT_EXPERTS_AUTO ? std::min(a.experts, pairs / GROUPED_MEAN) : 0;
-}
-
-// Whether ``tokens`` tokens go that way.
-bool is_grouped(const Args& a, int64_t tokens) {
-    return grouped_experts(a, tokens * a.chosen) == a.experts && grouped_products(operands_of(a));
-}
+bool is_grouped(const Args& a) { return a.products == NEMOQUANT_EXPERTS_GROUPED; }
 
 struct Workspace {
     int32_t *counts, *order, *tile_count;
@@ -206,8 +216,8 @@ struct Workspace {
         inputs = take(std::max(rows * planes * padded(a.input), slab.pairs * a.input * 4));
         results = reinterpret_cast<float*>(inputs);
         bytes = used;
-        if (const int64_t experts = grouped_experts(a, slab.pairs))
-            bytes = std::max(bytes, sorted + GroupedArea(nullptr, operands_of(a), slab.pairs, experts, a.input, a.width).bytes);
+        if (is_grouped(a) && one_kind(a))
+            bytes = std::max(bytes, sorted + GroupedArea(nullptr, operands_of(a), slab.pairs, a.experts, a.input, a.width).bytes);
     }
 };
 
@@ -217,11 +227,6 @@ int tile_of(const Args& a, int64_t tokens) {
     return mean <= NARROW_MEAN && a.products != NEMOQUANT_EXPERTS_NATIVE ? NARROW_TOKENS : mean <= MIDDLE_MEAN ? 32 : 64;
 }
 
-// Whether ``tokens`` tokens are multiplied as FP4.
-bool is_native(const Args& a, int64_t tokens) {
-    if (a.products == NEMOQUANT_EXPERTS_NATIVE) return true;
-    return a.products == NEMOQUANT_EXPERTS_AUTO && a.format == NEMOQUANT_EXPERTS_NVFP4 && tile_of(a, tokens) != NARROW_TOKENS && native_here();
-}
 
 template <Weights F>
 int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* stream) {
@@ -239,7 +244,7 @@ int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* strea
     return NQ_LAUNCH((narrow<F>), grid, dim3(NARROW_WARPS * 32), 0, stream, p);
 }
 
-#if defined(NQ_HAVE_SM120A)
+#if defined(NQ_HAVE_SM120)
 template <>
 int multiply<Weights::fp4>(Projection p, int tile, int64_t pairs, int64_t experts, void* stream) {
     return multiply_native(p, tile, std::min(pairs, pairs / tile + experts), stream);
@@ -283,7 +288,7 @@ int launch(const Args& a, const Workspace& w, int64_t first, int64_t tokens, voi
     const auto experts = static_cast<int32_t>(a.experts), chosen = static_cast<int32_t>(a.chosen);
     const auto input = static_cast<int32_t>(a.input), width = static_cast<int32_t>(a.width);
     const int64_t pairs = tokens * chosen, row_bytes = a.input * (a.dtype == NEMOQUANT_FLOAT32 ? 4 : 2);
-    const bool grouped = is_grouped(a, tokens);
+    const bool grouped = is_grouped(a);
     const int planes = planes_of(a), tile = grouped ? static_cast<int>(pairs) : tile_of(a, tokens);  // grouped: a tile is an expert
 
     const Routing r{a.expert_ids + first * chosen, w.counts, w.order, w.tiles, w.tile_count, a.skipped, static_cast<int32_t>(pairs), experts, tile,
@@ -334,16 +339,17 @@ extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* arg
     if (const int code = check(*args)) return code;
     const Slab slab(*args);
     const Workspace workspace(*args, slab);
+    if (const int code = check_memory(*args, workspace.bytes)) return code;
     for (int64_t first = 0; first < args->tokens; first += slab.tokens) {
         const int64_t tokens = std::min(slab.tokens, args->tokens - first);
         int code = NEMOQUANT_OK;
-        switch (is_native(*args, tokens) ? Weights::fp4 : format_of(*args).weights) {
+        switch (args->products == NEMOQUANT_EXPERTS_NATIVE ? Weights::fp4 : format_of(*args).weights) {
             case Weights::bf16: code = launch<Weights::bf16>(*args, workspace, first, tokens, stream); break;
             case Weights::e4m3: code = launch<Weights::e4m3>(*args, workspace, first, tokens, stream); break;
             case Weights::fp8: code = launch<Weights::fp8>(*args, workspace, first, tokens, stream); break;
             case Weights::e2m1: code = launch<Weights::e2m1>(*args, workspace, first, tokens, stream); break;
             case Weights::fp4:
-#if defined(NQ_HAVE_SM120A)
+#if defined(NQ_HAVE_SM120)
                 code = launch<Weights::fp4>(*args, workspace, first, tokens, stream);
 #endif
                 break;

@@ -184,24 +184,49 @@ def test_missing_headers(toolbox: Any, tmp_path: Path, monkeypatch: pytest.Monke
     [
         (
             ["--arch", "hopper"],
-            "--arch hopper: expected names as nvcc has them, such as sm_90a; the default is 80, 90a, 100a, "
-            "120a",
+            "--arch hopper: expected names as nvcc has them, such as sm_90a; the default is 80, 90a, 100f, "
+            "120f",
         ),
         (["--arch", "sm_90a,"], "--arch : expected names as nvcc has them"),
         (["--host", "--arch", "sm_90a"], "got --host with --arch or --gemm-arch; expected one or the other"),
         (
             ["--arch", "sm_90a", "--gemm-arch", "100a"],
-            "--gemm-arch 100a: expected some of those that are built, 90a, and of those",
+            "--gemm-arch 100a: expected some of those that are built, 90a, and of the families that "
+            "CUTLASS's products are written for, sm_90, sm_100: 90a",
         ),
         (
             ["--gemm-arch", "90a,80"],
-            "--gemm-arch 90a, 80: expected some of those that are built, 80, 90a, 100a, 120a, and of those "
-            "that CUTLASS's products are written for, 90a, 100a",
+            "--gemm-arch 90a, 80: expected some of those that are built, 80, 90a, 100f, 120f, and of the "
+            "families that CUTLASS's products are written for, sm_90, sm_100: 90a, 100f",
         ),
     ],
 )
 def test_options_that_make_no_sense(options: list[str], says: str) -> None:
     assert run(*options, code=2).stderr.startswith(f"error: {says}")
+
+
+def test_architectures_that_the_compiler_does_not_know(toolbox: Any, tmp_path: Path) -> None:
+    """12.8 has no names with f; no toolkit has all architectures."""
+    toolbox("cmake", "g++", "nvcc")
+    (tmp_path / "tools/nvcc").write_text(
+        "#!/bin/sh\n"
+        "[ $1 = --version ] && echo Cuda compilation tools, release 12.8, V12.8.61\n"
+        "[ $1 = --list-gpu-code ] && echo sm_80 sm_90 sm_100 sm_120\n"
+        "true\n"
+    )
+    for arch, says in {
+        "100f": "names with f are known from 12.9 on; name others",
+        "121a": "its code is for sm_80, sm_90, sm_100, sm_120; name others with --arch, or install a later",
+    }.items():
+        message = run("--arch", f"90a,{arch}", "--out", tmp_path / "out", code=2).stderr
+        assert message.startswith(f"error: --arch sm_{arch}: nvcc 12.8 does not know it: {says}")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_has_the_instructions_of_its_family() -> None:
+    has = ("100a", "100f", "103a", "103f")
+    for name in (*has, "100", "103", "90a", "110a", "120f"):
+        assert build.in_family(name, 100) == (name in has)
 
 
 def test_architectures_are_read_in_any_spelling() -> None:

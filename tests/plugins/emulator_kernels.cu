@@ -70,6 +70,28 @@ __global__ void asynchronous(Params p) {
     }
 }
 
+// A ring of two places of 16 bytes, a thread each, of which one is read while the next but one is fetched into it.
+__global__ void overwrites(Params p) {
+    NQ_DYNAMIC_SHARED(float, ring);
+    float* const mine = ring + threadIdx.x * 8;
+    for (int turn = 0; turn < 2; ++turn) {
+        nq::copy_async16(mine + turn * 4, p.in + turn * 4);
+        nq::copy_async_commit();
+    }
+    for (int turn = 0; turn < p.count; ++turn) {
+        nq::copy_async_wait<1>();
+        if (turn + 2 < p.count) nq::copy_async16(mine + turn % 2 * 4, p.in + (turn + 2) * 4);
+        nq::copy_async_commit();
+        for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 32 + turn * 4 + i] = mine[turn % 2 * 4 + i];
+    }
+}
+
+// Who came first, and who was there before: 32 lanes of two warps, two blocks.
+__global__ void order(Params p) {
+    const int thread = static_cast<int>(threadIdx.x + blockIdx.x * blockDim.x);
+    p.out[thread] = atomicAdd(p.out + 128, 1.0F);
+}
+
 __global__ void waits_in_vain(Params p) {
     if (threadIdx.x < 32) __syncthreads();
     else __shfl_sync(0xffffffffU, p.in[0], threadIdx.x < 40 ? 0 : 1);
@@ -90,6 +112,11 @@ __global__ void coordinates(Params p) {
 
 }  // namespace
 
+// As in emulator.cpp.
+extern "C" NEMOQUANT_API void schedule(int copies_at_issue, int downwards, int last_block_only) {
+    nq::host::machine.schedule = {copies_at_issue != 0, downwards != 0, last_block_only != 0};
+}
+
 extern "C" NEMOQUANT_API int run(const char* name, const float* in, float* out, int count, void* stream) {
     const Params p{in, out, count};
     const size_t most = nq::shared_limit();
@@ -98,6 +125,8 @@ extern "C" NEMOQUANT_API int run(const char* name, const float* in, float* out, 
         case 'w': return NQ_LAUNCH(warp_exchanges, dim3(1), dim3(64), 0, stream, p);
         case 'e': return NQ_LAUNCH(early_exit, dim3(1), dim3(64), 0, stream, p);
         case 'a': return NQ_LAUNCH(asynchronous, dim3(1), dim3(32), 1024, stream, p);
+        case 'o': return NQ_LAUNCH(overwrites, dim3(1), dim3(2), 64, stream, p);
+        case 't': return NQ_LAUNCH(order, dim3(2), dim3(64), 0, stream, p);
         case 'v': return NQ_LAUNCH(waits_in_vain, dim3(1), dim3(64), 0, stream, p);
         case 'b': return NQ_LAUNCH(writes_behind, dim3(1), dim3(1), 16, stream, p);
         case 'c': return NQ_LAUNCH(coordinates, dim3(2, 3, 2), dim3(4, 2, 3), 0, stream, p);

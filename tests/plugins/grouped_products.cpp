@@ -124,11 +124,11 @@ int multiply(const Grouped& g) {
 
 namespace nq::experts {
 
-int grouped_sm90a(const Grouped& g, void*) {
+int grouped_sm90(const Grouped& g, void*) {
     return g.operands == Operands::nvfp4 ? fail(NEMOQUANT_BAD_ARGUMENT, "stand-in: SM90 has no products of FP4") : multiply(g);
 }
 
-int grouped_sm100a(const Grouped& g, void*) { return multiply(g); }
+int grouped_sm100(const Grouped& g, void*) { return multiply(g); }
 
 }  // namespace nq::experts
 

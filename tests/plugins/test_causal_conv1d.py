@@ -1,6 +1,7 @@
 """CausalConv1d on the host: torch's conv1d in float64 as oracle, the ONNX function, cut states, refusals."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.emulator import ORDERS, Device, emulated
 from support.norms import relative_error as distance
 from support.plugin_build import needs_compiler, needs_tensorrt_headers
 from support.single_op import single_op
@@ -65,6 +67,7 @@ ROWS = {
     "float32, two taps, one channel": replace(BASE, dtype="float32", y_dtype="float32", kernel=2, channels=1),
     "rows apart, aligned": replace(BASE, gap=8),
     "rows apart, not aligned": replace(BASE, gap=3),
+    "seven channels in rows of eight": replace(BASE, channels=7, gap=1),
     "addresses that are not aligned": replace(BASE, offset=1),
     "large values: silu is 0 or x": replace(BASE, scale=300.0, y_dtype="float32"),
     "small values: silu is x / 2": replace(BASE, scale=1e-4, y_dtype="float32"),
@@ -188,6 +191,82 @@ def test_aligned_and_unaligned_kernels_give_the_same_bits(kernels: Kernels) -> N
         again, kept = run(kernels, a)
         assert again.tobytes() == y.tobytes()
         assert kept.tobytes() == state.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["the base", "tiles of eight positions", "seven channels, no multiple of four", "float32"]
+)
+def test_every_order_gives_the_same_bits(name: str, kernels: Kernels) -> None:
+    a, found = given(ROWS[name]), []
+    for order in ORDERS:
+        with emulated(kernels.path, order):
+            found.append([array.tobytes() for array in run(kernels, a)])
+    assert found == [found[0]] * len(ORDERS)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_the_state_of_a_few_positions_may_be_written_in_place(length: int, kernels: Kernels) -> None:
+    a = given(replace(BASE, length=length))
+    y, after = run(kernels, a)
+    again = aligned(y.shape, y.dtype)
+    kernels.call("causal_conv1d", **arguments(a, again, a.state))
+    assert again.tobytes() == y.tobytes()
+    assert a.state.tobytes() == after.tobytes()
+
+
+def test_what_is_written_may_overlap_nothing_else(kernels: Kernels) -> None:
+    """More than 4 positions may be several tiles: the last one would write what the first has yet to read."""
+    a = given(BASE)
+    y, after = aligned((2, 9, 16), y_type := NUMPY[BASE.y_dtype]), aligned(a.state.shape, y_type)
+    plain, before = arguments(a, y, after), [array.tobytes() for array in (a.rows, a.weight, a.state, y)]
+    assert a.bias is not None
+    with pytest.raises(
+        EngineError, match="state_in is state_out with 9 positions; expected another place, or"
+    ):
+        kernels.call("causal_conv1d", **plain | {"state_out": plain["state_in"]})
+    inputs = {"x": a.rows, "weight": a.weight, "bias": a.bias, "state_in": a.state}
+    for name, array in inputs.items():
+        for output, size in (("y", y.nbytes), ("state_out", after.nbytes)):
+            for at in (
+                array.ctypes.data + 2,
+                array.ctypes.data + array.nbytes - 2,
+                array.ctypes.data - size + 2,
+            ):
+                with pytest.raises(
+                    EngineError, match=rf": {output} at .* overlaps {name} at .*; expected mem"
+                ):
+                    kernels.call("causal_conv1d", **plain | {output: at})
+    with pytest.raises(EngineError, match=r": state_out at .* overlaps y at"):
+        kernels.call("causal_conv1d", **plain | {"state_out": y.ctypes.data})
+    assert before == [array.tobytes() for array in (a.rows, a.weight, a.state, y)]
+    beside = aligned((2 * (9 * 16 + 48),), y_type)  # y and state directly behind one another: no overlap
+    beside[2 * 9 * 16 : 2 * 9 * 16 + a.state.size] = a.state.ravel()
+    kernels.call(
+        "causal_conv1d", **plain | {"y": beside.ctypes.data, "state_in": beside.ctypes.data + y.nbytes}
+    )
+
+
+@pytest.mark.parametrize("channels", [64, 63])
+def test_results_beyond_32_bits(channels: int, kernels: Kernels, tmp_path: Path) -> None:
+    """y has 2^31 elements and more, of which the last block alone is computed, in sparse files."""
+    batch = 2**31 // channels + 5
+    case = Case(batch=batch, length=1, channels=channels, y_dtype="float32", bias=False)
+    shapes = {"x": (batch, 1, channels), "y": (batch, 1, channels)} | dict.fromkeys(
+        ("state_in", "state_out"), (batch, channels, 3)
+    )
+    places = {
+        name: np.memmap(tmp_path / name, np.float32 if name == "y" else np.uint16, "w+", shape=shape)
+        for name, shape in shapes.items()
+    }
+    small = given(replace(case, batch=1))
+    for name, array in (("x", small.x), ("state_in", small.state)):
+        places[name][-1] = array[0].view(np.uint16)
+    plain = arguments(small, *run(kernels, small)) | {"batch": batch}
+    with emulated(kernels.path, Device(last_block_only=True)):
+        kernels.call("causal_conv1d", **plain | {name: array.ctypes.data for name, array in places.items()})
+    y, state = run(kernels, small)
+    assert places["y"][-1, 0, -8:].tobytes() == y[0, 0, -8:].tobytes()  # a block has no whole number of rows
+    assert places["state_out"][-1, -8:].tobytes() == state[0, -8:].tobytes()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

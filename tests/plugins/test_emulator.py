@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++ and the CUDA toolkit's headers (bfloat16 and half types)",
 )
 
-Run = Callable[[str, NDArray[np.float32], int, int], tuple[int, NDArray[np.float32], str]]
+Run = Callable[..., tuple[int, NDArray[np.float32], str]]
 
 
 @pytest.fixture(scope="module", params=["own switch", "ucontext"])
@@ -56,8 +56,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     loaded.nemoquant_last_error.restype = ctypes.c_char_p
 
     def call(
-        name: str, given: NDArray[np.float32], size: int, count: int = 0
+        name: str,
+        given: NDArray[np.float32],
+        size: int,
+        count: int = 0,
+        order: tuple[int, int, int] = (0, 0, 0),
     ) -> tuple[int, NDArray[np.float32], str]:
+        loaded.schedule(*order)
         out = np.zeros(size, np.float32)
         pointers: list[Any] = [array.ctypes.data_as(ctypes.c_void_p) for array in (given, out)]
         code = loaded.run(name.encode(), *pointers, count, None)
@@ -114,6 +119,30 @@ def test_asynchronous_copies_happen_when_waited_for(run: Run) -> None:
     _, older, _ = run("async", given, 256, 2)
     assert np.array_equal(older[:128], halves[0][::-1])
     assert np.isnan(older[128:]).all()
+    code, early, _ = run("async", given, 256, 1, (1, 0, 0))
+    assert code == 0
+    assert np.array_equal(early.reshape(2, 128), [halves[0][::-1], second])
+
+
+def test_a_place_that_is_overwritten_too_early_shows_where_copies_happen_at_once(run: Run) -> None:
+    given = aligned(np.arange(16, dtype=np.float32))
+    code, late, _ = run("overwrites", given, 64, 4, (0, 0, 0))
+    assert code == 0
+    assert np.array_equal(late.reshape(2, 32)[:, :16], [given, given])
+    code, early, _ = run("overwrites", given, 64, 4, (1, 0, 0))
+    assert code == 0
+    assert np.array_equal(early.reshape(2, 8, 4)[:, :2], [given.reshape(4, 4)[2:]] * 2)
+
+
+def test_blocks_warps_and_lanes_may_take_turns_downwards(run: Run) -> None:
+    turns = np.arange(128)
+    for order, expected in (((0, 0, 0), turns), ((0, 1, 0), turns[::-1])):
+        code, out, _ = run("turns", whole_numbers(1), 129, 0, order)
+        assert code == 0
+        assert np.array_equal(out[:128], expected)
+    code, out, _ = run("turns", whole_numbers(1), 129, 0, (0, 0, 1))
+    assert code == 0
+    assert np.array_equal(out[:128], np.concatenate([np.zeros(64), turns[:64]]))
 
 
 def test_grids_and_blocks_of_three_dimensions(run: Run) -> None:

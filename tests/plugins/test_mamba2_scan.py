@@ -3,12 +3,16 @@
 Against float64, the ONNX function, torch and transformers.
 """
 
+import itertools
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.emulator import ORDERS, Device, emulated
 from support.norms import relative_error as error
 from support.plugin_build import host_folder, needs_compiler
 from support.scan_call import DTYPES, Array, Arrays, Refused, Scan, inputs, pieces, recurrence
@@ -327,6 +331,18 @@ def test_segments_side_by_side(segments: int, dtype: str, scan: Scan) -> None:
     Bound(given).check(scan(given, segments=segments))
 
 
+@pytest.mark.parametrize("segments", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_segments_with_slow_heads(segments: int, dtype: str, scan: Scan) -> None:
+    """A state lives through all segments, and each decays by its own share: 0.9, 0.6, 0.3, 0.9, ..."""
+    given = inputs(length=6 * CHUNK + 11, dtype=dtype, heads=2, groups=1, skip=0.0)
+    given["a"][:], given["dt_bias"][:] = [-1.0, -0.7], 0.0
+    each = -(-(6 + 1) // segments) * CHUNK  # positions of a segment
+    share = np.array([0.9, 0.6, 0.3])[np.arange(6 * CHUNK + 11) // each % 3]
+    given["dt"][:] = np.log(np.expm1(-np.log(share) / each))[:, None]
+    Bound(given).check(scan(given, segments=segments))
+
+
 def test_segments_with_decays_that_end_everything(scan: Scan) -> None:
     given = inputs(length=4 * CHUNK, dtype="bfloat16", decays="strong, then weak")
     Bound(given).check(scan(given, segments=4))
@@ -355,6 +371,69 @@ def test_long_sequences_are_cut_by_themselves(scan: Scan) -> None:
     assert max(map(max, table)) < 32 * 2**20
 
 
+def test_the_workspace_is_no_smaller_than_what_is_asked_for(scan: Scan) -> None:
+    """A call without one is refused with the bytes that it would use; there are shapes that use all of it."""
+    given = inputs(batch=1, heads=1, groups=1, length=40, dtype="bfloat16")
+    closest = 0.0  # to 1, where all of it is used
+    for batch, heads, length, size, segments in itertools.product(
+        (1, 3), (1, 2, 17, 85, 128, 129, 254, 255, 256), (64, 2047, 2048, 4096, 2**20), (64, 256), (0, 3)
+    ):
+        sizes = {
+            "batch": batch,
+            "heads": heads,
+            "length": length,
+            "head_dim": 64,
+            "groups": 1,
+            "state": size,
+            "segments": segments,
+            "dtype": 2,
+            "state_dtype": 0,
+        }
+        room = scan.workspace(**sizes)
+        if room == 0:
+            continue
+        nothing_runs = {"workspace": 8, "y": given["x"].ctypes.data}  # without need of one, x and y overlap
+        with pytest.raises(Refused) as refused:
+            scan(given, fields=sizes | nothing_runs)
+        said = re.search(r"workspace .*, expected (\d+) bytes aligned to 16", str(refused.value))
+        if said is None:
+            assert "y at" in str(refused.value)
+            continue
+        wanted = int(said[1])
+        assert 0 < wanted <= room
+        closest = max(closest, wanted / room)
+    assert closest > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        pytest.param({}, {"dtype": "float32", "width": 20, "length": 5}, id="steps"),
+        pytest.param({}, {"dtype": "bfloat16", "length": 1, "state_dtype": "bfloat16"}, id="one step"),
+        *[
+            pytest.param({}, {"dtype": dtype, "size": size, "length": 2 * CHUNK + 5}, id=f"{dtype}, {size}")
+            for dtype in ("bfloat16", "float16")
+            for size in (64, 96, 128, 256)
+        ],
+        pytest.param({"segments": 3}, {"dtype": "bfloat16", "length": 3 * CHUNK + 9}, id="segments"),
+        pytest.param(
+            {"seed": 5, "in_place": True},
+            {"dtype": "float16", "length": 2 * CHUNK, "state_dtype": "float16"},
+            id="in place, by chance",
+        ),
+    ],
+)
+def test_every_order_gives_the_same_bits(options: Any, sizes: Any, scan: Scan) -> None:
+    """Copies early or late, threads upwards or downwards, one chunk or two in flight."""
+    given = inputs(**({"batch": 1, "heads": 2} | sizes))
+    found = []
+    for order in ORDERS:
+        for size in (0, 99 * 1024) if sizes.get("size") != 256 else (0,):
+            with emulated(scan.path, replace(order, shared_memory=size)):
+                found.append([array.tobytes() for array in scan(given, **options)])
+    assert found == [found[0]] * len(found)
+
+
 def test_a_device_with_little_shared_memory(scan: Scan) -> None:
     """99 KB (SM120): one chunk in flight instead of two, the same bits.
 
@@ -362,13 +441,24 @@ def test_a_device_with_little_shared_memory(scan: Scan) -> None:
     """
     given, large = inputs(dtype="bfloat16"), inputs(dtype="bfloat16", size=256, batch=1)
     wide = scan(given)
-    scan.shared_limit(99 * 1024)
-    try:
+    with emulated(scan.path, Device(shared_memory=99 * 1024)):
         narrow, steps = scan(given), scan(large)
-    finally:
-        scan.shared_limit(0)
     assert all(np.array_equal(one, other) for one, other in zip(wide, narrow, strict=True))
     assert error(steps[0], recurrence(large)[0]) < FLOOR
+
+
+def test_what_the_kernel_declares_itself_counts_as_shared_memory(scan: Scan) -> None:
+    """Beside a chunk of state 256 and the rounded state, 110,608 bytes, stand two times 776 bytes of decays.
+
+    With less than both, single steps are taken, which are more exact than chunks of bfloat16.
+    """
+    given = inputs(dtype="bfloat16", size=256, batch=1)
+    true = recurrence(given)[0]
+    chunk, rounded, decays = 2 * 64 * (2 * (256 + 8) + 64 + 8), 2 * 64 * (256 + 8) + 16, 3 * 64 * 4 + 8
+    both = chunk + rounded + 2 * decays
+    for size, by_steps in ((both, False), (both - 1, True), (both - 2 * decays, True)):
+        with emulated(scan.path, Device(shared_memory=size)):
+            assert (error(scan(given)[0], true) < FLOOR) == by_steps
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -384,6 +474,51 @@ def test_more_elements_than_32_bits_count(dtype: str, scan: Scan, tmp_path: Path
         )
         far[name][...] = value
     assert all(np.array_equal(one, other) for one, other in zip(scan(given), scan(far), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "length"), [("bfloat16", 64), ("bfloat16", 1), ("float32", 3)])
+def test_results_beyond_32_bits(dtype: str, length: int, scan: Scan, tmp_path: Path) -> None:
+    """y has 2^31 elements and more, of which the last block alone is computed, in sparse files.
+
+    All rows of the batch read the same inputs, by strides of 0.
+    """
+    heads = 2**31 // (65535 * length * 64) + 1
+    given = inputs(batch=1, heads=heads, groups=1, size=64, length=length, dtype=dtype)
+    y = np.memmap(tmp_path / "y", np.float32, "w+", shape=(65535, length, heads, 64))
+    state = np.memmap(tmp_path / "state", np.float32, "w+", shape=(65535, heads, 64, 64))
+    assert y.size > 2**31
+    fields = {f"{name}_batch_stride": 0 for name in ("x", "b", "c", "dt")} | {
+        "batch": 65535,
+        "y": y.ctypes.data,
+        "state_out": state.ctypes.data,
+        "state_in": None,
+    }
+    with emulated(scan.path, Device(last_block_only=True)):
+        scan(given, fields=fields)
+    without = {name: value for name, value in given.items() if name != "state_in"}
+    apart = scan(without, state_dtype="float32")
+    for found, wanted in zip((y, state), apart, strict=True):
+        assert found.ravel()[-8:].tobytes() == wanted.ravel()[-8:].tobytes() != bytes(32)
+
+
+def test_outputs_that_overlap_anything_are_refused(scan: Scan) -> None:
+    """At the first bytes of an input and at its last ones; only the state may be written in its own place."""
+    given = inputs(length=40, dtype="bfloat16")
+    room = 2**20  # more than any of them has
+    names = {"x": "x", "b": "B", "c": "C", "dt": "dt", "a": "A", "state_in": "state_in"}
+    for field, name in names.items():
+        space = np.zeros(3 * room, np.uint8)  # so that only this input is near
+        place = (space.ctypes.data + room) // 16 * 16
+        for output in ("y", "state_out"):
+            for at in (place, (place + given[field].nbytes - 1) // 16 * 16):
+                if (field, output, at) == ("state_in", "state_out", place):
+                    continue
+                with pytest.raises(
+                    Refused, match=rf"Mamba2Scan: {output} at .* overlaps {name} at .*; expec"
+                ):
+                    scan(given, fields={field: place, output: at})
+    with pytest.raises(Refused, match=r"state_out at .* overlaps y at"):
+        scan(given, fields={"y": place, "state_out": place})
 
 
 # Stochastic rounding.

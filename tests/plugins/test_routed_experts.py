@@ -3,15 +3,14 @@
 torch computes in the same dtype.
 """
 
-import ctypes
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.emulator import ORDERS, Device, emulated
 from support.expert_call import (
     AUTO,
     BASE,
@@ -21,6 +20,7 @@ from support.expert_call import (
     GROUPED,
     NATIVE,
     NUMPY,
+    POINTERS,
     ROWS,
     WHOLE,
     Case,
@@ -155,42 +155,45 @@ def test_native_products_see_the_codes_of_the_decoded_ones(kernels: Kernels) -> 
         assert distance(ways[1][firm], ways[0][firm].astype(np.float64)) < 1e-6
 
 
-def test_the_device_decides_what_auto_is(kernels: Kernels) -> None:
-    """Native products for NVFP4 with many tokens an expert, on SM120 only.
-
-    Sums in another order show which products ran.
-    """
+@pytest.mark.parametrize("capability", [80, 90, 100, 103, 120, 121])
+def test_auto_is_decoded_products(capability: int, kernels: Kernels) -> None:
+    """On every device, until the others have been seen to run. Sums in another order show what ran."""
     case = Case(tokens=40, chosen=1, experts=1, input=672, width=672)
     a = given("nvfp4", case)
     a.x[:] *= np.exp2(np.random.default_rng(7).uniform(-14, 0, (40, 42))).astype(np.float32).repeat(16, 1)
     blocks = a.parts["down_block_scales"]
     blocks[:] = np.random.default_rng(8).integers(0, 0x7F, blocks.shape)
     found = {}
-    for products in (DECODED, NATIVE):
-        a.case = replace(case, products=products)
-        found[products] = run(kernels, a).tobytes()
-    assert found[DECODED] != found[NATIVE], "the test's own numbers must tell the ways apart"
-    a.case = case
-    assert run(kernels, a).tobytes() == found[NATIVE]
-    for other in (90, 100, 121):
-        with capability(kernels, other):
-            assert run(kernels, a).tobytes() == found[DECODED]
-    few = replace_tokens(a, [0, 1, 2, 3])  # a mean of 4: memory decides
-    few.case = replace(few.case, tile=8)
-    narrow = run(kernels, few).tobytes()
-    few.case = replace(few.case, tile=0)
-    assert run(kernels, few).tobytes() == narrow
+    with emulated(kernels.path, Device(capability=capability)):
+        for products in (AUTO, DECODED, NATIVE) if capability in (120, 121) else (AUTO, DECODED):
+            a.case = replace(case, products=products)
+            found[products] = run(kernels, a).tobytes()
+    assert found[AUTO] == found[DECODED]
+    assert found.get(NATIVE) != found[DECODED], "the test's own numbers must tell the ways apart"
 
 
-@contextmanager
-def capability(kernels: Kernels, number: int) -> Iterator[None]:
-    """Sets the emulated device's compute capability, 10 * major + minor."""
-    change = ctypes.CDLL(str(kernels.path)).nemoquant_host_capability
-    change(number)
-    try:
-        yield
-    finally:
-        change(0)
+@pytest.mark.parametrize(
+    ("format", "products"), [*((format, DECODED) for format in FORMATS), ("nvfp4", NATIVE)]
+)
+def test_every_order_gives_the_same_bits(format: str, products: int, kernels: Kernels) -> None:
+    """Copies early or late, threads upwards or downwards; more chunks than stages, more pairs than a block.
+
+    In every tile, and in float32, whose inputs are three times as many.
+    """
+    long = Case(tokens=24, chosen=2, experts=3, input=544, width=96, dtype="bfloat16", products=products)
+    wide = replace(long, tokens=5, input=160, width=288, dtype="float32")
+    cases = [replace(long, tile=tile) for tile in (8, 32, 64)] + [
+        replace(wide, tile=tile) for tile in (8, 32)
+    ]
+    cases += [replace(long, tokens=300, input=32, width=32)]  # several blocks of the sort
+    for case in cases:
+        if products == NATIVE and case.tile == 8:
+            continue
+        a, found = given(format, case), []
+        for order in ORDERS:
+            with emulated(kernels.path, order):
+                found.append(run(kernels, a).tobytes())
+        assert found == [found[0]] * len(ORDERS), case
 
 
 @pytest.mark.parametrize("format", ["w8a16", "w4a16"])
@@ -294,6 +297,66 @@ def test_ids_that_are_no_experts_are_counted(kernels: Kernels) -> None:
         a.ids[:, 1], a.ids[3, 2] = -1, BASE.experts
         kernels.call("routed_experts", **plain)
         assert skipped.tolist() == [100 + tokens + 1, 7]
+
+
+@pytest.mark.parametrize(("factors", "total"), [((2.0**24, 1, 1), 2.0**24), ((1, 1, 2.0**24), 2.0**24 + 2)])
+def test_results_are_added_in_the_order_of_the_choices(
+    factors: tuple[float, ...], total: float, kernels: Kernels
+) -> None:
+    """Each expert gives 1, and 2^24 + 1 is 2^24 in float32."""
+    a = given("bf16", Case(tokens=2, chosen=3, experts=3, input=32, width=32))
+    ones = np.broadcast_to(np.eye(32, dtype=np.float32), (3, 32, 32))
+    pack(a, {"up": ones, "down": ones}, dict.fromkeys(("up", "down"), np.ones(3, np.float32)), {})
+    a.x[:], a.factors[:] = 1, factors
+    a.ids[:] = [[0, 1, 2], [2, 0, 1]]
+    assert (run(kernels, a) == np.float32(total)).all()
+
+
+def test_results_beyond_32_bits(kernels: Kernels, tmp_path: Path) -> None:
+    """A pass of 98,304 tokens of 32,768 values: the last block of each launch alone runs, in sparse files.
+
+    No tile is made then, so that results are the workspace's zeros; that of the last token is written.
+    """
+    case = Case(tokens=98_304, chosen=1, experts=1, input=32_768, width=32, dtype="bfloat16")
+    small = given("bf16", replace(case, tokens=1))
+    shape = (case.tokens, case.input)
+    x, y = (np.memmap(tmp_path / name, np.uint16, "w+", shape=shape) for name in ("x", "y"))
+    ids, factors = (
+        aligned(np.zeros((case.tokens, 1), np.int64)),
+        aligned(np.ones((case.tokens, 1), np.float32)),
+    )
+    plain = arguments(small, small.x) | {"tokens": case.tokens}
+    size = kernels.workspace("routed_experts", **plain)
+    workspace = np.memmap(tmp_path / "workspace", np.uint8, "w+", shape=(size,))
+    y[-1, -1024:] = 0xFFFF
+    arrays = {"x": x, "y": y, "expert_ids": ids, "expert_weights": factors, "workspace": workspace}
+    with emulated(kernels.path, Device(last_block_only=True)):
+        kernels.call("routed_experts", **plain | {name: array.ctypes.data for name, array in arrays.items()})
+    assert (y[-1, -1024:] == 0).all()
+
+
+def test_outputs_that_overlap_anything_are_refused(kernels: Kernels) -> None:
+    for format in ("bf16", "nvfp4"):
+        a = given(format, BASE)
+        y = aligned(np.full(a.x.shape, 99, a.x.dtype))
+        workspace = aligned(np.zeros(kernels.workspace("routed_experts", **arguments(a, y)), np.uint8))
+        plain = arguments(a, y, workspace)
+        inputs = {"x": a.x, "expert_ids": a.ids, "expert_weights": a.factors}
+        for part, array in a.parts.items():
+            inputs[POINTERS[part.split("_", 1)[1]].format(part.split("_")[0])] = array
+        for name, array in inputs.items():
+            space = np.zeros(3 * 2**20, np.uint8)  # so that only this input is near
+            place = (space.ctypes.data + 2**20) // 16 * 16
+            for output in ("y", "workspace", "skipped"):
+                for at in {place, (place + array.nbytes - 1) // 16 * 16}:
+                    with pytest.raises(
+                        EngineError, match=rf": {output} at .* overlaps {name} at .*; expected"
+                    ):
+                        kernels.call("routed_experts", **plain | {name: place, output: at})
+        for output in ("skipped", "workspace"):
+            with pytest.raises(EngineError, match=rf": {output} at .* overlaps y at"):
+                kernels.call("routed_experts", **plain | {"y": place, output: place})
+        assert (y == 99).all()
 
 
 def test_an_expert_that_is_chosen_twice_counts_twice(kernels: Kernels) -> None:
@@ -443,11 +506,14 @@ def test_bad_arguments_are_refused_before_anything_starts(
 
 def test_native_products_are_refused_by_other_devices(kernels: Kernels) -> None:
     a = given("nvfp4", replace(BASE, products=NATIVE))
-    with (
-        capability(kernels, 100),
-        pytest.raises(EngineError, match=r"device of compute capability 10\.0; expected 12\.0"),
-    ):
-        run(kernels, a)
+    for other in (100, 110):
+        with (
+            emulated(kernels.path, Device(capability=other)),
+            pytest.raises(
+                EngineError, match=rf"device of compute capability {other // 10}\.0; expected 12\.x"
+            ),
+        ):
+            run(kernels, a)
 
 
 def test_the_workspace_grows_with_every_size(kernels: Kernels) -> None:

@@ -229,6 +229,8 @@ EXPORT uint64_t trt_workspace(void* plugin, const Tensor* in, int32_t inputs, co
     return build(plugin)->getWorkspaceSize(dynamic(in, inputs).data(), inputs, dynamic(out, outputs).data(), outputs);
 }
 
+EXPORT const char* trt_timing_cache_id(void* plugin) { return build(plugin)->getTimingCacheID(); }
+
 EXPORT const PluginFieldCollection* trt_serialize(void* plugin) { return runtime(plugin)->getFieldsToSerialize(); }
 
 EXPORT void* trt_attach(void* plugin, bool with_recorder) {

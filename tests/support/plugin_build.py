@@ -42,7 +42,12 @@ def cuda_headers() -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for this user, these sources and these headers; any change gives a new one."""
+    """The folder for this user, these sources and these headers; any change gives a new one.
+
+    Or the one that NQ_HOST_FOLDER names, in which what has changed alone is compiled again.
+    """
+    if named := os.environ.get("NQ_HOST_FOLDER"):
+        return Path(named)
     headers = tensorrt_headers()
     faces = f"tensorrt-{tensorrt_version(headers)}" if headers else "kernels"
     return Path(tempfile.gettempdir()) / f"nemoquant-host-{os.getuid()}" / f"{sources_hash()[:16]}-{faces}"

@@ -55,13 +55,10 @@ class Scan:
     """The operator through its C interface."""
 
     def __init__(self, library: Path) -> None:
+        self.path = library
         self.library = ctypes.CDLL(str(library))
         self.library.nemoquant_last_error.restype = ctypes.c_char_p
         self.library.nemoquant_mamba2_scan_workspace.restype = ctypes.c_size_t
-
-    def shared_limit(self, size: int) -> None:
-        """Sets the shared memory that a block can have, in bytes; 0 restores the default."""
-        self.library.nemoquant_host_shared_limit(ctypes.c_size_t(size))
 
     def workspace(self, **sizes: int) -> int:
         return int(self.library.nemoquant_mamba2_scan_workspace(ctypes.byref(Args(**sizes))))

@@ -158,7 +158,14 @@ class Caller:
 
     def __init__(self, harness: Path, library: Path, with_logger: bool = True) -> None:
         self.c = c = ctypes.CDLL(str(harness))
-        for name in ("describe", "creator_facts", "plugin_facts", "output_shapes", "take_log"):
+        for name in (
+            "describe",
+            "creator_facts",
+            "plugin_facts",
+            "output_shapes",
+            "take_log",
+            "timing_cache_id",
+        ):
             getattr(c, f"trt_{name}").restype = ctypes.c_char_p
         for name in ("load", "create", "clone", "attach"):
             getattr(c, f"trt_{name}").restype = ctypes.c_void_p
@@ -274,6 +281,11 @@ class Plugin:
                 self.pointer, _tensors(inputs), len(inputs), _tensors(outputs), len(outputs)
             )
         )
+
+    def timing_cache_id(self) -> str | None:
+        """None: TensorRT keeps no times of this plugin."""
+        found = self.caller.c.trt_timing_cache_id(self.pointer)
+        return None if found is None else str(found.decode())
 
     def serialize(self) -> list[Field]:
         return _read(self.caller.c.trt_serialize(self.pointer).contents)

@@ -32,7 +32,7 @@ int run(const Grouped& g, void* stream) {
 
 }  // namespace
 
-int grouped_sm100a(const Grouped& g, void* stream) {
+int grouped_sm100(const Grouped& g, void* stream) {
     switch (g.operands) {
         case Operands::bf16: return run<Choice<cutlass::bfloat16_t>>(g, stream);
         case Operands::e4m3: return run<Choice<cutlass::float_e4m3_t>>(g, stream);

@@ -28,7 +28,7 @@ int run(const Grouped& g, void* stream) {
 
 }  // namespace
 
-int grouped_sm90a(const Grouped& g, void* stream) {
+int grouped_sm90(const Grouped& g, void* stream) {
     return g.operands == Operands::bf16 ? run<Bf16>(g, stream) : run<E4m3>(g, stream);
 }
 
