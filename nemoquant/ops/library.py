@@ -9,7 +9,8 @@ from typing import Any
 
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.ops.abi import structure
-from nemoquant.ops.build import default_folder, read_built
+from nemoquant.ops.build import default_folder
+from nemoquant.ops.built import read_built
 from nemoquant.ops.proven import OPERATORS, proven_on
 from nemoquant.ops.sources import sources_hash
 from nemoquant.words import plain
@@ -37,6 +38,7 @@ class Kernels:
     Attributes:
         path: its file.
         architectures: what it was built for; empty if that is unknown, or for the host.
+        gemm_architectures: those of them with CUTLASS's grouped products.
     """
 
     def __init__(self, path: Path, operators: frozenset[str] | None = None) -> None:
@@ -60,6 +62,7 @@ class Kernels:
                 f"again: nemoquant plugins build"
             )
         self.architectures = built.architectures if built else ()
+        self.gemm_architectures = built.gemm_architectures if built else ()
         try:
             self._library = ctypes.CDLL(str(self.path))
             self._last_error = self._library.nemoquant_last_error
