@@ -9,7 +9,8 @@ from nemoquant.engine import TARGETS
 from nemoquant.engine.targets import Gpu, find_gpu, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.machine import usable_threads
-from nemoquant.ops.build import default_folder, missing, read_built
+from nemoquant.ops.build import default_folder, missing
+from nemoquant.ops.built import Built, read_built
 from nemoquant.ops.library import KERNELS, VARIABLE, not_by_default
 from nemoquant.ops.sources import sources_hash
 
@@ -68,14 +69,16 @@ def plugins(found: Gpu | None) -> Finding:
         )
     if found is None:
         return Finding("plugins", not lacking, False, f"{what}; {NO_GPU}")
-    return Finding("plugins", not lacking, True, what + _for_torch(found))
+    return Finding("plugins", not lacking, True, what + _for_torch(found, built))
 
 
-def _for_torch(found: Gpu) -> str:
+def _for_torch(found: Gpu, built: Built) -> str:
     """Which kernels torch's operators take on this GPU, as the end of a sentence; empty if all."""
     named = os.environ.get(VARIABLE)
     if named:
         return f"; torch: {VARIABLE}={named}"
+    if KERNELS not in built.libraries:
+        return ""
     rest = not_by_default(default_folder() / KERNELS, (found.sm // 10, found.sm % 10))
     return f"; torch: {rest}" if rest else ""
 

@@ -9,7 +9,8 @@ from typing import Any
 from nemoquant.engine import Target, TargetName
 from nemoquant.errors import UsageError
 from nemoquant.formats import FORMATS
-from nemoquant.ops.build import ARCHITECTURES, default_folder, read_built
+from nemoquant.ops.build import ARCHITECTURES, default_folder
+from nemoquant.ops.built import read_built
 from nemoquant.ops.library import covers
 from nemoquant.ops.sources import sources_hash
 

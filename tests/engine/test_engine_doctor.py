@@ -10,7 +10,7 @@ from support.commands import nemoquant
 from nemoquant.engine import doctor
 from nemoquant.engine.targets import Gpu
 from nemoquant.ops import proven
-from nemoquant.ops.build import Built
+from nemoquant.ops.built import Built
 from nemoquant.ops.sources import sources_hash
 
 pytestmark = pytest.mark.skipif(
