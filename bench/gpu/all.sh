@@ -137,6 +137,7 @@ step_pytest() { # interrupted when time is over, which Python must be able to he
 
 measure() { # STEP: runs it within its time; what it took is left for `record`
     local name=$1 start=$SECONDS most
+    rm -f "$OUT/$name.json" "$OUT/${name}_runner.json" # of an earlier run: what crashes at once has no results
     most=$(left)
     limit=$((limits[$name] < most ? limits[$name] : most))
     if [ "$limit" -lt 2 ]; then

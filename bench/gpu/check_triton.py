@@ -56,7 +56,7 @@ SMALL = Extent(
     methods=("max",),
     input_kinds=("normal",),
     threads=(2,),
-    tasks=4,
+    tasks=2,
 )
 
 

@@ -1,7 +1,8 @@
 """bench/gpu without a GPU: every script is imported, every check runs with small sizes on the CPU.
 
-A GPU adds its own sizes, graphs, streams, compute-sanitizer and times. Each script runs in its own process:
-Triton's interpreter, and how torch treats uninitialized memory, are chosen once per process.
+A GPU adds its own sizes, graphs, streams, compute-sanitizer and times. Triton's interpreter is chosen once a
+process, the rehearsal replaces much of torch: both run in processes of their own. The others do not, because
+importing torch and its operators would be most of their time.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ from support.plugin_build import host_folder, needs_compiler
 
 from bench.gpu import bench_ops, check_ops, check_triton, environment, logs, pack
 from bench.gpu.cases import Case, Errors, MissingError, Run
+from nemoquant.ops import library
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "bench/gpu"
@@ -62,13 +65,33 @@ def test_no_case_is_lost(device: str, count: int) -> None:
     assert len(names) == len(set(names)) == count
 
 
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    """Takes back what check_ops sets for its whole process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, used = torch.utils.deterministic.fill_uninitialized_memory, dict(library._used)
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    library._used.clear()
+    library._used.update(used)
+
+
 @pytest.mark.slow
 @needs_compiler
-def test_every_twelfth_operator_case_through_the_host_build(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("torch_as_it_was")
+def test_every_twelfth_operator_case_through_the_host_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All cases take more than a minute: NQ_HOST_LIB=... python -m bench.gpu.check_ops OUT.json cpu."""
     out = tmp_path / "correct.json"
-    variables = {"NQ_HOST_LIB": str(host_library()), "NQ_SECONDS": "600"}
-    said = python("-m", "bench.gpu.check_ops", out, "cpu", "--every", 12, **variables)
+    monkeypatch.setenv("NQ_HOST_LIB", str(host_library()))
+    monkeypatch.setenv("NQ_SECONDS", "600")
+    with pytest.raises(SystemExit) as ended:
+        said_by(check_ops, monkeypatch, out, "cpu", "--every", 12)
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
     assert said.startswith("11 cases, 0 not ok, 1 missing"), said
     rows = json.loads(out.read_text())["results"]
     assert all(row["ok"] is True or "built without" in row["why"] for row in rows)
@@ -158,17 +181,10 @@ def test_every_row_of_the_wide_table_of_times_with_tiny_models(tmp_path: Path) -
 @pytest.mark.slow
 def test_packing_and_the_diff_of_a_tiny_checkpoint(tmp_path: Path) -> None:
     """Only the random checkpoint of the step "pack", on the CPU in place of the device."""
-    program = """
-import sys
-from pathlib import Path
-from bench.gpu.pack import Steps, check_large
-steps = Steps(Path(sys.argv[1]))
-check_large(steps, Path(sys.argv[2]), "cpu")
-assert not steps.bad()
-"""
-    out = tmp_path / "pack.json"
-    python("-c", program, out, tmp_path / "mid")
-    rows = json.loads(out.read_text())
+    steps = pack.Steps(tmp_path / "pack.json")
+    pack.check_large(steps, tmp_path / "mid", "cpu")
+    assert not steps.bad()
+    rows = json.loads(steps.out.read_text())
     for recipe in ("nvfp4", "nvfp4-mse"):
         assert {"check": f"mid {recipe}: same bytes", "ok": True, "differ": []} in rows
     assert [row["check"] for row in rows if "kl" in row] == ["mid kl cpu"]
@@ -478,8 +494,11 @@ def test_all_steps_in_order_and_nothing_beside_what_is_timed(kit: Path) -> None:
 def test_a_step_that_crashes_or_hangs_is_written_down_and_the_others_run(kit: Path) -> None:
     """The second call adds to what is there."""
     variables = {"CRASH": "check_ops", "HANG": "bench_ops", "NQ_TOTAL": "4"}
+    (kit / "out").mkdir()
+    (kit / "out/correct.json").write_text("of an earlier run")
     code, said, steps, calls = all_steps(kit, "pytest", "timing", "correct", **variables)
     assert code == 1
+    assert not (kit / "out/correct.json").exists()
     assert list(steps) == ["correct", "timing", "pytest"], said
     assert (steps["correct"]["rc"], steps["timing"]["rc"], steps["timing"]["timed_out"]) == (139, 124, True)
     assert "about to crash" in steps["correct"]["said"]
