@@ -88,7 +88,12 @@ class Run:
         return {"case": case.name, "ok": all(value <= limit for _, value, limit in errors), "errors": shown}
 
     def write(self) -> None:
-        found = {"device": self.device, "date": str(datetime.date.today()), "results": self.results}
+        found = {
+            "device": self.device,
+            "capability": torch.cuda.get_device_capability() if self.device == "cuda" else None,
+            "date": str(datetime.date.today()),
+            "results": self.results,
+        }
         self.out.write_text(json.dumps(found, indent=0))
 
     def bad(self) -> int:

@@ -2,7 +2,7 @@
 
     python -m bench.gpu.logs step STEPS.json NAME RC SECONDS LIMIT FILE    adds a step to what is there
     python -m bench.gpu.logs tools OUT.json FILE        lines "== TOOL", what it printed, "== rc N", and so on
-    python -m bench.gpu.logs junit OUT.json FILE.xml    how many passed, which failed, why others were skipped
+    python -m bench.gpu.logs junit OUT.json FILE.xml...  passed, failed, why others were skipped
 
 A file that is missing or damaged is no error: then it says so in place of what would be in it.
 """
@@ -13,6 +13,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,24 @@ def tools(text: str) -> dict[str, Any]:
     return found
 
 
-def junit(file: Path) -> dict[str, Any]:
-    """Of pytest's report."""
-    try:
-        root = ElementTree.parse(file).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        return {"error": f"no report of pytest: {error}"[:200]}
+def junit(files: Sequence[Path]) -> dict[str, Any]:
+    """Of pytest's reports; a file whose process died left none, which counts as a failure."""
     failed, skipped, count = [], Counter[str](), 0
-    for test in root.iter("testcase"):
-        count += 1
-        for child in test:
-            said = str(child.get("message"))[:300]
-            if child.tag in ("failure", "error"):
-                failed.append({"test": f"{test.get('classname')}::{test.get('name')}", "why": said})
-            elif child.tag == "skipped":
-                skipped[said] += 1
+    for file in files:
+        try:
+            root = ElementTree.parse(file).getroot()
+        except (OSError, ElementTree.ParseError) as error:
+            count += 1
+            failed.append({"test": file.stem, "why": f"no report of pytest: {error}"[:200]})
+            continue
+        for test in root.iter("testcase"):
+            count += 1
+            for child in test:
+                said = str(child.get("message"))[:300]
+                if child.tag in ("failure", "error"):
+                    failed.append({"test": f"{test.get('classname')}::{test.get('name')}", "why": said})
+                elif child.tag == "skipped":
+                    skipped[said] += 1
     lost = len({row["test"] for row in failed}) + skipped.total()
     return {"passed": count - lost, "failed": failed, "skipped": dict(skipped)}
 
@@ -82,13 +86,13 @@ def main() -> None:
     step.add_argument("out", type=Path)
     step.add_argument("name")
     step.add_argument("rc", type=int)
-    for number in ("seconds", "limit"):
-        step.add_argument(number, type=float)
+    for name in ("seconds", "limit"):
+        step.add_argument(name, type=float)
     step.add_argument("file", type=Path)
-    for name in ("tools", "junit"):
+    for name, number in (("tools", None), ("junit", "*")):
         kind = kinds.add_parser(name)
         kind.add_argument("out", type=Path)
-        kind.add_argument("file", type=Path)
+        kind.add_argument("file", type=Path, nargs=number)
     given = parser.parse_args()
     if given.kind == "step":
         add_step(given.out, given.name, given.rc, given.seconds, given.limit, given.file)

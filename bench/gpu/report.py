@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemoquant.ops.proven import OPERATORS, PROVEN, Proof
+
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 FILES = {  # step: its file, and what a whole one is
@@ -227,10 +229,20 @@ class Default(NamedTuple):
     shown: str
 
 
-def defaults() -> list[Default]:
+def defaults(proofs: Sequence[Proof] = PROVEN) -> list[Default]:
     """The rows of the table."""
+
+    def operator(name: str) -> Default:
+        shown = [proof for proof in proofs if proof.operator == name]
+        where = ", ".join(f"SM {major}{minor}" for major, minor in (proof.capability for proof in shown))
+        used = (
+            f"on {where}; elsewhere NEMOQUANT_KERNELS names it" if shown else "no: NEMOQUANT_KERNELS names it"
+        )
+        folders = ", ".join(f"bench/gpu/results/{proof.results}" for proof in shown)
+        return Default(f"`{name}` of `plugins/` for torch", used, folders or "-")
+
     return [
-        Default("kernels of `plugins/` for torch's operators", "no: NEMOQUANT_KERNELS names them", "-"),
+        *map(operator, OPERATORS),
         Default("`routed_experts`: native FP4 products (SM 12.x)", "no: by name only", "-"),
         Default("`routed_experts`: CUTLASS's grouped products", "no: by name only", "-"),
         Default("Triton kernels of the formats", "no: with `--device cuda`", "-"),

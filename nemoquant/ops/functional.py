@@ -100,7 +100,7 @@ def call(op: str, device: torch.device, **arguments: Any) -> None:
     plain = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
-    # the size of the workspace follows the current device's number of multiprocessors
+    # the launcher asks the current device what it is and what it has
     with torch.cuda.device(device) if on_cuda else nullcontext():
         size = library.workspace(op, **plain)
         # The allocator does not reuse this memory before the kernel has finished on the stream.

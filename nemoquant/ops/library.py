@@ -23,11 +23,12 @@ def covers(architecture: str, major: int, minor: int) -> bool:
     """Whether code for an architecture, such as "80", "90a" or "100f", runs on a compute capability.
 
     "a" is for that one device alone. The others run on later minor numbers too: sm_80 on 8.6 and 8.9, the
-    family sm_100f on 10.3 (B300), sm_120f on 12.1 (DGX Spark).
+    family sm_100f on 10.3 (B300), sm_120f on 12.1 (DGX Spark). 10.1 (Thor, before CUDA 13 called it 11.0) is
+    of no family but its own.
     """
     number = architecture.rstrip("af")
     built = int(number[:-1]), int(number[-1])
-    if architecture.endswith("a"):
+    if architecture.endswith("a") or (architecture.endswith("f") and (major, minor) == (10, 1)):
         return built == (major, minor)
     return built[0] == major and built[1] <= minor
 

@@ -268,9 +268,12 @@ def test_what_tools_and_pytest_said_becomes_counts(tmp_path: Path, monkeypatch: 
     said_by(logs, monkeypatch, "junit", out, log)
     failed = [{"test": "a::c", "why": "wrong"}]
     assert json.loads(out.read_text()) == {"passed": 1, "failed": failed, "skipped": {"no device": 1}}
-    log.write_text("<testsuites>")
-    said_by(logs, monkeypatch, "junit", out, log)
-    assert json.loads(out.read_text())["error"].startswith("no report of pytest: no element found")
+    cut_short, none = tmp_path / "cut.xml", tmp_path / "none.xml"
+    cut_short.write_text("<testsuites>")
+    said_by(logs, monkeypatch, "junit", out, log, cut_short, none)  # two processes died
+    found = json.loads(out.read_text())
+    assert (found["passed"], [row["test"] for row in found["failed"]]) == (1, ["a::c", "cut", "none"])
+    assert found["failed"][1]["why"].startswith("no report of pytest: no element found")
 
 
 # ---- the shell scripts
@@ -296,7 +299,7 @@ def test_files_that_they_name_exist(script: str) -> None:
 def test_every_file_of_the_folder_that_all_takes_is_put_there_by_prepare() -> None:
     """``$kit/NAME`` in all.sh, ``NAME`` in prepare.sh."""
     taken = set(re.findall(r"\$kit\"?/([\w./*]+)", (KIT / "all.sh").read_text(encoding="utf-8")))
-    assert {"libnemoquant_kernels.so", "libnemoquant_host.so", "build.json", "runner", "*.whl"} <= taken
+    assert {"libnemoquant_kernels.so", "libnemoquant_host.so", "runner", "*.whl"} <= taken
     prepare = (KIT / "prepare.sh").read_text(encoding="utf-8")
     assert [name for name in taken - {"*.whl"} if name not in prepare.replace("$work/gemm", "gemm")] == []
 

@@ -140,10 +140,10 @@ def test_all_tokens_on_one_expert(format: str) -> None:
 
 
 @every_format
-def test_many_tokens_go_that_way_by_themselves(format: str) -> None:
+def test_they_never_run_by_themselves(format: str) -> None:
     one = layer(format, "super")
     x, ids, weights = given("super", 4096, torch.bfloat16)
-    assert run(one, x, ids, weights).equal(grouped(one, x, ids, weights))
+    assert run(one, x, ids, weights).equal(grouped(one, x, ids, weights, "decoded"))
 
 
 @every_format

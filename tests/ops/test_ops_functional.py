@@ -606,6 +606,7 @@ def test_which_library_serves_cuda(
         (("100a",), (10, 3), False),  # architecture-specific
         (("100f",), (10, 0), True),
         (("100f",), (10, 3), True),  # B300: the same family
+        (("100f",), (10, 1), False),  # Thor, as it was called before CUDA 13
         (("103f",), (10, 0), False),
         (("100f",), (12, 0), False),
         (("100f",), (9, 0), False),
