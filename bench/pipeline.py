@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from bench.measure import machine, rounds, run
 from bench.peers import prepare
@@ -39,7 +40,7 @@ def read(folder: Path) -> None:
                 pass
 
 
-def encode(folder: Path, recipe: str, threads: int) -> None:
+def encode(folder: Path, recipe: str | Path, threads: int, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Encode every quantized weight; results are dropped."""
     import nemoquant
     from nemoquant.pack.encode import pack_weights
@@ -49,7 +50,7 @@ def encode(folder: Path, recipe: str, threads: int) -> None:
     checkpoint = open_weights(folder, "a benchmark needs the weights").checkpoint
     assert checkpoint is not None
     with checkpoint, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda row: bool(pack_weights(checkpoint, [row])), resolved.quantized))
+        list(pool.map(lambda row: bool(pack_weights(checkpoint, [row], device)), resolved.quantized))
 
 
 def write(path: Path, size: int, data: bytes) -> None:

@@ -1,4 +1,8 @@
-"""Fixtures that several rooms use: the synthetic checkpoint, its outputs, the demo model in each preset."""
+"""Fixtures that several rooms use: the synthetic checkpoint, its outputs, the demo model in each preset.
+
+`tests/gpu` runs where torch, Triton, NumPy and pytest are all there is: what needs more is imported by the
+fixture that needs it.
+"""
 
 # ruff: noqa: E402 - a worker's number of threads is set before any import of torch
 
@@ -8,21 +12,19 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # of pytest -n
 if WORKER:  # one thread for each worker, and for the processes that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from support.once import Once
 from support.places import DEMO
-from support.synthetic import CONFIG, WIDE, random_tensors, write_checkpoint, write_rows
-from support.tampering import changed_copy
 
-from nemoquant.api import RunOptions, diff, export_onnx, quantize
-from nemoquant.checkpoint import intact
-from nemoquant.evaluate.schema import Report
+if TYPE_CHECKING:
+    from nemoquant.evaluate.schema import Report
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +56,10 @@ def one_thread_a_worker() -> Iterator[None]:
 def stamps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where stamps of hashed checkpoints are kept in tests: not in the user's cache."""
     folder = tmp_path_factory.getbasetemp() / "stamps"
+    if importlib.util.find_spec("pydantic") is None:  # then nothing can hash a checkpoint
+        return folder
+    from nemoquant.checkpoint import intact
+
     monkeypatch.setattr(intact, "stamp_folder", lambda: folder)
     return folder
 
@@ -61,6 +67,7 @@ def stamps(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Once it was called, a shard that is hashed to load a checkpoint ends the test."""
+    from nemoquant.checkpoint import intact
 
     def forbid() -> None:
         monkeypatch.setattr(intact, "stamp_folder", lambda: tmp_path / "no stamps")
@@ -72,6 +79,7 @@ def unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Makes a checkpoint. Config keys are changed by name; ``edit`` changes the tensors before writing."""
+    from support.synthetic import CONFIG, random_tensors, write_checkpoint
 
     def make(
         name: str = "source",
@@ -97,6 +105,7 @@ def source(fitting: Callable[..., Path]) -> Path:
 @pytest.fixture
 def fitting(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
     """The base checkpoint for a preset, with sizes that its blocks divide; made at the first request."""
+    from support.synthetic import WIDE
 
     def make(preset: str, **changes: Any) -> Path:
         wide = Path(preset).stem == "mxfp8"
@@ -113,12 +122,15 @@ def fitting(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
 @pytest.fixture
 def token_rows(tmp_path: Path) -> Path:
     """Calibration tokens for it, [8, 32]."""
+    from support.synthetic import write_rows
+
     return write_rows(tmp_path / "rows.npy")
 
 
 @pytest.fixture
 def quantized(fitting: Callable[..., Path], token_rows: Path, tmp_path: Path) -> Callable[..., Path]:
     """Quantizes ``fitting`` (or the folder given); returns the new folder, which has the preset's name."""
+    from nemoquant.api import RunOptions, quantize
 
     def make(
         preset: str = "nvfp4",
@@ -138,16 +150,19 @@ def quantized(fitting: Callable[..., Path], token_rows: Path, tmp_path: Path) ->
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[..., Path]:
     """Copies a folder; ``edit`` changes its tensors (a dict by name), ``config`` updates its config.json."""
+    from support.tampering import changed_copy
+
     return lambda folder, edit, name="changed", **config: changed_copy(
         folder, tmp_path / name, edit, **config
     )
 
 
 @pytest.fixture
-def compare(token_rows: Path) -> Callable[..., Report]:
+def compare(token_rows: Path) -> "Callable[..., Report]":
     """Runs the diff through the API, on all of ``token_rows``, with one thread; cards are not changed."""
+    from nemoquant.api import diff
 
-    def run(source: Path, *candidates: Path, **options: Any) -> Report:
+    def run(source: Path, *candidates: Path, **options: Any) -> "Report":
         return diff(source, candidates, **{"data": token_rows, "threads": 1, "card": False, **options})
 
     return run
@@ -166,6 +181,7 @@ def demo(once: Once) -> Callable[[str], Path]:
 
     ``bf16`` is a copy of the source.
     """
+    from nemoquant.api import RunOptions, export_onnx, quantize
 
     def make(preset: str) -> Path:
         def build(out: Path) -> None:

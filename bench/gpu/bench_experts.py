@@ -19,7 +19,7 @@ from nemoquant.ops.functional import EXPERT_FORMATS, routed_experts
 
 MODELS = {"Super": (512, 22, 1024, 2688), "Nano": (128, 6, 2688, 1856)}  # experts, k, input, width
 FORMATS = ("nvfp4", "fp8", "bf16", "w4a16")
-TOKENS = (1, 8, 64, 256, 4096)
+TOKENS = (1, 16, 256, 4096)
 WIDE_TOKENS = (1, 8, 16, 64, 256, 4096)
 PRODUCTS = ("decoded", "grouped")
 WIDE_PRODUCTS = ("decoded", "grouped", "native")

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from bench.gpu import bench_convolution, bench_experts, bench_scan
+from bench.gpu.environment import need_device
 from bench.gpu.timing import Table
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT.json")
     parser.add_argument("--wide", action="store_true", help="more models, shapes and formats")
     options = parser.parse_args()
+    need_device()
     table = Table(options.out, float(os.environ.get("NQ_SECONDS", "110")))
     print(table.limits.json(), flush=True)
     for operator in (bench_scan, bench_convolution, bench_experts):

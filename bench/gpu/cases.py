@@ -19,6 +19,10 @@ Errors = list[tuple[str, float, float]]
 """What was measured: a name, the error, the most that it may be. What must be equal has the error 0 or 1."""
 
 
+class MissingError(Exception):
+    """What a case checks is not in this library, or not for this device."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A check with a name. ``check`` makes its own tensors, so that a list of cases costs nothing."""
@@ -65,7 +69,7 @@ class Run:
         row["s"] = round(time.time() - start, 3)
         self.results.append(row)
         self.write()
-        if not row["ok"]:
+        if row["ok"] is False:
             print(json.dumps(row)[:400], flush=True)
         if "CUDA error" in row.get("why", ""):
             raise SystemExit(f"the device does not answer any more: {row['why']}")
@@ -75,6 +79,8 @@ class Run:
             errors = case.check()
             if self.device == "cuda":
                 torch.cuda.synchronize()
+        except MissingError as error:
+            return {"case": case.name, "ok": None, "why": f"missing: {error}"[:300]}
         except Exception as error:
             why = f"{type(error).__name__}: {error}"[:300]
             return {"case": case.name, "ok": False, "why": why, "trace": traceback.format_exc()[-500:]}
@@ -82,9 +88,22 @@ class Run:
         return {"case": case.name, "ok": all(value <= limit for _, value, limit in errors), "errors": shown}
 
     def write(self) -> None:
-        found = {"device": self.device, "date": str(datetime.date.today()), "results": self.results}
+        found = {
+            "device": self.device,
+            "capability": torch.cuda.get_device_capability() if self.device == "cuda" else None,
+            "date": str(datetime.date.today()),
+            "results": self.results,
+        }
         self.out.write_text(json.dumps(found, indent=0))
 
     def bad(self) -> int:
-        """How many are not right; those that were not run count."""
-        return sum(not row["ok"] for row in self.results)
+        """How many are not right; those that were late count, those of what is missing do not."""
+        return sum(not row["ok"] and not self._missing(row) for row in self.results)
+
+    def missing(self) -> int:
+        """How many check what is not there."""
+        return sum(map(self._missing, self.results))
+
+    @staticmethod
+    def _missing(row: dict[str, Any]) -> bool:
+        return row["ok"] is None and str(row["why"]).startswith("missing: ")

@@ -7,11 +7,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import BFLOAT16, FLOAT16, FLOAT32, Case, Errors, relative_error, unequal
+from bench.gpu.cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Case,
+    Errors,
+    MissingError,
+    relative_error,
+    unequal,
+)
+from nemoquant.errors import EngineError
 from nemoquant.ops.functional import EXPERT_FORMATS, routed_experts
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_MAX = 448.0
+
+REFUSALS = {
+    "native": ("which this library was built without", "on a device of compute capability"),
+    "grouped": ("which this library was built without", "which this library does not have"),
+}
+"""Words of the library about products that it, or this device, has not; anything else is an error."""
+GROUPED = ("bf16", "fp8", "nvfp4")  # the formats that such products can have at all
 
 Parts = dict[str, Tensor]
 """A projection of all experts: ``weight``, or ``codes`` and its scales."""
@@ -33,8 +50,15 @@ class Layer:
     up: Parts
     down: Parts
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return routed_experts(x, ids, weights, list(self.up.values()), list(self.down.values()), self.format)
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, products: str = "auto") -> Tensor:
+        """Raises MissingError where the library or the device has no such ``products``."""
+        up, down = list(self.up.values()), list(self.down.values())
+        try:
+            return routed_experts(x, ids, weights, up, down, self.format, products=products)
+        except EngineError as error:
+            if any(words in str(error) for words in REFUSALS.get(products, ())):
+                raise MissingError(str(error)) from None
+            raise
 
 
 def layer(device: str, format: str, sizes: Sizes) -> Layer:
@@ -132,16 +156,36 @@ def limit(format: str, dtype: torch.dtype) -> float:
     return 1e-3 if dtype == FLOAT16 else 2e-5
 
 
-def against_float64(device: str, format: str, tokens: int, sizes: Sizes, dtype: torch.dtype) -> Errors:
+def against_float64(
+    device: str,
+    format: str,
+    tokens: int,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    products: str = "auto",
+) -> Errors:
     """y, and whether a second call gives the same bits."""
     one = layer(device, format, sizes)
     g = torch.Generator(device).manual_seed(1)
     ids = torch.rand(tokens, sizes.experts, generator=g, device=device).topk(sizes.chosen).indices
     weights = torch.rand(tokens, sizes.chosen, generator=g, device=device)
     x = torch.randn(tokens, sizes.input, generator=g, device=device).to(dtype)
-    y = one(x, ids, weights)
+    y = one(x, ids, weights, products)
     error = relative_error(y, mixture(one, x, ids, weights))
-    return [("y", error, limit(format, dtype)), ("repeat", unequal([one(x, ids, weights)], [y]), 0)]
+    again = one(x, ids, weights, products)
+    return [("y", error, limit(format, dtype)), ("repeat", unequal([again], [y]), 0)]
+
+
+def products_cases(device: str) -> Iterator[Case]:
+    """Each kind of products by its name: a prompt's tokens, and odd sizes with experts of few."""
+    check = partial(against_float64, device, dtype=BFLOAT16)
+    usual = (40, Sizes(8, 2, 64, 96)) if device == "cpu" else (1500, Sizes(64, 6, 1024, 2688))
+    formats = {"decoded": tuple(EXPERT_FORMATS), "native": ("nvfp4",), "grouped": GROUPED}
+    for products, theirs in formats.items():
+        for format in theirs:
+            for tokens, sizes in (usual, (77, Sizes(5, 3, 160, 224))):
+                name = f"experts {format} {products} {tokens} tokens"
+                yield Case(name, partial(check, format, tokens, sizes, products=products))
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -157,6 +201,7 @@ def cases(device: str) -> Iterator[Case]:
         yield Case(f"{name} odd sizes", partial(check, format, 77, Sizes(5, 3, 160, 224), BFLOAT16))
         for dtype in (FLOAT16, FLOAT32):
             yield Case(f"{name} {dtype}", partial(check, format, 50, Sizes(16, 4, 256, 352), dtype))
+    yield from products_cases(device)
     if small:
         return
     super_layer = Sizes(512, 22, 1024, 2688)

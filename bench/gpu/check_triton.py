@@ -1,4 +1,5 @@
-"""The formats' Triton kernels: byte for byte the CPU's, from threads side by side too; then their speed.
+"""The formats' Triton kernels: byte for byte the CPU's, from threads side by side too; then their speed
+and that of the bus, which feeds them.
 
     python -m bench.gpu.check_triton OUT.json                            on a CUDA device
     TRITON_INTERPRET=1 python -m bench.gpu.check_triton OUT.json small   in Triton's interpreter, on the CPU
@@ -20,10 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.gpu.environment import need_device
 from nemoquant.formats import ScaleMethod, fp8, fp8_gpu, gpu, mxfp8, mxfp8_gpu, nvfp4, nvfp4_gpu
 from nemoquant.formats.amax import amax
 
-SECONDS = 60  # for the cases of weights; then no new one starts
+SECONDS = 45  # for the cases of weights; then no new one starts
 GROUPS = (np.float32(1), np.float32(0.01))  # the tensor's own scale, and one that is far too small
 INPUT_SCALES = (np.float32(0.01), np.float32(1e-4))
 
@@ -54,7 +56,7 @@ SMALL = Extent(
     methods=("max",),
     input_kinds=("normal",),
     threads=(2,),
-    tasks=4,
+    tasks=2,
 )
 
 
@@ -216,8 +218,23 @@ def time_kernels(rows: Rows) -> None:
         time_kernel(rows, f"nvfp4 {method}", blocks * 16, launch)
 
 
+def time_bus(rows: Rows) -> None:
+    """Copies between pinned memory and the device, GB/s."""
+    here = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    for name, source, target in (("host to device", here, there), ("device to host", there, here)):
+        each = milliseconds(partial(target.copy_, source, non_blocking=True))
+        rows.add(f"pinned {name}", ms=round(each, 3), GB_s=round(source.numel() / each / 1e6, 1))
+
+
 def time_kernel(rows: Rows, name: str, count: int, launch: Callable[[], None]) -> None:
-    """A launch that encodes ``count`` elements, the mean of five."""
+    """A launch that encodes ``count`` elements."""
+    each = milliseconds(launch)
+    rows.add(f"kernel {name}", ms=round(each, 3), GB_s=round(count * 2 / each / 1e6, 1))
+
+
+def milliseconds(launch: Callable[[], object]) -> float:
+    """The mean of five launches, after one that is not counted."""
     launch()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -226,8 +243,7 @@ def time_kernel(rows: Rows, name: str, count: int, launch: Callable[[], None]) -
         launch()
     end.record()
     end.synchronize()
-    each = start.elapsed_time(end) / 5
-    rows.add(f"kernel {name}", ms=round(each, 3), GB_s=round(count * 2 / each / 1e6, 1))
+    return float(start.elapsed_time(end)) / 5
 
 
 def main() -> None:
@@ -237,11 +253,14 @@ def main() -> None:
     parser.add_argument("extent", nargs="?", choices=("small",), help="little, for the interpreter")
     options = parser.parse_args()
     extent = SMALL if options.extent else WHOLE
+    if extent is WHOLE:
+        need_device()
     rows = Rows(options.out)
     check_weights(rows, extent)
     check_inputs(rows, extent)
     check_threads(rows, extent)
     if extent is WHOLE:
+        time_bus(rows)
         time_kernels(rows)
     print(f"{len(rows.rows)} rows, {rows.bad()} bad, {time.time() - rows.began:.1f} s")
     raise SystemExit(bool(rows.bad()))

@@ -54,6 +54,17 @@ def device() -> str:
     return torch.cuda.get_device_name()
 
 
+def need_device() -> None:
+    """Ends the process with one line, before anything is made, where torch finds no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"no CUDA device: torch {torch.__version__} finds none; expected an NVIDIA GPU and torch for "
+            f"CUDA; see env.json"
+        )
+
+
 def library() -> str:
     """The file of the kernels that torch's operators take on CUDA; None where torch computes."""
     from nemoquant.ops.library import kernels

@@ -4,12 +4,15 @@
     python -m bench.gpu.pack OUT.json WORK cpu    the CPU in the device's place, a tiny checkpoint
 
 With the same scales both must write the same bytes; a model against itself must differ by nothing; the KL
-divergences of both are written down. OUT.json is a list of steps and checks, written after each. The exit
-code is 1 if one is not right.
+divergences of both are written down. Of the large one every stage is timed apart, on all processors and on
+the device: calibration, packing with given scales and encoding alone (by `max`, and by `mse`), diff.
+OUT.json is a list of steps, checks and stages, written after each; after NQ_SECONDS (default 150) no new
+step starts. The exit code is 1 if one is not right.
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +22,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bench import checkpoints
+from bench.gpu.environment import need_device
+from bench.pipeline import encode
 from nemoquant.api import RunOptions, diff, quantize
+from nemoquant.machine import usable_threads
 
-DEMO = Path(__file__).resolve().parents[2] / "calib/demo_model"
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "calib/demo_model"
+MSE = str(ROOT / "bench/recipes/nvfp4-mse.yaml")
+THREADS = usable_threads()  # all that there are: what a device is held against
 T = TypeVar("T")
 
 PATTERN = {"hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "num_nextn_predict_layers": 0}
@@ -61,12 +70,28 @@ TINY = {
 }
 
 
+class Stages:
+    """A Progress that keeps how long each stage took, from its first call to its last."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, stage: str, done: int, total: int, what: str) -> None:  # noqa: ARG002
+        now = time.perf_counter()
+        self.spans[stage] = self.spans.get(stage, (now, now))[0], now
+
+    def seconds(self) -> dict[str, float]:
+        return {stage: round(end - begin, 3) for stage, (begin, end) in self.spans.items()}
+
+
 class Steps:
     """What was done and what was found, written after each."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, seconds: float = float("inf")) -> None:
+        """``seconds`` from now on the rest of the steps is listed as not run."""
+        self.out, self.seconds, self.began = out, seconds, time.time()
         self.rows: list[dict[str, Any]] = []
+        self.stages: dict[str, dict[str, float]] = {}
 
     def note(self, **row: Any) -> None:
         self.rows.append(row)
@@ -74,8 +99,11 @@ class Steps:
         print(json.dumps(row)[:300], flush=True)
 
     def timed(self, what: str, step: Callable[[], T]) -> T | None:
-        """What the step returns; None where it failed, which is noted."""
+        """What the step returns; None where it failed, or time is up, which is noted."""
         start = time.time()
+        if start - self.began > self.seconds:
+            self.note(step=what, ok=None, why="out of time")
+            return None
         try:
             result = step()
         except Exception as error:
@@ -84,6 +112,26 @@ class Steps:
             return None
         self.note(step=what, s=round(time.time() - start, 2))
         return result
+
+    def staged(self, what: str, step: Callable[..., T]) -> T | None:
+        """:meth:`timed` of a step that takes a Progress; what its stages took is kept under its name."""
+        stages = Stages()
+        result = self.timed(what, lambda: step(progress=stages))
+        if result is not None:
+            self.stages[what] = stages.seconds()
+            self.rows[-1]["stages"] = self.stages[what]
+        return result
+
+    def compare(self, stage: str, seconds: Callable[[str], float | None], device: str) -> None:
+        """A stage on the CPU and on the device beside each other; nothing where one is missing.
+
+        Args:
+            seconds: what it took on a device, by the device's name.
+        """
+        here, there = seconds("cpu"), seconds(device)
+        if here and there:
+            row = {"cpu_s": round(here, 3), "device_s": round(there, 3), "times": round(here / there, 2)}
+            self.note(stage=stage, **row)
 
     def same_bytes(self, what: str, one: Path, two: Path) -> None:
         """Tensors decide; other files that differ are named."""
@@ -102,22 +150,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def check_demo(steps: Steps, work: Path, device: str) -> None:
     """Each recipe calibrated on both, packed on the device with the CPU's scales, and compared on both."""
-    for recipe in ("nvfp4", "fp8"):
-        outputs = [work / f"demo-{recipe}-{number}" for number in range(2)]
+    for recipe in ("nvfp4", "fp8", MSE):
+        name = Path(recipe).stem
+        outputs = [work / f"demo-{name}-{number}" for number in range(2)]
         for output, where in zip(outputs, ("cpu", device), strict=True):
             options = RunOptions(rows=8, seq_len=256, device=where, dtype="float32", threads=8)
             run = partial(quantize, DEMO, output, recipe, options)
-            steps.timed(f"demo {recipe} {where}", run)
+            steps.timed(f"demo {name} {where}", run)
         options = RunOptions(scales=outputs[0] / "nemoquant_scales.json", device=device, threads=8)
-        given = work / f"given-{recipe}"
-        what = f"demo {recipe}, scales of the CPU, packed on {device}"
+        given = work / f"given-{name}"
+        what = f"demo {name}, scales of the CPU, packed on {device}"
         if steps.timed(what, partial(quantize, DEMO, given, recipe, options)):
-            steps.same_bytes(f"demo {recipe}: same bytes", outputs[0], given)
+            steps.same_bytes(f"demo {name}: same bytes", outputs[0], given)
+        if recipe == MSE:  # its codes are what is new, and they were compared
+            continue
         for where in dict.fromkeys(("cpu", device)):
             compare = partial(diff, DEMO, outputs, rows=4, seq_len=256, card=False, device=where)
-            report = steps.timed(f"demo diff {recipe} {where}", compare)
-            note_divergence(steps, f"kl {recipe} {where}", report)
-        if device == "cuda":
+            report = steps.timed(f"demo diff {name} {where}", compare)
+            note_divergence(steps, f"kl {name} {where}", report)
+        if device == "cuda" and recipe == "fp8":
             itself = partial(diff, DEMO, [DEMO], rows=2, seq_len=128, card=False, device="cuda")
             report = steps.timed("itself", itself)
             if report:
@@ -141,24 +192,53 @@ def random_source(folder: Path, small: bool) -> Path:
 
 
 def check_large(steps: Steps, folder: Path, device: str) -> None:
-    """The same of a checkpoint as wide as Super, of few layers and experts, NVFP4 alone."""
+    """The same of a checkpoint as wide as Super, of few layers and experts; what each stage took on both."""
     folder.mkdir()
     source = steps.timed("mid: made", lambda: random_source(folder, small=device == "cpu"))
     if source is None:
         return
-    steps.note(size_GB=round(sum(path.stat().st_size for path in source.iterdir()) / 1e9, 2))
-    outputs, rows = [folder / "out0", folder / "out1"], folder / "rows.npy"
-    for output, where in zip(outputs, ("cpu", device), strict=True):
-        run = partial(quantize, source, output, "nvfp4", RunOptions(data=rows, device=where, threads=12))
-        steps.timed(f"mid nvfp4 {where}: calibrated and packed", run)
-    options = RunOptions(scales=outputs[0] / "nemoquant_scales.json", device=device, threads=12)
-    run = partial(quantize, source, folder / "given", "nvfp4", options)
-    if steps.timed("mid nvfp4: scales of the CPU, packed on the other", run):
-        steps.same_bytes("mid: same bytes", outputs[0], folder / "given")
-    for where in dict.fromkeys(("cpu", device)):
-        compare = partial(diff, source, [outputs[0]], data=rows, card=False, device=where)
-        report = steps.timed(f"mid diff {where}", compare)
+    size = round(sum(path.stat().st_size for path in source.iterdir()) / 1e9, 2)
+    steps.note(size_GB=size, processors=THREADS)
+    rows, places = folder / "rows.npy", ("cpu", device)
+    outputs = [folder / f"out{number}" for number in range(2)]
+    for output, where in zip(outputs, places, strict=True):
+        options = RunOptions(data=rows, device=where, threads=THREADS)
+        run = partial(quantize, source, output, "nvfp4", options)
+        steps.staged(f"mid calibrated {where}", run)
+    compare_stage(steps, "calibrate", "mid calibrated", device, "calibrate")
+    scales = outputs[0] / "nemoquant_scales.json"
+    for recipe in ("nvfp4", MSE):
+        name = Path(recipe).stem
+        given = [folder / f"given-{name}-{number}" for number in range(2)]
+        for output, where in zip(given, places, strict=True):
+            options = RunOptions(scales=scales, device=where, threads=THREADS)
+            steps.staged(f"mid {name} packed {where}", partial(quantize, source, output, recipe, options))
+        if all(output.is_dir() for output in given):
+            steps.same_bytes(f"mid {name}: same bytes", *given)
+        compare_stage(steps, f"pack {name}", f"mid {name} packed", device, "pack")
+        compare_encoding(steps, source, recipe, device)
+    for where in dict.fromkeys(places):
+        run = partial(diff, source, [outputs[0]], data=rows, card=False, device=where)
+        report = steps.staged(f"mid diff {where}", run)
         note_divergence(steps, f"mid kl {where}", report)
+    compare_stage(steps, "diff", "mid diff", device, "diff")
+
+
+def compare_stage(steps: Steps, stage: str, what: str, device: str, of: str) -> None:
+    """The stage ``of`` of both steps ``what``."""
+    steps.compare(stage, lambda where: steps.stages.get(f"{what} {where}", {}).get(of), device)
+
+
+def compare_encoding(steps: Steps, source: Path, recipe: str, device: str) -> None:
+    """All codes of a recipe and nothing else: no hash, no file; the second of two rounds."""
+    name, seconds = Path(recipe).stem, {}
+    for where in ("cpu", device):
+        for _ in range(2):  # the first compiles or loads kernels
+            start = time.perf_counter()
+            encoding = partial(encode, source, recipe, THREADS, where)
+            if steps.timed(f"mid {name} encoded {where}", lambda run=encoding: run() or True):
+                seconds[where] = time.perf_counter() - start
+    steps.compare(f"encode {name}", seconds.get, device)
 
 
 def main() -> None:
@@ -168,10 +248,12 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK", help="a new or empty folder")
     parser.add_argument("device", nargs="?", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
+    if options.device == "cuda":
+        need_device()
     options.work.mkdir(parents=True, exist_ok=True)
     if any(options.work.iterdir()):
         parser.error(f"{options.work} is not empty; expected a new folder")
-    steps = Steps(options.out)
+    steps = Steps(options.out, float(os.environ.get("NQ_SECONDS", "150")))
     check_demo(steps, options.work, options.device)
     check_large(steps, options.work / "mid", options.device)
     print(f"{steps.bad()} bad")

@@ -2,13 +2,16 @@
 
 import importlib.metadata
 import importlib.util
+import os
 from dataclasses import dataclass
 
 from nemoquant.engine import TARGETS
 from nemoquant.engine.targets import Gpu, find_gpu, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.machine import usable_threads
-from nemoquant.ops.build import default_folder, missing, read_built
+from nemoquant.ops.build import default_folder, missing
+from nemoquant.ops.built import Built, read_built
+from nemoquant.ops.library import KERNELS, VARIABLE, not_by_default
 from nemoquant.ops.sources import sources_hash
 
 NO_GPU = "no CUDA device is usable here"
@@ -64,7 +67,20 @@ def plugins(found: Gpu | None) -> Finding:
         return Finding(
             "plugins", not lacking, False, f"{what}: built from other sources than this version's; {how}"
         )
-    return Finding("plugins", not lacking, found is not None, what + ("" if found else f"; {NO_GPU}"))
+    if found is None:
+        return Finding("plugins", not lacking, False, f"{what}; {NO_GPU}")
+    return Finding("plugins", not lacking, True, what + _for_torch(found, built))
+
+
+def _for_torch(found: Gpu, built: Built) -> str:
+    """Which kernels torch's operators take on this GPU, as the end of a sentence; empty if all."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return f"; torch: {VARIABLE}={named}"
+    if KERNELS not in built.libraries:
+        return ""
+    rest = not_by_default(default_folder() / KERNELS, (found.sm // 10, found.sm % 10))
+    return f"; torch: {rest}" if rest else ""
 
 
 def doctor() -> list[Finding]:

@@ -9,7 +9,9 @@ from typing import Any
 from nemoquant.engine import Target, TargetName
 from nemoquant.errors import UsageError
 from nemoquant.formats import FORMATS
-from nemoquant.ops.build import default_folder, read_built
+from nemoquant.ops.build import ARCHITECTURES, default_folder
+from nemoquant.ops.built import read_built
+from nemoquant.ops.library import covers
 from nemoquant.ops.sources import sources_hash
 
 DATA_CENTRE = (90, 100, 103)
@@ -145,7 +147,8 @@ def load_plugins(trt: Any, library: Path) -> None:
 
 
 def _needs_gpu(sm: int | None, path: Path) -> str:
-    arch = f" --arch sm_{sm}a" if sm in (90, 100, 120) else ""
+    wanted = [] if sm is None else [name for name in ARCHITECTURES if covers(name, *divmod(sm, 10))]
+    arch = f" --arch sm_{wanted[0]}" if wanted else ""
     return (
         "--target trt: TensorRT builds on the GPU that the engine is for, and no CUDA device is usable "
         "here. There: "

@@ -17,40 +17,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from nemoquant._version import __version__
-from nemoquant.errors import BuildError, OutputError, UsageError, field_problem
-from nemoquant.files import MOST_SETTINGS, copy_again, read_json, rename, replace_text
+from nemoquant.errors import BuildError, OutputError, UsageError
+from nemoquant.files import copy_again, rename, replace_text
 from nemoquant.machine import usable_threads
+from nemoquant.ops.built import Built
 from nemoquant.ops.sources import sources_hash
 from nemoquant.progress import Progress, no_progress
 from nemoquant.shipped import plugin_folder
 
 ARCHITECTURES = ("80", "90a", "100f", "120f")
 """What is built by default, as in ``sm_90a``: for 8.x, 9.0, 10.x (B200, B300) and 12.x (RTX, DGX Spark)."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """The content of ``build.json``.
-
-    Attributes:
-        nemoquant: version that built it.
-        sources: sha256 of all sources.
-        host: whether it is the emulated host library.
-        tensorrt: version of TensorRT's headers; None without TensorRT plugins.
-        libraries: file name to sha256.
-    """
-
-    nemoquant: str
-    sources: str
-    host: bool
-    architectures: tuple[str, ...]
-    gemm_architectures: tuple[str, ...]
-    tensorrt: str | None
-    libraries: dict[str, str]
 
 
 def default_folder() -> Path:
@@ -68,28 +48,6 @@ def default_folder() -> Path:
             "files: `plugins build --out`, NEMOQUANT_KERNELS, NEMOQUANT_PLUGINS"
         ) from None
     return caches / "nemoquant/plugins"
-
-
-def read_built(folder: Path, host: bool = False) -> Built | None:
-    """What was built into ``folder``; None if nothing was.
-
-    Raises:
-        BuildError: its ``build.json`` can't be read.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    path = folder / f"{_stem(host)}.json"
-    try:
-        return TypeAdapter(Built).validate_python(read_json(path, MOST_SETTINGS))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise BuildError(f"{path} can't be read ({error.strerror or error}); set XDG_CACHE_HOME") from None
-    except ValueError as error:  # pydantic's error is one too
-        why = field_problem(error) if isinstance(error, ValidationError) else str(error)
-        raise BuildError(
-            f"{path} is not what `nemoquant plugins build` writes ({why}); remove it and build again"
-        ) from None
 
 
 def tensorrt_headers() -> Path | None:

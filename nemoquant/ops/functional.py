@@ -7,6 +7,7 @@ dtypes without data), so that ``torch.compile`` and ``torch.export`` can trace i
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from nemoquant.errors import BuildError
 from nemoquant.formats import DEVICES
 from nemoquant.ops.abi import DTYPES
-from nemoquant.ops.library import Kernels, kernels
+from nemoquant.ops.library import VARIABLE, Kernels, kernels
 
 
 def dtype_number(dtype: torch.dtype) -> int:
@@ -50,35 +51,62 @@ def expect_shapes(op: str, sizes: dict[str, int], **given: tuple[Tensor | None, 
             raise ValueError(f"{op}: {name} is {list(tensor.shape)}; expected {list(expected)} ({letters})")
 
 
-def library_for(device: torch.device) -> Kernels:
-    """The kernel library for tensors on ``device``.
+def expect_device(op: str, x: Tensor, **given: Tensor | Sequence[Tensor] | None) -> None:
+    """Check that an operator's tensors are where ``x`` is.
+
+    A kernel takes addresses: one of another device's memory ends the process's CUDA context. The fake kernels
+    check too, because torch sends a call with a tensor on "meta" there.
+
+    Args:
+        given: tensors, or lists of them, by name; None is not checked.
+    Raises:
+        ValueError: one is on another device; names the tensor and both devices.
+    """
+    for name, value in given.items():
+        for tensor in [value] if isinstance(value, Tensor) else value or ():
+            if tensor.device != x.device:
+                raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move {name} to x's")
+
+
+def laid_out(t: Tensor) -> Tensor:
+    """Contiguous, at a multiple of 16 bytes, which the kernels read at once; copied if it is not.
+
+    What torch allocates begins at such a multiple; a view need not: ``t[1:]`` of rows of an odd length.
+    """
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def library_for(op: str, device: torch.device) -> Kernels:
+    """The kernel library that computes ``op`` for tensors on ``device``.
 
     Raises:
         BuildError: there is none.
     """
     library = kernels(device.type)
-    if library is None:
+    if library is None or not library.has(op):
         how = (
-            "nemoquant plugins build"
+            f"nemoquant plugins build, and name the library: {VARIABLE}=PATH"
             if device.type == "cuda"
             else "nemoquant plugins build --host, then nemoquant.ops.library.use"
         )
-        raise BuildError(f"no kernels for tensors on {device.type}; build them: {how}")
+        raise BuildError(f"{op}: no kernels for tensors on {device.type}; build them: {how}")
     return library
 
 
 def call(op: str, device: torch.device, **arguments: Any) -> None:
     """Start a kernel on the current stream of ``device``; tensors are passed as their addresses."""
-    library, on_cuda = library_for(device), device.type == "cuda"
+    library, on_cuda = library_for(op, device), device.type == "cuda"
     plain = {
         name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
-    size = library.workspace(op, **plain)
-    # The allocator does not reuse this memory before the kernel has finished on the stream.
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    if size:
-        plain["workspace"] = workspace.data_ptr()
+    # the launcher asks the current device what it is and what it has
     with torch.cuda.device(device) if on_cuda else nullcontext():
+        size = library.workspace(op, **plain)
+        # The allocator does not reuse this memory before the kernel has finished on the stream.
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        if size:
+            plain["workspace"] = workspace.data_ptr()
         library.call(op, stream=torch.cuda.current_stream(device).cuda_stream if on_cuda else None, **plain)
 
 
@@ -98,10 +126,11 @@ def causal_conv1d(
     Returns:
         y [batch, length, channels] and the last ``kernel - 1`` inputs like ``state_in``.
     Raises:
-        ValueError: shapes or dtypes that do not match.
+        ValueError: shapes or dtypes that do not match, or tensors on different devices.
         BuildError: no library for the device.
         EngineError: the kernel returned an error.
     """
+    expect_device("causal_conv1d", x, weight=weight, bias=bias, state_in=state_in)
     batch, length, channels = x.shape
     kernel = weight.shape[-1]
     sizes = {"B": batch, "L": length, "C": channels, "K": kernel}
@@ -128,9 +157,9 @@ def causal_conv1d(
         "causal_conv1d",
         x.device,
         x=x,
-        weight=weight.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        state_in=state_in.contiguous(),
+        weight=laid_out(weight),
+        bias=None if bias is None else laid_out(bias),
+        state_in=laid_out(state_in),
         y=y,
         state_out=state_out,
         batch=batch,
@@ -146,12 +175,9 @@ def causal_conv1d(
 
 @causal_conv1d.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,  # noqa: ARG001
-    bias: Tensor | None,  # noqa: ARG001
-    state_in: Tensor,
-    y_dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, state_in: Tensor, y_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
+    expect_device("causal_conv1d", x, weight=weight, bias=bias, state_in=state_in)
     return x.new_empty(x.shape, dtype=y_dtype or torch.float32), x.new_empty(state_in.shape)
 
 
@@ -185,17 +211,18 @@ def mamba2_scan(
         A, D, dt_bias: [heads] float32; A is negative. None for D means no skip, None for dt_bias means 0.
         B, C: [batch, length, groups, state].
         state_in: [batch, heads, head_dim, state] float32, float16 or bfloat16.
-        seed: int64 [1]; only with ``rounding`` "stochastic", which rounds a float16 state by
-            Philox(counter = (index, step), key = seed).
+        seed: int64 [1] with ``rounding`` "stochastic", which rounds a float16 state by
+            Philox(counter = (index, step), key = seed); None with "nearest", which would not read it.
         dt_min, dt_max: bounds of dt after softplus; None: no upper bound.
         y_dtype: float32 (default), float16 or bfloat16.
     Returns:
         y [batch, length, heads, head_dim], and the state after the last position like ``state_in``.
     Raises:
-        ValueError: shapes or dtypes that do not match.
+        ValueError: shapes or dtypes that do not match, or tensors on different devices.
         BuildError: no library for the device.
         EngineError: the kernel returned an error.
     """
+    expect_device("mamba2_scan", x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, state_in=state_in, seed=seed)
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     sizes = {"B": batch, "L": length, "H": heads, "P": width, "G": groups, "N": size}
@@ -212,6 +239,13 @@ def mamba2_scan(
     )
     if rounding not in ROUNDINGS:
         raise ValueError(f"mamba2_scan: rounding is {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
+    given = None if seed is None else (seed.dtype, tuple(seed.shape))
+    if given != ((torch.int64, (1,)) if rounding == "stochastic" else None):
+        got = None if seed is None else f"{seed.dtype} {list(seed.shape)}"
+        raise ValueError(
+            f"mamba2_scan: seed is {got}, rounding {rounding!r}; expected int64 [1] with 'stochastic', None "
+            f"with 'nearest'"
+        )
     floats = [t.dtype for t in (A, D, dt_bias) if t is not None]
     if {B.dtype, C.dtype} != {x.dtype} or set(floats) != {torch.float32}:
         raise ValueError(
@@ -227,10 +261,10 @@ def mamba2_scan(
         "b": B,
         "c": C,
         "dt": dt,
-        "a": A.contiguous(),
-        "d": None if D is None else D.contiguous(),
-        "dt_bias": None if dt_bias is None else dt_bias.contiguous(),
-        "state_in": state_in.contiguous(),
+        "a": laid_out(A),
+        "d": None if D is None else laid_out(D),
+        "dt_bias": None if dt_bias is None else laid_out(dt_bias),
+        "state_in": laid_out(state_in),
         "y": y,
         "state_out": state_out,
         "seed": seed,
@@ -267,20 +301,20 @@ def with_contiguous_positions(t: Tensor) -> Tensor:
         and t.stride(0) % 8 == t.stride(1) % 8 == 0
         and t.data_ptr() % 16 == 0
     )
-    return t if fits else t.contiguous()
+    return t if fits else laid_out(t)
 
 
 @mamba2_scan.register_fake
 def _(
     x: Tensor,
-    dt: Tensor,  # noqa: ARG001
-    A: Tensor,  # noqa: ARG001
-    B: Tensor,  # noqa: ARG001
-    C: Tensor,  # noqa: ARG001
-    D: Tensor | None,  # noqa: ARG001
-    dt_bias: Tensor | None,  # noqa: ARG001
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
     state_in: Tensor,
-    seed: Tensor | None = None,  # noqa: ARG001
+    seed: Tensor | None = None,
     dt_min: float = 0.0,  # noqa: ARG001
     dt_max: float | None = None,  # noqa: ARG001
     rounding: str = "nearest",  # noqa: ARG001
@@ -288,6 +322,7 @@ def _(
     step: int = 0,  # noqa: ARG001
     y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
+    expect_device("mamba2_scan", x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, state_in=state_in, seed=seed)
     return x.new_empty(x.shape, dtype=y_dtype or torch.float32), state_in.new_empty(state_in.shape)
 
 
@@ -337,10 +372,19 @@ def routed_experts(
     Returns:
         [tokens, input] like ``x``; sums are float32.
     Raises:
-        ValueError: shapes or dtypes that do not match, or an unknown name.
+        ValueError: shapes or dtypes that do not match, tensors on different devices, or an unknown name.
         BuildError: no library for the device.
         EngineError: the kernel returned an error, for example if it lacks these ``products`` on this device.
     """
+    expect_device(
+        "routed_experts",
+        x,
+        expert_ids=expert_ids,
+        expert_weights=expert_weights,
+        up=up,
+        down=down,
+        skipped=skipped,
+    )
     if format not in EXPERT_FORMATS or activation != "relu2":
         raise ValueError(
             f"routed_experts: format is {format!r}, activation {activation!r}; expected one of "
@@ -369,12 +413,9 @@ def routed_experts(
             f"routed_experts: expert_ids is {expert_ids.dtype}, expert_weights {expert_weights.dtype}; "
             f"expected int64 and float32"
         )
-    if skipped is not None and (
-        skipped.dtype != torch.int32 or skipped.shape != (1,) or skipped.device != x.device
-    ):
+    if skipped is not None and (skipped.dtype, skipped.shape) != (torch.int32, (1,)):
         raise ValueError(
-            f"routed_experts: skipped is {skipped.dtype} {list(skipped.shape)} on {skipped.device}; "
-            f"expected int32 [1] on {x.device}"
+            f"routed_experts: skipped is {skipped.dtype} {list(skipped.shape)}; expected int32 [1]"
         )
     arguments: dict[str, Tensor] = {}
     for projection, parts in given.items():
@@ -394,17 +435,17 @@ def routed_experts(
             )
             if tensor.shape != shapes[name] or not right:
                 raise ValueError(f"{label}; expected {wanted} {list(shapes[name])}")
-            arguments[projection if name in ("weight", "codes") else f"{projection}_{name}"] = (
-                tensor.contiguous()
+            arguments[projection if name in ("weight", "codes") else f"{projection}_{name}"] = laid_out(
+                tensor
             )
     y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     if tokens:
         call(
             "routed_experts",
             x.device,
-            x=x.contiguous(),
-            expert_ids=expert_ids.contiguous(),
-            expert_weights=expert_weights.contiguous(),
+            x=laid_out(x),
+            expert_ids=laid_out(expert_ids),
+            expert_weights=laid_out(expert_weights),
             y=y,
             tokens=tokens,
             chosen=chosen,
@@ -424,13 +465,22 @@ def routed_experts(
 @routed_experts.register_fake
 def _(
     x: Tensor,
-    expert_ids: Tensor,  # noqa: ARG001
-    expert_weights: Tensor,  # noqa: ARG001
-    up: list[Tensor],  # noqa: ARG001
-    down: list[Tensor],  # noqa: ARG001
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
     format: str,  # noqa: ARG001
     activation: str = "relu2",  # noqa: ARG001
     products: str = "auto",  # noqa: ARG001
-    skipped: Tensor | None = None,  # noqa: ARG001
+    skipped: Tensor | None = None,
 ) -> Tensor:
+    expect_device(
+        "routed_experts",
+        x,
+        expert_ids=expert_ids,
+        expert_weights=expert_weights,
+        up=up,
+        down=down,
+        skipped=skipped,
+    )
     return x.new_empty(x.shape)

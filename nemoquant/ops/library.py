@@ -9,11 +9,28 @@ from typing import Any
 
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.ops.abi import structure
-from nemoquant.ops.build import default_folder, read_built
+from nemoquant.ops.build import default_folder
+from nemoquant.ops.built import read_built
+from nemoquant.ops.proven import OPERATORS, proven_on
 from nemoquant.ops.sources import sources_hash
 from nemoquant.words import plain
 
 VARIABLE = "NEMOQUANT_KERNELS"
+KERNELS = "libnemoquant_kernels.so"
+
+
+def covers(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for an architecture, such as "80", "90a" or "100f", runs on a compute capability.
+
+    "a" is for that one device alone. The others run on later minor numbers too: sm_80 on 8.6 and 8.9, the
+    family sm_100f on 10.3 (B300), sm_120f on 12.1 (DGX Spark). 10.1 (Thor, before CUDA 13 called it 11.0) is
+    of no family but its own.
+    """
+    number = architecture.rstrip("af")
+    built = int(number[:-1]), int(number[-1])
+    if architecture.endswith("a") or (architecture.endswith("f") and (major, minor) == (10, 1)):
+        return built == (major, minor)
+    return built[0] == major and built[1] <= minor
 
 
 class Kernels:
@@ -22,16 +39,19 @@ class Kernels:
     Attributes:
         path: its file.
         architectures: what it was built for; empty if that is unknown, or for the host.
+        gemm_architectures: those of them with CUTLASS's grouped products.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, operators: frozenset[str] | None = None) -> None:
         """Load the library.
 
+        Args:
+            operators: those that it serves; None: all that it has.
         Raises:
             BuildError: the file does not exist, can't be loaded, is no kernel library, or was built from
                 other sources than those of this version.
         """
-        self.path = path.absolute()
+        self.path, self._operators = path.absolute(), operators
         if not self.path.is_file():
             raise BuildError(
                 f"{self.path} is not there; expected a library made by `nemoquant plugins build`"
@@ -43,6 +63,7 @@ class Kernels:
                 f"again: nemoquant plugins build"
             )
         self.architectures = built.architectures if built else ()
+        self.gemm_architectures = built.gemm_architectures if built else ()
         try:
             self._library = ctypes.CDLL(str(self.path))
             self._last_error = self._library.nemoquant_last_error
@@ -53,16 +74,14 @@ class Kernels:
         self._last_error.restype = ctypes.c_char_p
 
     def has(self, op: str) -> bool:
-        return hasattr(self._library, f"nemoquant_{op}")
+        """Whether it serves the operator."""
+        return (self._operators is None or op in self._operators) and hasattr(
+            self._library, f"nemoquant_{op}"
+        )
 
     def runs_on(self, major: int, minor: int) -> bool:
         """Whether it was built for a device of that compute capability; True if that is unknown."""
-        for name in self.architectures:
-            number, exact = name.rstrip("af"), name[-1] in "af"
-            built = int(number[:-1]), int(number[-1])
-            if built == (major, minor) or (not exact and built[0] == major and built[1] < minor):
-                return True
-        return not self.architectures
+        return not self.architectures or any(covers(name, major, minor) for name in self.architectures)
 
     def workspace(self, op: str, **arguments: Any) -> int:
         """Bytes of workspace that a call needs."""
@@ -114,8 +133,8 @@ def kernels(device: str) -> Kernels | None:
     """The library for tensors on ``device``; None where there is none, and torch's own operators compute.
 
     For CUDA: that of :func:`use`, else of NEMOQUANT_KERNELS (a file, or "none"), else what `nemoquant plugins
-    build` put into its default folder. The choice is printed once, on standard error. For the CPU: only
-    that of :func:`use`.
+    build` put into its default folder; the last serves only what a GPU like this one has shown to be right
+    (``proven.py``). The choice is printed once, on standard error. For the CPU: only that of :func:`use`.
 
     Raises:
         BuildError: NEMOQUANT_KERNELS names a library that can't be used.
@@ -126,37 +145,61 @@ def kernels(device: str) -> Kernels | None:
 
 
 def _find() -> Kernels | None:
+    """The library for this process's CUDA device; prints which, and why."""
     named = os.environ.get(VARIABLE)
-    library: Kernels | None = None
     if named == "none":
         _report(f"{VARIABLE}=none, torch computes")
-    elif named:
-        library = load(Path(named))
-    else:
-        try:
-            built = default_folder() / "libnemoquant_kernels.so"
-            if built.is_file():
-                library = load(built)
-            else:
-                _report("none are built, torch computes; `nemoquant plugins build` makes them")
-        except (BuildError, OSError) as error:  # of another version, or no place; the user did not name it
-            _report(f"torch computes: {error}")
-    if library is None:
         return None
+    if named:
+        library = load(Path(named))
+        if why := _other_device(library, _capability()):
+            raise BuildError(f"{why}; build it again: nemoquant plugins build")
+        _report(str(library.path))
+        return library
+    try:
+        path = default_folder() / KERNELS
+        if not path.is_file():
+            _report("none are built, torch computes; `nemoquant plugins build` makes them")
+            return None
+        capability = _capability()
+        proven = proven_on(capability)
+        library = Kernels(path, proven)
+    except (BuildError, OSError) as error:  # of another version, or no place; the user did not name it
+        _report(f"torch computes: {error}")
+        return None
+    if why := _other_device(library, capability):
+        _report(f"torch computes: {why}")
+        return None
+    used = ", ".join(sorted(proven))
+    rest = not_by_default(path, capability)
+    _report(f"{path}{f' for {used}' if used else ' is built'}, but {rest}" if rest else str(path))
+    return library if proven else None
+
+
+def not_by_default(path: Path, capability: tuple[int, int]) -> str | None:
+    """Which operators of ``path``, in the default folder, are not used on a device, and what takes them."""
+    proven = proven_on(capability)
+    rest = ", ".join(op for op in OPERATORS if op not in proven)
+    if not rest:
+        return None
+    return (
+        f"no GPU of SM {capability[0]}{capability[1]} has run {rest} yet: torch computes; {VARIABLE}={path} "
+        f"takes the kernels"
+    )
+
+
+def _capability() -> tuple[int, int]:
     import torch
 
-    capability = torch.cuda.get_device_capability()
-    if not library.runs_on(*capability):
-        names = ", ".join(f"sm_{a}" for a in library.architectures)
-        message = (
-            f"{library.path} was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
-        )
-        if named:
-            raise BuildError(f"{message}; build it again: nemoquant plugins build")
-        _report(f"torch computes: {message}")
+    return torch.cuda.get_device_capability()
+
+
+def _other_device(library: Kernels, capability: tuple[int, int]) -> str | None:
+    """A sentence where the library was not built for a device of that capability."""
+    if library.runs_on(*capability):
         return None
-    _report(f"{library.path}")
-    return library
+    names = ", ".join(f"sm_{a}" for a in library.architectures)
+    return f"{library.path} was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
 
 
 def _report(text: str) -> None:
@@ -167,7 +210,7 @@ def _report(text: str) -> None:
 def serves(op: str, device: str) -> bool:
     """Whether a kernel computes ``op`` for tensors on ``device`` (``cuda``, ``cpu``).
 
-    It does if there is a library for that device, and the library has the operator.
+    It does if there is a library for that device, and the library serves the operator.
     """
     if device not in ("cuda", *_used):
         return False

@@ -1,7 +1,8 @@
 """bench/gpu without a GPU: every script is imported, every check runs with small sizes on the CPU.
 
-A GPU adds its own sizes, graphs, streams, compute-sanitizer and times. Each script runs in its own process:
-Triton's interpreter, and how torch treats uninitialized memory, are chosen once per process.
+A GPU adds its own sizes, graphs, streams, compute-sanitizer and times. Triton's interpreter is chosen once a
+process, the rehearsal replaces much of torch: both run in processes of their own. The others do not, because
+importing torch and its operators would be most of their time.
 """
 
 import importlib
@@ -13,16 +14,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from support.plugin_build import host_folder, needs_compiler
 
-from bench.gpu import environment, logs
-from bench.gpu.cases import Case, Run
-from bench.gpu.check_ops import cases
+from bench.gpu import bench_ops, check_ops, check_triton, environment, logs, pack
+from bench.gpu.cases import Case, Errors, MissingError, Run
+from nemoquant.ops import library
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "bench/gpu"
@@ -55,24 +58,48 @@ def test_every_script_is_imported(name: str) -> None:
     importlib.import_module(f"bench.gpu.{name}")
 
 
-@pytest.mark.parametrize(("device", "count"), [("cpu", 104), ("cuda", 246)])
+@pytest.mark.parametrize(("device", "count"), [("cpu", 122), ("cuda", 276)])
 def test_no_case_is_lost(device: str, count: int) -> None:
     """Cases are listed without running; each has its own name."""
-    names = [case.name for case in cases(device, Path("libnemoquant_host.so"))]
+    names = [case.name for case in check_ops.cases(device, Path("libnemoquant_host.so"))]
     assert len(names) == len(set(names)) == count
+
+
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    """Takes back what check_ops sets for its whole process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, used = torch.utils.deterministic.fill_uninitialized_memory, dict(library._used)
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    library._used.clear()
+    library._used.update(used)
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_every_twelfth_operator_case_through_the_host_build(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("torch_as_it_was")
+def test_every_twelfth_operator_case_through_the_host_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All cases take more than a minute: NQ_HOST_LIB=... python -m bench.gpu.check_ops OUT.json cpu."""
     out = tmp_path / "correct.json"
-    variables = {"NQ_HOST_LIB": str(host_library()), "NQ_SECONDS": "600"}
-    said = python("-m", "bench.gpu.check_ops", out, "cpu", "--every", 12, **variables)
-    assert said.startswith("9 cases, 0 not ok"), said
+    monkeypatch.setenv("NQ_HOST_LIB", str(host_library()))
+    monkeypatch.setenv("NQ_SECONDS", "600")
+    with pytest.raises(SystemExit) as ended:
+        said_by(check_ops, monkeypatch, out, "cpu", "--every", 12)
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("11 cases, 0 not ok, 1 missing"), said
     rows = json.loads(out.read_text())["results"]
-    assert all(row["ok"] is True for row in rows)
+    assert all(row["ok"] is True or "built without" in row["why"] for row in rows)
     assert {row["case"].split()[0] for row in rows} == {"scan", "scan_steps", "conv", "experts"}
+
+
+def not_there() -> Errors:
+    raise MissingError("no such products")
 
 
 def test_a_case_over_its_limit_is_bad_and_one_that_fails_or_is_late_too(tmp_path: Path) -> None:
@@ -82,12 +109,13 @@ def test_a_case_over_its_limit_is_bad_and_one_that_fails_or_is_late_too(tmp_path
     one.run(Case("wrong", lambda: [("y", 1e-3, 1e-2), ("bits", 1, 0)]))
     one.run(Case("nan", lambda: [("y", math.nan, 1)]))
     one.run(Case("raises", lambda: [("y", 1 / 0, 1)]))
+    one.run(Case("not there", not_there))
     one.seconds = 0
     one.run(Case("late", lambda: []))
     one.write()
-    assert one.bad() == 4
+    assert (one.bad(), one.missing()) == (4, 1)
     rows = json.loads(out.read_text())["results"]
-    assert [row["ok"] for row in rows] == [True, False, False, False, None]
+    assert [row["ok"] for row in rows] == [True, False, False, False, None, None]
     assert rows[3]["why"] == "ZeroDivisionError: division by zero"
 
 
@@ -153,19 +181,24 @@ def test_every_row_of_the_wide_table_of_times_with_tiny_models(tmp_path: Path) -
 @pytest.mark.slow
 def test_packing_and_the_diff_of_a_tiny_checkpoint(tmp_path: Path) -> None:
     """Only the random checkpoint of the step "pack", on the CPU in place of the device."""
-    program = """
-import sys
-from pathlib import Path
-from bench.gpu.pack import Steps, check_large
-steps = Steps(Path(sys.argv[1]))
-check_large(steps, Path(sys.argv[2]), "cpu")
-assert not steps.bad()
-"""
-    out = tmp_path / "pack.json"
-    python("-c", program, out, tmp_path / "mid")
-    rows = json.loads(out.read_text())
-    assert {"check": "mid: same bytes", "ok": True, "differ": []} in rows
+    steps = pack.Steps(tmp_path / "pack.json")
+    pack.check_large(steps, tmp_path / "mid", "cpu")
+    assert not steps.bad()
+    rows = json.loads(steps.out.read_text())
+    for recipe in ("nvfp4", "nvfp4-mse"):
+        assert {"check": f"mid {recipe}: same bytes", "ok": True, "differ": []} in rows
     assert [row["check"] for row in rows if "kl" in row] == ["mid kl cpu"]
+    recipes = [f"{step} {recipe}" for recipe in ("nvfp4", "nvfp4-mse") for step in ("pack", "encode")]
+    stages = [row for row in rows if "stage" in row]
+    assert [row["stage"] for row in stages] == ["calibrate", *recipes, "diff"]
+    assert all(row["cpu_s"] > 0 and row["device_s"] > 0 and row["times"] > 0 for row in stages)
+
+
+def test_packing_lists_what_it_has_no_time_for(tmp_path: Path) -> None:
+    steps = pack.Steps(tmp_path / "pack.json", seconds=-1)
+    assert steps.staged("late", lambda progress: 1 / 0) is None
+    steps.compare("calibrate", {"cpu": 2.0}.get, "cuda")
+    assert json.loads(steps.out.read_text()) == [{"step": "late", "ok": None, "why": "out of time"}]
 
 
 def test_the_environment_is_described_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,13 +215,65 @@ def test_the_environment_is_described_without_a_gpu(tmp_path: Path, monkeypatch:
     assert found.keys() >= {"device", "date", "library", "python", "seconds"}
 
 
-def test_logs_keep_the_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, out = tmp_path / "log", tmp_path / "logs.json"
+def test_every_step_that_needs_a_device_says_in_a_line_that_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module, more in ((check_ops, []), (bench_ops, []), (check_triton, []), (pack, [tmp_path / "work"])):
+        monkeypatch.setattr(sys, "argv", ["step", str(tmp_path / "out.json"), *map(str, more)])
+        with pytest.raises(SystemExit, match=r"^no CUDA device: torch .* finds none; expected an NVIDIA GPU"):
+            module.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def said_by(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["module", *map(str, arguments)])
+    module.main()
+
+
+def test_a_step_is_added_to_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file is begun anew, and a log that is not there is said."""
+    out, log = tmp_path / "steps.json", tmp_path / "log"
+    out.write_text("{")
     log.write_text("a" * 9000 + "end")
-    monkeypatch.setattr(sys, "argv", ["logs", str(out), f"one={log}", f"two={log}"])
-    logs.main()
-    kept = json.loads(out.read_text())
-    assert kept["one"] == kept["two"] == "a" * 7997 + "end"
+    said_by(logs, monkeypatch, "step", out, "timing", 139, 2, 110, log)
+    said_by(logs, monkeypatch, "step", out, "pack", 124, 165, 165, tmp_path / "none")
+    steps = json.loads(out.read_text())
+    assert (steps["timing"]["rc"], steps["timing"]["seconds"], steps["timing"]["timed_out"]) == (
+        139,
+        2,
+        False,
+    )
+    assert steps["timing"]["said"] == "a" * 2997 + "end"
+    assert (steps["pack"]["timed_out"], steps["pack"]["said"]) == (True, "no file none")
+
+
+def test_what_tools_and_pytest_said_becomes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, log = tmp_path / "out.json", tmp_path / "log"
+    log.write_text(
+        '== memcheck\n{"ran": 120, "bad": 1}\n========= ERROR SUMMARY: 2 errors\n== rc 5\n'
+        "== racecheck\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n== rc 124\n"
+        "== initcheck\nkilled before it could say"
+    )
+    said_by(logs, monkeypatch, "tools", out, log)
+    found = json.loads(out.read_text())
+    assert list(found) == ["memcheck", "racecheck"]
+    assert [found["memcheck"][name] for name in ("rc", "ran", "bad", "errors")] == [5, 120, 1, 2]
+    assert found["racecheck"].keys() == {"rc", "errors", "said"}
+    log.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
+        '<failure message="wrong">x</failure></testcase><testcase classname="a" name="d">'
+        '<skipped message="no device"/></testcase></testsuite></testsuites>'
+    )
+    said_by(logs, monkeypatch, "junit", out, log)
+    failed = [{"test": "a::c", "why": "wrong"}]
+    assert json.loads(out.read_text()) == {"passed": 1, "failed": failed, "skipped": {"no device": 1}}
+    cut_short, none = tmp_path / "cut.xml", tmp_path / "none.xml"
+    cut_short.write_text("<testsuites>")
+    said_by(logs, monkeypatch, "junit", out, log, cut_short, none)  # two processes died
+    found = json.loads(out.read_text())
+    assert (found["passed"], [row["test"] for row in found["failed"]]) == (1, ["a::c", "cut", "none"])
+    assert found["failed"][1]["why"].startswith("no report of pytest: no element found")
 
 
 # ---- the shell scripts
@@ -205,25 +290,24 @@ def test_files_that_they_name_exist(script: str) -> None:
     text = (KIT / script).read_text(encoding="utf-8")
     named = set(re.findall(r"(?:bench|plugins|tests)/[\w/]+\.(?:py|sh|cu|txt|md)", text))
     named |= {f"bench/gpu/{name}" for name in re.findall(r"`(\w+\.(?:py|cu|sh))`", text)}
-    modules = re.findall(r"^[^#\n]*\b(?:bench|limited \d+) (\w+) \"", text, re.M)
+    modules = re.findall(r"^[^#\n]*\bbench (\w+) \"", text, re.M)
     named |= {f"bench/gpu/{module}.py" for module in modules + re.findall(r"`(\w+) OUT\.json", text)}
-    elsewhere = {"bench/gpu/test_gpu_grouped_experts.py"}  # the scripts name it next to tests/gpu
     assert len(named) > 2
-    assert [name for name in sorted(named - elsewhere) if not (ROOT / name).is_file()] == []
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def test_every_file_of_the_folder_that_all_takes_is_put_there_by_prepare() -> None:
     """``$kit/NAME`` in all.sh, ``NAME`` in prepare.sh."""
     taken = set(re.findall(r"\$kit\"?/([\w./*]+)", (KIT / "all.sh").read_text(encoding="utf-8")))
-    assert {"libnemoquant_kernels.so", "libnemoquant_host.so", "build.json", "runner", "*.whl"} <= taken
+    assert {"libnemoquant_kernels.so", "libnemoquant_host.so", "runner", "*.whl"} <= taken
     prepare = (KIT / "prepare.sh").read_text(encoding="utf-8")
     assert [name for name in taken - {"*.whl"} if name not in prepare.replace("$work/gemm", "gemm")] == []
 
 
 def test_all_steps_have_a_row_in_the_readme() -> None:
-    said = set(re.findall(r"^\s*say (\w+)$", (KIT / "all.sh").read_text(encoding="utf-8"), re.M))
-    rows = set(re.findall(r"^\| (\w+) \| ", (KIT / "README.md").read_text(encoding="utf-8"), re.M))
-    assert said - {"end"} <= rows
+    listed = run(["bash", KIT / "all.sh", "--list"]).stdout.split()
+    rows = re.findall(r"^\| (\w+) \| ", (KIT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert rows[1 : len(listed) + 1] == listed
 
 
 def refused(command: list[Any], **variables: str) -> str:
@@ -337,7 +421,92 @@ def test_prepare_keeps_what_it_made_before_where_it_fails(checkout: Path, fail: 
     assert files == {"old"}
 
 
-def test_all_refuses_to_run_without_its_libraries() -> None:
+def test_all_refuses_to_run_without_its_libraries_or_with_an_unknown_step() -> None:
     said = refused(["bash", KIT / "all.sh"])
     assert said.startswith(f"all.sh: no checkout with libraries around {KIT}; make them")
     assert "bash bench/gpu/prepare.sh PYTHON && bash .gpu/all.sh" in said
+    assert refused(["bash", KIT / "all.sh", "timing", "nope"]) == (
+        "all.sh: no step nope; expected of: env runner correct sanitizer pack triton timing grouped pytest\n"
+    )
+
+
+PYTHON3 = f"""#!/bin/bash
+# In the place of the device's Python: says when it began and ended. CRASH, HANG: words of what does.
+case "$*" in
+    *gpu.logs* | *gpu.report*) PYTHONPATH={ROOT} exec {sys.executable} "$@" ;;
+    *"${{CRASH:-nothing of that name}}"*) echo about to crash; kill -SEGV $$ ;;
+    *"${{HANG:-nothing of that name}}"*) echo hangs; sleep 60 ;;
+esac
+echo "begin $*" >>"$CALLS"
+sleep 0.05
+echo "end $*" >>"$CALLS"
+"""
+TOOL = """#!/bin/bash
+echo "begin $0 $*" >>"$CALLS"
+echo '{"ran": 120, "bad": 0}'
+echo "end $0 $*" >>"$CALLS"
+"""
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Path:
+    """A folder that all.sh takes for the project, with stand-ins for all that it calls."""
+    root = tmp_path / "checkout"
+    for name in ("bench/gpu", ".gpu/gemm", "bin"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(KIT / "all.sh", root / ".gpu")
+    for name in ("libnemoquant_kernels.so", "build.json", "gemm/libnemoquant_kernels.so"):
+        (root / ".gpu" / name).touch()
+    (root / "bench/gpu/check_ops.py").touch()
+    made = {"bin/python3": PYTHON3, ".gpu/runner": TOOL, "bin/compute-sanitizer": TOOL}
+    for name, text in made.items():
+        (root / name).write_text(text)
+        (root / name).chmod(0o755)
+    return root
+
+
+def all_steps(kit: Path, *steps: str, **variables: str) -> tuple[int, str, dict[str, Any], list[str]]:
+    """Returns the exit code, the output, steps.json, and when what was called began and ended."""
+    calls = kit / "calls"
+    path = f"{kit / 'bin'}:{os.environ['PATH']}"
+    given = {"PATH": path, "CALLS": str(calls), "OUT": str(kit / "out")} | variables
+    done = run(["bash", kit / ".gpu/all.sh", *steps], **given)
+    found = json.loads((kit / "out/steps.json").read_text())
+    return done.returncode, done.stdout + done.stderr, found, calls.read_text().splitlines()
+
+
+def test_all_steps_in_order_and_nothing_beside_what_is_timed(kit: Path) -> None:
+    code, said, steps, calls = all_steps(kit)
+    assert code == 0, said
+    assert list(steps) == run(["bash", KIT / "all.sh", "--list"]).stdout.split()
+    assert {step["rc"] for step in steps.values()} == {0}
+    for timed in ("gpu.pack ", "gpu.check_triton ", "gpu.bench_ops "):
+        begin = next(i for i, line in enumerate(calls) if line.startswith("begin") and timed in line)
+        assert calls[begin + 1] == calls[begin].replace("begin", "end")
+        assert sum(line.startswith("begin") for line in calls[:begin]) == sum(
+            line.startswith("end") for line in calls[:begin]
+        )
+    tools = re.findall(r"begin \S*compute-sanitizer --tool (\w+)", "\n".join(calls))
+    assert tools == ["memcheck", "racecheck", "synccheck", "initcheck", "memcheck"]
+    written = json.loads((kit / "out/sanitizer.json").read_text())
+    assert [row["ran"] for row in written.values()] == [120] * 4
+    assert "open  scan prefill" in said
+    assert json.loads((kit / "out/summary.json").read_text())["missing"]["timing"] == "no timing.json"
+
+
+def test_a_step_that_crashes_or_hangs_is_written_down_and_the_others_run(kit: Path) -> None:
+    """The second call adds to what is there."""
+    variables = {"CRASH": "check_ops", "HANG": "bench_ops", "NQ_TOTAL": "4"}
+    (kit / "out").mkdir()
+    (kit / "out/correct.json").write_text("of an earlier run")
+    code, said, steps, calls = all_steps(kit, "pytest", "timing", "correct", **variables)
+    assert code == 1
+    assert not (kit / "out/correct.json").exists()
+    assert list(steps) == ["correct", "timing", "pytest"], said
+    assert (steps["correct"]["rc"], steps["timing"]["rc"], steps["timing"]["timed_out"]) == (139, 124, True)
+    assert "about to crash" in steps["correct"]["said"]
+    assert steps["timing"]["said"].startswith("hangs\n")
+    assert steps["pytest"]["said"].startswith("not begun: ")
+    assert not any("-m pytest" in line for line in calls)
+    code, _, steps, _ = all_steps(kit, "triton")
+    assert (code, list(steps)) == (0, ["correct", "timing", "pytest", "triton"])

@@ -443,7 +443,7 @@ def test_a_timing_cache_of_another_gpu(tmp_path: Path) -> None:
     [
         ({"sm": 90}, GPU, "--sm 90: TensorRT builds for the GPU in the machine, a stand-in, SM 100"),
         ({}, None, "nemoquant plugins build && nemoquant export trt"),
-        ({"sm": 100}, None, "nemoquant plugins build --arch sm_100a && nemoquant export trt"),
+        ({"sm": 100}, None, "nemoquant plugins build --arch sm_100"),
         ({"target": "rtx"}, None, "--sm is needed where no GPU is found"),
         ({"target": "rtx"}, GPU, "--sm 100: TensorRT-RTX does not build for data-centre GPUs"),
         (
@@ -465,6 +465,26 @@ def test_what_can_be_built_where(
     with pytest.raises(UsageError) as error:
         build.build(demo("fp8"), build.EngineOptions(**{"target": "trt"} | options), device)
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sm", "arch"),
+    [
+        (89, " --arch sm_80"),
+        (90, " --arch sm_90a"),
+        (100, " --arch sm_100f"),
+        (103, " --arch sm_100f"),
+        (120, " --arch sm_120f"),
+        (121, " --arch sm_120f"),
+        (75, ""),
+    ],
+)
+def test_plugins_are_built_for_the_family_of_the_gpu(
+    sm: int, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "ARCHITECTURES", ("80", "90a", "100f", "120f"))
+    with pytest.raises(UsageError, match=f"nemoquant plugins build{arch} && nemoquant export trt OUT"):
+        targets.target_sm(TARGETS["trt"], sm, None, Path("OUT"))
 
 
 def test_formats_that_the_gpu_lacks(demo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

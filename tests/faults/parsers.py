@@ -417,7 +417,7 @@ BUILT = {
 
 
 def _built(folder: Path) -> None:
-    from nemoquant.ops.build import read_built
+    from nemoquant.ops.built import read_built
 
     read_built(folder)
 

@@ -1,20 +1,17 @@
 """CausalConv1d on a CUDA device, with Super's and Nano's channels.
 
-Against float64 and the host's bits; streams, strides, states that are cut. Build the kernels first:
-`nemoquant plugins build` (or name a library in NEMOQUANT_KERNELS). Under compute-sanitizer:
-`compute-sanitizer python -m pytest tests/gpu/test_gpu_causal_conv1d.py`.
+Against float64; streams, strides, states that are cut. NEMOQUANT_KERNELS names the library of `nemoquant
+plugins build`. Under compute-sanitizer: `compute-sanitizer python -m pytest
+tests/gpu/test_gpu_causal_conv1d.py`.
 """
 
 import pytest
 import torch
+from support.cuda import needs_kernel
 
 from nemoquant.ops.functional import causal_conv1d
-from nemoquant.ops.library import serves
 
-AVAILABLE = torch.cuda.is_available() and serves("causal_conv1d", "cuda")
-pytestmark = pytest.mark.skipif(
-    not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build"
-)
+pytestmark = needs_kernel("causal_conv1d")
 
 CHANNELS = {"Super": 10_240, "Nano": 6_144}
 

@@ -1,35 +1,34 @@
 """CUTLASS's grouped products of RoutedExperts on a CUDA device, against the decoded products and float64.
 
-Build them first: `nemoquant plugins build --arch sm_90a --gemm-arch sm_90a` on an H100 or H200, sm_100a on a
-B200. tests/plugins/test_grouped_experts.py tests all code around them; these tests had not been run when they
-were written.
+NEMOQUANT_KERNELS names the library of `nemoquant plugins build --arch sm_90a --gemm-arch sm_90a` on an H100
+or H200, of another architecture elsewhere. tests/plugins/test_grouped_experts.py tests all code around them;
+these tests had not been run when they were written.
 """
 
 import pytest
 import torch
+from support.cuda import has_kernel, needs
 from test_gpu_routed_experts import Layer, error, given, layer, mixture, run
 from torch import Tensor
 
-from nemoquant.ops.build import read_built
 from nemoquant.ops.functional import EXPERT_FORMATS, routed_experts
-from nemoquant.ops.library import kernels, serves
+from nemoquant.ops.library import covers, kernels
 
 
 def formats() -> list[str]:
     """The formats for which the library in use has grouped products on this device."""
-    if not (torch.cuda.is_available() and serves("routed_experts", "cuda")):
+    library = kernels("cuda") if has_kernel("routed_experts") else None
+    if library is None:
         return []
-    library = kernels("cuda")
-    built = read_built(library.path.parent) if library else None
-    major, minor = torch.cuda.get_device_capability()
-    if built is None or f"{major}{minor}a" not in built.gemm_architectures:
+    capability = torch.cuda.get_device_capability()
+    if not any(covers(name, *capability) for name in library.gemm_architectures):
         return []
-    return ["bf16", "fp8", "nvfp4"] if major == 10 else ["bf16", "fp8"]
+    return ["bf16", "fp8", "nvfp4"] if capability[0] == 10 else ["bf16", "fp8"]
 
 
 FORMATS = formats()
-pytestmark = pytest.mark.skipif(
-    not FORMATS, reason="needs an SM90 or SM100 device and `nemoquant plugins build --gemm-arch` for it"
+pytestmark = needs_grouped = needs(
+    "CUTLASS's products for this device: nemoquant plugins build --gemm-arch", bool(FORMATS)
 )
 every_format = pytest.mark.parametrize("format", FORMATS or ["none"])
 
@@ -141,10 +140,10 @@ def test_all_tokens_on_one_expert(format: str) -> None:
 
 
 @every_format
-def test_many_tokens_go_that_way_by_themselves(format: str) -> None:
+def test_they_never_run_by_themselves(format: str) -> None:
     one = layer(format, "super")
     x, ids, weights = given("super", 4096, torch.bfloat16)
-    assert run(one, x, ids, weights).equal(grouped(one, x, ids, weights))
+    assert run(one, x, ids, weights).equal(grouped(one, x, ids, weights, "decoded"))
 
 
 @every_format

@@ -1,29 +1,25 @@
 """The scan's kernels on a GPU, through torch, at the published models' sizes.
 
-Against float64, against the host's bits, and at a million tokens. Needs `nemoquant plugins build`. Under
-compute-sanitizer (memcheck, racecheck, synccheck):
+Against float64, against the host's bits, and at a million tokens. NEMOQUANT_KERNELS names the library of
+`nemoquant plugins build`, NQ_HOST_LIB that of a build with `--host`. Under compute-sanitizer (memcheck,
+racecheck, synccheck):
 
     compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_gpu_mamba2_scan.py -k "base or cut or
     bits"
 """
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.cuda import HAS_DEVICE, host_library, needs, needs_host_library, needs_kernel
 from torch import Tensor
 
-from nemoquant.ops.build import default_folder
+from nemoquant.ops.functional import mamba2_scan
+from nemoquant.ops.library import use
 
-BUILT = (default_folder() / "libnemoquant_kernels.so").is_file()
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not BUILT, reason="needs a GPU, and the kernels: nemoquant plugins build"
-)
-has_mamba_ssm = pytest.mark.skipif(
-    importlib.util.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed"
-)
+pytestmark = needs_kernel("mamba2_scan")
 
 SUPER: dict[str, int] = {"heads": 128, "width": 64, "groups": 8, "size": 128}
 NANO = {**SUPER, "heads": 64}
@@ -63,8 +59,6 @@ def inputs(
 
 
 def scan(given: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    from nemoquant.ops.functional import mamba2_scan
-
     return mamba2_scan(**given, **options)  # type: ignore[no-any-return]
 
 
@@ -146,17 +140,12 @@ def test_twice_the_same_call_gives_the_same_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(scan(given), scan(given), strict=True))
 
 
+@needs_host_library
 @pytest.mark.parametrize("seed", [None, 12345])
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("length", [1, 20])
-def test_steps_have_the_host_s_bits(
-    length: int, dtype: torch.dtype, seed: int | None, tmp_path: Path
-) -> None:
+def test_steps_have_the_host_s_bits(length: int, dtype: torch.dtype, seed: int | None) -> None:
     """Decode: y and state, stochastic states too, have the emulator's bits, so the same on every device."""
-    from nemoquant.ops.build import build
-    from nemoquant.ops.library import use
-
-    build(tmp_path, host=True, faces=False)
     given = inputs(
         batch=2,
         length=length,
@@ -167,7 +156,7 @@ def test_steps_have_the_host_s_bits(
     )
     options: dict[str, Any] = {"rounding": "stochastic"} if seed else {}
     more = {"seed": torch.tensor([seed])} if seed else {}
-    use(tmp_path / "libnemoquant_host.so", "cpu")
+    use(host_library(), "cpu")
     try:
         expected = scan({**given, **more}, **options)
     finally:
@@ -199,10 +188,7 @@ def test_a_captured_decode_step_takes_its_seed_from_memory() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9,
-    reason="needs 40 GB of GPU memory",
-)
+@needs("40 GB of GPU memory", HAS_DEVICE and torch.cuda.get_device_properties(0).total_memory > 40e9)
 def test_a_million_tokens() -> None:
     """x has 2^31 elements and more.
 
@@ -218,7 +204,7 @@ def test_a_million_tokens() -> None:
     assert error(state, true_state) < 2 * error(true_state.to(BFLOAT16), true_state)
 
 
-@has_mamba_ssm
+@needs("mamba_ssm", importlib.util.find_spec("mamba_ssm") is not None)
 @pytest.mark.parametrize("shape", [SUPER, NANO], ids=["Super", "Nano"])
 @pytest.mark.parametrize("length", [1, 300, 4096])
 def test_error_is_below_twice_that_of_mamba_ssm(length: int, shape: dict[str, int]) -> None:

@@ -1,33 +1,32 @@
 """RoutedExperts on a CUDA device: Super's and Nano's sizes against float64 in every format.
 
-Also the host's bits of decoding, streams and graphs. Build the kernels first: `nemoquant plugins build` (or
-name a library in NEMOQUANT_KERNELS). Under compute-sanitizer: `compute-sanitizer python -m pytest
-tests/gpu/test_gpu_routed_experts.py -k "not super"`.
+Also streams and graphs. NEMOQUANT_KERNELS names the library of `nemoquant plugins build`. Under
+compute-sanitizer: `compute-sanitizer python -m pytest tests/gpu/test_gpu_routed_experts.py -k "not super"`.
 """
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from support.cuda import has_kernel, needs, needs_kernel
 from torch import Tensor
 
-from nemoquant.ops.functional import EXPERT_FORMATS, library_for, routed_experts
-from nemoquant.ops.library import serves
+from nemoquant.ops.functional import EXPERT_FORMATS, routed_experts
+from nemoquant.ops.library import covers, kernels
 
-AVAILABLE = torch.cuda.is_available() and serves("routed_experts", "cuda")
-pytestmark = pytest.mark.skipif(
-    not AVAILABLE, reason="needs a CUDA device and its kernels: nemoquant plugins build"
-)
+pytestmark = needs_kernel("routed_experts")
 
-# Native FP4 products were built, and the device has them.
-NATIVE = (
-    AVAILABLE
-    and torch.cuda.get_device_capability() == (12, 0)
-    and library_for(torch.device("cuda")).runs_on(12, 0)
-)
-needs_native = pytest.mark.skipif(
-    not NATIVE, reason="needs a device of compute capability 12.0 and kernels built for sm_120a"
-)
+
+def has_native() -> bool:
+    """Whether the device is of the family 12.x, and the library has code with its FP4 instructions."""
+    library = kernels("cuda") if has_kernel("routed_experts") else None
+    if library is None or torch.cuda.get_device_capability()[0] != 12:
+        return False
+    names = [name for name in library.architectures if name[-1] in "af"]
+    return any(covers(name, *torch.cuda.get_device_capability()) for name in names)
+
+
+needs_native = needs("a device of SM 120 or 121, with kernels for sm_120f or sm_120a", has_native())
 
 MODELS = {"super": (512, 22, 1024, 2688), "nano": (128, 6, 2688, 1856)}  # experts, k, input, width
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

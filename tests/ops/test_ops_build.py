@@ -322,22 +322,6 @@ def test_no_kernel_of_the_convolution_spills() -> None:
 # doctor's report.
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("", "Expecting value"),
-        ("[" * 100_000, "it is nested too deeply"),
-        ("[]", "`the whole` is \\[\\]: input should be"),
-        ('{"host": "perhaps"}', "`nemoquant`: field required, and 6 more"),
-    ],
-)
-def test_a_record_of_a_build_that_cannot_be_read(text: str, why: str, tmp_path: Path) -> None:
-    assert build.read_built(tmp_path) is None
-    (tmp_path / "build.json").write_text(text)
-    with pytest.raises(BuildError, match=rf"is not what `nemoquant plugins build` writes \({why}"):
-        build.read_built(tmp_path)
-
-
 def test_doctor_on_the_plugins(toolbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toolbox("cmake", "nvcc", "g++")
     found = finding(None)

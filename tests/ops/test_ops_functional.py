@@ -6,7 +6,10 @@ Schemas and fake kernels are checked by torch itself, values against the referen
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from support.plugin_build import host_folder, needs_compiler
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.graph.spec import spec
 from nemoquant.model import mamba2
-from nemoquant.ops import library
+from nemoquant.ops import functional, library, proven
 from nemoquant.ops.abi import structure
 from nemoquant.ops.functional import EXPERT_FORMATS, causal_conv1d, mamba2_scan, routed_experts
 from nemoquant.ops.library import Kernels
@@ -299,10 +302,10 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
             r"nvfp4",
         ),
         ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
-        ({"skipped": torch.zeros(1)}, r"skipped is torch.float32 \[1\] on cpu; expected int32 \[1\] on cpu"),
+        ({"skipped": torch.zeros(1)}, r"skipped is torch.float32 \[1\]; expected int32 \[1\]"),
         (
             {"skipped": torch.zeros(2, dtype=torch.int32)},
-            r"skipped is torch.int32 \[2\] on cpu; expected int32 \[1\]",
+            r"skipped is torch.int32 \[2\]; expected int32 \[1\]",
         ),
         ({"products": "fast"}, r"products is 'fast'; expected one of auto, decoded, native, grouped"),
         ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
@@ -332,6 +335,119 @@ def test_experts_that_do_not_go_together(change: dict[str, Any], says: str) -> N
     names = ("x", "expert_ids", "expert_weights", "up", "down", "format")
     with pytest.raises(ValueError, match=says):
         routed_experts(**dict(zip(names, expert_arguments(), strict=True)) | change)
+
+
+OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "causal_conv1d": (
+        causal_conv1d,
+        dict(zip(("x", "weight", "bias", "state_in"), conv_arguments(), strict=True)),
+    ),
+    "mamba2_scan": (
+        mamba2_scan,
+        dict(
+            zip(("x", "dt", "A", "B", "C", "D", "dt_bias", "state_in"), scan_arguments(), strict=True),
+            seed=torch.tensor([7]),
+        ),
+    ),
+    "routed_experts": (
+        routed_experts,
+        dict(
+            zip(("x", "expert_ids", "expert_weights", "up", "down"), expert_arguments("w4a16"), strict=False),
+            format="w4a16",
+            skipped=torch.zeros(1, dtype=torch.int32),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [(op, name) for op, (_, given) in OPERATORS.items() for name in given if name not in ("x", "format")],
+)
+def test_a_tensor_on_another_device_is_refused(op: str, name: str) -> None:
+    """ "meta" stands in for it: no kernel may get its address. Of a list, one is enough.
+
+    torch sends such a call to the fake kernel; where CUDA and the CPU meet, to the real one.
+    """
+    operator, given = OPERATORS[op]
+    value = given[name]
+    away = [*value[:-1], value[-1].to("meta")] if isinstance(value, list) else value.to("meta")
+    for function in (operator, operator._init_fn):
+        with pytest.raises(ValueError, match=f"^{op}: {name} is on meta, x on cpu; move {name} to x's$"):
+            function(**given | {name: away})
+
+
+@pytest.mark.parametrize(
+    ("seed", "rounding", "got"),
+    [
+        (torch.tensor([7], dtype=torch.int32), "stochastic", r"torch.int32 \[1\]"),
+        (torch.tensor([7.0]), "stochastic", r"torch.float32 \[1\]"),
+        (torch.tensor([7, 8]), "stochastic", r"torch.int64 \[2\]"),
+        (torch.tensor(7), "stochastic", r"torch.int64 \[\]"),
+        (None, "stochastic", "None"),
+        (torch.tensor([7]), "nearest", r"torch.int64 \[1\]"),
+    ],
+)
+def test_a_seed_that_would_be_misread_or_not_read(seed: torch.Tensor | None, rounding: str, got: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^mamba2_scan: seed is {got}, rounding '{rounding}'; expected int64"
+    ):
+        mamba2_scan(*scan_arguments(), seed=seed, rounding=rounding)
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, at an address that is no multiple of 16."""
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+    assert moved.is_contiguous() and moved.data_ptr() % 16
+    return moved
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.usefixtures("host")
+def test_tensors_may_begin_anywhere(op: str) -> None:
+    """The kernels would refuse them."""
+    operator, given = OPERATORS[op]
+    options = {"rounding": "stochastic"} if op == "mamba2_scan" else {}
+    if options:
+        given = given | {"state_in": given["state_in"].half()}
+    away = {
+        name: [shifted(part) for part in value]
+        if isinstance(value, list)
+        else shifted(value)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in given.items()
+    }
+    for one, other in zip(operator(**given, **options), operator(**away, **options), strict=True):
+        assert one.equal(other)
+
+
+def test_the_workspace_is_asked_for_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size follows the properties of the current device."""
+    said: list[str] = []
+
+    def workspace(op: str, **_: Any) -> int:
+        said.append(f"workspace of {op}")
+        return 0
+
+    recording = SimpleNamespace(
+        has=lambda op: True, workspace=workspace, call=lambda op, **_: said.append(f"call of {op}")
+    )
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        said.append(f"to {device}")
+        yield
+        said.append("back")
+
+    monkeypatch.setitem(library._used, "cuda", recording)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: torch.zeros(0))
+    functional.call("mamba2_scan", torch.device("cuda", 1))
+    assert said == ["to cuda:1", "workspace of mamba2_scan", "call of mamba2_scan", "back"]
 
 
 @needs_compiler
@@ -388,9 +504,11 @@ def test_which_library_serves_cuda(
 ) -> None:
     """The named library, otherwise the built one; reported once.
 
-    The host library stands in for a device's; no kernel runs.
+    The host library stands in for a device's; no kernel runs. The built one serves what is proven for the
+    device.
     """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(proven, "PROVEN", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "nemoquant/plugins"
     folder.mkdir(parents=True)
@@ -416,16 +534,46 @@ def test_which_library_serves_cuda(
     def write(**changes: Any) -> None:
         (folder / "build.json").write_text(json.dumps(facts | changes))
 
+    def serving() -> list[str]:
+        return [op for op in proven.OPERATORS if library.serves(op, "cuda")]
+
+    def prove(*operators: str, capability: tuple[int, int] = (9, 0)) -> None:
+        rows = tuple(proven.Proof(op, capability, "made") for op in operators)
+        monkeypatch.setattr(proven, "PROVEN", rows)
+
     write(architectures=["80", "90a"])
+    prove(*proven.OPERATORS, capability=(10, 0))  # another device's do not count
+    assert chosen() == (
+        None,
+        f"CUDA kernels: {built} is built, but no GPU of SM 90 has run causal_conv1d, mamba2_scan, "
+        f"routed_experts yet: torch computes; NEMOQUANT_KERNELS={built} takes the kernels\n",
+    )
+    assert serving() == []
+    with pytest.raises(
+        BuildError, match=r"^mamba2_scan: no kernels for tensors on cuda; build them: .*PATH$"
+    ):
+        functional.library_for("mamba2_scan", torch.device("cuda"))
+    prove("mamba2_scan")
     kernels, message = chosen()
     assert kernels is not None and kernels.path == built
-    assert message == f"CUDA kernels: {built}\n"
+    assert message == (
+        f"CUDA kernels: {built} for mamba2_scan, but no GPU of SM 90 has run causal_conv1d, "
+        f"routed_experts yet: torch computes; NEMOQUANT_KERNELS={built} takes the kernels\n"
+    )
+    assert serving() == ["mamba2_scan"]
+    prove(*proven.OPERATORS)
+    kernels, message = chosen()
+    assert (kernels and kernels.path, message) == (built, f"CUDA kernels: {built}\n")
+    assert serving() == list(proven.OPERATORS)
+    prove()
     assert chosen(NEMOQUANT_KERNELS="none") == (
         None,
         "CUDA kernels: NEMOQUANT_KERNELS=none, torch computes\n",
     )
     kernels, message = chosen(NEMOQUANT_KERNELS=str(host_folder() / HOST))
     assert kernels is not None and kernels.path == host_folder() / HOST
+    assert message == f"CUDA kernels: {kernels.path}\n"
+    assert serving() == list(proven.OPERATORS)
     with pytest.raises(BuildError, match=r"missing.so is not there"):
         chosen(NEMOQUANT_KERNELS=str(tmp_path / "missing.so"))
 
@@ -453,9 +601,23 @@ def test_which_library_serves_cuda(
         (("86",), (8, 0), False),
         (("80",), (9, 0), False),
         (("90a",), (9, 0), True),
+        (("90a",), (9, 1), False),
+        (("100a",), (10, 0), True),
         (("100a",), (10, 3), False),  # architecture-specific
+        (("100f",), (10, 0), True),
+        (("100f",), (10, 3), True),  # B300: the same family
+        (("100f",), (10, 1), False),  # Thor, as it was called before CUDA 13
+        (("103f",), (10, 0), False),
+        (("100f",), (12, 0), False),
+        (("100f",), (9, 0), False),
         (("80", "120a"), (12, 0), True),
         (("120a",), (12, 1), False),
+        (("120f",), (12, 0), True),
+        (("120f",), (12, 1), True),  # DGX Spark
+        (("121a",), (12, 0), False),
+        (("80", "90a", "100f", "120f"), (10, 3), True),
+        (("80", "90a", "100f", "120f"), (12, 1), True),
+        (("80", "90a", "100f", "120f"), (7, 5), False),
     ],
 )
 def test_what_a_library_runs_on(built: tuple[str, ...], device: tuple[int, int], runs: bool) -> None:

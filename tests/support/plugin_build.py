@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nemoquant.ops.build import build, read_built, tensorrt_headers, tensorrt_version
+from nemoquant.ops.build import build, tensorrt_headers, tensorrt_version
+from nemoquant.ops.built import read_built
 from nemoquant.ops.sources import sources_hash
 from support.places import PLUGINS, TESTS
 
