@@ -39,7 +39,8 @@ run in Triton's interpreter, byte for byte, and compiled for SM 80, 90 and 120; 
 speed were not tried), every TensorRT and TensorRT-RTX engine and the code that calls it (RTX engines were
 built; the code was tested over a stand-in for the runtime), and the CUDA kernels of `plugins/` (run on the
 CPU by an emulator).
-`tests/gpu` and `bench/gpu` are there for whoever has one.
+`tests/gpu` and `bench/gpu` are there for whoever has one. No kernel that no GPU has run is a default
+([table](bench/RESULTS.md#on-a-gpu)).
 """
 NEVER_RUN = """\
 No TensorRT or TensorRT-RTX engine was run (RTX engines were built; the code that calls them was tested over a

@@ -10,8 +10,7 @@ weight, because allocating pinned memory halts the device. A weight takes two la
 one thread waits, others copy.
 
 With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly and for tests only, and all
-memory of a lane is on the host. (The kernels were run in that interpreter only, and compiled for SM 80, 90
-and 120. No GPU was at hand so far: streams and pinned memory have not been run at all.)
+memory of a lane is on the host. What a GPU has run is said in the README's Status.
 """
 
 import importlib.util

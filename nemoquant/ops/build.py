@@ -163,8 +163,7 @@ def build(
         out: folder; default :func:`default_folder`. Intermediate files stay in ``out/work``, so that a second
             build is quick.
         architectures: as of :func:`parse_architectures`; not used for the host.
-        gemm: which of them get CUTLASS's grouped products; of a family in :func:`gemm_families`. These
-            products have never run on a device.
+        gemm: which of them get CUTLASS's grouped products; of a family in :func:`gemm_families`.
         jobs: number of compilers at once; default: the CPUs of this process.
         host: build for the emulator on the CPU, instead of for GPUs.
         faces: build the TensorRT plugins too, which needs TensorRT's headers.

@@ -1,8 +1,7 @@
 """CUTLASS's grouped products of RoutedExperts on a CUDA device, against the decoded products and float64.
 
 NEMOQUANT_KERNELS names the library of `nemoquant plugins build --arch sm_90a --gemm-arch sm_90a` on an H100
-or H200, of another architecture elsewhere. tests/plugins/test_grouped_experts.py tests all code around them;
-these tests had not been run when they were written.
+or H200, of another architecture elsewhere. tests/plugins/test_grouped_experts.py tests all code around them.
 """
 
 import pytest

