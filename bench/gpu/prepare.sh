@@ -30,7 +30,7 @@ cd "$root"
 
 for tool in nvcc g++ cmake; do
     command -v "$tool" >/dev/null ||
-        fail "no $tool on the PATH; expected the CUDA toolkit 12.8 or later, g++, and CMake (extra: plugins)"
+        fail "no $tool on the PATH; expected the CUDA toolkit 12.9 or later, g++, and CMake (extra: plugins)"
 done
 for module in pip torch nemoquant; do
     "$py" -c "import $module" 2>/dev/null ||

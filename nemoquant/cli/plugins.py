@@ -80,14 +80,6 @@ def build_command(
         )
     architectures = build.parse_architectures(archs) if archs else build.ARCHITECTURES
     gemm = build.parse_architectures(gemm_archs)
-    families = build.gemm_families()
-    known = [name for name in architectures if any(build.in_family(name, family) for family in families)]
-    if not set(gemm) <= set(known):
-        raise UsageError(
-            f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, "
-            f"{', '.join(architectures)}, and of the families that CUTLASS's products are written for, "
-            f"{', '.join(f'sm_{family}' for family in families)}: {', '.join(known) or 'here none'}"
-        )
     folder = out or build.default_folder()
     with progress_bars(as_json) as progress:
         built = build.build(

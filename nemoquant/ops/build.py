@@ -171,7 +171,16 @@ def build(
     Raises:
         BuildError: a tool or headers are missing, or the build failed.
         OutputError: ``out`` can't be written.
+        UsageError: ``gemm`` has an architecture that is not built, or of no such family.
     """
+    families = gemm_families()
+    known = [name for name in architectures if any(in_family(name, family) for family in families)]
+    if not set(gemm) <= set(known):
+        raise UsageError(
+            f"--gemm-arch {', '.join(gemm)}: expected some of those that are built, "
+            f"{', '.join(architectures)}, and of the families that CUTLASS's products are written for, "
+            f"{', '.join(f'sm_{family}' for family in families)}: {', '.join(known) or 'here none'}"
+        )
     out = (out or default_folder()).absolute()
     lacking = missing(host, faces, gemm=bool(gemm))
     if not (lacking or host):
@@ -256,7 +265,7 @@ def missing(host: bool = False, faces: bool = True, gemm: bool = False) -> str |
         )
         return (
             f"nvcc was not found on the PATH; {why}: "
-            "install the CUDA toolkit, 12.8 or later, and add its bin to PATH"
+            "install the CUDA toolkit, 12.9 or later, and add its bin to PATH"
         )
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         return "no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX"

@@ -364,7 +364,7 @@ def routed_experts(
             E2M1 a byte), ``block_scales`` (E4M3 bytes [experts, out, in / 16]), ``global_scale`` and
             ``input_scale`` (float32 [experts]).
         format: bf16, w8a16, fp8, w4a16 or nvfp4.
-        products: how they are multiplied; "auto" takes the fastest available, the others are for tests:
+        products: how they are multiplied; "auto" is "decoded", until a GPU has shown the others to be right:
             "decoded" (``mma.sync``, FP4 decoded to bfloat16), "native" (FP4 with block scales, format nvfp4
             on SM120), "grouped" (CUTLASS, where it was built).
         skipped: int32 [1] or None; the number of ids that are no expert's index is added to it, on the device

@@ -4,7 +4,7 @@ import hashlib
 
 from nemoquant.shipped import plugin_folder
 
-SUFFIXES = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".map", ".txt")
+SUFFIXES = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".map", ".txt", ".cmake")
 
 
 def sources_hash() -> str:

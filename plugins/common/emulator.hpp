@@ -163,7 +163,7 @@ inline size_t lanes_of(const Fiber* warp) {
 inline bool complete(Fiber* warp, unsigned mask, Collective collective) {
     void* data[32] = {};
     const size_t lanes = lanes_of(warp);
-    for (size_t lane = lanes; lane-- > 0;) {  // downwards: lanes come upwards, so that who is missing is met at once
+    for (size_t lane = lanes; lane-- > 0;) {  // downwards: mostly lanes come upwards, so that who is missing is met at once
         const Fiber& fiber = warp[lane];
         if (!(mask >> lane & 1) || fiber.state == State::done) continue;
         if (fiber.state != State::at_collective || fiber.mask != mask || fiber.collective != collective) return false;

@@ -80,7 +80,7 @@ __device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t 
 }
 
 // d += A B of E2M1 codes, every 16 along k with an E4M3 scale in A and in B: NVFP4's. The scales are without sign: their top bit is zero.
-// ``PAIR``: which lanes of the four have those of A; ``LANE``: which has those of B. For SM120 alone ("sm_120a"). Like E4M3, long sums
+// ``PAIR``: which lanes of the four have those of A; ``LANE``: which has those of B. For the family of SM120 alone ("sm_120a", "sm_120f"). Like E4M3, long sums
 // are added up elsewhere: how many bits of them are kept is not documented.
 template <int PAIR, int LANE>
 __device__ __forceinline__ void mma_m16n8k64_nvfp4(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t scales_a,

@@ -19,7 +19,7 @@ struct Region {
 };
 
 inline bool overlap(const Region& one, const Region& other) {
-    if (!one.at || !other.at) return false;
+    if (!one.at || !other.at || one.bytes <= 0 || other.bytes <= 0) return false;
     const Wide first = reinterpret_cast<uintptr_t>(one.at), second = reinterpret_cast<uintptr_t>(other.at);
     return first < second + other.bytes && second < first + one.bytes;
 }

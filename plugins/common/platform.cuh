@@ -23,6 +23,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <optional>
 
 // Dynamic shared memory as ``T* name``, aligned to 128 bytes.
 #define NQ_DYNAMIC_SHARED(T, name)                                \
@@ -69,41 +70,46 @@ inline int compute_capability() {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
-constexpr int DEVICES = 64;  // whose state is kept; for a further one it is made at each launch
+constexpr int DEVICES = 64;  // whose state is kept; for a further one each launch is a first one
 
-// Loads the kernel's code onto the current device and gives its blocks all the shared memory that there is: once for each kernel and
-// device, so that the first launch of a kernel may be in a capture, too.
+// By kernel and device: whether its code is loaded, and its blocks may have all the shared memory that there is.
 template <auto kernel>
-cudaError_t make_ready() {
-    static std::atomic<bool> ready[DEVICES];
-    int device = 0;
-    cudaError_t error = taken(cudaGetDevice(&device));
-    if (error != cudaSuccess || (device < DEVICES && ready[device].load(std::memory_order_acquire))) return error;
-    const Relaxed relaxed;
-    const void* const address = reinterpret_cast<const void*>(kernel);
-    cudaFuncAttributes found{};
-    error = taken(cudaFuncGetAttributes(&found, address));
-    if (error != cudaSuccess) return error;
-    const int most = static_cast<int>(shared_limit()) - static_cast<int>(found.sharedSizeBytes);
-    error = taken(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-    if (error == cudaSuccess && device < DEVICES) ready[device].store(true, std::memory_order_release);
-    return error;
-}
+inline std::atomic<bool> ready[DEVICES];
 
+// At a kernel's first launch on a device its code is loaded and its limit of shared memory raised. That launch may be in a capture.
 template <auto kernel, class... Parameters, class... Arguments>
 int launch(const char* name, void (*)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream, Arguments&&... arguments) {
-    cudaError_t error = make_ready<kernel>();
-    if (error == cudaSuccess) {
+    const char* doing = "cudaGetDevice";
+    int device = 0;
+    cudaError_t error = taken(cudaGetDevice(&device));
+    const auto then = [&](const char* call, auto&& run) {
+        if (error == cudaSuccess) doing = call, error = taken(run());
+    };
+    const bool kept = device < DEVICES, first = !kept || !ready<kernel>[device].load(std::memory_order_acquire);
+    std::optional<Relaxed> relaxed;
+    if (first) {
+        relaxed.emplace();
+        const void* const address = reinterpret_cast<const void*>(kernel);
+        cudaFuncAttributes found{};
+        then("cudaFuncGetAttributes", [&] { return cudaFuncGetAttributes(&found, address); });
+        then("cudaFuncSetAttribute", [&] {
+            const int most = static_cast<int>(shared_limit()) - static_cast<int>(found.sharedSizeBytes);
+            return cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        });
+    }
+    then("cudaLaunchKernel", [&] {
         cudaLaunchConfig_t config{};
         config.gridDim = grid;
         config.blockDim = block;
         config.dynamicSmemBytes = shared;
         config.stream = static_cast<cudaStream_t>(stream);
-        error = taken(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
-    }
+        return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    });
+    // After a failure everything is made anew: the context may be another one than it was.
+    if (kept && (first || error != cudaSuccess)) ready<kernel>[device].store(error == cudaSuccess, std::memory_order_release);
     if (error == cudaSuccess) return NEMOQUANT_OK;
-    return fail(NEMOQUANT_LAUNCH_FAILED, "%s, grid %u x %u x %u, %zu bytes of shared memory: %s", name, grid.x, grid.y, grid.z,
-                shared, cudaGetErrorString(error));
+    return fail(NEMOQUANT_LAUNCH_FAILED, "%s, grid %u x %u x %u, %zu bytes of shared memory: %s: %s", name, grid.x, grid.y, grid.z,
+                shared, doing, cudaGetErrorString(error));
 }
 
 // 16 bytes from global to shared memory without a register between; both 16-byte aligned. ``wanted`` false writes zeros.

@@ -490,14 +490,17 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
         return sizes;
     }
 
-    // The largest bound that any input has for each size.
+    // The smallest bound that any input has for each size: at run time it is one size, so that all bounds hold for it.
     Sizes bounds(const DynamicPluginTensorDesc* in, int32_t nbInputs) const {
         Sizes sizes;
         for (int32_t i = 0; i < nbInputs; ++i) {
             check_rank("input", inputs_[i], in[i].max.nbDims);
             for (int32_t axis = 0; axis < in[i].max.nbDims; ++axis) {
                 const std::string& word = inputs_[i].dims[axis];
-                if (word.size() == 1) sizes[word[0]] = std::max(sizes[word[0]], in[i].max.d[axis]);
+                const int64_t bound = in[i].max.d[axis];
+                if (word.size() != 1 || is_number(word) || bound < 0) continue;
+                int64_t& size = sizes[word[0]];
+                size = size < 0 ? bound : std::min(size, bound);
             }
         }
         return sizes;

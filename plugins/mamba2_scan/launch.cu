@@ -75,8 +75,10 @@ int check_pointers(const Args& r) {
     for (const auto& [name, stride] : {std::pair{"x_batch_stride", r.x_batch_stride}, {"x_position_stride", r.x_position_stride},
                                        {"b_batch_stride", r.b_batch_stride}, {"b_position_stride", r.b_position_stride},
                                        {"c_batch_stride", r.c_batch_stride}, {"c_position_stride", r.c_position_stride}})
-        if (stride % 8)
-            return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: %s is %lld elements, expected a multiple of 8", name, static_cast<long long>(stride));
+        if (stride < 0 || stride % 8)
+            return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: %s is %lld elements, expected a multiple of 8, 0 or more", name, static_cast<long long>(stride));
+    for (const auto& [name, stride] : {std::pair{"dt_batch_stride", r.dt_batch_stride}, {"dt_position_stride", r.dt_position_stride}})
+        if (stride < 0) return fail(NEMOQUANT_BAD_ARGUMENT, "Mamba2Scan: %s is %lld elements, expected 0 or more", name, static_cast<long long>(stride));
     return NEMOQUANT_OK;
 }
 
@@ -101,6 +103,7 @@ int check_memory(const Args& r, const void* workspace, size_t workspace_bytes) {
                         {"A", r.a, Wide{r.heads} * 4},
                         {"D", r.d, Wide{r.heads} * 4},
                         {"dt_bias", r.dt_bias, Wide{r.heads} * 4},
+                        {"seed", r.rounding == NEMOQUANT_STOCHASTIC ? r.seed : nullptr, 8},
                         {"state_in", r.state_in == r.state_out ? nullptr : r.state_in, state}});
 }
 

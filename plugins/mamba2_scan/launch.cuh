@@ -9,7 +9,8 @@ int run_steps(const Params& p, int64_t batch, void* stream);
 
 template <class T, int size>
 int launch_chunks(Params p, int64_t batch, void* stream) {
-    const size_t most = nq::shared_limit(), fixed = sizeof(Decays[2]);  // of a block; the part that the kernel declares itself
+    // Of a block; and what the kernel declares itself, up to where the rest begins.
+    const size_t most = nq::shared_limit(), fixed = (sizeof(Decays[2]) + 127) / 128 * 128;
     p.stages = shared_bytes<T, size>(2) + fixed <= most ? 2 : 1;
     const size_t shared = shared_bytes<T, size>(p.stages);
     if (shared + fixed > most) return run_steps(p, batch, stream);

@@ -23,7 +23,7 @@ enum nemoquant_experts_products {
     NEMOQUANT_EXPERTS_AUTO = 0,    /* DECODED: the others become a choice once a GPU has been seen to run them right, and faster */
     NEMOQUANT_EXPERTS_DECODED = 1, /* mma.sync, FP4 decoded to bfloat16: on every device, for every format */
     NEMOQUANT_EXPERTS_NATIVE = 2,  /* mma.sync of FP4 with block scales: nvfp4, tiles of 32 and 64, compute capability 12.x */
-    NEMOQUANT_EXPERTS_GROUPED = 3  /* CUTLASS, if built so: bf16 with bfloat16 x, fp8; nvfp4 on 10.0; tile 0; compute capability 9.0, 10.0 */
+    NEMOQUANT_EXPERTS_GROUPED = 3  /* CUTLASS, if built so: bf16 with bfloat16 x, fp8; nvfp4 on 10.x; tile 0; compute capability 9.0, 10.x */
 };
 
 /* All arrays are contiguous and aligned to 16 bytes (skipped to 4). Nothing may overlap. Of a projection [out, in] is [M, I] for up, [I, M] for down. */

@@ -47,9 +47,9 @@ using Multiply = int (*)(const Grouped&, void* stream);
 
 // Whether this library has products of such operands, for whatever device.
 constexpr bool grouped_built([[maybe_unused]] Operands operands) {
-#if defined(NQ_HAVE_SM100)
+#if defined(NQ_HAVE_GROUPED_SM100)
     return true;
-#elif defined(NQ_HAVE_SM90)
+#elif defined(NQ_HAVE_GROUPED_SM90)
     return operands != Operands::nvfp4;
 #else
     return false;
@@ -58,11 +58,11 @@ constexpr bool grouped_built([[maybe_unused]] Operands operands) {
 
 // What multiplies them on the current device; null where nothing that was built does.
 inline Multiply grouped_products([[maybe_unused]] Operands operands) {
-#if defined(NQ_HAVE_SM90)
-    if (runs_here(NQ_SM90_FIRST, NQ_SM90_LAST)) return operands == Operands::nvfp4 ? nullptr : grouped_sm90;
+#if defined(NQ_HAVE_GROUPED_SM90)
+    if (runs_here(NQ_GROUPED_SM90_FIRST, NQ_GROUPED_SM90_LAST)) return operands == Operands::nvfp4 ? nullptr : grouped_sm90;
 #endif
-#if defined(NQ_HAVE_SM100)
-    if (runs_here(NQ_SM100_FIRST, NQ_SM100_LAST)) return grouped_sm100;
+#if defined(NQ_HAVE_GROUPED_SM100)
+    if (runs_here(NQ_GROUPED_SM100_FIRST, NQ_GROUPED_SM100_LAST)) return grouped_sm100;
 #endif
     return nullptr;
 }

@@ -65,9 +65,9 @@ int check_sizes(const Args& a) {
 }
 
 // Whether this library has products of FP4, and for this device.
-#if defined(NQ_HAVE_SM120)
+#if defined(NQ_HAVE_NATIVE_SM120)
 constexpr bool NATIVE_BUILT = true;
-bool native_here() { return runs_here(NQ_SM120_FIRST, NQ_SM120_LAST); }
+bool native_here() { return runs_here(NQ_NATIVE_SM120_FIRST, NQ_NATIVE_SM120_LAST); }
 #else
 constexpr bool NATIVE_BUILT = false;
 bool native_here() { return false; }
@@ -244,7 +244,7 @@ int multiply(Projection p, int tile, int64_t pairs, int64_t experts, void* strea
     return NQ_LAUNCH((narrow<F>), grid, dim3(NARROW_WARPS * 32), 0, stream, p);
 }
 
-#if defined(NQ_HAVE_SM120)
+#if defined(NQ_HAVE_NATIVE_SM120)
 template <>
 int multiply<Weights::fp4>(Projection p, int tile, int64_t pairs, int64_t experts, void* stream) {
     return multiply_native(p, tile, std::min(pairs, pairs / tile + experts), stream);
@@ -349,7 +349,7 @@ extern "C" int nemoquant_routed_experts(const nemoquant_routed_experts_args* arg
             case Weights::fp8: code = launch<Weights::fp8>(*args, workspace, first, tokens, stream); break;
             case Weights::e2m1: code = launch<Weights::e2m1>(*args, workspace, first, tokens, stream); break;
             case Weights::fp4:
-#if defined(NQ_HAVE_SM120)
+#if defined(NQ_HAVE_NATIVE_SM120)
                 code = launch<Weights::fp4>(*args, workspace, first, tokens, stream);
 #endif
                 break;

@@ -1,4 +1,6 @@
 // RoutedExperts' face: spec.yaml as tables, and the way from a call to the launcher.
+#include <stdexcept>
+
 #include "../common/plugin.hpp"
 #include "abi.h"
 
@@ -81,7 +83,9 @@ nemoquant_routed_experts_args arguments(const Call& call) {
 
 size_t workspace(const Call& call) {
     const auto args = arguments(call);
-    return nemoquant_routed_experts_workspace(&args);
+    const size_t bytes = nemoquant_routed_experts_workspace(&args);
+    if (!bytes) throw std::invalid_argument(nemoquant_last_error());
+    return bytes;
 }
 
 int launch(const Call& call) {

@@ -121,7 +121,7 @@ def test_a_case_over_its_limit_is_bad_and_one_that_fails_or_is_late_too(tmp_path
 
 @pytest.mark.slow
 @needs_compiler
-def test_all_120_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> None:
+def test_all_126_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> None:
     """Compiled as C++. "grouped" adds four cases, which a library without CUTLASS's products refuses."""
     runner, folder = tmp_path / "runner", host_folder()
     compiler = [
@@ -143,7 +143,7 @@ def test_all_120_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> N
     assert compiled.returncode == 0, compiled.stderr
     done = run([runner, "grouped"])
     *bad, summary = map(json.loads, done.stdout.splitlines())
-    assert summary == {"ran": 124, "bad": 4}
+    assert summary == {"ran": 130, "bad": 4}
     assert all("CUTLASS, which this library was built without" in row["reason"] for row in bad)
 
 
@@ -329,7 +329,7 @@ def test_prepare_without_python_or_compiler_says_so(tmp_path: Path) -> None:
     fake.write_text("#!/bin/bash\nexit 1\n")
     fake.chmod(0o755)
     said = refused([tmp_path / "bash", prepare, fake], PATH=str(tmp_path))
-    assert said.startswith("prepare.sh: no nvcc on the PATH; expected the CUDA toolkit 12.8 or later")
+    assert said.startswith("prepare.sh: no nvcc on the PATH; expected the CUDA toolkit 12.9 or later")
     for name in ("nvcc", "g++", "cmake"):
         (tmp_path / name).symlink_to(fake)
     said = refused([tmp_path / "bash", prepare, fake], PATH=str(tmp_path))

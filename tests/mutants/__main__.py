@@ -4,14 +4,16 @@
     python -m tests.mutants stages decay        those whose name has one of these words
     python -m tests.mutants --json FILE         the result too, as JSON
 
-A mutant is caught when a test fails, and survives when all pass; what does not compile is an error of the
-list. Needs what `nemoquant plugins build --host` needs. The exit code is 1 if one is not caught.
+A mutant is caught when a test fails or its process dies, and survives when all pass; what does not compile,
+or fails without the fault too, is an error of the list. Needs what `nemoquant plugins build --host` needs.
+The exit code is 1 if one is not caught.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from pathlib import Path
 from .mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
+DEATHS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)  # by the fault; others come from outside
 
 
 def copy_of_the_checkout(to: Path) -> None:
@@ -52,7 +55,7 @@ def run(tree: Path, work: Path, mutant: Mutant) -> tuple[str, str]:
     said = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
     if done.returncode == 0:
         return "survived", ""
-    if done.returncode < 0:
+    if -done.returncode in DEATHS:
         return "caught", f"the process died of signal {-done.returncode}"
     if done.returncode == 1 and said.startswith("FAILED"):
         return "caught", said.removeprefix("FAILED tests/plugins/").split(" - ")[0]
@@ -73,6 +76,12 @@ def main() -> None:
         tree, work = Path(temporary) / "checkout", Path(temporary) / "work"
         work.mkdir()
         copy_of_the_checkout(tree)
+        for mutant in {(mutant.tests, mutant.only): mutant for mutant in chosen}.values():
+            verdict, why = run(tree, work, mutant)
+            if verdict != "survived":
+                sys.exit(
+                    f"tests/plugins/test_{mutant.tests}.py -k '{mutant.only}' fails without a fault: {why}"
+                )
         for mutant in chosen:
             path, began = tree / mutant.file, time.monotonic()
             whole = path.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ Also the registers in a log, and doctor's report on the result.
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,38 @@ def test_architectures_that_the_compiler_does_not_know(toolbox: Any, tmp_path: P
         message = run("--arch", f"90a,{arch}", "--out", tmp_path / "out", code=2).stderr
         assert message.startswith(f"error: --arch sm_{arch}: nvcc 12.8 does not know it: {says}")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    ("family", "architectures", "expected"),
+    [
+        (120, "80;90a;100f;120f", "120f from 120 to 129"),
+        (100, "80;90a;100f;120f", "100f from 100 to 109"),
+        (90, "80;90a;100f;120f", "90a from 90 to 90"),
+        (120, "120a", "120a from 120 to 120"),
+        (120, "120a;121a", "120a;121a from 120 to 121"),
+        (120, "121a", "121a from 121 to 121"),
+        (100, "103f;90a", "103f from 103 to 109"),
+        (100, "110a;90a;100", ""),
+        (120, "100f", ""),
+        (120, "", ""),
+    ],
+)
+def test_a_kernel_of_a_family_is_built_for_its_members(
+    family: int, architectures: str, expected: str, tmp_path: Path
+) -> None:
+    """What CMake makes of --arch: which of them, and on which compute capabilities that code runs."""
+    script = tmp_path / "ask.cmake"
+    script.write_text(
+        f"include({PLUGINS}/common/families.cmake)\n"
+        f"members(found first last {family} {architectures})\n"
+        'if(found)\n  message("${found} from ${first} to ${last}")\nendif()\n'
+    )
+    asked = subprocess.run(["cmake", "-P", script], check=True, capture_output=True, text=True)
+    assert asked.stderr.strip() == expected
+    known = [name for name in architectures.split(";") if name and build.in_family(name, family)]
+    assert known == (expected.split(" ")[0].split(";") if expected else [])
 
 
 def test_an_architecture_has_the_instructions_of_its_family() -> None:

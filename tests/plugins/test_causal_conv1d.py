@@ -239,6 +239,11 @@ def test_what_is_written_may_overlap_nothing_else(kernels: Kernels) -> None:
     with pytest.raises(EngineError, match=r": state_out at .* overlaps y at"):
         kernels.call("causal_conv1d", **plain | {"state_out": y.ctypes.data})
     assert before == [array.tobytes() for array in (a.rows, a.weight, a.state, y)]
+    apart = plain | {"x_stride": 48}  # rows three times as far apart as they are long: the last one's end
+    space = np.zeros(2**16, np.uint8)
+    place = (space.ctypes.data + 2**15) // 16 * 16
+    with pytest.raises(EngineError, match=r": y at .* overlaps x at"):
+        kernels.call("causal_conv1d", **apart | {"x": place, "y": place + (17 * 48 + 16) * 2 - 2})
     beside = aligned((2 * (9 * 16 + 48),), y_type)  # y and state directly behind one another: no overlap
     beside[2 * 9 * 16 : 2 * 9 * 16 + a.state.size] = a.state.ravel()
     kernels.call(

@@ -506,7 +506,7 @@ def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> Non
     """Each size that two inputs share, changed in one of them, where it is constant and at run time.
 
     The message names the input with the wrong size. Bounds of what is not constant may differ, and the
-    workspace is that of the largest.
+    workspace is that of the smallest: all inputs have one size at run time.
     """
     inputs, outputs = operator.tensors(operator.sizes())
     plugin = operator.plugin().attach()
@@ -524,7 +524,12 @@ def test_sizes_that_contradict_each_other_are_refused(operator: Operator) -> Non
         twice = tuple(n * 2 if a == axis else n for a, n in enumerate(t.dims))
         wider = [*inputs[:i], t.but(dims=unknown, maximum=twice), *inputs[i + 1 :]]
         assert plugin.configure(wider, outputs) == 0
-        assert plugin.workspace(wider, outputs) >= plugin.workspace(inputs, outputs)
+        assert plugin.workspace(wider, outputs) == plugin.workspace(inputs, outputs)
+        loose = [*inputs[:i], t.but(dims=unknown, maximum=tuple(2**31 - 1 for _ in t.dims)), *inputs[i + 1 :]]
+        sizes = {word[0] for word in operator.inputs[i]["shape"].split()}
+        elsewhere = {w for p in [*operator.inputs[:i], *operator.inputs[i + 1 :]] for w in p["shape"].split()}
+        if sizes <= elsewhere:
+            assert plugin.workspace(loose, outputs) == plugin.workspace(inputs, outputs)
         assert operator.caller.log() == ""
         operator.caller.recorded()
         assert plugin.shape_change(changed, outputs) != 0
@@ -558,6 +563,14 @@ def test_the_workspace_of_a_profile_serves_its_smaller_shapes(operator: Operator
     plugin = operator.plugin()
     assert plugin.workspace(*large) >= plugin.workspace(*small)
     assert operator.caller.log() == ""
+
+
+def test_a_profile_of_sizes_that_the_operator_does_not_take_is_said(caller: Caller) -> None:
+    """No workspace is asked for then, which is not to be taken for none that is needed."""
+    operator = Operator(caller, "routed_experts")
+    inputs, outputs = operator.tensors(operator.sizes() | {"I": 33})
+    assert operator.plugin().workspace(inputs, outputs) == 0
+    assert "input is 33; expected a multiple of 32" in caller.log()
 
 
 # Runtime.

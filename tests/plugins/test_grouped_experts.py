@@ -32,6 +32,7 @@ from support.scan_call import aligned
 from nemoquant.errors import EngineError
 from nemoquant.ops.build import cutlass_headers
 from nemoquant.ops.library import Kernels
+from nemoquant.ops.sources import sources_hash
 
 pytestmark = [needs_compiler, pytest.mark.slow]
 
@@ -66,7 +67,7 @@ class Device:
 @pytest.fixture(scope="session")
 def library() -> Kernels:
     """The host library, built as if both architectures' products were there; the stand-in provides them."""
-    path = host_folder() / "libnemoquant_grouped_host.so"
+    path = host_folder() / f"libnemoquant_grouped_host_{sources_hash()[:8]}.so"
     ours = [HERE / "grouped_products.cpp", PLUGINS / "common/emulator.cpp", PLUGINS / "common/last_error.cpp"]
     options = [
         "-std=c++17",
@@ -83,15 +84,11 @@ def library() -> Kernels:
         f"-isystem{cuda_headers()}",
     ]
     sources = [PLUGINS / "routed_experts" / name for name in SOURCES]
-    families = {
-        90: 90,
-        100: 109,
-        120: 129,
-    }  # first and last capability, as CMake finds for 90a, 100f and 120f
-    built = [
+    runs_on = {"GROUPED_SM90": (90, 90), "GROUPED_SM100": (100, 109), "NATIVE_SM120": (120, 129)}
+    built = [  # as CMake finds for 90a, 100f and 120f
         word
-        for first, last in families.items()
-        for word in (f"-DNQ_HAVE_SM{first}", f"-DNQ_SM{first}_FIRST={first}", f"-DNQ_SM{first}_LAST={last}")
+        for name, (first, last) in runs_on.items()
+        for word in (f"-DNQ_HAVE_{name}", f"-DNQ_{name}_FIRST={first}", f"-DNQ_{name}_LAST={last}")
     ]
     compile_once(["g++", *options, *built, *ours, "-x", "c++", *sources], path, ours[0])
     return Kernels(path)

@@ -79,33 +79,46 @@ def runtime(built: Path, tmp_path: Path) -> Runtime:
 LOADED = ["load(relaxed)", "limit=199984"]  # 200000 less the 16 bytes that the kernel declares itself
 
 
-def test_code_is_loaded_once_for_each_kernel_and_device_before_its_first_launch(runtime: Runtime) -> None:
-    """In relaxed mode, since that first launch may be captured; the launch itself is in the caller's mode."""
-    assert runtime.launch() == (0, [*LOADED, "launch=0"])
+def test_code_is_loaded_once_for_each_kernel_and_device_at_its_first_launch(runtime: Runtime) -> None:
+    """In relaxed mode, since that launch may be captured; later ones are in the caller's mode."""
+    assert runtime.launch() == (0, [*LOADED, "launch=0(relaxed)"])
     assert runtime.launch(size=100_000) == (0, ["launch=100000"])
-    assert runtime.launch("two", 60_000) == (0, [*LOADED, "launch=60000"])
+    assert runtime.launch("two", 60_000) == (0, [*LOADED, "launch=60000(relaxed)"])
     runtime.all.fake_device(1)
-    assert runtime.launch() == (0, [*LOADED, "launch=0"])
+    assert runtime.launch() == (0, [*LOADED, "launch=0(relaxed)"])
     runtime.all.fake_device(0)
     assert runtime.launch() == (0, ["launch=0"])
     runtime.all.fake_device(64)  # beyond those whose state is kept
     for _ in range(2):
-        assert runtime.launch() == (0, [*LOADED, "launch=0"])
+        assert runtime.launch() == (0, [*LOADED, "launch=0(relaxed)"])
 
 
 @pytest.mark.parametrize(
-    ("fails", "calls"), [("load", LOADED[:1]), ("limit", LOADED), ("launch", [*LOADED, "launch=512"])]
+    ("fails", "call", "calls"),
+    [
+        ("load", "cudaFuncGetAttributes", LOADED[:1]),
+        ("limit", "cudaFuncSetAttribute", LOADED),
+        ("launch", "cudaLaunchKernel", [*LOADED, "launch=512(relaxed)"]),
+    ],
 )
 def test_a_call_that_fails_is_said_and_leaves_nothing_behind(
-    fails: str, calls: list[str], runtime: Runtime
+    fails: str, call: str, calls: list[str], runtime: Runtime
 ) -> None:
     """Neither its error, which the next launch would report, nor a kernel that counts as loaded."""
     runtime.fail(fails)
     assert runtime.launch(size=512) == (3, calls)
-    assert b"(kernel<float, 1>), grid 2 x 1 x 1, 512 bytes of shared memory: a reason" in (
-        runtime.all.nemoquant_last_error()
+    assert f"(kernel<float, 1>), grid 2 x 1 x 1, 512 bytes of shared memory: {call}: a reason" in (
+        runtime.all.nemoquant_last_error().decode()
     )
-    assert runtime.launch(size=512) == (0, [*([] if fails == "launch" else LOADED), "launch=512"])
+    assert runtime.launch(size=512) == (0, [*LOADED, "launch=512(relaxed)"])
+
+
+def test_after_a_launch_that_failed_everything_is_made_anew(runtime: Runtime) -> None:
+    """The context may be another one than it was, in which the limit is not raised."""
+    runtime.launch()
+    runtime.fail("launch")
+    assert runtime.launch(size=60_000) == (3, ["launch=60000"])
+    assert runtime.launch(size=60_000) == (0, [*LOADED, "launch=60000(relaxed)"])
 
 
 def test_without_a_device_nothing_is_left_behind_either(runtime: Runtime) -> None:

@@ -3,6 +3,7 @@
 Against float64, the ONNX function, torch and transformers.
 """
 
+import ctypes
 import itertools
 import re
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from support.emulator import ORDERS, Device, emulated
 from support.norms import relative_error as error
 from support.plugin_build import host_folder, needs_compiler
-from support.scan_call import DTYPES, Array, Arrays, Refused, Scan, inputs, pieces, recurrence
+from support.scan_call import DTYPES, Array, Arrays, Refused, Scan, aligned, inputs, pieces, recurrence
 from support.single_op import single_op
 
 from nemoquant.model import mamba2
@@ -448,17 +449,28 @@ def test_a_device_with_little_shared_memory(scan: Scan) -> None:
 
 
 def test_what_the_kernel_declares_itself_counts_as_shared_memory(scan: Scan) -> None:
-    """Beside a chunk of state 256 and the rounded state, 110,608 bytes, stand two times 776 bytes of decays.
+    """Two times 776 bytes of decays, ending at a multiple of 128, stand beside chunks and the rounded state.
 
-    With less than both, single steps are taken, which are more exact than chunks of bfloat16.
+    A byte less than two chunks need, and there is one in flight, with the same bits; a byte less than one
+    needs, and single steps are taken, which are more exact than chunks of bfloat16.
     """
-    given = inputs(dtype="bfloat16", size=256, batch=1)
-    true = recurrence(given)[0]
-    chunk, rounded, decays = 2 * 64 * (2 * (256 + 8) + 64 + 8), 2 * 64 * (256 + 8) + 16, 3 * 64 * 4 + 8
-    both = chunk + rounded + 2 * decays
-    for size, by_steps in ((both, False), (both - 1, True), (both - 2 * decays, True)):
-        with emulated(scan.path, Device(shared_memory=size)):
-            assert (error(scan(given)[0], true) < FLOOR) == by_steps
+    decays = 1664
+    for size in (128, 256):
+        given = inputs(dtype="bfloat16", size=size, batch=1)
+        true, by_chunks = recurrence(given)[0], scan(given)
+        chunk, rounded = 2 * 64 * (2 * (size + 8) + 64 + 8), 2 * 64 * (size + 8) + 16
+        for stages in (1, 2):
+            for less in (0, 1, 112, decays):
+                limit = stages * chunk + rounded + decays - less
+                with emulated(scan.path, Device(shared_memory=limit)):
+                    found = scan(given)
+                if less and stages == 1:
+                    assert error(found[0], true) < FLOOR
+                else:
+                    assert all(
+                        np.array_equal(one, other) for one, other in zip(found, by_chunks, strict=True)
+                    )
+                    assert error(found[0], true) > FLOOR
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -503,22 +515,63 @@ def test_results_beyond_32_bits(dtype: str, length: int, scan: Scan, tmp_path: P
 
 def test_outputs_that_overlap_anything_are_refused(scan: Scan) -> None:
     """At the first bytes of an input and at its last ones; only the state may be written in its own place."""
-    given = inputs(length=40, dtype="bfloat16")
-    room = 2**20  # more than any of them has
-    names = {"x": "x", "b": "B", "c": "C", "dt": "dt", "a": "A", "state_in": "state_in"}
-    for field, name in names.items():
-        space = np.zeros(3 * room, np.uint8)  # so that only this input is near
-        place = (space.ctypes.data + room) // 16 * 16
-        for output in ("y", "state_out"):
-            for at in (place, (place + given[field].nbytes - 1) // 16 * 16):
-                if (field, output, at) == ("state_in", "state_out", place):
-                    continue
-                with pytest.raises(
-                    Refused, match=rf"Mamba2Scan: {output} at .* overlaps {name} at .*; expec"
-                ):
-                    scan(given, fields={field: place, output: at})
+    given = inputs(length=40, dtype="bfloat16", state_dtype="float16")
+    names = {"x": "x", "b": "B", "c": "C", "dt": "dt", "a": "A", "d": "D", "dt_bias": "dt_bias"}
+    for field, name in (names | {"state_in": "state_in", "seed": "seed"}).items():
+        size = given[field].nbytes if field in given else 8
+        for far in (1, 3) if field in ("x", "b", "c", "dt") else (1,):
+            # positions so many times as far apart as they are long, rows of the batch behind one another
+            strides = {}
+            if far > 1:
+                each = given[field][0, 0].size
+                strides = {f"{field}_position_stride": far * each, f"{field}_batch_stride": 40 * far * each}
+                size = 80 * far * each * given[field].itemsize - (far - 1) * each * given[field].itemsize
+            space = np.zeros(2**21 + size + 2**21, np.uint8)  # so that only this input is near
+            place = (space.ctypes.data + 2**21) // 16 * 16
+            for output in ("y", "state_out"):
+                for at in (place, (place + size - 1) // 16 * 16):
+                    if (field, output, at) == ("state_in", "state_out", place):
+                        continue
+                    with pytest.raises(
+                        Refused, match=rf"Mamba2Scan: {output} at .* overlaps {name} at .*; exp"
+                    ):
+                        scan(given, seed=1, fields=strides | {field: place, output: at})
     with pytest.raises(Refused, match=r"state_out at .* overlaps y at"):
         scan(given, fields={"y": place, "state_out": place})
+
+
+def test_the_workspace_overlaps_nothing(scan: Scan) -> None:
+    """Where one is wanted; an address for none may be any."""
+    given = inputs(length=200, dtype="bfloat16")
+    space = np.zeros(2**24, np.uint8)
+    place = (space.ctypes.data + 2**23) // 16 * 16
+    for field, name in {"x": "x", "y": "y", "state_in": "state_in", "state_out": "state_out"}.items():
+        with pytest.raises(Refused, match=rf"workspace at .* overlaps {name} at"):
+            scan(given, segments=3, fields={field: place, "workspace": place})
+    single = inputs(length=1, dtype="bfloat16")
+    assert np.array_equal(
+        scan(single)[0], scan(single, fields={"workspace": single["x"].ctypes.data + 16})[0]
+    )
+
+
+def test_rows_that_are_read_again_take_no_more_memory(scan: Scan) -> None:
+    """A batch stride of 0: what lies behind the one row is another's."""
+    given = inputs(length=1, dtype="bfloat16")
+    space = np.zeros(2**20, np.uint8)
+    place = (space.ctypes.data + 2**16) // 16 * 16
+    one = given["x"][:1]
+    ctypes.memmove(place, one.ctypes.data, one.nbytes)
+    again = {**given, "x": aligned(np.concatenate([one, one]))}
+    wanted = scan(again)[0]
+    scan(given, fields={"x": place, "x_batch_stride": 0, "y": place + one.nbytes})
+    found = np.frombuffer((ctypes.c_char * wanted.nbytes).from_address(place + one.nbytes), np.float32)
+    assert found.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("name", ["x_batch_stride", "c_position_stride", "dt_batch_stride"])
+def test_strides_that_go_back_are_refused(name: str, scan: Scan) -> None:
+    with pytest.raises(Refused, match=rf"{name} is -8 elements, expected"):
+        scan(inputs(length=2), fields={name: -8})
 
 
 # Stochastic rounding.
@@ -639,7 +692,11 @@ def test_stochastic_states_are_unbiased(scan: Scan) -> None:
         ({"rounding": 1}, 1, "stochastic rounding of a state of dtype 0, expected float16 (1)"),
         ({"rounding": 1, "state_dtype": 1}, 1, "stochastic rounding without a seed"),
         ({"segments": -1}, 1, "segments -1, expected 0 (chosen) to 64"),
-        ({"b_position_stride": 129}, 1, "b_position_stride is 129 elements, expected a multiple of 8"),
+        (
+            {"b_position_stride": 129},
+            1,
+            "b_position_stride is 129 elements, expected a multiple of 8, 0 or more",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(

@@ -180,7 +180,8 @@ def test_every_order_gives_the_same_bits(format: str, products: int, kernels: Ke
 
     In every tile, and in float32, whose inputs are three times as many.
     """
-    long = Case(tokens=24, chosen=2, experts=3, input=544, width=96, dtype="bfloat16", products=products)
+    size = 800 if products == NATIVE else 544  # of which a stage has two chunks, or one
+    long = Case(tokens=24, chosen=2, experts=3, input=size, width=96, dtype="bfloat16", products=products)
     wide = replace(long, tokens=5, input=160, width=288, dtype="float32")
     cases = [replace(long, tile=tile) for tile in (8, 32, 64)] + [
         replace(wide, tile=tile) for tile in (8, 32)
@@ -294,9 +295,9 @@ def test_ids_that_are_no_experts_are_counted(kernels: Kernels) -> None:
         plain |= {"workspace": workspace.ctypes.data, "skipped": skipped.ctypes.data}
         kernels.call("routed_experts", **plain)
         assert skipped.tolist() == [100, 7]
-        a.ids[:, 1], a.ids[3, 2] = -1, BASE.experts
+        a.ids[:, 1], a.ids[3, 2], a.ids[4, 0] = -1, BASE.experts, (1 << 32) + 1
         kernels.call("routed_experts", **plain)
-        assert skipped.tolist() == [100 + tokens + 1, 7]
+        assert skipped.tolist() == [100 + tokens + 2, 7]
 
 
 @pytest.mark.parametrize(("factors", "total"), [((2.0**24, 1, 1), 2.0**24), ((1, 1, 2.0**24), 2.0**24 + 2)])
@@ -313,26 +314,34 @@ def test_results_are_added_in_the_order_of_the_choices(
 
 
 def test_results_beyond_32_bits(kernels: Kernels, tmp_path: Path) -> None:
-    """A pass of 98,304 tokens of 32,768 values: the last block of each launch alone runs, in sparse files.
+    """A pass of 98,300 tokens of 32,768 values: the last block of each launch alone runs, in sparse files.
 
-    No tile is made then, so that results are the workspace's zeros; that of the last token is written.
+    What the other blocks would count is put into the workspace, which begins with it: 512 pairs a block of
+    the sort, all of one expert. The last block writes a part of the last token's inputs; the tile of that
+    token, its last rows of results, and the end of y follow. The rest of x and of the results is zero.
     """
-    case = Case(tokens=98_304, chosen=1, experts=1, input=32_768, width=32, dtype="bfloat16")
-    small = given("bf16", replace(case, tokens=1))
-    shape = (case.tokens, case.input)
-    x, y = (np.memmap(tmp_path / name, np.uint16, "w+", shape=shape) for name in ("x", "y"))
+    case = Case(tokens=98_300, chosen=1, experts=1, input=32_768, width=32, dtype="bfloat16", tile=64)
+    last = given("bf16", replace(case, tokens=1))
+    last.x[0, :-8192], last.factors[:] = 0, 1
+    wanted = run(kernels, last)
+    x, y = (
+        np.memmap(tmp_path / name, np.uint16, "w+", shape=(case.tokens, case.input)) for name in ("x", "y")
+    )
+    x[-1, -8192:], y[-1, -1024:] = last.x[0, -8192:].view(np.uint16), 0xFFFF
     ids, factors = (
         aligned(np.zeros((case.tokens, 1), np.int64)),
         aligned(np.ones((case.tokens, 1), np.float32)),
     )
-    plain = arguments(small, small.x) | {"tokens": case.tokens}
+    plain = arguments(last, wanted) | {"tokens": case.tokens}
     size = kernels.workspace("routed_experts", **plain)
     workspace = np.memmap(tmp_path / "workspace", np.uint8, "w+", shape=(size,))
-    y[-1, -1024:] = 0xFFFF
+    workspace[: 192 * 4].view(np.int32)[:] = [*[512] * 191, case.tokens - 191 * 512]
     arrays = {"x": x, "y": y, "expert_ids": ids, "expert_weights": factors, "workspace": workspace}
     with emulated(kernels.path, Device(last_block_only=True)):
         kernels.call("routed_experts", **plain | {name: array.ctypes.data for name, array in arrays.items()})
-    assert (y[-1, -1024:] == 0).all()
+    assert np.count_nonzero(y[-1, -256:]) > 200
+    assert y[-1, -256:].tobytes() == wanted[0, -256:].tobytes()
+    assert (y[-1, -1024:-256] == 0).all()
 
 
 def test_outputs_that_overlap_anything_are_refused(kernels: Kernels) -> None:
