@@ -21,7 +21,7 @@ MODELS = {"Super": (512, 22, 1024, 2688), "Nano": (128, 6, 2688, 1856)}  # exper
 FORMATS = ("nvfp4", "fp8", "bf16", "w4a16")
 TOKENS = (1, 16, 256, 4096)
 WIDE_TOKENS = (1, 8, 16, 64, 256, 4096)
-PRODUCTS = ("decoded", "grouped")
+PRODUCTS = ("grouped",)  # beside those that the operator takes by itself
 WIDE_PRODUCTS = ("decoded", "grouped", "native")
 FEW = 64  # tokens; below it calls take turns with other experts, so that the cache does not hold them
 

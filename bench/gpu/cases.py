@@ -4,7 +4,7 @@ import datetime
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
 
+DIED = "its process died"
 Errors = list[tuple[str, float, float]]
 """What was measured: a name, the error, the most that it may be. What must be equal has the error 0 or 1."""
 
@@ -45,28 +46,43 @@ def unequal(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 class Run:
     """Runs cases in turn; results are written after each, so that a crash leaves those before it."""
 
-    def __init__(self, out: Path, device: str, seconds: float) -> None:
+    def __init__(
+        self, out: Path, device: str, seconds: float, names: Sequence[str] = (), resume: bool = False
+    ) -> None:
         """
         Args:
             out: JSON, written anew after each case.
             device: cuda or cpu.
             seconds: when they are over, the rest is listed as not run.
+            names: of all cases that will be run, written too: a truncated list shows.
+            resume: keep the results that ``out`` has, and run no case twice. The one that its process died in
+                is kept as wrong.
         """
-        self.out, self.device, self.seconds = out, device, seconds
+        self.out, self.device, self.seconds, self.names = out, device, seconds, list(names)
         self.began = time.time()
         self.results: list[dict[str, Any]] = []
+        self.running: str | None = None
+        if resume and out.is_file():
+            found = json.loads(out.read_text())
+            self.results = found["results"]
+            if died := found.get("running"):
+                self.results.append({"case": died, "ok": False, "why": DIED})
+        self.done = {row["case"] for row in self.results}
 
     def elapsed(self) -> float:
         return time.time() - self.began
 
     def run(self, case: Case) -> None:
         """One case. An error of the device ends the process, because every later call would get the same."""
+        if case.name in self.done:
+            return
         if self.elapsed() > self.seconds:
             self.results.append({"case": case.name, "ok": None, "why": "out of time"})
             return
-        start = time.time()
+        start, self.running = time.time(), case.name
+        self.write()
         row = self._row(case)
-        row["s"] = round(time.time() - start, 3)
+        row["s"], self.running = round(time.time() - start, 3), None
         self.results.append(row)
         self.write()
         if row["ok"] is False:
@@ -92,6 +108,8 @@ class Run:
             "device": self.device,
             "capability": torch.cuda.get_device_capability() if self.device == "cuda" else None,
             "date": str(datetime.date.today()),
+            "cases": self.names,
+            "running": self.running,
             "results": self.results,
         }
         self.out.write_text(json.dumps(found, indent=0))

@@ -1,12 +1,13 @@
 """Cases of CUDA alone: calls captured in graphs and replayed after their inputs changed, and other streams.
 
-    python -m bench.gpu.check_graphs decode|segments|convolution|experts
+    python -m bench.gpu.check_graphs 'scan decode'|'scan segments'|conv|experts
 
 captures the very first call of a process, before any other one has loaded code or set an attribute; the exit
 code says whether a replay has the bits of a plain call.
 """
 
 import argparse
+import atexit
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +67,8 @@ def experts() -> Replayed:
     return Replayed(lambda: [one(x, ids, weights)], lambda: ids.copy_(ids.flip(0)))
 
 
-CALLS = {"decode": decode, "segments": segments, "convolution": convolution, "experts": experts}
+CALLS = {"scan decode": decode, "scan segments": segments, "conv": convolution, "experts": experts}
+"""By name, of which the first word is the operator's, as in the names of all cases."""
 
 
 def replayed(call: Replayed, *, first: bool) -> Errors:
@@ -90,9 +92,12 @@ def warm(name: str) -> Errors:
 
 @cache
 def processes() -> dict[str, subprocess.Popen[str]]:
-    """All of them at once: each spends seconds on importing torch."""
+    """All of them at once: each spends seconds on importing torch. None outlives this process."""
     command, pipe = [sys.executable, "-m", "bench.gpu.check_graphs"], subprocess.PIPE
-    return {name: subprocess.Popen([*command, name], stdout=pipe, stderr=pipe, text=True) for name in CALLS}
+    begun = {name: subprocess.Popen([*command, name], stdout=pipe, stderr=pipe, text=True) for name in CALLS}
+    for process in begun.values():
+        atexit.register(process.kill)
+    return begun
 
 
 def first_call(name: str) -> Errors:

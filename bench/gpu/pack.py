@@ -26,6 +26,8 @@ from bench.gpu.environment import need_device
 from bench.pipeline import encode
 from nemoquant.api import RunOptions, diff, quantize
 from nemoquant.machine import usable_threads
+from nemoquant.ops.library import serves
+from nemoquant.ops.proven import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "calib/demo_model"
@@ -109,6 +111,8 @@ class Steps:
         except Exception as error:
             why = f"{type(error).__name__}: {error}"[:400]
             self.note(step=what, s=round(time.time() - start, 2), ok=False, why=why)
+            if "CUDA error" in why:
+                raise SystemExit(f"the device does not answer any more: {why}") from None
             return None
         self.note(step=what, s=round(time.time() - start, 2))
         return result
@@ -233,10 +237,10 @@ def compare_encoding(steps: Steps, source: Path, recipe: str, device: str) -> No
     """All codes of a recipe and nothing else: no hash, no file; the second of two rounds."""
     name, seconds = Path(recipe).stem, {}
     for where in ("cpu", device):
-        for _ in range(2):  # the first compiles or loads kernels
+        for counts in (False, True):  # the first round compiles or loads kernels
             start = time.perf_counter()
             encoding = partial(encode, source, recipe, THREADS, where)
-            if steps.timed(f"mid {name} encoded {where}", lambda run=encoding: run() or True):
+            if steps.timed(f"mid {name} encoded {where}", lambda run=encoding: run() or True) and counts:
                 seconds[where] = time.perf_counter() - start
     steps.compare(f"encode {name}", seconds.get, device)
 
@@ -254,6 +258,9 @@ def main() -> None:
     if any(options.work.iterdir()):
         parser.error(f"{options.work} is not empty; expected a new folder")
     steps = Steps(options.out, float(os.environ.get("NQ_SECONDS", "150")))
+    if options.device == "cuda":
+        used = [op for op in OPERATORS if serves(op, "cuda")]
+        steps.note(kernels=used or "none: torch computes")  # of plugins/, in calibration and diff
     check_demo(steps, options.work, options.device)
     check_large(steps, options.work / "mid", options.device)
     print(f"{steps.bad()} bad")

@@ -40,7 +40,7 @@ speed were not tried), every TensorRT and TensorRT-RTX engine and the code that 
 built; the code was tested over a stand-in for the runtime), and the CUDA kernels of `plugins/` (run on the
 CPU by an emulator).
 `tests/gpu` and `bench/gpu` are there for whoever has one. No kernel that no GPU has run is a default
-([table](bench/RESULTS.md#on-a-gpu)).
+for torch's operators ([table](bench/RESULTS.md#on-a-gpu)).
 """
 NEVER_RUN = """\
 No TensorRT or TensorRT-RTX engine was run (RTX engines were built; the code that calls them was tested over a
@@ -117,14 +117,29 @@ class Counts(NamedTuple):
         return checks + late + (f"; wrong: {listed(self.wrong)}" if self.wrong else "")
 
 
-def counts(rows: Iterable[dict[str, Any]]) -> Counts:
-    """Of rows with ``ok``: true, false, or null for what was not run."""
+def counts(rows: Iterable[dict[str, Any]], all_of_them: object = None) -> Counts:
+    """Of rows with ``ok``: true, false, or null for what was not run; those that have no row were not run."""
     checks = [row for row in rows if "ok" in row]
     wrong = [
         str(row.get("case") or row.get("check") or row.get("step")) for row in checks if row["ok"] is False
     ]
     right = sum(row["ok"] is True for row in checks)
-    return Counts(right, len(checks) - right - len(wrong), wrong)
+    count = max(len(checks), len(all_of_them) if isinstance(all_of_them, list) else 0)
+    return Counts(right, count - right - len(wrong), wrong)
+
+
+def operators(folder: Folder, step: str) -> Counts:
+    """Of a step that check_ops wrote."""
+    return counts(folder.rows(step, "results"), folder.table(step).get("cases"))
+
+
+def ended_badly(folder: Folder) -> list[str]:
+    """Steps whose exit code was not 0."""
+    return [
+        f"{step} (exit code {row.get('rc')}{', time was over' * bool(row.get('timed_out'))})"
+        for step, row in folder.table("steps").items()
+        if isinstance(row, dict) and row.get("rc") != 0
+    ]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
@@ -167,10 +182,13 @@ def goal(text: str, needs: float, found: dict[str, float | None]) -> Goal:
 def goals(folder: Folder) -> list[Goal]:
     """All of them, computed from the JSON of the steps."""
     timing = folder.timing()
-    rates = {str(row.get("case")): number(row.get("GB_s")) for row in folder.rows("triton")}
-    threads = [number(row.get("GB_s_bf16_in")) for row in folder.rows("triton")]
+    # speed counts where the bytes are right: else nothing is said of it
+    codes = [] if counts(folder.rows("triton")).wrong else folder.rows("triton")
+    stages_of = [] if counts(folder.rows("pack")).wrong else folder.rows("pack")
+    rates = {str(row.get("case")): number(row.get("GB_s")) for row in codes}
+    threads = [number(row.get("GB_s_bf16_in")) for row in codes]
     bus = rates.get("pinned host to device")
-    packed = {str(row.get("stage")): number(row.get("times")) for row in folder.rows("pack")}
+    packed = {str(row.get("stage")): number(row.get("times")) for row in stages_of}
     decodes = [f"scan decode B{b} state {dtype}" for dtype in ("float32", "float16") for b in (8, 64)]
     prefills = [f"scan prefill {length}" for length in (512, 4096, 65536)]
 
@@ -273,7 +291,7 @@ def checks(folder: Folder) -> list[str]:
     for step, what in (("correct", "operators"), ("grouped", "CUTLASS's grouped products")):
         if step not in folder.missing:
             where = ", through the host build" * (folder.table(step).get("device") == "cpu")
-            lines.append(f"{what}{where}: {counts(folder.rows(step, 'results'))}")
+            lines.append(f"{what}{where}: {operators(folder, step)}")
     for step, what in (("triton", "formats' kernels"), ("pack", "`quantize` and `diff`")):
         if step not in folder.missing:
             lines.append(f"{what}: {counts(folder.rows(step))}")
@@ -298,7 +316,8 @@ def pytest_line(found: dict[str, Any]) -> str:
     if "passed" not in found:
         return str(found.get("error", "no report"))
     failed, skipped = found.get("failed"), found.get("skipped")
-    failed = [str(row["test"]) for row in failed] if isinstance(failed, list) else []
+    rows = failed if isinstance(failed, list) else []
+    failed = [str(row.get("test")) if isinstance(row, dict) else str(row)[:WIDE] for row in rows]
     count = sum(int(number(n) or 0) for n in skipped.values()) if isinstance(skipped, dict) else 0
     names = f" ({listed(failed)})" if failed else ""
     return f"{found['passed']} passed, {len(failed)} failed{names}, {count} skipped"
@@ -345,12 +364,7 @@ def section(folder: Folder) -> str:
     text += f"[{folder.name}](gpu/results/{folder.name}/){f'; {cell(versions)}' if versions else ''}.\n"
     if isinstance(limits, dict):
         text += f"Measured limits: {', '.join(f'{name} {value}' for name, value in limits.items())}.\n"
-    failed = [
-        f"{step} (exit code {row.get('rc')}{', time was over' * bool(row.get('timed_out'))})"
-        for step, row in folder.table("steps").items()
-        if isinstance(row, dict) and row.get("rc") != 0
-    ]
-    if failed:
+    if failed := ended_badly(folder):
         text += f"Steps that did not end well: {listed(failed, 20)}.\n"
     if folder.missing:
         text += f"Missing: {', '.join(folder.missing.values())}.\n"
@@ -378,9 +392,16 @@ def status_text(folders: Sequence[Folder]) -> str:
     for folder in folders:
         known = [one for one in goals(folder) if one.met is not None]
         reached = f"{sum(bool(one.met) for one in known)} of {len(known)} measured goals met"
-        right = counts(folder.rows("correct", "results"))
-        text += f"- {cell(folder.device)}, {cell(folder.date)}: operators {cell(right)}; {reached}"
-        text += f"; missing: {', '.join(folder.missing)}.\n" if folder.missing else ".\n"
+        text += (
+            f"- {cell(folder.device)}, {cell(folder.date)}: operators {cell(operators(folder, 'correct'))}; "
+        )
+        text += reached
+        for what, names in (
+            ("steps that did not end well", ended_badly(folder)),
+            ("missing", [*folder.missing]),
+        ):
+            text += f"; {what}: {cell(', '.join(names))}" if names else ""
+        text += ".\n"
     return f"{text}\n{NEVER_RUN}"
 
 
@@ -409,6 +430,7 @@ def summary(folder: Folder) -> dict[str, Any]:
         "device": folder.device,
         "date": folder.date,
         "checks": checks(folder),
+        "steps that did not end well": ended_badly(folder),
         "goals": [asdict(one) for one in found],
         "missing": folder.missing,
     }
@@ -426,7 +448,9 @@ def main(root: Path = ROOT) -> None:
         print("\n".join(checks(folder)))
         for one in goals(folder):
             print(f"{met(one).strip('*'):>4}  {one.goal}: {one.got}, at least {one.needs} ({one.of})")
-        print(*folder.missing.values(), sep="\n")
+        print(
+            *(f"did not end well: {step}" for step in ended_badly(folder)), *folder.missing.values(), sep="\n"
+        )
         return
     differ = []
     for path, made in pages(root).items():

@@ -13,6 +13,8 @@ import torch
 
 CACHE = 256 << 20  # bytes that together no L2 cache holds
 SIDE = 8192  # of the product that gives a rate
+WARM_S = 1.0  # seconds of products before anything is timed: an idle device's clocks are low
+BUSY = 200_000  # cycles, about 0.1 ms, that the device waits while the host launches what is timed
 
 Call = Callable[[], object]
 
@@ -33,6 +35,7 @@ def timed(calls: Sequence[Call], repeats: int = 15) -> float:
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY)  # so that launching takes no time between the events
         start.record()
         graph.replay()
         end.record()
@@ -69,8 +72,18 @@ class Limits:
 
 def measured_limits() -> Limits:
     """Takes a few seconds and, for their time, 2 GB."""
+    warm_up()
     one = torch.empty(1, device="cuda")
     return Limits(_copy_rate(), _product_rate(), timed([one.zero_] * 20))
+
+
+def warm_up() -> None:
+    """Products until the clocks are those of work."""
+    a = torch.randn(SIDE, SIDE, device="cuda").to(torch.bfloat16)
+    until = time.time() + WARM_S
+    while time.time() < until:
+        a @ a
+        torch.cuda.synchronize()
 
 
 def _copy_rate() -> float:
@@ -107,6 +120,7 @@ class Table:
         self.out, self.seconds = out, seconds
         self.began = time.time()
         self.limits = measured_limits()
+        self.limits_after: Limits | None = None
         self.rows: list[dict[str, Any]] = []
 
     def elapsed(self) -> float:
@@ -117,6 +131,14 @@ class Table:
         rest = {key: round(value, 2) if isinstance(value, float) else value for key, value in more.items()}
         ours = {"us": round(us, 2), "floor_us": round(floor, 2), "of_floor": round(floor / us, 3)}
         self._add({"case": name, **ours, **rest})
+
+    def beside(self, name: str, **more: float) -> None:
+        """Others' times, added to a row that is there."""
+        for row in self.rows:
+            if row["case"] == name:
+                row.update({key: round(value, 2) for key, value in more.items()})
+                self.write()
+                print(json.dumps(row), flush=True)
 
     def guarded(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returns; None where it failed, or time is up, which becomes a row of its own."""
@@ -135,11 +157,17 @@ class Table:
         self.write()
         print(json.dumps(row), flush=True)
 
+    def finish(self) -> None:
+        """Measures the limits once more: if they differ much from the first ones, so did the clocks."""
+        self.limits_after = measured_limits()
+        self.write()
+
     def write(self) -> None:
         found = {
             "device": torch.cuda.get_device_name(),
             "date": str(datetime.date.today()),
             "limits": self.limits.json(),
+            "limits_after": self.limits_after.json() if self.limits_after else None,
             "rows": self.rows,
         }
         self.out.write_text(json.dumps(found, indent=0))

@@ -47,7 +47,7 @@ def whole() -> dict[str, Any]:
         "env.json": {"device": "GPU X", "date": "2030-01-02", "torch": "2.11", "triton": "3.6"},
         "steps.json": {"env": {"rc": 0}, "pytest": {"rc": 124, "timed_out": True}},
         "runner.json": {"runner": tool},
-        "correct.json": {"device": "cuda", "results": right},
+        "correct.json": {"device": "cuda", "cases": ["scan", "native"], "results": right},
         "sanitizer.json": {"memcheck": tool | {"errors": 0}, "racecheck": {"rc": 124}},
         "pack.json": [*pack, {"check": "same bytes", "ok": True}],
         "triton.json": triton,
@@ -83,6 +83,24 @@ def test_every_goal_is_just_met_and_missed_below(tmp_path: Path) -> None:
     assert [(one.goal, one.met) for one in missed] == [(one.goal, False) for one in missed]
     worst = next(one for one in missed if one.goal.startswith("experts, 1 tokens"))
     assert (worst.got, worst.of) == (0.6, "experts Super nvfp4 1")
+
+
+def test_what_a_truncated_list_lacks_was_not_run(tmp_path: Path) -> None:
+    cut = {"device": "cuda", "cases": ["a", "b", "c"], "results": [{"case": "a", "ok": True}]}
+    short = report.Folder(folder(tmp_path / "cut", correct=cut))
+    assert str(report.operators(short, "correct")) == "1 of 1 right, 2 not run"
+
+
+def test_speed_with_wrong_bytes_meets_no_goal(tmp_path: Path) -> None:
+    pack = [*whole()["pack.json"], {"check": "mid: same bytes", "ok": False}]
+    triton = [*whole()["triton.json"], {"case": "8 threads", "ok": False, "GB_s_bf16_in": 90.0}]
+    found = report.goals(report.Folder(folder(tmp_path / "wrong", pack=pack, triton=triton)))
+    assert [one.met for one in found] == [True] * 6 + [None] * 4
+
+
+def test_reports_of_tests_that_make_no_sense() -> None:
+    for failed in ([1], [{"why": 1}], {"a": 1}, None):
+        assert report.pytest_line({"passed": 1, "failed": failed, "skipped": []}).startswith("1 passed, ")
 
 
 def test_a_goal_without_all_of_its_figures_is_open_unless_one_misses_it() -> None:
@@ -129,7 +147,10 @@ def test_results_are_written_into_both_pages_and_checked(
     run(monkeypatch, root, "--check")
     status, found = (root / "README.md").read_text(), (root / "bench/RESULTS.md").read_text()
     assert "Nothing here has been run" not in status
-    assert "- GPU X, 2030-01-02: operators 1 of 1 right, 1 not run; 10 of 10 measured goals met.\n" in status
+    assert (
+        "- GPU X, 2030-01-02: operators 1 of 1 right, 1 not run; 10 of 10 measured goals met; steps that did "
+        "not end well: pytest (exit code 124, time was over).\n"
+    ) in status
     assert "(bench/RESULTS.md#on-a-gpu)" in status
     for line in (
         "### GPU X, 2030-01-02",
