@@ -461,14 +461,18 @@ def test_experts_of_no_token_are_no_call() -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
-def test_a_kernel_that_refuses_gives_its_reason() -> None:
+def test_a_kernel_that_refuses_gives_its_reason(tmp_path: Path) -> None:
+    """For CUDA, where another choice than the library is left, also that."""
     x, weight, bias, _ = conv_arguments()
-    with pytest.raises(
-        EngineError,
-        match=r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps.*NEMOQUANT_KERNELS=none lets torch "
-        r"compute",
-    ):
-        causal_conv1d(x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
+    given = (x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
+    reason = r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps \(error 1\)"
+    with pytest.raises(EngineError, match=f"{reason}$"):
+        causal_conv1d(*given)
+    cuda = tmp_path / library.KERNELS
+    shutil.copy(host_folder() / HOST, cuda)
+    library.use(cuda, "cpu")
+    with pytest.raises(EngineError, match=f"{reason}; NEMOQUANT_KERNELS=none lets torch compute$"):
+        causal_conv1d(*given)
 
 
 # The choice of the library.
@@ -621,9 +625,7 @@ def test_which_library_serves_cuda(
     ],
 )
 def test_what_a_library_runs_on(built: tuple[str, ...], device: tuple[int, int], runs: bool) -> None:
-    kernels = Kernels.__new__(Kernels)
-    kernels.architectures = built
-    assert kernels.runs_on(*device) == runs
+    assert (library.other_device(built, device) is None) == runs
 
 
 @pytest.mark.parametrize("op", ["causal_conv1d", "mamba2_scan"])
