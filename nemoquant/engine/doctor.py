@@ -9,9 +9,9 @@ from nemoquant.engine import TARGETS
 from nemoquant.engine.targets import Gpu, find_gpu, plugin_library
 from nemoquant.errors import BuildError, UsageError
 from nemoquant.machine import usable_threads
-from nemoquant.ops.build import default_folder, missing
+from nemoquant.ops.build import ARCHITECTURES, default_folder, missing
 from nemoquant.ops.built import Built, read_built
-from nemoquant.ops.library import KERNELS, VARIABLE, not_by_default
+from nemoquant.ops.library import KERNELS, VARIABLE, not_by_default, other_device
 from nemoquant.ops.sources import sources_hash
 
 NO_GPU = "no CUDA device is usable here"
@@ -69,17 +69,22 @@ def plugins(found: Gpu | None) -> Finding:
         )
     if found is None:
         return Finding("plugins", not lacking, False, f"{what}; {NO_GPU}")
-    return Finding("plugins", not lacking, True, what + _for_torch(found, built))
+    capability = (found.sm // 10, found.sm % 10)
+    if why := other_device(built.architectures, capability):
+        if other_device(ARCHITECTURES, capability):
+            how = "nor is what `nemoquant plugins build` makes by default"
+        return Finding("plugins", not lacking, False, f"{default_folder()} {why}; {how}")
+    return Finding("plugins", not lacking, True, what + _for_torch(capability, built))
 
 
-def _for_torch(found: Gpu, built: Built) -> str:
+def _for_torch(capability: tuple[int, int], built: Built) -> str:
     """Which kernels torch's operators take on this GPU, as the end of a sentence; empty if all."""
     named = os.environ.get(VARIABLE)
     if named:
         return f"; torch: {VARIABLE}={named}"
     if KERNELS not in built.libraries:
         return ""
-    rest = not_by_default(default_folder() / KERNELS, (found.sm // 10, found.sm % 10))
+    rest = not_by_default(default_folder() / KERNELS, capability)
     return f"; torch: {rest}" if rest else ""
 
 

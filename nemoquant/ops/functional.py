@@ -32,40 +32,77 @@ def dtype_number(dtype: torch.dtype) -> int:
     return DTYPES[name]
 
 
-def expect_shapes(op: str, sizes: dict[str, int], **given: tuple[Tensor | None, str]) -> None:
-    """Check the shapes of an operator's tensors.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32, INT64, INT32 = (torch.float32,), (torch.int64,), (torch.int32,)
+BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
+
+MAY_BE_ZERO = "BLT"
+"""Batch, length and tokens: where one is 0 there is nothing to compute, and no kernel is called."""
+
+
+def expect(
+    op: str, x: Tensor, given: dict[str, tuple[Tensor | None, str, Sequence[torch.dtype]]]
+) -> dict[str, int]:
+    """Check devices, dtypes and shapes of an operator's tensors.
+
+    A kernel takes addresses: one of another device's memory ends the process's CUDA context. The operator and
+    its fake kernel both check, so that what torch exports also runs; a call with a tensor on "meta" goes to
+    the fake kernel alone.
 
     Args:
         op: name of the operator, for the message.
-        sizes: size of each dimension, by its letter.
-        given: tensors with the letters of their dimensions, "B L C"; a digit after a letter is subtracted
-            ("K1" is K - 1). None instead of a tensor is not checked.
+        x: the tensor whose device is expected of all.
+        given: by name: the tensor, or None, which is not checked; the letters of its dimensions, "B L C",
+            "C K-1" or "I/16", a letter alone before it is reckoned with, or 1; the dtypes it may have.
+    Returns:
+        The size of each letter, that of the first tensor with it.
     Raises:
-        ValueError: a rank or a dimension differs; names the tensor, its shape and what was expected.
+        ValueError: one does not fit; names the tensor, what it is and what was expected.
     """
-    for name, (tensor, letters) in given.items():
+    sizes: dict[str, int] = {"1": 1}
+    device = x.device
+    for name, (tensor, letters, dtypes) in given.items():
         if tensor is None:
             continue
-        expected = tuple(sizes[word[0]] - int(word[1:] or 0) for word in letters.split())
-        if tensor.shape != expected:
-            raise ValueError(f"{op}: {name} is {list(tensor.shape)}; expected {list(expected)} ({letters})")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {device}; expected one device")
+        if tensor.dtype not in dtypes:
+            beside = "" if tensor is x else f", x {x.dtype}"
+            raise ValueError(f"{op}: {name} is {tensor.dtype}{beside}; expected {one_of(dtypes)}")
+        shape, words = tensor.shape, letters.split()
+        if len(shape) != len(words):
+            raise ValueError(f"{op}: {name} is {list(shape)}; expected [{', '.join(words)}]")
+        expected = []
+        for word, got in zip(words, shape, strict=True):
+            letter, change = word[0], word[1:]
+            if letter not in sizes:
+                if letter not in MAY_BE_ZERO and got < 1:
+                    raise ValueError(f"{op}: {name} is {list(shape)} ({letters}); expected {letter} >= 1")
+                sizes[letter] = got
+            size = sizes[letter]
+            if change:
+                number = int(change[1:])
+                size = size - number if change[0] == "-" else size // number
+            expected.append(size)
+        if shape != tuple(expected):
+            raise ValueError(f"{op}: {name} is {list(shape)}; expected {expected} ({letters})")
+    return sizes
 
 
-def expect_device(op: str, x: Tensor, **given: Tensor | Sequence[Tensor] | None) -> None:
-    """Check that an operator's tensors are where ``x`` is.
+def expect_y(op: str, y_dtype: torch.dtype | None, dtypes: Sequence[torch.dtype]) -> None:
+    """Check the dtype that the result is to have; None is the default.
 
-    A kernel takes addresses: one of another device's memory ends the process's CUDA context. The fake kernels
-    check too, because torch sends a call with a tensor on "meta" there.
-
-    Args:
-        given: tensors, or lists of them, by name; None is not checked.
     Raises:
-        ValueError: one is on another device; names the tensor and both devices.
+        ValueError: it is none of ``dtypes``.
     """
-    for name, value in given.items():
-        for tensor in [value] if isinstance(value, Tensor) else value or ():
-            if tensor.device != x.device:
-                raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move {name} to x's")
+    if y_dtype is not None and y_dtype not in dtypes:
+        raise ValueError(f"{op}: y_dtype is {y_dtype}; expected {one_of(dtypes)}")
+
+
+def one_of(dtypes: Sequence[torch.dtype]) -> str:
+    """Dtypes as the end of a message."""
+    names = ", ".join(dict.fromkeys(map(str, dtypes)))
+    return f"one of {names}" if "," in names else names
 
 
 def laid_out(t: Tensor) -> Tensor:
@@ -110,6 +147,23 @@ def call(op: str, device: torch.device, **arguments: Any) -> None:
         library.call(op, stream=torch.cuda.current_stream(device).cuda_stream if on_cuda else None, **plain)
 
 
+def check_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state_in: Tensor, y_dtype: torch.dtype | None
+) -> dict[str, int]:
+    """The checks of :func:`causal_conv1d` and its fake kernel; as :func:`expect`."""
+    expect_y("causal_conv1d", y_dtype, (torch.float32, x.dtype))
+    return expect(
+        "causal_conv1d",
+        x,
+        {
+            "x": (x, "B L C", FLOATS),
+            "weight": (weight, "C K", FLOAT32),
+            "bias": (bias, "C", FLOAT32),
+            "state_in": (state_in, "B C K-1", (x.dtype,)),
+        },
+    )
+
+
 @torch.library.custom_op("nemoquant::causal_conv1d", mutates_args=(), device_types=DEVICES)
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, state_in: Tensor, y_dtype: torch.dtype | None = None
@@ -124,35 +178,23 @@ def causal_conv1d(
         state_in: [batch, channels, kernel - 1] in the dtype of ``x``: the inputs before it, oldest first.
         y_dtype: float32 (default) or the dtype of ``x``.
     Returns:
-        y [batch, length, channels] and the last ``kernel - 1`` inputs like ``state_in``.
+        y [batch, length, channels] and the last ``kernel - 1`` inputs like ``state_in``; a batch or length of
+        0 gives an empty y, and a copy of ``state_in``.
     Raises:
         ValueError: shapes or dtypes that do not match, or tensors on different devices.
         BuildError: no library for the device.
         EngineError: the kernel returned an error.
     """
-    expect_device("causal_conv1d", x, weight=weight, bias=bias, state_in=state_in)
-    batch, length, channels = x.shape
-    kernel = weight.shape[-1]
-    sizes = {"B": batch, "L": length, "C": channels, "K": kernel}
-    expect_shapes(
-        "causal_conv1d", sizes, weight=(weight, "C K"), bias=(bias, "C"), state_in=(state_in, "B C K1")
-    )
-    if (
-        weight.dtype != torch.float32
-        or (bias is not None and bias.dtype != torch.float32)
-        or state_in.dtype != x.dtype
-    ):
-        raise ValueError(
-            f"causal_conv1d: weight is {weight.dtype}, bias {bias.dtype if bias is not None else None}, "
-            f"state_in {state_in.dtype}; "
-            f"expected float32 weight and bias, and a state like x, {x.dtype}"
-        )
+    sizes = check_conv(x, weight, bias, state_in, y_dtype)
+    batch, length, channels, kernel = (sizes[letter] for letter in "BLCK")
+    y = torch.empty(batch, length, channels, dtype=y_dtype or torch.float32, device=x.device)
+    state_out = torch.empty(state_in.shape, dtype=x.dtype, device=x.device)
+    if not batch or not length:
+        return y, state_out.copy_(state_in)
     stride = x.stride(1) if length > 1 else max(x.stride(0), channels)
     rows_fit = x.stride(2) == 1 and stride >= channels and (batch == 1 or x.stride(0) == length * stride)
     if not rows_fit:
         x, stride = x.contiguous(), channels
-    y = torch.empty(batch, length, channels, dtype=y_dtype or torch.float32, device=x.device)
-    state_out = torch.empty(state_in.shape, dtype=x.dtype, device=x.device)
     call(
         "causal_conv1d",
         x.device,
@@ -177,11 +219,56 @@ def causal_conv1d(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, state_in: Tensor, y_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    expect_device("causal_conv1d", x, weight=weight, bias=bias, state_in=state_in)
+    check_conv(x, weight, bias, state_in, y_dtype)
     return x.new_empty(x.shape, dtype=y_dtype or torch.float32), x.new_empty(state_in.shape)
 
 
 ROUNDINGS = {"nearest": 0, "stochastic": 1}  # enum nemoquant_rounding
+
+
+def check_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    *,
+    dt_bias: Tensor | None,
+    state_in: Tensor,
+    seed: Tensor | None,
+    rounding: str,
+    y_dtype: torch.dtype | None,
+) -> dict[str, int]:
+    """The checks of :func:`mamba2_scan` and its fake kernel; as :func:`expect`."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"mamba2_scan: rounding is {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
+    stochastic = rounding == "stochastic"
+    if (seed is not None) != stochastic:
+        raise ValueError(
+            f"mamba2_scan: seed is {'given' if seed is not None else None}, rounding {rounding!r}; expected "
+            f"int64 [1] with 'stochastic', None with 'nearest'"
+        )
+    if stochastic and state_in.dtype != torch.float16:
+        raise ValueError(
+            f"mamba2_scan: state_in is {state_in.dtype}, rounding 'stochastic'; expected torch.float16"
+        )
+    expect_y("mamba2_scan", y_dtype, FLOATS)
+    return expect(
+        "mamba2_scan",
+        x,
+        {
+            "x": (x, "B L H P", FLOATS),
+            "dt": (dt, "B L H", FLOATS),
+            "A": (A, "H", FLOAT32),
+            "B": (B, "B L G N", (x.dtype,)),
+            "C": (C, "B L G N", (x.dtype,)),
+            "D": (D, "H", FLOAT32),
+            "dt_bias": (dt_bias, "H", FLOAT32),
+            "state_in": (state_in, "B H P N", FLOATS),
+            "seed": (seed, "1", INT64),
+        },
+    )
 
 
 @torch.library.custom_op("nemoquant::mamba2_scan", mutates_args=(), device_types=DEVICES)
@@ -216,46 +303,23 @@ def mamba2_scan(
         dt_min, dt_max: bounds of dt after softplus; None: no upper bound.
         y_dtype: float32 (default), float16 or bfloat16.
     Returns:
-        y [batch, length, heads, head_dim], and the state after the last position like ``state_in``.
+        y [batch, length, heads, head_dim], and the state after the last position like ``state_in``; a batch
+        or length of 0 gives an empty y, and a copy of ``state_in``.
     Raises:
         ValueError: shapes or dtypes that do not match, or tensors on different devices.
         BuildError: no library for the device.
         EngineError: the kernel returned an error.
     """
-    expect_device("mamba2_scan", x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, state_in=state_in, seed=seed)
-    batch, length, heads, width = x.shape
-    groups, size = B.shape[2:]
-    sizes = {"B": batch, "L": length, "H": heads, "P": width, "G": groups, "N": size}
-    expect_shapes(
-        "mamba2_scan",
-        sizes,
-        dt=(dt, "B L H"),
-        A=(A, "H"),
-        B=(B, "B L G N"),
-        C=(C, "B L G N"),
-        D=(D, "H"),
-        dt_bias=(dt_bias, "H"),
-        state_in=(state_in, "B H P N"),
+    sizes = check_scan(
+        x, dt, A, B, C, D, dt_bias=dt_bias, state_in=state_in, seed=seed, rounding=rounding, y_dtype=y_dtype
     )
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"mamba2_scan: rounding is {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
-    given = None if seed is None else (seed.dtype, tuple(seed.shape))
-    if given != ((torch.int64, (1,)) if rounding == "stochastic" else None):
-        got = None if seed is None else f"{seed.dtype} {list(seed.shape)}"
-        raise ValueError(
-            f"mamba2_scan: seed is {got}, rounding {rounding!r}; expected int64 [1] with 'stochastic', None "
-            f"with 'nearest'"
-        )
-    floats = [t.dtype for t in (A, D, dt_bias) if t is not None]
-    if {B.dtype, C.dtype} != {x.dtype} or set(floats) != {torch.float32}:
-        raise ValueError(
-            f"mamba2_scan: x is {x.dtype}, B {B.dtype}, C {C.dtype}, A, D and dt_bias {floats}; expected B "
-            f"and C like x, the rest float32"
-        )
-    x, B, C = (with_contiguous_positions(t) for t in (x, B, C))
-    dt = dt if dt.stride(2) == 1 or heads == 1 else dt.contiguous()
+    batch, length, heads, width, groups, size = (sizes[letter] for letter in "BLHPGN")
     y = torch.empty(x.shape, dtype=y_dtype or torch.float32, device=x.device)
     state_out = torch.empty(state_in.shape, dtype=state_in.dtype, device=x.device)
+    if not batch or not length:
+        return y, state_out.copy_(state_in)
+    x, B, C = (with_contiguous_positions(t) for t in (x, B, C))
+    dt = dt if dt.stride(2) == 1 or heads == 1 else dt.contiguous()
     arguments: dict[str, Any] = {
         "x": x,
         "b": B,
@@ -317,12 +381,14 @@ def _(
     seed: Tensor | None = None,
     dt_min: float = 0.0,  # noqa: ARG001
     dt_max: float | None = None,  # noqa: ARG001
-    rounding: str = "nearest",  # noqa: ARG001
+    rounding: str = "nearest",
     philox_rounds: int = 5,  # noqa: ARG001
     step: int = 0,  # noqa: ARG001
     y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    expect_device("mamba2_scan", x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, state_in=state_in, seed=seed)
+    check_scan(
+        x, dt, A, B, C, D, dt_bias=dt_bias, state_in=state_in, seed=seed, rounding=rounding, y_dtype=y_dtype
+    )
     return x.new_empty(x.shape, dtype=y_dtype or torch.float32), state_in.new_empty(state_in.shape)
 
 
@@ -337,6 +403,53 @@ EXPERT_FORMATS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 EXPERT_PRODUCTS = {"auto": 0, "decoded": 1, "native": 2, "grouped": 3}
 """``enum nemoquant_experts_products``."""
+
+
+def check_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: list[Tensor],
+    down: list[Tensor],
+    *,
+    format: str,
+    activation: str,
+    products: str,
+    skipped: Tensor | None,
+) -> dict[str, int]:
+    """The checks of :func:`routed_experts` and its fake kernel; as :func:`expect`."""
+    if format not in EXPERT_FORMATS or activation != "relu2":
+        raise ValueError(
+            f"routed_experts: format is {format!r}, activation {activation!r}; expected one of "
+            f"{', '.join(EXPERT_FORMATS)}, and relu2"
+        )
+    if products not in EXPERT_PRODUCTS:
+        raise ValueError(
+            f"routed_experts: products is {products!r}; expected one of {', '.join(EXPERT_PRODUCTS)}"
+        )
+    names = EXPERT_FORMATS[format][1]
+    if {len(up), len(down)} != {len(names)}:
+        raise ValueError(
+            f"routed_experts: up has {len(up)} parts, down {len(down)}; {format} has {', '.join(names)}"
+        )
+    given: dict[str, tuple[Tensor | None, str, Sequence[torch.dtype]]] = {
+        "x": (x, "T I", FLOATS),
+        "expert_ids": (expert_ids, "T k", INT64),
+        "expert_weights": (expert_weights, "T k", FLOAT32),
+        "skipped": (skipped, "1", INT32),
+    }
+    two_a_byte = "/2" if "block_scales" in names else ""
+    for projection, parts, out, into in (("up", up, "M", "I"), ("down", down, "I", "M")):
+        kinds: dict[str, tuple[str, Sequence[torch.dtype]]] = {
+            "weight": (f"E {out} {into}", (torch.bfloat16,)),
+            "codes": (f"E {out} {into}{two_a_byte}", BYTES),
+            "block_scales": (f"E {out} {into}/16", BYTES),
+            "global_scale": ("E", FLOAT32),
+            "input_scale": ("E", FLOAT32),
+        }
+        for name, tensor in zip(names, parts, strict=True):
+            given[f"{projection}'s {name}"] = (tensor, *kinds[name])
+    return expect("routed_experts", x, given)
 
 
 @torch.library.custom_op("nemoquant::routed_experts", mutates_args=("skipped",), device_types=DEVICES)
@@ -361,7 +474,8 @@ def routed_experts(
         expert_weights: [tokens, k] float32.
         up, down: the parts of all experts' weights [experts, width, input] and [experts, input, width], in
             the order of ``EXPERT_FORMATS[format]``: bfloat16 ``weight``; or ``codes`` (one byte each, or two
-            E2M1 a byte), ``block_scales`` (E4M3 bytes [experts, out, in / 16]), ``global_scale`` and
+            E2M1 a byte; uint8, int8 or float8_e4m3fn), ``block_scales`` (E4M3 bytes, as those
+            [experts, out, in / 16]), ``global_scale`` and
             ``input_scale`` (float32 [experts]).
         format: bf16, w8a16, fp8, w4a16 or nvfp4.
         products: how they are multiplied; "auto" is "decoded", until a GPU has shown the others to be right:
@@ -370,95 +484,52 @@ def routed_experts(
         skipped: int32 [1] or None; the number of ids that are no expert's index is added to it, on the device
             and without waiting for it.
     Returns:
-        [tokens, input] like ``x``; sums are float32.
+        [tokens, input] like ``x``; sums are float32. Empty without tokens.
     Raises:
         ValueError: shapes or dtypes that do not match, tensors on different devices, or an unknown name.
         BuildError: no library for the device.
         EngineError: the kernel returned an error, for example if it lacks these ``products`` on this device.
     """
-    expect_device(
-        "routed_experts",
+    sizes = check_experts(
         x,
-        expert_ids=expert_ids,
-        expert_weights=expert_weights,
-        up=up,
-        down=down,
+        expert_ids,
+        expert_weights,
+        up,
+        down,
+        format=format,
+        activation=activation,
+        products=products,
         skipped=skipped,
     )
-    if format not in EXPERT_FORMATS or activation != "relu2":
-        raise ValueError(
-            f"routed_experts: format is {format!r}, activation {activation!r}; expected one of "
-            f"{', '.join(EXPERT_FORMATS)}, and relu2"
-        )
-    if products not in EXPERT_PRODUCTS:
-        raise ValueError(
-            f"routed_experts: products is {products!r}; expected one of {', '.join(EXPERT_PRODUCTS)}"
-        )
-    number, names = EXPERT_FORMATS[format]
-    tokens, size = x.shape
-    chosen = expert_ids.shape[-1]
-    given = {"up": dict(zip(names, up, strict=False)), "down": dict(zip(names, down, strict=False))}
-    if {len(up), len(down)} != {len(names)}:
-        raise ValueError(
-            f"routed_experts: up has {len(up)} parts, down {len(down)}; {format} has {', '.join(names)}"
-        )
-    experts, width = up[0].shape[:2]
-    packed = 2 if "block_scales" in names else 1
-    sizes = {"T": tokens, "k": chosen, "E": experts, "I": size, "M": width}
-    expect_shapes(
-        "routed_experts", sizes, expert_ids=(expert_ids, "T k"), expert_weights=(expert_weights, "T k")
-    )
-    if expert_ids.dtype != torch.int64 or expert_weights.dtype != torch.float32:
-        raise ValueError(
-            f"routed_experts: expert_ids is {expert_ids.dtype}, expert_weights {expert_weights.dtype}; "
-            f"expected int64 and float32"
-        )
-    if skipped is not None and (skipped.dtype, skipped.shape) != (torch.int32, (1,)):
-        raise ValueError(
-            f"routed_experts: skipped is {skipped.dtype} {list(skipped.shape)}; expected int32 [1]"
-        )
-    arguments: dict[str, Tensor] = {}
-    for projection, parts in given.items():
-        out, into = (width, size) if projection == "up" else (size, width)
-        shapes = {
-            "weight": (experts, out, into),
-            "codes": (experts, out, into // packed),
-            "block_scales": (experts, out, into // 16),
-            "global_scale": (experts,),
-            "input_scale": (experts,),
-        }
-        for name, tensor in parts.items():
-            label = f"routed_experts: {projection}'s {name} is {tensor.dtype} {list(tensor.shape)}"
-            wanted = {"weight": "bfloat16", "codes": "bytes", "block_scales": "bytes"}.get(name, "float32")
-            right = (
-                tensor.dtype.itemsize == 1 if wanted == "bytes" else str(tensor.dtype) == f"torch.{wanted}"
-            )
-            if tensor.shape != shapes[name] or not right:
-                raise ValueError(f"{label}; expected {wanted} {list(shapes[name])}")
-            arguments[projection if name in ("weight", "codes") else f"{projection}_{name}"] = laid_out(
-                tensor
-            )
+    tokens, chosen, experts, size, width = (sizes[letter] for letter in "TkEIM")
     y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
-    if tokens:
-        call(
-            "routed_experts",
-            x.device,
-            x=laid_out(x),
-            expert_ids=laid_out(expert_ids),
-            expert_weights=laid_out(expert_weights),
-            y=y,
-            tokens=tokens,
-            chosen=chosen,
-            experts=experts,
-            input=size,
-            width=width,
-            dtype=dtype_number(x.dtype),
-            format=number,
-            activation=0,
-            products=EXPERT_PRODUCTS[products],
-            skipped=skipped,
-            **arguments,
-        )
+    if not tokens:
+        return y
+    number, names = EXPERT_FORMATS[format]
+    arguments = {
+        projection if name in ("weight", "codes") else f"{projection}_{name}": laid_out(tensor)
+        for projection, parts in (("up", up), ("down", down))
+        for name, tensor in zip(names, parts, strict=True)
+    }
+    call(
+        "routed_experts",
+        x.device,
+        x=laid_out(x),
+        expert_ids=laid_out(expert_ids),
+        expert_weights=laid_out(expert_weights),
+        y=y,
+        tokens=tokens,
+        chosen=chosen,
+        experts=experts,
+        input=size,
+        width=width,
+        dtype=dtype_number(x.dtype),
+        format=number,
+        activation=0,
+        products=EXPERT_PRODUCTS[products],
+        skipped=skipped,
+        **arguments,
+    )
     return y
 
 
@@ -469,18 +540,20 @@ def _(
     expert_weights: Tensor,
     up: list[Tensor],
     down: list[Tensor],
-    format: str,  # noqa: ARG001
-    activation: str = "relu2",  # noqa: ARG001
-    products: str = "auto",  # noqa: ARG001
+    format: str,
+    activation: str = "relu2",
+    products: str = "auto",
     skipped: Tensor | None = None,
 ) -> Tensor:
-    expect_device(
-        "routed_experts",
+    check_experts(
         x,
-        expert_ids=expert_ids,
-        expert_weights=expert_weights,
-        up=up,
-        down=down,
+        expert_ids,
+        expert_weights,
+        up,
+        down,
+        format=format,
+        activation=activation,
+        products=products,
         skipped=skipped,
     )
     return x.new_empty(x.shape)

@@ -33,6 +33,17 @@ def covers(architecture: str, major: int, minor: int) -> bool:
     return built[0] == major and built[1] <= minor
 
 
+def other_device(architectures: tuple[str, ...], capability: tuple[int, int]) -> str | None:
+    """Says that a library was not built for a device, and for what it was, as the end of a sentence.
+
+    None if it runs there, or if what it was built for is unknown: no ``architectures``.
+    """
+    if not architectures or any(covers(name, *capability) for name in architectures):
+        return None
+    names = ", ".join(f"sm_{a}" for a in architectures)
+    return f"was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
+
+
 class Kernels:
     """A loaded library.
 
@@ -56,7 +67,8 @@ class Kernels:
             raise BuildError(
                 f"{self.path} is not there; expected a library made by `nemoquant plugins build`"
             )
-        built = read_built(self.path.parent, host="host" in self.path.name)
+        self._host = "host" in self.path.name
+        built = read_built(self.path.parent, host=self._host)
         if built and built.sources != sources_hash():
             raise BuildError(
                 f"{self.path} was built from other sources than this version of nemoquant has; build it "
@@ -79,10 +91,6 @@ class Kernels:
             self._library, f"nemoquant_{op}"
         )
 
-    def runs_on(self, major: int, minor: int) -> bool:
-        """Whether it was built for a device of that compute capability; True if that is unknown."""
-        return not self.architectures or any(covers(name, major, minor) for name in self.architectures)
-
     def workspace(self, op: str, **arguments: Any) -> int:
         """Bytes of workspace that a call needs."""
         function = getattr(self._library, f"nemoquant_{op}_workspace")
@@ -104,9 +112,9 @@ class Kernels:
         )
         if code:
             reason = self._last_error().decode(errors="replace")
-            raise EngineError(
-                f"{self.path.name}: {reason} (error {code}); {VARIABLE}=none lets torch compute"
-            )
+            # the variable chooses CUDA's library alone
+            instead = "" if self._host else f"; {VARIABLE}=none lets torch compute"
+            raise EngineError(f"{self.path.name}: {reason} (error {code}){instead}")
 
 
 _used: dict[str, Kernels | None] = {}  # by device type; "cpu" only after `use`
@@ -152,8 +160,8 @@ def _find() -> Kernels | None:
         return None
     if named:
         library = load(Path(named))
-        if why := _other_device(library, _capability()):
-            raise BuildError(f"{why}; build it again: nemoquant plugins build")
+        if why := other_device(library.architectures, _capability()):
+            raise BuildError(f"{library.path} {why}; build it again: nemoquant plugins build")
         _report(str(library.path))
         return library
     try:
@@ -167,8 +175,8 @@ def _find() -> Kernels | None:
     except (BuildError, OSError) as error:  # of another version, or no place; the user did not name it
         _report(f"torch computes: {error}")
         return None
-    if why := _other_device(library, capability):
-        _report(f"torch computes: {why}")
+    if why := other_device(library.architectures, capability):
+        _report(f"torch computes: {path} {why}")
         return None
     used = ", ".join(sorted(proven))
     rest = not_by_default(path, capability)
@@ -192,14 +200,6 @@ def _capability() -> tuple[int, int]:
     import torch
 
     return torch.cuda.get_device_capability()
-
-
-def _other_device(library: Kernels, capability: tuple[int, int]) -> str | None:
-    """A sentence where the library was not built for a device of that capability."""
-    if library.runs_on(*capability):
-        return None
-    names = ", ".join(f"sm_{a}" for a in library.architectures)
-    return f"{library.path} was built for {names}, not for this device, SM {capability[0]}{capability[1]}"
 
 
 def _report(text: str) -> None:

@@ -57,3 +57,21 @@ def test_the_plugins_say_which_kernels_torch_takes(monkeypatch: pytest.MonkeyPat
     rows = tuple(proven.Proof(op, (9, 0), "made") for op in proven.OPERATORS)
     monkeypatch.setattr(proven, "PROVEN", rows)
     assert doctor.plugins(Gpu("a stand-in", 90)).why.endswith("for sm_90a")
+
+
+def test_plugins_for_another_device_do_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the library says itself when it is named; naming it is no way out."""
+    built = Built("0", sources_hash(), False, ("120f",), (), None, {"libnemoquant_kernels.so": ""})
+    monkeypatch.setattr(doctor, "missing", lambda: None)
+    monkeypatch.setattr(doctor, "read_built", lambda folder: built)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = doctor.plugins(Gpu("a stand-in", 90))
+    assert (found.builds, found.runs) == (True, False)
+    assert found.why == (
+        f"{tmp_path}/nemoquant/plugins was built for sm_120f, not for this device, SM 90; "
+        "`nemoquant plugins build` makes them"
+    )
+    assert doctor.plugins(Gpu("a stand-in", 75)).why.endswith(
+        "not for this device, SM 75; nor is what `nemoquant plugins build` makes by default"
+    )
+    assert doctor.plugins(Gpu("a stand-in", 121)).runs

@@ -5,6 +5,7 @@ Schemas and fake kernels are checked by torch itself, values against the referen
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pytest
 import torch
 from support.norms import relative_error as error
 from support.plugin_build import host_folder, needs_compiler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemoquant.errors import BuildError, EngineError
 from nemoquant.graph.spec import spec
@@ -270,17 +272,20 @@ def test_views_are_not_copied_and_odd_strides_are() -> None:
     [
         (
             {"weight": torch.zeros(12, 3)},
-            r"causal_conv1d: state_in is \[2, 12, 3\]; expected \[2, 12, 2\] \(B C K1\)",
+            r"causal_conv1d: state_in is \[2, 12, 3\]; expected \[2, 12, 2\] \(B C K-1\)",
         ),
         ({"bias": torch.zeros(3)}, r"causal_conv1d: bias is \[3\]; expected \[12\] \(C\)"),
-        ({"weight": torch.zeros(12, 4).half()}, r"weight is torch.float16, .*expected float32 weight"),
+        (
+            {"weight": torch.zeros(12, 4).half()},
+            r"weight is torch.float16, x torch.float32; expected torch.float32$",
+        ),
         (
             {"state_in": torch.zeros(2, 12, 3).half()},
-            r"state_in torch.float16; expected .* like x, torch.float32",
+            r"state_in is torch.float16, x torch.float32; expected torch.float32$",
         ),
         (
             {"x": torch.zeros(2, 5, 12).double(), "state_in": torch.zeros(2, 12, 3).double()},
-            r"no kernel knows torch.float64",
+            r"conv1d: x is torch.float64; expected one of torch.float32, torch.float16, torch.bfloat16$",
         ),
     ],
 )
@@ -302,10 +307,10 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
             r"nvfp4",
         ),
         ({"activation": "silu"}, r"activation 'silu'; expected .* relu2"),
-        ({"skipped": torch.zeros(1)}, r"skipped is torch.float32 \[1\]; expected int32 \[1\]"),
+        ({"skipped": torch.zeros(1)}, r"skipped is torch.float32, x .*; expected torch.int32"),
         (
             {"skipped": torch.zeros(2, dtype=torch.int32)},
-            r"skipped is torch.int32 \[2\]; expected int32 \[1\]",
+            r"skipped is \[2\]; expected \[1\] \(1\)",
         ),
         ({"products": "fast"}, r"products is 'fast'; expected one of auto, decoded, native, grouped"),
         ({"format": "w8a16"}, r"routed_experts: up has 1 parts, down 1; w8a16 has codes, global_scale"),
@@ -313,21 +318,24 @@ def test_tensors_that_do_not_go_together(change: dict[str, Any], says: str) -> N
         ({"expert_ids": torch.zeros(4, 2, dtype=torch.int64)}, r"expert_ids is \[4, 2\]; expected \[5, 2\]"),
         (
             {"expert_ids": torch.zeros(5, 2, dtype=torch.int32)},
-            r"expert_ids is torch.int32, .*; expected int64 and float32",
+            r"expert_ids is torch.int32, x torch.float32; expected torch.int64$",
         ),
         (
             {"expert_weights": torch.zeros(5, 2).half()},
-            r"expert_weights torch.float16; expected int64 and float32",
+            r"expert_weights is torch.float16, x torch.float32; expected torch.float32$",
         ),
         (
             {"down": [torch.zeros(4, 32, 32).bfloat16()]},
-            r"down's weight is torch.bfloat16 \[4, 32, 32\]; expected bfloat16 \[4, 32, 64\]",
+            r"down's weight is \[4, 32, 32\]; expected \[4, 32, 64\] \(E I M\)",
         ),
         (
             {"up": [torch.zeros(4, 64, 32)]},
-            r"up's weight is torch.float32 \[4, 64, 32\]; expected bfloat16 \[4, 64, 32\]",
+            r"up's weight is torch.float32, x torch.float32; expected torch.bfloat16$",
         ),
-        ({"x": torch.zeros(5, 32).double()}, r"no kernel knows torch.float64"),
+        (
+            {"x": torch.zeros(5, 32).double()},
+            r"x is torch.float64; expected one of torch.float32, .*bfloat16$",
+        ),
     ],
 )
 @pytest.mark.usefixtures("host")
@@ -345,8 +353,13 @@ OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mamba2_scan": (
         mamba2_scan,
         dict(
-            zip(("x", "dt", "A", "B", "C", "D", "dt_bias", "state_in"), scan_arguments(), strict=True),
+            zip(
+                ("x", "dt", "A", "B", "C", "D", "dt_bias", "state_in"),
+                scan_arguments(state=torch.float16),
+                strict=True,
+            ),
             seed=torch.tensor([7]),
+            rounding="stochastic",
         ),
     ),
     "routed_experts": (
@@ -362,7 +375,12 @@ OPERATORS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("op", "name"),
-    [(op, name) for op, (_, given) in OPERATORS.items() for name in given if name not in ("x", "format")],
+    [
+        (op, name)
+        for op, (_, given) in OPERATORS.items()
+        for name, value in given.items()
+        if name != "x" and not isinstance(value, str)
+    ],
 )
 def test_a_tensor_on_another_device_is_refused(op: str, name: str) -> None:
     """ "meta" stands in for it: no kernel may get its address. Of a list, one is enough.
@@ -373,26 +391,153 @@ def test_a_tensor_on_another_device_is_refused(op: str, name: str) -> None:
     value = given[name]
     away = [*value[:-1], value[-1].to("meta")] if isinstance(value, list) else value.to("meta")
     for function in (operator, operator._init_fn):
-        with pytest.raises(ValueError, match=f"^{op}: {name} is on meta, x on cpu; move {name} to x's$"):
+        with pytest.raises(
+            ValueError, match=f"^{op}: {name}('s .*)? is on meta, x on cpu; expected one device$"
+        ):
             function(**given | {name: away})
 
 
-@pytest.mark.parametrize(
-    ("seed", "rounding", "got"),
-    [
-        (torch.tensor([7], dtype=torch.int32), "stochastic", r"torch.int32 \[1\]"),
-        (torch.tensor([7.0]), "stochastic", r"torch.float32 \[1\]"),
-        (torch.tensor([7, 8]), "stochastic", r"torch.int64 \[2\]"),
-        (torch.tensor(7), "stochastic", r"torch.int64 \[\]"),
-        (None, "stochastic", "None"),
-        (torch.tensor([7]), "nearest", r"torch.int64 \[1\]"),
-    ],
-)
-def test_a_seed_that_would_be_misread_or_not_read(seed: torch.Tensor | None, rounding: str, got: str) -> None:
+def scan_with(**changes: Any) -> dict[str, Any]:
+    """A change of the scan's arguments that makes it round to the nearest."""
+    return {"seed": None, "rounding": "nearest"} | changes
+
+
+CODES, BLOCKS, GLOBAL = (OPERATORS["routed_experts"][1]["up"][i] for i in range(3))
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    # ranks
+    ("causal_conv1d", {"x": torch.zeros(5, 12)}, "x is [5, 12]; expected [B, L, C]"),
+    ("causal_conv1d", {"weight": torch.tensor(1.0)}, "weight is []; expected [C, K]"),
+    ("mamba2_scan", {"x": torch.zeros(5, 4)}, "x is [5, 4]; expected [B, L, H, P]"),
+    ("mamba2_scan", {"B": torch.zeros(2, 5, 16)}, "B is [2, 5, 16]; expected [B, L, G, N]"),
+    ("mamba2_scan", {"seed": torch.tensor(7)}, "seed is []; expected [1]"),
+    ("routed_experts", {"x": torch.zeros(32)}, "x is [32]; expected [T, I]"),
+    ("routed_experts", {"expert_ids": torch.tensor(1)}, "expert_ids is []; expected [T, k]"),
+    ("routed_experts", {"up": [CODES[0, 0], BLOCKS, GLOBAL]}, "up's codes is [16]; expected [E, M, I/2]"),
+    # shapes
+    ("mamba2_scan", {"dt": torch.zeros(2, 5, 3)}, "dt is [2, 5, 3]; expected [2, 5, 4] (B L H)"),
+    ("mamba2_scan", {"seed": torch.tensor([7, 8])}, "seed is [2]; expected [1] (1)"),
+    (
+        "routed_experts",
+        {"up": [CODES, BLOCKS[:, :, :1], GLOBAL]},
+        "up's block_scales is [4, 64, 1]; expected [4, 64, 2] (E M I/16)",
+    ),
+    # dtypes
+    ("causal_conv1d", {"y_dtype": torch.int32}, "y_dtype is torch.int32; expected torch.float32"),
+    (
+        "mamba2_scan",
+        {"y_dtype": torch.int32},
+        "y_dtype is torch.int32; expected one of torch.float32, torch.float16, torch.bfloat16",
+    ),
+    (
+        "mamba2_scan",
+        {"B": torch.zeros(2, 5, 2, 16).half()},
+        "B is torch.float16, x torch.float32; expected torch.float32",
+    ),
+    (
+        "mamba2_scan",
+        scan_with(state_in=torch.zeros(2, 4, 16, 16).double()),
+        "state_in is torch.float64, x torch.float32; expected one of torch.float32, torch.float16, "
+        "torch.bfloat16",
+    ),
+    (
+        "mamba2_scan",
+        {"state_in": torch.zeros(2, 4, 16, 16)},
+        "state_in is torch.float32, rounding 'stochastic'; expected torch.float16",
+    ),
+    (
+        "mamba2_scan",
+        {"seed": torch.tensor([7], dtype=torch.int32)},
+        "seed is torch.int32, x torch.float32; expected torch.int64",
+    ),
+    (
+        "routed_experts",
+        {"up": [CODES.int(), BLOCKS, GLOBAL]},
+        "up's codes is torch.int32, x torch.float32; expected one of torch.uint8, torch.int8, "
+        "torch.float8_e4m3fn",
+    ),
+    # words
+    ("mamba2_scan", {"rounding": "up"}, "rounding is 'up'; expected one of nearest, stochastic"),
+    (
+        "mamba2_scan",
+        {"seed": None},
+        "seed is None, rounding 'stochastic'; expected int64 [1] with 'stochastic', None with 'nearest'",
+    ),
+    (
+        "mamba2_scan",
+        {"rounding": "nearest"},
+        "seed is given, rounding 'nearest'; expected int64 [1] with 'stochastic', None with 'nearest'",
+    ),
+    (
+        "routed_experts",
+        {"products": "fast"},
+        "products is 'fast'; expected one of auto, decoded, native, grouped",
+    ),
+    # sizes of 0
+    ("causal_conv1d", {"x": torch.zeros(2, 5, 0)}, "x is [2, 5, 0] (B L C); expected C >= 1"),
+    ("causal_conv1d", {"weight": torch.zeros(12, 0)}, "weight is [12, 0] (C K); expected K >= 1"),
+    ("mamba2_scan", {"x": torch.zeros(2, 5, 0, 16)}, "x is [2, 5, 0, 16] (B L H P); expected H >= 1"),
+    (
+        "routed_experts",
+        {"expert_ids": torch.zeros(5, 0, dtype=torch.int64)},
+        "expert_ids is [5, 0] (T k); expected k >= 1",
+    ),
+    (
+        "routed_experts",
+        {"up": [CODES[:0], BLOCKS[:0], GLOBAL[:0]]},
+        "up's codes is [0, 64, 16] (E M I/2); expected E >= 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "change", "says"), REFUSED, ids=[f"{op}: {says}" for op, _, says in REFUSED])
+def test_the_operator_and_its_fake_kernel_refuse_the_same(op: str, change: dict[str, Any], says: str) -> None:
+    """Before any library is looked for."""
+    operator, given = OPERATORS[op]
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{op}: {says}')}$"):
+        operator(**given | change)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {
+            name: [mode.from_tensor(part) for part in value]
+            if isinstance(value, list)
+            else mode.from_tensor(value)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in (given | change).items()
+        }
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{op}: {says}')}$"):
+            operator(**fake)
+
+
+def test_what_would_not_run_is_not_exported() -> None:
+    class Rounds(torch.nn.Module):
+        def forward(self, seed: torch.Tensor) -> torch.Tensor:
+            given = OPERATORS["mamba2_scan"][1] | {"seed": seed}
+            y: torch.Tensor = torch.ops.nemoquant.mamba2_scan(**given)[0]
+            return y
+
+    torch.export.export(Rounds(), (torch.tensor([7]),))
     with pytest.raises(
-        ValueError, match=f"^mamba2_scan: seed is {got}, rounding '{rounding}'; expected int64"
+        Exception, match=r"mamba2_scan: seed is torch.int32, x torch.float32; expected torch.int64"
     ):
-        mamba2_scan(*scan_arguments(), seed=seed, rounding=rounding)
+        torch.export.export(Rounds(), (torch.tensor([7], dtype=torch.int32),))
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_to_compute_needs_no_kernel(batch: int) -> None:
+    """No batch or no length: an empty result, and the state as it was, in memory of its own."""
+    length = 0 if batch else 5
+    x, weight, bias, state = conv_arguments()
+    state = state[:batch].mT.contiguous().mT
+    y, after = causal_conv1d(x[:batch, :length], weight, bias, state)
+    assert y.shape == (batch, length, 12)
+    assert after.equal(state) and after.is_contiguous()
+    assert not batch or after.data_ptr() != state.data_ptr()
+    x, dt, A, B, C, D, dt_bias, state = scan_arguments(state=torch.float16)
+    x, dt, B, C = (t[:batch, :length] for t in (x, dt, B, C))
+    y, after = mamba2_scan(x, dt, A, B, C, D, dt_bias, state[:batch], y_dtype=torch.bfloat16)
+    assert (y.shape, y.dtype) == ((batch, length, 4, 16), torch.bfloat16)
+    assert after.equal(state[:batch]) and after.dtype == torch.float16
 
 
 def shifted(t: torch.Tensor) -> torch.Tensor:
@@ -409,9 +554,6 @@ def shifted(t: torch.Tensor) -> torch.Tensor:
 def test_tensors_may_begin_anywhere(op: str) -> None:
     """The kernels would refuse them."""
     operator, given = OPERATORS[op]
-    options = {"rounding": "stochastic"} if op == "mamba2_scan" else {}
-    if options:
-        given = given | {"state_in": given["state_in"].half()}
     away = {
         name: [shifted(part) for part in value]
         if isinstance(value, list)
@@ -420,7 +562,7 @@ def test_tensors_may_begin_anywhere(op: str) -> None:
         else value
         for name, value in given.items()
     }
-    for one, other in zip(operator(**given, **options), operator(**away, **options), strict=True):
+    for one, other in zip(operator(**given), operator(**away), strict=True):
         assert one.equal(other)
 
 
@@ -450,10 +592,7 @@ def test_the_workspace_is_asked_for_on_the_tensors_device(monkeypatch: pytest.Mo
     assert said == ["to cuda:1", "workspace of mamba2_scan", "call of mamba2_scan", "back"]
 
 
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.usefixtures("host")
-def test_experts_of_no_token_are_no_call() -> None:
+def test_experts_of_no_token_need_no_kernel() -> None:
     x, ids, weights, *rest = expert_arguments(dtype=torch.bfloat16)
     assert routed_experts(x[:0], ids[:0], weights[:0], *rest).shape == (0, 32)
 
@@ -461,14 +600,18 @@ def test_experts_of_no_token_are_no_call() -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
-def test_a_kernel_that_refuses_gives_its_reason() -> None:
+def test_a_kernel_that_refuses_gives_its_reason(tmp_path: Path) -> None:
+    """For CUDA, where another choice than the library is left, also that."""
     x, weight, bias, _ = conv_arguments()
-    with pytest.raises(
-        EngineError,
-        match=r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps.*NEMOQUANT_KERNELS=none lets torch "
-        r"compute",
-    ):
-        causal_conv1d(x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
+    given = (x, weight.repeat(1, 2)[:, :5], bias, torch.zeros(2, 12, 4))
+    reason = r"causal_conv1d: kernel is 5; expected 2, 3 or 4 taps \(error 1\)"
+    with pytest.raises(EngineError, match=f"{reason}$"):
+        causal_conv1d(*given)
+    cuda = tmp_path / library.KERNELS
+    shutil.copy(host_folder() / HOST, cuda)
+    library.use(cuda, "cpu")
+    with pytest.raises(EngineError, match=f"{reason}; NEMOQUANT_KERNELS=none lets torch compute$"):
+        causal_conv1d(*given)
 
 
 # The choice of the library.
@@ -621,9 +764,7 @@ def test_which_library_serves_cuda(
     ],
 )
 def test_what_a_library_runs_on(built: tuple[str, ...], device: tuple[int, int], runs: bool) -> None:
-    kernels = Kernels.__new__(Kernels)
-    kernels.architectures = built
-    assert kernels.runs_on(*device) == runs
+    assert (library.other_device(built, device) is None) == runs
 
 
 @pytest.mark.parametrize("op", ["causal_conv1d", "mamba2_scan"])
