@@ -5,14 +5,16 @@
 #     OUT=FOLDER bash .gpu/all.sh [STEP...]
 #     bash .gpu/all.sh --list
 #
-# Needs Python 3.12 with torch, Triton, numba and pytest; no network. Results are JSON under $OUT; what each step
-# is: bench/gpu/README.md. A step that crashes, or whose time is over, leaves what it wrote, and the others run;
-# steps.json has the exit code, the seconds and the last words of each. NQ_TOTAL (seconds, default 550) is for all
-# of it: a step gets what is left, or is not begun. The exit code is 1 if a step's was not 0.
+# Needs Python 3.12 with torch and NumPy, no network, and what bench/gpu/README.md says of each step. Results are
+# JSON under $OUT. A step that crashes, or whose time is over, leaves what it wrote, and the others run; steps.json
+# has the exit code, the seconds and the last words of each. NQ_TOTAL (seconds, default 550) is for all of it: a
+# step gets what is left, or is not begun. The exit code is 1 if a step's was not 0, and 2 where nothing was run
+# because the kernel library can't be used on this device.
 set -u
 steps=(env runner correct sanitizer pack triton timing grouped pytest)
-declare -A limits=([env]=40 [runner]=20 [correct]=105 [sanitizer]=110 [pack]=165 [triton]=75 [timing]=110
-    [grouped]=80 [pytest]=600)
+# Those before pytest are within NQ_TOTAL together; sanitizer runs beside correct.
+declare -A limits=([env]=30 [runner]=15 [correct]=100 [sanitizer]=100 [pack]=150 [triton]=65 [timing]=105
+    [grouped]=70 [pytest]=600)
 
 self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
 kit=$(dirname "$self")
@@ -51,33 +53,56 @@ python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upg
     "$kit"/*.whl >"$work/pip.txt" 2>&1
 
 export kit OUT work
-export PYTHONPATH=$work/site:$kit/mamba:$root PYTHONUNBUFFERED=1
+export PYTHONPATH=$work/site:$kit/mamba:$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET PYTEST_ADDOPTS CUDA_LAUNCH_BLOCKING MAMBA_DETERMINISTIC # each changes what is measured
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # torch asks for it where results must repeat
 export NEMOQUANT_KERNELS=$kit/libnemoquant_kernels.so NQ_HOST_LIB=$kit/libnemoquant_host.so
-export XDG_CACHE_HOME=$work/cache # a user's own stays as it is
+export XDG_CACHE_HOME=$work/cache TRITON_CACHE_DIR=$work/triton # a user's own stay as they are
 sanitizer=$(command -v compute-sanitizer ||
     ls /usr/local/cuda/bin/compute-sanitizer /opt/nvidia/*/compute-sanitizer 2>/dev/null | head -1)
 export sanitizer
 
 # ---- the steps, each run by a bash of its own; $limit is its seconds, of which a process needs a few to begin
 
-bench() { # MODULE ARGUMENTS...; cases that would begin after $limit are left out, and listed
-    NQ_SECONDS=$((limit > 30 ? limit - 15 : limit / 2)) \
+rest() { echo $((limit - SECONDS)); } # of the step's seconds
+
+bench() { # MODULE ARGUMENTS...; cases that would begin after the step's time are left out, and listed
+    local most
+    most=$(rest)
+    NQ_SECONDS=$((most > 30 ? most - 15 : most / 2)) \
         python3 -m "bench.gpu.$1" "${@:2}"
 }
-tool() { # NAME SECONDS COMMAND...: what bench.gpu.logs reads as a tool's; its exit code
-    echo "== $1"
-    timeout -k 3 "$2" "${@:3}" 2>&1
+within() { # as timeout, whose processes are a group of their own: where the step is ended, they are too
+    timeout "$@" &
+    local child=$!
+    trap 'kill "$child"; wait "$child"; exit 124' TERM
+    wait "$child"
     local rc=$?
-    echo "== rc $rc"
+    trap - TERM
     return $rc
 }
-sanitized() { # TOOL SECONDS ARGUMENTS...: the runner under it
-    if [ -z "$sanitizer" ]; then
-        tool "$1" 5 sh -c 'echo "no compute-sanitizer was found"; exit 3'
+tool() { # RESULT NAME SECONDS COMMAND...: into RESULT.json, at once, since a step's end may come; its exit code
+    local rc=124 file=$work/$1.txt
+    echo "== $2" >>"$file"
+    if [ "$3" -lt 1 ]; then
+        echo "not begun: no time was left" >>"$file"
     else
-        tool "$1" "$2" "$sanitizer" --tool "$1" --print-limit 5 --error-exitcode 5 "$kit/runner" "${@:3}"
+        within -k 3 "$3" "${@:4}" >>"$file" 2>&1
+        rc=$?
     fi
+    echo "== rc $rc" >>"$file"
+    bench logs tools "$OUT/$1.json" "$file"
+    return $rc
+}
+sanitized() { # RESULT TOOL SECONDS ARGUMENTS...: the runner under it
+    if [ -z "$sanitizer" ]; then
+        tool "$1" "$2" 5 sh -c 'echo "no compute-sanitizer was found"; exit 3'
+    else
+        tool "$1" "$2" "$3" "$sanitizer" --tool "$2" --print-limit 5 --error-exitcode 5 "$kit/runner" "${@:4}"
+    fi
+}
+share() { # COUNT SECONDS: what one of COUNT tools may take, so that SECONDS of the step are left after all
+    echo $((($(rest) - $2) / $1 - 3)) # 3: until one that does not end is killed
 }
 step_env() {
     {
@@ -88,61 +113,73 @@ step_env() {
     bench environment "$OUT/env.json" "$work/env.txt"
 }
 step_runner() {
-    tool runner 18 "$kit/runner" | tee "$work/runner.txt"
-    local rc=${PIPESTATUS[0]}
-    bench logs tools "$OUT/runner.json" "$work/runner.txt"
-    return "$rc"
+    local rc=0
+    tool runner runner "$(share 1 2)" "$kit/runner" || rc=$?
+    cat "$work/runner.txt"
+    return $rc
 }
 step_correct() { bench check_ops "$OUT/correct.json"; }
 step_sanitizer() {
-    local rc=0 name
-    for name in memcheck racecheck synccheck initcheck; do
-        sanitized $name 25 || rc=$?
-    done >"$work/sanitizer.txt"
+    local rc=0
+    sanitized sanitizer memcheck "$(share 4 4)" || rc=$?
+    sanitized sanitizer racecheck "$(share 3 4)" || rc=$?
+    sanitized sanitizer synccheck "$(share 2 4)" || rc=$?
+    sanitized sanitizer initcheck "$(share 1 4)" unfilled || rc=$?
     cat "$work/sanitizer.txt"
-    bench logs tools "$OUT/sanitizer.json" "$work/sanitizer.txt"
     return $rc
 }
 step_pack() { bench pack "$OUT/pack.json" "$work/pack"; }
 step_triton() { bench check_triton "$OUT/triton.json"; }
-step_timing() { bench bench_ops "$OUT/timing.json"; }
+step_timing() { # the same kernels, and CUTLASS's products where there are some
+    [ ! -f "$kit/gemm/libnemoquant_kernels.so" ] || export NEMOQUANT_KERNELS=$kit/gemm/libnemoquant_kernels.so
+    bench bench_ops "$OUT/timing.json"
+}
 step_grouped() { # CUTLASS's products, in a library of their own
     if [ ! -f "$kit/gemm/libnemoquant_kernels.so" ]; then
         echo "$kit/gemm has no library with CUTLASS's products: bench/gpu/prepare.sh said why"
         return 3
     fi
-    local rc=0
+    local rc=0 cases=$((limit / 3)) # seconds for check_ops
     export LD_LIBRARY_PATH=$kit/gemm${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     export NEMOQUANT_KERNELS=$kit/gemm/libnemoquant_kernels.so
-    {
-        tool runner 15 "$kit/runner" grouped || rc=$?
-        sanitized memcheck 25 grouped || rc=$?
-    } >"$work/grouped.txt"
-    cat "$work/grouped.txt"
-    bench logs tools "$OUT/grouped_runner.json" "$work/grouped.txt"
+    tool grouped_runner runner "$(share 4 $cases)" "$kit/runner" grouped || rc=$?
+    sanitized grouped_runner memcheck "$(share 3 $cases)" grouped || rc=$?
+    sanitized grouped_runner racecheck "$(share 2 $cases)" grouped || rc=$?
+    sanitized grouped_runner synccheck "$(share 1 $cases)" grouped || rc=$?
+    cat "$work/grouped_runner.txt"
     bench check_ops "$OUT/grouped.json" --only grouped || rc=$?
     return $rc
 }
 step_pytest() { # a process for each file, since a fault of the device ends one; what matters most is first
-    local rc=0 name until=$((SECONDS + (limit > 20 ? limit - 12 : limit))) reports=()
-    for name in first_calls causal_conv1d mamba2_scan routed_experts packing files grouped_experts; do
-        [ $((until - SECONDS)) -ge 2 ] || break
+    local rc=0 name seconds reports=()
+    for name in first_calls causal_conv1d mamba2_scan routed_experts packing files grouped_experts \
+        grouped_first_calls; do
         reports+=("$work/$name.xml")
-        tests "$name" $((until - SECONDS)) || rc=$?
+        seconds=$(($(rest) - (limit > 20 ? 12 : 1))) # until it is killed, and the reports are read
+        if [ "$seconds" -ge 2 ]; then
+            tests "$name" "$seconds" || rc=$?
+        elif [ $rc -eq 0 ]; then
+            rc=124
+        fi
     done
     bench logs junit "$OUT/pytest.json" "${reports[@]}"
     return $rc
 }
-tests() { # FILE SECONDS: interrupted when time is over, which Python must be able to hear: then it writes its report
-    local library=$kit/libnemoquant_kernels.so
-    [ "$1" != grouped_experts ] || [ ! -f "$kit/gemm/libnemoquant_kernels.so" ] || library=$kit/gemm/libnemoquant_kernels.so
-    NEMOQUANT_KERNELS=$library env --default-signal=INT timeout -s INT -k 6 "$2" python3 -m pytest -q \
-        -p no:cacheprovider -W default -m "not slow" "tests/gpu/test_gpu_$1.py" --junitxml="$work/$1.xml"
+tests() { # NAME SECONDS: interrupted when time is over, which Python must be able to hear: then it writes its report
+    local file=$1 library=$kit/libnemoquant_kernels.so only=()
+    case $1 in grouped_*)
+        [ ! -f "$kit/gemm/libnemoquant_kernels.so" ] || library=$kit/gemm/libnemoquant_kernels.so
+        ;;
+    esac
+    [ "$1" != grouped_first_calls ] || { file=first_calls only=(-k grouped); }
+    touch "$work/$1.xml" # a file whose process dies has begun
+    NEMOQUANT_KERNELS=$library within -s INT -k 6 "$2" env --default-signal=INT python3 -m pytest -q \
+        -p no:cacheprovider -W default -m "not slow" "${only[@]}" "tests/gpu/test_gpu_$file.py" \
+        --junitxml="$work/$1.xml"
 }
 
 measure() { # STEP: runs it within its time; what it took is left for `record`
     local name=$1 start=$SECONDS most
-    rm -f "$OUT/$name.json" "$OUT/${name}_runner.json" # of an earlier run: what crashes at once has no results
     most=$(left)
     limit=$((limits[$name] < most ? limits[$name] : most))
     if [ "$limit" -lt 2 ]; then
@@ -150,6 +187,7 @@ measure() { # STEP: runs it within its time; what it took is left for `record`
         echo "124 0 $limit" >"$work/$name.rc"
         return
     fi
+    rm -f "$OUT/$name.json" "$OUT/${name}_runner.json" # of an earlier run: what crashes at once has no results
     export limit
     timeout -k 5 "$limit" bash -c "step_$name" >"$work/$name.log" 2>&1
     echo "$? $((SECONDS - start)) $limit" >"$work/$name.rc"
@@ -163,7 +201,7 @@ record() { # STEP: into steps.json, and onto the screen
     echo "---- $1: exit code $rc, $seconds s (of all, $(left) s are left)"
     tail -n 15 "$work/$1.log" | cut -c 1-400
 }
-export -f bench tool sanitized tests "${steps[@]/#/step_}"
+export -f rest bench within tool sanitized share tests "${steps[@]/#/step_}"
 
 # Nothing timed runs beside anything: the sanitizer runs beside `correct`, and is over before `pack` begins.
 background=
@@ -183,6 +221,11 @@ for name in "${steps[@]}"; do
         *) measure "$name" ;;
     esac
     record "$name"
+    if [ "$name" = env ] && grep -q '^4 ' "$work/env.rc"; then # UNUSABLE of environment.py
+        echo "all.sh: the kernel library can't be used on this device, see above; nothing else was run; make it" >&2
+        echo "    again from this checkout: bash bench/gpu/prepare.sh PYTHON" >&2
+        exit 2
+    fi
 done
 python3 -m bench.gpu.report --summary "$OUT"
 echo "all.sh: results are in $OUT, after $SECONDS s"

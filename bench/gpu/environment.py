@@ -1,13 +1,16 @@
-"""What is installed here: versions, what can be imported, which kernel library serves.
+"""What is installed here: device, which kernel library serves, versions, what can be imported.
 
 python -m bench.gpu.environment OUT.json [TEXT]
 
-TEXT is a file whose end is kept too: what the driver, the compiler and pip said.
+TEXT is a file whose end is kept too: what the driver, the compiler and pip said. OUT.json is written after
+each answer, what the steps lack first. The exit code is 1 without torch or a device, 4 where there is a
+device that the kernel library can't be used on.
 """
 
 import argparse
 import datetime
 import importlib
+import importlib.util
 import json
 import sys
 import time
@@ -15,6 +18,29 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+UNUSABLE = 4  # exit code: all.sh ends then
+
+_OPERATORS = ("torch", "numpy")
+_FILES = (
+    *_OPERATORS,
+    "triton",
+    "numba",
+    "safetensors",
+    "tokenizers",
+    "xxhash",
+    "yaml",
+    "jinja2",
+    "click",
+    "rich",
+)
+NEEDS = {  # by step of all.sh; pydantic is in .gpu/
+    "correct": _OPERATORS,
+    "pack": _FILES,
+    "triton": (*_OPERATORS, "triton", "numba"),
+    "timing": (*_OPERATORS, "triton", "einops", "packaging"),
+    "grouped": _OPERATORS,
+    "pytest": (*_FILES, "pytest"),
+}
 MODULES = (
     "torch",
     "triton",
@@ -73,6 +99,14 @@ def library() -> str:
     return str(found and found.path)
 
 
+def missing() -> dict[str, list[str]]:
+    """By step: what it needs and is not installed; nothing is imported."""
+    found = {
+        step: [name for name in names if not importlib.util.find_spec(name)] for step, names in NEEDS.items()
+    }
+    return {step: names for step, names in found.items() if names}
+
+
 def answer(question: Callable[[], str]) -> str:
     """What it returns, or FAILED and why."""
     try:
@@ -90,13 +124,28 @@ def main() -> None:
     start = time.time()
     text = options.text.read_text(errors="replace")[-1500:] if options.text else ""
     found: dict[str, object] = {"text": text, "python": sys.version, "date": str(datetime.date.today())}
+
+    def write(name: str, value: object) -> None:
+        found[name] = value
+        found["seconds"] = round(time.time() - start, 1)
+        options.out.write_text(json.dumps(found, indent=0))
+
+    lacking = missing()
+    for step, names in lacking.items():
+        print(f"{step} lacks {', '.join(names)}")
+    write("missing", lacking)
+    on, serves = answer(device), answer(library)
+    write("device", on)
+    write("library", serves)
+    print(f"device: {on}\nlibrary: {serves}")
     for module in MODULES:
-        found[module] = answer(lambda module=module: version(module))
-    found |= {"device": answer(device), "library": answer(library)}
+        write(module, answer(lambda module=module: version(module)))
     failed = {name: value for name, value in found.items() if str(value).startswith("FAILED")}
-    found["seconds"] = round(time.time() - start, 1)
-    options.out.write_text(json.dumps(found, indent=0))
     print(failed or "imports ok", found["seconds"], "s")
+    if on.startswith("FAILED"):
+        sys.exit(1)
+    if serves.startswith("FAILED"):
+        sys.exit(UNUSABLE)
 
 
 if __name__ == "__main__":

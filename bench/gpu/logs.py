@@ -2,7 +2,7 @@
 
     python -m bench.gpu.logs step STEPS.json NAME RC SECONDS LIMIT FILE    adds a step to what is there
     python -m bench.gpu.logs tools OUT.json FILE        lines "== TOOL", what it printed, "== rc N", and so on
-    python -m bench.gpu.logs junit OUT.json FILE.xml...  passed, failed, why others were skipped
+    python -m bench.gpu.logs junit OUT.json FILE.xml...  passed, failed, why others were skipped, not begun
 
 A file that is missing or damaged is no error: then it says so in place of what would be in it.
 """
@@ -22,7 +22,11 @@ TIMED_OUT = (124, 137)  # of `timeout`, which kills what does not end
 
 
 def text_of(file: Path) -> str:
-    return file.read_text(errors="replace") if file.is_file() else f"no file {file.name}"
+    """Without the runner's lines of cases that began, and after which nothing was said."""
+    if not file.is_file():
+        return f"no file {file.name}"
+    said = file.read_text(errors="replace")
+    return re.sub(r'^\{"begins": .*\n(?=\{"(?:begins|ran)")', "", said, flags=re.M)
 
 
 def add_step(out: Path, name: str, rc: int, seconds: float, limit: float, log: Path) -> None:
@@ -57,9 +61,15 @@ def tools(text: str) -> dict[str, Any]:
 
 
 def junit(files: Sequence[Path]) -> dict[str, Any]:
-    """Of pytest's reports; a file whose process died left none, which counts as a failure."""
+    """Of pytest's reports; a process that died left an empty one, which counts as a failure.
+
+    One that is not there is of a process that was not begun.
+    """
     failed, skipped, count = [], Counter[str](), 0
+    not_begun = [file.stem for file in files if not file.exists()]
     for file in files:
+        if file.stem in not_begun:
+            continue
         try:
             root = ElementTree.parse(file).getroot()
         except (OSError, ElementTree.ParseError) as error:
@@ -75,7 +85,7 @@ def junit(files: Sequence[Path]) -> dict[str, Any]:
                 elif child.tag == "skipped":
                     skipped[said] += 1
     lost = len({row["test"] for row in failed}) + skipped.total()
-    return {"passed": count - lost, "failed": failed, "skipped": dict(skipped)}
+    return {"passed": count - lost, "failed": failed, "skipped": dict(skipped), "not_begun": not_begun}
 
 
 def main() -> None:

@@ -56,8 +56,9 @@ build "$work/sm90" --host || fail "the host build failed, see above"
 for name in libnemoquant_kernels.so build.json libnemoquant_host.so build_host.json; do
     cp "$work/sm90/$name" "$made/"
 done
+# A RUNPATH, since LD_LIBRARY_PATH, by which all.sh chooses another library, would not win over an RPATH.
 nvcc -std=c++17 -O1 -gencode=arch=compute_90,code=sm_90 bench/gpu/runner.cu -I plugins -L "$made" \
-    -lnemoquant_kernels -Xlinker "-rpath=\$ORIGIN" -o "$made/runner" ||
+    -lnemoquant_kernels -Xlinker --enable-new-dtags -Xlinker "-rpath=\$ORIGIN" -o "$made/runner" ||
     fail "bench/gpu/runner.cu was not compiled, see above"
 
 if build "$work/gemm" --arch sm_90a --gemm-arch sm_90a; then

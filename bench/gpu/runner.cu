@@ -2,11 +2,16 @@
 // watch. Outputs and workspace are filled with ones before a call: what is nothing but ones after it was not
 // written, and counts as bad. Buffers have their exact size: memcheck sees one byte too far.
 //
+//     runner [grouped] [unfilled]
+//
+// grouped: only the cases of CUTLASS's products, which the library must then have. unfilled: nothing is filled,
+// and what was not written is not counted: initcheck takes what was filled for written.
+//
 //     nvcc -std=c++17 -arch=sm_90 runner.cu -I plugins -L DIR -lnemoquant_kernels      for the device
 //     g++ -std=c++17 -x c++ -DHOST runner.cu -I plugins -L DIR -lnemoquant_host        for the CPU
 //
-// A line of JSON for each bad case, and at the end how many ran; the exit code says whether one was bad. With
-// the argument "grouped" CUTLASS's products run too, which the library must then have.
+// A line of JSON as each case begins, one for each bad case, and at the end how many ran; the exit code says
+// whether one was bad.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -69,14 +74,17 @@ static void* copied(const void* here, size_t size) {
     return there;
 }
 
+static bool filled = true;
+
 static void* poisoned(size_t size) {
     void* there = own(size);
-    fill(there, 0xff, size);
+    if (filled) fill(there, 0xff, size);
     return there;
 }
 
 // How many items of `item` bytes are nothing but ones.
 static size_t unwritten(const void* there, size_t size, int item) {
+    if (!filled) return 0;
     std::vector<unsigned char> here(size);
     back(here.data(), there, size);
     size_t count = 0;
@@ -138,6 +146,9 @@ static void* bytes(size_t count, int low, int high, int skip = -1) {
 
 static int ran = 0, bad = 0;
 
+// What is printed last names the case that hangs or crashes.
+static void begins(const std::string& name) { printf("{\"begins\": \"%s\"}\n", name.c_str()); }
+
 static void report(const std::string& name, int code, size_t left) {
     const char* error = finish();
     ++ran;
@@ -166,6 +177,11 @@ struct ScanCase {
 };
 
 static void scan(const ScanCase& c) {
+    const std::string sizes = with("B", c.batch) + with("L", c.length) + with("H", c.heads);
+    const std::string dtypes = with("dtype", c.dtype) + with("state", c.state_dtype);
+    const std::string head = with("P", c.head_dim) + with("N", c.state);
+    const std::string name = "scan" + sizes + head + dtypes + with("seg", c.segments);
+    begins(name);
     const int64_t inner = c.heads * c.head_dim, shared = c.groups * c.state, positions = c.batch * c.length;
     const int64_t states = c.batch * inner * c.state;
     nemoquant_mamba2_scan_args a{};
@@ -204,10 +220,7 @@ static void scan(const ScanCase& c) {
         left = unwritten(a.y, positions * inner * item, item);
         if (!c.in_place) left += unwritten(a.state_out, states * state_item, state_item);
     }
-    const std::string sizes = with("B", c.batch) + with("L", c.length) + with("H", c.heads);
-    const std::string dtypes = with("dtype", c.dtype) + with("state", c.state_dtype);
-    const std::string head = with("P", c.head_dim) + with("N", c.state);
-    report("scan" + sizes + head + dtypes + with("seg", c.segments), code, left);
+    report(name, code, left);
 }
 
 static void scans(int dtype) {
@@ -229,6 +242,9 @@ struct ConvCase {
 };
 
 static void convolution(const ConvCase& c) {
+    const std::string sizes = with("B", c.batch) + with("L", c.length) + with("C", c.channels);
+    const std::string name = "conv" + sizes + with("K", c.kernel) + with("dtype", c.dtype);
+    begins(name);
     const int64_t positions = c.batch * c.length, states = c.batch * c.channels * (c.kernel - 1);
     nemoquant_causal_conv1d_args a{};
     a.batch = c.batch, a.length = c.length, a.channels = c.channels, a.kernel = c.kernel;
@@ -247,8 +263,7 @@ static void convolution(const ConvCase& c) {
         left = unwritten(a.y, positions * c.channels * size_of(c.y_dtype), size_of(c.y_dtype));
         if (!c.in_place) left += unwritten(a.state_out, states * size_of(c.dtype), size_of(c.dtype));
     }
-    const std::string sizes = with("B", c.batch) + with("L", c.length) + with("C", c.channels);
-    report("conv" + sizes + with("K", c.kernel) + with("dtype", c.dtype), code, left);
+    report(name, code, left);
 }
 
 static void convolutions(int dtype, int y_dtype) {
@@ -273,6 +288,10 @@ struct ExpertsCase {
 };
 
 static void experts(const ExpertsCase& c) {
+    const std::string sizes = with("T", c.tokens) + with("k", c.chosen) + with("E", c.experts);
+    const std::string kind = with("format", c.format) + with("dtype", c.dtype) + with("tile", c.tile);
+    const std::string name = "experts" + sizes + with("I", c.input) + with("M", c.width) + kind;
+    begins(name);
     nemoquant_routed_experts_args a{};
     a.tokens = c.tokens, a.chosen = c.chosen, a.experts = c.experts, a.input = c.input, a.width = c.width;
     a.format = c.format, a.dtype = c.dtype, a.tile = c.tile, a.slab = c.slab, a.products = c.products;
@@ -300,9 +319,7 @@ static void experts(const ExpertsCase& c) {
     const int code = nemoquant_routed_experts(&a, nullptr);
     finish();
     const size_t left = code ? 0 : unwritten(a.y, c.tokens * c.input * size_of(c.dtype), size_of(c.dtype));
-    const std::string sizes = with("T", c.tokens) + with("k", c.chosen) + with("E", c.experts);
-    const std::string kind = with("format", c.format) + with("dtype", c.dtype) + with("tile", c.tile);
-    report("experts" + sizes + with("I", c.input) + with("M", c.width) + kind, code, left);
+    report(name, code, left);
 }
 
 static void mixtures(int format) {
@@ -320,15 +337,32 @@ static void grouped_mixtures(int format) {
     experts({7, 2, 8, 160, 224, format, BF16, 0, 0, GROUPED});
 }
 
-int main(int argc, char** argv) {
+static void all_but_grouped() {
     for (int dtype : {F32, F16, BF16}) {
         scans(dtype);
         for (int y_dtype : {F32, dtype}) convolutions(dtype, y_dtype);
     }
     scan({1, 2111, 2, 64, 1, 128, BF16, F32, 0, false, false});
     for (int format = 0; format <= ON_NVFP4; ++format) mixtures(format);
-    if (argc > 1 && !strcmp(argv[1], "grouped")) {
+}
+
+int main(int argc, char** argv) {
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // into a file too: a case that hangs or crashes loses nothing
+    bool grouped = false;
+    for (int i = 1; i < argc; ++i) {
+        if (!strcmp(argv[i], "grouped")) {
+            grouped = true;
+        } else if (!strcmp(argv[i], "unfilled")) {
+            filled = false;
+        } else {
+            fprintf(stderr, "runner: no argument %s; expected of: grouped unfilled\n", argv[i]);
+            return 2;
+        }
+    }
+    if (grouped) {
         for (int format : {ON_BF16, ON_FP8}) grouped_mixtures(format);
+    } else {
+        all_but_grouped();
     }
     printf("{\"ran\": %d, \"bad\": %d}\n", ran, bad);
     return bad != 0;

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,7 +122,7 @@ def test_a_case_over_its_limit_is_bad_and_one_that_fails_or_is_late_too(tmp_path
 @pytest.mark.slow
 @needs_compiler
 def test_all_126_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> None:
-    """Compiled as C++. "grouped" adds four cases, which a library without CUTLASS's products refuses."""
+    """Compiled as C++; the four of "grouped" a library without CUTLASS's products refuses."""
     runner, folder = tmp_path / "runner", host_folder()
     compiler = [
         "g++",
@@ -141,10 +141,19 @@ def test_all_126_cases_of_the_runner_against_the_host_build(tmp_path: Path) -> N
     linked = ["-L", folder, "-lnemoquant_host", f"-Wl,-rpath,{folder}", "-o", runner]
     compiled = run([*compiler, *linked])
     assert compiled.returncode == 0, compiled.stderr
-    done = run([runner, "grouped"])
-    *bad, summary = map(json.loads, done.stdout.splitlines())
-    assert summary == {"ran": 130, "bad": 4}
+    *begun, summary = map(json.loads, run([runner]).stdout.splitlines())
+    assert summary == {"ran": 126, "bad": 0}
+    assert len(begun) == 126
+    assert all(row.keys() == {"begins"} for row in begun)
+    *rows, summary = map(json.loads, run([runner, "grouped"]).stdout.splitlines())
+    assert summary == {"ran": 4, "bad": 4}
+    begun, bad = rows[::2], rows[1::2]
+    assert [row["begins"] for row in begun] == [row["case"] for row in bad]
     assert all("CUTLASS, which this library was built without" in row["reason"] for row in bad)
+    assert refused([runner, "all"]) == "runner: no argument all; expected of: grouped unfilled\n"
+    killed = run(["timeout", "0.2", runner, "unfilled"]).stdout  # what it said before is not lost
+    assert killed.startswith('{"begins": "scan B2 L1 ')
+    assert "case" not in killed
 
 
 @pytest.mark.slow
@@ -201,18 +210,70 @@ def test_packing_lists_what_it_has_no_time_for(tmp_path: Path) -> None:
     assert json.loads(steps.out.read_text()) == [{"step": "late", "ok": None, "why": "out of time"}]
 
 
-def test_the_environment_is_described_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_described_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, out = tmp_path / "text", tmp_path / "env.json"
     text.write_text("x" * 2000)
     monkeypatch.setattr(sys, "argv", ["environment", str(out), str(text)])
     monkeypatch.setattr(environment, "MODULES", ("torch", "nemoquant.api", "there_is_none"))
-    environment.main()
+    monkeypatch.setattr(environment, "NEEDS", {"pack": ("torch", "there_is_none"), "timing": ("torch",)})
+    monkeypatch.setattr(torch.cuda, "get_device_name", no_device)
+    assert exit_code(environment.main) == 1
     found = json.loads(out.read_text())
+    assert list(found)[:7] == ["text", "python", "date", "missing", "seconds", "device", "library"]
     assert found["text"] == "x" * 1500
     assert found["torch"] == torch.__version__
     assert found["nemoquant.api"] == "ok"
     assert found["there_is_none"] == "FAILED ModuleNotFoundError: No module named 'there_is_none'"
-    assert found.keys() >= {"device", "date", "library", "python", "seconds"}
+    assert found["device"] == "FAILED RuntimeError: no device"
+    assert found["missing"] == {"pack": ["there_is_none"]}
+    assert capsys.readouterr().out.startswith("pack lacks there_is_none\ndevice: FAILED")
+
+
+def no_device() -> str:
+    raise RuntimeError("no device")
+
+
+def exit_code(main: Callable[[], None]) -> object:
+    """Of a module's main, which must end the process."""
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_environment_says_that_the_library_is_of_no_use_before_it_imports_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "env.json"
+
+    def killed(module: str) -> str:
+        raise KeyboardInterrupt(module)
+
+    monkeypatch.setattr(sys, "argv", ["environment", str(out)])
+    monkeypatch.setattr(environment, "device", lambda: "H100")
+    monkeypatch.setattr(environment, "MODULES", ("torch",))
+    monkeypatch.setenv("NEMOQUANT_KERNELS", str(tmp_path / "none.so"))
+    assert library.kernels("cpu") is None
+    monkeypatch.delitem(library._used, "cuda", raising=False)
+    assert exit_code(environment.main) == environment.UNUSABLE
+    monkeypatch.setattr(environment, "version", killed)
+    with pytest.raises(KeyboardInterrupt):
+        environment.main()
+    found = json.loads(out.read_text())
+    assert found["device"] == "H100"
+    assert found["library"].startswith(f"FAILED BuildError: {tmp_path}/none.so is not there")
+    assert "torch" not in found
+
+
+def test_the_environment_asks_for_what_each_step_needs() -> None:
+    """The README has the same list."""
+    text = (KIT / "README.md").read_text(encoding="utf-8")
+    packages = {"yaml": "pyyaml"}
+    for step, names in environment.NEEDS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {step} | torch"))
+        assert set(re.findall(r"\w+", row.split("|")[2])) == {packages.get(name, name) for name in names}
+    assert environment.NEEDS.keys() < set(run(["bash", KIT / "all.sh", "--list"]).stdout.split())
 
 
 def test_every_step_that_needs_a_device_says_in_a_line_that_there_is_none(
@@ -248,7 +309,7 @@ def test_a_step_is_added_to_those_before_it(tmp_path: Path, monkeypatch: pytest.
     assert (steps["pack"]["timed_out"], steps["pack"]["said"]) == (True, "no file none")
 
 
-def test_what_tools_and_pytest_said_becomes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tools_said_becomes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, log = tmp_path / "out.json", tmp_path / "log"
     log.write_text(
         '== memcheck\n{"ran": 120, "bad": 1}\n========= ERROR SUMMARY: 2 errors\n== rc 5\n'
@@ -261,18 +322,32 @@ def test_what_tools_and_pytest_said_becomes_counts(tmp_path: Path, monkeypatch: 
     assert [found["memcheck"][name] for name in ("rc", "ran", "bad", "errors")] == [5, 120, 1, 2]
     assert found["racecheck"].keys() == {"rc", "errors", "said"}
     log.write_text(
+        '== memcheck\n{"begins": "a"}\n{"begins": "b"}\n==== Error\n{"begins": "c"}\n{"begins": "d"}\n'
+        '{"ran": 4, "bad": 0}\n== rc 5\n== initcheck\n{"begins": "a"}\n{"begins": "b"}\n== rc 124\n'
+    )
+    said_by(logs, monkeypatch, "tools", out, log)  # of the cases, those that something was said of
+    said = {name: row["said"] for name, row in json.loads(out.read_text()).items()}
+    last = '{"begins": "b"}\n'
+    assert said == {"memcheck": f'{last}==== Error\n{{"ran": 4, "bad": 0}}\n', "initcheck": last}
+
+
+def test_what_pytest_reported_becomes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, log = tmp_path / "out.json", tmp_path / "log"
+    log.write_text(
         '<testsuites><testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
         '<failure message="wrong">x</failure></testcase><testcase classname="a" name="d">'
         '<skipped message="no device"/></testcase></testsuite></testsuites>'
     )
     said_by(logs, monkeypatch, "junit", out, log)
     failed = [{"test": "a::c", "why": "wrong"}]
-    assert json.loads(out.read_text()) == {"passed": 1, "failed": failed, "skipped": {"no device": 1}}
+    counts = {"passed": 1, "failed": failed, "skipped": {"no device": 1}}
+    assert json.loads(out.read_text()) == counts | {"not_begun": []}
     cut_short, none = tmp_path / "cut.xml", tmp_path / "none.xml"
     cut_short.write_text("<testsuites>")
-    said_by(logs, monkeypatch, "junit", out, log, cut_short, none)  # two processes died
+    said_by(logs, monkeypatch, "junit", out, log, cut_short, none)  # a process died, and one was not begun
     found = json.loads(out.read_text())
-    assert (found["passed"], [row["test"] for row in found["failed"]]) == (1, ["a::c", "cut", "none"])
+    assert (found["passed"], [row["test"] for row in found["failed"]]) == (1, ["a::c", "cut"])
+    assert found["not_begun"] == ["none"]
     assert found["failed"][1]["why"].startswith("no report of pytest: no element found")
 
 
@@ -306,8 +381,8 @@ def test_every_file_of_the_folder_that_all_takes_is_put_there_by_prepare() -> No
 
 def test_all_steps_have_a_row_in_the_readme() -> None:
     listed = run(["bash", KIT / "all.sh", "--list"]).stdout.split()
-    rows = re.findall(r"^\| (\w+) \| ", (KIT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert rows[1 : len(listed) + 1] == listed
+    rows = re.findall(r"^\| (\w+) \| `\w+\.json`", (KIT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert rows == listed
 
 
 def refused(command: list[Any], **variables: str) -> str:
@@ -357,7 +432,11 @@ case "$*" in
         touch "$2/pydantic.whl" ;;
 esac
 """
-NVCC = "#!/bin/bash\ntouch runner\nwhile [ $# -gt 1 ]; do shift; done\nmv runner $1\n"
+NVCC = """#!/bin/bash
+[[ $* == *--enable-new-dtags* ]] || exit 1
+while [ $# -gt 1 ]; do shift; done
+touch $1
+"""
 
 
 @pytest.fixture
@@ -435,14 +514,19 @@ PYTHON3 = f"""#!/bin/bash
 case "$*" in
     *gpu.logs* | *gpu.report*) PYTHONPATH={ROOT} exec {sys.executable} "$@" ;;
     *"${{CRASH:-nothing of that name}}"*) echo about to crash; kill -SEGV $$ ;;
+    *gpu.environment*) rc=${{ENVIRONMENT:-0}} ;;
     *"${{HANG:-nothing of that name}}"*) echo hangs; sleep 60 ;;
 esac
 echo "begin $*" >>"$CALLS"
+kernels=${{NEMOQUANT_KERNELS##*.gpu/}}
+echo "$2 $kernels $PYTHONPATH $TRITON_CACHE_DIR ${{PYTEST_ADDOPTS-unset}}" >>"$CALLS.given"
 sleep 0.05
 echo "end $*" >>"$CALLS"
+exit ${{rc:-0}}
 """
 TOOL = """#!/bin/bash
 echo "begin $0 $*" >>"$CALLS"
+case "$*" in *"${HANG:-nothing of that name}"*) echo hangs; sleep 60 ;; esac
 echo '{"ran": 120, "bad": 0}'
 echo "end $0 $*" >>"$CALLS"
 """
@@ -487,9 +571,13 @@ def test_all_steps_in_order_and_nothing_beside_what_is_timed(kit: Path) -> None:
             line.startswith("end") for line in calls[:begin]
         )
     tools = re.findall(r"begin \S*compute-sanitizer --tool (\w+)", "\n".join(calls))
-    assert tools == ["memcheck", "racecheck", "synccheck", "initcheck", "memcheck"]
-    written = json.loads((kit / "out/sanitizer.json").read_text())
-    assert [row["ran"] for row in written.values()] == [120] * 4
+    each = ["memcheck", "racecheck", "synccheck"]
+    assert tools == [*each, "initcheck", *each]
+    words = re.findall(r"begin \S*(?:runner|compute-sanitizer --tool \w+ .*runner) ?(.*)", "\n".join(calls))
+    assert words == ["", "", "", "", "unfilled", *["grouped"] * 4]
+    for name, names in (("sanitizer", [*each, "initcheck"]), ("grouped_runner", ["runner", *each])):
+        written = json.loads((kit / f"out/{name}.json").read_text())
+        assert {tool: row["ran"] for tool, row in written.items()} == dict.fromkeys(names, 120)
     assert "open  scan prefill" in said
     assert json.loads((kit / "out/summary.json").read_text())["missing"]["timing"] == "no timing.json"
 
@@ -510,3 +598,101 @@ def test_a_step_that_crashes_or_hangs_is_written_down_and_the_others_run(kit: Pa
     assert not any("-m pytest" in line for line in calls)
     code, _, steps, _ = all_steps(kit, "triton")
     assert (code, list(steps)) == (0, ["correct", "timing", "pytest", "triton"])
+
+
+def test_what_a_step_is_given(kit: Path) -> None:
+    """The library with CUTLASS's products for times and what is grouped; none of the caller's settings."""
+    theirs = {"PYTHONPATH": "/theirs", "PYTEST_ADDOPTS": "-x", "TRITON_CACHE_DIR": "/theirs"}
+    code, said, _, calls = all_steps(kit, "correct", "timing", "grouped", "pytest", **theirs)
+    assert code == 0, said
+    lines = (kit / "calls.given").read_text().splitlines()
+    given = [line.split(" ") for line in lines if not line.startswith("pip ")]
+    plain, gemm = "libnemoquant_kernels.so", "gemm/libnemoquant_kernels.so"
+    checks, times = "bench.gpu.check_ops", "bench.gpu.bench_ops"
+    assert [row[:2] for row in given if row[0] != "pytest"] == [
+        [checks, plain],
+        [times, gemm],
+        [checks, gemm],
+    ]
+    tests = [line for line in calls if line.startswith("begin -m pytest")]
+    assert len(tests) == 8
+    assert [row[1] for row in given if row[0] == "pytest"] == [*[plain] * 6, gemm, gemm]
+    assert "-k grouped tests/gpu/test_gpu_first_calls.py" in tests[7]
+    assert not any("-k" in line for line in tests[:7])
+    found = json.loads((kit / "out/pytest.json").read_text())  # stand-ins leave no report, as what dies does
+    assert [row["test"] for row in found["failed"]][-2:] == ["grouped_experts", "grouped_first_calls"]
+    assert (len(found["failed"]), found["not_begun"]) == (8, [])
+    for _, _, path, cache, options in given:
+        assert path.split(":")[-2:] == [str(kit), "/theirs"]
+        assert cache != "/theirs"
+        assert options == "unset"
+
+
+def functions() -> str:
+    """Those of all.sh that its steps are made of."""
+    text = (KIT / "all.sh").read_text(encoding="utf-8")
+    return text[text.index("rest() {") : text.index("measure() {")]
+
+
+def one_step(kit: Path, name: str, seconds: int, **variables: str) -> int:
+    """Runs a step with so many seconds; returns its exit code."""
+    python3 = f"{kit / 'bin'}:{os.environ['PATH']}"
+    folders = dict.fromkeys(("OUT", "work"), str(kit)) | {
+        "kit": str(kit / ".gpu"),
+        "CALLS": str(kit / "calls"),
+    }
+    given = folders | {"limit": str(seconds), "sanitizer": str(kit / "bin/compute-sanitizer")} | variables
+    return run(["bash", "-c", f"{functions()}\nstep_{name}"], PATH=python3, **given).returncode
+
+
+def test_a_tool_that_hangs_costs_no_result_of_the_others(kit: Path) -> None:
+    """And where too little time is left, the first one is not begun."""
+    assert one_step(kit, "sanitizer", 18, HANG="racecheck") == 124
+    found = json.loads((kit / "sanitizer.json").read_text())
+    codes = {"memcheck": 124, "racecheck": 124, "synccheck": 0, "initcheck": 0}
+    assert {name: row["rc"] for name, row in found.items()} == codes
+    assert found["memcheck"]["said"] == "not begun: no time was left\n"
+    assert found["racecheck"]["said"].endswith("hangs\n")
+
+
+def test_files_of_tests_that_were_not_begun_are_named(kit: Path) -> None:
+    """That no time was left for them is an error of the step."""
+    assert one_step(kit, "pytest", 2) == 124
+    found = json.loads((kit / "pytest.json").read_text())
+    assert (found["passed"], found["failed"], len(found["not_begun"])) == (0, [], 8)
+
+
+def test_a_step_that_is_not_begun_leaves_earlier_results(kit: Path) -> None:
+    (kit / "out").mkdir()
+    (kit / "out/triton.json").write_text("of an earlier run")
+    (kit / "calls").touch()
+    _, _, steps, _ = all_steps(kit, "triton", NQ_TOTAL="1")
+    assert steps["triton"]["said"].startswith("not begun: ")
+    assert (kit / "out/triton.json").read_text() == "of an earlier run"
+
+
+def test_all_ends_where_the_library_is_of_no_use_and_goes_on_without_a_device(kit: Path) -> None:
+    code, said, steps, _ = all_steps(kit, ENVIRONMENT=str(environment.UNUSABLE))
+    assert (code, list(steps)) == (2, ["env"])
+    assert "all.sh: the kernel library can't be used on this device" in said
+    code, _, steps, _ = all_steps(kit, "env", "triton", ENVIRONMENT="1")
+    assert (code, list(steps), steps["env"]["rc"]) == (1, ["env", "triton"], 1)
+
+
+def test_what_a_step_began_ends_with_it(tmp_path: Path) -> None:
+    """With its children, though `timeout` makes a group of them, which the step's signal does not reach."""
+    words = f"""within 60 bash -c 'sleep 50 & echo $! >"$0/pid"; wait' "{tmp_path}"; echo went on"""
+    done = run(["timeout", "-k", "5", "0.5", "bash", "-c", functions() + words])
+    assert (done.returncode, done.stdout) == (124, "")
+    status = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_limits_of_the_steps_before_pytest_are_within_the_whole() -> None:
+    text = (KIT / "all.sh").read_text(encoding="utf-8")
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\[(\w+)\]=(\d+)", text)}
+    total = re.findall(r"NQ_TOTAL:-(\d+)", text)
+    del limits["pytest"]
+    beside = min(limits.pop("sanitizer"), limits["correct"])
+    assert sum(limits.values()) < int(total[0])
+    assert beside == limits["correct"]  # the sanitizer ends no earlier, and may not end much later
