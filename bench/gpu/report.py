@@ -320,7 +320,9 @@ def pytest_line(found: dict[str, Any]) -> str:
     failed = [str(row.get("test")) if isinstance(row, dict) else str(row)[:WIDE] for row in rows]
     count = sum(int(number(n) or 0) for n in skipped.values()) if isinstance(skipped, dict) else 0
     names = f" ({listed(failed)})" if failed else ""
-    return f"{found['passed']} passed, {len(failed)} failed{names}, {count} skipped"
+    late = found.get("not_begun")
+    begun = f"; not begun: {listed(list(map(str, late)))}" if isinstance(late, list) and late else ""
+    return f"{found['passed']} passed, {len(failed)} failed{names}, {count} skipped{begun}"
 
 
 def times(folder: Folder) -> str:

@@ -101,6 +101,8 @@ def test_speed_with_wrong_bytes_meets_no_goal(tmp_path: Path) -> None:
 def test_reports_of_tests_that_make_no_sense() -> None:
     for failed in ([1], [{"why": 1}], {"a": 1}, None):
         assert report.pytest_line({"passed": 1, "failed": failed, "skipped": []}).startswith("1 passed, ")
+    late = {"passed": 1, "failed": [], "skipped": {}, "not_begun": ["packing", "files"]}
+    assert report.pytest_line(late) == "1 passed, 0 failed, 0 skipped; not begun: packing, files"
 
 
 def test_a_goal_without_all_of_its_figures_is_open_unless_one_misses_it() -> None:
