@@ -7,7 +7,7 @@ tests/gpu/test_gpu_causal_conv1d.py`.
 
 import pytest
 import torch
-from support.cuda import needs_kernel
+from support.gpu_needs import needs_kernel
 
 from nemoquant.ops.functional import causal_conv1d
 

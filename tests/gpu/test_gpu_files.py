@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from support.cuda import needs
+from support.gpu_needs import needs
 
 for name in ("numba", "pydantic", "safetensors", "tokenizers", "xxhash", "yaml", "jinja2"):
     pytest.importorskip(name, reason=f"needs {name}, which the API imports")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.cuda import needs_kernel
+from support.gpu_needs import needs_kernel
 from support.places import ROOT
 from test_gpu_grouped_experts import needs_grouped
 

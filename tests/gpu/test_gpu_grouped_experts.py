@@ -6,7 +6,7 @@ or H200, of another architecture elsewhere. tests/plugins/test_grouped_experts.p
 
 import pytest
 import torch
-from support.cuda import has_kernel, needs
+from support.gpu_needs import has_kernel, needs
 from test_gpu_routed_experts import Layer, error, given, layer, mixture, run
 from torch import Tensor
 

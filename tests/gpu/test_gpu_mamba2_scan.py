@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cuda import HAS_DEVICE, host_library, needs, needs_host_library, needs_kernel
+from support.gpu_needs import HAS_DEVICE, host_library, needs, needs_host_library, needs_kernel
 from torch import Tensor
 
 from nemoquant.ops.functional import mamba2_scan

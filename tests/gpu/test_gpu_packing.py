@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.cuda import needs
+from support.gpu_needs import needs
 
 pytest.importorskip("numba", reason="needs numba, for the CPU's bytes")
 

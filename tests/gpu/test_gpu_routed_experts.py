@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.cuda import has_kernel, needs, needs_kernel
+from support.gpu_needs import has_kernel, needs, needs_kernel
 from torch import Tensor
 
 from nemoquant.ops.functional import EXPERT_FORMATS, routed_experts

@@ -80,6 +80,6 @@ def test_the_engine_is_refused_with_what_it_needs(
         "export", "trt", quantized("fp8"), tmp_path / "e", "--target", "trt", "--sm", 100, code=2
     )
     assert "no CUDA device is usable here" in result.stderr
-    assert "nemoquant plugins build --arch sm_100a && nemoquant export trt" in result.stderr
+    assert "nemoquant plugins build --arch sm_100f && nemoquant export trt" in result.stderr
     assert "--dialect tensorrt" in result.stderr
     assert not (tmp_path / "e").exists()
