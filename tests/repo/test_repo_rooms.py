@@ -34,6 +34,7 @@ ORDER = (
     ("layouts",),
     ("sources",),
     ("calibrate",),
+    ("solve",),
     ("quantized",),
     ("pack",),
     ("run",),

@@ -1,0 +1,104 @@
+"""Which fold a layer gets, from second moments of inputs and from weights; all in float64.
+
+The error that quantization adds to a product grows with the size of its input times the weight's noise, and
+with the size of the weight times the input's noise. ``H`` stands for the inputs, the mean of ``x x'``, and
+``G`` for the weights that read them, the sum of ``W' W``. A fold ``x -> M x``, ``W -> W M^-1`` keeps the
+product and makes of them ``M H M'`` and ``M^-T G M^-1``. Both kinds of noise are balanced where these two are
+equal.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Vector = NDArray[np.float64]
+
+DAMPING = 0.01  # of the mean diagonal, added to H and G: directions that no token used are known poorly
+SPREAD = 1.0  # of log2 of channels, from which the norm fold is chosen
+SEED = 20240717  # of the rotation
+MOST_EXPONENT = 24  # of a channel
+
+
+def energy(weight: NDArray[np.float32]) -> Vector:
+    """The diagonal of ``W' W``: weight [out, in] float32 -> [in]. Add up those of all readers."""
+    sums: Vector = np.einsum("oi,oi->i", weight, weight, dtype=np.float64)
+    return sums
+
+
+def rotation(n: int) -> NDArray[np.float64]:
+    """An orthogonal matrix [n, n] without structure: the Q of a Gaussian matrix, the same at each call."""
+    q, r = np.linalg.qr(np.random.default_rng(SEED).standard_normal((n, n)))
+    return np.asarray(q * np.sign(np.diag(r)))
+
+
+def latent_matrix(h: ArrayLike, g: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The balanced and rotated matrix between fc1 and the experts' up projections.
+
+    With ``H = L L'`` and ``L' G L = U S U'`` it is ``M = Q S^(1/4) U' L^-1``: then ``M H M'`` and
+    ``M^-T G M^-1`` are both ``Q S^(1/2) Q'``. The rotation ``Q`` spreads what is left of outliers over all
+    channels.
+
+    Args:
+        h: [n, n], second moments of what the up projections read.
+        g: [n, n], the sum of ``up' up`` over the experts.
+    Returns:
+        ``M`` and its inverse, float32 [n, n]; the inverse is that of the float32 ``M``, computed in float64.
+    Raises:
+        ValueError: shapes that do not match, values that are not finite, or moments that are all zero.
+    """
+    h, g = _damped(h, "h"), _damped(g, "g")
+    if h.shape != g.shape:
+        raise ValueError(f"g: got shape {g.shape}, expected that of h, {h.shape}")
+    low = np.linalg.cholesky(h)
+    s, u = np.linalg.eigh(low.T @ g @ low)
+    # U' L^-1 is the transpose of L^-T U
+    left = np.linalg.solve(low.T, u * s**0.25).T
+    m = (rotation(len(h)) @ left).astype(np.float32)
+    return m, np.linalg.inv(m.astype(np.float64)).astype(np.float32)
+
+
+def _damped(moments: ArrayLike, name: str) -> NDArray[np.float64]:
+    m = np.asarray(moments, np.float64)
+    if m.ndim != 2 or m.shape[0] != m.shape[1]:
+        raise ValueError(f"{name}: got shape {m.shape}, expected [n, n]")
+    mean = np.trace(m) / max(1, len(m))
+    if not (np.isfinite(m).all() and mean > 0):
+        raise ValueError(f"{name}: got a mean diagonal of {mean}, expected finite values and a positive mean")
+    damped: NDArray[np.float64] = (m + m.T) / 2 + DAMPING * mean * np.eye(len(m))
+    return damped
+
+
+def channel_exponents(h_diag: ArrayLike, g_diag: ArrayLike, power: int = 1) -> NDArray[np.int8]:
+    """Exponents ``e`` so that channels times ``2^(power * e)``, and columns divided by it, are balanced.
+
+    ``s = (G / H)^(1/4)`` for each channel, divided by the geometric mean of all. A channel that is always
+    zero, on either side, is left alone.
+
+    Args:
+        h_diag: [n], mean squares of the channels.
+        g_diag: [n], diagonal of ``W' W`` of their readers.
+        power: 2 where the channel follows the square of what is scaled, as behind relu^2.
+    Returns:
+        int8 [n].
+    """
+    h, g = np.asarray(h_diag, np.float64), np.asarray(g_diag, np.float64)
+    used = (h > 0) & (g > 0)
+    exponents = np.zeros(h.shape)
+    if used.any():
+        wanted = (np.log2(g[used]) - np.log2(h[used])) / 4
+        exponents[used] = np.rint((wanted - wanted.mean()) / power)
+    return np.clip(exponents, -MOST_EXPONENT, MOST_EXPONENT).astype(np.int8)
+
+
+def outliers(h_diag: ArrayLike) -> bool:
+    """Whether some channels are so much larger than the others that the norm fold helps.
+
+    Args:
+        h_diag: [n], mean squares of the norm's channels.
+    """
+    return spread(h_diag) > SPREAD
+
+
+def spread(h_diag: ArrayLike) -> float:
+    """Standard deviation of log2 of the channels' root mean squares; zeros are left out."""
+    h = np.asarray(h_diag, np.float64)
+    return float(np.std(np.log2(h[h > 0]) / 2)) if (h > 0).any() else 0.0

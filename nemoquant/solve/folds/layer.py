@@ -1,0 +1,198 @@
+"""The folds of one layer of the main model: which of its tensors change, and how.
+
+    norm      channels of the layer's norm against the columns of everything that reads it
+    gate      channels of Mamba's gated norm against the columns of out_proj
+    latent    a matrix between fc1 and the up projections of all routed experts
+    expert    rows of an up projection against columns of its down projection, with relu^2 between them
+
+No fold changes what another one looks at: each is made from the unfolded model's moments and weights, and
+:func:`compose` puts them together in any order. Tensors of MTP are never touched.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nemoquant.model import names
+from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.roles import TensorSpec, mixer_table
+from nemoquant.solve.folds import choose
+from nemoquant.solve.folds.choose import Vector
+from nemoquant.solve.folds.transform import Exponents, Matrix, Transform, exponents_of, widen
+
+Folds: TypeAlias = dict[str, Transform]  # by the tensor's name; others stay as they are
+
+KINDS = ("norm", "gate", "latent", "expert")
+_READERS = (
+    "mamba.in_proj",
+    "attention.q_proj",
+    "attention.k_proj",
+    "attention.v_proj",
+    "mlp.up_proj",
+    "router",
+    "shared_experts.up_proj",
+)
+
+
+def _tensors(config: NemotronHConfig, layer: int) -> list[TensorSpec]:
+    return list(mixer_table(config, config.layers[layer], names.layer(layer) + names.MIXER, layer))
+
+
+def readers(config: NemotronHConfig, layer: int) -> list[TensorSpec]:
+    """The weights whose input is the layer's norm: all of them, the router's too."""
+    roles = {*_READERS, "latent.fc1" if config.moe_latent_size else "experts.up_proj"}
+    return [spec for spec in _tensors(config, layer) if spec.role in roles]
+
+
+def pairs(config: NemotronHConfig, layer: int) -> dict[str, tuple[TensorSpec, TensorSpec]]:
+    """Up and down projection by what they belong to: ``experts.3``, ``shared_experts``, or ``mlp``."""
+    found: dict[str, list[TensorSpec]] = {}
+    for spec in _tensors(config, layer):
+        group, _, projection = spec.role.partition(".")
+        if projection in ("up_proj", "down_proj"):
+            key = group if spec.expert is None else f"{group}.{spec.expert}"
+            found.setdefault(key, []).append(spec)
+    return {key: (up, down) for key, (up, down) in found.items()}
+
+
+def _times(exponents: Exponents, factor: int) -> Exponents:
+    return exponents_of(factor * exponents.astype(np.int16))
+
+
+def norm_transforms(config: NemotronHConfig, layer: int, exponents: Exponents) -> Folds:
+    """Channels of the layer's norm times ``2^exponents``, columns of all its readers divided by them.
+
+    Args:
+        exponents: int8 [hidden].
+    """
+    columns = Transform(columns=_times(exponents, -1))
+    folds = {spec.name: columns for spec in readers(config, layer)}
+    return {f"{names.layer(layer)}norm.weight": Transform(rows=exponents), **folds}
+
+
+def gate_transforms(config: NemotronHConfig, layer: int, exponents: Exponents) -> Folds:
+    """Channels of a Mamba layer's gated norm times ``2^exponents``, out_proj's columns divided by them.
+
+    Args:
+        exponents: int8 [mamba_inner].
+    """
+    changed = {"norm": Transform(rows=exponents), "mamba.out_proj": Transform(columns=_times(exponents, -1))}
+    return {spec.name: changed[spec.role] for spec in _tensors(config, layer) if spec.role in changed}
+
+
+def expert_transforms(config: NemotronHConfig, layer: int, module: str, exponents: Exponents) -> Folds:
+    """Rows of an up projection times ``2^e``, columns of its down projection divided by ``2^(2 e)``.
+
+    Args:
+        module: a key of :func:`pairs`.
+        exponents: int8 [width].
+    Raises:
+        ValueError: twice an exponent does not fit int8.
+    """
+    up, down = pairs(config, layer)[module]
+    return {up.name: Transform(rows=exponents), down.name: Transform(columns=_times(exponents, -2))}
+
+
+def latent_transforms(config: NemotronHConfig, layer: int, matrix: Matrix, inverse: Matrix) -> Folds:
+    """``fc1' = matrix @ fc1``, and ``up' = up @ inverse`` of every routed expert.
+
+    Args:
+        matrix, inverse: float32 [latent, latent], from ``choose.latent_matrix``.
+    """
+    changed = {"latent.fc1": Transform(left=matrix), "experts.up_proj": Transform(right=inverse)}
+    return {spec.name: changed[spec.role] for spec in _tensors(config, layer) if spec.role in changed}
+
+
+def compose(*several: Mapping[str, Transform]) -> Folds:
+    """All folds as one, in this order. Raises ValueError as ``Transform.then``."""
+    result: Folds = {}
+    for folds in several:
+        for name, transform in folds.items():
+            result[name] = result[name].then(transform) if name in result else transform
+    return result
+
+
+def layer_folds(
+    config: NemotronHConfig,
+    layer: int,
+    kinds: Collection[str],
+    weight: Callable[[str], NDArray[Any]],
+    moments: Mapping[str, ArrayLike],
+    quantized: Collection[str],
+) -> Folds:
+    """The folds of a layer that its inputs and weights call for.
+
+    Args:
+        kinds: of ``KINDS``, those that may be chosen.
+        weight: a tensor by name, uint16 (bf16 patterns), float16 or float32.
+        moments: by module, sums or means over tokens of ``x x'`` [in, in] of its input, or of ``x^2`` [in].
+            All modules on one scale. Of the up projections of routed experts with a latent size it must be
+            [in, in]; an expert without moments got no token, and is left alone.
+        quantized: names of the tensors that will be quantized.
+    Returns:
+        All of them as one. A fold of powers of two that would not be exact is left out.
+    """
+
+    def squares(module: str) -> Vector:
+        m = np.asarray(moments[module], np.float64)
+        diagonal: Vector = m if m.ndim == 1 else np.diag(m)
+        return diagonal
+
+    def reads(specs: Iterable[TensorSpec]) -> Vector:
+        total: Vector = np.sum([choose.energy(_floats(weight(spec.name))) for spec in specs], 0)
+        return total
+
+    found: list[Folds] = []
+    kind = config.layers[layer]
+    tensors = _tensors(config, layer)
+    reading = readers(config, layer)
+    known = [spec.module for spec in reading if spec.module in moments]
+    turned = [spec for spec in reading if spec.name in quantized]
+    if "norm" in kinds and known and turned:
+        h = squares(known[0])
+        if choose.outliers(h):
+            found.append(norm_transforms(config, layer, choose.channel_exponents(h, reads(turned))))
+    if "gate" in kinds and kind == "mamba":
+        out = next(spec for spec in tensors if spec.role == "mamba.out_proj")
+        if out.name in quantized and out.module in moments:
+            exponents = choose.channel_exponents(squares(out.module), reads([out]))
+            found.append(gate_transforms(config, layer, exponents))
+    if "expert" in kinds:
+        for module, (_, down) in pairs(config, layer).items():
+            if down.name in quantized and down.module in moments:
+                exponents = choose.channel_exponents(squares(down.module), reads([down]), power=2)
+                found.append(expert_transforms(config, layer, module, exponents))
+    found = [folds for folds in found if all(fold.exact(weight(name)) for name, fold in folds.items())]
+    ups = [spec for spec in tensors if spec.role == "experts.up_proj"]
+    if "latent" in kinds and config.moe_latent_size and any(spec.name in quantized for spec in ups):
+        h = np.sum([np.asarray(moments[s.module], np.float64) for s in ups if s.module in moments], 0)
+        g = np.zeros_like(h)
+        for spec in ups:
+            up = _floats(weight(spec.name))
+            g += up.T @ up
+        found.append(latent_transforms(config, layer, *choose.latent_matrix(h, g)))
+    return compose(*found)
+
+
+def _floats(weight: NDArray[Any]) -> NDArray[np.float32]:
+    return widen(weight).astype(np.float32)
+
+
+def input_transform(folds: Mapping[str, Transform], module: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """What the input of a module becomes: a function of float32 or float64 [tokens, in], a new array.
+
+    ``x' = (x @ right^-T) * 2^-columns``. It is linear in each row, so with it ``f(f(H).T)`` are the folded
+    second moments. All routed experts of a layer share it: make it once for them.
+    """
+    transform = folds.get(f"{module}.weight", Transform())
+    right = transform.right
+    matrix = None if right is None else np.linalg.inv(right.astype(np.float64)).T
+    columns = np.int32(0) if transform.columns is None else transform.columns.astype(np.int32)
+
+    def changed(x: NDArray[Any]) -> NDArray[Any]:
+        moved = x if matrix is None else x.astype(np.float64) @ matrix
+        return np.ldexp(moved, -columns).astype(x.dtype)
+
+    return changed
