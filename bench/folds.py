@@ -26,8 +26,8 @@ from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.quantized.packed import fake_quantize
 from nemoquant.shipped import calibration_data, evaluation_data, recipe_folder
+from nemoquant.solve.folds import choose
 from nemoquant.solve.folds import layer as layers
-from nemoquant.solve.folds.choose import outliers, spread
 from nemoquant.solve.folds.transform import Transform, widen
 from nemoquant.sources.source import open_source
 from nemoquant.tokens.rows import load_rows
@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", default=["nvfp4", "nvfp4-full"])
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--calibration", type=int, default=16)
+    parser.add_argument("--worth", type=float, default=choose.WORTH)
     given = parser.parse_args()
+    choose.WORTH = given.worth
     for name in given.model:
         folder = MODELS / ("nano_model" if name.startswith("nano") else "demo_model")
         source = open_source(folder)
@@ -163,14 +165,6 @@ def main() -> None:
         plain = tensors(arrays)
         seen = observe(config, plain, calibration, squares=True)
         log_p = [torch.log_softmax(y[:, :-1].double(), -1) for y in run(model(config, plain), rows, None)]
-        norms = []
-        for i in range(len(config.layers)):
-            module = next(s.module for s in layers.readers(config, i) if s.module in seen.moments)
-            norms.append(
-                f"{config.layers[i]} {spread(np.diag(seen.moments[module])):.2f}"
-                + " !" * outliers(np.diag(seen.moments[module]))
-            )
-        print(f"{name}: spread of norms: {', '.join(norms)}", flush=True)
         for recipe in given.recipe:
             plan = resolve(
                 load_recipe(recipe_folder() / f"{recipe}.yaml"), config, source.table, assumed=False

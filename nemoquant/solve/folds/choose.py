@@ -7,13 +7,16 @@ product and makes of them ``M H M'`` and ``M^-T G M^-1``. Both kinds of noise ar
 equal.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Vector = NDArray[np.float64]
 
 DAMPING = 0.01  # of the mean diagonal, added to H and G: directions that no token used are known poorly
-SPREAD = 1.0  # of log2 of channels, from which the norm fold is chosen
+BLOCK = 16  # channels that share a scale, in NVFP4
+WORTH = 0.5  # of the noise, at most, is left where a fold of powers of two is chosen
 SEED = 20240717  # of the rotation
 MOST_EXPONENT = 24  # of a channel
 
@@ -89,16 +92,37 @@ def channel_exponents(h_diag: ArrayLike, g_diag: ArrayLike, power: int = 1) -> N
     return np.clip(exponents, -MOST_EXPONENT, MOST_EXPONENT).astype(np.int8)
 
 
-def outliers(h_diag: ArrayLike) -> bool:
-    """Whether some channels are so much larger than the others that the norm fold helps.
+def noise(h_diag: ArrayLike, g_diag: ArrayLike) -> float:
+    """What quantization in blocks would add to a product, up to a factor that only the format decides.
+
+    The largest value of a block decides the error of all its values. So an input's block adds its largest
+    mean square times the sum of ``G``, a weight's block its largest ``G`` times the sum of the mean squares.
 
     Args:
-        h_diag: [n], mean squares of the norm's channels.
+        h_diag: [n], mean squares of the channels.
+        g_diag: [n], diagonal of ``W' W`` of their readers.
     """
-    return spread(h_diag) > SPREAD
+    pad = (0, -np.size(h_diag) % BLOCK)
+    h, g = (np.pad(np.asarray(d, np.float64), pad).reshape(-1, BLOCK) for d in (h_diag, g_diag))
+    return float((h.max(1) * g.sum(1) + g.max(1) * h.sum(1)).sum())
 
 
-def spread(h_diag: ArrayLike) -> float:
-    """Standard deviation of log2 of the channels' root mean squares; zeros are left out."""
-    h = np.asarray(h_diag, np.float64)
-    return float(np.std(np.log2(h[h > 0]) / 2)) if (h > 0).any() else 0.0
+def remaining(h_diag: ArrayLike, g_diag: ArrayLike, exponents: NDArray[np.integer[Any]]) -> float:
+    """The share of :func:`noise` that is left if channels are multiplied by ``2^exponents``; 1 without any.
+
+    Args:
+        exponents: [n] of the channels themselves: with ``power`` times those of ``channel_exponents``.
+    """
+    before = noise(h_diag, g_diag)
+    scale = np.ldexp(1.0, 2 * exponents.astype(np.int32))
+    after = noise(np.asarray(h_diag) * scale, np.asarray(g_diag) / scale)
+    return after / before if before else 1.0
+
+
+def outliers(h_diag: ArrayLike, g_diag: ArrayLike, power: int = 1) -> bool:
+    """Whether a few channels are so much larger than their neighbours that powers of two help.
+
+    Measured by what :func:`channel_exponents`, of the same arguments, would leave of the noise.
+    """
+    exponents = power * channel_exponents(h_diag, g_diag, power).astype(np.int32)
+    return remaining(h_diag, g_diag, exponents) < WORTH

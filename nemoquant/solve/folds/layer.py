@@ -9,7 +9,8 @@ No fold changes what another one looks at: each is made from the unfolded model'
 :func:`compose` puts them together in any order. Tensors of MTP are never touched.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +20,6 @@ from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import TensorSpec, mixer_table
 from nemoquant.solve.folds import choose
-from nemoquant.solve.folds.choose import Vector
 from nemoquant.solve.folds.transform import Exponents, Matrix, Transform, exponents_of, widen
 
 Folds: TypeAlias = dict[str, Transform]  # by the tensor's name; others stay as they are
@@ -135,36 +135,31 @@ def layer_folds(
         All of them as one. A fold of powers of two that would not be exact is left out.
     """
 
-    def squares(module: str) -> Vector:
-        m = np.asarray(moments[module], np.float64)
-        diagonal: Vector = m if m.ndim == 1 else np.diag(m)
-        return diagonal
-
-    def reads(specs: Iterable[TensorSpec]) -> Vector:
-        total: Vector = np.sum([choose.energy(_floats(weight(spec.name))) for spec in specs], 0)
-        return total
-
     found: list[Folds] = []
-    kind = config.layers[layer]
+
+    def balance(specs: Sequence[TensorSpec], build: Callable[[Exponents], Folds], power: int = 1) -> None:
+        """Add a fold of the channels that ``specs``, those of them that are quantized, read."""
+        seen = [spec.module for spec in specs if spec.module in moments]
+        reading = [spec for spec in specs if spec.name in quantized]
+        if not seen or not reading:
+            return
+        m = np.asarray(moments[seen[0]], np.float64)
+        h = m if m.ndim == 1 else np.diag(m)
+        g = np.sum([choose.energy(_floats(weight(spec.name))) for spec in reading], 0)
+        if choose.outliers(h, g, power):
+            folds = build(choose.channel_exponents(h, g, power))
+            if all(fold.exact(weight(name)) for name, fold in folds.items()):
+                found.append(folds)
+
     tensors = _tensors(config, layer)
-    reading = readers(config, layer)
-    known = [spec.module for spec in reading if spec.module in moments]
-    turned = [spec for spec in reading if spec.name in quantized]
-    if "norm" in kinds and known and turned:
-        h = squares(known[0])
-        if choose.outliers(h):
-            found.append(norm_transforms(config, layer, choose.channel_exponents(h, reads(turned))))
-    if "gate" in kinds and kind == "mamba":
-        out = next(spec for spec in tensors if spec.role == "mamba.out_proj")
-        if out.name in quantized and out.module in moments:
-            exponents = choose.channel_exponents(squares(out.module), reads([out]))
-            found.append(gate_transforms(config, layer, exponents))
+    if "norm" in kinds:
+        balance(readers(config, layer), partial(norm_transforms, config, layer))
+    if "gate" in kinds and config.layers[layer] == "mamba":
+        out = [spec for spec in tensors if spec.role == "mamba.out_proj"]
+        balance(out, partial(gate_transforms, config, layer))
     if "expert" in kinds:
         for module, (_, down) in pairs(config, layer).items():
-            if down.name in quantized and down.module in moments:
-                exponents = choose.channel_exponents(squares(down.module), reads([down]), power=2)
-                found.append(expert_transforms(config, layer, module, exponents))
-    found = [folds for folds in found if all(fold.exact(weight(name)) for name, fold in folds.items())]
+            balance([down], partial(expert_transforms, config, layer, module), power=2)
     ups = [spec for spec in tensors if spec.role == "experts.up_proj"]
     if "latent" in kinds and config.moe_latent_size and any(spec.name in quantized for spec in ups):
         h = np.sum([np.asarray(moments[s.module], np.float64) for s in ups if s.module in moments], 0)
