@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from nemoquant.pack.scales import input_scale
 from torch import Tensor
 
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.model.taps import Scope
-from nemoquant.pack.scales import input_scale
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve

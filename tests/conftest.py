@@ -139,7 +139,11 @@ def quantized(fitting: Callable[..., Path], token_rows: Path, tmp_path: Path) ->
         scales: Path | None = None,
         **options: Any,
     ) -> Path:
+        from nemoquant.planning.recipe import presets
+
         given = {"data": token_rows, "dtype": "float32", "scales": scales, "threads": 1, **options}
+        if preset in presets():
+            given.setdefault("method", "max")  # codes that an oracle knows
         return quantize(
             of or fitting(preset), tmp_path / (name or Path(preset).stem), preset, RunOptions(**given)
         ).out
@@ -177,7 +181,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def demo(once: Once) -> Callable[[str], Path]:
-    """The demo model's folder in a preset, with both graphs; calibrated once.
+    """The demo model's folder in a preset, with codes by method max, and both graphs; calibrated once.
 
     ``bf16`` is a copy of the source.
     """
@@ -188,10 +192,12 @@ def demo(once: Once) -> Callable[[str], Path]:
             if preset == "bf16":
                 export_onnx(DEMO, out, mtp=True)
                 return
-            options = RunOptions(threads=1)
+            options = RunOptions(threads=1, method="max")
             if preset != "nvfp4-w4a16":
                 scales = None if preset == "nvfp4" else make("nvfp4") / "nemoquant_scales.json"
-                options = RunOptions(rows=4, seq_len=128, dtype="float32", scales=scales, threads=1)
+                options = RunOptions(
+                    rows=4, seq_len=128, dtype="float32", scales=scales, threads=1, method="max"
+                )
             quantize(DEMO, out, preset, options)
             export_onnx(out, mtp=True)
 

@@ -1,27 +1,40 @@
 """What is in a checkpoint, and what a recipe would do with it: from headers, or a config alone."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from nemoquant import arguments
 from nemoquant.arguments import PathLike
+from nemoquant.formats import Method
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
+from nemoquant.planning.solving import FoldName
+from nemoquant.run.options import RunOptions
 from nemoquant.sources.source import BareConfig, Source, open_source
 
 
-def plan(source: PathLike, recipe: PathLike, *, scale_groups: bool = True) -> Plan:
+def plan(
+    source: PathLike,
+    recipe: PathLike,
+    *,
+    scale_groups: bool = True,
+    method: Method | None = None,
+    folds: Sequence[FoldName] | None = None,
+    descent: int | None = None,
+) -> Plan:
     """Resolve a recipe (preset name or file) for a checkpoint folder's headers, or a bare ``config.json``.
 
     Args:
+        method, folds, descent: take the place of the recipe's own; see :class:`RunOptions`.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
     Raises:
         CheckpointError, RecipeError, UsageError
     """
-    arguments.check_flags(scale_groups=scale_groups)
+    options = RunOptions(scale_groups=scale_groups, method=method, folds=folds, descent=descent)
     name = recipe_text(recipe)
-    return resolved(open_source(arguments.path("source", source)), name, scale_groups)
+    return resolved(open_source(arguments.path("source", source)), name, options)
 
 
 def recipe_text(recipe: PathLike) -> str:
@@ -36,12 +49,11 @@ def recipe_text(recipe: PathLike) -> str:
     return name
 
 
-def resolved(source: Source | BareConfig, recipe: str, scale_groups: bool) -> Plan:
+def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> Plan:
     """The plan of an opened source."""
     assumed = isinstance(source, BareConfig)
-    return resolve(
-        load_recipe(recipe), source.config, source.table, assumed=assumed, scale_groups=scale_groups
-    )
+    chosen = load_recipe(recipe).changed(options.method, options.folds, options.descent)
+    return resolve(chosen, source.config, source.table, assumed=assumed, scale_groups=options.scale_groups)
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def estimate(
     check(options.device)
     opened = open_weights(source, "an estimate needs the folder with the weights, which it measures on")
     with opened.checkpoint:
-        made = resolved(opened, name, options.scale_groups)
+        made = resolved(opened, name, options)
         batch, threads = None, options.threads or usable_threads()
         if made.needs_calibration and options.scales is None:
             batch = Batch(options.rows, options.seq_len, options.dtype or compute_dtype(options.device))
@@ -205,7 +205,7 @@ def quantize(
         source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
     )
     with opened.checkpoint, bars as report:
-        made = resolved(opened, name, options.scale_groups)
+        made = resolved(opened, name, options)
         warnings = _recipe_warnings(name, made)
         warnings += [
             f"no tensor of this model got the format {unused}: it lacks the roles that the recipe names"

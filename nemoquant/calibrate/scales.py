@@ -11,7 +11,7 @@ from nemoquant.files import read_json
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "nemoquant_scales.json"
 
 
@@ -23,6 +23,7 @@ class Scales:
         settings: of the run: rows, lengths, hashes of tokens and source, device, dtype, batch, threads.
         input_amax: module -> amax of its GEMM's input over all rows. A routed expert that no token reached is
             absent.
+        folded_amax: the same for modules whose input a fold changed, as it is after the fold.
         kv_amax: ``...k_proj`` or ``...v_proj`` -> amax of the keys or values that it puts into the cache.
         tokens_per_expert: MoE layer -> number of tokens of each expert.
         non_finite_rows: number of rows that were left out because they produced NaN or Inf.
@@ -32,6 +33,7 @@ class Scales:
 
     settings: dict[str, Any] = field(default_factory=dict)
     input_amax: dict[str, float] = field(default_factory=dict)
+    folded_amax: dict[str, float] = field(default_factory=dict)
     kv_amax: dict[str, float] = field(default_factory=dict)
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     non_finite_rows: int = 0
@@ -56,6 +58,7 @@ class Scales:
             "tokens_per_expert": {str(k): v for k, v in self.tokens_per_expert.items()},
             "kv_amax": self.kv_amax,
             "input_amax": self.input_amax,
+            "folded_amax": self.folded_amax,
         }
 
     def dump(self) -> str:
@@ -68,6 +71,7 @@ class Scales:
         return Scales(
             settings=dict(data["settings"]),
             input_amax={str(k): float(v) for k, v in data["input_amax"].items()},
+            folded_amax={str(k): float(v) for k, v in data["folded_amax"].items()},
             kv_amax={str(k): float(v) for k, v in data["kv_amax"].items()},
             tokens_per_expert={int(k): [int(n) for n in v] for k, v in data["tokens_per_expert"].items()},
             non_finite_rows=int(data["non_finite_rows"]),
@@ -101,6 +105,10 @@ class Scales:
                 f"{path} is not a scales file ({wrong}); expected the {FILE} of an earlier run"
             )
         return Scales.from_json(data)
+
+    def amax_of(self, plan: Plan) -> dict[str, float]:
+        """The maxima of inputs that a plan's checkpoint will see: with its folds, if it has any."""
+        return self.input_amax | self.folded_amax if plan.recipe.folds else self.input_amax
 
     def unreached(self) -> list[str]:
         """Experts without a token, as ``layer 3 expert 7``."""
@@ -141,7 +149,7 @@ class Scales:
             CalibrationError: lists the modules whose maxima are missing, or that the model does not have.
         """
         known = {row.module for row in plan.rows} | {names.HEAD}  # a tied head is no tensor, but a GEMM
-        strange = [m for m in self.input_amax | self.kv_amax if m not in known]
+        strange = [m for m in self.input_amax | self.folded_amax | self.kv_amax if m not in known]
         if strange:
             raise CalibrationError(
                 f"{path} has the maxima of {len(strange)} modules that this model lacks: "

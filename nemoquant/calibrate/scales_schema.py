@@ -28,3 +28,4 @@ class Content(BaseModel):
     tokens_per_expert: dict[Layer, list[Count]]
     kv_amax: dict[str, Amax]
     input_amax: dict[str, Amax]
+    folded_amax: dict[str, Amax]

@@ -5,9 +5,10 @@ followed: a run that finds one there, or anything that no run makes, is refused.
 """
 
 import os
+import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -17,9 +18,28 @@ from nemoquant.files import locked
 FOLDER = "nemoquant_resume"  # in OUT.partial: all that is not output
 STATE = "state.json"
 HIDDEN = ("hidden.0", "hidden.1")
+INPUTS = "inputs"  # those of the layer in work, where weights are solved for
 HALF = ".partial"  # end of the name of a file that is not whole yet
 MARGIN = 64 << 20  # bytes of free disk beyond the tensors, for side files and the rest
 BYTES_PER_TENSOR = 600  # in headers, index, config files and scales file
+
+
+def solved_file(layer: int | None) -> str:
+    """Name of the file of a layer's solved weights; None stands for the head."""
+    return f"solved.{'head' if layer is None else layer}"
+
+
+def folds_file(layer: int) -> str:
+    """Name of the file of a layer's folds."""
+    return f"folds.{layer}"
+
+
+def is_inner(name: str) -> bool:
+    """Whether a run writes a file of this name into ``FOLDER``."""
+    whole = name.removesuffix(HALF)
+    return whole in (STATE, INPUTS, *HIDDEN) or bool(
+        re.fullmatch(r"(solved|folds)\.[0-9]{1,6}|solved\.head", whole)
+    )
 
 
 def partial_of(out: Path) -> Path:
@@ -149,11 +169,11 @@ def only_run(partial: Path) -> Iterator[None]:
         yield
 
 
-def check_entries(folder: Path, files: Collection[str], folders: Collection[str]) -> None:
+def check_entries(folder: Path, is_file: Callable[[str], bool], folders: Collection[str]) -> None:
     """Make sure that a folder holds only files and folders of these names, no links."""
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
-    if strange := [entry.name for entry in found if entry.name not in files and entry.name not in folders]:
+    if strange := [entry.name for entry in found if not is_file(entry.name) and entry.name not in folders]:
         raise OutputError(
             f"{folder} holds {listing(strange)}, which no run writes there; move it away, or choose another "
             f"output"

@@ -12,12 +12,12 @@ from pathlib import Path
 from nemoquant.checkpoint.folder import (
     FOLDER,
     HALF,
-    HIDDEN,
     STATE,
     abandoned,
     begun,
     check_entries,
     check_folder,
+    is_inner,
     names_in,
     only_run,
     partial_of,
@@ -45,7 +45,6 @@ class Making:
         self.kept: Callable[[BaseException], str] = lambda _: ""
         self._files = {name + end for name in files for end in ("", HALF)}
         self._folders = {name + end for name in folders for end in ("", HALF)}
-        self._inner = {name + end for name in (STATE, *HIDDEN) for end in ("", HALF)}
 
     def look(self, resume: bool | None, *, held_before: bool) -> None:
         """Make sure that the folder is empty, or with ``resume`` holds only what a run makes.
@@ -61,8 +60,8 @@ class Making:
         useless = self.begun and held_before and abandoned(self.folder, resume)
         if self.begun and not resume and not useless:
             raise OutputError(told_that_it_was_left(self.folder, resume))
-        check_entries(self.folder, self._files, self._folders | {FOLDER})
-        check_entries(self.folder / FOLDER, self._inner, ())
+        check_entries(self.folder, self._files.__contains__, self._folders | {FOLDER})
+        check_entries(self.folder / FOLDER, is_inner, ())
         if useless:
             self._remove_files()
             self.begun = False
@@ -70,16 +69,20 @@ class Making:
 
     def drop_halves(self) -> None:
         """Remove files that an earlier run was writing when it ended."""
-        for folder, known in ((self.folder, self._files), (self.folder / FOLDER, self._inner)):
-            for name in known & names_in(folder):
-                if name.endswith(HALF):
-                    (folder / name).unlink()
+        for path in self._ours():
+            if path.name.endswith(HALF):
+                path.unlink()
 
     def _remove_files(self) -> None:
-        for folder, known in ((self.folder, self._files), (self.folder / FOLDER, self._inner)):
-            for name in known & names_in(folder):
-                with suppress(IsADirectoryError):
-                    (folder / name).unlink()
+        for path in self._ours():
+            with suppress(IsADirectoryError):
+                path.unlink()
+
+    def _ours(self) -> list[Path]:
+        """The files here that a run writes."""
+        inner = self.folder / FOLDER
+        ours = [self.folder / name for name in names_in(self.folder) if name in self._files]
+        return ours + [inner / name for name in names_in(inner) if is_inner(name)]
 
     def finish(self) -> None:
         """OUT.partial becomes OUT, and what is not output is removed from it.
@@ -202,9 +205,8 @@ def clear(out: Path) -> None:
         return
     try:
         check_folder(inner)
-        for name in (*HIDDEN, STATE):
-            for end in (HALF, ""):
-                (inner / (name + end)).unlink(missing_ok=True)
+        for name in sorted(filter(is_inner, names_in(inner)), key=lambda name: name.startswith(STATE)):
+            (inner / name).unlink(missing_ok=True)
         inner.rmdir()
         sync_folder(out)
     except OSError as error:

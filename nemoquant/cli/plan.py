@@ -1,7 +1,7 @@
 """``nemoquant plan``: what a recipe would do."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,7 @@ from nemoquant.cli.shared import (
     THREADS,
     json_option,
     memory_option,
+    method_options,
     no_scale_groups_option,
     print_json,
     recipe_name,
@@ -23,10 +24,14 @@ from nemoquant.formats import DEVICES
 from nemoquant.run.options import RunOptions
 from nemoquant.units import size
 
+if TYPE_CHECKING:
+    from nemoquant.planning.plan import Plan
+
 
 @click.command("plan")
 @click.argument("model", type=PATH)
 @recipe_options
+@method_options
 @no_scale_groups_option
 @click.option(
     "--estimate",
@@ -71,7 +76,14 @@ def command(
 
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
-    resolved = api.plan(model, name, scale_groups=options.scale_groups)
+    resolved = api.plan(
+        model,
+        name,
+        scale_groups=options.scale_groups,
+        method=options.method,
+        folds=options.folds,
+        descent=options.descent,
+    )
     expected = api.estimate(model, name, options, out=out) if estimate else None
     if as_json:
         data = resolved.to_json() | {"loaders": [loader._asdict() for loader in loaders(resolved)]}
@@ -94,7 +106,7 @@ def command(
         ("in quantized modules", "none are quantized" if quantized is None else f"{quantized:.3f}"),
         ("KV cache per token", f"{kv['source']:,} B as the source, {kv['planned']:,} B planned"),
         ("SSM state per sequence", f"{size(ssm['planned'])} ({resolved.config.mamba_ssm_cache_dtype})"),
-        ("calibration", "needed for activation scales" if resolved.needs_calibration else "not needed"),
+        ("calibration", _calibration(resolved)),
     ]
     for name, text in lines:
         say(f"{name:<24}{text}")
@@ -120,3 +132,17 @@ def command(
         say(f"warning: {text}", err=True)
     if resolved.assumed:
         say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")
+
+
+def _calibration(resolved: "Plan") -> str:
+    """What calibration is needed for."""
+    needed = [
+        ("codes that are solved for", any(row.solved for row in resolved.quantized)),
+        (f"folds ({', '.join(resolved.recipe.folds)})", bool(resolved.recipe.folds)),
+        ("activation scales", bool(resolved.kv_layers) or any(row.calibrated for row in resolved.rows)),
+    ]
+    return (
+        "needed for " + ", ".join(what for what, is_needed in needed if is_needed)
+        if (resolved.needs_calibration)
+        else "not needed"
+    )

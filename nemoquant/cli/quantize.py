@@ -17,6 +17,7 @@ from nemoquant.cli.shared import (
     json_option,
     loading,
     memory_option,
+    method_options,
     no_scale_groups_option,
     print_json,
     recipe_name,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("out", type=PATH)
 @recipe_options
+@method_options
 @run_option(
     "data",
     type=PATH,

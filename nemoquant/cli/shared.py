@@ -13,7 +13,8 @@ import click
 
 from nemoquant import arguments
 from nemoquant.errors import UsageError, brief
-from nemoquant.formats import FORMATS
+from nemoquant.formats import FORMATS, METHODS
+from nemoquant.planning.solving import FOLDS, MOST_DESCENT
 from nemoquant.run.options import OPTIONS
 from nemoquant.words import passage, plain
 
@@ -130,6 +131,46 @@ no_scale_groups_option = run_option(
     callback=lambda context, parameter, switched_off: not switched_off,
     help="Give every tensor its own scales, as other tools do; for comparisons.",
 )
+
+
+def _folds(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """``latent,norm``, or ``none``."""
+    if value is None:
+        return None
+    names = [] if value == "none" else [name.strip() for name in value.split(",")]
+    if unknown := [name for name in names if name not in FOLDS]:
+        raise click.BadParameter(
+            f"{brief(unknown[0])} is no fold; expected none, or some of {', '.join(FOLDS)}",
+            context,
+            parameter,
+        )
+    return tuple(names)
+
+
+def method_options(function: F) -> F:
+    """``--method``, ``--folds`` and ``--descent``, which take the place of the recipe's own."""
+    for add in (
+        run_option(
+            "descent",
+            type=whole(0, MOST_DESCENT),
+            help="Sweeps of coordinate descent after gptq; each takes about as long as gptq itself.",
+        ),
+        run_option(
+            "folds",
+            metavar="NAMES",
+            callback=_folds,
+            help="Changes of weights that keep the function, such as latent,norm; or none.",
+        ),
+        run_option(
+            "method",
+            type=click.Choice(METHODS),
+            help="How weights get their codes, instead of the recipe's method: max and mse from the weight "
+            "alone, hess and gptq solved with the inputs of calibration.",
+        ),
+    ):
+        function = add(function)
+    return function
+
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for machines, and nothing else, on standard output."

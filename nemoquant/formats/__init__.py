@@ -17,7 +17,11 @@ from typing import Literal, NamedTuple, get_args
 
 FormatName = Literal["fp8", "mxfp8", "nvfp4"]
 CacheName = Literal["fp8"]
-ScaleMethod = Literal["max", "mse", "four_over_six"]
+ScaleMethod = Literal["max", "mse", "four_over_six"]  # codes that follow from the weight alone
+SolvedMethod = Literal["hess", "gptq"]  # codes that also depend on the GEMM's inputs: the room `solve`
+Method = ScaleMethod | SolvedMethod
+SOLVED: tuple[SolvedMethod, ...] = get_args(SolvedMethod)
+METHODS: tuple[Method, ...] = (*get_args(ScaleMethod), *SOLVED)
 PartKind = Literal["codes", "block_scales", "global_scale"]
 Device = Literal["cpu", "cuda"]
 DEVICES: tuple[Device, ...] = get_args(Device)
@@ -42,7 +46,9 @@ class Format:
         code_dtype: safetensors dtype of the codes.
         scale_dtype: that of the block scales; None without block scales.
         global_scale: whether one fp32 scale multiplies the whole tensor.
-        methods: how block scales can be chosen, the default first.
+        methods: how block scales can be chosen from the weight alone, the default first.
+        solved: how codes can be solved for, with the inputs of the GEMM.
+        plain: the method that solved codes are held against, and that a weight gets whose inputs nobody saw.
         calibrated: whether inputs need a scale from calibration; else theirs follow from the input at run
             time.
         weights_only: whether engines take weights of this format with inputs that are not quantized.
@@ -56,6 +62,8 @@ class Format:
     scale_dtype: str | None
     global_scale: bool
     methods: tuple[ScaleMethod, ...]
+    solved: tuple[SolvedMethod, ...]
+    plain: ScaleMethod
     calibrated: bool
     weights_only: bool
 
@@ -78,6 +86,17 @@ class Format:
             if known == method:
                 return known
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(self.methods)}")
+
+    def alone(self, method: Method) -> ScaleMethod:
+        """The method that needs the weight alone: ``method`` itself, or ``plain`` for one that is solved."""
+        return self.plain if method in SOLVED else self.checked_method(method)
+
+    def nearest(self, method: Method) -> Method:
+        """The method, if this format has it, else the one that comes nearest.
+
+        Formats without block scales have nothing that ``mse`` or ``hess`` could choose.
+        """
+        return method if method in (*self.methods, *self.solved) else self.plain
 
     def packed_tensors(self, shape: tuple[int, int]) -> tuple[PackedTensor, ...]:
         """The tensors that a weight [out, in] becomes, in the order in which they are written.
@@ -107,6 +126,8 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             scale_dtype=None,
             global_scale=True,
             methods=("max",),
+            solved=("gptq",),
+            plain="max",
             calibrated=True,
             weights_only=False,
         ),
@@ -119,6 +140,8 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             scale_dtype="U8",
             global_scale=False,
             methods=("max",),
+            solved=("gptq",),
+            plain="max",
             calibrated=False,
             weights_only=False,
         ),
@@ -131,6 +154,8 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             scale_dtype="F8_E4M3",
             global_scale=True,
             methods=("max", "mse", "four_over_six"),
+            solved=("hess", "gptq"),
+            plain="mse",
             calibrated=True,
             weights_only=True,
         ),

@@ -3,6 +3,9 @@
 Pure functions of a checkpoint and of rows of a plan: they run in any thread or process that can open the
 checkpoint. Pages that they touched are dropped before they return.
 
+A weight may have a fold (``solve/folds``): then what is encoded, or copied, is the folded weight; hashes are
+always of the source's bytes.
+
 With the device "cuda" codes are made on the GPU, one chunk of each thread at a time; the bytes are the same.
 The maximum of a weight of several chunks is computed on the CPU all the same: this takes no longer than
 copying the chunks to the GPU.
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nemoquant.calibrate.derived import weight_scale
 from nemoquant.checkpoint.identity import piece_hash, piece_rows
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.errors import WeightError
@@ -23,8 +27,11 @@ from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.pack.outliers import Lost, lost_to_scale
-from nemoquant.pack.scales import weight_scale
 from nemoquant.planning.plan import Row
+from nemoquant.solve.folds.layer import NO_FOLDS, Folds
+from nemoquant.solve.folds.transform import Transform
+from nemoquant.solve.source import floats, squares
+from nemoquant.solve.store import Solved, Stored
 
 Array = npt.NDArray[Any]
 Part = tuple[Row, slice]
@@ -77,24 +84,25 @@ def _reading(checkpoint: Checkpoint, row: Row, part: slice) -> Iterator[Array]:
     checkpoint.release_bytes(row.name, part.start * _row_bytes(row), part.stop * _row_bytes(row))
 
 
-def amax(checkpoint: Checkpoint, row: Row, part: slice) -> np.float32:
+def amax(checkpoint: Checkpoint, row: Row, part: slice, fold: Transform | None = None) -> np.float32:
     """max |w| of some rows.
 
     Raises:
         WeightError: the rows contain NaN or Inf.
     """
-    with _reading(checkpoint, row, part) as weight:
-        return check_finite(row.name, bits_amax(_floats(weight)))
+    return measure(checkpoint, row, part, fold).amax
 
 
-def measure(checkpoint: Checkpoint, row: Row, part: slice) -> Measured:
+def measure(checkpoint: Checkpoint, row: Row, part: slice, fold: Transform | None = None) -> Measured:
     """``amax`` with the hash of what it was found in; raises WeightError as it does."""
-    with _reading(checkpoint, row, part) as weight:
-        return Measured(check_finite(row.name, bits_amax(_floats(weight))), piece_hash(weight))
+    with _reading(checkpoint, row, part) as source:
+        weight = _folded(checkpoint, row, part, source, fold)
+        return Measured(check_finite(row.name, bits_amax(weight)), piece_hash(source))
 
 
-def _floats(weight: Array) -> Array:
-    """A weight for the kernels: bf16 bit patterns or float32; float16 is converted."""
+def _folded(checkpoint: Checkpoint, row: Row, part: slice, source: Array, fold: Transform | None) -> Array:
+    """Some rows for the kernels: bf16 bit patterns or float32; float16 is converted."""
+    weight = source if fold is None else fold.apply(checkpoint.array(row.name), part)
     return weight.astype(np.float32) if weight.dtype == np.float16 else weight
 
 
@@ -109,17 +117,56 @@ def check_finite(name: str, value: np.float32) -> np.float32:
 
 
 def encode(
-    checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool, device: Device = "cpu"
+    checkpoint: Checkpoint,
+    row: Row,
+    part: slice,
+    scale: np.float32,
+    degenerate: bool,
+    device: Device = "cpu",
+    fold: Transform | None = None,
 ) -> EncodedPiece:
     """Codes of some rows, and their block scales; a degenerate weight becomes zeros."""
     with _reading(checkpoint, row, part) as source:
-        weight = _floats(source)
+        weight = _folded(checkpoint, row, part, source, fold)
         encoded = _codes(row, _on(device, weight), scale, degenerate)
         return _piece(row, source, weight, encoded, scale, degenerate)
 
 
+def solved_piece(
+    checkpoint: Checkpoint,
+    row: Row,
+    part: slice,
+    stored: Stored,
+    fold: Transform | None = None,
+) -> EncodedPiece:
+    """The same rows of a weight that was solved: its codes are there, the source is only read."""
+    codes, blocks = stored.encoded
+    encoded = Encoded(codes[part], None if blocks is None else blocks[part])
+    with _reading(checkpoint, row, part) as source:
+        weight = _folded(checkpoint, row, part, source, fold)
+        scale = np.float32(stored.record.scale)
+        return _piece(row, source, weight, encoded, scale, stored.record.degenerate)
+
+
+def solved_weights(
+    checkpoint: Checkpoint, rows: Sequence[Row], solved: Solved, folds: Folds
+) -> list[EncodedWeight]:
+    """What :func:`pack_weights` gives, of weights that were solved."""
+    found = []
+    for row in rows:
+        stored = solved.get(row.name)
+        pieces = [solved_piece(checkpoint, row, part, stored, folds.get(row.name)) for part in slices(row)]
+        found.append(EncodedWeight(np.float32(stored.record.scale), stored.record.degenerate, pieces))
+    return found
+
+
 def encode_again(
-    checkpoint: Checkpoint, row: Row, part: slice, scale: np.float32, degenerate: bool
+    checkpoint: Checkpoint,
+    row: Row,
+    part: slice,
+    scale: np.float32,
+    degenerate: bool,
+    fold: Transform | None = None,
 ) -> tuple[Encoded, bytes]:
     """What :func:`encode` gives, for a comparison: nothing is counted.
 
@@ -127,8 +174,18 @@ def encode_again(
         codes and block scales, and the hash of the source's bytes.
     """
     with _reading(checkpoint, row, part) as source:
-        encoded = _codes(row, _floats(source), scale, degenerate)
-        return encoded, piece_hash(source)
+        weight = _folded(checkpoint, row, part, source, fold)
+        return _codes(row, weight, scale, degenerate), piece_hash(source)
+
+
+def error_again(
+    checkpoint: Checkpoint, row: Row, part: slice, encoded: Encoded, scale: np.float32, fold: Transform | None
+) -> tuple[tuple[float, float], bytes]:
+    """Sums of (w - q)^2 and w^2 of some rows against codes that were solved, and the source's hash."""
+    assert row.format != "source"
+    with _reading(checkpoint, row, part) as source:
+        weight = floats(_folded(checkpoint, row, part, source, fold))
+        return squares(row.format, weight, encoded, scale), piece_hash(source)
 
 
 def _piece(
@@ -144,44 +201,48 @@ def _on(device: Device, weight: Array) -> Array | gpu.OnGpu:
 
 
 def _codes(row: Row, weight: Array | gpu.OnGpu, scale: np.float32, degenerate: bool) -> Encoded:
-    assert row.format != "source" and row.scale_method is not None
+    assert row.format != "source"
     arithmetic = ARITHMETIC[row.format]
     if degenerate:
         return arithmetic.zeros((weight.shape[0], weight.shape[1]))
-    return arithmetic.encode(weight, scale, row.scale_method)
+    return arithmetic.encode(weight, scale, row.plain_method)
 
 
-def pack_weights(checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu") -> list[EncodedWeight]:
+def pack_weights(
+    checkpoint: Checkpoint, rows: Sequence[Row], device: Device = "cpu", folds: Folds = NO_FOLDS
+) -> list[EncodedWeight]:
     """Encode whole weights that share no scale, such as experts.
 
     The maximum and the codes of each are computed while it is in the cache, or on the GPU.
     """
-    return [_pack_weight(checkpoint, row, device) for row in rows]
+    return [_pack_weight(checkpoint, row, device, folds.get(row.name)) for row in rows]
 
 
-def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device) -> EncodedWeight:
+def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device, fold: Transform | None) -> EncodedWeight:
     parts = slices(row)
     if len(parts) > 1:
-        scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part) for part in parts))
-        return EncodedWeight(
-            scale, degenerate, [encode(checkpoint, row, part, scale, degenerate, device) for part in parts]
-        )
+        scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part, fold) for part in parts))
+        pieces = [encode(checkpoint, row, part, scale, degenerate, device, fold) for part in parts]
+        return EncodedWeight(scale, degenerate, pieces)
     with _reading(checkpoint, row, parts[0]) as source:
-        weight = _floats(source)
+        weight = _folded(checkpoint, row, parts[0], source, fold)
         put = _on(device, weight)
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(put)))
         encoded = _codes(row, put, scale, degenerate)
         return EncodedWeight(scale, degenerate, [_piece(row, source, weight, encoded, scale, degenerate)])
 
 
-def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int) -> Copied:
+def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int, fold: Transform | None = None) -> Copied:
     """A piece of an unquantized tensor, checked to be finite. The caller drops its pages."""
-    raw = checkpoint.raw(row.name)[begin:end]
+    source = raw = checkpoint.raw(row.name)[begin:end]
+    if fold is not None:
+        part = slice(begin // _row_bytes(row), end // _row_bytes(row))
+        raw = fold.apply(checkpoint.array(row.name), part).reshape(-1).view(np.uint8)
     values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
     check_finite(
         row.name, bits_amax((values.astype(np.float32) if row.source_dtype == "F16" else values)[None])
     )
-    return Copied(raw, piece_hash(raw))
+    return Copied(raw, piece_hash(source))
 
 
 def groups(rows: Iterable[Row], nbytes: int) -> Iterator[tuple[Row, ...]]:

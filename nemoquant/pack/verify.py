@@ -10,8 +10,14 @@
 5. both config files are those that the plan calls for, and the source's own keys are all there
 6. with the source: its bytes have the hashes that the manifest has; unquantized tensors are equal bit for
    bit; quantized ones are encoded again and must give the same bytes
+7. of a weight that was solved: its objective is not above that of the plain method; with the source: its
+   error against the weight is the one that was noted (its codes do not follow from the weight alone: an exact
+   repeat is the run repeated)
+
+A fold is repeated from its file: what is compared is the folded weight.
 """
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemoquant.calibrate.derived import activation_scales, weight_scale
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.header import ALIGNMENT, read_header
@@ -39,20 +46,27 @@ from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, ten
 from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from nemoquant.errors import CheckpointError, NemoquantError, WeightError
 from nemoquant.files import MOST_TABLE_ENTRIES, lies_in, read_json
+from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
 from nemoquant.machine import usable_threads
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
-from nemoquant.pack.encode import amax, encode_again, slices
-from nemoquant.pack.scales import activation_scales, weight_scale
+from nemoquant.pack.encode import amax, copy, encode_again, error_again, slices
 from nemoquant.pack.shards import Entry, Shard, shards
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.progress import Count, Progress, no_progress
+from nemoquant.solve.files import FOLDS, SOLVED
+from nemoquant.solve.folds.file import check as check_folds
+from nemoquant.solve.folds.file import load as load_folds
+from nemoquant.solve.folds.layer import NO_FOLDS, Folds
+from nemoquant.solve.folds.transform import Transform
+from nemoquant.solve.source import relative
 from nemoquant.sources.source import Source
 
+TOLERANCE = 1e-9  # of float64 sums in another order
 ELSEWHERE = "is no regular file of this folder (a link out of it, or a device or pipe); nothing was read"
 
 
@@ -72,6 +86,7 @@ class Verification:
             "scales": 0,
             "compared_with_source": 0,
             "encoded_again": 0,
+            "solved": 0,
         }
 
     @property
@@ -140,12 +155,20 @@ def verify(
             plan = _plan_again(out, manifest, rest)
             layout = shards(plan, manifest["shard_bytes"])
             _check_configs(out, plan, source, rest)
+            changes = _changes(out, plan, rest)
             with Checkpoint(out) as checkpoint:
                 if _check_tensors(out, layout, checkpoint, rest):
                     _check_scales(layout, checkpoint, _activation_scales(out, plan), rest)
                     if source is not None:
                         _compare(
-                            manifest, layout, checkpoint, source, rest, again=encode_again, count=compared
+                            manifest,
+                            layout,
+                            checkpoint,
+                            source,
+                            changes,
+                            rest,
+                            again=encode_again,
+                            count=compared,
                         )
         except WeightError:
             raise  # of the source: nothing else is searched for NaN
@@ -178,7 +201,7 @@ def _own(out: Path, name: str) -> bool:
 
 def _elsewhere(out: Path, manifest: dict[str, Any]) -> list[str]:
     """Files that verify would read, and that are no regular files of this folder; one of them ends it."""
-    names = {*manifest["files"], "config.json", LEGACY, INDEX, SCALES_FILE, SINGLE}
+    names = {*manifest["files"], "config.json", LEGACY, INDEX, SCALES_FILE, SOLVED, FOLDS, SINGLE}
     names |= {path.name for path in out.iterdir() if path.name.endswith(SHARD)}
     return [f"{name} {ELSEWHERE}" for name in sorted(names) if not _own(out, name)]
 
@@ -214,6 +237,33 @@ def _plan_again(out: Path, manifest: dict[str, Any], report: Verification) -> Pl
             f"{settings['sha256'][:12]}"
         )
     return plan
+
+
+class Changes(NamedTuple):
+    """Folds by tensor, and what was noted of each solved weight."""
+
+    folds: Folds
+    solved: dict[str, dict[str, Any]]
+
+
+def _changes(out: Path, plan: Plan, report: Verification) -> Changes:
+    """Read folds and notes, as far as the plan has them, and check the notes."""
+    folds, solved = NO_FOLDS, {}
+    if plan.recipe.folds:
+        folds = load_folds(out / FOLDS)
+        check_folds(out / FOLDS, folds, tensor_table(plan.config))
+    if any(row.solved for row in plan.quantized):
+        from nemoquant.solve.records import read
+
+        solved = read(out / SOLVED, plan)
+    report.checked["solved"] += len(solved)
+    for name, found in solved.items():
+        if found["objective"] > found["plain"] * (1 + TOLERANCE):
+            report.problems.append(
+                f"{name}: {SOLVED} has the objective {found['objective']:.6g}, above that of the plain "
+                f"method, {found['plain']:.6g}"
+            )
+    return Changes(folds, solved)
 
 
 def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, report: Verification) -> bool:
@@ -321,6 +371,7 @@ def _compare(
     layout: list[Shard],
     written: Checkpoint,
     source: Source,
+    changes: Changes,
     report: Verification,
     *,
     again: bool,
@@ -337,12 +388,16 @@ def _compare(
         groups.setdefault(row.weight_group or "", []).append(row)
 
     def check(entries: dict[str, dict[str, Entry]], row: Row) -> Compared:
+        fold = changes.folds.get(row.name)
         if row.format == "source":
-            return _equal_bytes(original, written, row)
+            return _equal_bytes(original, written, row, fold)
         if not again:
             return Compared(None, [])
+        if row.solved:
+            noted = changes.solved[row.name]["error"]
+            return _error_again(row, noted, entries[row.name], original, written, fold)
         group = groups.get(row.weight_group or "", [row])
-        return _encoded_again(row, group, entries[row.name], original, written)
+        return _encoded_again(row, group, entries[row.name], original, written, changes.folds)
 
     found: Units = {}
     with ThreadPoolExecutor(usable_threads()) as pool:
@@ -381,30 +436,68 @@ class Compared(NamedTuple):
     hashes: list[bytes]
 
 
-def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row) -> Compared:
+def _equal_bytes(source: Checkpoint, written: Checkpoint, row: Row, fold: Transform | None) -> Compared:
     """Compares piece by piece, so that a large tensor does not stay in memory twice."""
     a, b, equal, hashes = source.raw(row.name), written.raw(row.name), True, []
     for begin, end in pieces(row.shape, row.bytes_in):
-        equal = equal and np.array_equal(a[begin:end], b[begin:end])
+        expected = a[begin:end] if fold is None else copy(source, row, begin, end, fold).raw
+        equal = equal and np.array_equal(expected, b[begin:end])
         hashes.append(piece_hash(a[begin:end]))
         source.release_bytes(row.name, begin, end)
         written.release_bytes(row.name, begin, end)
-    return Compared(None if equal else f"{row.name} differs from the source; expected the same bytes", hashes)
+    same = "the same bytes" if fold is None else f"those that its fold in {FOLDS} makes"
+    return Compared(None if equal else f"{row.name} differs from the source; expected {same}", hashes)
+
+
+def _error_again(
+    row: Row,
+    noted: float,
+    entries: dict[str, Entry],
+    source: Checkpoint,
+    written: Checkpoint,
+    fold: Transform | None,
+) -> Compared:
+    """Whether solved codes are as far from the source's weight as was noted."""
+    scale = np.float32(1)
+    if "global_scale" in entries:
+        scale = np.float32(written.array(entries["global_scale"].name)[()])
+    codes = written.array(entries["codes"].name)
+    blocks = written.array(entries["block_scales"].name) if "block_scales" in entries else None
+    parts, hashes = [], []
+    for part in slices(row):
+        encoded = Encoded(codes[part], None if blocks is None else blocks[part])
+        sums, piece = error_again(source, row, part, encoded, scale, fold)
+        parts.append(sums)
+        hashes.append(piece)
+    found = relative(parts)
+    close = math.isclose(found, noted, rel_tol=TOLERANCE, abs_tol=1e-300)
+    what = f"{row.module}: its codes are {found:.9g} from the source's weight, {SOLVED} has {noted:.9g}"
+    return Compared(None if close else what, hashes)
 
 
 def _encoded_again(
-    row: Row, group: list[Row], entries: dict[str, Entry], source: Checkpoint, written: Checkpoint
+    row: Row,
+    group: list[Row],
+    entries: dict[str, Entry],
+    source: Checkpoint,
+    written: Checkpoint,
+    folds: Folds,
 ) -> Compared:
     """Whether the source's weight gives the stored scales and codes; rows of ``group`` share its scale."""
     scale, degenerate = weight_scale(
-        row, max(amax(source, member, part) for member in group for part in slices(member))
+        row,
+        max(
+            amax(source, member, part, folds.get(member.name)) for member in group for part in slices(member)
+        ),
     )
     equal = "global_scale" not in entries or written.array(entries["global_scale"].name)[()] == scale
     codes = written.array(entries["codes"].name)
     block_scales = written.array(entries["block_scales"].name) if "block_scales" in entries else None
     hashes = []
     for part in slices(row):
-        (expected, expected_scales), piece = encode_again(source, row, part, scale, degenerate)
+        (expected, expected_scales), piece = encode_again(
+            source, row, part, scale, degenerate, folds.get(row.name)
+        )
         hashes.append(piece)
         equal = equal and np.array_equal(codes[part], expected)
         if block_scales is not None and expected_scales is not None:

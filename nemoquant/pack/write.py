@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemoquant.calibrate.derived import activation_scales, weight_scale
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint.identity import UnitHash, Units, pieces, unit_name
 from nemoquant.checkpoint.reader import Checkpoint
@@ -34,13 +35,24 @@ from nemoquant.pack.encode import (
     measure,
     pack_weights,
     slices,
+    solved_piece,
+    solved_weights,
 )
 from nemoquant.pack.outliers import Lost
-from nemoquant.pack.scales import activation_scales, weight_scale
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.progress import Count
+from nemoquant.solve.folds.layer import NO_FOLDS, Folds
+from nemoquant.solve.store import Solved
+
+
+class Changes(NamedTuple):
+    """What calibration made of the weights: folds by tensor, and the solved ones."""
+
+    folds: Folds = NO_FOLDS
+    solved: Solved | None = None
+
 
 # Work in a thread, and the function by which this thread takes its result.
 PackStep = tuple[Future[Any] | None, Callable[[Any], None]]
@@ -58,9 +70,16 @@ class Packer:
     """
 
     def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, scales: Scales | None, workers: Workers, progress: Count
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        scales: Scales | None,
+        changes: Changes,
+        workers: Workers,
+        progress: Count,
     ) -> None:
         """Raises CalibrationError where ``scales`` lack what the plan needs."""
+        self.folds, self.solved = changes
         self.checkpoint, self.workers, self.progress = checkpoint, workers, progress
         self.scales = activation_scales(plan, scales)
         self.warnings = self.scales.warnings
@@ -122,7 +141,7 @@ class Packer:
 
     def _members(self, row: Row) -> list[Row]:
         """The rows whose maximum gives a row its scale."""
-        return self._groups[row.weight_group] if row.weight_group else [row]
+        return self._groups[row.weight_group] if row.weight_group and not row.solved else [row]
 
     def _end_unit(self, name: str, digest: UnitHash, _: None = None) -> None:
         """Keep the hash of a unit; one that was read for a scale before must have the same one."""
@@ -141,7 +160,8 @@ class Packer:
             self.progress(end - begin)
 
         for begin, end in pieces(row.shape, row.bytes_in):
-            yield self.workers.here(copy, row, begin, end), partial(put, begin, end)
+            copied = self.workers.here(copy, row, begin, end, self.folds.get(row.name))
+            yield copied, partial(put, begin, end)
         yield None, lambda _: digest.end_tensor()
 
     def _quantize(self, unit: Unit, writer: ShardWriter, digest: UnitHash) -> Iterator[PackStep]:
@@ -185,16 +205,36 @@ class Packer:
 
         if len(unit.rows) > 1:
             for rows in groups(unit.rows, self.workers.group_bytes):
-                yield self.workers.submit(pack_weights, rows, self.workers.device), partial(put_weights, rows)
+                yield self._weights(rows), partial(put_weights, rows)
         else:
             (row,) = unit.rows
-            scale, degenerate = self._scale(row)
+            scale, pieces = self._pieces(row)
             put_scale(row, scale)
-            for part in slices(row):
+            for part, encoded in zip(slices(row), pieces, strict=True):
                 nbytes = row.bytes_in * (part.stop - part.start) // row.shape[0]
-                encoded = self.workers.submit(encode, row, part, scale, degenerate, self.workers.device)
                 yield encoded, partial(put, row, nbytes)
         yield None, end
+
+    def _weights(self, rows: tuple[Row, ...]) -> Future[list[EncodedWeight]]:
+        folds = {row.name: self.folds[row.name] for row in rows if row.name in self.folds}
+        if rows[0].solved:
+            assert self.solved is not None
+            return self.workers.here(solved_weights, rows, self.solved, folds)
+        return self.workers.submit(pack_weights, rows, self.workers.device, folds)
+
+    def _pieces(self, row: Row) -> tuple[np.float32, Iterator[Future[EncodedPiece]]]:
+        """The scale of a weight, and its pieces in order; each is begun when it is asked for."""
+        fold = self.folds.get(row.name)
+        if row.solved:
+            assert self.solved is not None
+            stored = self.solved.get(row.name)
+            scale, degenerate = np.float32(stored.record.scale), stored.record.degenerate
+            if degenerate or not stored.encoded.codes.any():
+                self.zero_weights.append(row.module)
+            return scale, (self.workers.here(solved_piece, row, p, stored, fold) for p in slices(row))
+        scale, degenerate = self._scale(row)
+        submit, device = self.workers.submit, self.workers.device
+        return scale, (submit(encode, row, p, scale, degenerate, device, fold) for p in slices(row))
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
@@ -219,7 +259,7 @@ class Packer:
     def _map(self, parts: Iterable[Part]) -> Iterator[Measured]:
         waiting: deque[Future[Measured]] = deque()
         for part in parts:
-            waiting.append(self.workers.submit(measure, *part))
+            waiting.append(self.workers.submit(measure, *part, self.folds.get(part[0].name)))
             if len(waiting) > self.workers.ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from nemoquant.checkpoint.header import ITEM_SIZE
-from nemoquant.formats import FORMATS, CacheFormat, Format, FormatName, ScaleMethod
+from nemoquant.formats import FORMATS, SOLVED, CacheFormat, Format, FormatName, Method, ScaleMethod
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
@@ -39,7 +39,7 @@ class Row:
     shape: tuple[int, ...]
     source_dtype: str
     format: Literal["source", FormatName]
-    scale_method: ScaleMethod | None
+    scale_method: Method | None
     activation_format: FormatName | None
     weight_group: str | None
     input_group: str | None
@@ -67,6 +67,17 @@ class Row:
     def calibrated(self) -> bool:
         """Whether the GEMM's input has a scale that comes from calibration."""
         return self.activation_format is not None and FORMATS[self.activation_format].calibrated
+
+    @property
+    def solved(self) -> bool:
+        """Whether its codes are solved for with the GEMM's inputs."""
+        return self.scale_method in SOLVED
+
+    @property
+    def plain_method(self) -> ScaleMethod:
+        """The method of a quantized row that needs the weight alone; see :meth:`Format.alone`."""
+        assert self.number is not None and self.scale_method is not None
+        return self.number.alone(self.scale_method)
 
     def parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """The tensors that are written for this row: (kind, safetensors dtype, shape).
@@ -123,8 +134,13 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any scale depends on activations."""
-        return bool(self.kv_layers) or any(row.calibrated for row in self.rows)
+        """Whether any scale, code or fold depends on activations."""
+        return bool(self.kv_layers) or self.needs_inputs or any(row.calibrated for row in self.rows)
+
+    @cached_property
+    def needs_inputs(self) -> bool:
+        """Whether calibration must see all inputs of GEMMs, and not their maxima alone."""
+        return bool(self.recipe.folds) or any(row.solved for row in self.rows)
 
     @cached_property
     def tensors_out(self) -> int:

@@ -5,7 +5,8 @@ summary: Routed experts NVFP4, the other GEMMs FP8.
 rules:                                  # first match wins; every tensor must be covered
   - roles: [experts.*]
     format: nvfp4                       # source, fp8, mxfp8 or nvfp4
-    scales: max                         # NVFP4 block scales: max, mse or four_over_six
+    scales: max                         # max, mse or four_over_six (NVFP4 block scales), or solved with the
+                                        # GEMM's inputs: hess (NVFP4) or gptq
     activations: nvfp4                  # the weight's format, or none for weights only (NVFP4 only)
   - roles: [mamba.in_proj]
     layers: [0, 2]                      # only in these layers; each must have the role
@@ -15,9 +16,11 @@ rules:                                  # first match wins; every tensor must be
   - roles: ["*"]
     format: source
 kv_cache: fp8                           # source or fp8
+solve: {damping: 0.5, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
+folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +30,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nemoquant.arguments import home_expanded
 from nemoquant.errors import RecipeError, brief, listing
 from nemoquant.files import read_text
-from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Format, FormatName, ScaleMethod
+from nemoquant.formats import (
+    CACHE_FORMATS,
+    FORMATS,
+    SOLVED,
+    CacheFormat,
+    CacheName,
+    Format,
+    FormatName,
+    Method,
+)
 from nemoquant.model.parse import MOST_LAYERS
+from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
 from nemoquant.shipped import recipe_folder
 
 # Bounds far above any recipe that a person or a search would write.
@@ -52,7 +65,7 @@ class Rule(BaseModel):
     names: list[Pattern] = Field(default=[], min_length=1, max_length=MOST_NAMES)
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MOST_LAYERS)] | None = None
     format: Literal["source", FormatName]
-    scales: ScaleMethod = "max"
+    scales: Method = "max"
     activations: Literal[FormatName, "none"] | None = None
 
     @model_validator(mode="after")
@@ -62,8 +75,10 @@ class Rule(BaseModel):
         if self.layers is not None and not self.roles:
             raise ValueError("`layers` goes with `roles`; a name pattern says its layers itself")
         number = self.number
-        if self.scales != "max" and (number is None or self.scales not in number.methods):
-            having = " or ".join(name for name, known in FORMATS.items() if self.scales in known.methods)
+        if self.scales != "max" and (number is None or number.nearest(self.scales) != self.scales):
+            having = " or ".join(
+                name for name, known in FORMATS.items() if known.nearest(self.scales) == self.scales
+            )
             raise ValueError(f"`scales: {self.scales}` goes with `format: {having}` only")
         if self.activations not in _activations(number):
             allowed = " or ".join(filter(None, _activations(number)))
@@ -102,8 +117,17 @@ def _activations(number: Format | None) -> tuple[str | None, ...]:
     return (None, number.name, "none") if number.weights_only else (None, number.name)
 
 
+class Solve(BaseModel):
+    """How codes are solved for, by ``scales: hess`` and ``gptq``; see ``solve/``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    damping: float = Field(default=DAMPING, ge=1e-4, le=100, strict=True)
+    descent: int = Field(default=DESCENT, ge=0, le=MOST_DESCENT, strict=True)
+
+
 class Recipe(BaseModel):
-    """A named list of rules, and the KV cache's format."""
+    """A named list of rules, the KV cache's format, how codes are solved for, and folds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -111,6 +135,8 @@ class Recipe(BaseModel):
     summary: str = Field(max_length=2000)
     rules: list[Rule] = Field(min_length=1, max_length=MOST_RULES)
     kv_cache: Literal["source", CacheName] = "source"
+    solve: Solve = Solve()
+    folds: list[FoldName] = Field(default=[], max_length=len(FOLDS))
 
     @model_validator(mode="after")
     def bounded(self) -> "Recipe":
@@ -129,6 +155,37 @@ class Recipe(BaseModel):
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data without defaults; :func:`parse_recipe` reads it again."""
         return self.model_dump(exclude_defaults=True)
+
+    def changed(
+        self, method: Method | None, folds: Sequence[FoldName] | None = None, descent: int | None = None
+    ) -> "Recipe":
+        """The recipe with another method for all weights, other folds, another number of sweeps.
+
+        A format that lacks the method gets the nearest one (``Format.nearest``). ``max``, ``mse`` and
+        ``four_over_six`` are functions of the source's weight alone: they drop the folds, unless ``folds`` is
+        given. A recipe that changes has the changes in its name.
+        """
+        new: dict[str, Any] = {}
+        if method is not None:
+            new["rules"] = [_with_method(rule, method) for rule in self.rules]
+            if method not in SOLVED:
+                new["folds"] = []
+        if folds is not None:
+            new["folds"] = list(dict.fromkeys(folds))
+        if descent is not None:
+            new["solve"] = self.solve.model_copy(update={"descent": descent})
+        changed = self.model_copy(update=new)
+        if changed == self:
+            return self
+        words = [word for word in (method, "-".join(folds) if folds else None) if word]
+        words += [f"descent{descent}"] * (descent is not None)
+        words += ["unfolded"] * (folds is not None and not folds and bool(self.folds))
+        return changed.model_copy(update={"name": "-".join([self.name, *words])[:100]})
+
+
+def _with_method(rule: Rule, method: Method) -> Rule:
+    number = rule.number
+    return rule if number is None else rule.model_copy(update={"scales": number.nearest(method)})
 
 
 def presets() -> dict[str, Path]:

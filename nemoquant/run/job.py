@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import HIDDEN, STATE, check_output, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, INPUTS, STATE, check_output, nearest_folder
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
@@ -32,6 +32,7 @@ from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.pack.workers import Threads
+from nemoquant.pack.write import Changes
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress, no_progress
 from nemoquant.run import same_source
@@ -101,6 +102,7 @@ class Job:
             options.threads or (options.on != "ray" and began.get("threads")) or usable_threads()
         )
         self.calibration_threads = 1 if options.on == "ray" else self.threads
+        self._solved: dict[str, str] = {}  # files of solved weights and folds, with their hashes
 
     @cached_property
     def dtype(self) -> str:
@@ -118,6 +120,11 @@ class Job:
         Raises:
             OutputError
         """
+        if self.plan.needs_inputs and self.options.on == "ray":
+            raise UsageError(
+                f"--on ray does not solve for codes or folds, which recipe {self.plan.recipe.name} asks for; "
+                f"give --method max or mse, or leave out --on"
+            )
         if not self.is_finished:
             needed = self.plan.bytes_out + self._hidden_bytes()
             check_output(
@@ -143,6 +150,12 @@ class Job:
         options = self.options
         if not self.plan.needs_calibration:
             return None
+        if options.scales is not None and self.plan.needs_inputs:
+            raise UsageError(
+                f"--scales {options.scales} has the maxima of GEMM inputs alone, but recipe "
+                f"{self.plan.recipe.name} solves for codes or folds, which needs the inputs themselves; give "
+                f"--method max or mse, or calibrate without --scales"
+            )
         if options.scales is not None:
             scales = Scales.load(Path(options.scales))
             scales.check(self.plan, Path(options.scales))
@@ -243,6 +256,7 @@ class Job:
                 elif self.options.resume:
                     self.listener.say("nothing to go on with, beginning anew")
                 scales, added = self._scales(run, prepared, cluster)
+                changes = end.enter_context(self._changes(run))
                 workers = (
                     Threads(self.source.checkpoint, self.threads, prepared.budget.ahead, self.options.device)
                     if cluster is None
@@ -252,6 +266,7 @@ class Job:
                     written = self.output.write(
                         run,
                         scales,
+                        changes,
                         workers,
                         [*warnings, *added],
                         self.listener.progress,
@@ -262,6 +277,19 @@ class Job:
             end.enter_context(ended(self.out))
             self.source.checkpoint.done = True  # whatever happens to it now, OUT is whole
         return Outcome(*written, None if scales is None else scales.summary())
+
+    @contextmanager
+    def _changes(self, run: Unfinished) -> Iterator[Changes]:
+        """Folds and solved weights, as calibration left them in the folder of the state."""
+        if not self.plan.needs_inputs:
+            yield Changes()
+            return
+        from nemoquant.solve.collector import open_solved, read_folds
+
+        assert run.calibration is not None
+        digests = run.calibration["solved"]
+        with closing(open_solved(self.plan, run.state, digests)) as solved:
+            yield Changes(read_folds(run.state, digests), solved)
 
     @contextmanager
     def _cluster(self) -> Iterator["Cluster | None"]:
@@ -408,10 +436,11 @@ class Job:
                     "layers": run.calibration["layers"],
                     "units": scales.units,
                     "scales_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                    "solved": self._solved,
                 }
             run.save()
-        for hidden in HIDDEN:
-            (run.state / hidden).unlink(missing_ok=True)
+        for name in (*HIDDEN, INPUTS):
+            (run.state / name).unlink(missing_ok=True)
         return scales, list(scales.warnings)
 
     def _calibrated(self, run: Unfinished, file: Path) -> Scales:
@@ -430,13 +459,32 @@ class Job:
         import torch
 
         from nemoquant.calibrate.hidden import InFiles
-        from nemoquant.calibrate.observers import AmaxCollector
+        from nemoquant.calibrate.observers import AmaxCollector, Collector
         from nemoquant.calibrate.run import Between, calibrate, settings
 
         dtype, device = getattr(torch, self.dtype), str(torch_device(self.options.device))
         row_batch = prepared.budget.row_batch
         assert row_batch is not None
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
+        at_layer = [0, len(self.source.config.layers) + 1]
+
+        def progress(stage: str, done: int, total: int, what: str) -> None:
+            at_layer[0] = done
+            self.listener.progress(stage, done, total, what)
+
+        solving = None
+        if self.plan.needs_inputs:
+            from nemoquant.solve.collector import SolveCollector
+
+            solving = SolveCollector(
+                self.plan,
+                self.source.checkpoint,
+                amax,
+                run.state,
+                self.threads,
+                lambda text: self.listener.progress("calibrate", *at_layer, text),
+            )
+        collectors: list[Collector] = [amax] if solving is None else [amax, solving]
         begin, at = None, run.calibration
         run.check_calibration(len(self.source.config.layers), len(rows.ids))
         units: Units = dict(at["units"]) if at else {}
@@ -474,7 +522,7 @@ class Job:
             }
             run.save()
 
-        with closing(hidden), ahead:
+        with closing(hidden), ahead, nullcontext() if solving is None else closing(solving):
             keys = list(groups)
             at_first = 0 if begin is None else keys.index(begin.layers if begin.layers in groups else "norm")
             for key in keys[at_first : at_first + 2]:
@@ -483,7 +531,7 @@ class Job:
                 self.source.checkpoint,
                 self.source.config,
                 rows,
-                [amax],
+                collectors,
                 device=device,
                 dtype=dtype,
                 row_batch=row_batch,
@@ -491,10 +539,12 @@ class Job:
                 begin=begin,
                 keep=keep,
                 spread=None if cluster is None else cluster.spread,
-                progress=self.listener.progress,
+                progress=progress,
             )
             units.update(ahead.take("norm"))
         self.source.checkpoint.check_unchanged()
+        if solving is not None:
+            self._solved = solving.state()
         amax.scales.units = units
         amax.scales.non_finite_rows = len(dead)
         return amax.scales

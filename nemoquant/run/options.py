@@ -6,7 +6,7 @@ are named nowhere else.
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, get_args
@@ -24,7 +24,8 @@ from nemoquant.arguments import (
 )
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
-from nemoquant.formats import DEVICES, Device
+from nemoquant.formats import DEVICES, METHODS, Device, Method
+from nemoquant.planning.solving import FOLDS, MOST_DESCENT, FoldName
 
 Where = Literal["local", "ray"]
 Dtype = Literal["float32", "bfloat16"]
@@ -48,6 +49,9 @@ class RunOptionsDict(TypedDict, total=False):
     threads: int | None
     shard_bytes: int
     scale_groups: bool
+    method: Method | None
+    folds: Sequence[FoldName] | None
+    descent: int | None
     on: Where
     address: str | None
     resume: bool
@@ -89,6 +93,11 @@ class RunOptions:
         shard_bytes: largest output file.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale; False
             for comparisons.
+        method: of all quantized weights, instead of the recipe's own: ``max``, ``mse``, ``four_over_six``,
+            ``hess`` or ``gptq``; a format without it takes the nearest. All but the last two need no inputs,
+            and drop the recipe's folds.
+        folds: instead of the recipe's own; an empty sequence is none.
+        descent: sweeps of coordinate descent after ``gptq``.
         on: where to compute: ``local``, this process; ``ray``, a cluster (extra ``ray``).
         address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
         resume: continue what an earlier run with the same options left in OUT.partial; start from the
@@ -106,6 +115,9 @@ class RunOptions:
     threads: int | None = None
     shard_bytes: int = SHARD_BYTES
     scale_groups: bool = True
+    method: Method | None = None
+    folds: Sequence[FoldName] | None = None
+    descent: int | None = None
     on: Where = "local"
     address: str | None = None
     resume: bool = False
@@ -130,6 +142,15 @@ class RunOptions:
         if self.dtype is not None:
             check_word("dtype", self.dtype, DTYPES)
         check_word("on", self.on, PLACES)
+        if self.method is not None:
+            check_word("method", self.method, METHODS)
+        if self.folds is not None:
+            folds = self.folds.split(",") if isinstance(self.folds, str) else list(self.folds)
+            for fold in folds:
+                check_word("folds", fold, FOLDS)
+            object.__setattr__(self, "folds", tuple(folds))
+        if self.descent is not None:
+            object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
         check_flags(scale_groups=self.scale_groups, resume=self.resume)
         if self.address is not None:
             check_text("address", self.address, "HOST:PORT or auto")
@@ -194,6 +215,9 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         "fixed",
         lambda value: shown(value if value is None else not value),
     ),
+    "method": ("--method", "fixed"),  # these three are in the plan's sha256
+    "folds": ("--folds", "fixed"),
+    "descent": ("--descent", "fixed"),
     "on": ("--on", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),
     "resume": ("--resume", "free"),

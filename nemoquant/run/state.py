@@ -15,12 +15,13 @@ from typing_extensions import TypedDict  # pydantic refuses typing's before Pyth
 
 from nemoquant.arguments import MOST_THREADS
 from nemoquant.calibrate.scales_schema import Content
+from nemoquant.checkpoint.folder import is_inner
 from nemoquant.errors import schema_problem
 from nemoquant.files import MOST_JSON, plain_name, read_json, replace_text
 from nemoquant.model.config import LayerKind
 from nemoquant.run.options import Dtype
 
-SCHEMA = 3
+SCHEMA = 4
 STRICT = ConfigDict(extra="forbid", strict=True)
 BETWEEN_LAYERS = {"dead_rows", "collected", "hidden", "hidden_sha256"}
 OPEN = ConfigDict(extra="allow", strict=True)
@@ -32,17 +33,26 @@ def _is_plain(name: str) -> str:
     return name
 
 
+def _is_solved(name: str) -> str:
+    if not (is_inner(name) and name.startswith(("solved.", "folds."))):
+        raise ValueError("not the name of a file of solved weights or folds")
+    return name
+
+
 def _are_collected(data: dict[str, Any]) -> dict[str, Any]:
     """Results of the collectors by their names; see ``calibrate/observers.py``."""
     wrong = schema_problem(Content.model_validate, data.get("scales"))
     if wrong is not None:
         raise ValueError(f"not the scales so far: {wrong}")
+    _SOLVED.validate_python(data.get("solved", {}))
     return data
 
 
 Units = dict[str, Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_is_plain)]
+SolvedState = dict[Annotated[str, AfterValidator(_is_solved)], Annotated[str, Field(max_length=64)]]
+_SOLVED: TypeAdapter[SolvedState] = TypeAdapter(SolvedState, config=ConfigDict(strict=True))
 Count = Annotated[int, Field(ge=0)]
 Rows = Annotated[int, Field(ge=1)]
 
@@ -64,12 +74,14 @@ class IdentityState(TypedDict, total=False):
 class CalibrationState(TypedDict):
     """Layers that were calibrated.
 
-    ``scales_sha256`` is there once the scales file is written, what is between two layers until then.
+    ``scales_sha256`` and ``solved`` (files of solved weights and folds, with their hashes) are there once the
+    scales file is written, what is between two layers until then.
     """
 
     layers: Count
     units: Units
     scales_sha256: NotRequired[Digest]
+    solved: NotRequired[SolvedState]
     dead_rows: NotRequired[list[Count]]
     collected: NotRequired[Annotated[dict[str, Any], AfterValidator(_are_collected)]]
     hidden: NotRequired[Annotated[int, Field(ge=0, le=1)]]
@@ -151,7 +163,7 @@ def read_state(path: Path) -> State:
         raise ValueError(wrong)
     calibration = state["calibration"]
     if calibration is not None:
-        needed = {"scales_sha256"} if state["calibrated"] else BETWEEN_LAYERS
+        needed = {"scales_sha256", "solved"} if state["calibrated"] else BETWEEN_LAYERS
         if missing := needed - calibration.keys():
             raise ValueError(f"calibration lacks {', '.join(sorted(missing))}")
     return state

@@ -23,12 +23,15 @@ from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.pack.shards import Shard, shards
 from nemoquant.pack.verify import verify
 from nemoquant.pack.workers import Workers
-from nemoquant.pack.write import Packer
+from nemoquant.pack.write import Changes, Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
 from nemoquant.run.same_source import of_other_weights
 from nemoquant.run.state import LostState
 from nemoquant.run.unfinished import Unfinished
+from nemoquant.solve import records
+from nemoquant.solve.files import FOLDS, SOLVED
+from nemoquant.solve.folds.file import save
 from nemoquant.sources.source import Source
 from nemoquant.words import in_markdown, markdown_code, message
 
@@ -68,6 +71,7 @@ class Output:
         self,
         run: Unfinished,
         scales: Scales | None,
+        changes: Changes,
         workers: AbstractContextManager[Workers],
         warnings: Sequence[str],
         progress: Progress,
@@ -82,13 +86,14 @@ class Output:
         Args:
             workers: encode the weights; entered when packing starts.
             warnings: those of the run so far; they go into card and manifest, together with new ones.
+            changes: folds and solved weights.
             hashed: returns hashes of units of the source that packing must come to as well.
             scales_file: the file of another run that the scales are from; its source may be another one.
         Raises:
             CalibrationError, WeightError, SourceChangedError, VerificationError
         """
         folder = run.folder
-        warnings = [*warnings, *self._pack(run, scales, workers, progress)]
+        warnings = [*warnings, *self._pack(run, scales, changes, workers, progress)]
         packed = run.packed
         units = {name: packed[name] for name in units_of(row.name for row in self.plan.rows)}
         self._check_same(run, hashed(), units)
@@ -100,6 +105,11 @@ class Output:
         _write_json(
             folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
         )
+        if changes.solved is not None and any(row.solved for row in self.plan.quantized):
+            _write_text(folder / SOLVED, records.dump(self.plan, changes.solved.records))
+        if self.plan.recipe.folds:
+            (folder / FOLDS).unlink(missing_ok=True)
+            save(folder / FOLDS, changes.folds)
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         text = card(self.plan, _calibration_sentence(scales), warnings, copied)
@@ -138,6 +148,7 @@ class Output:
         self,
         run: Unfinished,
         scales: Scales | None,
+        changes: Changes,
         workers: AbstractContextManager[Workers],
         progress: Progress,
     ) -> list[str]:
@@ -151,7 +162,7 @@ class Output:
 
         present = set(run.shards)  # compared with their hashes when the run was taken up
         with workers as entered:
-            packer = Packer(self.plan, self.source.checkpoint, scales, entered, packed)
+            packer = Packer(self.plan, self.source.checkpoint, scales, changes, entered, packed)
             for shard in self.layout:
                 if shard.file in present:
                     packed(sum(row.bytes_in for unit in shard.units for row in unit.rows))

@@ -77,7 +77,9 @@ class Runs:
         def build(out: Path) -> None:
             data = out.with_name(f"{rows}x{length}.npy")
             np.save(data, self.token_rows[:rows, :length])
-            options = RunOptions(data=data, dtype=compute, row_batch=1, scale_groups=scale_groups, threads=1)
+            options = RunOptions(
+                data=data, dtype=compute, row_batch=1, scale_groups=scale_groups, threads=1, method="max"
+            )
             quantize(self.source(preset), out, preset, options)
 
         return self.once(f"oracles/ours-{preset}-{scale_groups}-{compute}-{rows}x{length}", build)

@@ -23,6 +23,7 @@ from nemoquant.solve.folds import choose
 from nemoquant.solve.folds.transform import Exponents, Matrix, Transform, exponents_of, widen
 
 Folds: TypeAlias = dict[str, Transform]  # by the tensor's name; others stay as they are
+NO_FOLDS: Folds = {}  # never changed
 
 KINDS = ("norm", "gate", "latent", "expert")
 _READERS = (

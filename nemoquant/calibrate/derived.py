@@ -4,6 +4,7 @@ Degenerate cases have a defined scale and are reported.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,9 +44,9 @@ def weight_scale(row: Row, amax: np.float32) -> TensorScale:
     Raises:
         WeightError: values too large for the format.
     """
-    assert row.format != "source" and row.scale_method is not None
+    assert row.format != "source"
     arithmetic = ARITHMETIC[row.format]
-    scale = arithmetic.decode_scale(amax, row.scale_method)
+    scale = arithmetic.decode_scale(amax, row.plain_method)
     if amax > arithmetic.limit(scale.value):
         raise WeightError(
             f"{row.name} has {amax:.7g}, which {arithmetic.format.short} can't hold; expected at most "
@@ -61,18 +62,30 @@ def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:
         CalibrationError: no token reached any module of a group, so that its input scale is unknown.
     """
     result = ActivationScales()
-    _input_scales(plan, scales, result)
+    result.inputs = input_scales(plan.quantized, scales.amax_of(plan) if scales else {}, result.warnings)
     _cache_scales(plan, scales, result)
     return result
 
 
-def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -> None:
+def input_scales(
+    rows: Iterable[Row], amax: Mapping[str, float], warnings: list[str]
+) -> dict[str, np.float32]:
+    """module -> ``input_scale``, for those of ``rows`` whose input has a calibrated one; groups applied.
+
+    Args:
+        rows: with each row all of its group, and all experts of its layer and projection.
+        amax: module -> largest magnitude of its input; an expert that no token reached is absent.
+        warnings: receives one for each input that was zero.
+    Raises:
+        CalibrationError: no token reached any module of a group, so that its input scale is unknown.
+    """
     groups: dict[str, list[Row]] = defaultdict(list)
     # experts of a layer and projection: the largest amax of all, whatever the grouping
     layers: dict[str, float] = {}
-    amax = scales.input_amax if scales else {}
-    rows = [row for row in plan.quantized if row.calibrated]
+    found: dict[str, np.float32] = {}
     for row in rows:
+        if not row.calibrated:
+            continue
         groups[row.input_group or row.module].append(row)
         if row.expert is not None and row.module in amax:
             stack = stack_of(row.module)
@@ -88,11 +101,10 @@ def _input_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -
         largest = max(seen) if seen else fallback
         assert largest is not None and members[0].activation_format is not None
         if largest == 0:
-            result.warnings.append(
-                f"{group}: its input was zero in all calibration rows; input scale set to 1.0"
-            )
+            warnings.append(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
         scale = input_scale(largest, members[0].activation_format)
-        result.inputs |= dict.fromkeys((row.module for row in members), scale)
+        found |= dict.fromkeys((row.module for row in members), scale)
+    return found
 
 
 def _cache_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -> None:

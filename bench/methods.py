@@ -1,0 +1,142 @@
+"""KL from the source, by method, fold, damping and calibration, from packed checkpoints of the trained models.
+
+    python -m bench.methods demo nvfp4-full nvfp4-full:method=max nvfp4:damping=1,folds=latent --rows 32
+    python -m bench.methods nano fp8 fp8:method=max --first 32 --rows 64 --json FILE
+
+A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent, damping,
+calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are the first
+ones, as by default). Each is quantized, and its logits are compared with the source's on the same rows of the
+evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over
+rows: their mean, and its standard error.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import yaml
+
+from nemoquant import api
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.weights import LayerWeights
+from nemoquant.model.reference import ReferenceModel
+from nemoquant.planning.recipe import load_recipe, parse_recipe
+from nemoquant.quantized.checkpoint import PackedCheckpoint
+from nemoquant.shipped import calibration_data, evaluation_data
+from nemoquant.sources.source import open_weights
+from nemoquant.tokens.rows import load_rows
+
+CALIB = Path(__file__).parent.parent / "calib"
+BATCH = 4
+LENGTH = 512
+
+
+def logits(model: ReferenceModel, rows: np.ndarray, tap: Any = None) -> Iterator[torch.Tensor]:
+    """Log-probabilities [rows, length, vocabulary] float64, a batch at a time."""
+    for start in range(0, len(rows), BATCH):
+        out, _ = model.forward(torch.from_numpy(rows[start : start + BATCH]), tap=tap)
+        yield torch.log_softmax(out.double(), -1)
+
+
+def measured(source: Path, folder: Path, rows: np.ndarray, reference: list[torch.Tensor]) -> dict[str, Any]:
+    """KL, log-likelihood and top-1 agreement of each row."""
+    opened = PackedCheckpoint(folder)
+    model = ReferenceModel(opened.config, opened.weights)
+    kl, nll, agree = [], [], []
+    at = 0
+    for wanted, found in zip(reference, logits(model, rows, opened.tap()), strict=True):
+        tokens = torch.from_numpy(rows[at : at + len(found)])[:, 1:, None]
+        at += len(found)
+        p, q = wanted[:, :-1].double(), found[:, :-1]
+        kl += ((p.exp() * (p - q)).sum(-1)).mean(-1).tolist()
+        nll += (-q.gather(-1, tokens)[..., 0]).mean(-1).tolist()
+        agree += (p.argmax(-1) == q.argmax(-1)).double().mean(-1).tolist()
+    opened.checkpoint.close()
+    return {"kl": kl, "nll": nll, "top1": agree}
+
+
+def variant(text: str) -> tuple[str, dict[str, str]]:
+    """``PRESET:key=value,...``."""
+    preset, _, rest = text.partition(":")
+    return preset, dict(part.split("=", 1) for part in rest.split(",") if part)
+
+
+def calibration_rows(source: Path, count: int, length: int, seed: int) -> np.ndarray:
+    """Rows of the shipped calibration text; seed 0 takes the first."""
+    with (opened := open_weights(source, "")).checkpoint:
+        rows = load_rows(calibration_data(), source, opened.config, 10_000, length).ids
+    if seed:
+        rows = rows[np.random.default_rng(seed).permutation(len(rows))]
+    return rows[:count]
+
+
+def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, Any]:
+    """Quantize by a variant; returns its time, memory and what it solved."""
+    preset, keys = variant(text)
+    options: dict[str, Any] = {}
+    if "method" in keys:
+        options["method"] = keys["method"]
+    if "descent" in keys:
+        options["descent"] = int(keys["descent"])
+    if "folds" in keys:
+        options["folds"] = [] if keys["folds"] == "none" else keys["folds"].split("+")
+    recipe: str | Path = preset
+    if "damping" in keys:
+        data = load_recipe(preset).dump()
+        data["name"] += "-damped"
+        data["solve"] = data.get("solve", {}) | {"damping": float(keys["damping"])}
+        parse_recipe(data)
+        recipe = scratch / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(data))
+    if keys.keys() & {"calib", "tokens", "seed"}:
+        rows = calibration_rows(
+            source, int(keys.get("calib", 32)), int(keys.get("tokens", LENGTH)), int(keys.get("seed", 0))
+        )
+        options["data"] = scratch / "rows.npy"
+        np.save(options["data"], rows)
+    began, busy = time.monotonic(), time.process_time()
+    result = api.quantize(source, out, recipe, progress=False, **options)
+    took = {"seconds": time.monotonic() - began, "processor_seconds": time.process_time() - busy}
+    return took | {"recipe": result.plan.recipe.name, "bits": result.plan.bits_per_weight}
+
+
+@click.command()
+@click.argument("model", type=click.Choice(["demo", "nano"]))
+@click.argument("variants", nargs=-1, required=True)
+@click.option("--rows", default=32, show_default=True, help="Rows of the evaluation text.")
+@click.option("--first", default=0, show_default=True, help="The first of them.")
+@click.option("--json", "json_file", type=Path)
+def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file: Path | None) -> None:
+    """Compare variants on a trained model."""
+    source = CALIB / f"{model}_model"
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, Checkpoint(source) as checkpoint:
+        with (opened := open_weights(source, "")).checkpoint:
+            config = opened.config
+            ids = load_rows(evaluation_data(), source, config, first + rows, LENGTH).ids[first:]
+        bf16 = ReferenceModel(config, lambda prefix: LayerWeights(checkpoint, prefix))
+        reference = [part.float() for part in logits(bf16, ids)]
+        for text in variants:
+            out = Path(folder) / f"out{len(results)}"
+            made = quantized(source, out, text, Path(folder))
+            results[text] = made | measured(source, out, ids, reference)
+            kl = np.array(results[text]["kl"])
+            paired = kl - np.array(results[variants[0]]["kl"])
+            error = paired.std(ddof=1) / len(paired) ** 0.5 if len(paired) > 1 else 0.0
+            click.echo(
+                f"{model} {text:<44} KL {kl.mean():.5f}  {paired.mean():+.5f} +- {error:.5f}  ppl "
+                f"{np.exp(np.mean(results[text]['nll'])):.3f}  top-1 {np.mean(results[text]['top1']):.4f}  "
+                f"{made['processor_seconds']:.1f} s of CPU"
+            )
+    if json_file:
+        json_file.write_text(json.dumps({"model": model, "first": first, "rows": rows, "variants": results}))
+
+
+if __name__ == "__main__":
+    main()

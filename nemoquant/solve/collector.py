@@ -1,0 +1,164 @@
+"""Solving as a part of calibration: a layer's folds and weights are found when its inputs have been seen.
+
+Each layer goes through the rows once. Its inputs wait in a file (``calibrate/inputs.py``) until the maxima
+are known, because codes are solved for the inputs as engines will have them: folded, and rounded with their
+scale.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nemoquant.calibrate.derived import input_scales
+from nemoquant.calibrate.inputs import InputFile, InputObserver, Place
+from nemoquant.calibrate.observers import AmaxCollector, Observer
+from nemoquant.checkpoint.folder import INPUTS, folds_file, solved_file
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.errors import CalibrationError
+from nemoquant.planning.plan import Plan, Row
+from nemoquant.solve.folds.chosen import LayerFolds
+from nemoquant.solve.folds.file import load, save
+from nemoquant.solve.folds.layer import Folds, input_transform
+from nemoquant.solve.layer import LayerSolver
+from nemoquant.solve.source import input_of, shared_maxima
+from nemoquant.solve.store import Solved, SolvedFile
+
+NAME = "solved"
+
+
+class SolveCollector:
+    """Finds folds and solves weights, layer by layer.
+
+    Attributes:
+        folds: of all finished layers, by tensor.
+    """
+
+    name = NAME
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        amax: AmaxCollector,
+        folder: Path,
+        threads: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """``folder``: of the run's state. ``say``: receives how far a layer is, in words."""
+        self.plan, self.checkpoint, self.amax = plan, checkpoint, amax
+        self.folder, self.threads, self.say = folder, threads, say
+        self.folds: Folds = {}
+        self._rows: dict[int | None, list[Row]] = {}
+        for row in plan.quantized:
+            self._rows.setdefault(row.layer, []).append(row)
+        taps = {input_of(row) for row in plan.quantized if row.solved}
+        self._folding = LayerFolds(plan, checkpoint)
+        self._inputs = InputFile(folder / INPUTS, taps | self._folding.taps)
+        self._digests: dict[str, str] = {}
+
+    @property
+    def observer(self) -> Callable[[], Observer]:
+        return partial(InputObserver, self._inputs)
+
+    def add(self, collected: list[tuple[str, Place]]) -> None:
+        self._inputs.keep(collected)
+
+    def finish(self, layer: int | None) -> None:
+        rows = self._rows.get(layer, [])
+        folds: Folds = {}
+        if layer is not None and self.plan.recipe.folds:
+            folds = self._folding.choose(layer, rows, self._inputs)
+            path = self.folder / folds_file(layer)
+            path.unlink(missing_ok=True)
+            self._digests[path.name] = save(path, folds)
+            self.folds |= folds
+            self._fold_maxima(rows, folds)
+        solved = [row for row in rows if row.solved]
+        if solved:
+            amax = self.amax.scales.amax_of(self.plan)
+            solver = LayerSolver(
+                self.checkpoint,
+                self._inputs,
+                folds,
+                self.plan.recipe.solve,
+                input_scales(rows, amax, []),
+                shared_maxima(self.checkpoint, folds, rows),
+                self.threads,
+            )
+            file = SolvedFile(self.folder / solved_file(layer), solved)
+            where = "head" if layer is None else f"layer {layer}"
+            solver.run(
+                solved, file, lambda done: self.say(f"{where}, {done} of {len(solved)} weights solved")
+            )
+            self._digests[file.path.name] = file.digest
+            file.close()
+        self._inputs.clear()
+
+    def _fold_maxima(self, rows: list[Row], folds: Folds) -> None:
+        """The maxima of folded inputs."""
+        for row in rows:
+            fold = folds.get(row.name)
+            if not row.calibrated or fold is None or (fold.right is None and fold.columns is None):
+                continue
+            tap, change = input_of(row), input_transform(folds, row.module)
+            largest = [float(np.abs(change(piece)).max()) for piece in self._inputs.pieces(tap) if piece.size]
+            if largest:
+                self.amax.scales.folded_amax[row.module] = max(largest)
+
+    def state(self) -> dict[str, str]:
+        """Names of files, with their hashes."""
+        return dict(self._digests)
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        self._digests = dict(state)
+        self.folds = read_folds(self.folder, self._digests)
+        open_solved(self.plan, self.folder, self._digests).close()
+
+    def close(self) -> None:
+        self._inputs.close()
+
+
+def _damaged(path: Path) -> CalibrationError:
+    return CalibrationError(f"{path} is not what the run wrote; remove {path.parent.parent} and begin again")
+
+
+def read_folds(folder: Path, digests: Mapping[str, str]) -> Folds:
+    """The folds of all finished layers, from the files of a run's state.
+
+    Raises:
+        CalibrationError: a file is missing or has changed.
+    """
+    from nemoquant.checkpoint.manifest import file_sha256
+
+    folds: Folds = {}
+    for name in (name for name in digests if name.startswith("folds.")):
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != digests[name]:
+            raise _damaged(path)
+        folds |= load(path)
+    return folds
+
+
+def open_solved(plan: Plan, folder: Path, digests: Mapping[str, str]) -> Solved:
+    """The solved weights of all finished layers; close it after use.
+
+    Raises:
+        CalibrationError: a file is missing or has changed.
+    """
+    layers: dict[int | None, list[Row]] = {}
+    for row in plan.quantized:
+        if row.solved:
+            layers.setdefault(row.layer, []).append(row)
+    files: dict[int | None, SolvedFile] = {}
+    for layer, rows in layers.items():
+        name = solved_file(layer)
+        if name not in digests:
+            continue
+        if not (folder / name).is_file():
+            raise _damaged(folder / name)
+        files[layer] = SolvedFile(folder / name, rows)
+        if files[layer].digest != digests[name]:
+            raise _damaged(folder / name)
+    return Solved(files)

@@ -1,0 +1,100 @@
+"""The file ``nemoquant_solved.json``: how each solved weight was found, for ``verify``, reports and people.
+
+Weights stand by unit (a tensor, or all experts of a layer and projection); each list has an entry for each
+weight of the unit, in the order of the plan.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemoquant.checkpoint.identity import unit_name
+from nemoquant.errors import CheckpointError, schema_problem
+from nemoquant.files import read_json
+from nemoquant.formats import Method
+from nemoquant.planning.plan import Plan
+from nemoquant.solve.store import Record
+
+SCHEMA = 1
+
+Sum = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Unit(BaseModel):
+    """Lists of the fields of :class:`nemoquant.solve.store.Record`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    method: list[Method]
+    tokens: list[Annotated[int, Field(ge=0)]]
+    objective: list[Sum]
+    plain: list[Sum]
+    gram: list[Digest]
+    error: list[Sum]
+
+
+class Content(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    schema_: int = Field(alias="schema")
+    damping: Sum
+    descent: Annotated[int, Field(ge=0)]
+    units: dict[str, Unit]
+
+
+def dump(plan: Plan, records: Mapping[str, Record]) -> str:
+    """The file's text."""
+    units: dict[str, dict[str, list[Any]]] = {}
+    for row in plan.quantized:
+        if row.solved:
+            unit = units.setdefault(unit_name(row.name), {key: [] for key in Unit.model_fields})
+            for key, values in unit.items():
+                values.append(getattr(records[row.name], key))
+    settings = plan.recipe.solve
+    content = {"schema": SCHEMA, "damping": settings.damping, "descent": settings.descent, "units": units}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def read(path: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Tensor -> the fields of its record.
+
+    Raises:
+        CheckpointError: it is not what :func:`dump` writes for this plan.
+    """
+    try:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); quantize again") from None
+    wrong = schema_problem(Content.model_validate, data)
+    if wrong is None:
+        rows: dict[str, list[str]] = {}
+        for row in plan.quantized:
+            if row.solved:
+                rows.setdefault(unit_name(row.name), []).append(row.name)
+        if rows.keys() != data["units"].keys():
+            wrong = "it does not have the units of the plan"
+        for name, unit in data["units"].items() if wrong is None else ():
+            if {len(values) for values in unit.values()} != {len(rows[name])}:
+                wrong = f"{name} has another number of weights than the plan"
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not as nemoquant writes it: {wrong}; quantize again")
+    return {
+        tensor: {key: values[i] for key, values in data["units"][name].items()}
+        for name, tensors in rows.items()
+        for i, tensor in enumerate(tensors)
+    }
+
+
+def summary(records: Iterable[Record]) -> dict[str, Any]:
+    """How many weights got which method, and what it won over the plain one, as JSON data."""
+    methods: dict[str, int] = {}
+    objective = plain = 0.0
+    for record in records:
+        methods[record.method] = methods.get(record.method, 0) + 1
+        if record.plain > 0:
+            objective, plain = objective + record.objective, plain + record.plain
+    return {"methods": methods, "objective_of_plain": objective / plain if plain else None}

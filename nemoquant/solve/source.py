@@ -1,0 +1,86 @@
+"""What solving reads: a weight of the source with its fold, and the name that its input is kept under."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.errors import WeightError
+from nemoquant.formats import FormatName
+from nemoquant.formats.arithmetic import Encoded
+from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.formats.rounding import Floats
+from nemoquant.model import names
+from nemoquant.planning.plan import Row
+from nemoquant.solve.folds.layer import Folds
+
+_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_NORMED = ("shared_experts.up_proj", "latent.fc1")
+
+
+def input_of(row: Row) -> str:
+    """The tap that a row's input is kept under: what several weights read is kept once."""
+    if row.role in _QKV:
+        return names.mixer_of(row.module) + "q_proj"
+    if row.role in _NORMED:
+        return f"{names.layer(row.layer or 0)}{names.MIXER}{names.ROUTER}"
+    return row.module
+
+
+def folded(checkpoint: Checkpoint, folds: Folds, row: Row) -> Floats:
+    """A weight [out, in] as float32, with its fold."""
+    source = checkpoint.array(row.name)
+    transform = folds.get(row.name)
+    weight = source if transform is None else transform.apply(source)
+    checkpoint.release([row.name])
+    return floats(weight)
+
+
+def floats(weight: NDArray[Any]) -> Floats:
+    """bf16 patterns, float16 or float32 -> float32, C-contiguous."""
+    if weight.dtype == np.uint16:
+        weight = (weight.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(weight, np.float32)
+
+
+def largest(row: Row, weight: Floats) -> np.float32:
+    """max |w|.
+
+    Raises:
+        WeightError: NaN or Inf in it.
+    """
+    found = np.float32(max(-weight.min(), weight.max()))
+    if not np.isfinite(found):
+        raise WeightError(
+            f"{row.name} has NaN or Inf; expected finite weights, the source is damaged: download or convert "
+            f"it again"
+        )
+    return found
+
+
+def shared_maxima(checkpoint: Checkpoint, folds: Folds, rows: Iterable[Row]) -> dict[str, np.float32]:
+    """The largest magnitude of each scale group of weights; raises WeightError as :func:`largest`."""
+    found: dict[str, np.float32] = {}
+    for row in rows:
+        if row.weight_group:
+            here = largest(row, folded(checkpoint, folds, row))
+            found[row.weight_group] = max(here, found.get(row.weight_group, here))
+    return found
+
+
+def squares(format: FormatName, weight: Floats, encoded: Encoded, scale: np.float32) -> tuple[float, float]:
+    """Sums of (w - q)^2 and w^2 of some rows, in float64."""
+    error = weight.astype(np.float64)
+    signal = float(np.vdot(error, error))
+    error -= ARITHMETIC[format].decode(encoded, scale)
+    return float(np.vdot(error, error)), signal
+
+
+def relative(parts: Iterable[tuple[float, float]]) -> float:
+    """||w - q||^2 / ||w||^2 from the sums of all slices; 0 of a weight of zeros."""
+    pairs = list(parts)
+    signal = math.fsum(signal for _, signal in pairs)
+    return math.fsum(error for error, _ in pairs) / signal if signal else 0.0
