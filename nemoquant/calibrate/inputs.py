@@ -41,7 +41,7 @@ class InputFile:
     def append(self, x: Tensor) -> Place:
         """Write an input [tokens, width]; raises OSError where the disk is full."""
         values = x.detach().contiguous().cpu()
-        place = Place(self._end, *values.shape, values.dtype)
+        place = Place(self._end, values.shape[0], values.shape[1], values.dtype)
         view = values.view(torch.uint8).numpy().reshape(-1).data if values.numel() else memoryview(b"")
         while view:
             written = os.pwrite(self._file, view, self._end)

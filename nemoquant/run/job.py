@@ -482,7 +482,7 @@ class Job:
                 amax,
                 run.state,
                 self.threads,
-                lambda text: self.listener.progress("calibrate", *at_layer, text),
+                lambda text: self.listener.progress("calibrate", at_layer[0], at_layer[1], text),
             )
         collectors: list[Collector] = [amax] if solving is None else [amax, solving]
         begin, at = None, run.calibration

@@ -25,12 +25,13 @@ from nemoquant.planning.recipe import Solve
 from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.metric import Metric, gram, prepare
-from nemoquant.solve.solver import solve
+from nemoquant.solve.solver import SolveMethod, solve
 from nemoquant.solve.source import folded, input_of, largest, relative, squares
 from nemoquant.solve.store import Record, SolvedFile, Stored
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 SLICE_ELEMENTS = 1 << 22  # of a weight that is solved at once
+SOLVED_BY: Mapping[str | None, SolveMethod] = {"hess": "hess", "gptq": "gptq"}
 VERSION = 1  # of the method: another one makes other codes
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
@@ -126,7 +127,8 @@ class LayerSolver:
     def _solved(
         self, row: Row, metric: Metric, tokens: int, digest: str, mapped: Callable[..., Iterable[Any]]
     ) -> Stored:
-        assert row.format != "source" and row.scale_method is not None
+        assert row.format != "source"
+        number, method = row.format, SOLVED_BY[row.scale_method]
         weight = folded(self.checkpoint, self.folds, row)
         scale, degenerate = weight_scale(
             row, self.shared[row.weight_group] if row.weight_group else largest(row, weight)
@@ -140,15 +142,15 @@ class LayerSolver:
 
         def one(part: slice) -> Any:
             rows = np.ascontiguousarray(weight[part])
-            found = solve(row.format, rows, scale, metric, row.scale_method, self.settings.descent)  # type: ignore[arg-type]
-            return found, squares(row.format, rows, found.encoded, scale)
+            found = solve(number, rows, scale, metric, method, self.settings.descent)
+            return found, squares(number, rows, found.encoded, scale)
 
         results = list(mapped(one, slices))
         solved = [found for found, _ in results]
         blocks = [s.encoded.block_scales for s in solved]
         encoded = Encoded(
             np.concatenate([s.encoded.codes for s in solved]),
-            None if blocks[0] is None else np.concatenate(blocks),  # type: ignore[arg-type]
+            None if None in blocks else np.concatenate(blocks),
         )
         methods = [s.method for s in solved]
         record = Record(

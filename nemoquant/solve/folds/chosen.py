@@ -91,7 +91,7 @@ class LayerFolds:
         return found
 
     def _energy(self, rows: Iterable[Row]) -> NDArray[np.float64]:
-        return np.sum([choose.energy(self._weight(row)) for row in rows], axis=0, dtype=np.float64)
+        return np.asarray(sum(choose.energy(self._weight(row)) for row in rows))
 
     def _norm(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         reading = [row for row in rows if self._reads_norm(row)]
@@ -99,16 +99,19 @@ class LayerFolds:
         if not reading or tap not in inputs:
             return {}
         h = _mean_square(inputs, tap, reading[0].shape[1])
-        if not choose.outliers(h):
+        g = self._energy(reading)
+        if not choose.outliers(h, g):
             return {}
-        return norm_transforms(self.config, layer, choose.channel_exponents(h, self._energy(reading)))
+        return norm_transforms(self.config, layer, choose.channel_exponents(h, g))
 
     def _gate(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         reading = [row for row in rows if row.role == "mamba.out_proj" and input_of(row) in inputs]
         if not reading:
             return {}
-        h = _mean_square(inputs, input_of(reading[0]), reading[0].shape[1])
-        return gate_transforms(self.config, layer, choose.channel_exponents(h, self._energy(reading)))
+        h, g = _mean_square(inputs, input_of(reading[0]), reading[0].shape[1]), self._energy(reading)
+        if not choose.outliers(h, g):
+            return {}
+        return gate_transforms(self.config, layer, choose.channel_exponents(h, g))
 
     def _latent(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         reading = [row for row in rows if row.role == "experts.up_proj"]
@@ -132,8 +135,10 @@ class LayerFolds:
             if row is None or input_of(row) not in inputs:
                 continue
             h = _mean_square(inputs, input_of(row), row.shape[1])
-            exponents = choose.channel_exponents(h, choose.energy(self._weight(row)), power=2)
-            found |= expert_transforms(self.config, layer, module, exponents)
+            g = choose.energy(self._weight(row))
+            if choose.outliers(h, g, power=2):
+                exponents = choose.channel_exponents(h, g, power=2)
+                found |= expert_transforms(self.config, layer, module, exponents)
         return found
 
 
