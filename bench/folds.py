@@ -169,7 +169,7 @@ def main() -> None:
             plan = resolve(
                 load_recipe(recipe_folder() / f"{recipe}.yaml"), config, source.table, assumed=False
             )
-            quantized = {row.name for row in plan.quantized}
+            quantized = {row.name for row in plan.quantized if row.number.weight_bits < 8}
             base: dict[str, Tensor] = {}
             for kinds in CHOICES:
                 folds: dict[str, Transform] = {}

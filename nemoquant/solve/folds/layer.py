@@ -130,7 +130,8 @@ def layer_folds(
         moments: by module, sums or means over tokens of ``x x'`` [in, in] of its input, or of ``x^2`` [in].
             All modules on one scale. Of the up projections of routed experts with a latent size it must be
             [in, in]; an expert without moments got no token, and is left alone.
-        quantized: names of the tensors that will be quantized.
+        quantized: names of the tensors that get NVFP4. (FP8 and MXFP8 keep small values next to large ones:
+            their tensors gain nothing from a fold.)
     Returns:
         All of them as one. A fold of powers of two that would not be exact is left out.
     """
