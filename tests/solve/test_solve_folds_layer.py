@@ -211,6 +211,37 @@ def test_a_fold_that_would_not_be_exact_is_left_out(models):
     assert fold == {}
 
 
+def test_folds_that_are_exact_alone_but_not_together(models, monkeypatch):
+    """Norm and expert both make the shared expert's up projection smaller: the second one is left out."""
+    model = models[0]["demo"]
+    monkeypatch.setattr(choose, "WORTH", np.inf)
+    up, down = layers.pairs(model.config, 1)["shared_experts"]
+    monkeypatch.setattr(
+        choose, "channel_exponents", lambda h, g, power=1: np.full(h.shape, 2 if power == 1 else -2, np.int8)
+    )
+    arrays = dict(model.arrays)
+    arrays[up.name] = np.full_like(arrays[up.name], 0x0008)  # subnormal: eight times its smallest bf16
+    folds = layer_folds(
+        model.config, 1, ("norm", "expert"), arrays.__getitem__, model.seen.sums, {up.name, down.name}
+    )
+    assert (folds[up.name].columns == -2).all()
+    assert folds[up.name].rows is None
+    assert down.name not in folds
+    assert folds[up.name].exact(arrays[up.name])
+
+
+def test_weights_that_are_not_finite(models):
+    """Packing reports them, by name; here they give no fold."""
+    model = models[0]["outliers"]
+    arrays = dict(model.arrays)
+    for spec in layers.readers(model.config, 1) + [up for up, _ in layers.pairs(model.config, 1).values()]:
+        arrays[spec.name] = arrays[spec.name].copy()
+        arrays[spec.name][0, 0] = 0x7FC0
+    kinds = ("norm", "latent")
+    assert layer_folds(model.config, 1, kinds, arrays.__getitem__, model.seen.sums, set(arrays)) == {}
+    assert layer_folds(model.config, 1, kinds, model.arrays.__getitem__, {}, set(arrays)) == {}
+
+
 @pytest.mark.parametrize("name", ["demo", "nano", "dense"])
 def test_inputs_of_the_folded_model(models, name):
     """What the folded model's taps see is the unfolded inputs, transformed."""
