@@ -1,6 +1,6 @@
 """What folds are worth: KL of the quantized model, with folded weights and without, in memory.
 
-    python bench/folds.py [--model demo nano] [--recipe nvfp4 nvfp4-full] [--rows 12]
+    python -m bench.folds [--model demo nano outlier] [--recipe nvfp4 nvfp4-full] [--rows 12] [--worth 0.5]
 
 For each fold and some of them together, with NVFP4 weights encoded by `max` and by `mse`; inputs are rounded
 with scales from the folded model's own calibration. Differences to the unfolded model are of the same rows,
@@ -169,7 +169,7 @@ def main() -> None:
             plan = resolve(
                 load_recipe(recipe_folder() / f"{recipe}.yaml"), config, source.table, assumed=False
             )
-            quantized = {row.name for row in plan.quantized}
+            quantized = {row.name for row in plan.quantized if row.number.weight_bits < 8}
             base: dict[str, Tensor] = {}
             for kinds in CHOICES:
                 folds: dict[str, Transform] = {}

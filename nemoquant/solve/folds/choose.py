@@ -74,7 +74,7 @@ def channel_exponents(h_diag: ArrayLike, g_diag: ArrayLike, power: int = 1) -> N
     """Exponents ``e`` so that channels times ``2^(power * e)``, and columns divided by it, are balanced.
 
     ``s = (G / H)^(1/4)`` for each channel, divided by the geometric mean of all. A channel that is always
-    zero, on either side, is left alone.
+    zero, or not finite, on either side, is left alone.
 
     Args:
         h_diag: [n], mean squares of the channels.
@@ -84,7 +84,7 @@ def channel_exponents(h_diag: ArrayLike, g_diag: ArrayLike, power: int = 1) -> N
         int8 [n].
     """
     h, g = np.asarray(h_diag, np.float64), np.asarray(g_diag, np.float64)
-    used = (h > 0) & (g > 0)
+    used = (h > 0) & (g > 0) & np.isfinite(h) & np.isfinite(g)
     exponents = np.zeros(h.shape)
     if used.any():
         wanted = (np.log2(g[used]) - np.log2(h[used])) / 4

@@ -128,29 +128,34 @@ def layer_folds(
     Args:
         kinds: of ``KINDS``, those that may be chosen.
         weight: a tensor by name, uint16 (bf16 patterns), float16 or float32.
-        moments: by module, sums or means over tokens of ``x x'`` [in, in] of its input, or of ``x^2`` [in].
-            All modules on one scale. Of the up projections of routed experts with a latent size it must be
-            [in, in]; an expert without moments got no token, and is left alone.
-        quantized: names of the tensors that will be quantized.
+        moments: by module, sums over tokens of ``x x'`` [in, in] of its input, or of ``x^2`` [in]. Of the up
+            projections of routed experts with a latent size they must be [in, in], and are added up (one
+            that is the sum of all does as well). An expert without moments got no token; its own fold is
+            left out.
+        quantized: names of the tensors that get NVFP4. (FP8 and MXFP8 keep small values next to large ones:
+            their tensors gain nothing from a fold.)
     Returns:
-        All of them as one. A fold of powers of two that would not be exact is left out.
+        All of them as one. A fold that :meth:`Transform.apply` would refuse is left out, and so is one from
+        weights or moments that are not finite.
     """
+    result: Folds = {}
 
-    found: list[Folds] = []
+    def add(folds: Folds) -> None:
+        joint = compose(result, folds)
+        # With `right` the result is float32, which holds what bf16 and float16 do; and it would take long.
+        if all(joint[name].right is not None or joint[name].exact(weight(name)) for name in folds):
+            result.update(joint)
 
     def balance(specs: Sequence[TensorSpec], build: Callable[[Exponents], Folds], power: int = 1) -> None:
         """Add a fold of the channels that ``specs``, those of them that are quantized, read."""
         seen = [spec.module for spec in specs if spec.module in moments]
         reading = [spec for spec in specs if spec.name in quantized]
-        if not seen or not reading:
-            return
-        m = np.asarray(moments[seen[0]], np.float64)
-        h = m if m.ndim == 1 else np.diag(m)
-        g = np.sum([choose.energy(_floats(weight(spec.name))) for spec in reading], 0)
-        if choose.outliers(h, g, power):
-            folds = build(choose.channel_exponents(h, g, power))
-            if all(fold.exact(weight(name)) for name, fold in folds.items()):
-                found.append(folds)
+        if seen and reading:
+            m = np.asarray(moments[seen[0]], np.float64)
+            h = m if m.ndim == 1 else np.diag(m)
+            g = np.sum([choose.energy(_floats(weight(spec.name))) for spec in reading], 0)
+            if choose.outliers(h, g, power):
+                add(build(choose.channel_exponents(h, g, power)))
 
     tensors = _tensors(config, layer)
     if "norm" in kinds:
@@ -163,13 +168,15 @@ def layer_folds(
             balance([down], partial(expert_transforms, config, layer, module), power=2)
     ups = [spec for spec in tensors if spec.role == "experts.up_proj"]
     if "latent" in kinds and config.moe_latent_size and any(spec.name in quantized for spec in ups):
-        h = np.sum([np.asarray(moments[s.module], np.float64) for s in ups if s.module in moments], 0)
-        g = np.zeros_like(h)
+        h, g = np.zeros((2, config.moe_latent_size, config.moe_latent_size))
         for spec in ups:
+            if spec.module in moments:
+                h += np.asarray(moments[spec.module], np.float64)
             up = _floats(weight(spec.name))
             g += up.T @ up
-        found.append(latent_transforms(config, layer, *choose.latent_matrix(h, g)))
-    return compose(*found)
+        if all(m.any() and np.isfinite(m).all() for m in (h, g)):
+            add(latent_transforms(config, layer, *choose.latent_matrix(h, g)))
+    return result
 
 
 def _floats(weight: NDArray[Any]) -> NDArray[np.float32]:
