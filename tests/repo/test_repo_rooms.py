@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.places import PACKAGE
 
-# From the top; rooms on one line may import each other. `solve` (solved weights) will come after `calibrate`.
+# From the top; rooms on one line may import each other.
 ORDER = (
     (
         "_version",
@@ -34,6 +34,7 @@ ORDER = (
     ("layouts",),
     ("sources",),
     ("calibrate",),
+    ("solve",),
     ("quantized",),
     ("pack",),
     ("run",),

@@ -1,0 +1,238 @@
+"""The codes of one weight, solved for the inputs that its GEMM was seen to have."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from nemoquant.formats import FormatName, e2m1
+from nemoquant.formats.arithmetic import Encoded
+from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.formats.rounding import Codes, Floats, checked_scale
+from nemoquant.solve.descent import descend_panel
+from nemoquant.solve.gptq import solve_panel
+from nemoquant.solve.grids import Grid, grid
+from nemoquant.solve.hess import solve_blocks
+from nemoquant.solve.lanes import PANEL, ROWS
+from nemoquant.solve.metric import Doubles, Metric
+
+SolveMethod = Literal["hess", "gptq"]
+
+_CLOSE = 1e-3
+"""Objectives that differ by less are computed again in float64."""
+
+
+class Solved(NamedTuple):
+    """Codes of a weight.
+
+    Attributes:
+        method: what the codes are from: "gptq" or "hess"; the format's own method where that was better, or
+        where
+            nothing was observed.
+        objective: ``(w - q)' H (w - q)``, summed over rows, in the damped metric; 0 where nothing was
+        observed. plain: the same for the format's own method, mse for nvfp4, else max.
+    """
+
+    encoded: Encoded
+    method: str
+    objective: float
+    plain: float
+
+
+class _State(NamedTuple):
+    """Some rows of a weight while they are solved. All are [in, rows], scale codes [blocks, rows]."""
+
+    weights: Floats
+    values: Floats
+    codes: Codes
+    scale_codes: Codes
+    errors: Floats
+
+
+def solve(
+    format: FormatName, weight: Floats, scale: np.float32, metric: Metric, method: SolveMethod, descent: int
+) -> Solved:
+    """The codes of a weight, with an objective that is never above that of the format's own method.
+
+    Args:
+        weight: float32 [out, in], C-contiguous, finite.
+        scale: of the whole tensor, as ``Arithmetic.decode_scale`` gives it (1.0 for mxfp8).
+        metric: of the GEMM's inputs.
+        method: "hess" is for nvfp4 only.
+        descent: sweeps of coordinate descent afterwards.
+
+    Everything runs on the calling thread but for torch's products of matrices. The same arguments give the
+    same bytes with as many of torch's threads on the same kind of machine. Raises ValueError for a wrong
+    dtype, layout or shape, a scale that is not positive, a negative number of sweeps, or hess with another
+    format.
+    """
+    plain_method = "mse" if format == "nvfp4" else "max"
+    if method == "hess" and format != "nvfp4":
+        raise ValueError(f"method: got hess for {format}, expected gptq; hess chooses nvfp4's block scales")
+    if descent < 0:
+        raise ValueError(f"descent: got {descent} sweeps, expected zero or more")
+    if weight.dtype != np.float32 or weight.ndim != 2 or weight.shape[1] != len(metric.matrix):
+        raise ValueError(
+            f"weight: got {weight.dtype} {weight.shape}, expected float32 [out, {len(metric.matrix)}]"
+        )
+    checked_scale(scale, "scale")
+    plain = ARITHMETIC[format].encode(weight, scale, plain_method)
+    if metric.empty:
+        return Solved(plain, plain_method, 0.0, 0.0)
+
+    chosen = grid(format, scale)
+    solved = Encoded(
+        np.empty_like(plain.codes), None if plain.block_scales is None else np.empty_like(plain.block_scales)
+    )
+    objective = plain_objective = 0.0
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        weights = _turned(weight[rows])
+        plain_errors = _turned(weight[rows] - _decoded(format, plain, scale, rows))
+        plain_objective += _objective(metric, plain_errors)
+        state = _State(
+            weights,
+            np.empty_like(weights),
+            np.empty(weights.shape, np.uint8),
+            _start_scales(plain, rows, weights.shape, chosen.block),
+            np.empty_like(weights),
+        )
+        if method == "gptq":
+            part = _gptq(state, metric, chosen, scale)
+        else:
+            _hess(state, metric, chosen)
+            part = None
+        for _ in range(descent):
+            _sweep(state, metric, chosen)
+        objective += part if part is not None and not descent else _objective(metric, state.errors)
+        solved.codes[rows] = e2m1.pack(_turned(state.codes)) if chosen.four else state.codes.T
+        if solved.block_scales is not None:
+            solved.block_scales[rows] = state.scale_codes.T
+
+    if abs(objective - plain_objective) <= _CLOSE * plain_objective:
+        objective = _exact_objective(format, weight, solved, scale, metric)
+        plain_objective = _exact_objective(format, weight, plain, scale, metric)
+    if objective < plain_objective:
+        return Solved(solved, method, objective, plain_objective)
+    return Solved(plain, plain_method, plain_objective, plain_objective)
+
+
+def _turned(rows: np.ndarray) -> np.ndarray:
+    """[rows, in] as contiguous [in, rows]; and back."""
+    return np.ascontiguousarray(rows.T)
+
+
+def _decoded(format: FormatName, encoded: Encoded, scale: np.float32, rows: slice) -> Floats:
+    blocks = encoded.block_scales
+    return ARITHMETIC[format].decode(
+        Encoded(encoded.codes[rows], None if blocks is None else blocks[rows]), scale
+    )
+
+
+def _start_scales(plain: Encoded, rows: slice, shape: tuple[int, int], block: int) -> Codes:
+    """The block scales of the format's own method, or zeros for the single scale of fp8."""
+    if plain.block_scales is not None:
+        return _turned(plain.block_scales[rows])
+    return np.zeros((-(-shape[0] // block), shape[1]), np.uint8)
+
+
+def _gptq(state: _State, metric: Metric, grid: Grid, scale: np.float32) -> float:
+    """Fill the state; returns the objective."""
+    inputs, rows = state.weights.shape
+    lower, pivots = metric.factor.lower, metric.factor.pivots
+    objective = np.zeros(rows)
+    for start in range(0, inputs, PANEL):
+        panel = slice(start, min(start + PANEL, inputs))
+        targets = state.weights[panel].copy()
+        if start:
+            torch.from_numpy(targets).addmm_(
+                torch.from_numpy(lower[panel, :start]), torch.from_numpy(state.errors[:start])
+            )
+        solve_panel(
+            state.weights[panel],
+            targets,
+            np.ascontiguousarray(lower[panel, panel]),
+            pivots[panel],
+            grid.four,
+            grid.block,
+            grid.scales,
+            scale,
+            state.values[panel],
+            state.codes[panel],
+            state.scale_codes[start // grid.block :],
+            state.errors[panel],
+            objective,
+        )
+    return float(objective.sum())
+
+
+def _hess(state: _State, metric: Metric, grid: Grid) -> None:
+    """Fill the state, whose block scales are those with the least squared error."""
+    inputs = len(state.weights)
+    blocks = metric.units.reshape(inputs // grid.block, grid.block, inputs // grid.block, grid.block)
+    diagonal = np.einsum("aiaj->aij", blocks).copy()
+    np.einsum("aii->ai", diagonal)[...] /= 2
+    solve_blocks(
+        state.weights,
+        diagonal.reshape(inputs, grid.block),
+        grid.scales,
+        grid.first,
+        grid.last,
+        state.values,
+        state.codes,
+        state.scale_codes,
+        state.errors,
+    )
+
+
+def _sweep(state: _State, metric: Metric, grid: Grid) -> None:
+    """One sweep of coordinate descent over all inputs."""
+    inputs = len(state.weights)
+    units = metric.units
+    sizes = np.sqrt(np.diagonal(units)) @ np.abs(state.errors)
+    for start in range(0, inputs, PANEL):
+        panel = slice(start, min(start + PANEL, inputs))
+        gradients = torch.mm(torch.from_numpy(units[panel]), torch.from_numpy(state.errors)).numpy()
+        descend_panel(
+            state.weights[panel],
+            gradients,
+            np.ascontiguousarray(units[panel, panel]),
+            sizes,
+            grid.four,
+            grid.block,
+            grid.scales,
+            grid.first,
+            grid.last,
+            grid.reach,
+            state.values[panel],
+            state.codes[panel],
+            state.scale_codes[start // grid.block :],
+            state.errors[panel],
+        )
+
+
+def _objective(metric: Metric, errors: Floats) -> float:
+    """``sum_j D_j (L e)_j^2`` of errors [in, rows]: products in float32, squares and their sum in float64.
+
+    No terms cancel, so that it is about as exact as a float32 number.
+    """
+    lower, pivots = metric.factor.lower, metric.factor.pivots
+    total = 0.0
+    for start in range(0, len(errors), PANEL):
+        end = min(start + PANEL, len(errors))
+        missed = torch.mm(torch.from_numpy(lower[start:end, :end]), torch.from_numpy(errors[:end])).numpy()
+        total += float(pivots[start:end] @ np.einsum("jl,jl->j", missed, missed, dtype=np.float64))
+    return total
+
+
+def _exact_objective(
+    format: FormatName, weight: Floats, encoded: Encoded, scale: np.float32, metric: Metric
+) -> float:
+    matrix = torch.from_numpy(metric.matrix)
+    total = 0.0
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        values = _decoded(format, encoded, scale, rows).astype(np.float64)
+        errors: Doubles = weight[rows].astype(np.float64) - values
+        total += float(np.einsum("rj,rj->", torch.mm(torch.from_numpy(errors), matrix).numpy(), errors))
+    return total
