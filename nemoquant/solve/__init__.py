@@ -1,7 +1,7 @@
 """Solved weights: codes chosen for the outputs of a GEMM, not for the weights themselves.
 
-Of a weight W [out, in] with codes that decode to Q, it is the sum over rows of ``(w - q)' H (w - q)`` that is made
-small, with H from the inputs that the GEMM was seen to have (``metric.py``). Pure functions, no files.
+Of a weight W [out, in] with codes that decode to Q, it is the sum over rows of ``(w - q)' H (w - q)`` that is
+made small, with H from the inputs that the GEMM was seen to have (``metric.py``). Pure functions, no files.
 
     metric.py   H: from inputs, damped, and its triangular factor
     grids.py    what the kernels need to know of a format: its codes, blocks and scales

@@ -1,18 +1,20 @@
 """Coordinate descent: codes one after the other to where the objective is least, all others held.
 
-With G = H (w - q), changing q_k by x changes the objective by ``x (x H_kk - 2 G_k)``, least at ``x = G_k / H_kk``. So
-a code becomes ``round(q_k + G_k / H_kk)``. A block is tried so with its own scale and with neighbouring ones, and
-the trial with the largest fall is kept, if the objective falls by more than G's rounding could feign.
+With G = H (w - q), changing q_k by x changes the objective by ``x (x H_kk - 2 G_k)``, least at ``x = G_k /
+H_kk``. So a code becomes ``round(q_k + G_k / H_kk)``. A block is tried so with its own scale and with
+neighbouring ones, and the trial with the largest fall is kept, if the objective falls by more than G's
+rounding could feign.
 """
 
 import numpy as np
 
-from nemoquant.formats.rounding import Codes, Floats, contracted_kernel, kernel
+from nemoquant.formats.rounding import Codes, Floats
+from nemoquant.solve.kernels import contracted_kernel, kernel
 from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, round_lanes
 
 _LANES = 128  # rows at a time: all that a trial touches stays in the first-level cache
-# A fall below this part of sum |x_k| sqrt(H_kk) times sum |e_j| sqrt(H_jj), which bounds |x' H e|, may be rounding:
-# 32 units of float32 in the last place.
+# A fall below this part of sum |x_k| sqrt(H_kk) times sum |e_j| sqrt(H_jj), which bounds |x' H e|, may be
+# rounding: 32 units of float32 in the last place.
 _SLACK = np.float32(2.0**-19)
 
 
@@ -108,7 +110,7 @@ def descend_panel(
             add_products(gradients[j], metric[j, :start], moved)
         for left in range(0, rows, _LANES):
             count = min(_LANES, rows - left)
-            # The last lanes may be of no row: they hold numbers of an earlier turn, or zeros, and are not copied back.
+            # The last lanes may be of no row: whatever they hold is not copied back.
             for j in range(start, end):
                 gradient[j - start] = np.float32(0)
                 old[j - start] = np.float32(0)

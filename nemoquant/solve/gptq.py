@@ -1,14 +1,15 @@
 """GPTQ: codes one after the other, each making up for the errors before it (see ``metric.py``).
 
-A block gets its scale just before its first code, from weights that already make up for the blocks before: for nvfp4
-the scale with the least squared error of all 126, for mxfp8 the format's own rule. fp8 keeps its one scale, and what
-exceeds it saturates.
+A block gets its scale just before its first code, from weights that already make up for the blocks before:
+for nvfp4 the scale with the least squared error of all 126, for mxfp8 the format's own rule. fp8 keeps its
+one scale, and what exceeds it saturates.
 """
 
 import numpy as np
 
 from nemoquant.formats import e4m3, e8m0, nvfp4_blocks, nvfp4_search
-from nemoquant.formats.rounding import Codes, Floats, bits_of, kernel
+from nemoquant.formats.rounding import Codes, Floats, bits_of
+from nemoquant.solve.kernels import kernel
 from nemoquant.solve.lanes import add_products, look_up, round_lanes
 from nemoquant.solve.metric import Doubles
 

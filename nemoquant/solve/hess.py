@@ -1,13 +1,14 @@
-"""A scale for each block by the block's own part of H: of nvfp4's candidates the one with the least error in it.
+"""A scale for each block of nvfp4 by the block's own part of H: the candidate with the least error in it.
 
-Codes are the nearest ones. Candidates are the scale with the least squared error and its eight neighbours on each
-side; ties go to the nearer, then to the larger one.
+Codes are the nearest ones. Candidates are the scale with the least squared error and its eight neighbours on
+each side; ties go to the nearer, then to the larger one.
 """
 
 import numpy as np
 
 from nemoquant.formats.nvfp4_blocks import BLOCK
-from nemoquant.formats.rounding import Codes, Floats, contracted_kernel, kernel
+from nemoquant.formats.rounding import Codes, Floats
+from nemoquant.solve.kernels import contracted_kernel, kernel
 from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, round_lanes
 
 REACH = 8

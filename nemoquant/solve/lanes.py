@@ -1,15 +1,16 @@
-"""What the kernels share. All arrays are [inputs, rows]: rows of the weight are independent, and a vector's lanes."""
+"""What the kernels share. Arrays are [in, rows]: rows of the weight are independent, and a vector's lanes."""
 
 import numpy as np
 
 from nemoquant.formats import e2m1, e4m3
-from nemoquant.formats.rounding import Codes, Floats, contracted_kernel, kernel
+from nemoquant.formats.rounding import Codes, Floats
+from nemoquant.solve.kernels import contracted_kernel, kernel
 
 ROWS = 512
 """Rows of the weight at a time: a block of all of them stays in the first-level cache."""
 
 PANEL = 128
-"""Inputs between two products of matrices, so that those do most of the work, and a panel fits in the second-level
+"""Inputs between two products of matrices: those do most of the work, and a panel fits in the second-level
 cache."""
 
 _encode_e2m1 = e2m1.encode_one
@@ -20,7 +21,7 @@ _value_e4m3 = e4m3.value_of
 
 @contracted_kernel
 def add_products(total: Floats, factors: Floats, rows: Floats) -> None:
-    """``total[l] += sum_k factors[k] * rows[k, l]``; four at a time, to load and store the total less often."""
+    """``total[l] += sum_k factors[k] * rows[k, l]``; four at a time, for fewer loads and stores."""
     count = factors.shape[0]
     k = 0
     while k + 4 <= count:

@@ -3,14 +3,14 @@
     H = X' X / tokens + damping * mean(diagonal of X' X / tokens) * I
     H = L' D L,    L unit lower triangular, D diagonal and positive
 
-With e = w - q, the objective ``e' H e`` is ``sum_j D_j (L e)_j^2``. (L e)_j has no error after the j-th, so choosing
-codes in order makes each term small in turn:
+With e = w - q, the objective ``e' H e`` is ``sum_j D_j (L e)_j^2``. (L e)_j has no error after the j-th, so
+choosing codes in order makes each term small in turn:
 
     q_j = round(w_j + sum_{k<j} L_jk (w_k - q_k))
 
-That is Babai's nearest plane, and GPTQ (Frantar et al., 2022, arXiv 2210.17323) does the same with the Cholesky
-factor of the inverse of H, which is therefore never needed. L' D L is the Cholesky factorisation of H with the
-order of its rows and columns reversed.
+That is Babai's nearest plane, and GPTQ (Frantar et al., 2022, arXiv 2210.17323) does the same with the
+Cholesky factor of the inverse of H, which is therefore never needed. L' D L is the Cholesky factorisation of
+H with the order of its rows and columns reversed.
 """
 
 from collections.abc import Iterable
@@ -65,7 +65,7 @@ class Metric:
                 "gram: got a matrix that is not positive semidefinite, expected a sum of x' x of inputs; "
                 "compute it again with gram()"
             )
-        # Reversed on both axes, the upper factor of the reversed H is lower triangular: H = R' R with R = lower.
+        # Turned back on both axes, that factor is lower triangular, and H = lower' lower.
         lower = upper.numpy()[::-1, ::-1]
         diagonal = np.diagonal(lower).copy()
         return Factor((lower / diagonal[:, None]).astype(np.float32), self.unit * diagonal**2)
@@ -74,8 +74,8 @@ class Metric:
 def gram(pieces: Iterable[Floats], width: int) -> Doubles:
     """The sum of x' x over all tokens, float64 [in, in], symmetric.
 
-    ``pieces`` are float32 [tokens, in]; the result's last bits depend on their order and sizes. Raises ValueError for
-    another dtype or shape.
+    ``pieces`` are float32 [tokens, in]; the result's last bits depend on their order and sizes. Raises
+    ValueError for another dtype or shape.
     """
     total = torch.zeros((width, width), dtype=torch.float64)
     for piece in pieces:
@@ -87,14 +87,15 @@ def gram(pieces: Iterable[Floats], width: int) -> Doubles:
                 last = min(first + _ROWS, width)
                 total[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
     lower = total.numpy()
-    return np.tril(lower) + np.tril(lower, -1).T
+    whole: Doubles = np.tril(lower) + np.tril(lower, -1).T
+    return whole
 
 
 def prepare(gram: Doubles, tokens: int, damping: float) -> Metric:
     """The metric of inputs with this Gram matrix, float64 [in, in].
 
-    It is empty for zero tokens or a zero matrix. Raises ValueError for NaN or Inf, another dtype or shape, a negative
-    number of tokens, or a damping that is not a positive finite number.
+    It is empty for zero tokens or a zero matrix. Raises ValueError for NaN or Inf, another dtype or shape, a
+    negative number of tokens, or a damping that is not a positive finite number.
     """
     if gram.dtype != np.float64 or gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram: got {gram.dtype} {gram.shape}, expected float64 [in, in]")

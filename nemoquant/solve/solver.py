@@ -26,10 +26,11 @@ class Solved(NamedTuple):
     """Codes of a weight.
 
     Attributes:
-        method: what the codes are from: "gptq" or "hess"; the format's own method where that was better, or where
+        method: what the codes are from: "gptq" or "hess"; the format's own method where that was better, or
+        where
             nothing was observed.
-        objective: ``(w - q)' H (w - q)``, summed over rows, in the damped metric; 0 where nothing was observed.
-        plain: the same for the format's own method, mse for nvfp4, else max.
+        objective: ``(w - q)' H (w - q)``, summed over rows, in the damped metric; 0 where nothing was
+        observed. plain: the same for the format's own method, mse for nvfp4, else max.
     """
 
     encoded: Encoded
@@ -60,9 +61,10 @@ def solve(
         method: "hess" is for nvfp4 only.
         descent: sweeps of coordinate descent afterwards.
 
-    Everything runs on the calling thread but for torch's products of matrices. The same arguments give the same
-    bytes with as many of torch's threads on the same kind of machine. Raises ValueError for a wrong dtype, layout or
-    shape, a scale that is not positive, a negative number of sweeps, or hess with another format.
+    Everything runs on the calling thread but for torch's products of matrices. The same arguments give the
+    same bytes with as many of torch's threads on the same kind of machine. Raises ValueError for a wrong
+    dtype, layout or shape, a scale that is not positive, a negative number of sweeps, or hess with another
+    format.
     """
     plain_method = "mse" if format == "nvfp4" else "max"
     if method == "hess" and format != "nvfp4":
@@ -71,7 +73,7 @@ def solve(
         raise ValueError(f"descent: got {descent} sweeps, expected zero or more")
     if weight.dtype != np.float32 or weight.ndim != 2 or weight.shape[1] != len(metric.matrix):
         raise ValueError(
-            f"weight: got {weight.dtype} {weight.shape}, expected float32 [out, {len(metric.matrix)}], as the metric"
+            f"weight: got {weight.dtype} {weight.shape}, expected float32 [out, {len(metric.matrix)}]"
         )
     checked_scale(scale, "scale")
     plain = ARITHMETIC[format].encode(weight, scale, plain_method)
