@@ -155,7 +155,7 @@ class LayerSolver:
         methods = [s.method for s in solved]
         record = Record(
             row.name,
-            row.scale_method if row.scale_method in methods else row.plain_method,
+            method if method in methods else row.plain_method,
             tokens,
             math.fsum(s.objective for s in solved),
             math.fsum(s.plain for s in solved),
