@@ -234,7 +234,9 @@ class Packer:
             return scale, (self.workers.here(solved_piece, row, p, stored, fold) for p in slices(row))
         scale, degenerate = self._scale(row)
         submit, device = self.workers.submit, self.workers.device
-        return scale, (submit(encode, row, p, scale, degenerate, device, fold) for p in slices(row))
+        return scale, (
+            submit(encode, row, p, scale, degenerate, device=device, fold=fold) for p in slices(row)
+        )
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""

@@ -83,9 +83,9 @@ class SolveCollector:
                 self._inputs,
                 folds,
                 self.plan.recipe.solve,
-                input_scales(rows, amax, []),
-                shared_maxima(self.checkpoint, folds, rows),
-                self.threads,
+                scales=input_scales(rows, amax, []),
+                shared=shared_maxima(self.checkpoint, folds, rows),
+                threads=self.threads,
             )
             file = SolvedFile(self.folder / solved_file(layer), solved)
             where = "head" if layer is None else f"layer {layer}"

@@ -135,7 +135,9 @@ class LayerSolver:
         )
         arithmetic = ARITHMETIC[row.format]
         if degenerate:
-            record = Record(row.name, row.plain_method, tokens, 0.0, 0.0, digest, 0.0, float(scale), True)
+            record = Record(
+                row.name, row.plain_method, tokens, gram=digest, scale=float(scale), degenerate=True
+            )
             return Stored(record, arithmetic.zeros((row.shape[0], row.shape[1])))
         step = max(1, SLICE_ELEMENTS // row.shape[1])
         slices = [slice(at, at + step) for at in range(0, row.shape[0], step)]
@@ -157,12 +159,11 @@ class LayerSolver:
             row.name,
             method if method in methods else row.plain_method,
             tokens,
-            math.fsum(s.objective for s in solved),
-            math.fsum(s.plain for s in solved),
-            digest,
-            relative([part for _, part in results]),
-            float(scale),
-            False,
+            objective=math.fsum(s.objective for s in solved),
+            plain=math.fsum(s.plain for s in solved),
+            gram=digest,
+            error=relative([part for _, part in results]),
+            scale=float(scale),
         )
         return Stored(record, encoded)
 

@@ -52,12 +52,12 @@ class Record:
     name: str
     method: Method
     tokens: int
-    objective: float
-    plain: float
     gram: str
-    error: float
     scale: float
-    degenerate: bool
+    objective: float = 0.0
+    plain: float = 0.0
+    error: float = 0.0
+    degenerate: bool = False
 
 
 class Stored(NamedTuple):

@@ -25,8 +25,6 @@ from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.metric import gram
 from nemoquant.solve.source import floats, input_of
 
-_NORM_TAPS = {"mamba": "in_proj", "attention": "q_proj", "moe": names.ROUTER, "mlp": "up_proj"}
-
 
 class LayerFolds:
     """Chooses the folds of a plan.
@@ -50,7 +48,7 @@ class LayerFolds:
         """The inputs that the wanted folds of a row's input are chosen by."""
         role = row.role
         if "norm" in self.wanted and self._reads_norm(row):
-            yield self._norm_tap(row.layer or 0)
+            yield _norm_tap(row)
         if (
             ("gate" in self.wanted and role == "mamba.out_proj")
             or ("latent" in self.wanted and role == "experts.up_proj" and bool(self.config.moe_latent_size))
@@ -60,9 +58,6 @@ class LayerFolds:
 
     def _reads_norm(self, row: Row) -> bool:
         return row.layer is not None and row.role in self._readers[self.config.layers[row.layer]]
-
-    def _norm_tap(self, layer: int) -> str:
-        return names.layer(layer) + names.MIXER + _NORM_TAPS[self.config.layers[layer]]
 
     def choose(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         """The folds of one layer; one that would not be exact for a tensor is left out.
@@ -95,8 +90,7 @@ class LayerFolds:
 
     def _norm(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         reading = [row for row in rows if self._reads_norm(row)]
-        tap = self._norm_tap(layer)
-        if not reading or tap not in inputs:
+        if not reading or (tap := _norm_tap(reading[0])) not in inputs:
             return {}
         h = _mean_square(inputs, tap, reading[0].shape[1])
         g = self._energy(reading)
@@ -140,6 +134,13 @@ class LayerFolds:
                 exponents = choose.channel_exponents(h, g, power=2)
                 found |= expert_transforms(self.config, layer, module, exponents)
         return found
+
+
+def _norm_tap(row: Row) -> str:
+    """The tap of a layer's norm, which this row reads; an expert reads only some of its tokens."""
+    if row.expert is None:
+        return input_of(row)
+    return f"{names.layer(row.layer or 0)}{names.MIXER}{names.ROUTER}"
 
 
 def _mean_square(inputs: InputFile, tap: str, width: int) -> NDArray[np.float64]:
