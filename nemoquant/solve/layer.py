@@ -149,10 +149,10 @@ class LayerSolver:
 
         results = list(mapped(one, slices))
         solved = [found for found, _ in results]
-        blocks = [s.encoded.block_scales for s in solved]
+        blocks = [s.encoded.block_scales for s in solved if s.encoded.block_scales is not None]
         encoded = Encoded(
             np.concatenate([s.encoded.codes for s in solved]),
-            None if None in blocks else np.concatenate(blocks),
+            np.concatenate(blocks) if blocks else None,
         )
         methods = [s.method for s in solved]
         record = Record(
