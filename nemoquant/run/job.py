@@ -42,6 +42,7 @@ from nemoquant.run.options import RunOptions
 from nemoquant.run.unfinished import Unfinished, check_finished, earlier, unfinished
 from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
+from nemoquant.solve.memory import input_bytes, solved_bytes
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
 
@@ -126,20 +127,22 @@ class Job:
                 f"give --method max or mse, or leave out --on"
             )
         if not self.is_finished:
-            needed = self.plan.bytes_out + self._hidden_bytes()
+            needed = self.plan.bytes_out + self._waiting_bytes()
             check_output(
                 self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume
             )
         self.output.side_files  # noqa: B018  raises where one can't be read
 
-    def _hidden_bytes(self) -> int:
-        """Disk for the hidden states in bytes, as far as known before the rows are read; else 0."""
+    def _waiting_bytes(self) -> int:
+        """Disk for what waits during calibration in bytes, as far as known before the rows are read; else 0."""
         options = self.options
         calibrates = self.plan.needs_calibration and options.scales is None
         calibrates = calibrates and not (self.earlier and self.earlier.calibrated)
         if not calibrates or (options.data is not None and Path(options.data).suffix == ".npy"):
             return 0
-        return Batch(options.rows, options.seq_len, self.dtype).hidden_bytes(self.source.config.hidden_size)
+        batch = Batch(options.rows, options.seq_len, self.dtype)
+        solving = input_bytes(self.plan, batch) + solved_bytes(self.plan) if self.plan.needs_inputs else 0
+        return batch.hidden_bytes(self.source.config.hidden_size) + solving
 
     def read_origin(self) -> Scales | Rows | None:
         """Read the source of the scales; None where the plan needs no calibration.

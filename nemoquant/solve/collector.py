@@ -22,8 +22,9 @@ from nemoquant.solve.folds.chosen import LayerFolds
 from nemoquant.solve.folds.file import load, save
 from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.layer import LayerSolver
-from nemoquant.solve.source import input_of, shared_maxima
+from nemoquant.solve.source import shared_maxima
 from nemoquant.solve.store import Solved, SolvedFile
+from nemoquant.solve.taps import input_of
 
 NAME = "solved"
 

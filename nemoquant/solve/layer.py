@@ -24,13 +24,14 @@ from nemoquant.planning.plan import Row
 from nemoquant.planning.recipe import Solve
 from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.folds.transform import Transform
+from nemoquant.solve.memory import SLICE_ELEMENTS
 from nemoquant.solve.metric import Metric, gram, prepare
 from nemoquant.solve.solver import SolveMethod, solve
-from nemoquant.solve.source import folded, input_of, largest, relative, squares
+from nemoquant.solve.source import folded, largest, relative, squares
 from nemoquant.solve.store import Record, SolvedFile, Stored
+from nemoquant.solve.taps import input_of
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
-SLICE_ELEMENTS = 1 << 22  # of a weight that is solved at once
 SOLVED_BY: Mapping[str | None, SolveMethod] = {"hess": "hess", "gptq": "gptq"}
 VERSION = 1  # of the method: another one makes other codes
 

@@ -11,7 +11,7 @@ from nemoquant.model import names
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.solve.folds.layer import Folds, layer_folds, readers
 from nemoquant.solve.metric import gram
-from nemoquant.solve.source import input_of
+from nemoquant.solve.taps import input_of
 
 NARROW = 8  # bits: codes with fewer lose small values next to large ones
 
