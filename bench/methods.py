@@ -6,8 +6,8 @@
 A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
 damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are
 the first ones, as by default). Each is quantized, and its logits are compared with the source's on the same
-rows of the evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired
-over rows: their mean, and its standard error.
+rows of the evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are
+paired over rows: their mean, and its standard error.
 """
 
 import json

@@ -44,7 +44,7 @@ from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.progress import Count
 from nemoquant.solve.folds.layer import NO_FOLDS, Folds
-from nemoquant.solve.store import Solved
+from nemoquant.solve.store import Solved, summary
 
 
 class Changes(NamedTuple):
@@ -52,6 +52,13 @@ class Changes(NamedTuple):
 
     folds: Folds = NO_FOLDS
     solved: Solved | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Methods of solved weights with their numbers, what they won, tensors with a fold, as JSON data."""
+        found: dict[str, Any] = {"solved": None, "folded": len(self.folds)}
+        if self.solved is not None and self.solved.records:
+            found["solved"] = summary(self.solved.records.values())
+        return found
 
 
 # Work in a thread, and the function by which this thread takes its result.

@@ -134,7 +134,7 @@ class Job:
         self.output.side_files  # noqa: B018  raises where one can't be read
 
     def _waiting_bytes(self) -> int:
-        """Disk for what waits during calibration in bytes, as far as known before the rows are read; else 0."""
+        """Disk for what waits during calibration in bytes, as far as known before rows are read; else 0."""
         options = self.options
         calibrates = self.plan.needs_calibration and options.scales is None
         calibrates = calibrates and not (self.earlier and self.earlier.calibrated)
@@ -279,7 +279,8 @@ class Job:
                 self.source.checkpoint.check_unchanged()
             end.enter_context(ended(self.out))
             self.source.checkpoint.done = True  # whatever happens to it now, OUT is whole
-        return Outcome(*written, None if scales is None else scales.summary())
+        summary = None if scales is None else scales.summary() | changes.summary()
+        return Outcome(*written, summary)
 
     @contextmanager
     def _changes(self, run: Unfinished) -> Iterator[Changes]:
@@ -334,7 +335,8 @@ class Job:
         clear(self.out)
         self.listener.say(f"{self.out} was finished already")
         skipped = self.output.side_files[1]
-        return Outcome({}, skipped, made["warnings"], None if scales is None else scales.summary())
+        summary = None if scales is None else scales.summary() | {"solved": None, "folded": 0}
+        return Outcome({}, skipped, made["warnings"], summary)
 
     def _check_source(self, folder: Path, expected: Units) -> None:
         same_source.check(

@@ -214,3 +214,14 @@ class Solved:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def summary(records: Iterable[Record]) -> dict[str, Any]:
+    """How many weights got which method, and what it won over the plain one, as JSON data."""
+    methods: dict[str, int] = {}
+    objective = plain = 0.0
+    for record in records:
+        methods[record.method] = methods.get(record.method, 0) + 1
+        if record.plain > 0:
+            objective, plain = objective + record.objective, plain + record.plain
+    return {"methods": methods, "objective_of_plain": objective / plain if plain else None}
