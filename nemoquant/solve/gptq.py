@@ -60,10 +60,10 @@ def _choose_scales(targets: Floats, four: bool, global_scale: np.float32, scale_
 
 @kernel
 def _updated(weights: Floats, targets: Floats, lower: Floats, updated: Floats, errors: Floats) -> None:
-    """The weights of a block [block, rows] that make up for all errors before it: its scale is chosen for them.
+    """The weights of a block [block, rows] that make up for all errors before it; its scale is for them.
 
-    A target counts on the errors of the block's earlier codes too, which are not known yet. They are taken to be
-    such that every code meets its target. ``lower`` [block, block]; ``errors`` [block, rows] is scratch.
+    A target counts on the errors of the block's earlier codes too, which are not known yet. They are taken to
+    be such that every code meets its target. ``lower`` [block, block]; ``errors`` [block, rows] is scratch.
     """
     for k in range(weights.shape[0]):
         weight, value, error = weights[k], updated[k], errors[k]
