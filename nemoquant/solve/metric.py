@@ -58,7 +58,7 @@ class Metric:
     @cached_property
     def factor(self) -> Factor:
         """L and D. Raises ValueError where H is not positive definite, so not of a Gram matrix."""
-        backwards = torch.from_numpy(np.ascontiguousarray(self.matrix[::-1, ::-1] / self.unit))
+        backwards = torch.from_numpy(np.ascontiguousarray(self.matrix[::-1, ::-1]))
         upper, info = torch.linalg.cholesky_ex(backwards, upper=True)
         if int(info):
             raise ValueError(
@@ -68,7 +68,9 @@ class Metric:
         # Turned back on both axes, that factor is lower triangular, and H = lower' lower.
         lower = upper.numpy()[::-1, ::-1]
         diagonal = np.diagonal(lower).copy()
-        return Factor((lower / diagonal[:, None]).astype(np.float32), self.unit * diagonal**2)
+        unit_lower = np.empty(lower.shape, np.float32)
+        np.divide(lower, diagonal[:, None], out=unit_lower, casting="same_kind")
+        return Factor(unit_lower, diagonal**2)
 
 
 def gram(pieces: Iterable[Floats], width: int) -> Doubles:
