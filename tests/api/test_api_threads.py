@@ -65,7 +65,7 @@ def test_quantize_that_fails(source, token_rows, tmp_path, seen, monkeypatch):
 
     monkeypatch.setattr("nemoquant.calibrate.run.calibrate", fails)
     with pytest.raises(nemoquant.CalibrationError):
-        nemoquant.quantize(source, tmp_path / "out", "fp8", data=token_rows, threads=2)
+        nemoquant.quantize(source, tmp_path / "out", "fp8", method="max", data=token_rows, threads=2)
     assert seen == [2, BEFORE]
 
 

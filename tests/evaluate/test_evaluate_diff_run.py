@@ -475,8 +475,10 @@ def trained(tmp_path_factory) -> Report:
     """All presets of the demo model next to each other; calibrated once."""
     folder, scales = tmp_path_factory.mktemp("trained"), None
     for preset in PRESETS:
-        given = scales if nemoquant.plan(DEMO, preset).needs_calibration else None
-        options = nemoquant.RunOptions(rows=4, seq_len=256, dtype="float32", scales=given, threads=1)
+        given = scales if nemoquant.plan(DEMO, preset, method="max").needs_calibration else None
+        options = nemoquant.RunOptions(
+            method="max", rows=4, seq_len=256, dtype="float32", scales=given, threads=1
+        )
         out = nemoquant.quantize(DEMO, folder / preset, preset, options).out
         scales = scales or out / "nemoquant_scales.json"
     return nemoquant.diff(
