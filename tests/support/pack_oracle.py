@@ -166,7 +166,7 @@ def expected(
         largest, seen = amax[name], inputs.get(module)
         if groups and (qkv := re.fullmatch(r"(.+\.mixer\.)[qkv]_proj", module)):
             largest = max(amax[f"{qkv[1]}{p}_proj.weight"] for p in "qkv")
-            seen = max(inputs[f"{qkv[1]}{p}_proj"] for p in "qkv")
+            seen = max(inputs[f"{qkv[1]}{p}_proj"] for p in "qkv") if scales else None
         if expert := re.fullmatch(r"(.+\.experts)\.\d+\.(.+)", module):
             layer = [
                 v for m, v in inputs.items() if re.fullmatch(rf"{re.escape(expert[1])}\.\d+\.{expert[2]}", m)
