@@ -1,13 +1,13 @@
-"""KL from the source, by method, fold, damping and calibration, from packed checkpoints of the trained models.
+"""KL from the source, by method, fold, damping and calibration, from packed checkpoints of trained models.
 
     python -m bench.methods demo nvfp4-full nvfp4-full:method=max nvfp4:damping=1,folds=latent --rows 32
     python -m bench.methods nano fp8 fp8:method=max --first 32 --rows 64 --json FILE
 
-A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent, damping,
-calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are the first
-ones, as by default). Each is quantized, and its logits are compared with the source's on the same rows of the
-evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over
-rows: their mean, and its standard error.
+A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
+damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are
+the first ones, as by default). Each is quantized, and its logits are compared with the source's on the same
+rows of the evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are
+paired over rows: their mean, and its standard error.
 """
 
 import json
@@ -44,7 +44,7 @@ def logits(model: ReferenceModel, rows: np.ndarray, tap: Any = None) -> Iterator
         yield torch.log_softmax(out.double(), -1)
 
 
-def measured(source: Path, folder: Path, rows: np.ndarray, reference: list[torch.Tensor]) -> dict[str, Any]:
+def measured(folder: Path, rows: np.ndarray, reference: list[torch.Tensor]) -> dict[str, Any]:
     """KL, log-likelihood and top-1 agreement of each row."""
     opened = PackedCheckpoint(folder)
     model = ReferenceModel(opened.config, opened.weights)
@@ -125,7 +125,7 @@ def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file
         for text in variants:
             out = Path(folder) / f"out{len(results)}"
             made = quantized(source, out, text, Path(folder))
-            results[text] = made | measured(source, out, ids, reference)
+            results[text] = made | measured(out, ids, reference)
             kl = np.array(results[text]["kl"])
             paired = kl - np.array(results[variants[0]]["kl"])
             error = paired.std(ddof=1) / len(paired) ** 0.5 if len(paired) > 1 else 0.0

@@ -124,8 +124,9 @@ def command(
     Examples:
       nemoquant quantize MODEL OUT --fmt fp8
       nemoquant quantize MODEL OUT --fmt nvfp4 --calib chats.jsonl --rows 128 --seq-len 2048
-      nemoquant quantize MODEL OUT --recipe nvfp4-w4a16             weights only, no calibration
-      nemoquant quantize MODEL OUT --fmt fp8 --scales EARLIER/nemoquant_scales.json
+      nemoquant quantize MODEL OUT --recipe nvfp4-w4a16             weights only
+      nemoquant quantize MODEL OUT --fmt nvfp4 --method mse         faster, a little farther from the source
+      nemoquant quantize MODEL OUT --fmt fp8 --method max --scales EARLIER/nemoquant_scales.json
       nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
     """
     name = recipe_name(fmt, recipe)
@@ -141,6 +142,7 @@ def command(
     from nemoquant import api
     from nemoquant.checkpoint.making import ended
     from nemoquant.run.estimate import expectation
+    from nemoquant.solve.words import change_sentences
 
     began = time.monotonic()
 
@@ -194,6 +196,8 @@ def command(
             say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
         if result.calibration is not None:
             say(_calibrated(result.calibration))
+            for text in change_sentences(result.calibration, result.plan.recipe.folds):
+                say(text)
         say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
 
 

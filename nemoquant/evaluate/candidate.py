@@ -10,6 +10,9 @@ from nemoquant.files import MOST_TABLE_ENTRIES, read_json
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
+from nemoquant.solve.files import FOLDS
+from nemoquant.solve.folds.file import check, load
+from nemoquant.solve.folds.layer import NO_FOLDS
 from nemoquant.sources.source import Source
 from nemoquant.tokens.tokenizer import MOST_BYTES
 
@@ -43,7 +46,11 @@ class ModuleSpec:
 
 
 class CandidateCheckpoint(PackedCheckpoint):
-    """An opened checkpoint that was made from ``source``; ``name`` is its name in reports."""
+    """An opened checkpoint that was made from ``source``; ``name`` is its name in reports.
+
+    Attributes:
+        folds: of the source's weights, which its codes stand for; empty where there are none.
+    """
 
     def __init__(self, path: Path, source: Source, name: str) -> None:
         """Open it, and make sure that it can be compared with ``source``.
@@ -56,6 +63,10 @@ class CandidateCheckpoint(PackedCheckpoint):
         self.source, self.name = source, name
         self._check_origin()
         _check_tokenizer(path, source.path)
+        self.folds = NO_FOLDS
+        if self.manifest is not None and FOLDS in self.manifest["files"]:
+            self.folds = load(path / FOLDS)
+            check(path / FOLDS, self.folds, self.table)
         if source.config.mtp_modules and not self.config.mtp_modules:
             lost = sum(spec.role.startswith("mtp.") for spec in source.table)
             self.warnings.append(f"it lacks {lost} multi-token-prediction tensors: no acceptance is measured")

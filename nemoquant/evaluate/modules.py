@@ -1,5 +1,8 @@
 """The cost of each module of a candidate: noise of its weights and inputs, and its measured effect.
 
+Where a checkpoint has folds (``solve/folds``), the source is folded first: the function is the same, and the
+modules are those that the codes stand for.
+
 The effect of a module is measured, not estimated. Its layer runs on the reference's input with this module
 from the candidate and everything else from the source, and the residual stream after the layer is compared.
 So modules of one layer are separated, and an error counts by its part that reaches the rest of the model.
@@ -25,6 +28,7 @@ from nemoquant.model.taps import Tap, Weights, identity
 from nemoquant.pack.outliers import Lost, lost_of
 from nemoquant.quantized.checkpoint import PackedWeights
 from nemoquant.quantized.packed import plain_noise
+from nemoquant.solve.folds.transform import Transform
 
 EFFECT_ROWS = 4
 
@@ -64,7 +68,7 @@ def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> tuple[Nois
     source = candidate.source.checkpoint
     assert source is not None
     stored = candidate.stored[spec.name]
-    weight, lost = _matrix(source, spec), None
+    weight, lost = _matrix(source, spec, candidate.folds.get(spec.name)), None
     if stored.format == "source":
         noise = plain_noise(weight, _matrix(candidate.checkpoint, spec))
     else:
@@ -86,9 +90,10 @@ def weight_noise(candidate: CandidateCheckpoint, spec: TensorSpec) -> tuple[Nois
     return noise, lost
 
 
-def _matrix(checkpoint: Checkpoint, spec: TensorSpec) -> Weight:
+def _matrix(checkpoint: Checkpoint, spec: TensorSpec, fold: Transform | None = None) -> Weight:
     """A floating tensor for the kernels: [out, rest], bf16 bit patterns or float32."""
     array = checkpoint.array(spec.name)
+    array = array if fold is None else fold.apply(array)
     array = array.astype(np.float32) if array.dtype == np.float16 else array
     return array.reshape(spec.shape[0], -1) if len(spec.shape) > 1 else array.reshape(1, -1)
 

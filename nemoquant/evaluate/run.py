@@ -43,6 +43,7 @@ from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
 from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.progress import Progress
+from nemoquant.solve.folds.weights import FoldedWeights
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
 from nemoquant.words import as_utf8
@@ -239,7 +240,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
     side.modules += effects(
         candidate,
         noises,
-        original,
+        FoldedWeights(original, candidate.folds),
         weights,
         lambda mixed, tap: layer_forward(config, kind, mixed, x, None, prefixed(tap, prefix))[0].cpu(),
     )

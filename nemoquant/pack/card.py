@@ -24,8 +24,13 @@ def with_cost(text: str, sentence: str) -> str | None:
     return "\n".join(lines)
 
 
-def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -> str:
-    """The card's text. ``calibration`` is one sentence on the origin of the activation scales."""
+def card(plan: Plan, calibration: str, changes: list[str], warnings: list[str], copied: list[str]) -> str:
+    """The card's text.
+
+    Args:
+        calibration: one sentence on the origin of the activation scales.
+        changes: a sentence each on solved weights and folds.
+    """
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
     kv = plan.kv_cache_bytes_per_token()
     lines = [
@@ -41,6 +46,7 @@ def card(plan: Plan, calibration: str, warnings: list[str], copied: list[str]) -
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
         f"- Calibration: {calibration}",
+        *(f"- {text}" for text in changes),
         f"{COST}not measured; `nemoquant diff` measures it. Measure it on your task before you use it.",
         "",
         "## Map",

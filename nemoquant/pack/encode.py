@@ -222,7 +222,9 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device, fold: Transfo
     parts = slices(row)
     if len(parts) > 1:
         scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part, fold) for part in parts))
-        pieces = [encode(checkpoint, row, part, scale, degenerate, device, fold) for part in parts]
+        pieces = [
+            encode(checkpoint, row, part, scale, degenerate, device=device, fold=fold) for part in parts
+        ]
         return EncodedWeight(scale, degenerate, pieces)
     with _reading(checkpoint, row, parts[0]) as source:
         weight = _folded(checkpoint, row, parts[0], source, fold)

@@ -44,7 +44,7 @@ from nemoquant.pack.workers import Workers
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.progress import Count
 from nemoquant.solve.folds.layer import NO_FOLDS, Folds
-from nemoquant.solve.store import Solved
+from nemoquant.solve.store import Solved, summary
 
 
 class Changes(NamedTuple):
@@ -52,6 +52,13 @@ class Changes(NamedTuple):
 
     folds: Folds = NO_FOLDS
     solved: Solved | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Methods of solved weights with their numbers, what they won, tensors with a fold, as JSON data."""
+        found: dict[str, Any] = {"solved": None, "folded": len(self.folds)}
+        if self.solved is not None and self.solved.records:
+            found["solved"] = summary(self.solved.records.values())
+        return found
 
 
 # Work in a thread, and the function by which this thread takes its result.
@@ -234,7 +241,9 @@ class Packer:
             return scale, (self.workers.here(solved_piece, row, p, stored, fold) for p in slices(row))
         scale, degenerate = self._scale(row)
         submit, device = self.workers.submit, self.workers.device
-        return scale, (submit(encode, row, p, scale, degenerate, device, fold) for p in slices(row))
+        return scale, (
+            submit(encode, row, p, scale, degenerate, device=device, fold=fold) for p in slices(row)
+        )
 
     def _scale(self, row: Row) -> tuple[np.float32, bool]:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""

@@ -13,6 +13,8 @@ from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
 from nemoquant.run.budget import Budget
 from nemoquant.run.speeds import Speeds, measure
+from nemoquant.solve.memory import input_bytes, solved_bytes
+from nemoquant.solve.taps import input_of
 from nemoquant.units import duration, size
 
 VERIFY_TENSOR = 50e-6  # seconds to check one tensor, measured
@@ -20,9 +22,13 @@ VERIFY_TENSOR = 50e-6  # seconds to check one tensor, measured
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    """Seconds of each stage, bytes of memory at the peak, bytes of disk at the most."""
+    """Seconds of each stage, bytes of memory at the peak, bytes of disk at the most.
+
+    ``solve`` is a part of calibration: 0 where no codes are solved for.
+    """
 
     calibrate: float
+    solve: float
     pack: float
     verify: float
     memory: int
@@ -32,13 +38,14 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        return self.calibrate + self.pack + self.verify
+        return self.calibrate + self.solve + self.pack + self.verify
 
     def __repr__(self) -> str:
         return f"Estimate({expectation(self)})"
 
     def _repr_html_(self) -> str:
         rows = [("calibrate", duration(self.calibrate))] if self.calibrate else []
+        rows += [("solve", duration(self.solve))] if self.solve else []
         rows += [("pack", duration(self.pack)), ("verify", duration(self.verify))]
         rows += [("memory", size(self.memory)), ("disk", size(self.disk))]
         if self.row_batch:
@@ -80,12 +87,16 @@ def estimate_run(
     )
     disk = plan.bytes_out + BYTES_PER_TENSOR * plan.tensors_out + MARGIN
     processors = processors or threads
-    calibrate = 0.0
+    calibrate = solve = 0.0
+    if batch is not None and plan.needs_inputs:
+        disk += input_bytes(plan, batch) + solved_bytes(plan)
+        solve = _solve_seconds(plan, batch, speeds, threads)
     if batch is not None:
         disk += batch.hidden_bytes(plan.config.hidden_size)
         calibrate = _calibrate_seconds(plan, batch, chosen.row_batch or 1, speeds) * threads / processors
     return Estimate(
         calibrate=calibrate,
+        solve=solve,
         pack=_pack_seconds(plan, speeds, processors),
         verify=plan.bytes_out / speeds.hash + VERIFY_TENSOR * plan.tensors_out,
         memory=chosen.memory,
@@ -109,9 +120,29 @@ def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Sp
     return seconds
 
 
+def _solve_seconds(plan: Plan, batch: Batch, speeds: Speeds, threads: int) -> float:
+    """Kernels by weight, products of the solved weights, and of each H its sums and its factor."""
+    c, products = plan.config, 1 + 2 * plan.recipe.solve.descent
+    kernels, single, double = 0.0, 0.0, 0.0
+    seen: set[str] = set()
+    for row in plan.quantized:
+        if not row.solved:
+            continue
+        width = row.shape[1]
+        kernels += row.elements * speeds.solve
+        single += products * row.elements * width
+        if input_of(row) not in seen:
+            seen.add(input_of(row))
+            share = c.num_experts_per_tok / c.n_routed_experts if row.expert is not None else 1.0
+            double += share * batch.tokens * width**2 + width**3 / 3
+    return kernels / threads + single / speeds.single + double / speeds.double
+
+
 def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:
     """The slowest of reading, encoding, hashing and writing; or all processor time divided by ``threads``."""
-    encode = sum(row.bytes_in / speeds.encode[row.format, row.scale_method] for row in plan.quantized)
+    encode = sum(
+        row.bytes_in / speeds.encode[row.format, row.scale_method] for row in plan.quantized if not row.solved
+    )
     copied = sum(row.bytes_in for row in plan.rows if row.format == "source") / speeds.read
     hashed, written = plan.bytes_out / speeds.hash, plan.bytes_out / speeds.sync
     busy = encode + copied + hashed + plan.bytes_out / speeds.write
@@ -122,7 +153,12 @@ def expectation(found: Estimate) -> str:
     """An estimate in one line."""
     stages = [
         (n, t)
-        for n, t in (("calibrate", found.calibrate), ("pack", found.pack), ("verify", found.verify))
+        for n, t in (
+            ("calibrate", found.calibrate),
+            ("solve", found.solve),
+            ("pack", found.pack),
+            ("verify", found.verify),
+        )
         if t
     ]
     text = (

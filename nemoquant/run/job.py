@@ -42,6 +42,7 @@ from nemoquant.run.options import RunOptions
 from nemoquant.run.unfinished import Unfinished, check_finished, earlier, unfinished
 from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
+from nemoquant.solve.memory import input_bytes, solved_bytes
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows, load_rows
 
@@ -126,20 +127,22 @@ class Job:
                 f"give --method max or mse, or leave out --on"
             )
         if not self.is_finished:
-            needed = self.plan.bytes_out + self._hidden_bytes()
+            needed = self.plan.bytes_out + self._waiting_bytes()
             check_output(
                 self.out, self.source.path, self.plan.tensors_out, needed, resume=self.options.resume
             )
         self.output.side_files  # noqa: B018  raises where one can't be read
 
-    def _hidden_bytes(self) -> int:
-        """Disk for the hidden states in bytes, as far as known before the rows are read; else 0."""
+    def _waiting_bytes(self) -> int:
+        """Disk for what waits during calibration in bytes, as far as known before rows are read; else 0."""
         options = self.options
         calibrates = self.plan.needs_calibration and options.scales is None
         calibrates = calibrates and not (self.earlier and self.earlier.calibrated)
         if not calibrates or (options.data is not None and Path(options.data).suffix == ".npy"):
             return 0
-        return Batch(options.rows, options.seq_len, self.dtype).hidden_bytes(self.source.config.hidden_size)
+        batch = Batch(options.rows, options.seq_len, self.dtype)
+        solving = input_bytes(self.plan, batch) + solved_bytes(self.plan) if self.plan.needs_inputs else 0
+        return batch.hidden_bytes(self.source.config.hidden_size) + solving
 
     def read_origin(self) -> Scales | Rows | None:
         """Read the source of the scales; None where the plan needs no calibration.
@@ -276,7 +279,8 @@ class Job:
                 self.source.checkpoint.check_unchanged()
             end.enter_context(ended(self.out))
             self.source.checkpoint.done = True  # whatever happens to it now, OUT is whole
-        return Outcome(*written, None if scales is None else scales.summary())
+        summary = None if scales is None else scales.summary() | changes.summary()
+        return Outcome(*written, summary)
 
     @contextmanager
     def _changes(self, run: Unfinished) -> Iterator[Changes]:
@@ -331,7 +335,8 @@ class Job:
         clear(self.out)
         self.listener.say(f"{self.out} was finished already")
         skipped = self.output.side_files[1]
-        return Outcome({}, skipped, made["warnings"], None if scales is None else scales.summary())
+        summary = None if scales is None else scales.summary() | {"solved": None, "folded": 0}
+        return Outcome({}, skipped, made["warnings"], summary)
 
     def _check_source(self, folder: Path, expected: Units) -> None:
         same_source.check(

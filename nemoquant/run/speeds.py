@@ -40,6 +40,8 @@ class Speeds:
         product, expert: flop/s of a matrix product with all tokens of a batch, and with an expert's share of
             them.
         mixer: seconds a token of a Mamba-2 layer without its products.
+        solve: seconds a weight in one thread, products aside.
+        single, double: flop/s of large products in float32 and float64, on the CPU.
     """
 
     read: float
@@ -50,6 +52,9 @@ class Speeds:
     product: float
     expert: float
     mixer: float
+    solve: float = 0.0
+    single: float = 1.0
+    double: float = 1.0
 
 
 def measure(
@@ -81,6 +86,11 @@ def measure(
         product, expert, mixer = compute_speeds(
             checkpoint, plan.config, batch, row_batch=row_batch, threads=threads, device=device
         )
+    solve, single, double = 0.0, 1.0, 1.0
+    if batch is not None and any(row.solved for row in plan.quantized):
+        from nemoquant.run.solve_speeds import solve_speeds
+
+        solve, single, double = solve_speeds(plan, threads)
     return Speeds(
         read=read,
         write=write,
@@ -90,6 +100,9 @@ def measure(
         product=product,
         expert=expert,
         mixer=mixer,
+        solve=solve,
+        single=single,
+        double=double,
     )
 
 
@@ -125,7 +138,7 @@ def _write(folder: Path, *, wait: bool) -> tuple[float, float, float]:
 def _encodings(plan: Plan) -> dict[Encoding, Row]:
     """For each way of encoding in the plan, the weight whose size is nearest to a sample's."""
     samples: dict[Encoding, Row] = {}
-    for row in plan.quantized:
+    for row in (row for row in plan.quantized if not row.solved):
         key = (row.format, row.scale_method)
         best = samples.get(key)
         if best is None or abs(row.bytes_in - SAMPLE_BYTES) < abs(best.bytes_in - SAMPLE_BYTES):

@@ -32,6 +32,7 @@ from nemoquant.run.unfinished import Unfinished
 from nemoquant.solve import records
 from nemoquant.solve.files import FOLDS, SOLVED
 from nemoquant.solve.folds.file import save
+from nemoquant.solve.words import change_sentences
 from nemoquant.sources.source import Source
 from nemoquant.words import in_markdown, markdown_code, message
 
@@ -112,7 +113,8 @@ class Output:
             save(folder / FOLDS, changes.folds)
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
-        text = card(self.plan, _calibration_sentence(scales), warnings, copied)
+        told = change_sentences(changes.summary(), self.plan.recipe.folds)
+        text = card(self.plan, _calibration_sentence(scales), told, warnings, copied)
         _write_text(folder / manifest.CARD, text)
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
         names = sorted(name for name in self.names - {manifest.FILE} if (folder / name).exists())

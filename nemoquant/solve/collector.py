@@ -22,8 +22,9 @@ from nemoquant.solve.folds.chosen import LayerFolds
 from nemoquant.solve.folds.file import load, save
 from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.layer import LayerSolver
-from nemoquant.solve.source import input_of, shared_maxima
+from nemoquant.solve.source import shared_maxima
 from nemoquant.solve.store import Solved, SolvedFile
+from nemoquant.solve.taps import input_of
 
 NAME = "solved"
 
@@ -83,9 +84,9 @@ class SolveCollector:
                 self._inputs,
                 folds,
                 self.plan.recipe.solve,
-                input_scales(rows, amax, []),
-                shared_maxima(self.checkpoint, folds, rows),
-                self.threads,
+                scales=input_scales(rows, amax, []),
+                shared=shared_maxima(self.checkpoint, folds, rows),
+                threads=self.threads,
             )
             file = SolvedFile(self.folder / solved_file(layer), solved)
             where = "head" if layer is None else f"layer {layer}"

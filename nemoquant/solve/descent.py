@@ -12,7 +12,7 @@ from nemoquant.formats.rounding import Codes, Floats
 from nemoquant.solve.kernels import contracted_kernel, kernel
 from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, round_lanes
 
-_LANES = 128  # rows at a time: all that a trial touches stays in the first-level cache
+_LANES = 128  # rows at a time at most: all that a trial touches stays in the first-level cache
 # A fall below this part of sum |x_k| sqrt(H_kk) times sum |e_j| sqrt(H_jj), which bounds |x' H e|, may be
 # rounding: 32 units of float32 in the last place.
 _SLACK = np.float32(2.0**-19)
@@ -90,26 +90,27 @@ def descend_panel(
         scale_codes: [panel / block, rows], changed in place; zeros where there is a single scale.
     """
     width, rows = weights.shape
-    gradient, trial = np.empty((block, _LANES), np.float32), np.empty((block, _LANES), np.float32)
-    old, new = np.empty((block, _LANES), np.float32), np.empty((block, _LANES), np.float32)
-    best_values, changes = np.empty((block, _LANES), np.float32), np.empty((block, _LANES), np.float32)
-    new_codes, best_codes = np.empty((block, _LANES), np.uint8), np.empty((block, _LANES), np.uint8)
+    most = min(_LANES, rows)
+    gradient, trial = np.empty((block, most), np.float32), np.empty((block, most), np.float32)
+    old, new = np.empty((block, most), np.float32), np.empty((block, most), np.float32)
+    best_values, changes = np.empty((block, most), np.float32), np.empty((block, most), np.float32)
+    new_codes, best_codes = np.empty((block, most), np.uint8), np.empty((block, most), np.uint8)
     lanes, falls, moves = (
-        np.empty(_LANES, np.float32),
-        np.empty(_LANES, np.float32),
-        np.empty(_LANES, np.float32),
+        np.empty(most, np.float32),
+        np.empty(most, np.float32),
+        np.empty(most, np.float32),
     )
-    best, targets = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
-    tried, chosen, kept = np.empty(_LANES, np.uint8), np.empty(_LANES, np.uint8), np.empty(_LANES, np.uint8)
-    size, own = np.zeros(_LANES, np.float32), np.zeros(_LANES, np.uint8)
+    best, targets = np.empty(most, np.float32), np.empty(most, np.float32)
+    tried, chosen, kept = np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8)
+    size, own = np.zeros(most, np.float32), np.zeros(most, np.uint8)
     moved = np.zeros((width, rows), np.float32)  # old - new values
 
     for start in range(0, width, block):
         end = min(start + block, width)
         for j in range(start, end):
             add_products(gradients[j], metric[j, :start], moved)
-        for left in range(0, rows, _LANES):
-            count = min(_LANES, rows - left)
+        for left in range(0, rows, most):
+            count = min(most, rows - left)
             # The last lanes may be of no row: whatever they hold is not copied back.
             for j in range(start, end):
                 gradient[j - start] = np.float32(0)
@@ -135,11 +136,12 @@ def descend_panel(
                     now[:] = gradient[k]
                     add_products(now, metric[j, start:j], changes)
                     diagonal = metric[j, j]
+                    root = np.float32(np.sqrt(diagonal))
                     _aims(now, np.float32(np.float32(1) / diagonal), old[k], targets)
                     round_lanes(targets, lanes, four, new_codes[k], new[k])
-                    _fall(now, diagonal, np.float32(np.sqrt(diagonal)), old[k], new[k], falls, moves)
+                    _fall(now, diagonal, root, old[k], new[k], falls=falls, moves=moves)
                     _changes(new[k], old[k], changes[k])
-                _keep(falls, moves, size, best, tried, chosen, kept)
+                _keep(falls, moves, size, best, tried=tried, chosen=chosen, kept=kept)
                 for k in range(end - start):
                     copy_kept(kept, new[k], new_codes[k], best_values[k], best_codes[k])
             for j in range(start, end):

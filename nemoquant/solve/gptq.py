@@ -50,12 +50,27 @@ def _choose_scales(targets: Floats, four: bool, global_scale: np.float32, scale_
         magnitudes,
         none,
         np.float32(1),
-        np.float32(np.float32(6) * global_scale),
-        np.float32(_SMALLEST),
-        np.uint8(_ONE),
-        scale_codes,
+        onto=np.float32(np.float32(6) * global_scale),
+        least=np.float32(_SMALLEST),
+        zeros=np.uint8(_ONE),
+        codes=scale_codes,
     )
     _choose_least_error(patterns, none, magnitudes, global_scale, scale_codes)
+
+
+@kernel
+def _updated(weights: Floats, targets: Floats, lower: Floats, updated: Floats, errors: Floats) -> None:
+    """The weights of a block [block, rows] that make up for all errors before it; its scale is for them.
+
+    A target counts on the errors of the block's earlier codes too, which are not known yet. They are taken to
+    be such that every code meets its target. ``lower`` [block, block]; ``errors`` [block, rows] is scratch.
+    """
+    for k in range(weights.shape[0]):
+        weight, value, error = weights[k], updated[k], errors[k]
+        value[:] = targets[k]
+        add_products(value, lower[k, :k], errors)
+        for lane in range(value.shape[0]):
+            error[lane] = np.float32(weight[lane] - value[lane])
 
 
 @kernel
@@ -89,13 +104,16 @@ def solve_panel(
     width, rows = weights.shape
     lanes = np.empty(rows, np.float32)
     lanes[:] = scales[0]
+    updated, assumed = np.empty((block, rows), np.float32), np.empty((block, rows), np.float32)
     for start in range(0, width, block):
         end = min(start + block, width)
         for j in range(start, end):
             add_products(targets[j], lower[j, :start], errors)
         if scales.shape[0] > 1:
             chosen = scale_codes[start // block]
-            _choose_scales(targets[start:end], four, global_scale, chosen)
+            within = lower[start:end, start:end]
+            _updated(weights[start:end], targets[start:end], within, updated, errors=assumed)
+            _choose_scales(updated, four, global_scale, chosen)
             look_up(scales, chosen, lanes)
         for j in range(start, end):
             target, weight, value, error = targets[j], weights[j], values[j], errors[j]

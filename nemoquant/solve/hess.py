@@ -14,7 +14,7 @@ from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, 
 REACH = 8
 """Candidates on each side."""
 
-_LANES = 128  # rows at a time: all that a trial touches stays in the first-level cache
+_LANES = 128  # rows at a time at most: all that a trial touches stays in the first-level cache
 
 
 @kernel
@@ -61,21 +61,22 @@ def solve_blocks(
         scale_codes: [in / 16, rows], on entry those with the least squared error; changed in place.
     """
     inputs, rows = weights.shape
-    new, new_errors = np.empty((BLOCK, _LANES), np.float32), np.empty((BLOCK, _LANES), np.float32)
-    weight, best_values = np.zeros((BLOCK, _LANES), np.float32), np.empty((BLOCK, _LANES), np.float32)
-    new_codes, best_codes = np.empty((BLOCK, _LANES), np.uint8), np.empty((BLOCK, _LANES), np.uint8)
+    most = min(_LANES, rows)
+    new, new_errors = np.empty((BLOCK, most), np.float32), np.empty((BLOCK, most), np.float32)
+    weight, best_values = np.zeros((BLOCK, most), np.float32), np.empty((BLOCK, most), np.float32)
+    new_codes, best_codes = np.empty((BLOCK, most), np.uint8), np.empty((BLOCK, most), np.uint8)
     lanes, total, least = (
-        np.empty(_LANES, np.float32),
-        np.empty(_LANES, np.float32),
-        np.empty(_LANES, np.float32),
+        np.empty(most, np.float32),
+        np.empty(most, np.float32),
+        np.empty(most, np.float32),
     )
-    halves = np.empty(_LANES, np.float32)
-    tried, chosen, kept = np.empty(_LANES, np.uint8), np.empty(_LANES, np.uint8), np.empty(_LANES, np.uint8)
-    own = np.full(_LANES, np.uint8(first))
+    halves = np.empty(most, np.float32)
+    tried, chosen, kept = np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8)
+    own = np.full(most, np.uint8(first))
 
     for start in range(0, inputs, BLOCK):
-        for left in range(0, rows, _LANES):
-            count = min(_LANES, rows - left)
+        for left in range(0, rows, most):
+            count = min(most, rows - left)
             for k in range(BLOCK):
                 weight[k, :count] = weights[start + k, left : left + count]
             own[:count] = scale_codes[start // BLOCK, left : left + count]

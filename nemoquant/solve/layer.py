@@ -24,13 +24,14 @@ from nemoquant.planning.plan import Row
 from nemoquant.planning.recipe import Solve
 from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.folds.transform import Transform
+from nemoquant.solve.memory import SLICE_ELEMENTS
 from nemoquant.solve.metric import Metric, gram, prepare
 from nemoquant.solve.solver import SolveMethod, solve
-from nemoquant.solve.source import folded, input_of, largest, relative, squares
+from nemoquant.solve.source import folded, largest, relative, squares
 from nemoquant.solve.store import Record, SolvedFile, Stored
+from nemoquant.solve.taps import input_of
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
-SLICE_ELEMENTS = 1 << 22  # of a weight that is solved at once
 SOLVED_BY: Mapping[str | None, SolveMethod] = {"hess": "hess", "gptq": "gptq"}
 VERSION = 1  # of the method: another one makes other codes
 
@@ -135,7 +136,9 @@ class LayerSolver:
         )
         arithmetic = ARITHMETIC[row.format]
         if degenerate:
-            record = Record(row.name, row.plain_method, tokens, 0.0, 0.0, digest, 0.0, float(scale), True)
+            record = Record(
+                row.name, row.plain_method, tokens, gram=digest, scale=float(scale), degenerate=True
+            )
             return Stored(record, arithmetic.zeros((row.shape[0], row.shape[1])))
         step = max(1, SLICE_ELEMENTS // row.shape[1])
         slices = [slice(at, at + step) for at in range(0, row.shape[0], step)]
@@ -147,22 +150,21 @@ class LayerSolver:
 
         results = list(mapped(one, slices))
         solved = [found for found, _ in results]
-        blocks = [s.encoded.block_scales for s in solved]
+        blocks = [s.encoded.block_scales for s in solved if s.encoded.block_scales is not None]
         encoded = Encoded(
             np.concatenate([s.encoded.codes for s in solved]),
-            None if None in blocks else np.concatenate(blocks),
+            np.concatenate(blocks) if blocks else None,
         )
         methods = [s.method for s in solved]
         record = Record(
             row.name,
             method if method in methods else row.plain_method,
             tokens,
-            math.fsum(s.objective for s in solved),
-            math.fsum(s.plain for s in solved),
-            digest,
-            relative([part for _, part in results]),
-            float(scale),
-            False,
+            objective=math.fsum(s.objective for s in solved),
+            plain=math.fsum(s.plain for s in solved),
+            gram=digest,
+            error=relative([part for _, part in results]),
+            scale=float(scale),
         )
         return Stored(record, encoded)
 

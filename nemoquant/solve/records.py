@@ -5,7 +5,7 @@ weight of the unit, in the order of the plan.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,14 +87,3 @@ def read(path: Path, plan: Plan) -> dict[str, dict[str, Any]]:
         for name, tensors in rows.items()
         for i, tensor in enumerate(tensors)
     }
-
-
-def summary(records: Iterable[Record]) -> dict[str, Any]:
-    """How many weights got which method, and what it won over the plain one, as JSON data."""
-    methods: dict[str, int] = {}
-    objective = plain = 0.0
-    for record in records:
-        methods[record.method] = methods.get(record.method, 0) + 1
-        if record.plain > 0:
-            objective, plain = objective + record.objective, plain + record.plain
-    return {"methods": methods, "objective_of_plain": objective / plain if plain else None}

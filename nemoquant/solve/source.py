@@ -1,4 +1,4 @@
-"""What solving reads: a weight of the source with its fold, and the name that its input is kept under."""
+"""What solving reads of the source: weights with their folds."""
 
 import math
 from collections.abc import Iterable
@@ -13,21 +13,8 @@ from nemoquant.formats import FormatName
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
-from nemoquant.model import names
 from nemoquant.planning.plan import Row
 from nemoquant.solve.folds.layer import Folds
-
-_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-_NORMED = ("shared_experts.up_proj", "latent.fc1")
-
-
-def input_of(row: Row) -> str:
-    """The tap that a row's input is kept under: what several weights read is kept once."""
-    if row.role in _QKV:
-        return names.mixer_of(row.module) + "q_proj"
-    if row.role in _NORMED:
-        return f"{names.layer(row.layer or 0)}{names.MIXER}{names.ROUTER}"
-    return row.module
 
 
 def folded(checkpoint: Checkpoint, folds: Folds, row: Row) -> Floats:

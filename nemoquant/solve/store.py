@@ -52,12 +52,12 @@ class Record:
     name: str
     method: Method
     tokens: int
-    objective: float
-    plain: float
     gram: str
-    error: float
     scale: float
-    degenerate: bool
+    objective: float = 0.0
+    plain: float = 0.0
+    error: float = 0.0
+    degenerate: bool = False
 
 
 class Stored(NamedTuple):
@@ -214,3 +214,14 @@ class Solved:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def summary(records: Iterable[Record]) -> dict[str, Any]:
+    """How many weights got which method, and what it won over the plain one, as JSON data."""
+    methods: dict[str, int] = {}
+    objective = plain = 0.0
+    for record in records:
+        methods[record.method] = methods.get(record.method, 0) + 1
+        if record.plain > 0:
+            objective, plain = objective + record.objective, plain + record.plain
+    return {"methods": methods, "objective_of_plain": objective / plain if plain else None}

@@ -172,8 +172,8 @@ def test_all_together_keep_the_function(models, name, worth, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["demo", "nano"])
-def test_norms_of_trained_models_are_left_alone(models, name):
-    assert models[0][name].folds(["norm"]) == {}
+def test_trained_models_without_outliers_are_left_alone(models, name):
+    assert models[0][name].folds(["norm", "gate"]) == {}
 
 
 def test_outliers_are_found_and_brought_back(models):

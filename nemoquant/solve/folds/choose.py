@@ -16,7 +16,10 @@ Vector = NDArray[np.float64]
 
 DAMPING = 0.01  # of the mean diagonal, added to H and G: directions that no token used are known poorly
 BLOCK = 16  # channels that share a scale, in NVFP4
-WORTH = 0.5  # of the noise, at most, is left where a fold of powers of two is chosen
+# Of the noise, at most so much is left where a fold of powers of two is chosen. The demo model's norms would
+# keep 0.68 and more: with NVFP4 everywhere that took 0 to 5 % of its KL, up to four standard errors. Norms
+# with channels 8 to 64 times as large as the others keep less than 0.01, and there it took 95 %.
+WORTH = 0.5
 SEED = 20240717  # of the rotation
 MOST_EXPONENT = 24  # of a channel
 

@@ -1,0 +1,54 @@
+"""Memory that solving takes at its peak, and disk for what waits; from sizes alone.
+
+The figures count the arrays that are alive at once; a test compares them with a measured peak. Importing this
+module loads neither numpy nor torch.
+"""
+
+from nemoquant.calibrate.batch import Batch
+from nemoquant.planning.plan import Plan
+from nemoquant.solve.taps import input_of
+
+PIECE_BYTES = 16 << 20  # of an input, float32, that is read at once
+SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
+_METRIC = 32  # bytes an element of H: sums and H in float64, and what its factor takes in passing
+_SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes
+_WEIGHT = 6  # bytes an element of a whole weight: float32, codes, block scales
+_PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64
+
+
+def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
+    """The module that takes most memory while it is solved, and how many bytes beside the run's own."""
+    most, name = 0, ""
+    for row in plan.quantized:
+        if not row.solved:
+            continue
+        out, width = row.shape
+        elements, slices = out * width, min(out * width, max(SLICE_ELEMENTS, width))
+        one = _METRIC * width * width + _WEIGHT * elements + _PIECES * PIECE_BYTES
+        needed = (
+            threads * (one + _SLICE * slices)
+            if row.expert is not None
+            else one + min(threads, -(-elements // slices)) * _SLICE * slices
+        )
+        if needed > most:
+            most, name = needed, row.module
+    if "latent" in plan.recipe.folds and plan.config.moe_latent_size:
+        layers = plan.config.count("moe")
+        most += layers * 2 * 4 * plan.config.moe_latent_size**2  # M and its inverse of every layer
+    return name, most
+
+
+def input_bytes(plan: Plan, batch: Batch) -> int:
+    """Disk for the inputs of the layer that has most, in bytes; those that only folds look at included."""
+    values: dict[int | None, dict[str, float]] = {}
+    for row in plan.quantized:
+        share = 1.0
+        if row.expert is not None:
+            share = plan.config.num_experts_per_tok / plan.config.n_routed_experts
+        values.setdefault(row.layer, {})[input_of(row)] = share * row.shape[1]
+    return round(batch.tokens * batch.item_size * max(sum(taps.values()) for taps in values.values()))
+
+
+def solved_bytes(plan: Plan) -> int:
+    """Disk for solved weights until they are packed, in bytes."""
+    return sum(row.bytes_out for row in plan.quantized if row.solved)
