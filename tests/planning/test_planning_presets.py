@@ -30,6 +30,7 @@ PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 SOLVED = ("fp8", "nvfp4", "nvfp4-full", "nvfp4-full-w4a16", "nvfp4-w4a16")  # the others: max
+FOLDED = ("nvfp4", "nvfp4-full")
 WEIGHTS_ONLY = ("nvfp4-full-w4a16", "nvfp4-w4a16")
 UNSCALED = ("mxfp8", *WEIGHTS_ONLY)  # no scale comes from calibration
 
@@ -103,6 +104,7 @@ def test_the_map_of_a_preset(model: str, preset: str) -> None:
         assert (row.format, row.activation_format, row.scale_method) == (expected, inputs, method), row.name
     assert made.recipe.kv_cache == PRESETS[preset][1]
     assert made.needs_inputs == (preset in SOLVED)
+    assert made.recipe.folds == (["latent", "norm"] if preset in FOLDED else [])
     assert made.needs_calibration == (preset in SOLVED or preset not in UNSCALED)
     counts = Counter(row.role for row in made.quantized)
     assert counts == {
