@@ -199,7 +199,7 @@ NUMBERS = [
         "seed",
         "mtp",
     ),
-    *("temperature", "sm", "max_seq_len", "max_batch", "workspace"),
+    *("descent", "temperature", "sm", "max_seq_len", "max_batch", "workspace"),
 ]
 
 

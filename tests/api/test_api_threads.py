@@ -88,8 +88,10 @@ def test_a_diff_that_fails(source, out, token_rows, seen, monkeypatch):
 
 
 def test_estimate(source, seen):
-    nemoquant.estimate(source, "fp8", threads=2, rows=4, seq_len=16)
+    nemoquant.estimate(source, "fp8", method="max", threads=2, rows=4, seq_len=16)
     assert seen == [2, BEFORE]
+    nemoquant.estimate(source, "fp8", threads=2, rows=4, seq_len=16)
+    assert seen == [2, BEFORE] * 3, "products of calibration, then those of solving"
 
 
 def test_an_engine_has_its_threads_while_it_runs(source, seen, monkeypatch):

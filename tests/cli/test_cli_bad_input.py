@@ -507,7 +507,8 @@ def test_an_interrupt(stage, kept, source, refused, monkeypatch):
         if kept
         else "interrupted; nothing was kept"
     )
-    refused(source, code=130, parts=["error: interrupted; ", says], kept=kept is not None)
+    parts = ["error: interrupted; ", says]
+    refused(source, "--method", "max", code=130, parts=parts, kept=kept is not None)
 
 
 def test_an_unforeseen_error_leaves_nothing_either(source, tmp_path, monkeypatch):

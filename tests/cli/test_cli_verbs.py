@@ -78,9 +78,15 @@ def test_usage_errors(arguments):
 
 def test_output_for_people(quantize, tmp_path):
     result = quantize("--fmt", "nvfp4")
-    calibrated, made = result.stdout.splitlines()
+    calibrated, solved, folds, made = result.stdout.splitlines()
     assert calibrated.startswith("calibrated on 8 rows of 32 tokens (rows.npy, ")
     assert "; 16 of 16 experts reached, the least used got " in calibrated
+    says = (
+        r"Weights solved for with the inputs of calibration: 46 gptq; their error in outputs is \d+% of .*\."
+    )
+    assert re.fullmatch(says, solved)
+    assert folds.startswith("Folds that keep the function, looked for: latent (a matrix between fc1 and ")
+    assert re.search(r"; norm \(.*\); \d+ tensors were changed\.$", folds)
     assert made.startswith(f"{tmp_path / 'out'}: nvfp4, ")
     assert re.search(
         r"bits a weight, verified, [\d.]+ s \(expected [\d.]+ s\), .*B of memory at most \(expected .*B\)$",
@@ -100,7 +106,8 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert report["dry_run"] is False
     assert report["seconds"] > 0
     assert report["expected"]["seconds"] > 0
-    assert report["expected"]["speeds"]["encode"].keys() == {"fp8 max", "nvfp4 max"}
+    assert report["expected"]["solve"] > 0
+    assert report["expected"]["speeds"]["encode"] == {}, "nothing is left to encode"
     assert 1e8 < report["peak_memory"] < 1e10
     assert report["warnings"] == []
     assert report["skipped_side_files"] == ["notes.txt"]
