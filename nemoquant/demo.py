@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nemoquant.evaluate.schema import Report
 
 ENGINE_SM = 120  # GPU of the example engine; it is built, not run
-PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
+PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16", "nvfp4-full-w4a16")
 ENGINE = Path(f"nvfp4-sm{ENGINE_SM}.engine")
 REPORTS = {"html": "report.html", "json": "report.json", "markdown": "report.md"}
 
@@ -56,13 +56,12 @@ def demo(
     with making(out, files, PRESETS, resume=True) as made:
         folder = made.folder
         _begin(made, rows, say)
-        scales = None
+        scales: Path | None = None
         for preset, plan in zip(PRESETS, plans, strict=True):
-            options = api.RunOptions(
-                rows=rows, scales=scales if plan.needs_calibration else None, resume=True
-            )
+            takes = plan.needs_calibration and not plan.needs_inputs
+            options = api.RunOptions(rows=rows, scales=scales if takes else None, resume=True)
             result = api.quantize(source, folder / preset, preset, options, progress=progress)
-            # calibrated once: the file serves every recipe
+            # one file serves every recipe that needs no more of the inputs than their maxima
             scales = scales or folder / preset / "nemoquant_scales.json"
             report = api.verify(folder / preset, source, progress=False)
             if not report["ok"]:

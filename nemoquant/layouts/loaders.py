@@ -91,11 +91,22 @@ IN_HEAD: Mapping[str, str] = MappingProxyType(
         "`format: source` to serve it there"
     }
 )
+# (algorithm, role) -> what becomes of it; read in the models' load_weights and the linear methods.
+IN_ROLE: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        (
+            "W4A16_NVFP4",
+            "mamba.in_proj",
+        ): "SGLang 0.5.23 reads its global scale from memory that nothing wrote, without an error; serve it "
+        "with vLLM, or give mamba.in_proj another format"
+    }
+)
 
 
 def cautions(plan: Plan) -> list[str]:
     """What a user must know before serving the checkpoint of a plan, a sentence each."""
     modules = Counter(algorithm(row) for row in plan.quantized)
+    by_role = Counter((algorithm(row), row.role) for row in plan.quantized)
     heads = {algorithm(row) for row in plan.quantized if row.role == "lm_head"}
     found = []
     if len(modules) > 1:
@@ -104,4 +115,9 @@ def cautions(plan: Plan) -> list[str]:
             for name, text in BESIDE_OTHERS.items()
             if name in modules
         ]
+    found += [
+        f"{by_role[name, role]} {role} modules are {name}: {text}"
+        for (name, role), text in IN_ROLE.items()
+        if (name, role) in by_role
+    ]
     return found + [f"lm_head is {name}: {text}" for name, text in IN_HEAD.items() if name in heads]

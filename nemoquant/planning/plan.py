@@ -11,7 +11,16 @@ from functools import cached_property
 from typing import Any, Literal
 
 from nemoquant.checkpoint.header import ITEM_SIZE
-from nemoquant.formats import FORMATS, SOLVED, CacheFormat, Format, FormatName, Method, ScaleMethod
+from nemoquant.formats import (
+    FORMATS,
+    SOLVED,
+    CacheFormat,
+    Format,
+    FormatName,
+    Method,
+    ScaleMethod,
+    SolvedMethod,
+)
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
@@ -72,6 +81,11 @@ class Row:
     def solved(self) -> bool:
         """Whether its codes are solved for with the GEMM's inputs."""
         return self.scale_method in SOLVED
+
+    @property
+    def solved_method(self) -> SolvedMethod:
+        """The method of a row that is solved."""
+        return next(known for known in SOLVED if known == self.scale_method)
 
     @property
     def plain_method(self) -> ScaleMethod:

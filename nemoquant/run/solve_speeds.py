@@ -7,7 +7,6 @@ from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.machine import torch_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.run.timing import seconds
-from nemoquant.solve.layer import SOLVED_BY
 from nemoquant.solve.metric import gram, prepare
 from nemoquant.solve.solver import solve
 
@@ -24,7 +23,7 @@ def solve_speeds(plan: Plan, threads: int) -> tuple[float, float, float]:
     weight = random.standard_normal((ROWS, WIDTH), np.float32)
     metric = prepare(gram([random.standard_normal((WIDTH, WIDTH), np.float32)], WIDTH), WIDTH, 0.5)
     scale = ARITHMETIC[row.format].decode_scale(np.abs(weight).max()).value
-    method, descent = SOLVED_BY[row.scale_method], plan.recipe.solve.descent
+    method, descent = row.solved_method, plan.recipe.solve.descent
 
     def once() -> object:
         return solve(row.format, weight, scale, metric, method, descent)  # type: ignore[arg-type]

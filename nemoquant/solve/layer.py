@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -26,13 +27,12 @@ from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.memory import SLICE_ELEMENTS
 from nemoquant.solve.metric import Metric, gram, prepare
-from nemoquant.solve.solver import SolveMethod, solve
+from nemoquant.solve.solver import solve
 from nemoquant.solve.source import folded, largest, relative, squares
 from nemoquant.solve.store import Record, SolvedFile, Stored
 from nemoquant.solve.taps import input_of
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
-SOLVED_BY: Mapping[str | None, SolveMethod] = {"hess": "hess", "gptq": "gptq"}
 VERSION = 1  # of the method: another one makes other codes
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
@@ -78,7 +78,7 @@ class LayerSolver:
     def run(self, rows: Sequence[Row], file: SolvedFile, done: Callable[[int], None]) -> None:
         """Solve what ``file`` does not have; ``done`` is called with the number of weights that are."""
         count = 0
-        with ThreadPoolExecutor(self.threads, "solve") as pool:
+        with ThreadPoolExecutor(self.threads, "solve", torch.set_num_threads, (1,)) as pool:
             for part in units(rows):
                 if part[0].expert is None:
                     self._dense(part, file, pool)
@@ -86,6 +86,7 @@ class LayerSolver:
                     self._experts(part, file, pool)
                 count += len(part)
                 done(count)
+        torch.set_num_threads(self.threads)  # one of those above would count for threads that begin later
 
     def _dense(self, part: list[Row], file: SolvedFile, pool: ThreadPoolExecutor) -> None:
         key = self._key(part)
@@ -129,7 +130,7 @@ class LayerSolver:
         self, row: Row, metric: Metric, tokens: int, digest: str, mapped: Callable[..., Iterable[Any]]
     ) -> Stored:
         assert row.format != "source"
-        number, method = row.format, SOLVED_BY[row.scale_method]
+        number, method = row.format, row.solved_method
         weight = folded(self.checkpoint, self.folds, row)
         scale, degenerate = weight_scale(
             row, self.shared[row.weight_group] if row.weight_group else largest(row, weight)

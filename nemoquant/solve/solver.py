@@ -1,11 +1,11 @@
 """The codes of one weight, solved for the inputs that its GEMM was seen to have."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nemoquant.formats import FormatName, e2m1
+from nemoquant.formats import FORMATS, FormatName, Method, SolvedMethod, e2m1
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Codes, Floats, checked_scale
@@ -15,8 +15,6 @@ from nemoquant.solve.grids import Grid, grid
 from nemoquant.solve.hess import solve_blocks
 from nemoquant.solve.lanes import PANEL, ROWS
 from nemoquant.solve.metric import Doubles, Metric
-
-SolveMethod = Literal["hess", "gptq"]
 
 _CLOSE = 1e-3
 """Objectives that differ by less are computed again in float64."""
@@ -34,7 +32,7 @@ class Solved(NamedTuple):
     """
 
     encoded: Encoded
-    method: str
+    method: Method
     objective: float
     plain: float
 
@@ -50,7 +48,7 @@ class _State(NamedTuple):
 
 
 def solve(
-    format: FormatName, weight: Floats, scale: np.float32, metric: Metric, method: SolveMethod, descent: int
+    format: FormatName, weight: Floats, scale: np.float32, metric: Metric, method: SolvedMethod, descent: int
 ) -> Solved:
     """The codes of a weight, with an objective that is never above that of the format's own method.
 
@@ -66,9 +64,9 @@ def solve(
     dtype, layout or shape, a scale that is not positive, a negative number of sweeps, or hess with another
     format.
     """
-    plain_method = "mse" if format == "nvfp4" else "max"
-    if method == "hess" and format != "nvfp4":
-        raise ValueError(f"method: got hess for {format}, expected gptq; hess chooses nvfp4's block scales")
+    plain_method, known = FORMATS[format].plain, FORMATS[format].solved
+    if method not in known:
+        raise ValueError(f"method: got {method!r} for {format}, expected {' or '.join(known)}")
     if descent < 0:
         raise ValueError(f"descent: got {descent} sweeps, expected zero or more")
     if weight.dtype != np.float32 or weight.ndim != 2 or weight.shape[1] != len(metric.matrix):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -73,10 +74,8 @@ def test_a_run_goes_on_within_a_layer(fitting, token_rows, tmp_path, monkeypatch
     for limit in (2, 5, 9, 10**6):
         monkeypatch.setattr(solving.SolvedFile, "append", until(limit))
         appended.clear()
-        try:
+        with suppress(Interrupted):
             make(source, token_rows, tmp_path / "out", resume=limit != 2)
-        except Interrupted:
-            pass
         keys += appended
     assert len(keys) == len(set(keys)) > 16
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -111,7 +110,7 @@ def test_damage_between_calibration_and_packing_is_found(fitting, token_rows, tm
     assert verify(out, source)["ok"]
 
 
-def test_verify_finds_codes_that_are_not_the_noted_ones(fitting, token_rows, tmp_path, changed):
+def test_verify_finds_codes_that_are_not_the_noted_ones(fitting, token_rows, tmp_path):
     source, out = fitting("nvfp4-full"), tmp_path / "out"
     make(source, token_rows, out)
     file = out / "nemoquant_solved.json"
