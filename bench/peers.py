@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure import machine, rounds, run
+from nemoquant.planning.recipe import presets
 
 RECIPES = Path(__file__).parent / "recipes"
 PEERS = Path(__file__).parent / "peer"
@@ -55,6 +56,8 @@ JOBS: dict[str, tuple[str, bool, str, str, str]] = {
 
 def ours(work: Path, recipe: str, calibrated: bool, out: Path) -> list[str]:
     command = [sys.executable, "-m", "nemoquant", "quantize", str(work / "mid"), str(out), "--recipe", recipe]
+    if recipe in presets():
+        command += ["--method", "max"]  # what the peers compute
     if calibrated:
         return [*command, "--calib", str(work / "rows.npy"), "--rows", "4", "--seq-len", "512"]
     return [*command, "--scales", str(work / "scales.json")] if recipe == "fp8" else command

@@ -79,6 +79,8 @@ def here(work: Path, fmt: str, rows: int, length: int) -> Machine:
         str(work / "mid"),
         "--fmt",
         fmt,
+        "--method",
+        "max",
         "--estimate",
         "--json",
         "--rows",
@@ -203,7 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     prepare(args.work)
-    plan = api.plan(SUPER, args.fmt)
+    plan = api.plan(SUPER, args.fmt, method="max")
     measured = here(args.work, args.fmt, args.rows, args.seq_len)
     print(
         f"{machine()}, {time.strftime('%Y-%m-%d')}: Super as {args.fmt}, {args.rows} x {args.seq_len} "

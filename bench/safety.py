@@ -24,8 +24,8 @@ import numpy as np
 from bench.measure import machine, rounds
 
 JOBS = {
-    "packing alone (nvfp4-w4a16)": ["--recipe", "nvfp4-w4a16"],
-    "calibrated on 8 rows of 256 tokens (fp8)": ["--fmt", "fp8", "--calib", "ROWS"],
+    "packing alone (nvfp4-w4a16)": ["--recipe", "nvfp4-w4a16", "--method", "max"],
+    "calibrated on 8 rows of 256 tokens (fp8)": ["--fmt", "fp8", "--method", "max", "--calib", "ROWS"],
 }
 TIMED = """
 import json, os, resource, sys, threading, time

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import machine, run
+from bench.pipeline import plain
 
 SUPER_BYTES = 247_222_108_160
 
@@ -37,6 +38,8 @@ def measure(work: Path, layers: int, recipe: str) -> dict[str, float]:
         str(layers),
     ]
     command = [sys.executable, "-m", "nemoquant", "quantize", str(source), str(out), "--recipe", recipe]
+    method = plain(recipe)
+    command += ["--method", method] if method else []
     try:
         subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
         os.sync()

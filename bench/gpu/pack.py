@@ -23,7 +23,7 @@ import numpy as np
 
 from bench import checkpoints
 from bench.gpu.environment import need_device
-from bench.pipeline import encode
+from bench.pipeline import encode, plain
 from nemoquant.api import RunOptions, diff, quantize
 from nemoquant.machine import usable_threads
 from nemoquant.ops.library import serves
@@ -158,10 +158,13 @@ def check_demo(steps: Steps, work: Path, device: str) -> None:
         name = Path(recipe).stem
         outputs = [work / f"demo-{name}-{number}" for number in range(2)]
         for output, where in zip(outputs, ("cpu", device), strict=True):
-            options = RunOptions(rows=8, seq_len=256, device=where, dtype="float32", threads=8)
+            options = RunOptions(
+                rows=8, seq_len=256, device=where, dtype="float32", threads=8, method=plain(recipe)
+            )
             run = partial(quantize, DEMO, output, recipe, options)
             steps.timed(f"demo {name} {where}", run)
-        options = RunOptions(scales=outputs[0] / "nemoquant_scales.json", device=device, threads=8)
+        scales = outputs[0] / "nemoquant_scales.json"
+        options = RunOptions(scales=scales, device=device, threads=8, method=plain(recipe))
         given = work / f"given-{name}"
         what = f"demo {name}, scales of the CPU, packed on {device}"
         if steps.timed(what, partial(quantize, DEMO, given, recipe, options)):
@@ -206,7 +209,7 @@ def check_large(steps: Steps, folder: Path, device: str) -> None:
     rows, places = folder / "rows.npy", ("cpu", device)
     outputs = [folder / f"out{number}" for number in range(2)]
     for output, where in zip(outputs, places, strict=True):
-        options = RunOptions(data=rows, device=where, threads=THREADS)
+        options = RunOptions(data=rows, device=where, threads=THREADS, method="max")
         run = partial(quantize, source, output, "nvfp4", options)
         steps.staged(f"mid calibrated {where}", run)
     compare_stage(steps, "calibrate", "mid calibrated", device, "calibrate")
@@ -215,7 +218,7 @@ def check_large(steps: Steps, folder: Path, device: str) -> None:
         name = Path(recipe).stem
         given = [folder / f"given-{name}-{number}" for number in range(2)]
         for output, where in zip(given, places, strict=True):
-            options = RunOptions(scales=scales, device=where, threads=THREADS)
+            options = RunOptions(scales=scales, device=where, threads=THREADS, method=plain(recipe))
             steps.staged(f"mid {name} packed {where}", partial(quantize, source, output, recipe, options))
         if all(output.is_dir() for output in given):
             steps.same_bytes(f"mid {name}: same bytes", *given)

@@ -25,7 +25,18 @@ CALLS = {
     "quantize": (nemoquant.quantize, (PLACE, PLACE, "fp8")),
     "verify": (nemoquant.verify, (PLACE,)),
 }
+METHODS = [
+    ("method", "best", "method is 'best'; expected max, mse, four_over_six, hess or gptq"),
+    ("method", 7, "method is 7; expected max, mse, four_over_six, hess or gptq"),
+    ("folds", "none", "folds is 'none'; expected latent, norm, gate or expert"),
+    ("folds", ["latent", 7], "folds is 7; expected latent, norm, gate or expert"),
+    ("folds", 7, "folds is 7; expected"),
+    ("descent", -1, "descent is -1; expected at least 0"),
+    ("descent", 17, "descent is 17; expected at most 16"),
+    ("descent", "much", "descent is 'much'; expected a whole number of at least 0"),
+]
 OPTIONS = [
+    *METHODS,
     ("rows", 0, "rows is 0; expected at least 1"),
     ("rows", "many", "rows is 'many'; expected a whole number of at least 1"),
     ("rows", 2.5, "rows is 2.5; expected a whole number of at least 1"),
@@ -122,7 +133,7 @@ WRONG = {
         ("context", 0, "context is 0; expected at least 1"),
         ("context", "long", "context is 'long'; expected a whole number of at least 1"),
     ],
-    "plan": [("scale_groups", None, "scale_groups is None; expected True or False")],
+    "plan": [*METHODS, ("scale_groups", None, "scale_groups is None; expected True or False")],
     "quantize": [
         *OPTIONS,
         ("dry_run", "no", "dry_run is 'no'; expected True or False"),
@@ -188,7 +199,7 @@ NUMBERS = [
         "seed",
         "mtp",
     ),
-    *("temperature", "sm", "max_seq_len", "max_batch", "workspace"),
+    *("descent", "temperature", "sm", "max_seq_len", "max_batch", "workspace"),
 ]
 
 
@@ -271,7 +282,8 @@ def test_strings_are_paths_everywhere(source, token_rows, tmp_path):
     )
     assert made.out == Path(out)
     again = f"{tmp_path}/again"
-    nemoquant.quantize(str(source), again, "fp8", scales=f"{out}/nemoquant_scales.json", threads=1)
+    scales = f"{out}/nemoquant_scales.json"
+    nemoquant.quantize(str(source), again, "fp8", method="max", scales=scales, threads=1)
     assert nemoquant.verify(again, str(source))["ok"]
     assert nemoquant.inspect(out)["quantization"] == "FP8"
     assert nemoquant.plan(str(source / "config.json"), "fp8").recipe.name == "fp8"

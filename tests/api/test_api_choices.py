@@ -13,7 +13,7 @@ from nemoquant.engine import ENGINES, TARGETS, EngineName, TargetName
 from nemoquant.engine.doctor import doctor
 from nemoquant.engine.load import load_engine
 from nemoquant.errors import CheckpointError, NemoquantError, UsageError
-from nemoquant.formats import Device
+from nemoquant.formats import METHODS, Device
 from nemoquant.graph import COMPUTES, DIALECT_NAMES
 from nemoquant.ops import functional
 from nemoquant.run.options import DEVICES, DTYPES, PLACES
@@ -31,6 +31,8 @@ def choices(command: click.Command, name: str) -> list[str]:
         (diff.command, "device", DEVICES),
         (plan.command, "device", DEVICES),
         (quantize.command, "device", DEVICES),
+        (quantize.command, "method", METHODS),
+        (plan.command, "method", METHODS),
         (quantize.command, "dtype", ("auto", *DTYPES)),
         (quantize.command, "on", PLACES),
         (quantize.command, "renamed", PLACES),

@@ -31,6 +31,9 @@ OPTIONS = [
     "threads=None",
     "shard_bytes=5000000000",
     "scale_groups=True",
+    "method=None",
+    "folds=None",
+    "descent=None",
     "on='local'",
     "address=None",
     "resume=False",
@@ -47,7 +50,7 @@ SIGNATURES = {
     "generate": "path prompt * chat=False engine='torch' engine_file=None plugins=None max_tokens=64 "
     "temperature=0.0 seed=0 mtp=0 threads=None ready=None stream=None progress=None say=None",
     "inspect": "path * context=None",
-    "plan": "source recipe * scale_groups=True",
+    "plan": "source recipe * scale_groups=True method=None folds=None descent=None",
     "quantize": "source out recipe options=None * dry_run=False planned=None expected=None progress=None "
     "say=None " + " ".join(OPTIONS),
     "verify": "out against=None * progress=None",

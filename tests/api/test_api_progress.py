@@ -151,8 +151,10 @@ def test_what_is_no_notebook(shell, monkeypatch):
 def test_a_run_in_a_terminal(source, token_rows, tmp_path, terminal):
     """All stages are drawn, and its warnings are in the result alone."""
     stream = terminal()
-    made = nemoquant.quantize(source, tmp_path / "out", "nvfp4-w4a16", data=token_rows, threads=1)
-    assert made.warnings == ["recipe nvfp4-w4a16 needs no calibration: --calib is not used"]
+    made = nemoquant.quantize(
+        source, tmp_path / "out", "nvfp4-w4a16", method="max", data=token_rows, threads=1
+    )
+    assert made.warnings == ["recipe nvfp4-w4a16-max needs no calibration: --calib is not used"]
     assert "pack" in stream.getvalue() and "verify" in stream.getvalue()
     assert "--calib" not in stream.getvalue()
     quiet = terminal()

@@ -65,7 +65,7 @@ def test_quantize_that_fails(source, token_rows, tmp_path, seen, monkeypatch):
 
     monkeypatch.setattr("nemoquant.calibrate.run.calibrate", fails)
     with pytest.raises(nemoquant.CalibrationError):
-        nemoquant.quantize(source, tmp_path / "out", "fp8", data=token_rows, threads=2)
+        nemoquant.quantize(source, tmp_path / "out", "fp8", method="max", data=token_rows, threads=2)
     assert seen == [2, BEFORE]
 
 
@@ -88,8 +88,10 @@ def test_a_diff_that_fails(source, out, token_rows, seen, monkeypatch):
 
 
 def test_estimate(source, seen):
-    nemoquant.estimate(source, "fp8", threads=2, rows=4, seq_len=16)
+    nemoquant.estimate(source, "fp8", method="max", threads=2, rows=4, seq_len=16)
     assert seen == [2, BEFORE]
+    nemoquant.estimate(source, "fp8", threads=2, rows=4, seq_len=16)
+    assert seen == [2, BEFORE] * 3, "products of calibration, then those of solving"
 
 
 def test_an_engine_has_its_threads_while_it_runs(source, seen, monkeypatch):

@@ -82,7 +82,8 @@ RUN = """
 from nemoquant.api import RunOptions, quantize
 source, out, rows, preset, most = sys.argv[1:]
 promised = []
-quantize(Path(source), Path(out), preset, RunOptions(data=Path(rows), memory=int(most), threads=2),
+quantize(Path(source), Path(out), preset, RunOptions(method="max", data=Path(rows), memory=int(most),
+    threads=2),
          expected=promised.append)
 print(json.dumps({"peak": memory(), "promised": promised[0].memory, "row_batch": promised[0].row_batch}))
 """
@@ -127,12 +128,12 @@ def test_a_whole_run_keeps_below_its_memory(preset, large, tmp_path):
 
 
 def test_too_little_memory_is_refused(large, tmp_path):
-    options = RunOptions(data=large.parent / "rows.npy", memory=300_000_000)
+    options = RunOptions(method="max", data=large.parent / "rows.npy", memory=300_000_000)
     with pytest.raises(
         UsageError, match=r"--memory is 300\.00 MB, but .* needs \d+\.\d\d [MG]B; give more, or shorter rows$"
     ):
         quantize(large, tmp_path / "out", "fp8", options)
-    options = RunOptions(data=large.parent / "rows.npy", memory=900_000_000, row_batch=8)
+    options = RunOptions(method="max", data=large.parent / "rows.npy", memory=900_000_000, row_batch=8)
     says = r"but 8 calibration rows of 512 tokens in a layer of kind mamba needs .*, or a smaller --row-batch"
     with pytest.raises(UsageError, match=says):
         quantize(large, tmp_path / "out", "fp8", options)

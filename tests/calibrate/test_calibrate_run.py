@@ -154,7 +154,7 @@ def test_an_expert_that_no_token_reached(make_checkpoint, token_rows, tmp_path):
     assert not any("layers.2.mixer.experts.5." in name for name in scales.input_amax)
 
     def result(name, **options):
-        given = RunOptions(data=token_rows, dtype="float32", threads=1, **options)
+        given = RunOptions(method="max", data=token_rows, dtype="float32", threads=1, **options)
         made = quantize(source, tmp_path / name, "nvfp4", given)
         tensors = load_file(made.out / "model-00001-of-00001.safetensors")
         inputs = {
@@ -194,7 +194,7 @@ def test_experts_of_a_whole_layer_that_no_token_reached(source, tmp_path):
         match=r"backbone\.layers\.2\.mixer\.experts\.up_proj: no calibration token reached it, .*calibrate "
         r"with more rows",
     ):
-        quantize(source, tmp_path / "out", "nvfp4", RunOptions(scales=tmp_path / FILE))
+        quantize(source, tmp_path / "out", "nvfp4", RunOptions(method="max", scales=tmp_path / FILE))
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -261,11 +261,14 @@ def test_scales_file_round_trip_is_exact(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=1), r"schema 1, expected 2; calibrate again"),
+        (lambda d: d.update(schema=1), r"schema 1, expected 3; calibrate again"),
+        (lambda d: d.update(schema=2), r"schema 2, expected 3; calibrate again"),
         (lambda d: d.pop("schema"), r"`schema`: field required"),
-        (lambda d: d.update(schema="2"), r"`schema` is '2': input should be a valid integer"),
-        (lambda d: d.update(schema=10**400), r"schema 1000\d+\.\.\.0+, expected 2"),
+        (lambda d: d.update(schema="3"), r"`schema` is '3': input should be a valid integer"),
+        (lambda d: d.update(schema=10**400), r"schema 1000\d+\.\.\.0+, expected 3"),
         (lambda d: d.pop("kv_amax"), r"`kv_amax`: field required"),
+        (lambda d: d.pop("folded_amax"), r"`folded_amax`: field required"),
+        (lambda d: d["folded_amax"].update(x=-1), r"`folded_amax.x` is -1: input should be"),
         (lambda d: d.update(input_amax=[1]), r"`input_amax` is \[1\]: input should be a valid dictionary"),
         (
             lambda d: d["input_amax"].update(lm_head="much"),
@@ -328,7 +331,7 @@ def test_damaged_scales_files(change, message, source, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "3", '"x"', "[" * 100_000, '{"schema": 2, "schema": 2}', '{"a": "\\ud800"}', "\xff"],
+    ["", "{", "[]", "3", '"x"', "[" * 100_000, '{"schema": 3, "schema": 3}', '{"a": "\\ud800"}', "\xff"],
 )
 def test_files_that_are_no_scales_files(text, tmp_path):
     path = tmp_path / FILE

@@ -87,11 +87,13 @@ def test_tensors_that_do_not_fit_the_config(edit, parts, make_checkpoint, refuse
         "mtp.layers.0.norm.weight",
     ],
 )
-@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4-w4a16"])
-def test_nan_and_inf_in_weights(preset, name, value, make_checkpoint, refused):
+@pytest.mark.parametrize(
+    "recipe", [["nvfp4"], ["nvfp4-w4a16", "--method", "max"]], ids=["calibrated", "not calibrated"]
+)
+def test_nan_and_inf_in_weights(recipe, name, value, make_checkpoint, refused):
     source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
     parts = [f"{name} has ", "expected finite weights", "download or convert it again"]
-    line = refused(source, "--recipe", preset, fmt=None, parts=parts)
+    line = refused(source, "--recipe", *recipe, fmt=None, parts=parts)
     assert "NaN" in line if np.isnan(value) else "Inf" in line
 
 
@@ -128,7 +130,7 @@ def test_a_source_that_is_already_quantized(source, quantized_by_command, refuse
 
 @pytest.fixture
 def quantized_by_command(source, tmp_path):
-    nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16")
+    nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--method", "max")
     return tmp_path / "out"
 
 
@@ -370,7 +372,9 @@ def test_no_gpu(source, refused):
 
 @pytest.fixture
 def scales(source, token_rows, tmp_path):
-    nemoquant("quantize", source, tmp_path / "first", "--fmt", "fp8", "--calib", token_rows)
+    nemoquant(
+        "quantize", source, tmp_path / "first", "--fmt", "fp8", "--method", "max", "--calib", token_rows
+    )
     return tmp_path / "first/nemoquant_scales.json"
 
 
@@ -384,6 +388,8 @@ def test_scales_of_another_model(make_checkpoint, scales, refused):
         other,
         "--scales",
         scales,
+        "--method",
+        "max",
         calib=None,
         parts=["has the maxima of", "modules that this model lacks", "is it of another model?"],
     )
@@ -392,6 +398,8 @@ def test_scales_of_another_model(make_checkpoint, scales, refused):
         longer,
         "--scales",
         scales,
+        "--method",
+        "max",
         calib=None,
         parts=["lacks the maxima of 2 modules", "backbone.layers.6.mixer.in_proj"],
     )
@@ -400,6 +408,8 @@ def test_scales_of_another_model(make_checkpoint, scales, refused):
         shorter,
         "--scales",
         scales,
+        "--method",
+        "max",
         calib=None,
         parts=["modules that this model lacks: backbone.layers.5.mixer."],
     )
@@ -418,6 +428,8 @@ def test_damaged_scales(source, scales, tmp_path, refused):
             source,
             "--scales",
             path,
+            "--method",
+            "max",
             calib=None,
             parts=[f"{name} is not a scales file", "nemoquant_scales.json of an earlier run"],
         )
@@ -454,7 +466,8 @@ def test_a_write_error(shards, fmt, source, refused, monkeypatch):
     monkeypatch.setattr(ShardWriter, "write", full)
     kept = fmt == "nvfp4" or bool(shards)
     parts = ["new/deeper/out", "No space left on device", "make room", "kept"]
-    line = refused(source, "--recipe", fmt, *shards, fmt=None, parts=parts, kept=kept)
+    options = ("--recipe", fmt, "--method", "max", *shards)
+    line = refused(source, *options, fmt=None, parts=parts, kept=kept)
     assert kept or line.endswith("nothing was kept")
     assert written > 60_000
 
@@ -494,20 +507,23 @@ def test_an_interrupt(stage, kept, source, refused, monkeypatch):
         if kept
         else "interrupted; nothing was kept"
     )
-    refused(source, code=130, parts=["error: interrupted; ", says], kept=kept is not None)
+    parts = ["error: interrupted; ", says]
+    refused(source, "--method", "max", code=130, parts=parts, kept=kept is not None)
 
 
 def test_an_unforeseen_error_leaves_nothing_either(source, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
     before = tree(tmp_path)
-    result = invoke("quantize", source, tmp_path / "a/b", "--recipe", "nvfp4-w4a16")
+    result = invoke("quantize", source, tmp_path / "a/b", "--recipe", "nvfp4-w4a16", "--method", "max")
     assert result.exit_code == 70 and "\nZeroDivisionError: " in result.stderr
     assert tree(tmp_path) == before
 
 
 def test_an_unforeseen_error_says_what_is_kept(source, token_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
-    result = invoke("quantize", source, tmp_path / "a/b", "--fmt", "fp8", "--calib", token_rows)
+    result = invoke(
+        "quantize", source, tmp_path / "a/b", "--fmt", "fp8", "--method", "max", "--calib", token_rows
+    )
     assert result.exit_code == 70 and "\nZeroDivisionError: " in result.stderr
     assert f"\n{tmp_path}/a/b.partial is kept (calibrated): --resume goes on from there\n" in result.stderr
     assert (tmp_path / "a/b.partial/nemoquant_scales.json").exists()
@@ -516,6 +532,6 @@ def test_an_unforeseen_error_says_what_is_kept(source, token_rows, tmp_path, mon
 def test_parents_that_existed_stay(source, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(ShardWriter, "write", lambda *arguments: 1 / 0)
-    invoke("quantize", source, tmp_path / "a/b/c", "--recipe", "nvfp4-w4a16")
+    invoke("quantize", source, tmp_path / "a/b/c", "--recipe", "nvfp4-w4a16", "--method", "max")
     assert (tmp_path / "a").is_dir()
     assert list((tmp_path / "a").iterdir()) == []

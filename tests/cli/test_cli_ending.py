@@ -34,7 +34,7 @@ def begun(source, token_rows, tmp_path):
 
     def begin(layer=0, ignored=()):
         command = [sys.executable, "-c", SLOW, str(layer), "quantize", source, tmp_path / "new/out"]
-        command += ["--fmt", "fp8", "--calib", token_rows, "--threads", "1"]
+        command += ["--fmt", "fp8", "--method", "max", "--calib", token_rows, "--threads", "1"]
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -55,7 +55,7 @@ def begun(source, token_rows, tmp_path):
 def last_line(process):
     """The error of a process that must end now; nothing else but the lines of a run may be told."""
     _, told = process.communicate(timeout=120)
-    lines = [line for line in told.splitlines() if not line.startswith(("expected: ", "fp8: "))]
+    lines = [line for line in told.splitlines() if not line.startswith(("expected: ", "fp8-max: "))]
     return error_line("\n".join(lines))
 
 
@@ -122,7 +122,9 @@ def test_an_interrupt_when_all_is_written(source, token_rows, tmp_path, monkeypa
 
     monkeypatch.setattr("nemoquant.cli.quantize._calibrated", interrupt)
     out = tmp_path / "out"
-    result = nemoquant("quantize", source, out, "--fmt", "fp8", "--calib", token_rows, code=130)
+    result = nemoquant(
+        "quantize", source, out, "--fmt", "fp8", "--method", "max", "--calib", token_rows, code=130
+    )
     assert result.stderr.splitlines()[-1] == f"error: interrupted; {out} is whole"
     assert nemoquant("verify", out).exit_code == 0
 
@@ -213,7 +215,17 @@ def test_errors_that_nobody_reads(arguments, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_whose_messages_nobody_reads_leaves_nothing(source, token_rows, tmp_path):
     before = tree(tmp_path)
-    arguments = ["quantize", source, tmp_path / "new/out", "--fmt", "fp8", "--calib", token_rows]
+    arguments = [
+        "quantize",
+        source,
+        tmp_path / "new/out",
+        "--fmt",
+        "fp8",
+        "--method",
+        "max",
+        "--calib",
+        token_rows,
+    ]
     assert unread(*arguments, stream="stderr") == (-signal.SIGPIPE, "")
     assert tree(tmp_path) == before
 

@@ -52,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("home", [None, "/dev/null/nonexistent"], ids=["no home", "a home that is none"])
 def test_verbs_that_compute(home, folder, source, token_rows, tmp_path):
     out = tmp_path / "out"
-    run(folder, "quantize", source, out, "--fmt", "nvfp4", "--calib", token_rows, home=home)
+    run(
+        folder, "quantize", source, out, "--fmt", "nvfp4", "--method", "max", "--calib", token_rows, home=home
+    )
     assert list((folder / "temporary").glob("nemoquant-kernels-*/*/*.nbc")), "kernels are kept there"
     run(folder, "verify", out, "--against", source, home=home)
     run(folder, "diff", source, out, "--data", token_rows, "--no-card", home=home)

@@ -79,7 +79,7 @@ def test_plan_as_json(source: Path) -> None:
         "shape": [48, 32],
         "source_dtype": "BF16",
         "format": "nvfp4",
-        "scale_method": "max",
+        "scale_method": "gptq",
         "activation_format": "nvfp4",
         "reason": "rule 1: roles experts.*",
         "scale_group": {"weight": None, "input": "backbone.layers.2.mixer.experts.up_proj"},
@@ -154,14 +154,18 @@ def test_plan_for_people() -> None:
         == "nvfp4: Routed experts NVFP4 (W4A4), shared experts, attention and Mamba projections FP8, KV "
         "cache FP8."
     )
-    assert "experts.up_proj nvfp4 nvfp4 2,944 8,261,688,320" in lines  # 2,944 x (1856 x 2688 x 9/16 + 8)
-    assert "shared_experts.down_proj fp8 fp8 23 229,490,872" in lines  # 23 x (2688 x 3712 + 8)
+    assert (
+        "experts.up_proj nvfp4 (gptq) nvfp4 2,944 8,261,688,320" in lines
+    )  # 2,944 x (1856 x 2688 x 9/16 + 8)
+    assert "shared_experts.down_proj fp8 (gptq) fp8 23 229,490,872" in lines  # 23 x (2688 x 3712 + 8)
     assert "embedding source - 1 704,643,072" in lines
     assert "tensors 6,243 in, 24,151 out" in lines
     assert "bytes 63,155,886,464 in, 19,440,022,864 out (19.44 GB, 3.25 times smaller)" in lines
     assert "bits per weight 4.925" in lines
     assert "KV cache per token 6,144 B as the source, 3,072 B planned" in lines
-    assert "calibration needed for activation scales" in lines
+    assert (
+        "calibration needed for codes that are solved for, folds (latent, norm), activation scales" in lines
+    )
     assert (
         lines[-1]
         == "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"
@@ -187,7 +191,10 @@ def test_plan_measures_this_machine(source: Path) -> None:
     assert len(list(source.parent.iterdir())) == 1, "nothing is left of the measurement"
     found = json.loads(command("plan", source, "--fmt", "fp8", "--estimate", "--json").stdout)["estimate"]
     assert all(found["speeds"][name] > 0 for name in ("read", "write", "sync", "hash", "product", "expert"))
-    assert found["seconds"] == pytest.approx(found["calibrate"] + found["pack"] + found["verify"])
+    assert found["seconds"] == pytest.approx(
+        found["calibrate"] + found["solve"] + found["pack"] + found["verify"]
+    )
+    assert found["solve"] > 0
 
 
 def test_an_estimate_needs_weights(source: Path) -> None:
@@ -244,6 +251,7 @@ def test_recipes_list() -> None:
         "mxfp8": "source",
         "nvfp4": "fp8",
         "nvfp4-full": "fp8",
+        "nvfp4-full-w4a16": "source",
         "nvfp4-w4a16": "source",
         "super-nvfp4-published": "fp8",
     }

@@ -78,9 +78,15 @@ def test_usage_errors(arguments):
 
 def test_output_for_people(quantize, tmp_path):
     result = quantize("--fmt", "nvfp4")
-    calibrated, made = result.stdout.splitlines()
+    calibrated, solved, folds, made = result.stdout.splitlines()
     assert calibrated.startswith("calibrated on 8 rows of 32 tokens (rows.npy, ")
     assert "; 16 of 16 experts reached, the least used got " in calibrated
+    says = (
+        r"Weights solved for with the inputs of calibration: 46 gptq; their error in outputs is \d+% of .*\."
+    )
+    assert re.fullmatch(says, solved)
+    assert folds.startswith("Folds that keep the function, looked for: latent (a matrix between fc1 and ")
+    assert re.search(r"; norm \(.*\); \d+ tensors were changed\.$", folds)
     assert made.startswith(f"{tmp_path / 'out'}: nvfp4, ")
     assert re.search(
         r"bits a weight, verified, [\d.]+ s \(expected [\d.]+ s\), .*B of memory at most \(expected .*B\)$",
@@ -100,7 +106,8 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert report["dry_run"] is False
     assert report["seconds"] > 0
     assert report["expected"]["seconds"] > 0
-    assert report["expected"]["speeds"]["encode"].keys() == {"fp8 max", "nvfp4 max"}
+    assert report["expected"]["solve"] > 0
+    assert report["expected"]["speeds"]["encode"] == {}, "nothing is left to encode"
     assert 1e8 < report["peak_memory"] < 1e10
     assert report["warnings"] == []
     assert report["skipped_side_files"] == ["notes.txt"]
@@ -126,7 +133,10 @@ def test_the_old_name_of_on(quantize):
 
 def test_what_is_left_behind_is_told(quantize, source):
     (source / "notes.txt").write_text("mine")
-    assert "not copied: notes.txt (not part of a checkpoint)\n" in quantize("--fmt", "fp8").stderr
+    assert (
+        "not copied: notes.txt (not part of a checkpoint)\n"
+        in quantize("--fmt", "fp8", "--method", "max").stderr
+    )
 
 
 def test_warnings_go_to_stderr(make_checkpoint, token_rows, tmp_path):
@@ -142,17 +152,18 @@ def test_warnings_go_to_stderr(make_checkpoint, token_rows, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("method", [[], ["--method", "max"]])
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16"])
-def test_dry_run_writes_nothing(recipe, more, quantize, tmp_path):
+def test_dry_run_writes_nothing(recipe, method, more, quantize, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    result = quantize("--recipe", recipe, "--dry-run", *more)
+    result = quantize("--recipe", recipe, "--dry-run", *method, *more)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     if more:
         report = json.loads(result.stdout)
         assert (report["dry_run"], report["verified"]) == (True, {})
         assert report["tensors_out"] > report["tensors_in"]
     else:
-        assert result.stdout.startswith(f"dry run: {recipe} fits ")
+        assert result.stdout.startswith(f"dry run: {recipe}{'-max' if method else ''} fits ")
         assert "tensors would be written to" in result.stdout
 
 
@@ -176,9 +187,8 @@ def test_dry_run_checks_the_data_and_the_output(quantize, source, tmp_path):
 
 
 def test_options_reach_the_manifest(quantize, tmp_path):
-    quantize(
-        "--fmt", "fp8", "--compute", "float32", "--row-batch", 2, "--shard-size", 0.00003, "--no-scale-groups"
-    )
+    options = ("--fmt", "fp8", "--method", "max", "--compute", "float32", "--row-batch", 2)
+    quantize(*options, "--shard-size", 0.00003, "--no-scale-groups")
     manifest = json.loads((tmp_path / "out/nemoquant.json").read_text())
     settings = manifest["calibration"]
     assert (settings["dtype"], settings["row_batch"], settings["threads"], settings["device"]) == (
@@ -197,14 +207,14 @@ def test_options_reach_the_manifest(quantize, tmp_path):
 
 
 def test_plain_progress_when_not_a_terminal(quantize):
-    result = quantize("--fmt", "fp8")
+    result = quantize("--fmt", "fp8", "--method", "max")
     plan, expected, *stages = result.stderr.splitlines()
     assert re.match(
         r"expected: [\d.]+ s \(calibrate .* s, pack .* s, verify .* s\), .*B of memory, .*B of disk; rows "
         r"at once: ",
         expected,
     )
-    assert plan.startswith("fp8: ")
+    assert plan.startswith("fp8-max: ")
     assert plan.endswith(" tensors quantized, activations calibrated")
     assert [line.split(":")[0] for line in stages] == ["calibrate", "pack", "verify"]
     assert all(line.split(": ")[1].startswith("done in ") and line.endswith(" s") for line in stages)
@@ -284,7 +294,7 @@ def test_a_shown_recipe_is_a_recipe(source, tmp_path):
 
 
 def test_inspect_of_a_quantized_checkpoint(quantize, tmp_path):
-    quantize("--fmt", "nvfp4")
+    quantize("--fmt", "nvfp4", "--method", "max")
     found = json.loads(nemoquant("inspect", tmp_path / "out", "--json").stdout)
     assert found["quantization"] == "MIXED_PRECISION"
     assert {"BF16", "F32", "F8_E4M3", "U8"} == set(found["dtypes"])
@@ -347,7 +357,7 @@ def test_a_changed_preset_should_not_pass_for_it(quantize, tmp_path):
 def test_options_without_effect_are_named(quantize):
     told = quantize("--fmt", "fp8", "--rows", 2, "--compute", "float32", "--dry-run").stderr
     assert "warning: not used: --rows (an .npy file says its rows and length itself)\n" in told
-    told = quantize("--recipe", "nvfp4-w4a16", "--row-batch", 2, "--dry-run").stderr
+    told = quantize("--recipe", "nvfp4-w4a16", "--method", "max", "--row-batch", 2, "--dry-run").stderr
     assert "warning: not used: --row-batch (this recipe needs no calibration)\n" in told
 
 

@@ -78,7 +78,9 @@ def test_weights_stand_in_an_engine_once_and_packed(
         num_nextn_predict_layers=0,
         mtp_hybrid_override_pattern=None,
     )
-    out = nemoquant.quantize(source, tmp_path / "out", "nvfp4-w4a16", nemoquant.RunOptions(threads=1)).out
+    out = nemoquant.quantize(
+        source, tmp_path / "out", "nvfp4-w4a16", nemoquant.RunOptions(method="max", threads=1)
+    ).out
     packed = nemoquant.inspect(out)["bytes"]
     assert packed > 18e6
     facts = nemoquant.export_engine(out, tmp_path / "model.engine", target="rtx", sm=120)

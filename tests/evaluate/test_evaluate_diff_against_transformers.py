@@ -100,7 +100,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
     torch.set_num_threads(1)
     ids = load_rows(evaluation_data(), DEMO, load_config(DEMO)[0], ROWS, LENGTH).ids
     np.save(folder / "rows.npy", ids)
-    out = nemoquant.quantize(DEMO, folder / "nvfp4", "nvfp4-w4a16", nemoquant.RunOptions(threads=1)).out
+    out = nemoquant.quantize(
+        DEMO, folder / "nvfp4", "nvfp4-w4a16", nemoquant.RunOptions(method="max", threads=1)
+    ).out
     report = nemoquant.diff(DEMO, [out], data=folder / "rows.npy", card=False, threads=1)
     tokens = torch.from_numpy(ids)
     models = [outputs(dense(of), folder / name, tokens) for of, name in ((DEMO, "source"), (out, "decoded"))]

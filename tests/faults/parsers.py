@@ -64,7 +64,7 @@ def checkpoints(base: Path) -> None:
     from tests.support.synthetic import synthetic_checkpoint, write_rows
 
     source, rows = synthetic_checkpoint(base / "source"), write_rows(base / ROWS)
-    options: dict[str, Any] = {"data": rows, "dtype": "float32", "threads": 1}
+    options: dict[str, Any] = {"method": "max", "data": rows, "dtype": "float32", "threads": 1}
     api.quantize(source, base / "out", "nvfp4", progress=False, **options)
 
     for stage in ("calibrate", "pack"):
@@ -251,9 +251,8 @@ def _scales(folder: Path) -> None:
     from nemoquant import api
 
     out = folder.parent / "never"
-    api.quantize(
-        folder, out, "nvfp4", scales=folder / "nemoquant_scales.json", threads=1, dry_run=True, progress=False
-    )
+    given = {"method": "max", "scales": folder / "nemoquant_scales.json", "threads": 1}
+    api.quantize(folder, out, "nvfp4", dry_run=True, progress=False, **given)
 
 
 def _verify(folder: Path) -> None:

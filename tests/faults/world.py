@@ -186,8 +186,9 @@ def _scenes(world: World) -> list[Scene]:
     source, rows = world.source, world.rows
 
     def quantize(recipe: str, *more: object) -> Callable[[Path], list[object]]:
-        calibration = [] if recipe == "nvfp4-w4a16" else ["--calib", rows]
-        return lambda root: ["quantize", source, root / "out", "--recipe", recipe, *calibration, *RUN, *more]
+        given = ["--recipe", recipe, "--method", "max"]
+        given += [] if recipe == "nvfp4-w4a16" else ["--calib", rows]
+        return lambda root: ["quantize", source, root / "out", *given, *RUN, *more]
 
     def output(root: Path) -> None:
         world.finished("quantize nvfp4", root)

@@ -30,9 +30,9 @@ def test_files_and_figures(source: Path, token_rows: Path, tmp_path: Path) -> No
     """
     made: dict[str, Path] = {}
     for device in ("cpu", "cuda"):
-        options = RunOptions(data=token_rows, dtype="float32", device=device, threads=4)
+        options = RunOptions(method="max", data=token_rows, dtype="float32", device=device, threads=4)
         made[device] = quantize(source, tmp_path / device, "nvfp4", options).out
-    given = RunOptions(scales=made["cpu"] / "nemoquant_scales.json", device="cuda", threads=4)
+    given = RunOptions(method="max", scales=made["cpu"] / "nemoquant_scales.json", device="cuda", threads=4)
     assert contents(quantize(source, tmp_path / "given", "nvfp4", given).out) == contents(made["cpu"])
     reports = [
         diff(source, list(made.values()), data=token_rows, card=False, device=device)

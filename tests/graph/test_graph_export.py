@@ -497,7 +497,7 @@ def test_experts_with_scales_of_their_own(
     source: Path, token_rows: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     """``--no-scale-groups``: ONNX Runtime accepts it; TensorRT-RTX has one input scale for all experts."""
-    options = RunOptions(data=token_rows, dtype="float32", threads=1, scale_groups=False)
+    options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1, scale_groups=False)
     folder = quantize(source, tmp_path / "out", "nvfp4", options).out
     refused(
         folder,

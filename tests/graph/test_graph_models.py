@@ -503,7 +503,7 @@ def test_architecture_in_nvfp4(
 ) -> None:
     """Layer by layer, by the rule for quantized inputs above."""
     tokens = np.random.default_rng(1).integers(3, 96, (8, 8))
-    options = RunOptions(data=token_rows, dtype="float32", threads=1)
+    options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1)
     folder = quantize(make_checkpoint(**changes), tmp_path / "nvfp4", "nvfp4", options).out
     engine = TorchEngine(folder)
     for number, (kind, found, expected, near) in enumerate(layers(engine, folder, tokens)):

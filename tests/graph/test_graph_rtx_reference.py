@@ -107,7 +107,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         source = wide if preset == "mxfp8" else narrow
         if preset == "bf16":
             return nemoquant.export_onnx(source, out).folder
-        options = nemoquant.RunOptions(data=rows, dtype="float32", threads=1)
+        options = nemoquant.RunOptions(method="max", data=rows, dtype="float32", threads=1)
         return nemoquant.quantize(source, out, preset, options).out
 
     return make

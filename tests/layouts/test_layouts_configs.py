@@ -329,6 +329,7 @@ def test_engines_find_what_the_plan_says(preset, fitting):
             "mxfp8": {"MXFP8"},
             "nvfp4": {"NVFP4", "FP8"},
             "nvfp4-full": {"NVFP4"},
+            "nvfp4-full-w4a16": {"W4A16_NVFP4"},
             "nvfp4-w4a16": {"W4A16_NVFP4"},
         }[preset]
     )

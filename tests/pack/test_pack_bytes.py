@@ -24,7 +24,8 @@ def differences(found, expected):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_bytes_by_the_command_line(preset, fitting, token_rows, tmp_path):
     source, out = fitting(preset, n_routed_experts=EXPERTS), tmp_path / "out"
-    nemoquant("quantize", source, out, "--recipe", preset, "--calib", token_rows, "--threads", 1)
+    options = ("--recipe", preset, "--method", "max", "--calib", token_rows, "--threads", 1)
+    nemoquant("quantize", source, out, *options)
     found = read(out)
     assert differences(found, pack_oracle.expected(source, preset, scales_of(out))) == []
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -42,9 +43,9 @@ def test_bytes_by_the_api_without_scale_groups(preset, fitting, quantized):
 def test_a_group_is_measured_once_for_all_its_members(quantized, monkeypatch):
     measured, measure = [], write.measure
 
-    def counted(checkpoint, row, part):
+    def counted(checkpoint, row, part, fold):
         measured.append((row.name, part.start))
-        return measure(checkpoint, row, part)
+        return measure(checkpoint, row, part, fold)
 
     monkeypatch.setattr(write, "measure", counted)
     quantized("nvfp4")

@@ -152,7 +152,9 @@ SAYS = (
 
 def test_it_is_told_everywhere(outliers, token_rows, tmp_path):
     out = tmp_path / "out"
-    said = nemoquant("quantize", outliers, out, "--fmt", "nvfp4", "--calib", token_rows).stderr
+    said = nemoquant(
+        "quantize", outliers, out, "--fmt", "nvfp4", "--method", "max", "--calib", token_rows
+    ).stderr
     (warning,) = [line for line in said.splitlines() if "lost small values" in line]
     assert re.fullmatch("warning: " + SAYS, warning)
     text = warning.removeprefix("warning: ")
@@ -174,7 +176,7 @@ def test_nothing_is_told_of_honest_weights(preset, quantized, fitting, compare):
 
 def test_it_is_remembered(outliers, token_rows, tmp_path, monkeypatch):
     """A resumed run tells what the shards of the interrupted one lost."""
-    options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
+    options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
     whole = quantize(outliers, tmp_path / "whole", "nvfp4", options)
     assert re.fullmatch(SAYS, whole.warnings[-1])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):

@@ -572,6 +572,6 @@ def test_quantize_verifies_before_the_rename(source, token_rows, tmp_path, monke
     with pytest.raises(
         VerificationError, match=r"what was written is not what was planned: .*out\.partial is kept"
     ) as error:
-        quantize(source, tmp_path / "out", "fp8", RunOptions(data=token_rows, threads=1))
+        quantize(source, tmp_path / "out", "fp8", RunOptions(method="max", data=token_rows, threads=1))
     assert error.value.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.partial", "rows.npy", "source"]

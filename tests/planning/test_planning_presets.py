@@ -25,10 +25,14 @@ PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
     "mxfp8": (("mxfp8", "mxfp8", "mxfp8", "mxfp8", "mxfp8"), "source"),
     "nvfp4": (("nvfp4", "fp8", "fp8", "fp8", "fp8"), "fp8"),
     "nvfp4-full": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "fp8"),
+    "nvfp4-full-w4a16": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "source"),
     "nvfp4-w4a16": (("nvfp4", "source", "source", "source", "source"), "source"),
 }
 
-UNCALIBRATED = ("mxfp8", "nvfp4-w4a16")
+SOLVED = ("fp8", "nvfp4", "nvfp4-full", "nvfp4-full-w4a16", "nvfp4-w4a16")  # the others: max
+FOLDED = ("nvfp4", "nvfp4-full")
+WEIGHTS_ONLY = ("nvfp4-full-w4a16", "nvfp4-w4a16")
+UNSCALED = ("mxfp8", *WEIGHTS_ONLY)  # no scale comes from calibration
 
 # role: (how many, out, in), from the published sizes
 SIZES: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -95,11 +99,13 @@ def test_the_map_of_a_preset(model: str, preset: str) -> None:
     assert made.assumed
     for row in made.rows:
         expected = formats(preset, row.role)
-        inputs = None if expected == "source" or preset == "nvfp4-w4a16" else expected
-        method = None if expected == "source" else "max"
+        inputs = None if expected == "source" or preset in WEIGHTS_ONLY else expected
+        method = None if expected == "source" else "gptq" if preset in SOLVED else "max"
         assert (row.format, row.activation_format, row.scale_method) == (expected, inputs, method), row.name
     assert made.recipe.kv_cache == PRESETS[preset][1]
-    assert made.needs_calibration == (preset not in UNCALIBRATED)
+    assert made.needs_inputs == (preset in SOLVED)
+    assert made.recipe.folds == (["latent", "norm"] if preset in FOLDED else [])
+    assert made.needs_calibration == (preset in SOLVED or preset not in UNSCALED)
     counts = Counter(row.role for row in made.quantized)
     assert counts == {
         role: count for role, (count, _, _) in SIZES[model].items() if formats(preset, role) != "source"
@@ -112,13 +118,13 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
     made = planned(model, preset)
     tensors, elements, wide, attention = TOTAL[model]
     bytes_in = 2 * elements + 2 * wide
-    cache_scales = 0 if preset in UNCALIBRATED else 2 * attention
+    cache_scales = 0 if preset in UNSCALED else 2 * attention
     tensors_out, bytes_out = tensors + cache_scales, bytes_in + 4 * cache_scales
     quantized_elements = quantized_bytes = 0
     for role, (count, rows, columns) in SIZES[model].items():
         form = formats(preset, role)
         if form != "source":
-            parts, size = packed(form, rows * columns, weights_only=preset == "nvfp4-w4a16")
+            parts, size = packed(form, rows * columns, weights_only=preset in WEIGHTS_ONLY)
             tensors_out += count * (parts - 1)
             bytes_out += count * (size - 2 * rows * columns)
             quantized_elements += count * rows * columns
@@ -130,7 +136,7 @@ def test_the_figures_of_a_preset(model: str, preset: str) -> None:
     cache = attention * 2 * 2 * 128
     assert made.kv_cache_bytes_per_token() == {
         "source": 2 * cache,
-        "planned": 2 * cache if preset in UNCALIBRATED else cache,
+        "planned": 2 * cache if preset in UNSCALED else cache,
     }
 
 
@@ -161,11 +167,11 @@ def test_a_preset_on_a_checkpoint(preset: str, fitting: Make) -> None:
         )
         form = formats(preset, column) if name.endswith("_proj.weight") else "source"
         tensors, size = (
-            packed(form, elements, preset == "nvfp4-w4a16") if form != "source" else (1, 2 * elements)
+            packed(form, elements, preset in WEIGHTS_ONLY) if form != "source" else (1, 2 * elements)
         )
         tensors_out += tensors
         bytes_out += size + 2 * elements * name.endswith("e_score_correction_bias")
-    scales = 0 if preset in UNCALIBRATED else 2
+    scales = 0 if preset in UNSCALED else 2
     assert (made.tensors_out, made.bytes_out) == (tensors_out + scales, bytes_out + 4 * scales)
 
 

@@ -94,8 +94,13 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
             {"roles": ..., "names": ["a"], "layers": [1]},
             "rule 1: `layers` goes with `roles`; a name pattern says its layers itself",
         ),
-        ({"scales": "amax"}, "rule 1, `scales`: Input should be 'max', 'mse' or 'four_over_six', got 'amax'"),
+        (
+            {"scales": "amax"},
+            "rule 1, `scales`: Input should be 'max', 'mse', 'four_over_six', 'hess' or 'gptq', got 'amax'",
+        ),
         ({"scales": "mse"}, "rule 1: `scales: mse` goes with `format: nvfp4` only"),
+        ({"scales": "gptq"}, "rule 1: `scales: gptq` goes with `format: fp8 or mxfp8 or nvfp4` only"),
+        ({"format": "fp8", "scales": "hess"}, "rule 1: `scales: hess` goes with `format: nvfp4` only"),
         (
             {"format": "fp8", "scales": "four_over_six"},
             "rule 1: `scales: four_over_six` goes with `format: nvfp4` only",
@@ -308,8 +313,7 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
         load_recipe("fp9")
     assert str(error.value) == (
         "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, mxfp8, nvfp4-full, "
-        "nvfp4-w4a16, nvfp4, "
-        "super-nvfp4-published"
+        "nvfp4-full-w4a16, nvfp4-w4a16, nvfp4, super-nvfp4-published"
     )
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
         load_recipe(str(tmp_path))
@@ -322,6 +326,7 @@ def test_presets() -> None:
         "mxfp8",
         "nvfp4",
         "nvfp4-full",
+        "nvfp4-full-w4a16",
         "nvfp4-w4a16",
         "super-nvfp4-published",
     }

@@ -11,7 +11,16 @@ from support.processes import run_python
 from nemoquant.demo import PRESETS as DEMO_PRESETS
 from nemoquant.engine import TARGETS
 from nemoquant.evaluate.report.html import SERIES
-from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheName, FormatName, ScaleMethod, mxfp8, nvfp4_blocks
+from nemoquant.formats import (
+    CACHE_FORMATS,
+    FORMATS,
+    SOLVED,
+    CacheName,
+    FormatName,
+    ScaleMethod,
+    mxfp8,
+    nvfp4_blocks,
+)
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.graph import ops
 from nemoquant.graph.dialects import DIALECTS
@@ -97,6 +106,8 @@ def test_names_are_those_of_the_rows() -> None:
     assert all(name == number.name for name, number in FORMATS.items())
     assert all(name == cache.name and cache.number in FORMATS for name, cache in CACHE_FORMATS.items())
     assert {method for number in FORMATS.values() for method in number.methods} == set(get_args(ScaleMethod))
+    assert {method for number in FORMATS.values() for method in number.solved} == set(SOLVED)
+    assert all(number.plain in number.methods for number in FORMATS.values())
 
 
 def test_the_layout_names_the_parts_that_a_format_has() -> None:
@@ -141,7 +152,7 @@ def test_no_place_asks_which_format_it_is() -> None:
     """A comparison with a format's name has an else that means all the others; rows of tables have none."""
     words = {*FORMATS, *GEMMS, *CACHE_FORMATS} | {a for a in modelopt.FORMAT_OF if a is not None}
     found = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        f"{path.relative_to(ROOT)}:{_tested(node).lineno} {ast.unparse(_tested(node))}"
         for path in sorted((ROOT / "nemoquant").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Compare | ast.match_case) and words & set(_words(node))
@@ -149,7 +160,12 @@ def test_no_place_asks_which_format_it_is() -> None:
     assert found == []
 
 
-def _words(node: ast.AST) -> list[str]:
+def _words(node: ast.Compare | ast.match_case) -> list[str]:
     """The words that a comparison, or a case, names."""
-    inside = node.pattern if isinstance(node, ast.match_case) else node
-    return [n.value for n in ast.walk(inside) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    inside = ast.walk(_tested(node))
+    return [n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
+def _tested(node: ast.Compare | ast.match_case) -> ast.Compare | ast.pattern:
+    """What has the words, and a line: of a case, its pattern."""
+    return node.pattern if isinstance(node, ast.match_case) else node

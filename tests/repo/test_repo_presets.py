@@ -14,10 +14,11 @@ PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # the excluded one
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset(preset, demo, tmp_path):
-    """Calibrated once, also for the graphs' tests: one scales file serves every recipe."""
+    """Calibrated once, also for the graphs' tests: one scales file serves every recipe by method max."""
     out, scales = tmp_path / preset, demo("nvfp4") / "nemoquant_scales.json"
-    needed = nemoquant.plan(DEMO, preset).needs_calibration
-    result = nemoquant.quantize(DEMO, out, preset, nemoquant.RunOptions(scales=scales) if needed else None)
+    needed = nemoquant.plan(DEMO, preset, method="max").needs_calibration
+    options = nemoquant.RunOptions(method="max", scales=scales if needed else None)
+    result = nemoquant.quantize(DEMO, out, preset, options)
     assert result.warnings == []
     report = nemoquant.verify(out, against=DEMO)
     assert report["ok"] and not report["problems"] and not report["warnings"]

@@ -42,7 +42,7 @@ def test_the_disk_has_room_for_them_or_the_run_is_refused(dtype, item, source, t
 
     def run(free):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
-        quantize(source, tmp_path / "out", "fp8", RunOptions(rows=5, seq_len=48, dtype=dtype))
+        quantize(source, tmp_path / "out", "fp8", RunOptions(method="max", rows=5, seq_len=48, dtype=dtype))
 
     with pytest.raises(CalibrationError, match=r"tokenizer\.json does not exist"):
         run(needed)

@@ -38,7 +38,8 @@ options, calibration = map(json.loads, sys.argv[4:])
 identity.PIECE_BYTES = 4096  # so that weights of this size have several chunks
 sent, put = [], gpu.put
 gpu.put = lambda weight: sent.append(weight.shape) or put(weight)
-made = api.quantize(source, out, preset, api.RunOptions(**calibration, device="cuda", **options))
+options = api.RunOptions(method="max", **calibration, device="cuda", **options)
+made = api.quantize(source, out, preset, options)
 chunks = [part for row in made.plan.quantized for part in encode.slices(row)]
 print(json.dumps({"sent": len(sent), "chunks": len(chunks)}))
 """
@@ -80,7 +81,7 @@ def test_every_file_is_that_of_the_cpu(preset: str, source: Path, token_rows: Pa
     The interpreter's cuda is this CPU.
     """
     calibration = {"data": str(token_rows), "dtype": "float32", "row_batch": 8}
-    quantize(source, tmp_path / "expected", preset, RunOptions(**calibration, threads=2))
+    quantize(source, tmp_path / "expected", preset, RunOptions(method="max", **calibration, threads=2))
     found = on_gpu(source, tmp_path / "found", preset, calibration)
     assert found["chunks"] >= 2 * 8 * 2, "experts"
     assert found["sent"] == found["chunks"], "each chunk goes there once, for its maximum and its codes"
@@ -103,7 +104,9 @@ def test_a_run_goes_on_with_the_other_device(
     out = tmp_path / "out"
     options: dict[str, Any] = {"threads": 1, "shard_bytes": 30_000}
     with pytest.raises(Interrupted, match="shards written"):
-        quantize(source, out, "fp8", RunOptions(scales=scales, **options), progress=stopping("pack"))
+        quantize(
+            source, out, "fp8", RunOptions(method="max", scales=scales, **options), progress=stopping("pack")
+        )
     found = on_gpu(source, out, "fp8", {"scales": str(scales)}, shard_bytes=30_000, resume=True)
     assert 0 < found["sent"] < found["chunks"]
     assert changed_files(expected, out) == []
@@ -128,7 +131,9 @@ def test_after_calibration_the_device_may_change(
     expected = quantized("fp8", "expected", shard_bytes=30_000)
 
     def run(device: Any, at: str | None, resume: bool = False) -> None:
-        options = RunOptions(data=token_rows, device=device, threads=1, shard_bytes=30_000, resume=resume)
+        options = RunOptions(
+            method="max", data=token_rows, device=device, threads=1, shard_bytes=30_000, resume=resume
+        )
         quantize(source, tmp_path / "out", "fp8", options, progress=stopping(at))
 
     with pytest.raises(Interrupted, match="layers calibrated"):

@@ -91,7 +91,7 @@ def disk(monkeypatch):
 
 def test_a_run(disk, source, token_rows, tmp_path):
     (source / "LICENSE").write_text("licence\n")
-    options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
+    options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
     quantize(source, tmp_path / "new/out", "nvfp4", options)
     assert disk.problems == []
     targets = [target for _, target in disk.renames]
@@ -102,7 +102,7 @@ def test_a_run(disk, source, token_rows, tmp_path):
 
 
 def test_a_copy_with_its_graph(disk, source, token_rows, tmp_path):
-    out = quantize(source, tmp_path / "out", "fp8", RunOptions(data=token_rows, threads=1)).out
+    out = quantize(source, tmp_path / "out", "fp8", RunOptions(method="max", data=token_rows, threads=1)).out
     export_onnx(out, tmp_path / "copy")
     assert disk.problems == []
     assert ("copy.partial", "copy") in disk.renames
@@ -110,7 +110,7 @@ def test_a_copy_with_its_graph(disk, source, token_rows, tmp_path):
 
 def test_the_test_finds_what_is_missing(disk, source, token_rows, tmp_path, monkeypatch):
     """Without any of the waits there are problems."""
-    options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
+    options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
     for number, place in enumerate(
         ("files.close_synced", "checkpoint.writer.close_synced", "files.sync_folder", "calibrate.hidden.os")
     ):
@@ -146,7 +146,7 @@ def test_permissions_follow_the_umask(mask, source, token_rows, tmp_path):
     (source / "LICENSE").chmod(0o600)
     before = os.umask(mask)
     try:
-        options = RunOptions(data=token_rows, dtype="float32", threads=1)
+        options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1)
         out = quantize(source, tmp_path / "out", "fp8", options).out
         export_onnx(out)
     finally:

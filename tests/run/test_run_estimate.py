@@ -39,7 +39,7 @@ def estimated(source, monkeypatch):
         monkeypatch.setattr(module, "measure", lambda *arguments, **named: replace(SPEEDS, **changes))
         opened = open_source(source)
         with opened.checkpoint:
-            plan = api.plan(source, preset)
+            plan = api.plan(source, preset, method="max")
             batch = BATCH if plan.needs_calibration else None
             chosen = Budget(10**9, {"mamba": 4, "moe": 8, "attention": 4, "mlp": 4} if batch else None, 6)
             return estimate_run(opened.checkpoint, plan, source.parent, batch, chosen, threads=threads), plan

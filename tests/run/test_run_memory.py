@@ -29,7 +29,7 @@ for dtype in (torch.bfloat16, torch.float32):
     torch.nn.functional.linear(torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
 if preset != "none":
     options = {k: Path(v) if k in ("data", "scales") else v for k, v in options.items()}
-    api.quantize(source, out, preset, api.RunOptions(**options, threads=2))
+    api.quantize(source, out, preset, api.RunOptions(method="max", **options, threads=2))
 print(memory())
 """
 

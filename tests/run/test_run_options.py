@@ -50,6 +50,9 @@ def test_they_are_frozen_and_go_by_their_names():
         ({"shard_bytes": 0}, "shard_bytes is 0; expected at least 1"),
         ({"device": "tpu"}, "device is 'tpu'; expected cpu or cuda"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
+        ({"method": "best"}, "method is 'best'; expected max, mse, four_over_six, hess or gptq"),
+        ({"folds": ["heads"]}, "folds is 'heads'; expected latent, norm, gate or expert"),
+        ({"descent": 17}, "descent is 17; expected at most 16"),
         ({"on": "spark"}, "on is 'spark'; expected local or ray"),
         ({"address": "auto"}, "an address (auto) goes with --on ray only; give both, or neither"),
         (

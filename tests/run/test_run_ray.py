@@ -29,7 +29,9 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 def test_two_nodes_and_one_that_is_lost(make_checkpoint, token_rows, tmp_path):
     source, folder = make_checkpoint(n_routed_experts=16), tmp_path / "runs"
     folder.mkdir()
-    options = RunOptions(data=token_rows, dtype="float32", row_batch=1, threads=1, shard_bytes=60_000)
+    options = RunOptions(
+        method="max", data=token_rows, dtype="float32", row_batch=1, threads=1, shard_bytes=60_000
+    )
     whole = quantize(source, tmp_path / "whole", "nvfp4", options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     arguments = [sys.executable, SUPPORT / "ray_runs.py", source, token_rows, folder, "nvfp4"]
@@ -65,7 +67,17 @@ def test_errors_of_tasks_are_ours(make_checkpoint, tmp_path):
     name = "backbone.layers.2.mixer.experts.3.up_proj.weight"
     source = make_checkpoint("bad", lambda tensors: tensors[name].view(-1)[-1:].fill_(torch.nan))
     code = "from nemoquant.cli import main; main()"
-    arguments = ["quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--on", "ray"]
+    arguments = [
+        "quantize",
+        source,
+        tmp_path / "out",
+        "--recipe",
+        "nvfp4-w4a16",
+        "--method",
+        "max",
+        "--on",
+        "ray",
+    ]
     done = run_python(code, *arguments, code=2)
     assert f"error: {name} has NaN; expected finite weights" in done.stderr
     assert "Traceback" not in done.stderr
@@ -84,6 +96,8 @@ def test_a_cluster_that_is_not_there(source, tmp_path, monkeypatch):
         tmp_path / "out",
         "--recipe",
         "nvfp4-w4a16",
+        "--method",
+        "max",
         "--on",
         "ray",
         "--address",
@@ -100,7 +114,18 @@ def test_without_the_extra(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a)
     )
-    result = nemoquant("quantize", source, tmp_path / "out", "--recipe", "nvfp4-w4a16", "--on", "ray", code=3)
+    result = nemoquant(
+        "quantize",
+        source,
+        tmp_path / "out",
+        "--recipe",
+        "nvfp4-w4a16",
+        "--method",
+        "max",
+        "--on",
+        "ray",
+        code=3,
+    )
     assert "--on ray needs the extra `ray`: pip install 'nemoquant[ray]'" in result.stderr
     assert not list(tmp_path.glob("out*"))
 
@@ -167,7 +192,7 @@ def on_node(monkeypatch):
             patch.setattr(
                 cluster, "connected", lambda _, opened: nullcontext(cluster.Cluster(OneNode(there), opened))
             )
-            return quantize(here, out, recipe, RunOptions(dtype="float32", on="ray", **options))
+            return quantize(here, out, recipe, RunOptions(method="max", dtype="float32", on="ray", **options))
 
     return run
 

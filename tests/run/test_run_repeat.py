@@ -52,7 +52,7 @@ def test_scales_repeat_the_warnings_too(source, tmp_path):
     )
 
     def run(name, dry_run=False, **options):
-        given = RunOptions(seq_len=20, threads=1, **options)
+        given = RunOptions(method="max", seq_len=20, threads=1, **options)
         return quantize(source, tmp_path / name, "fp8", given, dry_run=dry_run)
 
     first = run("first", data=text)

@@ -55,9 +55,8 @@ def begun(source, token_rows, tmp_path, monkeypatch):
 
 def make(source, token_rows, out, preset="nvfp4", *, resume=False, said=None, calibration=None, **options):
     calibration = {"data": token_rows, "dtype": "float32", **(calibration or {})}
-    options = RunOptions(
-        **calibration, resume=resume, **{"threads": 1, "shard_bytes": SHARD_BYTES, **options}
-    )
+    defaults = {"method": "max", "threads": 1, "shard_bytes": SHARD_BYTES}
+    options = RunOptions(**calibration, resume=resume, **{**defaults, **options})
     said = [] if said is None else said
     return quantize(source, out, preset, options, say=said.append)
 
@@ -147,7 +146,8 @@ def test_zero_weights_are_remembered(make_checkpoint, token_rows, tmp_path, monk
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"preset": "fp8"}, r"the recipe was nvfp4 \(\w{12}\) and is fp8 \(\w{12}\)"),
+        ({"preset": "fp8"}, r"the recipe was nvfp4-max \(\w{12}\) and is fp8-max \(\w{12}\)"),
+        ({"method": None}, r"the recipe was nvfp4-max \(\w{12}\) and is nvfp4 \(\w{12}\)"),
         ({"scale_groups": False}, "--no-scale-groups was False and is True"),
         ({"shard_bytes": 60_000}, "--shard-size was 3e-05 and is 6e-05"),
         ({"threads": 2}, "--threads was 1 and is 2"),
@@ -175,7 +175,9 @@ def test_other_rows_or_another_source_are_refused(begun, source, token_rows, tmp
     says = r"--calib was 8 rows of 32 tokens of rows\.npy \(\w+\) and is 4 rows of 32 tokens of other\.npy"
     with pytest.raises(UsageError, match=says):
         make(source, tmp_path / "other.npy", tmp_path / "out", resume=True)
-    first = quantize(source, tmp_path / "first", "nvfp4", RunOptions(data=token_rows, threads=1))
+    first = quantize(
+        source, tmp_path / "first", "nvfp4", RunOptions(method="max", data=token_rows, threads=1)
+    )
     with pytest.raises(
         UsageError, match=r"--calib was 8 rows.* and is not given.*--scales was not given and is \w{12}"
     ):
@@ -239,7 +241,7 @@ def test_a_damaged_shard_is_packed_again(begun, source, token_rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"schema": 3}', '{"schema": 2, "identity": {}}', "[" * 5000]
+    "content", ["", "{", "[]", '{"schema": 4}', '{"schema": 3, "identity": {}}', "[" * 5000]
 )
 def test_a_state_that_cannot_be_read(content, begun, source, token_rows, tmp_path):
     begun(layers=2)
@@ -322,7 +324,9 @@ def test_room_that_is_taken_already_counts(begun, source, token_rows, tmp_path, 
 
     begun(shards=3)
     written = sum(p.stat().st_size for p in (tmp_path / "out.partial").glob("*.safetensors"))
-    needed = quantize(source, tmp_path / "dry", "nvfp4", RunOptions(data=token_rows), dry_run=True).plan
+    needed = quantize(
+        source, tmp_path / "dry", "nvfp4", RunOptions(method="max", data=token_rows), dry_run=True
+    ).plan
     free = needed.bytes_out + 600 * needed.tensors_out + (64 << 20) - written
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, free))
@@ -389,7 +393,8 @@ def test_a_finished_output_that_lacks_its_scales(source, token_rows, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"preset": "fp8"}, r"the recipe was nvfp4 \(\w{12}\) and is fp8 \(\w{12}\)"),
+        ({"preset": "fp8"}, r"the recipe was nvfp4-max \(\w{12}\) and is fp8-max \(\w{12}\)"),
+        ({"method": None}, r"the recipe was nvfp4-max \(\w{12}\) and is nvfp4 \(\w{12}\)"),
         ({"scale_groups": False}, "--no-scale-groups was False and is True"),
         ({"shard_bytes": 60_000}, "--shard-size was 3e-05 and is 6e-05"),
         ({"calibration": {"row_batch": 3}}, r"--row-batch was .* and is 3"),

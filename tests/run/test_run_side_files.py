@@ -46,7 +46,7 @@ def test_side_files_by_allow_list(make_checkpoint, tmp_path):
     for name in SIDE_FILES:
         (source / name).write_text("raise SystemExit('imported')\n" if name.endswith(".py") else f"{name}\n")
     (source / "tokenizer_parts").mkdir()
-    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1))
+    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1))
     for name, copied in SIDE_FILES.items():
         if name != "README.md":
             assert (result.out / name).exists() == copied, name
@@ -78,14 +78,14 @@ def test_links_that_lead_elsewhere(target, name, make_checkpoint, tmp_path):
     before = tree(tmp_path)
     says = "that leads nowhere; download" if target == "nowhere" else "to /.*; expected a file in the source"
     with pytest.raises(OutputError, match=rf"made/{name} is a link {says}.*, or remove it"):
-        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1))
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1))
     assert tree(tmp_path) == before
 
 
 def test_links_under_other_names_are_left(make_checkpoint, tmp_path):
     source = make_checkpoint("source")
     linked(source, "tokenizer.shadow", "/etc/shadow")
-    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1))
+    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1))
     assert result.skipped_files == ["tokenizer.shadow"]
 
 
@@ -107,7 +107,9 @@ def test_a_hub_cache(make_checkpoint, tmp_path):
         (made / name).write_text(name)
     source = hub_cache(made, tmp_path)
     (tmp_path / "short").symlink_to(source)
-    out = quantize(tmp_path / "short", tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1)).out
+    out = quantize(
+        tmp_path / "short", tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1)
+    ).out
     assert [(out / name).read_text() for name in ("tokenizer.json", "LICENSE")] == [
         "tokenizer.json",
         "LICENSE",
@@ -120,7 +122,7 @@ def test_a_hub_cache(make_checkpoint, tmp_path):
     (source.parents[2] / "models--other/secret").write_text("mine")
     linked(source, "LICENSE", "../../../models--other/secret")
     with pytest.raises(OutputError, match="expected a file in the source"):
-        quantize(source, tmp_path / "again", "nvfp4-w4a16", RunOptions(threads=1))
+        quantize(source, tmp_path / "again", "nvfp4-w4a16", RunOptions(method="max", threads=1))
 
 
 def test_links_within_the_source(make_checkpoint, tmp_path):
@@ -128,7 +130,7 @@ def test_links_within_the_source(make_checkpoint, tmp_path):
     (source / "texts").mkdir()
     (source / "texts/licence").write_text("licence")
     linked(source, "LICENSE", "texts/licence")
-    out = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1)).out
+    out = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1)).out
     assert (out / "LICENSE").read_text() == "licence"
 
 
@@ -136,7 +138,7 @@ def test_pipes_and_folders_are_left(make_checkpoint, tmp_path):
     source = make_checkpoint("source")
     os.mkfifo(source / "tokenizer.json")
     (source / "LICENSE").mkdir()
-    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1))
+    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1))
     assert result.skipped_files == ["LICENSE/", "tokenizer.json"]
 
 
@@ -153,5 +155,5 @@ def test_a_link_that_changes_during_the_run(make_checkpoint, tmp_path, monkeypat
         lambda *a: (linked(source, "LICENSE", tmp_path / "secret"), config_files(*a))[1],
     )
     with pytest.raises(OutputError, match="expected a file in the source"):
-        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(threads=1))
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", threads=1))
     assert not (tmp_path / "out").exists()

@@ -56,7 +56,7 @@ def flip(folder, name, at=0):
 def make(source, token_rows, out, preset="nvfp4", *, resume=False, said=None, **options):
     options = {"data": token_rows, "dtype": "float32", "threads": 1, "shard_bytes": 30_000} | options
     said = [] if said is None else said
-    return quantize(source, out, preset, RunOptions(resume=resume, **options), say=said.append)
+    return quantize(source, out, preset, RunOptions(method="max", resume=resume, **options), say=said.append)
 
 
 # The hash.
@@ -541,7 +541,18 @@ def test_a_source_that_shrinks(where, own, token_rows, tmp_path):
     shard = shard_of(own, "backbone.layers.0.mixer.in_proj.weight")
     whole = shard.read_bytes()
     out = tmp_path / "out"
-    options = ["--fmt", "nvfp4", "--calib", token_rows, "--compute", "float32", "--threads", "1"]
+    options = [
+        "--fmt",
+        "nvfp4",
+        "--method",
+        "max",
+        "--calib",
+        token_rows,
+        "--compute",
+        "float32",
+        "--threads",
+        "1",
+    ]
     command = [sys.executable, "-c", TRUNCATED, shard, where, "quantize", own, out, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, (done.returncode, done.stderr)

@@ -32,7 +32,9 @@ def stopped(request, source, token_rows, tmp_path, monkeypatch):
         return function(*arguments)
 
     def make(resume=True):
-        options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000, resume=resume)
+        options = RunOptions(
+            method="max", data=token_rows, dtype="float32", threads=1, shard_bytes=30_000, resume=resume
+        )
         quantize(source, tmp_path / "out", "nvfp4", options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -125,7 +127,7 @@ def test_layers_and_rows_that_the_run_lacks(stopped):
         ((("calibration", "collected", "scales", "settings"), {}), "not the scales so far: `settings.rows`"),
         ((("calibration", "collected", "scales", "kv_amax"), {"x": -1.0}), "not the scales so far"),
         ((("calibration", "collected", "scales", "input_amax"), {"x": 1.0}), "modules that this model lacks"),
-        ((("calibrated",), True), "calibration lacks scales_sha256"),
+        ((("calibrated",), True), "calibration lacks scales_sha256, solved"),
         ((("calibration",), None), "is damaged: its sha256 is not the one in the run's state"),
     ],
 )
@@ -150,7 +152,7 @@ def test_a_shard_whose_hashes_are_missing_is_packed_again(stopped, tmp_path, mon
     write_state(file, state)
     monkeypatch.undo()
     make()
-    options = RunOptions(data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
+    options = RunOptions(method="max", data=token_rows, dtype="float32", threads=1, shard_bytes=30_000)
     quantize(source, tmp_path / "whole", "nvfp4", options)
     assert changed_files(tmp_path / "out", tmp_path / "whole") == []
 

@@ -70,6 +70,7 @@ def child(request, answer) -> None:
     events.install()
     try:
         options = api.RunOptions(
+            method="max",
             data=Path(request["data"]),
             dtype="float32",
             row_batch=2,

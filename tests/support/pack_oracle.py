@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-UNCALIBRATED = ("mxfp8", "nvfp4-w4a16")
-PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16")
+UNCALIBRATED = ("mxfp8", "nvfp4-full-w4a16", "nvfp4-w4a16")  # by method max
+PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-full-w4a16", "nvfp4-w4a16")
 
 # docs/design.md, "Presets": group of modules -> format of its weights.
 FORMATS = {
@@ -22,6 +22,7 @@ FORMATS = {
     "mxfp8": {"experts": "mxfp8", "shared": "mxfp8", "attention": "mxfp8", "mamba": "mxfp8"},
     "nvfp4": {"experts": "nvfp4", "shared": "fp8", "attention": "fp8", "mamba": "fp8"},
     "nvfp4-full": {"experts": "nvfp4", "shared": "nvfp4", "attention": "nvfp4", "mamba": "nvfp4"},
+    "nvfp4-full-w4a16": dict.fromkeys(("experts", "shared", "attention", "mamba"), "nvfp4-weights"),
     "nvfp4-w4a16": {"experts": "nvfp4-weights"},
 }
 GROUPS = {
@@ -165,7 +166,7 @@ def expected(
         largest, seen = amax[name], inputs.get(module)
         if groups and (qkv := re.fullmatch(r"(.+\.mixer\.)[qkv]_proj", module)):
             largest = max(amax[f"{qkv[1]}{p}_proj.weight"] for p in "qkv")
-            seen = max(inputs[f"{qkv[1]}{p}_proj"] for p in "qkv")
+            seen = max(inputs[f"{qkv[1]}{p}_proj"] for p in "qkv") if scales else None
         if expert := re.fullmatch(r"(.+\.experts)\.\d+\.(.+)", module):
             layer = [
                 v for m, v in inputs.items() if re.fullmatch(rf"{re.escape(expert[1])}\.\d+\.{expert[2]}", m)

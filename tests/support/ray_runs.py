@@ -59,7 +59,9 @@ def slow_observe(source, config, layer, states, device, observers):
 
 
 def options(**changes):
-    return RunOptions(data=rows, dtype="float32", row_batch=1, on="ray", shard_bytes=60_000, **changes)
+    return RunOptions(
+        method="max", data=rows, dtype="float32", row_batch=1, on="ray", shard_bytes=60_000, **changes
+    )
 
 
 def lose_in(stage, options):
@@ -108,7 +110,8 @@ two.remove_node(first)
 cluster._call, cluster._observe = slow_call, slow_observe
 report = {"said": said, "calibrate": lose_in("calibrate", options())}
 report["pack"] = lose_in(
-    "pack", RunOptions(scales=folder / "two/nemoquant_scales.json", on="ray", shard_bytes=60_000)
+    "pack",
+    RunOptions(method="max", scales=folder / "two/nemoquant_scales.json", on="ray", shard_bytes=60_000),
 )
 ray.shutdown()
 two.shutdown()
