@@ -57,7 +57,7 @@ def _candidate(c: Candidate) -> Iterable[str]:
         yield "Nothing: it computes what the source computes."
         return
     modules = {m.name: m for m in c.modules}
-    yield "| module | weight | input | effect | solved, of plain | weight SQNR | input SQNR | inputs clipped |"
+    yield "| module | weight | input | effect | of plain | weight SQNR | input SQNR | inputs clipped |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
     for name in c.worst_modules:
         yield _module_line(modules[name])
