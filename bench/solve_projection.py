@@ -1,4 +1,4 @@
-"""Estimates of solving for Super and Nano: amounts over this machine's measured rates, as `quantize` makes them.
+"""Estimates of solving for Super and Nano: amounts over rates of this machine, as `quantize` makes them.
 
     python -m bench.solve_projection [--rows 32] [--seq-len 512] [--threads 2]
 
