@@ -3,7 +3,8 @@
     python -m bench.methods demo nvfp4-full nvfp4-full:method=max nvfp4:damping=1,folds=latent --rows 32
     python -m bench.methods nano fp8 fp8:method=max --first 32 --rows 64 --json FILE
 
-A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
+`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times as
+large. A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
 damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are
 the first ones, as by default). Each is quantized, and its logits are compared with the source's on the same
 rows of the evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are
@@ -14,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.shipped import calibration_data, evaluation_data
 from nemoquant.sources.source import open_weights
 from nemoquant.tokens.rows import load_rows
+from tests.support.outlier_copy import outlier_copy
 
 CALIB = Path(__file__).parent.parent / "calib"
 BATCH = 4
@@ -107,16 +110,21 @@ def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, An
 
 
 @click.command()
-@click.argument("model", type=click.Choice(["demo", "nano"]))
+@click.argument("model", type=click.Choice(["demo", "nano", "outlier"]))
 @click.argument("variants", nargs=-1, required=True)
 @click.option("--rows", default=32, show_default=True, help="Rows of the evaluation text.")
 @click.option("--first", default=0, show_default=True, help="The first of them.")
 @click.option("--json", "json_file", type=Path)
 def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file: Path | None) -> None:
     """Compare variants on a trained model."""
-    source = CALIB / f"{model}_model"
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, Checkpoint(source) as checkpoint:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as end:
+        if model == "outlier":
+            source = Path(folder) / "source"
+            outlier_copy(CALIB / "demo_model", source)
+        else:
+            source = CALIB / f"{model}_model"
+        checkpoint = end.enter_context(Checkpoint(source))
         with (opened := open_weights(source, "")).checkpoint:
             config = opened.config
             ids = load_rows(evaluation_data(), source, config, first + rows, LENGTH).ids[first:]

@@ -10,9 +10,10 @@ from nemoquant.files import MOST_TABLE_ENTRIES, read_json
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
-from nemoquant.solve.files import FOLDS
+from nemoquant.solve.files import FOLDS, SOLVED
 from nemoquant.solve.folds.file import check, load
 from nemoquant.solve.folds.layer import NO_FOLDS
+from nemoquant.solve.records import read
 from nemoquant.sources.source import Source
 from nemoquant.tokens.tokenizer import MOST_BYTES
 
@@ -50,6 +51,7 @@ class CandidateCheckpoint(PackedCheckpoint):
 
     Attributes:
         folds: of the source's weights, which its codes stand for; empty where there are none.
+        solved: tensor -> what was noted of its codes, where they were solved for.
     """
 
     def __init__(self, path: Path, source: Source, name: str) -> None:
@@ -63,10 +65,12 @@ class CandidateCheckpoint(PackedCheckpoint):
         self.source, self.name = source, name
         self._check_origin()
         _check_tokenizer(path, source.path)
+        written = self.manifest["files"] if self.manifest is not None else {}
         self.folds = NO_FOLDS
-        if self.manifest is not None and FOLDS in self.manifest["files"]:
+        if FOLDS in written:
             self.folds = load(path / FOLDS)
             check(path / FOLDS, self.folds, self.table)
+        self.solved = read(path / SOLVED, [spec.name for spec in self.table]) if SOLVED in written else {}
         if source.config.mtp_modules and not self.config.mtp_modules:
             lost = sum(spec.role.startswith("mtp.") for spec in source.table)
             self.warnings.append(f"it lacks {lost} multi-token-prediction tensors: no acceptance is measured")

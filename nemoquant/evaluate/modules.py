@@ -9,6 +9,7 @@ So modules of one layer are separated, and an error counts by its part that reac
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -18,7 +19,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import UncomputableError, WeightError
 from nemoquant.evaluate.candidate import CandidateCheckpoint, ModuleSpec
 from nemoquant.evaluate.layers import SEGMENT, Energy
-from nemoquant.evaluate.schema import Experts, Module, Quantized
+from nemoquant.evaluate.schema import Experts, Module, Quantized, Solved
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
 from nemoquant.layouts.modelopt import kv_scale_name
@@ -133,7 +134,16 @@ class ModuleNoise:
             input=_quantized(list(self.inputs.values())),
             effect=effect,
             experts=self._experts() if module.specs and module.specs[0].expert is not None else None,
+            solved=self._solved(candidate),
         )
+
+    def _solved(self, candidate: CandidateCheckpoint) -> Solved | None:
+        found = [candidate.solved[spec.name] for spec in self.module.specs if spec.name in candidate.solved]
+        if not found:
+            return None
+        objective, plain = (math.fsum(record[key] for record in found) for key in ("objective", "plain"))
+        methods = Counter(record["method"] for record in found)
+        return Solved(methods=dict(methods), error_of_plain=objective / plain if plain else None)
 
     def _cache_bytes(self, candidate: CandidateCheckpoint) -> int:
         """Bytes of the scales of a KV cache."""

@@ -152,6 +152,16 @@ class Experts(_Part):
     """With the lowest weight SQNR; null where no weight has an error."""
 
 
+class Solved(_Part):
+    """How the codes of a module's weights were found, where its quantize run noted it."""
+
+    methods: dict[str, int]
+    """Number of weights by method; fewer have the planned one where a plain one was better, or no token was seen."""
+    error_of_plain: NotNegative | None
+    """Error in outputs on the calibration's inputs, over that of the plain method (mse for NVFP4, else max). Null where nothing was seen.
+    The SQNR of the weights says less of such codes: it falls while the outputs come nearer."""
+
+
 class Module(_Part):
     """A tensor, all experts of a layer and projection, or an attention layer's KV cache, that is not as the source has it."""
 
@@ -174,6 +184,8 @@ class Module(_Part):
     """Measured effect: relative error of the residual stream after the layer (of the logits for the final norm and head) when only this
     module is the candidate's, fed the reference's input; on the first ``effect_rows`` rows."""
     experts: Experts | None
+    solved: Solved | None
+    """Null where the codes follow from the weight alone, or another tool wrote them."""
 
 
 class EngineRun(_Part):

@@ -44,7 +44,7 @@ from nemoquant.checkpoint.identity import (
 from nemoquant.checkpoint.intact import SHARD, SHOWN_EVERY, Hashing
 from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
-from nemoquant.errors import CheckpointError, NemoquantError, WeightError
+from nemoquant.errors import CheckpointError, NemoquantError, WeightError, listing
 from nemoquant.files import MOST_TABLE_ENTRIES, lies_in, read_json
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
@@ -255,7 +255,13 @@ def _changes(out: Path, plan: Plan, report: Verification) -> Changes:
     if any(row.solved for row in plan.quantized):
         from nemoquant.solve.records import read
 
-        solved = read(out / SOLVED, plan)
+        solved = read(out / SOLVED, [row.name for row in plan.rows])
+        lacking = [row.name for row in plan.quantized if row.solved and row.name not in solved]
+        if lacking or len(solved) > sum(row.solved for row in plan.quantized):
+            raise CheckpointError(
+                f"{SOLVED} does not have the weights of the plan: it lacks {listing(lacking) or 'none'}, and "
+                f"has {len(solved):,}"
+            )
     for name, found in solved.items():
         if found["objective"] > found["plain"] * (1 + TOLERANCE):
             report.problems.append(

@@ -90,7 +90,7 @@ def estimate_run(
     calibrate = solve = 0.0
     if batch is not None and plan.needs_inputs:
         disk += input_bytes(plan, batch) + solved_bytes(plan)
-        solve = _solve_seconds(plan, batch, speeds, threads)
+        solve = solve_seconds(plan, batch, speeds, threads)
     if batch is not None:
         disk += batch.hidden_bytes(plan.config.hidden_size)
         calibrate = _calibrate_seconds(plan, batch, chosen.row_batch or 1, speeds) * threads / processors
@@ -120,7 +120,7 @@ def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Sp
     return seconds
 
 
-def _solve_seconds(plan: Plan, batch: Batch, speeds: Speeds, threads: int) -> float:
+def solve_seconds(plan: Plan, batch: Batch, speeds: Speeds, threads: int) -> float:
     """Kernels by weight, products of the solved weights, and of each H its sums and its factor."""
     c, products = plan.config, 1 + 2 * plan.recipe.solve.descent
     kernels, single, double = 0.0, 0.0, 0.0

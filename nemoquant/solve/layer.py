@@ -34,6 +34,7 @@ from nemoquant.solve.taps import input_of
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 VERSION = 1  # of the method: another one makes other codes
+SCARCE = 2.0  # how much stronger H is damped where it comes from few tokens, see `damping`
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -53,6 +54,15 @@ def units(rows: Iterable[Row]) -> Iterator[list[Row]]:
                 part = []
         if part:
             yield part
+
+
+def damping(base: float, width: int, tokens: int) -> float:
+    """How strongly H [width, width] from so many tokens is damped: ``base * (1 + 2 * width / tokens)``.
+
+    H's own error grows with width / tokens. Found on the trained models (docs/accuracy.md): 0.5 was best at
+    4,096 tokens an expert, 2 at 128, where widths are 96 and 256.
+    """
+    return base * (1 + SCARCE * width / max(1, tokens))
 
 
 @dataclass(frozen=True)
@@ -92,13 +102,14 @@ class LayerSolver:
         key = self._key(part)
         if not file.has(key):
             moments, tokens, digest = self._moments(part[0])
-            metric = prepare(moments, tokens, self.settings.damping)
+            metric = prepare(moments, tokens, damping(self.settings.damping, part[0].shape[1], tokens))
             file.append(key, [self._solved(row, metric, tokens, digest, pool.map) for row in part])
 
     def _experts(self, part: list[Row], file: SolvedFile, pool: ThreadPoolExecutor) -> None:
         def one(row: Row) -> Stored:
             moments, tokens, digest = self._moments(row)
-            return self._solved(row, prepare(moments, tokens, self.settings.damping), tokens, digest, map)
+            metric = prepare(moments, tokens, damping(self.settings.damping, row.shape[1], tokens))
+            return self._solved(row, metric, tokens, digest, map)
 
         key = self._key(part)
         if not file.has(key):

@@ -10,7 +10,7 @@ from nemoquant.solve.taps import input_of
 
 PIECE_BYTES = 16 << 20  # of an input, float32, that is read at once
 SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
-_METRIC = 32  # bytes an element of H: sums and H in float64, and what its factor takes in passing
+_METRIC = 40  # bytes an element of H: sums and H in float64, and what its factor takes in passing; measured 38
 _SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes
 _WEIGHT = 6  # bytes an element of a whole weight: float32, codes, block scales
 _PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64

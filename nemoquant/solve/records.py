@@ -5,14 +5,14 @@ weight of the unit, in the order of the plan.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemoquant.checkpoint.identity import unit_name
-from nemoquant.errors import CheckpointError, schema_problem
+from nemoquant.errors import CheckpointError, brief, schema_problem
 from nemoquant.files import read_json
 from nemoquant.formats import Method
 from nemoquant.planning.plan import Plan
@@ -59,31 +59,29 @@ def dump(plan: Plan, records: Mapping[str, Record]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def read(path: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+def read(path: Path, tensors: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Tensor -> the fields of its record.
 
+    Args:
+        tensors: of the model, in order; at least all of each unit that has a solved one.
     Raises:
-        CheckpointError: it is not what :func:`dump` writes for this plan.
+        CheckpointError: it is not what :func:`dump` writes for such a model.
     """
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); quantize again") from None
     wrong = schema_problem(Content.model_validate, data)
-    if wrong is None:
-        rows: dict[str, list[str]] = {}
-        for row in plan.quantized:
-            if row.solved:
-                rows.setdefault(unit_name(row.name), []).append(row.name)
-        if rows.keys() != data["units"].keys():
-            wrong = "it does not have the units of the plan"
-        for name, unit in data["units"].items() if wrong is None else ():
-            if {len(values) for values in unit.values()} != {len(rows[name])}:
-                wrong = f"{name} has another number of weights than the plan"
+    units: dict[str, list[str]] = {}
+    for tensor in tensors:
+        units.setdefault(unit_name(tensor), []).append(tensor)
+    for name, unit in data["units"].items() if wrong is None else ():
+        if name not in units or {len(values) for values in unit.values()} != {len(units[name])}:
+            wrong = f"{brief(name)} is no unit of this model, or has another number of weights"
     if wrong is not None:
         raise CheckpointError(f"{path} is not as nemoquant writes it: {wrong}; quantize again")
     return {
         tensor: {key: values[i] for key, values in data["units"][name].items()}
-        for name, tensors in rows.items()
-        for i, tensor in enumerate(tensors)
+        for name in data["units"]
+        for i, tensor in enumerate(units[name])
     }

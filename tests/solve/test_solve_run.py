@@ -123,7 +123,7 @@ def test_verify_finds_codes_that_are_not_the_noted_ones(fitting, token_rows, tmp
     assert "its codes are" in problems and "above that of the plain method" in problems
     data["units"].pop(name)
     file.write_text(json.dumps(data))
-    assert "does not have the units of the plan" in " ".join(verify(out, source)["problems"])
+    assert "does not have the weights of the plan" in " ".join(verify(out, source)["problems"])
 
 
 def test_scales_of_an_earlier_run_are_not_enough(fitting, token_rows, tmp_path):

@@ -14,6 +14,7 @@ from nemoquant.evaluate.schema import (
     Reference,
     Report,
     Routing,
+    Solved,
 )
 
 KINDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
@@ -155,6 +156,7 @@ def module(index: int, kind: str, role: str, scale: float, experts: int) -> Modu
         input=noise,
         effect=scale * (1 + (7 * index) % 11 + len(role) / 100),
         experts=routed if role.startswith("experts.") else None,
+        solved=None if cache else Solved(methods={"gptq": max(1, experts)}, error_of_plain=0.5),
     )
 
 

@@ -222,7 +222,9 @@ def _layer(layer: Layer) -> dict[str, Any]:
 
 
 def _module(module: Module) -> dict[str, Any]:
-    figures = {"effect": module.effect, **_noise("weight", module.weight), **_noise("input", module.input)}
+    of_plain = module.solved.error_of_plain if module.solved else None
+    figures = {"effect": module.effect, "of_plain": of_plain}
+    figures |= {**_noise("weight", module.weight), **_noise("input", module.input)}
     return {
         "name": module.name,
         "layer": module.layer,

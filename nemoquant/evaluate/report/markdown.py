@@ -57,8 +57,8 @@ def _candidate(c: Candidate) -> Iterable[str]:
         yield "Nothing: it computes what the source computes."
         return
     modules = {m.name: m for m in c.modules}
-    yield "| module | weight | input | effect | weight SQNR | input SQNR | inputs clipped |"
-    yield "|---|---|---|---:|---:|---:|---:|"
+    yield "| module | weight | input | effect | of plain | weight SQNR | input SQNR | inputs clipped |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|"
     for name in c.worst_modules:
         yield _module_line(modules[name])
     yield ""
@@ -82,6 +82,7 @@ def _module_line(m: Module) -> str:
         m.format,
         m.input_format or "-",
         f"{m.effect:.3%}",
+        number(m.solved.error_of_plain if m.solved else None, ".0%"),
         number(m.weight.sqnr_db if m.weight else None, ".1f", " dB"),
         number(m.input.sqnr_db if m.input else None, ".1f", " dB"),
         number(m.input.saturated if m.input else None, ".3%"),

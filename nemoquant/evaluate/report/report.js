@@ -250,6 +250,7 @@ const moduleColumns = [
   words("Weight", (m) => (m.role === "kv_cache" ? null : m.format), tag, "A KV cache has no weights"),
   words("Input", (m) => m.input_format, tag),
   numbers("Effect", (m) => m.effect, percent, "Relative error of the stream when only this module is the checkpoint's"),
+  numbers("Solved: error of plain", (m) => m.of_plain, percent, "Error in outputs on calibration's inputs, of that of plain rounding"),
   numbers("Weight SQNR dB", (m) => m.weight_db, db),
   numbers("Weight saturated", (m) => m.weight_saturated, percent, "Weights beyond their scale"),
   numbers("Weight flushed", (m) => m.weight_flushed, percent, "Weights that became zero"),
