@@ -91,7 +91,7 @@ def test_plan_as_json(source: Path) -> None:
         "shape": [32, 64],
         "source_dtype": "BF16",
         "format": "fp8",
-        "scale_method": "max",
+        "scale_method": "gptq",
         "activation_format": "fp8",
         "reason": "rule 3: roles attention.*",
         "scale_group": {

@@ -53,7 +53,9 @@ def test_it_is_written_verified_and_compared(options, make, source, token_rows):
     assert {row["scale_method"] for row in rows.values()} <= {"gptq", "hess", "mse", "max"}
     solved = [name for name, row in rows.items() if row["scale_method"] in ("gptq", "hess")]
     out, result = make("out", *options)
-    assert "calibrated on 8 rows of 32 tokens" in result.stdout and "warning" not in result.stderr
+    assert "calibrated on 8 rows of 32 tokens" in result.stdout
+    told = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(told) == ("nvfp4-full-w4a16" in options), "SGLang reads its in_proj wrongly"
     noted = json.loads((out / SOLVED).read_text())["units"].values()
     assert sum(len(unit["method"]) for unit in noted) == len(solved) > 30
     assert all(np.less_equal(unit["objective"], unit["plain"]).all() for unit in noted)

@@ -90,6 +90,9 @@ class World:
         here(*self.scenes["diff"].arguments(root))
         here(*self.scenes["export onnx"].arguments(root))
         here("generate", root / "out", "--prompt", "the", "--max-tokens", 2, "--threads", 1)
+        solved = ("quantize", self.source, root / "solved", "--fmt", "nvfp4", "--calib", self.rows, *RUN)
+        here(*solved)
+        here("diff", self.source, root / "solved", "--data", self.rows, "--threads", 1)
         shutil.rmtree(root)
 
     def make_source(self, name: str, seed: int = 0) -> Path:

@@ -312,8 +312,8 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("fp9")
     assert str(error.value) == (
-        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, mxfp8, nvfp4-full, "
-        "nvfp4-full-w4a16, nvfp4-w4a16, nvfp4, super-nvfp4-published"
+        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, mxfp8, "
+        "nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, nvfp4, super-nvfp4-published"
     )
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
         load_recipe(str(tmp_path))
@@ -337,7 +337,8 @@ def test_presets() -> None:
         assert recipe.summary.endswith((".", ")."))
         text = file.read_text()
         assert text.startswith("# ")  # a comment says what it is before the keys
-        assert list(yaml.safe_load(text)) == ["name", "summary", "rules", "kv_cache"]
+        keys = ["name", "summary", "rules", "kv_cache", *(["folds"] if recipe.folds else [])]
+        assert list(yaml.safe_load(text)) == keys
         assert parse_recipe(recipe.dump()) == recipe
 
 
