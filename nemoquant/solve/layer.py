@@ -89,7 +89,8 @@ class LayerSolver:
         scales: module -> ``input_scale``.
         shared: scale group of weights -> largest magnitude of all of them, folded.
         device: where weights are solved. Second moments are summed on the host in either case: their hash
-            and their damping need them there, and to fetch them takes as long as to sum them.
+            and their damping need them there, and with few tokens to fetch an expert's from a GPU takes
+            about as long as to sum them.
     """
 
     checkpoint: Checkpoint

@@ -71,18 +71,18 @@ def triangular(matrix: torch.Tensor, unit: float) -> tuple[torch.Tensor, torch.T
 
     Raises ValueError where it is not positive definite.
     """
-    upper, info = torch.linalg.cholesky_ex((matrix / unit).float().flip(0, 1), upper=True)
+    found, info = torch.linalg.cholesky_ex((matrix / unit).float().flip(0, 1), upper=True)
     if int(info):
-        upper, info = torch.linalg.cholesky_ex((matrix / unit).flip(0, 1), upper=True)
+        found, info = torch.linalg.cholesky_ex((matrix / unit).flip(0, 1), upper=True)
     if int(info):
         raise ValueError(
             "gram: got a matrix that is not positive semidefinite, expected a sum of x' x of inputs; "
             "compute it again with gram()"
         )
     # Turned back on both axes, that factor is lower triangular, and H = lower' lower.
-    lower = upper.flip(0, 1)
-    diagonal = lower.diagonal().clone()
-    return (lower / diagonal[:, None]).float().contiguous(), unit * diagonal.double() ** 2
+    found = found.flip(0, 1)
+    diagonal = found.diagonal().clone()
+    return found.div_(diagonal[:, None]).float().contiguous(), unit * diagonal.double() ** 2
 
 
 def gram(pieces: Iterable[Floats], width: int) -> Doubles:

@@ -25,8 +25,11 @@ from nemoquant.solve.lanes import PANEL
 from nemoquant.solve.metric import Metric, triangular
 from nemoquant.solve.solver import Candidate, Solved, better, decoded, encoded_plainly, nothing_observed
 
-ELEMENTS = 1 << 26
-"""Of weights on the device at once; each takes some 20 bytes there."""
+ELEMENTS = 40_000_000
+"""Of weights on the device at once, a record's worth of bf16 (``layer.GROUP_BYTES``) and a weight more.
+
+Each takes some 20 bytes there, and up to 6 in passing on the host.
+"""
 
 _BELOW, _WINDOW = 5, 32  # block scales that are tried below that of method max, and in all
 
@@ -77,7 +80,7 @@ class _Numbers(NamedTuple):
     def rounded(self, quotients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes, uint8, and what they stand for without a scale."""
         if self.grid.four:
-            at = torch.bucketize(quotients, self.edges)
+            at = torch.bucketize(quotients, self.edges, out_int32=True)
             return self.codes[at], self.values[at]
         near = quotients.clamp(-e4m3.MAX, e4m3.MAX).to(torch.float8_e4m3fn)
         return near.view(torch.uint8), near.float()
@@ -164,7 +167,7 @@ def _solve(
         rows = slice(start, start + step)
         weights = _turned([t.weight[rows] for t in tasks], device)
         values = _turned(
-            [decoded(format, p, t.scale, rows) for p, t in zip(plain, tasks, strict=True)], device
+            (decoded(format, p, t.scale, rows) for p, t in zip(plain, tasks, strict=True)), device
         )
         objectives[1] += _objectives(metrics, weights - values)
         state = _State(
@@ -211,7 +214,7 @@ def _numbers(device: torch.device, format: FormatName, tasks: Sequence[Task]) ->
     )
 
 
-def _turned(parts: Sequence[Floats | Codes], device: torch.device) -> torch.Tensor:
+def _turned(parts: Iterable[Floats | Codes], device: torch.device) -> torch.Tensor:
     """Each [rows, in], as one [weights, in, rows] on the device."""
     return torch.stack([torch.tensor(part, device=device).T for part in parts]).contiguous()
 
