@@ -488,6 +488,7 @@ class Job:
                 run.state,
                 self.threads,
                 lambda text: self.listener.progress("calibrate", at_layer[0], at_layer[1], text),
+                self.options.device,
             )
         collectors: list[Collector] = [amax] if solving is None else [amax, solving]
         begin, at = None, run.calibration

@@ -10,4 +10,5 @@ made small, with H from the inputs that the GEMM was seen to have (``metric.py``
     hess.py     a scale for each block by the block's own part of H
     descent.py  one code at a time to where the objective is least
     solver.py   all of it, for one weight
+    on_device.py  the same in torch's operators, for a GPU
 """

@@ -17,6 +17,7 @@ from nemoquant.calibrate.observers import AmaxCollector, Observer
 from nemoquant.checkpoint.folder import INPUTS, folds_file, solved_file
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CalibrationError
+from nemoquant.formats import Device
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.solve.folds.chosen import LayerFolds
 from nemoquant.solve.folds.file import load, save
@@ -46,10 +47,13 @@ class SolveCollector:
         folder: Path,
         threads: int,
         say: Callable[[str], None],
+        device: Device = "cpu",
     ) -> None:
-        """``folder``: of the run's state. ``say``: receives how far a layer is, in words."""
+        """``folder``: of the run's state. ``say``: receives how far a layer is, in words. ``device``: where
+        weights are solved.
+        """
         self.plan, self.checkpoint, self.amax = plan, checkpoint, amax
-        self.folder, self.threads, self.say = folder, threads, say
+        self.folder, self.threads, self.say, self.device = folder, threads, say, device
         self.folds: Folds = {}
         self._rows: dict[int | None, list[Row]] = {}
         for row in plan.quantized:
@@ -87,6 +91,7 @@ class SolveCollector:
                 scales=input_scales(rows, amax, []),
                 shared=shared_maxima(self.checkpoint, folds, rows),
                 threads=self.threads,
+                device=self.device,
             )
             file = SolvedFile(self.folder / solved_file(layer), solved)
             where = "head" if layer is None else f"layer {layer}"

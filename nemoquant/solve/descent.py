@@ -15,7 +15,7 @@ from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, 
 _LANES = 128  # rows at a time at most: all that a trial touches stays in the first-level cache
 # A fall below this part of sum |x_k| sqrt(H_kk) times sum |e_j| sqrt(H_jj), which bounds |x' H e|, may be
 # rounding: 32 units of float32 in the last place.
-_SLACK = np.float32(2.0**-19)
+SLACK = np.float32(2.0**-19)
 
 
 @contracted_kernel
@@ -54,7 +54,7 @@ def _keep(
 ) -> None:
     """``kept`` = 1 for the rows where this trial is the best one so far."""
     for lane in range(falls.shape[0]):
-        fall = np.float32(falls[lane] - np.float32(_SLACK * np.float32(moves[lane] * sizes[lane])))
+        fall = np.float32(falls[lane] - np.float32(SLACK * np.float32(moves[lane] * sizes[lane])))
         better = fall > best[lane]
         best[lane] = fall if better else best[lane]
         chosen[lane] = tried[lane] if better else chosen[lane]

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from nemoquant.calibrate.derived import weight_scale
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.formats import Device, FormatName
 from nemoquant.formats.arithmetic import Encoded, round_trip
+from nemoquant.formats.gpu import torch_device
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
 from nemoquant.planning.plan import Row
@@ -27,7 +30,8 @@ from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.memory import SLICE_ELEMENTS
 from nemoquant.solve.metric import Metric, gram, prepare
-from nemoquant.solve.solver import solve
+from nemoquant.solve.on_device import Task, solve_all_on
+from nemoquant.solve.solver import Solved, solve
 from nemoquant.solve.source import folded, largest, relative, squares
 from nemoquant.solve.store import Record, SolvedFile, Stored
 from nemoquant.solve.taps import input_of
@@ -37,6 +41,26 @@ VERSION = 1  # of the method: another one makes other codes
 SCARCE = 2.0  # how much stronger H is damped where it comes from few tokens, see `damping`
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
+Mapped = Callable[..., Iterable[Any]]
+"""``map``, or that of a pool of threads."""
+
+
+class _Seen(NamedTuple):
+    """What a weight is solved from: its input's metric, the number of tokens, and the hash of their sums."""
+
+    metric: Metric
+    tokens: int
+    digest: str
+
+
+class _Work(NamedTuple):
+    """A row with its weight, folded, and the weight's scale."""
+
+    row: Row
+    seen: _Seen
+    weight: Floats
+    scale: np.float32
+    degenerate: bool
 
 
 def units(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -74,6 +98,9 @@ class LayerSolver:
         folds: of the tensors of this layer.
         scales: module -> ``input_scale``.
         shared: scale group of weights -> largest magnitude of all of them, folded.
+        device: where weights are solved. Second moments are summed on the host in either case: their hash
+            and their damping need them there, and with few tokens to fetch an expert's from a GPU takes
+            about as long as to sum them.
     """
 
     checkpoint: Checkpoint
@@ -83,6 +110,7 @@ class LayerSolver:
     scales: Mapping[str, np.float32]
     shared: Mapping[str, np.float32]
     threads: int
+    device: Device
     _changes: dict[tuple[int, int], Change] = field(default_factory=dict)
 
     def run(self, rows: Sequence[Row], file: SolvedFile, done: Callable[[int], None]) -> None:
@@ -101,24 +129,30 @@ class LayerSolver:
     def _dense(self, part: list[Row], file: SolvedFile, pool: ThreadPoolExecutor) -> None:
         key = self._key(part)
         if not file.has(key):
-            moments, tokens, digest = self._moments(part[0])
-            metric = prepare(moments, tokens, damping(self.settings.damping, part[0].shape[1], tokens))
-            file.append(key, [self._solved(row, metric, tokens, digest, pool.map) for row in part])
+            seen = self._seen(part[0])
+            file.append(key, [self._solved([self._work(row, seen)], pool.map)[0] for row in part])
 
     def _experts(self, part: list[Row], file: SolvedFile, pool: ThreadPoolExecutor) -> None:
-        def one(row: Row) -> Stored:
-            moments, tokens, digest = self._moments(row)
-            metric = prepare(moments, tokens, damping(self.settings.damping, row.shape[1], tokens))
-            return self._solved(row, metric, tokens, digest, map)
-
         key = self._key(part)
-        if not file.has(key):
-            file.append(key, list(pool.map(one, part)))
+        if file.has(key):
+            return
+        if self.device == "cpu":
+            file.append(
+                key, list(pool.map(lambda row: self._solved([self._work(row, self._seen(row))])[0], part))
+            )
+            return
+        stored: list[Stored] = []
+        for start in range(0, len(part), self.threads):  # as many at once as memory is planned for
+            works = pool.map(lambda row: self._work(row, self._seen(row)), part[start : start + self.threads])
+            stored += self._solved(list(works), pool.map)
+        file.append(key, stored)
 
-    def _moments(self, row: Row) -> tuple[NDArray[np.float64], int, str]:
-        """Second moments of a row's input as engines will have it, the number of tokens, their hash."""
+    def _seen(self, row: Row) -> _Seen:
+        """From a row's input as engines will have it."""
         moments = gram(self._pieces(row), row.shape[1])
-        return moments, self.inputs.tokens(input_of(row)), xxhash.xxh3_128_hexdigest(moments.data)
+        tokens, digest = self.inputs.tokens(input_of(row)), xxhash.xxh3_128_hexdigest(moments.data)
+        strength = damping(self.settings.damping, row.shape[1], tokens)
+        return _Seen(prepare(moments, tokens, strength), tokens, digest)
 
     def _pieces(self, row: Row) -> Iterator[Floats]:
         changed = self._changed(row)
@@ -137,48 +171,46 @@ class LayerSolver:
             self._changes[key] = input_transform(self.folds, row.module)
         return self._changes[key]
 
-    def _solved(
-        self, row: Row, metric: Metric, tokens: int, digest: str, mapped: Callable[..., Iterable[Any]]
-    ) -> Stored:
-        assert row.format != "source"
-        number, method = row.format, row.solved_method
+    def _work(self, row: Row, seen: _Seen) -> _Work:
         weight = folded(self.checkpoint, self.folds, row)
-        scale, degenerate = weight_scale(
-            row, self.shared[row.weight_group] if row.weight_group else largest(row, weight)
-        )
-        arithmetic = ARITHMETIC[row.format]
-        if degenerate:
-            record = Record(
-                row.name, row.plain_method, tokens, gram=digest, scale=float(scale), degenerate=True
-            )
-            return Stored(record, arithmetic.zeros((row.shape[0], row.shape[1])))
-        step = max(1, SLICE_ELEMENTS // row.shape[1])
-        slices = [slice(at, at + step) for at in range(0, row.shape[0], step)]
+        shared = self.shared[row.weight_group] if row.weight_group else largest(row, weight)
+        return _Work(row, seen, weight, *weight_scale(row, shared))
 
-        def one(part: slice) -> Any:
-            rows = np.ascontiguousarray(weight[part])
-            found = solve(number, rows, scale, metric, method, self.settings.descent)
-            return found, squares(number, rows, found.encoded, scale)
+    def _solved(self, works: list[_Work], mapped: Mapped = map) -> list[Stored]:
+        """The weights of some rows."""
+        if self.device == "cpu":
+            return [_zeros(work) if work.degenerate else self._on_host(work, mapped) for work in works]
+        stored: list[Stored] = []
+        for (degenerate, *_), group in groupby(works, _alike):
+            some = list(group)
+            stored += map(_zeros, some) if degenerate else self._on_device(some, mapped)
+        return stored
 
-        results = list(mapped(one, slices))
-        solved = [found for found, _ in results]
+    def _on_host(self, work: _Work, mapped: Mapped) -> Stored:
+        """A weight, slice by slice."""
+        row, weight = work.row, work.weight
+        number, method = _format(row), row.solved_method
+
+        def one(part: slice) -> Solved:
+            return solve(number, weight[part], work.scale, work.seen.metric, method, self.settings.descent)
+
+        solved: list[Solved] = list(mapped(one, _slices(weight)))
         blocks = [s.encoded.block_scales for s in solved if s.encoded.block_scales is not None]
         encoded = Encoded(
-            np.concatenate([s.encoded.codes for s in solved]),
-            np.concatenate(blocks) if blocks else None,
+            np.concatenate([s.encoded.codes for s in solved]), np.concatenate(blocks) if blocks else None
         )
-        methods = [s.method for s in solved]
-        record = Record(
-            row.name,
-            method if method in methods else row.plain_method,
-            tokens,
-            objective=math.fsum(s.objective for s in solved),
-            plain=math.fsum(s.plain for s in solved),
-            gram=digest,
-            error=relative([part for _, part in results]),
-            scale=float(scale),
+        return _stored(work, solved, encoded, mapped)
+
+    def _on_device(self, works: list[_Work], mapped: Mapped) -> list[Stored]:
+        """Weights that are alike, at once."""
+        row = works[0].row
+        tasks = [Task(work.weight, work.scale, work.seen.metric) for work in works]
+        found = solve_all_on(
+            torch_device(self.device), _format(row), tasks, row.solved_method, self.settings.descent, mapped
         )
-        return Stored(record, encoded)
+        return [
+            _stored(work, [solved], solved.encoded, mapped) for work, solved in zip(works, found, strict=True)
+        ]
 
     def _key(self, part: Sequence[Row]) -> str:
         """A hash of all that the codes of some rows follow from."""
@@ -201,3 +233,49 @@ class LayerSolver:
             for piece in self.inputs.pieces(tap):
                 found.update(piece.data)
         return found.hexdigest()
+
+
+def _alike(work: _Work) -> tuple[object, ...]:
+    return work.degenerate, work.row.format, work.row.solved_method, work.weight.shape
+
+
+def _format(row: Row) -> FormatName:
+    assert row.format != "source"
+    return row.format
+
+
+def _slices(weight: Floats) -> list[slice]:
+    step = max(1, SLICE_ELEMENTS // weight.shape[1])
+    return [slice(at, at + step) for at in range(0, len(weight), step)]
+
+
+def _zeros(work: _Work) -> Stored:
+    """A degenerate weight."""
+    row, seen = work.row, work.seen
+    record = Record(
+        row.name, row.plain_method, seen.tokens, gram=seen.digest, scale=float(work.scale), degenerate=True
+    )
+    return Stored(record, ARITHMETIC[_format(row)].zeros((row.shape[0], row.shape[1])))
+
+
+def _stored(work: _Work, solved: list[Solved], encoded: Encoded, mapped: Mapped) -> Stored:
+    """A weight with what was found of all its slices."""
+    row, weight = work.row, work.weight
+
+    def missed(part: slice) -> tuple[float, float]:
+        blocks = encoded.block_scales
+        codes = Encoded(encoded.codes[part], None if blocks is None else blocks[part])
+        return squares(_format(row), weight[part], codes, work.scale)
+
+    methods = [s.method for s in solved]
+    record = Record(
+        row.name,
+        row.solved_method if row.solved_method in methods else row.plain_method,
+        work.seen.tokens,
+        objective=math.fsum(s.objective for s in solved),
+        plain=math.fsum(s.plain for s in solved),
+        gram=work.seen.digest,
+        error=relative(mapped(missed, _slices(weight))),
+        scale=float(work.scale),
+    )
+    return Stored(record, encoded)

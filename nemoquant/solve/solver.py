@@ -37,6 +37,13 @@ class Solved(NamedTuple):
     plain: float
 
 
+class Candidate(NamedTuple):
+    """Codes of a weight with their objective."""
+
+    encoded: Encoded
+    objective: float
+
+
 class _State(NamedTuple):
     """Some rows of a weight while they are solved. All are [in, rows], scale codes [blocks, rows]."""
 
@@ -64,19 +71,9 @@ def solve(
     dtype, layout or shape, a scale that is not positive, a negative number of sweeps, or hess with another
     format.
     """
-    plain_method, known = FORMATS[format].plain, FORMATS[format].solved
-    if method not in known:
-        raise ValueError(f"method: got {method!r} for {format}, expected {' or '.join(known)}")
-    if descent < 0:
-        raise ValueError(f"descent: got {descent} sweeps, expected zero or more")
-    if weight.dtype != np.float32 or weight.ndim != 2 or weight.shape[1] != len(metric.matrix):
-        raise ValueError(
-            f"weight: got {weight.dtype} {weight.shape}, expected float32 [out, {len(metric.matrix)}]"
-        )
-    checked_scale(scale, "scale")
-    plain = ARITHMETIC[format].encode(weight, scale, plain_method)
+    plain = encoded_plainly(format, weight, scale, metric, method, descent)
     if metric.empty:
-        return Solved(plain, plain_method, 0.0, 0.0)
+        return nothing_observed(format, plain)
 
     chosen = grid(format, scale)
     solved = Encoded(
@@ -86,7 +83,7 @@ def solve(
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         weights = _turned(weight[rows])
-        plain_errors = _turned(weight[rows] - _decoded(format, plain, scale, rows))
+        plain_errors = _turned(weight[rows] - decoded(format, plain, scale, rows))
         plain_objective += _objective(metric, plain_errors)
         state = _State(
             weights,
@@ -107,12 +104,54 @@ def solve(
         if solved.block_scales is not None:
             solved.block_scales[rows] = state.scale_codes.T
 
-    if abs(objective - plain_objective) <= _CLOSE * plain_objective:
-        objective = _exact_objective(format, weight, solved, scale, metric)
-        plain_objective = _exact_objective(format, weight, plain, scale, metric)
-    if objective < plain_objective:
-        return Solved(solved, method, objective, plain_objective)
-    return Solved(plain, plain_method, plain_objective, plain_objective)
+    return better(
+        format, weight, scale, metric, Candidate(solved, objective), Candidate(plain, plain_objective), method
+    )
+
+
+def encoded_plainly(
+    format: FormatName, weight: Floats, scale: np.float32, metric: Metric, method: SolvedMethod, descent: int
+) -> Encoded:
+    """The codes of the format's own method. Refuses what :func:`solve` refuses."""
+    known = FORMATS[format].solved
+    if method not in known:
+        raise ValueError(f"method: got {method!r} for {format}, expected {' or '.join(known)}")
+    if descent < 0:
+        raise ValueError(f"descent: got {descent} sweeps, expected zero or more")
+    if weight.dtype != np.float32 or weight.ndim != 2 or weight.shape[1] != len(metric.matrix):
+        raise ValueError(
+            f"weight: got {weight.dtype} {weight.shape}, expected float32 [out, {len(metric.matrix)}]"
+        )
+    checked_scale(scale, "scale")
+    return ARITHMETIC[format].encode(weight, scale, FORMATS[format].plain)
+
+
+def nothing_observed(format: FormatName, plain: Encoded) -> Solved:
+    """The plain codes, where the metric is empty."""
+    return Solved(plain, FORMATS[format].plain, 0.0, 0.0)
+
+
+def better(
+    format: FormatName,
+    weight: Floats,
+    scale: np.float32,
+    metric: Metric,
+    solved: Candidate,
+    plain: Candidate,
+    method: SolvedMethod,
+) -> Solved:
+    """The solved codes where their objective is below the plain one, else the plain codes.
+
+    Objectives that float32 can't tell apart are computed again in float64.
+    """
+    if abs(solved.objective - plain.objective) <= _CLOSE * plain.objective:
+        solved, plain = (
+            Candidate(found.encoded, _exact_objective(format, weight, found.encoded, scale, metric))
+            for found in (solved, plain)
+        )
+    if solved.objective < plain.objective:
+        return Solved(solved.encoded, method, solved.objective, plain.objective)
+    return Solved(plain.encoded, FORMATS[format].plain, plain.objective, plain.objective)
 
 
 def _turned(rows: np.ndarray) -> np.ndarray:
@@ -120,7 +159,8 @@ def _turned(rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rows.T)
 
 
-def _decoded(format: FormatName, encoded: Encoded, scale: np.float32, rows: slice) -> Floats:
+def decoded(format: FormatName, encoded: Encoded, scale: np.float32, rows: slice) -> Floats:
+    """What some rows of codes stand for, float32."""
     blocks = encoded.block_scales
     return ARITHMETIC[format].decode(
         Encoded(encoded.codes[rows], None if blocks is None else blocks[rows]), scale
@@ -230,7 +270,7 @@ def _exact_objective(
     total = 0.0
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        values = _decoded(format, encoded, scale, rows).astype(np.float64)
+        values = decoded(format, encoded, scale, rows).astype(np.float64)
         errors: Doubles = weight[rows].astype(np.float64) - values
         total += float(np.einsum("rj,rj->", torch.mm(torch.from_numpy(errors), matrix).numpy(), errors))
     return total

@@ -251,7 +251,7 @@ def test_the_same_bytes_on_several_threads_at_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fp8", weight_of(2, 32), np.float32(1), "hess", 0), "method: got hess for fp8, expected gptq"),
+        (("fp8", weight_of(2, 32), np.float32(1), "hess", 0), "method: got 'hess' for fp8, expected gptq"),
         (("fp8", weight_of(2, 32), np.float32(1), "gptq", -1), "descent: got -1 sweeps"),
         (("fp8", weight_of(2, 48), np.float32(1), "gptq", 0), r"weight: got float32 \(2, 48\), expected"),
         (("fp8", weight_of(2, 32).astype(np.float64), np.float32(1), "gptq", 0), "weight: got float64"),
