@@ -14,7 +14,7 @@ from nemoquant.errors import UsageError, listing
 from nemoquant.layouts.loaders import cautions
 from nemoquant.machine import usable_threads
 from nemoquant.notebook import html_table
-from nemoquant.planning.plan import Plan
+from nemoquant.planning.plan import Plan, method_warnings
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.progress import Progress
 from nemoquant.run.options import RunOptions, RunOptionsDict, renamed
@@ -211,6 +211,7 @@ def quantize(
             f"no tensor of this model got the format {unused}: it lacks the roles that the recipe names"
             for unused in made.unused_formats
         ]
+        warnings += method_warnings(made, options.method)
         warnings += cautions(made)
         if not made.needs_calibration:
             warnings += [

@@ -72,7 +72,7 @@ def command(
     """
     from nemoquant import api
     from nemoquant.layouts.loaders import cautions, loaders
-    from nemoquant.planning.plan import ROLE_HEADER, role_table
+    from nemoquant.planning.plan import ROLE_HEADER, method_warnings, role_table
 
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
@@ -87,7 +87,7 @@ def command(
     expected = api.estimate(model, name, options, out=out) if estimate else None
     if as_json:
         data = resolved.to_json() | {"loaders": [loader._asdict() for loader in loaders(resolved)]}
-        data["cautions"] = cautions(resolved)
+        data["cautions"] = [*method_warnings(resolved, options.method), *cautions(resolved)]
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         return
     say(f"{resolved.recipe.name}: {resolved.recipe.summary}")
@@ -128,7 +128,7 @@ def command(
             f"names",
             err=True,
         )
-    for text in cautions(resolved):
+    for text in [*method_warnings(resolved, options.method), *cautions(resolved)]:
         say(f"warning: {text}", err=True)
     if resolved.assumed:
         say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")

@@ -6,6 +6,7 @@ Later stages read the plan and match no names.
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -244,6 +245,17 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return html_table(f"{self.recipe.name}: {self.sizes()}", ROLE_HEADER, role_table(self), right=(3, 4))
+
+
+def method_warnings(plan: Plan, method: Method | None) -> list[str]:
+    """For a user who asked for one method for all weights: which got another, a line a format."""
+    others = Counter(
+        (row.format, row.scale_method) for row in plan.quantized if method not in (None, row.scale_method)
+    )
+    return [
+        f"--method {method}: {count:,} {form.upper()} weights get {got}, the nearest that {form.upper()} has"
+        for (form, got), count in others.items()
+    ]
 
 
 ROLE_HEADER = ("role", "weights", "GEMM inputs", "tensors", "bytes")

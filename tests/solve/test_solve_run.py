@@ -13,6 +13,7 @@ from nemoquant import api
 from nemoquant.api import RunOptions, quantize, verify
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.errors import CalibrationError, Interrupted, OutputError, UsageError
+from nemoquant.planning.plan import method_warnings
 from nemoquant.solve import layer as solving
 from nemoquant.solve.collector import SolveCollector
 
@@ -156,6 +157,9 @@ def test_a_method_takes_the_place_of_the_recipes_own():
     plan, found = methods(method="max", folds=["latent"])
     assert plan.recipe.folds == ["latent"] and plan.needs_inputs
     assert methods(descent=3)[0].recipe.solve.descent == 3
+    (told,) = method_warnings(methods(method="hess")[0], "hess")
+    assert told == "--method hess: 24 FP8 weights get max, the nearest that FP8 has"
+    assert method_warnings(methods(method="gptq")[0], "gptq") == method_warnings(plan, None) == []
     with pytest.raises(UsageError, match="method"):
         api.plan(DEMO, "nvfp4", method="best")
     with pytest.raises(UsageError, match="folds"):

@@ -1,0 +1,60 @@
+"""What solving is said to take: memory against a measured peak, and disk by hand."""
+
+import subprocess
+import sys
+
+import pytest
+from support.places import DEMO, ROOT
+
+from nemoquant import api
+from nemoquant.calibrate.batch import Batch
+from nemoquant.solve.memory import input_bytes, solve_bytes, solved_bytes
+
+WIDTH, OUT = 2048, 1024
+MEASURE = f"""
+import numpy as np
+from nemoquant.machine import resident
+from nemoquant.solve.metric import gram, prepare
+from nemoquant.solve.solver import solve
+
+small = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+solve("nvfp4", small, np.float32(0.001), prepare(gram([small], 64), 64, 0.5), "gptq", 1)
+before = resident()
+x = np.random.default_rng(0).standard_normal((256, {WIDTH}), np.float32)
+weight = np.random.default_rng(1).standard_normal(({OUT}, {WIDTH}), np.float32)
+solve("nvfp4", weight, np.float32(0.002), prepare(gram([x], {WIDTH}), 256, 0.5), "gptq", 1)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_of_one_weight_is_within_what_is_said():
+    from dataclasses import replace
+
+    plan = api.plan(DEMO, "nvfp4-full", folds=[])
+    (row,) = [row for row in plan.quantized if row.name.endswith("layers.0.mixer.out_proj.weight")]
+    wide = replace(plan, rows=(replace(row, shape=(OUT, WIDTH)),))
+    module, said = solve_bytes(wide, threads=1)
+    assert module == row.module
+    took = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert said / 3 < int(took.stdout) < said
+
+
+def test_the_disk_for_what_waits():
+    plan = api.plan(DEMO, "nvfp4-w4a16")
+    batch = Batch(32, 512, "float32")
+    # a token's inputs of 4 experts of 16: 96 latent channels, 256 of the experts
+    assert input_bytes(plan, batch) == 32 * 512 * 4 * 4 * (96 + 256)
+    assert solved_bytes(plan) == sum(row.bytes_out for row in plan.quantized)
+    assert solved_bytes(api.plan(DEMO, "nvfp4", method="max")) == 0
+
+
+def test_experts_are_counted_by_thread_and_dense_weights_once():
+    plan = api.plan(ROOT / "tests/configs/super-120b-a12b.json", "nvfp4")
+    module, one = solve_bytes(plan, threads=1)
+    assert module.endswith("mixer.out_proj")
+    assert one < solve_bytes(plan, threads=2)[1] < 2 * one
+    many, memory = solve_bytes(plan, threads=32)
+    assert ".experts." in many and memory > 4 * one
