@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nemoquant.pack.scales import input_scale
 from torch import Tensor
 
+from nemoquant.calibrate.derived import input_scale
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.model.taps import Scope

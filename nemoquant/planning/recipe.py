@@ -171,7 +171,7 @@ class Recipe(BaseModel):
             if method not in SOLVED:
                 new["folds"] = []
         if folds is not None:
-            new["folds"] = list(dict.fromkeys(folds))
+            new["folds"] = folds = list(dict.fromkeys(folds))
         if descent is not None:
             new["solve"] = self.solve.model_copy(update={"descent": descent})
         changed = self.model_copy(update=new)

@@ -119,8 +119,14 @@ class Job:
         """Refuse everything that can be refused without reading weights or text.
 
         Raises:
-            OutputError
+            OutputError, UsageError
         """
+        if self.options.scales is not None and self.plan.needs_inputs:
+            raise UsageError(
+                f"--scales {self.options.scales} has the maxima of GEMM inputs alone, but recipe "
+                f"{self.plan.recipe.name} solves for codes or folds, which needs the inputs themselves; give "
+                f"--method max or mse, or calibrate without --scales"
+            )
         if self.plan.needs_inputs and self.options.on == "ray":
             raise UsageError(
                 f"--on ray does not solve for codes or folds, which recipe {self.plan.recipe.name} asks for; "
@@ -153,12 +159,6 @@ class Job:
         options = self.options
         if not self.plan.needs_calibration:
             return None
-        if options.scales is not None and self.plan.needs_inputs:
-            raise UsageError(
-                f"--scales {options.scales} has the maxima of GEMM inputs alone, but recipe "
-                f"{self.plan.recipe.name} solves for codes or folds, which needs the inputs themselves; give "
-                f"--method max or mse, or calibrate without --scales"
-            )
         if options.scales is not None:
             scales = Scales.load(Path(options.scales))
             scales.check(self.plan, Path(options.scales))

@@ -145,10 +145,12 @@ class RunOptions:
         if self.method is not None:
             check_word("method", self.method, METHODS)
         if self.folds is not None:
-            folds = self.folds.split(",") if isinstance(self.folds, str) else list(self.folds)
+            folds = [self.folds] if isinstance(self.folds, str) else self.folds
+            if not isinstance(folds, Sequence):
+                raise UsageError(f"folds is {folds!r}; expected some of {', '.join(FOLDS)}, or an empty list")
             for fold in folds:
                 check_word("folds", fold, FOLDS)
-            object.__setattr__(self, "folds", tuple(folds))
+            object.__setattr__(self, "folds", tuple(dict.fromkeys(folds)))
         if self.descent is not None:
             object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
         check_flags(scale_groups=self.scale_groups, resume=self.resume)

@@ -173,7 +173,9 @@ class SolvedFile:
                 self._take(text, bytes(self._bytes(end - _DIGEST, _DIGEST)))
             except (ValueError, KeyError, TypeError):
                 break
-        os.ftruncate(self._file, self._end)
+        if self._end < size:
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
 
     def _take(self, header: bytes, digest: bytes) -> None:
         """Note a whole record, which begins at the end of what was noted before."""
