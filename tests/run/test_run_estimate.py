@@ -100,7 +100,7 @@ def test_a_gpu_is_measured_with_all_threads_and_fed_through_their_memory(source,
 
     monkeypatch.setattr(speeds, "pack_weights", pack_weights)
     monkeypatch.setattr("nemoquant.run.compute_speeds.torch_device", lambda device: torch.device("cpu"))
-    opened, plan = open_source(source), api.plan(source, "fp8")
+    opened, plan = open_source(source), api.plan(source, "fp8", method="max")
     with opened.checkpoint:
         found = speeds.measure(
             opened.checkpoint, plan, source.parent, BATCH, row_batch=4, threads=2, device="cuda"
