@@ -24,7 +24,7 @@ from nemoquant.checkpoint.reader import NUMPY, Checkpoint
 from nemoquant.errors import WeightError
 from nemoquant.formats import Device, gpu
 from nemoquant.formats.amax import amax as bits_amax
-from nemoquant.formats.arithmetic import Encoded
+from nemoquant.formats.arithmetic import Encoded, TensorScale
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.pack.outliers import Lost, lost_to_scale
 from nemoquant.planning.plan import Row
@@ -120,16 +120,16 @@ def encode(
     checkpoint: Checkpoint,
     row: Row,
     part: slice,
-    scale: np.float32,
-    degenerate: bool,
+    scale: TensorScale,
     device: Device = "cpu",
     fold: Transform | None = None,
 ) -> EncodedPiece:
     """Codes of some rows, and their block scales; a degenerate weight becomes zeros."""
+    value, degenerate = scale
     with _reading(checkpoint, row, part) as source:
         weight = _folded(checkpoint, row, part, source, fold)
-        encoded = _codes(row, _on(device, weight), scale, degenerate)
-        return _piece(row, source, weight, encoded, scale, degenerate)
+        encoded = _codes(row, _on(device, weight), value, degenerate)
+        return _piece(row, source, weight, encoded, value, degenerate)
 
 
 def solved_piece(
@@ -221,11 +221,8 @@ def pack_weights(
 def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device, fold: Transform | None) -> EncodedWeight:
     parts = slices(row)
     if len(parts) > 1:
-        scale, degenerate = weight_scale(row, max(amax(checkpoint, row, part, fold) for part in parts))
-        pieces = [
-            encode(checkpoint, row, part, scale, degenerate, device=device, fold=fold) for part in parts
-        ]
-        return EncodedWeight(scale, degenerate, pieces)
+        whole = weight_scale(row, max(amax(checkpoint, row, part, fold) for part in parts))
+        return EncodedWeight(*whole, [encode(checkpoint, row, part, whole, device, fold) for part in parts])
     with _reading(checkpoint, row, parts[0]) as source:
         weight = _folded(checkpoint, row, parts[0], source, fold)
         put = _on(device, weight)

@@ -22,6 +22,7 @@ from nemoquant.checkpoint.identity import UnitHash, Units, pieces, unit_name
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import SourceChangedError, listing
+from nemoquant.formats.arithmetic import TensorScale
 from nemoquant.pack.encode import (
     Array,
     Copied,
@@ -239,21 +240,19 @@ class Packer:
             if degenerate or not stored.encoded.codes.any():
                 self.zero_weights.append(row.module)
             return scale, (self.workers.here(solved_piece, row, p, stored, fold) for p in slices(row))
-        scale, degenerate = self._scale(row)
+        whole = self._scale(row)
         submit, device = self.workers.submit, self.workers.device
-        return scale, (
-            submit(encode, row, p, scale, degenerate, device=device, fold=fold) for p in slices(row)
-        )
+        return whole.value, (submit(encode, row, p, whole, device, fold) for p in slices(row))
 
-    def _scale(self, row: Row) -> tuple[np.float32, bool]:
+    def _scale(self, row: Row) -> TensorScale:
         """The scale of one weight, from its group's maximum: chunks are read for this, then for the codes."""
         members = self._members(row)
         if row.name not in self._maxima:
             self._measure([(member, part) for member in members for part in slices(member)])
-        scale, degenerate = weight_scale(row, max(self._maxima[member.name] for member in members))
-        if degenerate or not self._maxima[row.name]:
+        scale = weight_scale(row, max(self._maxima[member.name] for member in members))
+        if scale.degenerate or not self._maxima[row.name]:
             self.zero_weights.append(row.module)  # even if its group gives it a scale
-        return scale, degenerate
+        return scale
 
     def _measure(self, parts: list[Part]) -> None:
         """Find the maxima of whole weights, in pieces; their hashes are kept too."""
