@@ -486,9 +486,9 @@ class Job:
                 self.source.checkpoint,
                 amax,
                 run.state,
-                self.threads,
-                lambda text: self.listener.progress("calibrate", at_layer[0], at_layer[1], text),
-                self.options.device,
+                threads=self.threads,
+                say=lambda text: self.listener.progress("calibrate", at_layer[0], at_layer[1], text),
+                device=self.options.device,
             )
         collectors: list[Collector] = [amax] if solving is None else [amax, solving]
         begin, at = None, run.calibration

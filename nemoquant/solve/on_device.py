@@ -140,7 +140,7 @@ def solve_all_on(
         parts = _solve(device, format, [tasks[k] for k in seen], [plain[k] for k in seen], method, descent)
 
         def chosen(k: int, solved: Candidate, objective: float) -> Solved:
-            return better(format, *tasks[k], solved, Candidate(plain[k], objective), method)
+            return better(format, *tasks[k], solved, plain=Candidate(plain[k], objective), method=method)
 
         found = dict(zip(seen, mapped(chosen, seen, *zip(*parts, strict=True)), strict=True))
     return [found[k] if k in found else nothing_observed(format, plain[k]) for k in range(len(tasks))]

@@ -104,8 +104,9 @@ def solve(
         if solved.block_scales is not None:
             solved.block_scales[rows] = state.scale_codes.T
 
+    found = Candidate(solved, objective)
     return better(
-        format, weight, scale, metric, Candidate(solved, objective), Candidate(plain, plain_objective), method
+        format, weight, scale, metric, found, plain=Candidate(plain, plain_objective), method=method
     )
 
 
