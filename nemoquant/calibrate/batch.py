@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 RowBatch = int | Mapping[str, int]  # rows at once, of all layers or by kind of layer
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 MAX_NON_FINITE = 0.1  # share of rows that may be left out
+PIECE_BYTES = 16 << 20  # of an input, float32, that a reader of `inputs.py` gets at once
 HIDDEN_FILES = 2  # hidden states before and after the layer in work
 
 

@@ -38,6 +38,16 @@ def input_scale(amax: float, activation_format: FormatName) -> np.float32:
     return ARITHMETIC[activation_format].decode_scale(amax).value
 
 
+def check_finite(name: str, value: np.float32) -> np.float32:
+    """``value``, a maximum, unchanged; raises WeightError where it is NaN or Inf."""
+    if not np.isfinite(value):
+        what = "NaN" if np.isnan(value) else "Inf"
+        raise WeightError(
+            f"{name} has {what}; expected finite weights, the source is damaged: download or convert it again"
+        )
+    return value
+
+
 def weight_scale(row: Row, amax: np.float32) -> TensorScale:
     """The per-tensor decode scale of a weight, and whether the weight is degenerate (written as zeros).
 

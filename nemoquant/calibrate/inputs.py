@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nemoquant.calibrate.batch import PIECE_BYTES
 from nemoquant.files import open_own
 from nemoquant.formats.rounding import Floats
-
-PIECE_BYTES = 16 << 20  # of float32, that a reader gets at once
 
 
 class Place(NamedTuple):

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nemoquant.calibrate.derived import weight_scale
+from nemoquant.calibrate.derived import check_finite, weight_scale
 from nemoquant.checkpoint.identity import piece_hash, piece_rows
 from nemoquant.checkpoint.reader import NUMPY, Checkpoint
-from nemoquant.errors import WeightError
 from nemoquant.formats import Device, gpu
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.formats.arithmetic import Encoded, TensorScale
@@ -104,16 +103,6 @@ def _folded(checkpoint: Checkpoint, row: Row, part: slice, source: Array, fold: 
     """Some rows for the kernels: bf16 bit patterns or float32; float16 is converted."""
     weight = source if fold is None else fold.apply(checkpoint.array(row.name), part)
     return weight.astype(np.float32) if weight.dtype == np.float16 else weight
-
-
-def check_finite(name: str, value: np.float32) -> np.float32:
-    """``value``, a maximum, unchanged; raises WeightError where it is NaN or Inf."""
-    if not np.isfinite(value):
-        what = "NaN" if np.isnan(value) else "Inf"
-        raise WeightError(
-            f"{name} has {what}; expected finite weights, the source is damaged: download or convert it again"
-        )
-    return value
 
 
 def encode(

@@ -4,11 +4,10 @@ The figures count the arrays that are alive at once; a test compares them with a
 module loads neither numpy nor torch.
 """
 
-from nemoquant.calibrate.batch import Batch
+from nemoquant.calibrate.batch import PIECE_BYTES, Batch
 from nemoquant.planning.plan import Plan
 from nemoquant.solve.taps import input_of
 
-PIECE_BYTES = 16 << 20  # of an input, float32, that is read at once
 SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
 _METRIC = 40  # bytes an element of H: sums and H in float64, and its factor in passing; measured 38
 _SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes

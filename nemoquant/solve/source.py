@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemoquant.calibrate.derived import check_finite
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.errors import WeightError
 from nemoquant.formats import FormatName
+from nemoquant.formats.amax import amax
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
@@ -39,13 +40,7 @@ def largest(row: Row, weight: Floats) -> np.float32:
     Raises:
         WeightError: NaN or Inf in it.
     """
-    found = np.float32(max(-weight.min(), weight.max()))
-    if not np.isfinite(found):
-        raise WeightError(
-            f"{row.name} has NaN or Inf; expected finite weights, the source is damaged: download or convert "
-            f"it again"
-        )
-    return found
+    return check_finite(row.name, amax(weight))
 
 
 def shared_maxima(checkpoint: Checkpoint, folds: Folds, rows: Iterable[Row]) -> dict[str, np.float32]:

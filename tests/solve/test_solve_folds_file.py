@@ -9,6 +9,7 @@ from support.small_model import small_config
 
 from nemoquant.errors import CheckpointError, HeaderError
 from nemoquant.model.roles import tensor_table
+from nemoquant.solve.files import FOLDS
 from nemoquant.solve.folds import file
 from nemoquant.solve.folds.layer import compose, expert_transforms, gate_transforms, latent_transforms
 from nemoquant.solve.folds.transform import Transform
@@ -30,7 +31,7 @@ def folds():
 
 
 def test_round_trip(folds, tmp_path):
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     file.save(path, folds)
     loaded = file.load(path)
     file.check(path, loaded, tensor_table(CONFIG))
@@ -46,7 +47,7 @@ def test_round_trip(folds, tmp_path):
 
 def test_experts_share_one_matrix(folds, tmp_path):
     """512 experts of a layer would have gigabytes of it."""
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     file.save(path, folds)
     loaded = file.load(path)
     shared = {id(fold.right) for fold in loaded.values() if fold.right is not None}
@@ -58,7 +59,7 @@ def test_experts_share_one_matrix(folds, tmp_path):
 
 
 def test_a_file_that_is_there_stays(folds, tmp_path):
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     path.write_text("mine")
     with pytest.raises(FileExistsError):
         file.save(path, folds)
@@ -90,16 +91,16 @@ EIGHT = np.zeros(4, np.int8)
     ],
 )
 def test_what_is_refused(tensors, metadata, message, tmp_path):
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     save_file(tensors, path, metadata=metadata or None)
     with pytest.raises(CheckpointError, match=message) as error:
         file.load(path)
-    assert str(error.value).startswith(f"{file.FILE}: ")
+    assert str(error.value).startswith(f"{FOLDS}: ")
     assert "write it again" in str(error.value)
 
 
 def test_damaged_files(folds, tmp_path):
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     file.save(path, folds)
     data = path.read_bytes()
     for damaged in (data[:-1], data[:100], b"", data + b"x"):
@@ -122,11 +123,11 @@ def test_damaged_files(folds, tmp_path):
 )
 def test_folds_of_another_model(name, fold, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
-        file.check(tmp_path / file.FILE, {name: fold}, tensor_table(CONFIG))
+        file.check(tmp_path / FOLDS, {name: fold}, tensor_table(CONFIG))
 
 
 def test_the_layout_is_safetensors(folds, tmp_path):
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     digest = file.save(path, folds)
     assert len(digest) == 64
     data = path.read_bytes()
@@ -136,7 +137,7 @@ def test_the_layout_is_safetensors(folds, tmp_path):
 
 
 def test_too_much_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    path = tmp_path / file.FILE
+    path = tmp_path / FOLDS
     file.save(path, {"a": Transform(rows=EIGHT)})
     monkeypatch.setattr(file, "MOST_BYTES", EIGHT.size - 1)
     with pytest.raises(CheckpointError, match="4 bytes of folds; expected at most 3"):

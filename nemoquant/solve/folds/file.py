@@ -23,7 +23,6 @@ from nemoquant.model.roles import TensorSpec
 from nemoquant.solve.folds.layer import Folds
 from nemoquant.solve.folds.transform import Transform
 
-FILE = "nemoquant_folds.st"
 PARTS = {"rows": ("I8", 1), "columns": ("I8", 1), "left": ("F32", 2), "right": ("F32", 2)}
 NUMPY = {"I8": np.int8, "F32": np.float32}
 MARK = "|"
