@@ -38,6 +38,16 @@ def input_scale(amax: float, activation_format: FormatName) -> np.float32:
     return ARITHMETIC[activation_format].decode_scale(amax).value
 
 
+def cache_scale(amax: float, number: FormatName) -> np.float32:
+    """The decode scale of a K or V cache: that of an input, rounded up to the next bf16 number.
+
+    vLLM keeps these scales in bf16. Rounded to nearest there, half of them would shrink and clip the largest
+    values; a bf16 number stays what it is in every engine.
+    """
+    bits = input_scale(amax, number).view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def check_finite(name: str, value: np.float32) -> np.float32:
     """``value``, a maximum, unchanged; raises WeightError where it is NaN or Inf."""
     if not np.isfinite(value):
@@ -125,4 +135,4 @@ def _cache_scales(plan: Plan, scales: Scales | None, result: ActivationScales) -
             result.warnings.append(
                 f"{module}: its output was zero in all calibration rows; cache scale set to 1.0"
             )
-        result.caches[module] = ARITHMETIC[plan.cache.number].decode_scale(amax).value
+        result.caches[module] = cache_scale(amax, plan.cache.number)

@@ -43,6 +43,7 @@ MOST_WILDCARDS = (
     512  # in one list of patterns: each is tried on every module; published ones have one a layer
 )
 MOST_PATTERN = 200  # characters of a pattern
+SPELLINGS = {"n_groups": "mamba_n_groups"}  # key of config.json -> what SGLang reads, taking 8 without it
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
 
@@ -212,7 +213,9 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
             "producer": producer,
             "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore},
         }
-    mixed = len(kinds) > 1
+    # SGLang runs a file that is W4A16_NVFP4 throughout as W4A4 on Blackwell, with an input scale of 1.0. With
+    # its modules listed, as in published files, it is right in every engine that loads it.
+    mixed = len(kinds) > 1 or kinds[0] == LAYOUT[FORMAT_OF[kinds[0]]].weights_only
     named = {"quant_algo": MIXED if mixed else kinds[0]}
     layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
     legacy: dict[str, Any] = {**named, "kv_cache_quant_algo": kv}
@@ -228,6 +231,8 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     }
     if mixed:
         legacy["quantized_layers"] = section["quantized_layers"] = layers
+    else:  # in both files, or TensorRT-LLM warns
+        section |= _group_size(kinds[0])
     section |= {"ignore": ignore, **named}
     if kv and plan.cache is not None:
         section["kv_cache_scheme"] = {"dynamic": False, "num_bits": plan.cache.bits, "type": "float"}
@@ -278,7 +283,20 @@ def excluded_modules(plan: Plan) -> list[str]:
 def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Both config files by name, as JSON data; ``raw_config`` is the source's config.json."""
     section, legacy = quantization_sections(plan)
-    return {"config.json": {**raw_config, **({SECTION: section} if section else {})}, LEGACY: legacy}
+    return {
+        "config.json": {**spelled_for_engines(raw_config), **({SECTION: section} if section else {})},
+        LEGACY: legacy,
+    }
+
+
+def spelled_for_engines(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config.json, with the spellings of its keys that engines look for beside those it has."""
+    added = {
+        theirs: raw_config[key]
+        for key, theirs in SPELLINGS.items()
+        if key in raw_config and theirs not in raw_config
+    }
+    return {**raw_config, **added}
 
 
 def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:

@@ -48,7 +48,7 @@ from nemoquant.errors import CheckpointError, NemoquantError, WeightError, listi
 from nemoquant.files import MOST_TABLE_ENTRIES, lies_in, read_json
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
-from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections
+from nemoquant.layouts.modelopt import LEGACY, SECTION, quantization_sections, spelled_for_engines
 from nemoquant.machine import usable_threads
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
@@ -355,10 +355,9 @@ def _check_configs(out: Path, plan: Plan, source: Source | None, report: Verific
         report.problems.append(f"config.json: `{SECTION}` is not what the plan calls for")
     if _json(out / LEGACY) != legacy:
         report.problems.append(f"{LEGACY} is not what the plan calls for")
-    if source is not None and written != source.raw_config:
-        changed = sorted(
-            k for k in written.keys() | source.raw_config.keys() if written.get(k) != source.raw_config.get(k)
-        )
+    expected = written if source is None else spelled_for_engines(source.raw_config)
+    if written != expected:
+        changed = sorted(k for k in written.keys() | expected.keys() if written.get(k) != expected.get(k))
         report.problems.append(f"config.json: keys differ from the source's: {', '.join(changed)}")
 
 

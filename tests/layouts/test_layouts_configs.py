@@ -35,6 +35,7 @@ TWO_LAYERS = {"hybrid_override_pattern": "*E", "n_routed_experts": 2, "num_exper
 def files_of(out):
     """Returns quantization_config, the other keys of config.json, and hf_quant_config.json."""
     config = json.loads((out / "config.json").read_text())
+    assert config.pop("mamba_n_groups") == config["n_groups"], "SGLang reads no other spelling"
     return config.pop("quantization_config"), config, json.loads((out / "hf_quant_config.json").read_text())
 
 
@@ -73,6 +74,7 @@ def test_mxfp8(two_layers, quantized):
     number = {**FP8_NUMBER, "group_size": 32}
     assert section == {
         "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
+        "group_size": 32,
         "ignore": ignore,
         "quant_algo": "MXFP8",
         "producer": PRODUCER,
@@ -97,6 +99,7 @@ def test_nvfp4_alone(two_layers, quantized):
         "config_groups": {
             "group_0": {"input_activations": FP4_NUMBER, "weights": FP4_NUMBER, "targets": ["Linear"]}
         },
+        "group_size": 16,
         "ignore": ignore,
         "quant_algo": "NVFP4",
         "kv_cache_scheme": FP8_NUMBER,
@@ -116,6 +119,7 @@ def test_nvfp4_alone(two_layers, quantized):
 
 
 def test_nvfp4_weights_only(two_layers, quantized):
+    """Listed by module: SGLang would run a file of this algorithm alone as W4A4 on Blackwell."""
     section, rest, legacy = files_of(quantized("nvfp4-w4a16", of=two_layers))
     ignore = [
         "backbone.embeddings",
@@ -131,20 +135,23 @@ def test_nvfp4_weights_only(two_layers, quantized):
         "lm_head",
         "mtp*",
     ]
+    targets = [f"{L1}.experts.{e}.{p}_proj" for e in (0, 1) for p in ("down", "up")]
+    layers = {module: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for module in targets}
     assert section == {
-        "config_groups": {"group_0": {"weights": FP4_NUMBER, "targets": ["Linear"]}},
+        "config_groups": {"group_0": {"weights": FP4_NUMBER, "targets": targets}},
+        "quantized_layers": layers,
         "ignore": ignore,
-        "quant_algo": "W4A16_NVFP4",
+        "quant_algo": "MIXED_PRECISION",
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }
     assert legacy == {
         "producer": PRODUCER,
         "quantization": {
-            "quant_algo": "W4A16_NVFP4",
+            "quant_algo": "MIXED_PRECISION",
             "kv_cache_quant_algo": None,
-            "group_size": 16,
             "exclude_modules": ignore,
+            "quantized_layers": layers,
         },
     }
     assert rest == json.loads((two_layers / "config.json").read_text())

@@ -28,7 +28,8 @@ from support.oracle_tensors import is_scale, read
 
 pytestmark = modelopt_run.MARKS
 
-UNIFORM = {"fp8": "FP8", "mxfp8": "MXFP8", "nvfp4-full": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}
+UNIFORM = {"fp8": "FP8", "mxfp8": "MXFP8", "nvfp4-full": "NVFP4"}
+WEIGHTS_ONLY = "nvfp4-w4a16"  # ours lists its modules
 
 
 def load(folder: Path, file: str) -> dict[str, Any]:
@@ -67,13 +68,20 @@ def by_layer(names: Any) -> Any:
     )
 
 
-def group_in_a_mixed_map(algorithm: str, group_size: int) -> dict[str, Any]:
-    """What Model Optimizer's config.json has for an algorithm that stands beside others, without targets."""
+def converted(layers: dict[str, Any]) -> dict[str, Any]:
+    """What Model Optimizer's config.json has for such ``quantized_layers`` in its older file."""
     from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
-    layers = {"one": {"quant_algo": algorithm, "group_size": group_size}}
     legacy = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
-    group = convert_hf_quant_config_format(legacy)["config_groups"]["group_0"]
+    section: dict[str, Any] = convert_hf_quant_config_format(legacy)
+    return section
+
+
+def group_in_a_mixed_map(algorithm: str, group_size: int) -> dict[str, Any]:
+    """What Model Optimizer's config.json has for an algorithm that stands beside others, without targets."""
+    group = converted({"one": {"quant_algo": algorithm, "group_size": group_size}})["config_groups"][
+        "group_0"
+    ]
     assert group.pop("targets") == ["one"]
     return group
 
@@ -89,13 +97,26 @@ def test_one_format(preset, runs) -> None:
     if preset == "mxfp8":
         assert "config_groups" not in theirs[0]
         theirs[0]["config_groups"] = {"group_0": group_in_a_mixed_map("MXFP8", 32) | {"targets": ["Linear"]}}
+    if "group_size" in theirs[1]:  # in its older file alone, of which TensorRT-LLM warns
+        theirs[0]["group_size"] = theirs[1]["group_size"]
     assert ours == theirs
     assert ignored[0][0] == ignored[0][1]  # both files have the same list
     assert set(ignored[1][0]) == set(ignored[1][1])
     assert ours[0]["quant_algo"] == UNIFORM[preset]
-    if preset != "nvfp4-w4a16":
-        mtp = {"mtp*", "mtp"} if preset == "mxfp8" else {"mtp*"}
-        assert set(ignored[0][0]) == set(ignored[1][0]) | mtp
+    mtp = {"mtp*", "mtp"} if preset == "mxfp8" else {"mtp*"}
+    assert set(ignored[0][0]) == set(ignored[1][0]) | mtp
+
+
+def test_weights_only(runs) -> None:
+    """Ours lists the modules that theirs quantizes, as Model Optimizer's own converter writes such a list."""
+    (ours, legacy), (theirs, _) = sections(runs.ours(WEIGHTS_ONLY)), sections(runs.theirs(WEIGHTS_ONLY))
+    assert theirs["quant_algo"] == "W4A16_NVFP4"
+    layers = legacy["quantized_layers"]
+    assert {entry["quant_algo"] for entry in layers.values()} == {"W4A16_NVFP4"}
+    assert ours["quantized_layers"] == layers
+    expected = converted(layers)
+    assert ours["config_groups"] == expected["config_groups"]
+    assert ours["quant_algo"] == legacy["quant_algo"] == expected["quant_algo"] == "MIXED_PRECISION"
 
 
 def test_numbers_are_those_of_its_own_presets() -> None:
@@ -110,7 +131,7 @@ def test_numbers_are_those_of_its_own_presets() -> None:
             assert {key: value for key, value in cfg.items() if key != "effective_bits"} == numbers
 
 
-@pytest.mark.parametrize("preset", UNIFORM)
+@pytest.mark.parametrize("preset", [*UNIFORM, WEIGHTS_ONLY])
 def test_exclusions_mean_the_same(preset, runs) -> None:
     """Both exclude the same modules of the main model; the others are quantized."""
     ours, theirs = (sections(out)[0]["ignore"] for out in (runs.ours(preset), runs.theirs(preset)))
@@ -157,7 +178,7 @@ def test_keys_of_the_model(preset, runs) -> None:
     ours, theirs = load(runs.ours(preset), "config.json"), load(runs.theirs(preset), "config.json")
     ours.pop("quantization_config")
     raw = json.loads((runs.source(preset) / "config.json").read_text())
-    assert ours == raw
+    assert ours == raw | {"mamba_n_groups": raw["n_groups"]}  # SGLang's spelling beside it
     respelled = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"}
     assert raw.keys() - theirs.keys() == respelled
     assert {key: theirs[key] for key in raw.keys() - respelled} == {

@@ -187,5 +187,9 @@ def expected(
                 result[f"{module}.input_scale"] = scalar(np.float32(seen) / np.float32(2688))
     if preset not in UNCALIBRATED:
         for module, value in scales["kv_amax"].items():
-            result[f"{module}.{module[-6]}_scale"] = scalar(np.float32(value) / np.float32(448))
+            exact = torch.tensor(np.float32(value) / np.float32(448))
+            up = exact.bfloat16()
+            if up < exact:
+                up = torch.nextafter(up, torch.tensor(torch.inf, dtype=torch.bfloat16))
+            result[f"{module}.{module[-6]}_scale"] = scalar(np.float32(up.item()))
     return result
