@@ -29,6 +29,7 @@ from nemoquant.run.options import RunOptions
 from nemoquant.units import size
 
 if TYPE_CHECKING:
+    from nemoquant.layouts.engines import Mixture
     from nemoquant.planning.plan import Plan
 
 
@@ -90,7 +91,7 @@ def command(
       nemoquant plan MODEL --fmt nvfp4 --for sglang --gpu h100      whether SGLang runs it there, and how
     """
     from nemoquant import api
-    from nemoquant.layouts.engines import READERS, cautions, header, notes, proof
+    from nemoquant.layouts.engines import READERS, cautions, header, mixture, notes, proof
     from nemoquant.layouts.engines import table as engine_table
     from nemoquant.layouts.serving import NEMOTRON_3, Chat, commands
     from nemoquant.planning.plan import ROLE_HEADER, method_warnings, role_table
@@ -108,14 +109,15 @@ def command(
         descent=options.descent,
     )
     expected = api.estimate(model, name, options, out=out) if estimate else None
+    file = mixture(resolved)
     chat = Chat.of(template_source(model)) if model.is_dir() else NEMOTRON_3
     serving = [c for c in commands(resolved, options.gpu, "OUT", chat) if c.engine in engines]
     if as_json:
-        data = resolved.to_json() | {"engines": {name: _by_sm(resolved, name) for name in engines}}
+        data = resolved.to_json() | {"engines": {name: _by_sm(file, name) for name in engines}}
         data["cautions"] = [*method_warnings(resolved, options.method), *cautions(resolved)]
         data["serving"] = [command.to_json() for command in serving]
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
-        _check_runs(resolved, engines if engine else [], options.gpu)
+        _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
         return
     say(f"{resolved.recipe.name}: {resolved.recipe.summary}")
     table(role_table(resolved), ROLE_HEADER, right="34")
@@ -137,9 +139,9 @@ def command(
     ]
     for name, text in lines:
         say(f"{name:<24}{text}")
-    table(engine_table(resolved, engines), header(engines))
-    say(proof(resolved))
-    for text in notes(resolved, engines if engine else (*engines, *READERS)):
+    table(engine_table(file, engines), header(engines))
+    say(proof(file))
+    for text in notes(file, engines if engine else (*engines, *READERS)):
         say(f"- {text}")
     for command in serving if engine or options.gpu else ():
         say(command.where + ":" * bool(command.argv))
@@ -159,25 +161,25 @@ def command(
         say(f"warning: {text}", err=True)
     if resolved.assumed:
         say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")
-    _check_runs(resolved, engines if engine else [], options.gpu)
+    _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
 
 
-def _by_sm(resolved: "Plan", engine: str) -> dict[str, Any]:
+def _by_sm(file: "Mixture", engine: str) -> dict[str, Any]:
     """What an engine does by compute capability, as JSON data."""
     from nemoquant.layouts.engines import outcome
 
-    return {str(sm): outcome(resolved, engine, sm)._asdict() for sm in SMS}
+    return {str(sm): outcome(file, engine, sm)._asdict() for sm in SMS}
 
 
-def _check_runs(resolved: "Plan", engines: list[str], gpu: str | None) -> None:
+def _check_runs(recipe: str, file: "Mixture", engines: list[str], gpu: str | None) -> None:
     """Ends with exit code 1 where an engine that was asked for can't run the output on a GPU, or any."""
     from nemoquant.layouts.engines import outcome
 
     for engine in engines:
-        found = [outcome(resolved, engine, sm) for sm in ([GPUS[gpu].sm] if gpu else SMS)]
+        found = [outcome(file, engine, sm) for sm in ([GPUS[gpu].sm] if gpu else SMS)]
         if all(each.runs not in RIGHT for each in found):
             where = GPUS[gpu].title if gpu else "any GPU"
-            say(f"{engine} does not run {resolved.recipe.name} on {where}: {found[0].runs}", err=True)
+            say(f"{engine} does not run {recipe} on {where}: {found[0].runs}", err=True)
             sys.exit(1)
 
 

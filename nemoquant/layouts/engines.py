@@ -45,8 +45,25 @@ class Outcome(NamedTuple):
         return f"{self.runs}, {self.since}" if self.since else self.runs
 
 
-def parts(plan: Plan) -> frozenset[tuple[str, str]]:
-    """(algorithm, part) of everything quantized in a plan, as ``ROWS`` have them."""
+class Mixture(NamedTuple):
+    """What of the layout is in a file.
+
+    Attributes:
+        parts: (algorithm, part) of everything quantized, as ``ROWS`` have them.
+        algorithm: that the config files declare for the whole file; empty where nothing is quantized.
+    """
+
+    parts: frozenset[tuple[str, str]]
+    algorithm: str
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All algorithms that are in it."""
+        return frozenset(name for name, part in self.parts if part in (LINEAR, EXPERTS) and name != MIXED)
+
+
+def mixture(plan: Plan) -> Mixture:
+    """Of the file of a plan."""
     found: set[tuple[str, str]] = set()
     for row in plan.quantized:
         name = algorithm(row)
@@ -55,29 +72,18 @@ def parts(plan: Plan) -> frozenset[tuple[str, str]]:
     found |= {(name, BESIDE if len(names) > 1 else ALONE) for name in names}
     if is_listed(names):
         found.add((MIXED, LINEAR))
-    return frozenset(found)
-
-
-def file_algorithm(plan: Plan) -> str:
-    """The algorithm that the config files declare for a plan's whole file."""
-    names = {algorithm(row) for row in plan.quantized}
-    return MIXED if is_listed(names) else next(iter(names), "")
-
-
-def outcome(plan: Plan, engine: str, sm: int) -> Outcome:
-    """What an engine does with the file of a plan on a GPU of compute capability ``sm``."""
-    return _outcome(parts(plan), file_algorithm(plan), engine, sm)
+    return Mixture(frozenset(found), MIXED if is_listed(names) else next(iter(names), ""))
 
 
 @cache
-def _outcome(present: frozenset[tuple[str, str]], whole: str, engine: str, sm: int) -> Outcome:
-    rows = [
-        row for row in ROWS if row.engine == engine and sm in row.sms and (row.algorithm, row.part) in present
-    ]
-    needed = {(name, part) for name, part in present if part in (LINEAR, EXPERTS)}
+def outcome(file: Mixture, engine: str, sm: int) -> Outcome:
+    """What an engine does with a file on a GPU of compute capability ``sm``."""
+    here = (row for row in ROWS if row.engine == engine and sm in row.sms)
+    rows = [row for row in here if (row.algorithm, row.part) in file.parts]
+    needed = {(name, part) for name, part in file.parts if part in (LINEAR, EXPERTS)}
     known = {(row.algorithm, row.part) for row in rows}
     runs: set[Runs] = {row.runs for row in rows}
-    if sm < LEAST.get((engine, whole), 0) or needed - known:
+    if sm < LEAST.get((engine, file.algorithm), 0) or needed - known:
         runs.add("refused")
     worst: Runs = max(runs, key=ORDER.index, default="native")
     since = max((row.since for row in rows if row.since), key=_age, default="")
@@ -92,13 +98,13 @@ def _age(version: str) -> tuple[bool, list[int]]:
     return not numbered, [int(part) for part in re.findall(r"\d+", version)] if numbered else []
 
 
-def notes(plan: Plan, engines: Iterable[str] = (*ENGINES.values(), *READERS)) -> list[str]:
-    """What to know about engines that load the file of a plan, or seem to; without :func:`cautions`."""
+def notes(file: Mixture, engines: Iterable[str] = (*ENGINES.values(), *READERS)) -> list[str]:
+    """What to know about engines that load a file, or seem to; without :func:`cautions`."""
     found = (
         f"{engine}: {note}"
         for engine in engines
         for sms in FAMILIES.values()
-        for note in outcome(plan, engine, sms[0]).notes
+        for note in outcome(file, engine, sms[0]).notes
         if all(note != row.note for row in _silent())
     )
     return list(dict.fromkeys(found))
@@ -111,7 +117,7 @@ def _silent() -> Iterator[Row]:
 
 def cautions(plan: Plan) -> list[str]:
     """What a user must know before serving the file of a plan: where an engine is silently wrong."""
-    present = parts(plan)
+    present = mixture(plan).parts
     modules = Counter(algorithm(row) for row in plan.quantized)
     roles = Counter((algorithm(row), row.role) for row in plan.quantized)
     found = []
@@ -133,26 +139,26 @@ def header(engines: Iterable[str] = ENGINES.values()) -> tuple[str, ...]:
     return ("GPU", *engines)
 
 
-def table(plan: Plan, engines: Iterable[str] = ENGINES.values()) -> list[tuple[str, ...]]:
-    """For each family of GPUs what each engine does with the file of a plan."""
+def table(file: Mixture, engines: Iterable[str] = ENGINES.values()) -> list[tuple[str, ...]]:
+    """For each family of GPUs what each engine does with a file."""
     return [
         (
             f"{title} (SM {', '.join(map(str, sms))})",
-            *(str(outcome(plan, engine, sms[0])) for engine in engines),
+            *(str(outcome(file, engine, sms[0])) for engine in engines),
         )
         for title, sms in FAMILIES.items()
     ]
 
 
-def markdown_table(plan: Plan) -> list[str]:
+def markdown_table(file: Mixture) -> list[str]:
     """The same as the lines of a Markdown table."""
-    lines = [header(), ("---",) * len(header()), *table(plan)]
+    lines = [header(), ("---",) * len(header()), *table(file)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def proof(plan: Plan) -> str:
+def proof(file: Mixture) -> str:
     """A sentence on how it is known: engines that loaded a file of these algorithms, or where it was read."""
-    names = frozenset(algorithm(row) for row in plan.quantized)
+    names = file.names
     loaded = [f"{check.engine} {check.version}" for check in CHECKED if names in check.mixtures]
     if not loaded:
         return "The table was read in the engines' sources; none of them was run on a file of these formats."

@@ -6,14 +6,15 @@ Options and their words were read in vLLM 0.33.0, SGLang 0.5.23 and TensorRT-LLM
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from nemoquant.layouts import ENGINES, RIGHT
 from nemoquant.layouts.engine_rows import TURING
-from nemoquant.layouts.engines import outcome
+from nemoquant.layouts.engines import Mixture, mixture, outcome
 from nemoquant.layouts.gpus import GPUS, Gpu
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.planning.plan import Plan
@@ -25,6 +26,7 @@ SEQUENCES, CONTEXT = 16, 8192  # whose caches have room beside the weights
 DRAFTS = 3  # tokens that multi-token prediction drafts, as in published commands
 USUAL = ("h100", "b200")  # one of these where no GPU is named
 HERE = "/path/to/this/folder"
+YAML = "trtllm.yaml"
 
 
 class Chat(NamedTuple):
@@ -83,31 +85,46 @@ def commands(
         out: the folder.
         chat: what its chat template has.
     """
-    chosen = GPUS[gpu or _usual(plan)]
-    return [_serving(plan, engine, chosen, str(out), chat) for engine in ENGINES.values()]
+    file = mixture(plan)
+    chosen = GPUS[gpu or _usual(file)]
+    found = []
+    for engine in ENGINES.values():
+        does = outcome(file, engine, chosen.sm)
+        gpus = _split(plan, chosen)
+        if does.runs not in RIGHT:
+            found.append(
+                Serving(engine, f"{engine} on {chosen.title}: {'; '.join((does.runs, *does.notes))}")
+            )
+        elif gpus is None:
+            most = f"{SPLITS[-1]} {chosen.title} of {chosen.gigabytes} GB"
+            found.append(Serving(engine, f"{engine}: {size(_bytes(plan))} do not fit into {most}"))
+        else:
+            many = f"{gpus} " if gpus > 1 else ""
+            where = f"{engine} {does.since} or later on {many}{chosen.title} ({does.runs})"
+            argv, files = COMMANDS[engine](_Server(plan, chosen, gpus, str(out), chat, does.options))
+            found.append(Serving(engine, where, tuple(argv), files))
+    return found
 
 
-def _usual(plan: Plan) -> str:
-    native = (name for name in USUAL if outcome(plan, "vLLM", GPUS[name].sm).runs == "native")
+def _usual(file: Mixture) -> str:
+    native = (name for name in USUAL if outcome(file, ENGINES["vllm"], GPUS[name].sm).runs == "native")
     return next(native, USUAL[0])
 
 
-def _serving(plan: Plan, engine: str, gpu: Gpu, out: str, chat: Chat) -> Serving:
-    found = outcome(plan, engine, gpu.sm)
-    if found.runs not in RIGHT:
-        return Serving(engine, f"{engine} on {gpu.title}: {'; '.join((found.runs, *found.notes))}")
-    gpus = _split(plan, gpu)
-    if gpus is None:
-        needed = size(_bytes(plan))
-        return Serving(
-            engine, f"{engine}: {needed} do not fit into {SPLITS[-1]} {gpu.title} of {gpu.gigabytes} GB"
-        )
-    where = f"{engine} {found.since} or later on {f'{gpus} ' if gpus > 1 else ''}{gpu.title} ({found.runs})"
-    if engine == ENGINES["vllm"]:
-        return Serving(engine, where, tuple(_vllm(plan, gpu, gpus, out, chat)))
-    if engine == ENGINES["sglang"]:
-        return Serving(engine, where, tuple(_sglang(plan, gpus, out, chat)))
-    return Serving(engine, where, tuple(_tensorrt_llm(gpus, out, chat)), {YAML: _yaml(plan)})
+class _Server(NamedTuple):
+    """What a command is for; ``options``: those that the table of engines asks for."""
+
+    plan: Plan
+    gpu: Gpu
+    gpus: int
+    out: str
+    chat: Chat
+    options: tuple[str, ...]
+
+    @property
+    def deals_experts(self) -> bool:
+        """Whether whole experts go to several GPUs: their widths don't always divide."""
+        return self.gpus > 1 and self.plan.config.n_routed_experts > 0
 
 
 def _bytes(plan: Plan) -> int:
@@ -133,68 +150,70 @@ def _divides(c: NemotronHConfig, gpus: int) -> bool:
     return all(n % gpus == 0 for n in whole) and (kv % gpus == 0 or gpus % max(kv, 1) == 0)
 
 
-def _vllm(plan: Plan, gpu: Gpu, gpus: int, out: str, chat: Chat) -> Iterator[str]:
-    yield from ("vllm", "serve", out)
-    if gpus > 1:
-        yield from ("--tensor-parallel-size", str(gpus))
-        if plan.config.n_routed_experts:
-            yield "--enable-expert-parallel"
-    if gpu.sm in TURING:
-        yield from ("--dtype", "half")
-    if plan.kv_layers:
-        yield from ("--kv-cache-dtype", "fp8")
-    yield from ("--mamba-ssm-cache-dtype", plan.config.mamba_ssm_cache_dtype)
-    speculative: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": DRAFTS}
-    options = outcome(plan, ENGINES["vllm"], gpu.sm).options
-    yield from options
-    if "--moe-backend" in options:
-        speculative["moe_backend"] = "triton"  # the draft's experts are bf16
-    if plan.config.mtp_modules:
-        yield from ("--speculative-config", json.dumps(speculative))
-    if chat.thinks:
-        yield from ("--reasoning-parser", "nemotron_v3")
-    if chat.calls_tools:
-        yield from ("--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder")
+def _vllm(of: _Server) -> tuple[list[str], dict[str, str]]:
+    argv = ["vllm", "serve", of.out]
+    if of.gpus > 1:
+        argv += ["--tensor-parallel-size", str(of.gpus)]
+    if of.deals_experts:
+        argv += ["--enable-expert-parallel"]
+    if of.gpu.sm in TURING:
+        argv += ["--dtype", "half"]
+    if of.plan.kv_layers:
+        argv += ["--kv-cache-dtype", "fp8"]
+    argv += ["--mamba-ssm-cache-dtype", of.plan.config.mamba_ssm_cache_dtype, *of.options]
+    if of.plan.config.mtp_modules:
+        draft: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": DRAFTS}
+        if "--moe-backend" in of.options:
+            draft["moe_backend"] = "triton"  # its experts are bf16
+        argv += ["--speculative-config", json.dumps(draft)]
+    if of.chat.thinks:
+        argv += ["--reasoning-parser", "nemotron_v3"]
+    if of.chat.calls_tools:
+        argv += ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder"]
+    return argv, {}
 
 
-def _sglang(plan: Plan, gpus: int, out: str, chat: Chat) -> Iterator[str]:
-    yield from ("python", "-m", "sglang.launch_server", "--model-path", out)
-    if gpus > 1:
-        yield from ("--tp-size", str(gpus))
-        if plan.config.n_routed_experts:
-            yield from ("--ep-size", str(gpus))
-    if plan.kv_layers:
-        yield from ("--kv-cache-dtype", "fp8_e4m3")
-    yield from ("--mamba-ssm-dtype", plan.config.mamba_ssm_cache_dtype)
-    if plan.config.mtp_modules:
-        yield from ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(DRAFTS))
-        yield from ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(DRAFTS + 1))
-    if chat.thinks:
-        yield from ("--reasoning-parser", "nemotron_3")
-    if chat.calls_tools:
-        yield from ("--tool-call-parser", "qwen3_coder")
+def _sglang(of: _Server) -> tuple[list[str], dict[str, str]]:
+    argv = ["python", "-m", "sglang.launch_server", "--model-path", of.out]
+    if of.gpus > 1:
+        argv += ["--tp-size", str(of.gpus)]
+    if of.deals_experts:
+        argv += ["--ep-size", str(of.gpus)]
+    if of.plan.kv_layers:
+        argv += ["--kv-cache-dtype", "fp8_e4m3"]
+    argv += ["--mamba-ssm-dtype", of.plan.config.mamba_ssm_cache_dtype, *of.options]
+    if of.plan.config.mtp_modules:
+        argv += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(DRAFTS)]
+        argv += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(DRAFTS + 1)]
+    if of.chat.thinks:
+        argv += ["--reasoning-parser", "nemotron_3"]
+    if of.chat.calls_tools:
+        argv += ["--tool-call-parser", "qwen3_coder"]
+    return argv, {}
 
 
-YAML = "trtllm.yaml"
-
-
-def _tensorrt_llm(gpus: int, out: str, chat: Chat) -> Iterator[str]:
-    yield from ("trtllm-serve", out, "--config", YAML)
-    if gpus > 1:
-        yield from ("--tp_size", str(gpus), "--ep_size", str(gpus))
-    if chat.thinks:
-        yield from ("--reasoning_parser", "nemotron-v3")
-    if chat.calls_tools:
-        yield from ("--tool_parser", "qwen3_coder")
-
-
-def _yaml(plan: Plan) -> str:
-    """What ``trtllm-serve`` has no option for; JSON values are YAML too."""
+def _tensorrt_llm(of: _Server) -> tuple[list[str], dict[str, str]]:
+    """The file has what ``trtllm-serve`` has no option for; JSON values are YAML too."""
+    argv = ["trtllm-serve", of.out, "--config", YAML]
+    if of.gpus > 1:
+        argv += ["--tp_size", str(of.gpus)]
+    if of.deals_experts:
+        argv += ["--ep_size", str(of.gpus)]
+    if of.chat.thinks:
+        argv += ["--reasoning_parser", "nemotron-v3"]
+    if of.chat.calls_tools:
+        argv += ["--tool_parser", "qwen3_coder"]
     cache: dict[str, Any] = {"enable_block_reuse": False}
-    cache["mamba_ssm_cache_dtype"] = plan.config.mamba_ssm_cache_dtype
-    if plan.kv_layers:
+    cache["mamba_ssm_cache_dtype"] = of.plan.config.mamba_ssm_cache_dtype
+    if of.plan.kv_layers:
         cache["dtype"] = "fp8"
     keys: dict[str, Any] = {"kv_cache_config": cache}
-    if plan.config.mtp_modules:
+    if of.plan.config.mtp_modules:
         keys["speculative_config"] = {"decoding_type": "MTP", "num_nextn_predict_layers": DRAFTS}
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items())
+    return [*argv, *of.options], {YAML: "".join(f"{key}: {json.dumps(v)}\n" for key, v in keys.items())}
+
+
+COMMANDS: Mapping[str, Callable[[_Server], tuple[list[str], dict[str, str]]]] = MappingProxyType(
+    dict(zip(ENGINES.values(), (_vllm, _sglang, _tensorrt_llm), strict=True))
+)
+"""Engine -> its command and the files that it names."""

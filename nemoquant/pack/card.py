@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
-from nemoquant.layouts.engines import markdown_table, notes, proof
+from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
 from nemoquant.layouts.serving import Chat, commands
 from nemoquant.pack.hub import head, source_id, source_name
 from nemoquant.planning.plan import Plan, role_table
@@ -53,7 +53,7 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         gpu: that the commands for serving are for; None is the first one that has the plan's formats.
     """
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
-    kv = plan.kv_cache_bytes_per_token()
+    kv, file = plan.kv_cache_bytes_per_token(), mixture(plan)
     tags = {"nemotron_h", "modelopt", "nemoquant", *(row.format for row in plan.quantized)}
     lines = [
         f"# {in_markdown(source_name(source))}, quantized: {in_markdown(plan.recipe.name)}",
@@ -86,13 +86,13 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         "",
         "## What loads it",
         "",
-        f"ModelOpt unified layout. {proof(plan)}",
+        f"ModelOpt unified layout. {proof(file)}",
         "`producer` in the config files says modelopt because engines look for that name; nemoquant wrote "
         "them.",
         "",
-        *markdown_table(plan),
+        *markdown_table(file),
         "",
-        *(f"- {line}" for line in notes(plan)),
+        *(f"- {line}" for line in notes(file)),
         "",
         "## Serve it",
         "",

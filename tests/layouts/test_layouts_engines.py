@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import cache
 
 import pytest
 from support.places import DEMO, NANO, SUPER
@@ -9,13 +10,14 @@ from support.places import DEMO, NANO, SUPER
 from nemoquant import api
 from nemoquant.layouts import ENGINES, RIGHT, serving
 from nemoquant.layouts.engine_rows import ALONE, BESIDE, EXPERTS, FAMILIES, LEAST, LINEAR, ORDER, ROWS
-from nemoquant.layouts.engines import READERS, cautions, notes, outcome, table
+from nemoquant.layouts.engines import READERS, cautions, mixture, notes, outcome, table
 from nemoquant.layouts.gpus import GPUS, SMS
 from nemoquant.layouts.modelopt import FORMAT_OF, MIXED
 from nemoquant.layouts.serving import Chat, commands
 from nemoquant.model.roles import LINEAR_ROLES
 
 VLLM, SGLANG, TENSORRT_LLM = ENGINES.values()
+planned = cache(api.plan)
 
 
 def test_every_row_is_of_the_tables_words() -> None:
@@ -66,40 +68,40 @@ LETTERS = {"native": "n", "weights only": "w", "refused": "r", "wrong": "x", "no
 
 @pytest.mark.parametrize("preset", sorted({preset for preset, _ in EXPECTED}))
 def test_what_engines_do_with_a_preset(preset) -> None:
-    plan = api.plan(SUPER, preset)
+    file = mixture(planned(SUPER, preset))
     for engine in ENGINES.values():
-        found = "".join(LETTERS[outcome(plan, engine, sms[0]).runs] for sms in FAMILIES.values())
+        found = "".join(LETTERS[outcome(file, engine, sms[0]).runs] for sms in FAMILIES.values())
         assert found == EXPECTED[preset, engine], engine
         for sm in SMS:
-            assert bool(outcome(plan, engine, sm).since) == (
-                outcome(plan, engine, sm).runs in ("native", "weights only")
+            assert bool(outcome(file, engine, sm).since) == (
+                outcome(file, engine, sm).runs in ("native", "weights only")
             )
 
 
 def test_the_latest_version_of_all_parts_counts() -> None:
-    plan = api.plan(SUPER, "nvfp4")
-    assert outcome(plan, VLLM, 100).since == "0.17.1", "FP8 parts alone need 0.12.0"
-    assert outcome(plan, TENSORRT_LLM, 90).since == "after June 2026", "FP8 parts alone need 1.3.0rc8"
+    file = mixture(planned(SUPER, "nvfp4"))
+    assert outcome(file, VLLM, 100).since == "0.17.1", "FP8 parts alone need 0.12.0"
+    assert outcome(file, TENSORRT_LLM, 90).since == "after June 2026", "FP8 parts alone need 1.3.0rc8"
 
 
 def test_what_transformers_does_is_said() -> None:
-    assert any("raw codes" in note for note in notes(api.plan(SUPER, "fp8")))
-    (mixed,) = [note for note in notes(api.plan(SUPER, "nvfp4")) if note.startswith("transformers")]
+    assert any("raw codes" in note for note in notes(mixture(planned(SUPER, "fp8"))))
+    (mixed,) = [note for note in notes(mixture(planned(SUPER, "nvfp4"))) if note.startswith("transformers")]
     assert "does not load" in mixed
 
 
 def test_cautions_are_not_said_twice() -> None:
-    plan = api.plan(SUPER, "nvfp4-full-w4a16")
+    plan = planned(SUPER, "nvfp4-full-w4a16")
     (caution,) = cautions(plan)
     assert caution.startswith(
         "40 mamba.in_proj modules are W4A16_NVFP4: SGLang 0.5.23 reads its global scale"
     )
-    assert not any("global scale" in note for note in notes(plan))
+    assert not any("global scale" in note for note in notes(mixture(plan)))
 
 
 def test_a_row_for_each_family() -> None:
-    plan = api.plan(SUPER, "nvfp4")
-    found = table(plan, [SGLANG])
+    plan = planned(SUPER, "nvfp4")
+    found = table(mixture(plan), [SGLANG])
     assert [len(row) for row in found] == [2] * len(FAMILIES)
     assert found[0] == ("T4 (SM 75)", "refused")
     assert found[4] == ("B200, B300 (SM 100, 103)", "native, 0.5.9")
@@ -109,7 +111,7 @@ def test_a_row_for_each_family() -> None:
 
 
 def by_engine(model, preset, gpu, **given):
-    return {each.engine: each for each in commands(api.plan(model, preset), gpu, **given)}
+    return {each.engine: each for each in commands(planned(model, preset), gpu, **given)}
 
 
 def test_commands_for_super_on_two_gpus() -> None:
@@ -166,7 +168,7 @@ def test_where_there_is_no_command(monkeypatch) -> None:
 
 
 def test_what_a_model_lacks_is_not_in_its_command() -> None:
-    (vllm, sglang, tensorrt_llm) = commands(api.plan(DEMO, "nvfp4-w4a16"), chat=Chat.of("{{ messages }}"))
+    (vllm, sglang, tensorrt_llm) = commands(planned(DEMO, "nvfp4-w4a16"), chat=Chat.of("{{ messages }}"))
     assert vllm.argv == (
         *("vllm", "serve", "/path/to/this/folder", "--mamba-ssm-cache-dtype", "float32"),
         *("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'),
@@ -174,13 +176,13 @@ def test_what_a_model_lacks_is_not_in_its_command() -> None:
     assert "H100" in vllm.where
     assert not {"--kv-cache-dtype", "--reasoning-parser", "--tool-call-parser", "--tp-size"} & {*sglang.argv}
     assert '"dtype"' not in tensorrt_llm.files["trtllm.yaml"]
-    (vllm, *_) = commands(api.plan(DEMO, "nvfp4-w4a16"), "t4")
+    (vllm, *_) = commands(planned(DEMO, "nvfp4-w4a16"), "t4")
     assert vllm.argv[3:5] == ("--dtype", "half")
 
 
 def test_the_usual_gpu_has_the_formats() -> None:
     for preset, gpu in {"fp8": "H100", "nvfp4": "B200", "mxfp8": "B200", "nvfp4-w4a16": "H100"}.items():
-        assert gpu in commands(api.plan(DEMO, preset))[0].where
+        assert gpu in commands(planned(DEMO, preset))[0].where
     assert Chat.of("<think><function=") == (True, True)
 
 
