@@ -141,13 +141,16 @@ def header(engines: Iterable[str] = ENGINES.values()) -> tuple[str, ...]:
 
 def table(file: Mixture, engines: Iterable[str] = ENGINES.values()) -> list[tuple[str, ...]]:
     """For each family of GPUs what each engine does with a file."""
+    names = list(engines)
     return [
-        (
-            f"{title} (SM {', '.join(map(str, sms))})",
-            *(str(outcome(file, engine, sms[0])) for engine in engines),
-        )
+        (in_words(title), *(str(outcome(file, engine, sms[0])) for engine in names))
         for title, sms in FAMILIES.items()
     ]
+
+
+def in_words(family: str) -> str:
+    """A family with its compute capabilities: ``B200, B300 (SM 100, 103)``."""
+    return f"{family} (SM {', '.join(map(str, FAMILIES[family]))})"
 
 
 def markdown_table(file: Mixture) -> list[str]:
