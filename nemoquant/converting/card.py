@@ -6,9 +6,14 @@ from types import MappingProxyType
 from nemoquant._version import __version__
 from nemoquant.checkpoint.converted import FILE
 from nemoquant.converting import Target
+from nemoquant.converting.result import Converted
+from nemoquant.pack.card import linked
+from nemoquant.pack.hub import head
+from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.units import size
 from nemoquant.words import in_markdown, markdown_code
 
+LIBRARY = "transformers"
 TITLES: Mapping[Target, str] = MappingProxyType(
     {
         "compressed-tensors": "Nemotron-H, quantized: FP8 in the compressed-tensors layout",
@@ -26,40 +31,31 @@ LOADS: Mapping[Target, str] = MappingProxyType(
 )
 
 
-def card(
-    to: Target,
-    layout: str,
-    sizes: tuple[int, int],
-    notes: Sequence[str],
-    warnings: Sequence[str],
-    copied: Sequence[str],
-) -> str:
+def card(opened: PackedCheckpoint, result: Converted, copied: Sequence[str]) -> str:
     """The card's text.
 
     Args:
-        layout: of the checkpoint that was converted.
-        sizes: bytes of tensors, before and after.
+        opened: the checkpoint that was converted.
+        copied: names of its files that were copied.
     """
+    origin = opened.path, opened.raw_config
     lines = [
-        "---",
-        f"tags: [nemotron_h, {to}]",
-        "---",
-        f"# {TITLES[to]}",
+        f"# {TITLES[result.to]}",
         "",
-        f"Converted from a checkpoint in the {layout} layout: {size(sizes[1])} of tensors, {size(sizes[0])} "
-        "before. Accuracy was not measured; `nemoquant diff` measures it.",
+        f"Converted from {linked(*origin)}, in the {result.layout} layout: {size(result.bytes_out)} of "
+        f"tensors, {size(result.bytes_in)} before. Accuracy was not measured; `nemoquant diff` measures it.",
         "",
         "## What changed",
         "",
-        *(f"- {in_markdown(note)}" for note in notes),
+        *(f"- {in_markdown(note)}" for note in result.notes),
         "",
         "## What loads it",
         "",
-        LOADS[to],
+        LOADS[result.to],
         "",
     ]
-    if warnings:
-        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in warnings), ""]
+    if result.warnings:
+        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in result.warnings), ""]
     lines += [
         "## Provenance",
         "",
@@ -67,4 +63,4 @@ def card(
     ]
     if copied:
         lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, copied)) + "."]
-    return "\n".join(lines) + "\n"
+    return head(*origin, LIBRARY, {"nemotron_h", result.to}) + "\n".join(lines) + "\n"

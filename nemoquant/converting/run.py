@@ -65,10 +65,7 @@ def run(
         with making(out, {*files, *copied, *WRITTEN}) as made:
             digests = _write_shards(made.folder, files, after, progress)
             copy_side_files(path, copied, made.folder)
-            text = card(
-                to, opened.layout.name, (before, after), conversion.notes, conversion.warnings, copied
-            )
-            _write(made.folder / manifest.CARD, text)
+            _write(made.folder / manifest.CARD, card(opened, result, copied))
             _write_json(made.folder / "config.json", conversion.config)
             weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
             _write_json(made.folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})

@@ -76,6 +76,7 @@ _S_OVERRIDES = "arg_groups/model_overrides/nemotron_h.py"
 _T_GUIDE = "_torch/modules/fused_moe/MOE_DEVELOPER_GUIDE.md"
 _T_LINEAR = "_torch/modules/linear.py"
 _T_MODEL = "_torch/models/modeling_nemotron_h.py, pull request 14775"
+_L_CONVERTER = "conversion/base.py, run"
 _T_SUMMER, _T_AUTUMN = "after June 2026", "after August 2026"  # main branch; no release is known
 
 _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
@@ -240,8 +241,30 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
             "wrong",
             "",
             "run with 5.14 and 5.19",
-            note="it loads the file without an error and computes with raw codes (KL 3.2 on the demo model): "
+            note="it loads the file without an error and computes with raw codes (KL 2.2 on the demo model): "
             "`nemoquant convert OUT NEW --to compressed-tensors`, or `--to bf16`",
+        ),
+    ),
+    ("llama.cpp", "FP8", LINEAR): (
+        On(
+            ALL,
+            "weights only",
+            "October 2026",
+            _L_CONVERTER,
+            note="its converter decodes FP8 to bf16, as large as the source",
+        ),
+    ),
+    ("llama.cpp", "MXFP8", LINEAR): (
+        On(ALL, "refused", "", _L_CONVERTER, note="its converter fails on MXFP8"),
+    ),
+    ("llama.cpp", "W4A16_NVFP4", EXPERTS): (
+        On(
+            ALL,
+            "weights only",
+            "October 2026",
+            f"{_L_CONVERTER}; _flush_nvfp4_experts",
+            note="its converter does not see that experts are weights only, so that their inputs get 4 bits "
+            "on Blackwell: GGML_CUDA_MMQ_PREC=q8 there",
         ),
     ),
     **{

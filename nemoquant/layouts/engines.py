@@ -27,7 +27,7 @@ from nemoquant.layouts.engine_rows import (
 from nemoquant.layouts.modelopt import MIXED, algorithm, is_listed
 from nemoquant.planning.plan import Plan
 
-READERS = ("transformers",)  # what people try too
+READERS = ("transformers", "llama.cpp")  # what people try too
 
 
 class Outcome(NamedTuple):
