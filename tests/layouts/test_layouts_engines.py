@@ -191,3 +191,10 @@ def test_gpus_are_split_as_engines_divide_the_model() -> None:
     assert "on 2 H100" in sizes["h100"] and "on H200" not in sizes["h200"].replace("on 2 H200", "")
     assert "on 4 L40S" in sizes["l40s"] and "on 8 RTX 4090" in sizes["rtx4090"]
     assert "on B300" in sizes["b300"]
+
+
+def test_nothing_quantized_runs_everywhere(tmp_path) -> None:
+    recipe = tmp_path / "none.yaml"
+    recipe.write_text("name: none\nsummary: s\nrules:\n- {roles: ['*'], format: source}\n")
+    (vllm, *_) = commands(api.plan(DEMO, recipe))
+    assert vllm.where == "vLLM on H100 (native)"
