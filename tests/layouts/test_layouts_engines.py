@@ -193,8 +193,8 @@ def test_gpus_are_split_as_engines_divide_the_model() -> None:
     assert "on B300" in sizes["b300"]
 
 
-def test_nothing_quantized_runs_everywhere(tmp_path) -> None:
+def test_a_quantized_cache_alone_runs_everywhere(tmp_path) -> None:
     recipe = tmp_path / "none.yaml"
-    recipe.write_text("name: none\nsummary: s\nrules:\n- {roles: ['*'], format: source}\n")
+    recipe.write_text("name: none\nsummary: s\nkv_cache: fp8\nrules:\n- {roles: ['*'], format: source}\n")
     (vllm, *_) = commands(api.plan(DEMO, recipe))
     assert vllm.where == "vLLM on H100 (native)"
