@@ -31,7 +31,7 @@ BLACKWELL = DATACENTER + DESKTOP
 ALL = tuple(sm for sms in FAMILIES.values() for sm in sms)
 SINCE_AMPERE, SINCE_ADA = ALL[1:], ALL[3:]
 
-EXPERTS, LINEAR, ALONE, BESIDE = "experts", "linear", "alone", "beside others"
+EXPERTS, LINEAR, BESIDE = "experts", "linear", "beside others"
 
 
 class On(NamedTuple):
@@ -58,8 +58,7 @@ class Row(NamedTuple):
 
     Attributes:
         algorithm: of the layout; ``MIXED`` is the file that lists its modules.
-        part: routed experts, all other modules, one role, or modules of an algorithm that stands alone in its
-            file, or beside others.
+        part: routed experts, all other modules, one role, or modules that stand beside other algorithms.
     """
 
     engine: str
@@ -235,14 +234,24 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         ),
     ),
     ("TensorRT-LLM", MIXED, LINEAR): (On(SINCE_AMPERE, "native", "1.3.0rc8", _T_MODEL),),
-    ("transformers", "FP8", ALONE): (
+    ("transformers", "FP8", LINEAR): (
         On(
             ALL,
             "wrong",
             "",
             "run with 5.14 and 5.19",
             note="it loads the file without an error and computes with raw codes (KL 2.2 on the demo model): "
-            "`nemoquant convert OUT NEW --to compressed-tensors`, or `--to bf16`",
+            "`nemoquant convert OUT NEW --to compressed-tensors` if all is FP8, or `--to bf16`",
+        ),
+    ),
+    ("transformers", "MXFP8", LINEAR): (
+        On(
+            ALL,
+            "wrong",
+            "",
+            "run with 5.14 and 5.19",
+            note="it loads the file without an error and computes with raw codes: `nemoquant convert OUT NEW "
+            "--to bf16`",
         ),
     ),
     ("llama.cpp", "FP8", LINEAR): (
@@ -268,7 +277,7 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         ),
     ),
     **{
-        ("transformers", name, LINEAR): (
+        ("transformers", name, part): (
             On(
                 ALL,
                 "refused",
@@ -277,7 +286,8 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
                 note="it does not load the file: `nemoquant convert OUT NEW --to bf16`",
             ),
         )
-        for name in ("NVFP4", "W4A16_NVFP4", MIXED)
+        for name in ("NVFP4", "W4A16_NVFP4")
+        for part in (LINEAR, EXPERTS)
     },
 }
 ROWS: tuple[Row, ...] = tuple(Row(*case, on) for case, each in _CASES.items() for on in each)
