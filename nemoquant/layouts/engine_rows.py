@@ -234,63 +234,52 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         ),
     ),
     ("TensorRT-LLM", MIXED, LINEAR): (On(SINCE_AMPERE, "native", "1.3.0rc8", _T_MODEL),),
-    ("transformers", "FP8", LINEAR): (
-        On(
-            ALL,
-            "wrong",
-            "",
-            "run with 5.14 and 5.19",
-            note="it loads the file without an error and computes with raw codes (KL 2.2 on the demo model): "
-            "`nemoquant convert OUT NEW --to compressed-tensors` if all is FP8, or `--to bf16`",
-        ),
+}
+_RAW = "it loads the file without an error and computes with raw codes"
+_READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
+    ("transformers", "FP8"): On(
+        ALL,
+        "wrong",
+        "",
+        "run with 5.14 and 5.19",
+        note=f"{_RAW} (KL 2.2 on the demo model): `nemoquant convert OUT NEW --to compressed-tensors` if all is "
+        f"FP8, or `--to bf16`",
     ),
-    ("transformers", "MXFP8", LINEAR): (
-        On(
-            ALL,
-            "wrong",
-            "",
-            "run with 5.14 and 5.19",
-            note="it loads the file without an error and computes with raw codes: `nemoquant convert OUT NEW "
-            "--to bf16`",
-        ),
-    ),
-    ("llama.cpp", "FP8", LINEAR): (
-        On(
-            ALL,
-            "weights only",
-            "October 2026",
-            _L_CONVERTER,
-            note="its converter decodes FP8 to bf16, as large as the source",
-        ),
-    ),
-    ("llama.cpp", "MXFP8", LINEAR): (
-        On(ALL, "refused", "", _L_CONVERTER, note="its converter fails on MXFP8"),
-    ),
-    ("llama.cpp", "W4A16_NVFP4", EXPERTS): (
-        On(
-            ALL,
-            "weights only",
-            "October 2026",
-            f"{_L_CONVERTER}; _flush_nvfp4_experts",
-            note="its converter does not see that experts are weights only, so that their inputs get 4 bits "
-            "on Blackwell: GGML_CUDA_MMQ_PREC=q8 there",
-        ),
+    ("transformers", "MXFP8"): On(
+        ALL, "wrong", "", "run with 5.14 and 5.19", note=f"{_RAW}: `nemoquant convert OUT NEW --to bf16`"
     ),
     **{
-        ("transformers", name, part): (
-            On(
-                ALL,
-                "refused",
-                "",
-                "run with 5.14 and 5.19",
-                note="it does not load the file: `nemoquant convert OUT NEW --to bf16`",
-            ),
+        ("transformers", name): On(
+            ALL,
+            "refused",
+            "",
+            "run with 5.14 and 5.19",
+            note="it does not load the file: `nemoquant convert OUT NEW --to bf16`",
         )
         for name in ("NVFP4", "W4A16_NVFP4")
-        for part in (LINEAR, EXPERTS)
     },
+    ("llama.cpp", "FP8"): On(
+        ALL,
+        "weights only",
+        "October 2026",
+        _L_CONVERTER,
+        note="its converter decodes FP8 to bf16, as large as the source",
+    ),
+    ("llama.cpp", "MXFP8"): On(ALL, "refused", "", _L_CONVERTER, note="its converter fails on MXFP8"),
+    ("llama.cpp", "NVFP4"): On(ALL, "weights only", "October 2026", _L_CONVERTER),
+    ("llama.cpp", "W4A16_NVFP4"): On(
+        ALL,
+        "weights only",
+        "October 2026",
+        f"{_L_CONVERTER}; _flush_nvfp4_experts",
+        note="its converter does not see that experts are weights only, so that their inputs get 4 bits on "
+        "Blackwell: GGML_CUDA_MMQ_PREC=q8 there",
+    ),
 }
-ROWS: tuple[Row, ...] = tuple(Row(*case, on) for case, each in _CASES.items() for on in each)
+ROWS: tuple[Row, ...] = (
+    *(Row(*case, on) for case, each in _CASES.items() for on in each),
+    *(Row(*case, part, on) for case, on in _READERS.items() for part in (LINEAR, EXPERTS)),
+)
 
 # (engine, algorithm of the whole file) -> the least compute capability that its configuration admits
 LEAST: Mapping[tuple[str, str], int] = MappingProxyType(
