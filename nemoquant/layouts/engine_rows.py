@@ -242,8 +242,8 @@ _READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
         "wrong",
         "",
         "run with 5.14 and 5.19",
-        note=f"{_RAW} (KL 2.2 on the demo model): `nemoquant convert OUT NEW --to compressed-tensors` if all is "
-        f"FP8, or `--to bf16`",
+        note=f"{_RAW} (KL 2.2 on the demo model): `nemoquant convert OUT NEW --to compressed-tensors` if "
+        f"all is FP8, or `--to bf16`",
     ),
     ("transformers", "MXFP8"): On(
         ALL, "wrong", "", "run with 5.14 and 5.19", note=f"{_RAW}: `nemoquant convert OUT NEW --to bf16`"
