@@ -9,7 +9,7 @@ from nemoquant._version import __version__
 from nemoquant.checkpoint import SHARD_BYTES, converted, manifest
 from nemoquant.checkpoint.folder import check_output
 from nemoquant.checkpoint.intact import Say, hash_once, silent
-from nemoquant.checkpoint.making import ended, making
+from nemoquant.checkpoint.making import making
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.converting import Target
@@ -81,8 +81,7 @@ def run(
                     f"what was written is not what was to be: {listing(report.problems, 3)}"
                 )
             result.verified.update(report.checked)
-        with ended(out):
-            opened.checkpoint.done = True  # whatever happens to it now, OUT is whole
+        opened.checkpoint.done = True  # whatever happens to it now, OUT is whole
     return result
 
 

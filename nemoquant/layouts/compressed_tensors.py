@@ -117,7 +117,7 @@ class _Section(BaseModel):
     """The keys of ``SECTION`` that are read here."""
 
     config_groups: dict[str, _Scheme]
-    ignore: _Patterns = []
+    ignore: _Patterns | None = None
     kv_cache_scheme: dict[str, Any] | None = None
     sparsity_config: dict[str, Any] | None = None
 
@@ -209,7 +209,7 @@ def _read(path: Path, raw: Mapping[str, Any]) -> _Section:
         ) from None
     regexes = sum(
         text.startswith(REGEX)
-        for patterns in (section.ignore, *(scheme.targets for scheme in section.config_groups.values()))
+        for patterns in (section.ignore or [], *(scheme.targets for scheme in section.config_groups.values()))
         for text in patterns
     )
     if regexes > MOST_REGEXES:
@@ -253,7 +253,7 @@ def declared_quantization(path: Path, raw: Mapping[str, Any], modules: Iterable[
         )
     if section.sparsity_config and section.sparsity_config.get("format") not in (None, "dense"):
         raise CheckpointError(f"{path}: its {METHOD} config has sparse weights; expected dense ones")
-    ignored = _Matcher(section.ignore)
+    ignored = _Matcher(section.ignore or [])
     groups = [(algorithms[name], _Matcher(scheme.targets)) for name, scheme in section.config_groups.items()]
     layers = {}
     for module in modules:

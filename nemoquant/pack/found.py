@@ -23,7 +23,7 @@ from nemoquant.checkpoint import converted
 from nemoquant.checkpoint.identity import piece_rows, pieces
 from nemoquant.checkpoint.intact import SHOWN_EVERY, Hashing
 from nemoquant.checkpoint.manifest import CARD, FILE
-from nemoquant.errors import NemoquantError
+from nemoquant.errors import CheckpointError, NemoquantError
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.layouts.choose import layout_of
 from nemoquant.layouts.modelopt import Stored
@@ -43,17 +43,18 @@ def verify_found(folder: Path, progress: Progress = no_progress) -> Verification
     Args:
         progress: called by this thread alone.
     Raises:
-        CheckpointError: its record can't be used, or it is quantized in a way that is not read here.
+        CheckpointError: its record can't be used, its manifest is lost, or it is quantized in a way that is
+            not read here.
             SourceChangedError: it changes meanwhile.
     """
     report = Verification()
     report.checked["decoded"] = 0
     lost = [name for name in OURS if os.path.lexists(folder / name)]
     if lost:
-        report.problems.append(
-            f"{FILE} is missing: nemoquant wrote {lost[0]} beside one; copy it there again"
+        raise CheckpointError(
+            f"{folder / FILE} does not exist, and nemoquant wrote {lost[0]} beside one; copy it there again, "
+            f"or quantize again"
         )
-        return report
     raw_config = load_config(folder)[1]
     layout_of(folder, raw_config).declared(folder, raw_config, ())  # raises for what is not read here
     record = converted.read_record(folder)

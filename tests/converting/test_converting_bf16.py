@@ -76,9 +76,9 @@ def test_there_and_back(quantized: Make, tmp_path: Path, preset: str, same: str)
         nibbles = np.stack([data & 15, data >> 4])
         return np.where(nibbles == 8, 0, nibbles)
 
-    source = quantized(preset, scale_groups=False)
+    source = quantized(preset)
     decoded = nemoquant.convert(source, tmp_path / "bf16", "bf16", progress=False).out
-    back = quantized(preset, name="back", of=decoded, scale_groups=False)
+    back = quantized(preset, name="back", of=decoded)
     before, after = read(source), read(back)
     if same == "codes":
         codes = [name for name, stored in before.items() if stored.dtype in ("U8", "F8_E4M3")]

@@ -164,6 +164,31 @@ def test_too_many_expressions(tmp_path: Path) -> None:
 
 
 @needs_package
+def test_a_quantized_cache(theirs: Make, tmp_path: Path) -> None:
+    """Its scales stand in the mixer; one that is not static and of a whole tensor is refused."""
+    from safetensors.torch import save_file
+
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    folder = theirs("FP8", kv_cache_scheme=cache)
+    mixer = "backbone.layers.1.mixer"
+    scales = {
+        f"{mixer}.{name}": torch.tensor([0.25], dtype=torch.bfloat16) for name in ("k_scale", "v_scale")
+    }
+    save_file(tensors_of(folder) | scales, folder / "model.safetensors")
+    opened = PackedCheckpoint(folder)
+    with opened.checkpoint:
+        assert opened.inputs[f"{mixer}.v_proj.output"] == ("fp8", 0.25) and opened.warnings == []
+    assert nemoquant.inspect(folder)["kv_cache"]["bytes_per_token"] == 2 * 2 * 16
+    made = nemoquant.convert(folder, tmp_path / "bf16", "bf16", progress=False)
+    assert any(note.startswith("The KV cache is bf16") for note in made.notes)
+    assert not set(tensors_of(made.out)) & set(scales)
+    edit_json(
+        folder / "config.json", lambda data: data[SECTION].update(kv_cache_scheme=cache | {"dynamic": True})
+    )
+    assert "its KV cache has scales by 'tensor', found at run time" in refusal("verify", folder)
+
+
+@needs_package
 def test_what_it_lacks_is_said(theirs: Make) -> None:
     """A config that ignores what is quantized, parts that are missing, scales that are no numbers."""
     from safetensors.torch import save_file

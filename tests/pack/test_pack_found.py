@@ -109,10 +109,8 @@ def test_a_manifest_that_was_lost(quantized: Make) -> None:
     """What nemoquant wrote has one: without it nothing vouches for the files."""
     out = quantized("fp8")
     (out / "nemoquant.json").unlink()
-    (problem,) = nemoquant.verify(out, progress=False)["problems"]
-    assert problem == (
-        "nemoquant.json is missing: nemoquant wrote nemoquant_scales.json beside one; copy it there again"
-    )
+    words = "nemoquant.json does not exist, and nemoquant wrote nemoquant_scales.json beside one; copy"
+    assert words in refusal("verify", out)
     (out / "nemoquant.json").symlink_to("nowhere")
     assert "nemoquant.json is no regular file" in refusal("verify", out)
 
