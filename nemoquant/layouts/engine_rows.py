@@ -246,7 +246,11 @@ _READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
         f"all is FP8, or `--to bf16`",
     ),
     ("transformers", "MXFP8"): On(
-        ALL, "wrong", "", "run with 5.14 and 5.19", note=f"{_RAW}: `nemoquant convert OUT NEW --to bf16`"
+        ALL,
+        "wrong",
+        "",
+        "run with 5.14 and 5.19",
+        note=f"{_RAW} (KL 4.0 on the demo model): `nemoquant convert OUT NEW --to bf16`",
     ),
     **{
         ("transformers", name): On(
