@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import UsageError, brief
-from nemoquant.files import MOST_NAME
+from nemoquant.files import MOST_NAME, plain_name
 
 MOST_THREADS = 1024
 MOST_WHOLE = (1 << 31) - 1  # of rows, tokens, sequences
@@ -124,6 +124,17 @@ def path(name: str, got: Any) -> Path:
     if not raw or b"\0" in raw or len(raw) > MOST_PATH or max(map(len, raw.split(b"/"))) > MOST_NAME:
         raise refuse(name, got, "a path")
     return Path(text)
+
+
+def file_names(name: str, got: Any) -> tuple[str, ...]:
+    """One name of a file in a folder, or several in a sequence, each once."""
+    several = [got] if isinstance(got, str) else got
+    if not isinstance(several, Sequence) or isinstance(several, bytes):
+        raise refuse(name, got, "names of files")
+    for each in several:
+        if not isinstance(each, str) or not plain_name(each):
+            raise refuse(name, each, "the name of a file in the source's folder, without a path")
+    return tuple(dict.fromkeys(several))
 
 
 def optional_path(name: str, got: Any) -> Path | None:

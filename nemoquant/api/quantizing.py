@@ -11,7 +11,8 @@ from nemoquant.api.look import recipe_text, resolved
 from nemoquant.arguments import PathLike
 from nemoquant.bars import shown
 from nemoquant.errors import UsageError, listing
-from nemoquant.layouts.loaders import cautions
+from nemoquant.layouts.engines import cautions
+from nemoquant.layouts.serving import Chat, Serving, commands
 from nemoquant.machine import usable_threads
 from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan, method_warnings
@@ -19,6 +20,7 @@ from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.progress import Progress
 from nemoquant.run.options import RunOptions, RunOptionsDict, renamed
 from nemoquant.sources.source import open_weights
+from nemoquant.tokens.template import template_source
 
 if TYPE_CHECKING:
     from nemoquant.run.estimate import Estimate
@@ -38,6 +40,7 @@ class Result:
         verified: counts of what verify checked before ``out`` got its name; empty in a dry run.
         skipped_files: files of the source that were not copied.
         calibration: its settings and coverage of experts; None where none was needed, and in a dry run.
+        serving: the command for each serving engine, or why there is none; empty in a dry run.
     """
 
     out: Path
@@ -46,6 +49,7 @@ class Result:
     verified: dict[str, int]
     skipped_files: list[str] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    serving: list[Serving] = field(default_factory=list)
 
     def _summary(self) -> str:
         checked = f"{self.verified['tensors']:,} tensors verified" if self.verified else "nothing written"
@@ -226,7 +230,8 @@ def quantize(
             planned(made)
         if not dry_run:
             verified, skipped, warnings, calibration = job.run(warnings)
-            return Result(out, made, warnings, verified, skipped, calibration)
+            serving = commands(made, options.gpu, out, Chat.of(template_source(source)))
+            return Result(out, made, warnings, verified, skipped, calibration, serving)
         return Result(out, made, [*warnings, *job.dry_run()], {})
 
 

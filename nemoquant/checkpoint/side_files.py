@@ -1,11 +1,12 @@
 """The other files of a source: tokenizer, chat template, licences. Which are copied, and from where."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import OutputError
+from nemoquant.errors import OutputError, listing
 from nemoquant.files import copy_again, lies_in, plain_name
 from nemoquant.words import plain
 
@@ -20,15 +21,27 @@ SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program h
 }
 
 
-def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], list[str]]:
+SERVING = re.compile(r".*(reasoning|tool)_?(call)?_?parser.*\.py")  # what published serving commands load
+
+
+def for_serving(names: Iterable[str]) -> list[str]:
+    """Those of files that were left that published serving commands name, such as reasoning parsers."""
+    return [name for name in names if SERVING.fullmatch(name)]
+
+
+def side_files(
+    source: Path, raw_config: dict[str, Any], also: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave,
     printable.
 
     ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
 
+    Args:
+        also: names to copy too.
     Raises:
         OutputError: a file to copy can't be read, or is a link to somewhere else than the source or the hub
-            cache that the source is part of.
+            cache that the source is part of; or ``also`` names what is no such file, or one that is written.
     """
     auto_map = raw_config.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}
@@ -45,6 +58,7 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
             continue  # written by the run itself, or files of tensors
         belongs = plain_name(name) and (
             name in modules
+            or name in also
             or any(name.startswith(begin) and path.suffix in ends for begin, ends in SIDE_FILES.items())
         )
         if belongs and (path.is_symlink() or path.is_file()):
@@ -52,6 +66,13 @@ def side_files(source: Path, raw_config: dict[str, Any]) -> tuple[list[str], lis
             wanted.append(name)
         else:
             skipped.append(plain(name) + "/" * path.is_dir())
+    missing = [name for name in also if name not in wanted]
+    if missing:
+        others = f"not copied are {listing(skipped)}" if skipped else "all its other files are copied"
+        raise OutputError(
+            f"--also {missing[0]}: expected the name of a file in {source} that is no config and has no "
+            f"tensors; {others}"
+        )
     return wanted, skipped
 
 

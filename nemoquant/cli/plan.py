@@ -1,5 +1,6 @@
 """``nemoquant plan``: what a recipe would do."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import click
 from nemoquant.cli.shared import (
     PATH,
     THREADS,
+    gpu_option,
     json_option,
     memory_option,
     method_options,
@@ -21,10 +23,13 @@ from nemoquant.cli.shared import (
     whole,
 )
 from nemoquant.formats import DEVICES
+from nemoquant.layouts import ENGINES, RIGHT
+from nemoquant.layouts.gpus import GPUS, SMS
 from nemoquant.run.options import RunOptions
 from nemoquant.units import size
 
 if TYPE_CHECKING:
+    from nemoquant.layouts.engines import Mixture
     from nemoquant.planning.plan import Plan
 
 
@@ -58,9 +63,23 @@ if TYPE_CHECKING:
     help="Folder on the disk that would be written, for --estimate.",
 )
 @memory_option
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(list(ENGINES)),
+    help="Show this engine alone, with its command; exit code 1 if it can't run the output on --gpu, or any.",
+)
+@gpu_option
 @json_option
 def command(
-    model: Path, fmt: str | None, recipe: str | None, estimate: bool, out: Path, as_json: bool, **given: Any
+    model: Path,
+    fmt: str | None,
+    recipe: str | None,
+    estimate: bool,
+    out: Path,
+    engine: str | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Show what a recipe does with MODEL, a checkpoint folder or a bare config.json, from headers alone.
 
@@ -69,13 +88,18 @@ def command(
       nemoquant plan MODEL --fmt nvfp4
       nemoquant plan config.json --recipe fp8-published --json
       nemoquant plan MODEL --fmt nvfp4 --estimate --memory 4G       and what it would take here
+      nemoquant plan MODEL --fmt nvfp4 --for sglang --gpu h100      whether SGLang runs it there, and how
     """
     from nemoquant import api
-    from nemoquant.layouts.loaders import cautions, loaders
+    from nemoquant.layouts.engines import READERS, cautions, header, mixture, notes, proof
+    from nemoquant.layouts.engines import table as engine_table
+    from nemoquant.layouts.serving import NEMOTRON_3, Chat, commands
     from nemoquant.planning.plan import ROLE_HEADER, method_warnings, role_table
+    from nemoquant.tokens.template import template_source
 
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
+    engines = [ENGINES[engine]] if engine else list(ENGINES.values())
     resolved = api.plan(
         model,
         name,
@@ -85,10 +109,15 @@ def command(
         descent=options.descent,
     )
     expected = api.estimate(model, name, options, out=out) if estimate else None
+    file = mixture(resolved)
+    chat = Chat.of(template_source(model)) if model.is_dir() else NEMOTRON_3
+    serving = [c for c in commands(resolved, options.gpu, "OUT", chat) if c.engine in engines]
     if as_json:
-        data = resolved.to_json() | {"loaders": [loader._asdict() for loader in loaders(resolved)]}
+        data = resolved.to_json() | {"engines": {name: _by_sm(file, name) for name in engines}}
         data["cautions"] = [*method_warnings(resolved, options.method), *cautions(resolved)]
+        data["serving"] = [command.to_json() for command in serving]
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
+        _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
         return
     say(f"{resolved.recipe.name}: {resolved.recipe.summary}")
     table(role_table(resolved), ROLE_HEADER, right="34")
@@ -110,14 +139,14 @@ def command(
     ]
     for name, text in lines:
         say(f"{name:<24}{text}")
-    loading = [
-        f"not {loader.engine}: {loader.hardware}"
-        if loader.version is None
-        else f"{loader.engine} {loader.version}: {loader.hardware}"
-        for loader in loaders(resolved)
-    ]
-    for number, text in enumerate(loading or ["not known: nobody has looked at this mixture of formats"]):
-        say(f"{'' if number else 'loaded by':<24}{text}")
+    table(engine_table(file, engines), header(engines))
+    say(proof(file))
+    for text in notes(file, engines if engine else (*engines, *READERS)):
+        say(f"- {text}")
+    for command in serving if engine or options.gpu else ():
+        say(command.where + ":" * bool(command.argv))
+        for line in command.lines:
+            say(f"  {line}")
     if expected:
         from nemoquant.run.estimate import expectation
 
@@ -132,6 +161,26 @@ def command(
         say(f"warning: {text}", err=True)
     if resolved.assumed:
         say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")
+    _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
+
+
+def _by_sm(file: "Mixture", engine: str) -> dict[str, Any]:
+    """What an engine does by compute capability, as JSON data."""
+    from nemoquant.layouts.engines import outcome
+
+    return {str(sm): outcome(file, engine, sm)._asdict() for sm in SMS}
+
+
+def _check_runs(recipe: str, file: "Mixture", engines: list[str], gpu: str | None) -> None:
+    """Ends with exit code 1 where an engine that was asked for can't run the output on a GPU, or any."""
+    from nemoquant.layouts.engines import outcome
+
+    for engine in engines:
+        found = [outcome(file, engine, sm) for sm in ([GPUS[gpu].sm] if gpu else SMS)]
+        if all(each.runs not in RIGHT for each in found):
+            where = GPUS[gpu].title if gpu else "any GPU"
+            say(f"{engine} does not run {recipe} on {where}: {found[0].runs}", err=True)
+            sys.exit(1)
 
 
 def _calibration(resolved: "Plan") -> str:

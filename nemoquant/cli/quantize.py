@@ -14,6 +14,7 @@ from nemoquant.cli.shared import (
     PATH,
     THREADS,
     dtype_of,
+    gpu_option,
     json_option,
     loading,
     memory_option,
@@ -103,6 +104,13 @@ if TYPE_CHECKING:
 @run_option(
     "resume", is_flag=True, help="Go on with what an earlier run, with the same options, left in OUT.partial."
 )
+@run_option(
+    "also",
+    multiple=True,
+    metavar="FILE",
+    help="A file of SRC to copy too, such as a reasoning parser; several times for several.",
+)
+@gpu_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @json_option
 def command(
@@ -128,6 +136,7 @@ def command(
       nemoquant quantize MODEL OUT --fmt nvfp4 --method mse         faster, a little farther from the source
       nemoquant quantize MODEL OUT --fmt fp8 --method max --scales EARLIER/nemoquant_scales.json
       nemoquant quantize MODEL OUT --fmt fp8 --resume               go on after Ctrl-C, a crash or a kill
+      nemoquant quantize MODEL OUT --fmt fp8 --also super_v3_reasoning_parser.py --gpu h200
     """
     name = recipe_name(fmt, recipe)
     if renamed is not None:
@@ -141,6 +150,7 @@ def command(
     starting.enter_context(loading())
     from nemoquant import api
     from nemoquant.checkpoint.making import ended
+    from nemoquant.checkpoint.side_files import for_serving
     from nemoquant.run.estimate import expectation
     from nemoquant.solve.words import change_sentences
 
@@ -188,17 +198,24 @@ def command(
             figures["expected"] = estimates[0].to_json() if estimates else None
             figures["peak_memory"] = resident("VmHWM")
             figures |= {"warnings": warnings, "verified": result.verified}
-            print_json(figures | {"skipped_side_files": result.skipped_files})
+            figures["skipped_side_files"] = result.skipped_files
+            print_json(figures | {"serving": [command.to_json() for command in result.serving]})
             return
         for warning in warnings:
             say(f"warning: {warning}", err=True)
         if result.skipped_files:
             say(f"not copied: {', '.join(result.skipped_files)} (not part of a checkpoint)", err=True)
+        for file in for_serving(result.skipped_files):
+            say(f"published serving commands name {file}: --also {file} copies it", err=True)
         if result.calibration is not None:
             say(_calibrated(result.calibration))
             for text in change_sentences(result.calibration, result.plan.recipe.folds):
                 say(text)
         say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
+        for command in result.serving:
+            say(command.where + ":" * bool(command.argv))
+            for line in command.lines:
+                say(f"  {line}")
 
 
 def _outcome(

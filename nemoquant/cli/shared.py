@@ -14,6 +14,7 @@ import click
 from nemoquant import arguments
 from nemoquant.errors import UsageError, brief
 from nemoquant.formats import FORMATS, METHODS
+from nemoquant.layouts.gpus import GPUS
 from nemoquant.planning.solving import FOLDS, MOST_DESCENT
 from nemoquant.run.options import OPTIONS
 from nemoquant.words import passage, plain
@@ -171,6 +172,12 @@ def method_options(function: F) -> F:
         function = add(function)
     return function
 
+
+gpu_option = run_option(
+    "gpu",
+    type=click.Choice(list(GPUS)),
+    help="The GPU that the commands for serving are for; default: a usual one that has the formats.",
+)
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for machines, and nothing else, on standard output."

@@ -9,6 +9,7 @@ from nemoquant.evaluate.report.markdown import cost_sentence
 from nemoquant.evaluate.schema import Candidate, Report
 from nemoquant.files import MOST_SETTINGS, read_bytes
 from nemoquant.pack.card import with_cost
+from nemoquant.pack.hub import with_results
 
 
 def update_card(intact: Intact, candidate: Candidate, report: Report) -> list[str]:
@@ -22,9 +23,10 @@ def update_card(intact: Intact, candidate: Candidate, report: Report) -> list[st
         data = read_manifest(intact.folder)
         if hashlib.sha256(old).hexdigest() not in listed(data, CARD):
             return [f"{card} was edited after it was written; it is left as it is"]
-        new = with_cost(old.decode(), cost_sentence(candidate, report.data, report.reference.perplexity))
+        told = with_cost(old.decode(), cost_sentence(candidate, report.data, report.reference.perplexity))
+        new = told and with_results(told, intact.folder.name, report.data.source, _results(candidate))
         if new is None:
-            return [f"{card} has no line for the cost in accuracy; it is left as it is"]
+            return [f"{card} has no head, or no line for the cost in accuracy; it is left as it is"]
         if new.encode() != old or CARD in data.get("was", {}):  # of a run that was killed meanwhile
             put_file(intact.folder, CARD, new.encode(), intact.check, made_from=old)
     except CheckpointError as error:
@@ -32,3 +34,12 @@ def update_card(intact: Intact, candidate: Candidate, report: Report) -> list[st
     except (OSError, ValueError) as error:
         return [f"{card} can't be given the figures ({error}); it is left as it is"]
     return []
+
+
+def _results(candidate: Candidate) -> list[tuple[str, str, float]]:
+    """Metrics for the head of the card: type, name, value."""
+    logits = candidate.logits
+    found = [("kl_divergence", "KL from bf16, nats a token", logits.kl.mean)]
+    if logits.perplexity is not None:
+        found.append(("perplexity", "Perplexity", logits.perplexity))
+    return [*found, ("top1_agreement", "Same likeliest token as bf16", logits.top1_agreement)]

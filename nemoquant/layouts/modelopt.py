@@ -43,7 +43,10 @@ MOST_WILDCARDS = (
     512  # in one list of patterns: each is tried on every module; published ones have one a layer
 )
 MOST_PATTERN = 200  # characters of a pattern
-SPELLINGS = {"n_groups": "mamba_n_groups"}  # key of config.json -> what SGLang reads, taking 8 without it
+SPELLINGS = {  # key of config.json -> the only spelling that SGLang reads; without, it takes 8 and float32
+    "n_groups": "mamba_n_groups",
+    "mamba_ssm_cache_dtype": "mamba_ssm_dtype",
+}
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
 
@@ -201,6 +204,15 @@ def algorithm(row: Row) -> str:
     return layout.weights_only
 
 
+def is_listed(algorithms: Collection[str]) -> bool:
+    """Whether a file of these algorithms is ``MIXED``, its modules listed one by one.
+
+    One that is W4A16_NVFP4 throughout is too: SGLang would run it as W4A4 on Blackwell, with an input scale
+    of 1.0. With its modules listed, as in published files, it is right in every engine that loads it.
+    """
+    return len(algorithms) > 1 or any(name == LAYOUT[FORMAT_OF[name]].weights_only for name in algorithms)
+
+
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file."""
     by_module = {row.module: algorithm(row) for row in plan.quantized}
@@ -213,9 +225,7 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
             "producer": producer,
             "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore},
         }
-    # SGLang runs a file that is W4A16_NVFP4 throughout as W4A4 on Blackwell, with an input scale of 1.0. With
-    # its modules listed, as in published files, it is right in every engine that loads it.
-    mixed = len(kinds) > 1 or kinds[0] == LAYOUT[FORMAT_OF[kinds[0]]].weights_only
+    mixed = is_listed(kinds)
     named = {"quant_algo": MIXED if mixed else kinds[0]}
     layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
     legacy: dict[str, Any] = {**named, "kv_cache_quant_algo": kv}

@@ -1,16 +1,22 @@
 """The model card (README.md) of a quantized checkpoint: format, size, engines that load it, accuracy."""
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
-from nemoquant.layouts.loaders import Loader, loaders
+from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
+from nemoquant.layouts.serving import Chat, commands
+from nemoquant.pack.hub import head, source_id, source_name
 from nemoquant.planning.plan import Plan, role_table
+from nemoquant.sources.source import Source
+from nemoquant.tokens.template import template_source
 from nemoquant.units import size
 from nemoquant.words import in_markdown, markdown_code
 
 NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
 
 
-NOT_LOOKED_AT = Loader("any", "not known", "this mixture of formats was not looked at in their sources")
 COST = "- Cost in accuracy: "  # start of the line that diff replaces
 
 
@@ -24,29 +30,43 @@ def with_cost(text: str, sentence: str) -> str | None:
     return "\n".join(lines)
 
 
-def card(plan: Plan, calibration: str, changes: list[str], warnings: list[str], copied: list[str]) -> str:
+class Told(NamedTuple):
+    """What a run says of itself in its card.
+
+    Attributes:
+        calibration: one sentence on the origin of the activation scales.
+        changes: a sentence each on solved weights and folds.
+        warnings: a sentence each.
+        copied: names of files of the source.
+    """
+
+    calibration: str
+    changes: Sequence[str]
+    warnings: Sequence[str]
+    copied: Sequence[str]
+
+
+def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
     """The card's text.
 
     Args:
-        calibration: one sentence on the origin of the activation scales.
-        changes: a sentence each on solved weights and folds.
+        gpu: that the commands for serving are for; None is the first one that has the plan's formats.
     """
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
-    kv = plan.kv_cache_bytes_per_token()
+    kv, file = plan.kv_cache_bytes_per_token(), mixture(plan)
+    tags = {"nemotron_h", "modelopt", "nemoquant", *(row.format for row in plan.quantized)}
     lines = [
-        "---",
-        "tags: [nemotron_h, modelopt, " + ", ".join(sorted({row.format for row in plan.quantized})) + "]",
-        "---",
-        f"# Nemotron-H, quantized: {in_markdown(plan.recipe.name)}",
+        f"# {in_markdown(source_name(source))}, quantized: {in_markdown(plan.recipe.name)}",
         "",
         in_markdown(plan.recipe.summary),
         "",
+        f"- Source: {_linked(source)}",
         f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
-        f"- Calibration: {calibration}",
-        *(f"- {text}" for text in changes),
+        f"- Calibration: {told.calibration}",
+        *(f"- {text}" for text in told.changes),
         f"{COST}not measured; `nemoquant diff` measures it. Measure it on your task before you use it.",
         "",
         "## Map",
@@ -66,27 +86,39 @@ def card(plan: Plan, calibration: str, changes: list[str], warnings: list[str], 
         "",
         "## What loads it",
         "",
-        "ModelOpt unified layout. Versions are from the engines' sources and release notes; none was run on "
-        "this checkpoint.",
+        f"ModelOpt unified layout. {proof(file)}",
         "`producer` in the config files says modelopt because engines look for that name; nemoquant wrote "
         "them.",
         "",
-        "| engine | from version | hardware |",
-        "|---|---|---|",
-        *(
-            f"| {loader.engine} | {loader.version or 'does not load it'} | {loader.hardware} |"
-            for loader in loaders(plan) or [NOT_LOOKED_AT]
-        ),
+        *markdown_table(file),
         "",
+        *(f"- {line}" for line in notes(file)),
+        "",
+        "## Serve it",
+        "",
+        *_serving(plan, gpu, Chat.of(template_source(source.path))),
     ]
-    if warnings:
-        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in warnings), ""]
+    if told.warnings:
+        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in told.warnings), ""]
     lines += [
         "## Provenance",
         "",
         f"Made by nemoquant {__version__}. `nemoquant.json` has the recipe, the plan's and every file's "
         f"sha256; `nemoquant verify` checks them.",
     ]
-    if copied:
-        lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, copied)) + "."]
-    return "\n".join(lines) + "\n"
+    if told.copied:
+        lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, told.copied)) + "."]
+    return head(source, tags) + "\n".join(lines) + "\n"
+
+
+def _linked(source: Source) -> str:
+    """The source's name, as a link where it is one of the hub."""
+    name = source_id(source)
+    return f"[{name}](https://huggingface.co/{name})" if name else f"{markdown_code(source_name(source))}"
+
+
+def _serving(plan: Plan, gpu: str | None, chat: Chat) -> Iterator[str]:
+    yield from ("Options were read in the engines' sources; vLLM's and SGLang's own parsers take them.", "")
+    for serving in commands(plan, gpu, chat=chat):
+        code = ("", "```", *serving.lines, "```") if serving.argv else ()
+        yield from (serving.where + ":" * bool(code), *code, "")

@@ -27,7 +27,7 @@ from nemoquant.checkpoint.identity import (
 from nemoquant.checkpoint.intact import check_settings
 from nemoquant.checkpoint.making import clear, ended
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.errors import CheckpointError, OutputError, UsageError, WeightError
+from nemoquant.errors import CheckpointError, OutputError, UsageError, WeightError, listing
 from nemoquant.files import replace_text
 from nemoquant.formats.gpu import torch_device
 from nemoquant.machine import torch_threads, usable_threads
@@ -95,7 +95,7 @@ class Job:
     ) -> None:
         """Raises OutputError where the state of an earlier run can't be read."""
         self.source, self.plan, self.out, self.listener = source, plan, out, listener
-        self.output = Output(source, plan, options.shard_bytes)
+        self.output = Output(source, plan, options)
         self.earlier = earlier(out) if options.resume else None
         self.options = _with_earlier_dtype(options, self.earlier)
         began = self.earlier.identity if self.earlier and not self.earlier.calibrated else {}
@@ -334,7 +334,12 @@ class Job:
                 )
         clear(self.out)
         self.listener.say(f"{self.out} was finished already")
-        skipped = self.output.side_files[1]
+        copied, skipped = self.output.side_files
+        absent = [name for name in copied if not (self.out / name).exists()]
+        if absent:
+            self.listener.say(
+                f"{self.out} lacks {listing(absent)}, which this run would copy; copy them by hand"
+            )
         summary = None if scales is None else scales.summary() | {"solved": None, "folded": 0}
         return Outcome({}, skipped, made["warnings"], summary)
 

@@ -18,6 +18,7 @@ from nemoquant.arguments import (
     check_flags,
     check_text,
     check_word,
+    file_names,
     optional_path,
     threads,
     whole,
@@ -25,6 +26,7 @@ from nemoquant.arguments import (
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES, METHODS, Device, Method
+from nemoquant.layouts.gpus import GPUS
 from nemoquant.planning.solving import FOLDS, MOST_DESCENT, FoldName
 
 Where = Literal["local", "ray"]
@@ -55,6 +57,8 @@ class RunOptionsDict(TypedDict, total=False):
     on: Where
     address: str | None
     resume: bool
+    also: Sequence[str]
+    gpu: str | None
 
 
 def renamed(given: Mapping[str, Any], stacklevel: int) -> dict[str, Any]:
@@ -102,6 +106,9 @@ class RunOptions:
         address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
         resume: continue what an earlier run with the same options left in OUT.partial; start from the
             beginning where nothing is there.
+        also: names of files of the source that are copied too, such as a reasoning parser.
+        gpu: the GPU that the output is to be served on (``layouts/gpus.py``), for the commands in the model
+            card; None is the first one that has its formats.
     """
 
     data: PathLike | None = None
@@ -121,6 +128,8 @@ class RunOptions:
     on: Where = "local"
     address: str | None = None
     resume: bool = False
+    also: Sequence[str] = ()
+    gpu: str | None = None
     engine: InitVar[Where | None] = None  # the old name of ``on``
 
     def __new__(cls, **given: Any) -> "RunOptions":
@@ -154,6 +163,9 @@ class RunOptions:
         if self.descent is not None:
             object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
         check_flags(scale_groups=self.scale_groups, resume=self.resume)
+        object.__setattr__(self, "also", file_names("also", self.also))
+        if self.gpu is not None:
+            check_word("gpu", self.gpu, tuple(GPUS))
         if self.address is not None:
             check_text("address", self.address, "HOST:PORT or auto")
             if self.on != "ray":
@@ -223,6 +235,8 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "on": ("--on", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),
     "resume": ("--resume", "free"),
+    "also": ("--also", "free"),  # these two change no tensor
+    "gpu": ("--gpu", "free"),
 }
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {field.name: Option(field.default, *_ROWS[field.name]) for field in fields(RunOptions)}

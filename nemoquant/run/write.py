@@ -14,10 +14,10 @@ from nemoquant.checkpoint import manifest
 from nemoquant.checkpoint.identity import Units, differing, told, units_of
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
-from nemoquant.errors import SourceChangedError, VerificationError, listing
+from nemoquant.errors import OutputError, SourceChangedError, VerificationError, listing
 from nemoquant.files import sync_folder, write_again
 from nemoquant.layouts.modelopt import config_files
-from nemoquant.pack.card import card
+from nemoquant.pack.card import Told, card
 from nemoquant.pack.files import WRITTEN
 from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.pack.shards import Shard, shards
@@ -26,6 +26,7 @@ from nemoquant.pack.workers import Workers
 from nemoquant.pack.write import Changes, Packer
 from nemoquant.planning.plan import Plan
 from nemoquant.progress import Progress
+from nemoquant.run.options import RunOptions
 from nemoquant.run.same_source import of_other_weights
 from nemoquant.run.state import LostState
 from nemoquant.run.unfinished import Unfinished
@@ -51,17 +52,21 @@ class Output:
 
     source: Source
     plan: Plan
-    shard_bytes: int
+    options: RunOptions
 
     @cached_property
     def layout(self) -> list[Shard]:
         """The shards, computed once: for a large model this takes seconds."""
-        return shards(self.plan, self.shard_bytes)
+        return shards(self.plan, self.options.shard_bytes)
 
     @cached_property
     def side_files(self) -> tuple[list[str], list[str]]:
         """Names of the source's files that are copied, and of those that are not."""
-        return side_files(self.source.path, self.source.raw_config)
+        also = self.options.also
+        written = [name for name in also if name in WRITTEN]
+        if written:
+            raise OutputError(f"--also {written[0]}: nemoquant writes a file of that name; leave it out")
+        return side_files(self.source.path, self.source.raw_config, also)
 
     @property
     def names(self) -> set[str]:
@@ -114,7 +119,12 @@ class Output:
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
         told = change_sentences(changes.summary(), self.plan.recipe.folds)
-        text = card(self.plan, _calibration_sentence(scales), told, warnings, copied)
+        text = card(
+            self.source,
+            self.plan,
+            self.options.gpu,
+            Told(_calibration_sentence(scales), told, warnings, copied),
+        )
         _write_text(folder / manifest.CARD, text)
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
         names = sorted(name for name in self.names - {manifest.FILE} if (folder / name).exists())
@@ -209,7 +219,7 @@ class Output:
             "plan": self.plan.summary()
             | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
             "calibration": None if scales is None else scales.settings,
-            "shard_bytes": self.shard_bytes,
+            "shard_bytes": self.options.shard_bytes,
             "warnings": [message(text) for text in warnings],
             "skipped_side_files": self.side_files[1],
             "files": files,

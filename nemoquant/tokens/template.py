@@ -133,6 +133,14 @@ def _beyond(where: str, limit: str | int) -> CalibrationError:
     )
 
 
+def template_source(model: Path) -> str:
+    """The source of a model's chat template; empty where it has none that can be read."""
+    try:
+        return _read(model)[0]
+    except CalibrationError:
+        return ""
+
+
 def _read(model: Path) -> tuple[str, dict[str, str]]:
     """The template's source, and the names of special tokens that it may use."""
     file, settings = model / "chat_template.jinja", model / "tokenizer_config.json"

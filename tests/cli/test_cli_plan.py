@@ -34,6 +34,22 @@ def refusal(*args: str | Path) -> str:
 # --- plan
 
 
+def test_plan_for_an_engine(source: Path) -> None:
+    """It is shown alone, with its command; what it can't run is a check that failed."""
+    args = ("plan", source, "--recipe", "nvfp4-full-w4a16", "--for")
+    right = command(*args, "vllm", "--gpu", "h100")
+    assert "vllm serve OUT " in right.stdout and "SGLang" not in right.stdout
+    wrong = invoke(*args, "sglang", "--gpu", "b200")
+    assert wrong.exit_code == 1
+    assert wrong.stderr.endswith("SGLang does not run nvfp4-full-w4a16 on B200: wrong\n")
+    nowhere = invoke(*args, "sglang")
+    assert nowhere.exit_code == 1 and "on any GPU" in nowhere.stderr
+    as_json = invoke(*args, "sglang", "--json")
+    assert as_json.exit_code == 1
+    assert list(parse_strictly(as_json.stdout)["engines"]) == ["SGLang"]
+    assert "'h1000' is not one of 't4', " in invoke("plan", source, "--fmt", "fp8", "--gpu", "h1000").stderr
+
+
 def test_plan_as_json(source: Path) -> None:
     found = data("plan", source, "--fmt", "nvfp4")
     rows = found.pop("rows")
@@ -53,10 +69,15 @@ def test_plan_as_json(source: Path) -> None:
         "ssm_state_bytes_per_sequence",
         "formats",
         "needs_calibration",
-        "loaders",
+        "engines",
         "cautions",
+        "serving",
     ]
-    assert [loader["engine"] for loader in found["loaders"]] == ["vLLM", "SGLang", "TensorRT-LLM"]
+    assert list(found["engines"]) == ["vLLM", "SGLang", "TensorRT-LLM"]
+    assert found["engines"]["SGLang"]["90"] == {
+        **{"runs": "weights only", "since": "0.5.23", "notes": [], "options": []}
+    }
+    assert [serving["engine"] for serving in found["serving"]] == ["vLLM", "SGLang", "TensorRT-LLM"]
     assert found["cautions"] == []
     assert (found["schema"], found["recipe"], found["source_dtypes"], found["needs_calibration"]) == (
         1,

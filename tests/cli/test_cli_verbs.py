@@ -78,7 +78,7 @@ def test_usage_errors(arguments):
 
 def test_output_for_people(quantize, tmp_path):
     result = quantize("--fmt", "nvfp4")
-    calibrated, solved, folds, made = result.stdout.splitlines()
+    calibrated, solved, folds, made, *serving = result.stdout.splitlines()
     assert calibrated.startswith("calibrated on 8 rows of 32 tokens (rows.npy, ")
     assert "; 16 of 16 experts reached, the least used got " in calibrated
     says = (
@@ -92,6 +92,7 @@ def test_output_for_people(quantize, tmp_path):
         r"bits a weight, verified, [\d.]+ s \(expected [\d.]+ s\), .*B of memory at most \(expected .*B\)$",
         made,
     )
+    assert [line.split()[0] for line in serving if line.endswith(":")] == ["vLLM", "SGLang", "TensorRT-LLM"]
 
 
 def test_json_is_alone_on_stdout(quantize, tmp_path, source):
@@ -100,7 +101,7 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert result.stderr == ""
     report = json.loads(result.stdout)
     plan = json.loads(nemoquant("plan", source, "--fmt", "nvfp4", "--json").stdout)
-    figures = {k: v for k, v in plan.items() if k not in ("rows", "loaders", "cautions")}
+    figures = {k: v for k, v in plan.items() if k not in ("rows", "engines", "cautions", "serving")}
     assert {k: report[k] for k in figures} == figures
     assert report["out"] == str(tmp_path / "out")
     assert report["dry_run"] is False
@@ -137,6 +138,24 @@ def test_what_is_left_behind_is_told(quantize, source):
         "not copied: notes.txt (not part of a checkpoint)\n"
         in quantize("--fmt", "fp8", "--method", "max").stderr
     )
+
+
+def test_files_that_serving_commands_name_are_told(quantize, source):
+    (source / "super_v3_reasoning_parser.py").write_text("")
+    (source / "loader.py").write_text("")
+    told = quantize("--fmt", "fp8", "--method", "max", "--dry-run").stderr
+    assert "named" not in told, "nothing is copied by a dry run"
+    told = quantize("--fmt", "fp8", "--method", "max").stderr
+    name = "super_v3_reasoning_parser.py"
+    assert f"published serving commands name {name}: --also {name} copies it\n" in told
+    assert "name loader.py" not in told
+
+
+def test_how_to_serve_it_is_the_last_thing_said(quantize, tmp_path):
+    lines = quantize("--fmt", "fp8", "--method", "max", "--gpu", "h200").stdout.splitlines()
+    assert f"  vllm serve {tmp_path / 'out'} --kv-cache-dtype fp8 " in "\n".join(lines)
+    assert lines[-1].startswith(f"  trtllm-serve {tmp_path / 'out'} --config trtllm.yaml")
+    assert sum(line.endswith("on H200 (native):") for line in lines) == 3
 
 
 def test_warnings_go_to_stderr(make_checkpoint, token_rows, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from support.places import DEMO
 
 import nemoquant
-from nemoquant.layouts.loaders import cautions
+from nemoquant.layouts.engines import cautions
 from nemoquant.planning.recipe import presets
 
 PRESETS = sorted(set(presets()) - {"super-nvfp4-published"})  # the excluded one fits Super only

@@ -6,8 +6,8 @@ import os
 import pytest
 from support.files import tree
 
-from nemoquant.api import RunOptions, export_onnx, quantize
-from nemoquant.errors import OutputError
+from nemoquant.api import RunOptions, export_onnx, quantize, verify
+from nemoquant.errors import OutputError, UsageError
 
 SIDE_FILES = {  # name -> whether it is copied
     "generation_config.json": True,
@@ -58,6 +58,43 @@ def test_side_files_by_allow_list(make_checkpoint, tmp_path):
     manifest = json.loads((result.out / "nemoquant.json").read_text())
     assert sorted(manifest["skipped_side_files"]) == skipped
     assert set(manifest["files"]) == {p.name for p in result.out.iterdir()} - {"nemoquant.json"}
+
+
+def test_files_that_are_asked_for(make_checkpoint, tmp_path):
+    source = make_checkpoint("source")
+    for name in ("made_reasoning_parser.py", "other.py", "evil.sh"):
+        (source / name).write_text(name)
+    options = RunOptions(method="max", threads=1, also=["made_reasoning_parser.py", "evil.sh"])
+    result = quantize(source, tmp_path / "out", "nvfp4-w4a16", options)
+    assert (result.out / "made_reasoning_parser.py").read_text() == "made_reasoning_parser.py"
+    assert (result.out / "evil.sh").exists() and not (result.out / "other.py").exists()
+    assert verify(result.out)["ok"]
+    manifest = json.loads((result.out / "nemoquant.json").read_text())
+    assert {"made_reasoning_parser.py", "evil.sh"} <= set(manifest["files"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.py", "--also nowhere.py: expected the name of a file in"),
+        ("config.json", "--also config.json: nemoquant writes a file of that name"),
+        ("README.md", "--also README.md: nemoquant writes a file of that name; leave it out"),
+        ("parts", "--also parts: expected the name of a file in"),
+    ],
+)
+def test_files_that_can_not_be_asked_for(name, words, make_checkpoint, tmp_path):
+    source = make_checkpoint("source")
+    (source / "parts").mkdir()
+    (source / "README.md").write_text("theirs")
+    with pytest.raises(OutputError, match=words):
+        quantize(source, tmp_path / "out", "nvfp4-w4a16", RunOptions(method="max", also=name))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_path_is_no_name():
+    for wrong in ("../x", "a/b", "", 3, [None]):
+        with pytest.raises(UsageError, match="also is "):
+            RunOptions(also=wrong)
 
 
 def linked(source, name, target):

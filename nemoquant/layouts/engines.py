@@ -1,0 +1,172 @@
+"""What engines do with the file of a plan, by the table in ``engine_rows.py``.
+
+``plan``, the model card, the README and the commands for serving read it, and nothing else says what loads a
+file. Which files were loaded and compared is in ``layouts/checked.py``.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+from nemoquant.layouts import ENGINES, RIGHT
+from nemoquant.layouts.checked import CHECKED
+from nemoquant.layouts.engine_rows import (
+    ALONE,
+    BESIDE,
+    EXPERTS,
+    FAMILIES,
+    LEAST,
+    LINEAR,
+    ORDER,
+    ROWS,
+    Row,
+    Runs,
+)
+from nemoquant.layouts.modelopt import MIXED, algorithm, is_listed
+from nemoquant.planning.plan import Plan
+
+READERS = ("transformers",)  # what people try too
+
+
+class Outcome(NamedTuple):
+    """What an engine does with a whole file on one GPU; ``since`` is empty where it does not run it.
+
+    ``options``: of its command, without which it is wrong.
+    """
+
+    runs: Runs
+    since: str
+    notes: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.runs}, {self.since}" if self.since else self.runs
+
+
+class Mixture(NamedTuple):
+    """What of the layout is in a file.
+
+    Attributes:
+        parts: (algorithm, part) of everything quantized, as ``ROWS`` have them.
+        algorithm: that the config files declare for the whole file; empty where nothing is quantized.
+    """
+
+    parts: frozenset[tuple[str, str]]
+    algorithm: str
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All algorithms that are in it."""
+        return frozenset(name for name, part in self.parts if part in (LINEAR, EXPERTS) and name != MIXED)
+
+
+def mixture(plan: Plan) -> Mixture:
+    """Of the file of a plan."""
+    found: set[tuple[str, str]] = set()
+    for row in plan.quantized:
+        name = algorithm(row)
+        found |= {(name, LINEAR if row.expert is None else EXPERTS), (name, row.role)}
+    names = {name for name, _ in found}
+    found |= {(name, BESIDE if len(names) > 1 else ALONE) for name in names}
+    if is_listed(names):
+        found.add((MIXED, LINEAR))
+    return Mixture(frozenset(found), MIXED if is_listed(names) else next(iter(names), ""))
+
+
+@cache
+def outcome(file: Mixture, engine: str, sm: int) -> Outcome:
+    """What an engine does with a file on a GPU of compute capability ``sm``."""
+    here = (row for row in ROWS if row.engine == engine and sm in row.sms)
+    rows = [row for row in here if (row.algorithm, row.part) in file.parts]
+    needed = {(name, part) for name, part in file.parts if part in (LINEAR, EXPERTS)}
+    known = {(row.algorithm, row.part) for row in rows}
+    runs: set[Runs] = {row.runs for row in rows}
+    if sm < LEAST.get((engine, file.algorithm), 0) or needed - known:
+        runs.add("refused")
+    worst: Runs = max(runs, key=ORDER.index, default="native")
+    since = max((row.since for row in rows if row.since), key=_age, default="")
+    notes = tuple(dict.fromkeys(row.note for row in rows if row.note))
+    options = tuple(option for row in rows for option in row.options)
+    return Outcome(worst, since if worst in RIGHT else "", notes, options)
+
+
+def _age(version: str) -> tuple[bool, list[int]]:
+    """Order of versions; one without a number is later than all with one."""
+    numbered = version[:1].isdigit()
+    return not numbered, [int(part) for part in re.findall(r"\d+", version)] if numbered else []
+
+
+def notes(file: Mixture, engines: Iterable[str] = (*ENGINES.values(), *READERS)) -> list[str]:
+    """What to know about engines that load a file, or seem to; without :func:`cautions`."""
+    found = (
+        f"{engine}: {note}"
+        for engine in engines
+        for sms in FAMILIES.values()
+        for note in outcome(file, engine, sms[0]).notes
+        if all(note != row.note for row in _silent())
+    )
+    return list(dict.fromkeys(found))
+
+
+def _silent() -> Iterator[Row]:
+    """Rows of serving engines that compute something else without an error."""
+    return (row for row in ROWS if row.runs == "wrong" and row.engine in ENGINES.values())
+
+
+def cautions(plan: Plan) -> list[str]:
+    """What a user must know before serving the file of a plan: where an engine is silently wrong."""
+    present = mixture(plan).parts
+    modules = Counter(algorithm(row) for row in plan.quantized)
+    roles = Counter((algorithm(row), row.role) for row in plan.quantized)
+    found = []
+    for row in _silent():
+        if (row.algorithm, row.part) not in present:
+            continue
+        if row.part == BESIDE:
+            who = f"{modules[row.algorithm]} modules are {row.algorithm} beside other formats"
+        elif (count := roles[row.algorithm, row.part]) > 1:
+            who = f"{count} {row.part} modules are {row.algorithm}"
+        else:
+            who = f"{row.part} is {row.algorithm}"
+        found.append(f"{who}: {row.note}")
+    return found
+
+
+def header(engines: Iterable[str] = ENGINES.values()) -> tuple[str, ...]:
+    """Of :func:`table`."""
+    return ("GPU", *engines)
+
+
+def table(file: Mixture, engines: Iterable[str] = ENGINES.values()) -> list[tuple[str, ...]]:
+    """For each family of GPUs what each engine does with a file."""
+    names = list(engines)
+    return [
+        (in_words(title), *(str(outcome(file, engine, sms[0])) for engine in names))
+        for title, sms in FAMILIES.items()
+    ]
+
+
+def in_words(family: str) -> str:
+    """A family with its compute capabilities: ``B200, B300 (SM 100, 103)``."""
+    return f"{family} (SM {', '.join(map(str, FAMILIES[family]))})"
+
+
+def markdown_table(file: Mixture) -> list[str]:
+    """The same as the lines of a Markdown table."""
+    lines = [header(), ("---",) * len(header()), *table(file)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def proof(file: Mixture) -> str:
+    """A sentence on how it is known: engines that loaded a file of these algorithms, or where it was read."""
+    names = file.names
+    loaded = [f"{check.engine} {check.version}" for check in CHECKED if names in check.mixtures]
+    if not loaded:
+        return "The table was read in the engines' sources; none of them was run on a file of these formats."
+    return (
+        f"Files of these formats were loaded by {' and '.join(loaded)} on {CHECKED[0].date}, by their own "
+        f"code on a CPU, every weight compared; no kernel of theirs was run. The table was read in their "
+        f"sources."
+    )

@@ -1,0 +1,87 @@
+"""The head of a model card that hubs read, by the hub's own card library; nothing is sent anywhere."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemoquant.files import read_text
+from nemoquant.sources.source import Source
+from nemoquant.words import plain
+
+# vLLM loads the file as it is; for transformers, hubs show code that reads FP8 codes as if they were weights.
+LIBRARY = "vllm"
+TASK = "text-generation"
+TAKEN = ("license", "license_name", "license_link")  # from the head of the source's card
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+MOST_CARD = 1 << 20  # bytes of the source's card
+MOST_VALUE = 200  # characters of one of its values
+
+
+def source_id(source: Source) -> str | None:
+    """A source's name on the hub: by the cache folder it lies in, or its config; None if neither says."""
+    cached = [part for part in source.path.resolve().parts if part.startswith("models--")]
+    names = [part.removeprefix("models--").replace("--", "/", 1) for part in cached[-1:]]
+    names.append(str(source.raw_config.get("_name_or_path", "")))
+    return next((name for name in names if HUB_ID.fullmatch(name)), None)
+
+
+def source_name(source: Source) -> str:
+    """What to call a source: its name on the hub, or that of its folder."""
+    return source_id(source) or source.path.resolve().name
+
+
+def head(source: Source, tags: Collection[str]) -> str:
+    """The head of the card of what was made from ``source``, with both lines of dashes."""
+    from huggingface_hub import ModelCardData
+
+    base = source_id(source)
+    found: dict[str, Any] = dict(_license(source.path))
+    if base is not None:
+        found |= {"base_model": base, "base_model_relation": "quantized"}
+    data = ModelCardData(library_name=LIBRARY, pipeline_tag=TASK, tags=sorted(tags), **found)
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _license(folder: Path) -> dict[str, str]:
+    """The licence that the source's card declares, key by key; plain values of one line alone."""
+    try:
+        text = read_text(folder / "README.md", MOST_CARD)
+    except (OSError, ValueError):  # it has none, or none that can be read
+        return {}
+    begin, found = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL), {}
+    for line in begin[1].splitlines() if begin else []:
+        key, _, value = line.partition(":")
+        value = value.strip().strip("'\"")
+        if key in TAKEN and 0 < len(value) <= MOST_VALUE and value.isprintable():
+            found[key] = value
+    return found
+
+
+def with_results(text: str, name: str, dataset: str, results: Sequence[tuple[str, str, float]]) -> str | None:
+    """A card's text with evaluation results in its head, in place of earlier ones; None where it has no head.
+
+    Args:
+        name: of the model.
+        dataset: what it was measured on.
+        results: type of a metric, its name for people, and the value.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    if not text.startswith("---\n"):
+        return None
+    card = ModelCard(text)
+    data: Any = card.data
+    data.model_name = plain(name)
+    data.eval_results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="text",
+            dataset_name=plain(dataset),
+            metric_type=kind,
+            metric_name=title,
+            metric_value=value,
+        )
+        for kind, title, value in results
+    ]
+    return str(card)
