@@ -231,7 +231,7 @@ def quantize(
         if not dry_run:
             verified, skipped, warnings, calibration = job.run(warnings)
             serving = commands(made, options.gpu, out, Chat.of(template_source(source)))
-            return Result(out, made, warnings, verified, skipped, calibration, serving)
+            return Result(out, made, warnings, verified, skipped, calibration=calibration, serving=serving)
         return Result(out, made, [*warnings, *job.dry_run()], {})
 
 

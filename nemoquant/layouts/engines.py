@@ -78,17 +78,18 @@ def mixture(plan: Plan) -> Mixture:
 @cache
 def outcome(file: Mixture, engine: str, sm: int) -> Outcome:
     """What an engine does with a file on a GPU of compute capability ``sm``."""
-    here = (row for row in ROWS if row.engine == engine and sm in row.sms)
+    here = (row for row in ROWS if row.engine == engine and sm in row.on.sms)
     rows = [row for row in here if (row.algorithm, row.part) in file.parts]
+    does = [row.on for row in rows]
     needed = {(name, part) for name, part in file.parts if part in (LINEAR, EXPERTS)}
     known = {(row.algorithm, row.part) for row in rows}
-    runs: set[Runs] = {row.runs for row in rows}
+    runs: set[Runs] = {on.runs for on in does}
     if sm < LEAST.get((engine, file.algorithm), 0) or needed - known:
         runs.add("refused")
     worst: Runs = max(runs, key=ORDER.index, default="native")
-    since = max((row.since for row in rows if row.since), key=_age, default="")
-    notes = tuple(dict.fromkeys(row.note for row in rows if row.note))
-    options = tuple(option for row in rows for option in row.options)
+    since = max((on.since for on in does if on.since), key=_age, default="")
+    notes = tuple(dict.fromkeys(on.note for on in does if on.note))
+    options = tuple(option for on in does for option in on.options)
     return Outcome(worst, since if worst in RIGHT else "", notes, options)
 
 
@@ -105,14 +106,14 @@ def notes(file: Mixture, engines: Iterable[str] = (*ENGINES.values(), *READERS))
         for engine in engines
         for sms in FAMILIES.values()
         for note in outcome(file, engine, sms[0]).notes
-        if all(note != row.note for row in _silent())
+        if all(note != row.on.note for row in _silent())
     )
     return list(dict.fromkeys(found))
 
 
 def _silent() -> Iterator[Row]:
     """Rows of serving engines that compute something else without an error."""
-    return (row for row in ROWS if row.runs == "wrong" and row.engine in ENGINES.values())
+    return (row for row in ROWS if row.on.runs == "wrong" and row.engine in ENGINES.values())
 
 
 def cautions(plan: Plan) -> list[str]:
@@ -130,7 +131,7 @@ def cautions(plan: Plan) -> list[str]:
             who = f"{count} {row.part} modules are {row.algorithm}"
         else:
             who = f"{row.part} is {row.algorithm}"
-        found.append(f"{who}: {row.note}")
+        found.append(f"{who}: {row.on.note}")
     return found
 
 

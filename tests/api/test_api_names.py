@@ -36,7 +36,7 @@ OPTIONS = [
     "descent=None",
     "on='local'",
     "address=None",
-    "resume=False",
+    "resume=False also=() gpu=None",
 ]
 SIGNATURES = {
     "diff": "source candidates * data=None rows=32 seq_len=512 reference_cache=None engine='torch' "

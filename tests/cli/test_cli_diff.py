@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from support.commands import nemoquant
 from support.files import parse_strictly, tree
 from support.places import ROOT
@@ -295,6 +296,12 @@ def cost(out):
     return line.removeprefix(COST)
 
 
+def parts_of(card):
+    """The head of a card as data, and the lines below it."""
+    _, head, body = card.split("---\n", 2)
+    return yaml.safe_load(head), body.split("\n")
+
+
 def verified(out, source):
     report = verify(out, source)
     return report["ok"], report["problems"], report["warnings"]
@@ -319,11 +326,19 @@ def test_the_card_gets_the_figures(preset, run, source, quantized):
         assert figure in sentence
     changed = {name for name, content in tree(out).items() if content != before[name]}
     assert changed == {"README.md", FILE}
-    assert [
-        a
-        for a, b in zip(card.split("\n"), (out / "README.md").read_text().split("\n"), strict=True)
-        if a != b
-    ] == [line for line in card.split("\n") if line.startswith(COST)]
+    head, body = parts_of((out / "README.md").read_text())
+    old_head, old_body = parts_of(card)
+    assert [a for a, b in zip(old_body, body, strict=True) if a != b] == [
+        line for line in old_body if line.startswith(COST)
+    ]
+    ((result,),) = (model["results"] for model in head.pop("model-index"))
+    assert head == old_head
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
+        "kl_divergence": logits.kl.mean,
+        "perplexity": logits.perplexity,
+        "top1_agreement": logits.top1_agreement,
+    }
+    assert result["dataset"]["name"] == "rows.npy"
     assert verified(out, source) == (True, [], [])
     assert report.warnings == []
 
@@ -370,7 +385,9 @@ def test_a_card_without_the_line(run, quantized):
     write_manifest(out, data)
     before = tree(out)
     report = json.loads(run(out, "--json", "-").stdout)
-    assert report["warnings"] == [f"{card} has no line for the cost in accuracy; it is left as it is"]
+    assert report["warnings"] == [
+        f"{card} has no head, or no line for the cost in accuracy; it is left as it is"
+    ]
     assert tree(out) == before
 
 

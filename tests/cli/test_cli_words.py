@@ -222,9 +222,10 @@ def test_a_whole_run(hostile, tmp_path):
     tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
     assert [h.split(":")[0] for h in headings] == [
-        "Nemotron-H, quantized",
+        r"\\x1b\[1msource, quantized",
         "Map",
         "What loads it",
+        "Serve it",
         "Warnings",
         "Provenance",
     ]

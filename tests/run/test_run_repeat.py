@@ -101,7 +101,7 @@ def fuse(source, folder):
         name: torch.stack([by_number[e] for e in range(len(by_number))])
         for name, by_number in experts.items()
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(fused, folder / "model.safetensors")
     (folder / "config.json").write_text((source / "config.json").read_text())
     return folder
@@ -110,14 +110,14 @@ def fuse(source, folder):
 @pytest.mark.parametrize("preset", ["nvfp4", "fp8", "nvfp4-w4a16"])
 def test_a_fused_single_file_source_gives_the_same_output(preset, make_checkpoint, quantized, tmp_path):
     published = make_checkpoint("published", n_routed_experts=12)
-    fused = fuse(published, tmp_path / "fused")
+    fused = fuse(published, tmp_path / "fused" / published.name)  # cards have the folder's name
     assert not any(".experts.0." in name for name in read(fused))
     assert changed_files(quantized(preset, "a", of=published), quantized(preset, "b", of=fused)) == []
 
 
 def test_links_in_the_source_are_followed_and_none_is_written(source, quantized, tmp_path):
     (source / "tokenizer_config.json").write_text("{}")
-    linked, blobs = tmp_path / "hub/snapshots/0f3a", tmp_path / "hub/blobs"  # the layout of a hub cache
+    linked, blobs = tmp_path / "hub/snapshots" / source.name, tmp_path / "hub/blobs"  # as a hub cache's
     linked.mkdir(parents=True)
     blobs.mkdir()
     for i, path in enumerate(sorted(source.iterdir())):
