@@ -1,14 +1,13 @@
 """``python -m tests.consumers``: see ``tests/consumers/__init__.py``."""
 
 import argparse
-import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +17,8 @@ from nemoquant.errors import NemoquantError
 
 from . import results
 from .environment import Environment
-from .rows import Bare, Checkpoint, bare, checkpoints, served
+from .rows import ENGINES, Bare, Checkpoint, Row, bare, checkpoints, hashed, served
 
-ENGINES = ("vllm", "sglang")
 AT_ONCE = 2  # children
 LONGEST = 900  # seconds of one
 HERE = Path(__file__).parent
@@ -30,16 +28,18 @@ def options() -> argparse.Namespace:
     """The command line."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(prog="python -m tests.consumers", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="rows that have one of these in their name")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="rows with one of these in their name, or `commands`"
+    )
     parser.add_argument(
         "--work",
         type=Path,
         default=cache / "nemoquant-consumers",
         metavar="DIR",
-        help="environment and checkpoints (default: %(default)s)",
+        help="environment and checkpoints, kept for the next run (default: %(default)s)",
     )
     for engine in ENGINES:
-        parser.add_argument(f"--{engine}", metavar="VERSION", help="default: the newest")
+        parser.add_argument(f"--{engine}", metavar="VERSION", help="default: the newest when DIR was made")
     parser.add_argument("--only", choices=ENGINES, help="one engine")
     parser.add_argument("--again", action="store_true", help="rows whose result is there too")
     return parser.parse_args()
@@ -49,26 +49,18 @@ class Run:
     """One run: children of the engines, and the results as they come."""
 
     def __init__(self, chosen: argparse.Namespace) -> None:
-        self.chosen, self.data = chosen, results.read()
+        self.chosen, self.data, self.lock = chosen, results.read(), threading.Lock()
         self.work = chosen.work.expanduser().resolve()
-        self.environment = Environment(
-            self.work / "environment", {engine: getattr(chosen, engine) for engine in ENGINES}
-        )
+        (self.work / "jobs").mkdir(parents=True, exist_ok=True)
+        asked = {engine: getattr(chosen, engine) for engine in ENGINES}
+        self.environment = Environment(self.work / "environment", asked)
         self.environment.make()
-        shared = [(HERE / f"{name}.py").read_bytes() for name in ("child", "stored", "stubs")]
-        self.sources = {
-            engine: hashlib.sha256(b"".join([*shared, (HERE / f"on_{engine}.py").read_bytes()])).hexdigest()[
-                :16
-            ]
-            for engine in ENGINES
-        }
+        self.engines = [chosen.only] if chosen.only else list(ENGINES)
 
-    def job(self, engine: str, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    def job(self, name: str, engine: str, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """One job in a child; ``failed`` where it ends badly."""
-        folder = self.work / "jobs"
-        folder.mkdir(exist_ok=True)
-        stem = hashlib.sha256(json.dumps([engine, task, arguments]).encode()).hexdigest()[:16]
-        question, answer, log = (folder / f"{stem}.{end}" for end in ("job.json", "json", "log"))
+        stem = self.work / "jobs" / f"{name.replace(', ', '-')}.{engine}"
+        question, answer, log = (stem.with_name(f"{stem.name}.{end}") for end in ("job", "json", "log"))
         question.write_text(json.dumps({"engine": engine, "task": task, "arguments": arguments}))
         answer.unlink(missing_ok=True)
         with log.open("wb") as output:
@@ -87,97 +79,67 @@ class Run:
             said = log.read_text(errors="replace").strip().splitlines()
             return {"failed": f"exit {done.returncode}: {said[-1][:300] if said else ''}"}
         row: dict[str, Any] = json.loads(answer.read_text())
-        self.data["engines"][engine] = {"version": row.pop("engine"), **row.pop("versions")}
+        with self.lock:
+            self.data["engines"][engine] = {"version": row.pop("engine"), **row.pop("versions")}
         return row
 
-    def wanted(self, name: str) -> bool:
-        return not self.chosen.names or any(word in name for word in self.chosen.names)
-
-    def engines(self) -> list[str]:
-        return [self.chosen.only] if self.chosen.only else list(ENGINES)
-
-    def row(self, kind: str, name: str, engine: str, inputs: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Make one row, unless it is there and of the same inputs."""
-        inputs = f"{self.environment.versions[engine]} {self.sources[engine]} {inputs}"
-        rows = self.data[kind].setdefault(name, {})
-        before = rows.get(engine, {})
+    def one(self, row: Row, engine: str) -> None:
+        """Make one row of an engine, unless it is there and of the same inputs."""
+        sources = [
+            (HERE / f"{name}.py").read_bytes() for name in ("child", "stored", "stubs", f"on_{engine}")
+        ]
+        inputs = f"{self.environment.versions[engine]} {hashed(*sources)} {row.inputs}"
+        with self.lock:
+            before = self.data[row.kind].get(row.name, {}).get(engine, {})
         if before.get("inputs") == inputs and "failed" not in before and not self.chosen.again:
             return
         began = time.monotonic()
-        rows[engine] = make() | {"inputs": inputs}
-        found = results.problems(engine, rows[engine])
+        made = self.job(row.name, engine, row.task, row.arguments) | {"inputs": inputs}
         took = f"{time.monotonic() - began:.0f} s"
-        print(f"{name}, {engine}, {took}: {'; '.join(found) or 'no problem'}", file=sys.stderr, flush=True)
-        results.write(self.data)
+        found = results.problems(engine, made)
+        with self.lock:
+            self.data[row.kind].setdefault(row.name, {})[engine] = made
+            results.write(self.data)
+            said = "; ".join(found) or "no problem"
+            print(f"{row.name}, {engine}, {took}: {said}", file=sys.stderr, flush=True)
 
-    def quantized(self, row: Checkpoint) -> Path | None:
-        """The folder of a checkpoint; None where it could not be made, which is its result."""
+    def rows(self, source: Checkpoint | Bare) -> list[Row]:
+        """The rows of a checkpoint or a config; none where it can't be made, which the results then say."""
         try:
-            return row.made(self.work)
+            return list(source.rows(self.work))
         except NemoquantError as error:
-            self.data["checkpoints"][row.name] = {e: {"failed": str(error)} for e in self.engines()}
-            print(f"{row.name}: {error}", file=sys.stderr, flush=True)
-            return None
+            print(f"{source.name}: {error}", file=sys.stderr, flush=True)
+            self.data["checkpoints"][source.name] = {e: {"failed": str(error)} for e in self.engines}
+            return []
 
-    def checkpoint(self, pool: ThreadPoolExecutor, row: Checkpoint, folder: Path) -> None:
-        """One child for each engine, and one more for the draft."""
-        drafts = (False, True) if row.has_draft else (False,)
-        for engine in self.engines():
-            for draft in drafts:
-                arguments = {"folder": str(folder), "draft": draft}
-                name = f"{row.name}, draft" if draft else row.name
-                pool.submit(
-                    self.row,
-                    "checkpoints",
-                    name,
-                    engine,
-                    row.key,
-                    lambda e=engine, a=arguments: self.job(e, "load", a),
-                )
-
-    def config(self, pool: ThreadPoolExecutor, row: Bare) -> None:
-        """One child for each engine."""
-        folder, plan = row.made(self.work), row.algorithms()
-        inputs = hashlib.sha256(
-            json.dumps([plan, (folder / "config.json").read_text()]).encode()
-        ).hexdigest()[:16]
-        arguments = {"folder": str(folder), "plan": plan}
-        for engine in self.engines():
-            pool.submit(
-                self.row,
-                "configs",
-                row.name,
-                engine,
-                inputs,
-                lambda e=engine: self.job(e, "names", arguments),
-            )
-
-    def commands(self, rows: list[Bare]) -> None:
+    def commands(self) -> None:
         """All serving commands of an engine, in one child."""
-        for engine in self.engines():
-            lines = served(rows, self.work, engine)
-            answer = self.job(engine, "commands", {"lines": lines})
-            if "failed" in answer:
-                self.data["commands"][engine] = [{"sm": 0, "words": [], "refused": answer["failed"]}]
-            else:
-                self.data["commands"][engine] = answer["commands"]
+        for engine in self.engines:
+            answer = self.job("commands", engine, "commands", {"lines": served(self.work, engine)})
+            found = answer.get("commands", [{"sm": 0, "words": [], "refused": answer.get("failed")}])
+            for command in found:  # of any machine
+                command["words"] = [word.replace(f"{self.work}/configs/", "") for word in command["words"]]
+            self.data["commands"][engine] = found
 
     def all(self) -> int:
-        """Everything that was chosen; 1 where something is a problem."""
-        made = {row: self.quantized(row) for row in checkpoints() if self.wanted(row.name)}
+        """Everything that was chosen; 1 where something in the results is a problem."""
+        words = self.chosen.names
+        sources = [s for s in [*checkpoints(), *bare()] if not words or any(word in s.name for word in words)]
+        rows = [row for source in sources for row in self.rows(source)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for row, folder in made.items():
-                if folder:
-                    self.checkpoint(pool, row, folder)
-            for config in bare():
-                if self.wanted(config.name):
-                    self.config(pool, config)
-        if self.wanted("commands"):
-            self.commands(bare())
+            jobs = [
+                pool.submit(self.one, row, engine)
+                for row in rows
+                for engine in self.engines
+                if engine in row.engines
+            ]
+            for job in jobs:
+                job.result()
+        if not words or "commands" in words:
+            self.commands()
         self.data["date"] = datetime.now(UTC).date().isoformat()
-        self.data["machine"] = (
-            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        )
+        self.data["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        self.data["python"] = platform.python_version()
         results.write(self.data)
         print(results.table(self.data))
         return int(results.any_problem(self.data))

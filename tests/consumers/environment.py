@@ -9,8 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-# vLLM's release for CPUs brings torch and the rest. What it pulls in for images and sound is built for CUDA, and
-# transformers fails to import with it; the others are asked for by newer releases of the engines.
+# vLLM's release for CPUs brings torch and the rest. What it pulls in for images and sound is built for CUDA,
+# and transformers fails to import with it; the others are asked for by newer releases of the engines.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 NEWER = ("orjson", "xgrammar", "llguidance", "apache-tvm-ffi")
 DONE = "complete"  # a file: this step ended

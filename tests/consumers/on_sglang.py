@@ -1,6 +1,7 @@
 """Jobs on SGLang, in the engines' environment. Replaced is only what needs a GPU: packages, and repacking."""
 
 import contextlib
+import importlib
 import io
 import logging
 import re
@@ -15,13 +16,17 @@ import torch
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore")
 
-import tvm_ffi  # noqa: E402, F401  it and the next look for packages that are stubs below
-import llguidance  # noqa: E402, F401
-import xgrammar  # noqa: E402, F401
-import transformers.image_utils  # noqa: E402
-import transformers.modeling_utils  # noqa: E402
-import transformers.video_utils  # noqa: E402
-from transformers import AutoProcessor, PreTrainedModel  # noqa: E402, F401
+# These look for packages that are stubs below, and choose between ways by it.
+for looking in (
+    "tvm_ffi",
+    "llguidance",
+    "xgrammar",
+    "transformers.image_utils",
+    "transformers.modeling_utils",
+    "transformers.models.auto.processing_auto",
+    "transformers.video_utils",
+):
+    importlib.import_module(looking)
 
 from . import stubs  # noqa: E402
 
@@ -396,7 +401,11 @@ def check_command(sm: int, words: list[str]) -> dict[str, Any]:
             view = resolved(words[start_of[words[0]] :], sm)
     except (Exception, SystemExit) as error:
         text = said.getvalue().strip().splitlines()[-1:] if isinstance(error, SystemExit) else [str(error)]
-        return {"sm": sm, "words": words, "refused": f"{type(error).__name__}: {' '.join(text)[:400]}"}
+        return {
+            "sm": sm,
+            "words": words,
+            "refused": f"{type(error).__name__}: {' '.join(' '.join(text).split())[:400]}",
+        }
     wanted = (
         "tp_size kv_cache_dtype mamba_ssm_dtype quantization reasoning_parser tool_call_parser "
         "speculative_algorithm speculative_num_steps speculative_num_draft_tokens"

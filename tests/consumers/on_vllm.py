@@ -1,4 +1,4 @@
-"""Jobs on vLLM, in its environment. Replaced is only what needs a GPU: the choice of kernels, and repacking."""
+"""Jobs on vLLM, in its environment. Replaced is what needs a GPU: the choice of kernels, and repacking."""
 
 import contextlib
 import functools
@@ -6,8 +6,8 @@ import importlib
 import io
 import re
 import tempfile
-from collections.abc import Iterator
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +34,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from . import stored  # noqa: E402
 from .stored import Comparison, Loaded, Stored  # noqa: E402
 
+PROCESSED = ("ModelOptLinearMethod", "ModelOptKVCacheMethod", "CompressedTensorsLinearMethod")
 GPUS = (80, 90, 100, 120)
+COMPRESSED_TENSORS = (
+    "compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8",
+    "schemes.compressed_tensors_w8a8_fp8",
+)
 QKV = ("q_proj", "k_proj", "v_proj")
 ASKED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 """The first question of each kind for a kernel: the engine's function, and what it was asked with."""
@@ -88,6 +93,12 @@ def replace_kernels() -> None:
         "unquantized experts",
         (next(iter(unquantized.UnquantizedMoeBackend)), None),
     )
+    for path in COMPRESSED_TENSORS:
+        module = importlib.import_module(f"{modelopt.__package__}.compressed_tensors.{path}")
+        if hasattr(module, "select_fp8_moe_backend"):
+            instead(module, "select_fp8_moe_backend", "FP8 experts", other)
+        else:
+            instead(module, "init_fp8_linear_kernel", "FP8 linear", NoKernel())
     instead(modelopt, "init_nvfp4_linear_kernel", "NVFP4 linear", NoKernel())
     instead(modelopt, "init_fp8_linear_kernel", "FP8 linear", NoKernel())
     instead(modelopt, "init_mxfp8_linear_kernel", "MXFP8 linear", NoKernel())
@@ -282,7 +293,7 @@ def load(folder: str, draft: bool) -> dict[str, Any]:
     caches = {}
     for name, module in modules.items():
         method = getattr(module, "quant_method", None)
-        if type(method).__name__ in ("ModelOptLinearMethod", "ModelOptKVCacheMethod"):
+        if type(method).__name__ in PROCESSED:
             if type(method).__name__ == "ModelOptKVCacheMethod":
                 module.kv_cache_dtype = config.cache_config.cache_dtype
             with set_current_vllm_config(config):
@@ -403,7 +414,7 @@ def check_command(sm: int, words: list[str]) -> dict[str, Any]:
             config = AsyncEngineArgs.from_cli_args(options).create_engine_config()
     except (Exception, SystemExit) as error:
         text = said.getvalue().strip().splitlines()[-1:] if isinstance(error, SystemExit) else [str(error)]
-        return {"sm": sm, "words": words, "refused": " ".join(text)[:400]}
+        return {"sm": sm, "words": words, "refused": " ".join(" ".join(text).split())[:400]}
     drafted = config.speculative_config
     return {
         "sm": sm,

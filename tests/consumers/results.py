@@ -1,14 +1,14 @@
 """What came out, as ``results.json``, and what of it is a problem.
 
     engines       by engine: version, torch, transformers
-    checkpoints   by name, then by engine: of a folder that was loaded (``..., draft``: its multi-token prediction)
+    checkpoints   by name, then by engine: of a folder that was loaded (``..., draft``: its drafting module)
         quantization, least_sm     the engine's name for it, and the least SM by its own answer
-        modules, algorithms        how many were compared, and how many have which algorithm in the file
+        modules, algorithms        how many were compared, and which algorithms they have in the file
         algorithm_differs, values_differ, input_scales_differ, kv_scales_differ
                                    [name, the file's, the engine's]
         processed_differ           SGLang: the same of what it makes after loading
         unset                      parameters with bytes that no tensor wrote: [name, shape, bytes]
-        kept                       parameters that the file has nothing for, by their last name: the engine's default
+        kept                       parameters without a tensor, by their last name: the engine's default
         others, parameters         tensors beside modules that were compared; parameters of the model
         cache_scales, caches       K and V scales as loaded; dtypes of the KV cache and the scan's state
         backends                   by SM: the kernels that the engine's own selection takes

@@ -23,7 +23,7 @@ DERIVED = ("_blockscale_swizzled",)  # parameters that SGLang makes from others 
 
 
 def nvfp4(codes: Tensor, block_scales: Tensor, scale: Tensor) -> Tensor:
-    """Values [out, in] of codes U8 [out, in / 2], block scales E4M3 [out, in / 16] and a scale, decode scales."""
+    """Values [out, in] of codes U8 [out, in / 2], block scales E4M3 [out, in / 16] and a scale."""
     values = torch.stack([E2M1[(codes & 15).long()], E2M1[(codes >> 4).long()]], -1)
     return (values.reshape(len(codes), -1, 16) * (block_scales.float() * scale.float())[..., None]).flatten(1)
 
@@ -58,7 +58,7 @@ class Stored:
         return sorted(name for name in names if name.startswith("mtp.") == draft)
 
     def algorithm(self, module: str) -> str:
-        """ModelOpt's name for how a module is quantized, by the dtypes in the file; "" where it is not."""
+        """ModelOpt's name for how a module is quantized, by its dtypes; "" where it is not."""
         weight = self.tensors[f"{module}.weight"]
         if weight.dtype == torch.uint8:
             return "NVFP4" if f"{module}.input_scale" in self.tensors else "W4A16_NVFP4"
@@ -92,7 +92,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A module as an engine has it: algorithm, decoded values, and the scale of its input where it keeps one."""
+    """A module as an engine has it: algorithm, decoded values, the scale of its input where it keeps one."""
 
     algorithm: str
     values: Tensor
@@ -172,7 +172,7 @@ def raw(parameter: Tensor) -> Tensor:
 
 
 def fill(model: torch.nn.Module, byte: int, keep: Callable[[str], bool]) -> dict[str, int]:
-    """Fill all parameters with a byte, but those that are kept; returns how many these are by their last name."""
+    """Fill all parameters with a byte but those that are kept; how many these are, by their last name."""
     kept: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if keep(name):

@@ -1,25 +1,27 @@
-"""Stand-ins for the packages of GPUs and servers that SGLang imports, so that its Python runs without them."""
+"""Stand-ins for packages of GPUs and servers that engines import, so that their Python runs without them."""
 
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
-PACKAGES = frozenset(
-    "IPython blobfile cuda cutlass datasets decord decord2 deep_ep deep_gemm deepseek_recipe distro easydict "
-    "flash_attn flash_attn_4 flash_mla flashinfer gguf humming interegular kernels mathdx modelscope "
-    "nvidia nvshmem openai_harmony orjson outlines py_spy pynvml quack sgl_deep_ep sgl_kernel smg_grpc_servicer "
-    "soundfile tilelang timm tml_renderers torch_memory_saver torchao torchaudio torchcodec torchvision uvloop "
-    "xxhash zmq_".split()
-)
+NAMES = """
+    IPython blobfile cuda cutlass datasets decord decord2 deep_ep deep_gemm deepseek_recipe distro easydict
+    flash_attn flash_attn_4 flash_mla flashinfer gguf humming interegular kernels mathdx modelscope nvidia
+    nvshmem openai_harmony orjson outlines py_spy pynvml quack sgl_deep_ep sgl_kernel smg_grpc_servicer
+    soundfile tilelang timm tml_renderers torch_memory_saver torchao torchaudio torchcodec torchvision uvloop
+    xxhash zmq_
+"""
+PACKAGES = frozenset(NAMES.split())
 
 
 class Stub(ModuleType):
     """A module that has every name; decorators that register something give it back."""
 
-    __path__: list[str] = []
+    __path__: Sequence[str] = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -57,5 +59,5 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install(packages: frozenset[str] = PACKAGES) -> None:
-    """From now on these packages are stubs. What looks for them to choose between ways must be imported before."""
+    """From now on these packages are stubs; what looks for them to choose a way must be imported before."""
     sys.meta_path.insert(0, Finder(packages))
