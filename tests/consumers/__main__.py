@@ -17,7 +17,7 @@ from nemoquant.errors import NemoquantError
 
 from . import results
 from .environment import Environment
-from .rows import ENGINES, Bare, Checkpoint, Row, bare, checkpoints, hashed, served
+from .rows import ENGINES, Bare, Checkpoint, Converted, Row, bare, checkpoints, converted, hashed, served
 
 AT_ONCE = 2  # children
 LONGEST = 900  # seconds of one
@@ -103,7 +103,7 @@ class Run:
             said = "; ".join(found) or "no problem"
             print(f"{row.name}, {engine}, {took}: {said}", file=sys.stderr, flush=True)
 
-    def rows(self, source: Checkpoint | Bare) -> list[Row]:
+    def rows(self, source: Checkpoint | Converted | Bare) -> list[Row]:
         """The rows of a checkpoint or a config; none where it can't be made, which the results then say."""
         try:
             return list(source.rows(self.work))
@@ -124,7 +124,8 @@ class Run:
     def all(self) -> int:
         """Everything that was chosen; 1 where something in the results is a problem."""
         words = self.chosen.names
-        sources = [s for s in [*checkpoints(), *bare()] if not words or any(word in s.name for word in words)]
+        sources: list[Checkpoint | Converted | Bare] = [*checkpoints(), *converted(), *bare()]
+        sources = [s for s in sources if not words or any(word in s.name for word in words)]
         rows = [row for source in sources for row in self.rows(source)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             jobs = [

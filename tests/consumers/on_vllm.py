@@ -81,8 +81,14 @@ def instead(module: ModuleType, name: str, kind: str, answer: Any) -> None:
     setattr(module, name, answered)
 
 
+def quantize(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel ``scaled_fp8_quant`` computes: E4M3 of the values over the scale, saturated."""
+    return (values.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def replace_kernels() -> None:
-    """Everything that would choose a kernel by the GPU."""
+    """Everything that would choose a kernel by the GPU, and the one that loading itself runs."""
+    importlib.import_module("vllm._custom_ops").scaled_fp8_quant = quantize
     other = list(fp8.Fp8MoeBackend)[-1], object
     instead(modelopt, "select_nvfp4_moe_backend", "NVFP4 experts", (nvfp4.NvFp4MoeBackend.EMULATION, object))
     instead(modelopt, "select_fp8_moe_backend", "FP8 experts", other)
@@ -272,10 +278,14 @@ def load(folder: str, draft: bool) -> dict[str, Any]:
 
     def keep(name: str) -> bool:
         """Scales of inputs and caches that no file has; the engine's own default stands for those."""
-        if name.endswith((".q_scale", ".prob_scale")):
+        if name.endswith((".q_scale", ".prob_scale", "_zero_point")):
             return True
         if name.endswith((".k_scale", ".v_scale")):
             return not has_cache_scales
+        if name.endswith("_input_scale") and config.model_config.quantization == "compressed-tensors":
+            return (
+                True  # of experts: it refuses a second tensor that differs from what is there, but not from 1
+            )
         return name.endswith("input_scale") and place_of(name) not in scaled
 
     models, kept = [], {}

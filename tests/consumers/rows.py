@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import nemoquant
+from nemoquant.cli import VERBS
 from nemoquant.layouts.gpus import GPUS
 from nemoquant.layouts.modelopt import LEGACY, algorithm, config_files
 from nemoquant.layouts.serving import commands
@@ -93,6 +94,26 @@ class Checkpoint:
             yield Row("checkpoints", name, inputs, "load", {"folder": str(folder), "draft": True})
 
 
+@dataclass(frozen=True)
+class Converted:
+    """An FP8 checkpoint in the compressed-tensors layout; vLLM alone reads it."""
+
+    of: Checkpoint
+
+    @property
+    def name(self) -> str:
+        return f"{self.of.name}, compressed-tensors"
+
+    def rows(self, work: Path) -> Iterator[Row]:
+        """The model; its draft is as the source has it."""
+        out = work / "checkpoints" / f"{self.of.name}-compressed-tensors"
+        folder = self.of.made(work)
+        shutil.rmtree(out, ignore_errors=True)
+        nemoquant.convert(folder, out, "compressed-tensors", progress=False)
+        arguments = {"folder": str(out), "draft": False}
+        yield Row("checkpoints", self.name, identity(out), "load", arguments, ("vllm",))
+
+
 def identity(folder: Path) -> str:
     """Changes with whatever an engine reads in a checkpoint."""
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / LEGACY]
@@ -131,6 +152,11 @@ class Bare:
         plan = {row.module: algorithm(row) for row in self.plan.rows if row.name.endswith(".weight")}
         inputs = hashed(json.dumps(plan).encode(), (folder / "config.json").read_bytes())
         yield Row("configs", self.name, inputs, "names", {"folder": str(folder), "plan": plan})
+
+
+def converted() -> list[Converted]:
+    """The FP8 preset on both models, where there is ``nemoquant convert``."""
+    return [Converted(Checkpoint(source, "fp8")) for source in (DEMO, NANO)] if "convert" in VERBS else []
 
 
 def checkpoints() -> list[Checkpoint]:
