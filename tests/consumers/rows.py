@@ -24,7 +24,7 @@ CONFIGS = {name: ROOT / "tests" / "configs" / f"{name}.json" for name in ("super
 SUPER_ONLY = "super-nvfp4-published"
 ENGINES = ("vllm", "sglang")
 PROGRAMS = {"vllm": ("vllm",), "sglang": ("python", "sglang")}  # first words of an engine's commands
-CALIBRATION = {"rows": 4, "seq_len": 128}  # values are compared with the file's, not with the source's
+ROWS, LENGTH = 4, 128  # of calibration: values are compared with the file's, not with the source's
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Checkpoint:
         recipe = self.recipe if isinstance(self.recipe, Path) else ROOT / f"calib/recipes/{self.recipe}.yaml"
         files = [*sorted((ROOT / "nemoquant").rglob("*.py")), *sorted(self.source.glob("*.safetensors"))]
         files += [self.source / "config.json", recipe]
-        return hashed(str(CALIBRATION).encode(), *(file.read_bytes() for file in files))
+        return hashed(f"{ROWS} {LENGTH}".encode(), *(file.read_bytes() for file in files))
 
     def made(self, work: Path) -> Path:
         """Its folder below ``work``, quantized where it is not there or may be another's."""
@@ -76,7 +76,7 @@ class Checkpoint:
         if not (mark.exists() and mark.read_text() == self.key):
             shutil.rmtree(out, ignore_errors=True)
             out.parent.mkdir(parents=True, exist_ok=True)
-            nemoquant.quantize(self.source, out, self.recipe, nemoquant.RunOptions(**CALIBRATION))
+            nemoquant.quantize(self.source, out, self.recipe, nemoquant.RunOptions(rows=ROWS, seq_len=LENGTH))
             mark.write_text(self.key)
         return out
 
