@@ -34,6 +34,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from . import stored  # noqa: E402
 from .stored import Comparison, Loaded, Stored  # noqa: E402
 
+COMPILED = {  # what vLLM's compiled kernels say that they serve: a name, and the least SM
+    "scaled_mm_supports_fp8": 89,
+    "scaled_mm_supports_fp4": 100,
+    "scaled_mm_supports_block_fp8": 90,
+    "group_gemm_supported": 90,
+}
 PROCESSED = ("ModelOptLinearMethod", "ModelOptKVCacheMethod", "CompressedTensorsLinearMethod")
 GPUS = (80, 90, 100, 120)
 COMPRESSED_TENSORS = (
@@ -347,11 +353,8 @@ def backends(config: VllmConfig) -> dict[str, dict[str, str]]:
     for known in vars(flashinfer).values():  # answers from before the stub
         if isinstance(known, functools._lru_cache_wrapper):
             known.cache_clear()
-    custom = importlib.import_module("vllm._custom_ops")
-    custom.cutlass_scaled_mm_supports_fp8 = lambda sm: sm >= 89
-    custom.cutlass_scaled_mm_supports_fp4 = lambda sm: sm >= 100
-    custom.cutlass_scaled_mm_supports_block_fp8 = lambda sm: sm >= 90
-    custom.cutlass_group_gemm_supported = lambda sm: sm >= 90
+    for name, least in COMPILED.items():
+        setattr(torch.ops._C, f"cutlass_{name}", lambda sm, least=least: sm >= least)
     found: dict[str, dict[str, str]] = {}
     for sm in GPUS:
         answers = found[str(sm)] = {}
