@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import nemoquant
+from nemoquant.converting import Target
 from nemoquant.engine import EngineName, TargetName
 from nemoquant.formats import Device
 from nemoquant.graph import Compute, DialectName
@@ -37,6 +38,7 @@ work; at the end with done equal to total. `no_progress` is one that does nothin
 """
 NOTES = {"Report": "How to read it: [diff.md](diff.md); each figure: [diff.schema.json](diff.schema.json).\n"}
 WORDS = {
+    "Target": Target,
     "EngineName": EngineName,
     "TargetName": TargetName,
     "DialectName": DialectName,

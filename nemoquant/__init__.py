@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Progress,
         Result,
         RunOptions,
+        convert,
         diff,
         estimate,
         export_engine,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         quantize,
         verify,
     )
+    from nemoquant.converting.result import Converted
     from nemoquant.evaluate.schema import Report
     from nemoquant.graph import Exported
     from nemoquant.planning.plan import Plan
@@ -61,6 +63,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "Converted",
     "EngineError",
     "Estimate",
     "Exported",
@@ -83,6 +86,7 @@ __all__ = [
     "VerificationError",
     "WeightError",
     "__version__",
+    "convert",
     "diff",
     "estimate",
     "export_engine",
@@ -95,6 +99,7 @@ __all__ = [
     "verify",
 ]
 _RESULTS = {  # what functions return, where it is made
+    "Converted": "nemoquant.converting.result",
     "Estimate": "nemoquant.run.estimate",
     "Exported": "nemoquant.graph",
     "Plan": "nemoquant.planning.plan",

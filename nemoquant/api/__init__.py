@@ -5,6 +5,7 @@ loaded inside the functions, after that.
 """
 
 from nemoquant.api.compare import diff
+from nemoquant.api.converting import convert
 from nemoquant.api.export import export_engine, export_onnx
 from nemoquant.api.look import inspect, plan
 from nemoquant.api.quantizing import Result, estimate, quantize, verify
@@ -17,6 +18,7 @@ __all__ = [
     "Progress",
     "Result",
     "RunOptions",
+    "convert",
     "diff",
     "estimate",
     "export_engine",

@@ -1,6 +1,7 @@
 """A quantize run: its estimate, the run itself, and the check of what it wrote."""
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -243,19 +244,28 @@ def verify(
 ) -> dict[str, Any]:
     """Check a written checkpoint; with its source also bit for bit against it.
 
+    A folder without a manifest, converted or another tool's, is checked as far as that goes without a plan:
+    headers, index and config agree, all tensors and parts are there, every scale is valid, every weight is
+    finite; of a converted one the hashes of its files too. A warning says that nothing else could be checked.
+
     Args:
         progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
     Returns:
         ``{"ok", "problems", "warnings", "edited", "checked"}``; ``edited`` are files that may be edited and
         were, such as the model card.
     Raises:
-        CheckpointError: the manifest, or the source, can't be used: it has NaN or Inf, or changes meanwhile.
-            UsageError
+        CheckpointError: the manifest, or the source, can't be used: it has NaN or Inf, or changes meanwhile;
+            or ``against`` is given and there is no manifest. UsageError
     """
     bars = shown(progress)
     folder, other = arguments.path("out", out), arguments.optional_path("against", against)
+    from nemoquant.checkpoint.manifest import FILE
+    from nemoquant.pack.found import verify_found
     from nemoquant.pack.verify import verify as check
 
+    if other is None and folder.is_dir() and not os.path.lexists(folder / FILE):
+        with bars as report:
+            return verify_found(folder, report).to_json()
     needs = "--against needs the source's folder with its weights"
     source = None if other is None else open_weights(other, needs)
     with bars as report:

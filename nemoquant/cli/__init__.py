@@ -13,6 +13,7 @@ VERBS = {
     "plan": "Show what a recipe would do, before it is done.",
     "quantize": "Quantize a bf16 checkpoint to FP8, MXFP8 or NVFP4.",
     "verify": "Check a quantized checkpoint, file by file and byte by byte.",
+    "convert": "Write a quantized checkpoint for transformers, or decode it to bf16.",
     "diff": "Measure how far quantized checkpoints are from their source.",
     "export": "Export ONNX graphs over the packed bytes, and engines.",
     "plugins": "Build the TensorRT plugins and their kernels.",
@@ -21,7 +22,7 @@ VERBS = {
     "doctor": "Show which engines can run here, and why the others can't.",
     "recipes": "List and show the shipped recipes.",
 }
-MAKING = ("quantize", "export", "plugins", "demo")  # after an interrupt these say what is kept
+MAKING = ("quantize", "convert", "export", "plugins", "demo")  # after an interrupt these say what is kept
 
 
 class Verbs(click.Group):

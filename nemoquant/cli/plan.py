@@ -19,6 +19,7 @@ from nemoquant.cli.shared import (
     recipe_options,
     run_option,
     say,
+    say_serving,
     table,
     whole,
 )
@@ -143,10 +144,8 @@ def command(
     say(proof(file))
     for text in notes(file, engines if engine else (*engines, *READERS)):
         say(f"- {text}")
-    for command in serving if engine or options.gpu else ():
-        say(command.where + ":" * bool(command.argv))
-        for line in command.lines:
-            say(f"  {line}")
+    if engine or options.gpu:
+        say_serving(serving)
     if expected:
         from nemoquant.run.estimate import expectation
 

@@ -25,6 +25,7 @@ from nemoquant.cli.shared import (
     recipe_options,
     run_option,
     say,
+    say_serving,
     whole,
 )
 from nemoquant.errors import UsageError
@@ -212,10 +213,7 @@ def command(
             for text in change_sentences(result.calibration, result.plan.recipe.folds):
                 say(text)
         say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
-        for command in result.serving:
-            say(command.where + ":" * bool(command.argv))
-            for line in command.lines:
-                say(f"  {line}")
+        say_serving(result.serving)
 
 
 def _outcome(

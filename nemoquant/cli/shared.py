@@ -4,10 +4,10 @@ import gc
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +18,9 @@ from nemoquant.layouts.gpus import GPUS
 from nemoquant.planning.solving import FOLDS, MOST_DESCENT
 from nemoquant.run.options import OPTIONS
 from nemoquant.words import passage, plain
+
+if TYPE_CHECKING:
+    from nemoquant.layouts.serving import Serving
 
 
 class Place(click.Path):
@@ -192,6 +195,14 @@ def say(text: object, *, err: bool = False) -> None:
 def show(text: str) -> None:
     """Text of any number of lines on standard output, as it is but for what a terminal would obey."""
     click.echo(passage(text), nl=False)
+
+
+def say_serving(serving: "Iterable[Serving]") -> None:
+    """The command for each engine, or why there is none."""
+    for each in serving:
+        say(each.where + ":" * bool(each.argv))
+        for line in each.lines:
+            say(f"  {line}")
 
 
 def print_json(data: Any) -> None:

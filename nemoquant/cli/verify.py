@@ -20,7 +20,8 @@ from nemoquant.cli.shared import PATH, json_option, print_json, say
 @json_option
 def command(out: Path, against: Path | None, as_json: bool) -> None:
     """Check that OUT is what its manifest and plan say: hashes, tensors, scales, config files. Exit code 1 if
-    it is not.
+    it is not. A folder without a manifest, converted or of another tool, is checked as far as that goes
+    without a plan.
 
     \b
     Examples:

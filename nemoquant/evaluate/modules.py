@@ -22,7 +22,6 @@ from nemoquant.evaluate.layers import SEGMENT, Energy
 from nemoquant.evaluate.schema import Experts, Module, Quantized, Solved
 from nemoquant.formats.noise import Noise
 from nemoquant.formats.rounding import Weight
-from nemoquant.layouts.modelopt import kv_scale_name
 from nemoquant.model.names import OUTPUT
 from nemoquant.model.roles import TensorSpec
 from nemoquant.model.taps import Tap, Weights, identity
@@ -147,7 +146,8 @@ class ModuleNoise:
 
     def _cache_bytes(self, candidate: CandidateCheckpoint) -> int:
         """Bytes of the scales of a KV cache."""
-        names = [kv_scale_name(tap.removesuffix(OUTPUT)) for tap in self.module.taps if tap.endswith(OUTPUT)]
+        name_of = candidate.layout.kv_scale_name
+        names = [name_of(tap.removesuffix(OUTPUT)) for tap in self.module.taps if tap.endswith(OUTPUT)]
         return sum(
             candidate.checkpoint.tensors[name].nbytes
             for name in names

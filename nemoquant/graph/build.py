@@ -51,7 +51,16 @@ class Builder:
     """Records one graph over an opened checkpoint."""
 
     def __init__(self, opened: PackedCheckpoint, dialect: Dialect, options: GraphOptions) -> None:
-        """Raises UsageError for what the dialect (a dtype, experts' format) or the model (layers) lacks."""
+        """Raises UsageError for what the dialect (a dtype, experts' format) or the model (layers) lacks.
+
+        Also for a layout whose scales a graph can't point to.
+        """
+        if not opened.layout.engine_bytes:
+            raise UsageError(
+                f"{opened.path} is in the {opened.layout.name} layout, whose scales are bf16 or reciprocals: "
+                f"no graph can point to them; export the ModelOpt checkpoint that it was converted from, or "
+                f"`nemoquant convert --to bf16` and quantize that"
+            )
         self.opened, self.config, self.dialect, self.options = opened, opened.config, dialect, options
         self.compute = dialect.compute(options.compute)
         count = len(self.config.layers)

@@ -31,7 +31,7 @@ BLACKWELL = DATACENTER + DESKTOP
 ALL = tuple(sm for sms in FAMILIES.values() for sm in sms)
 SINCE_AMPERE, SINCE_ADA = ALL[1:], ALL[3:]
 
-EXPERTS, LINEAR, ALONE, BESIDE = "experts", "linear", "alone", "beside others"
+EXPERTS, LINEAR, BESIDE = "experts", "linear", "beside others"
 
 
 class On(NamedTuple):
@@ -58,8 +58,7 @@ class Row(NamedTuple):
 
     Attributes:
         algorithm: of the layout; ``MIXED`` is the file that lists its modules.
-        part: routed experts, all other modules, one role, or modules of an algorithm that stands alone in its
-            file, or beside others.
+        part: routed experts, all other modules, one role, or modules that stand beside other algorithms.
     """
 
     engine: str
@@ -76,6 +75,7 @@ _S_OVERRIDES = "arg_groups/model_overrides/nemotron_h.py"
 _T_GUIDE = "_torch/modules/fused_moe/MOE_DEVELOPER_GUIDE.md"
 _T_LINEAR = "_torch/modules/linear.py"
 _T_MODEL = "_torch/models/modeling_nemotron_h.py, pull request 14775"
+_L_CONVERTER = "conversion/base.py, run"
 _T_SUMMER, _T_AUTUMN = "after June 2026", "after August 2026"  # main branch; no release is known
 
 _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
@@ -234,30 +234,56 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         ),
     ),
     ("TensorRT-LLM", MIXED, LINEAR): (On(SINCE_AMPERE, "native", "1.3.0rc8", _T_MODEL),),
-    ("transformers", "FP8", ALONE): (
-        On(
-            ALL,
-            "wrong",
-            "",
-            "run with 5.14 and 5.19",
-            note="it loads the file without an error and computes with raw codes (KL 3.2 on the demo model): "
-            "`nemoquant convert OUT NEW --to compressed-tensors`, or `--to bf16`",
-        ),
+}
+_RAW = "it loads the file without an error and computes with raw codes"
+_READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
+    ("transformers", "FP8"): On(
+        ALL,
+        "wrong",
+        "",
+        "run with 5.14 and 5.19",
+        note=f"{_RAW} (KL 2.2 on the demo model): `nemoquant convert OUT NEW --to compressed-tensors` if "
+        f"all is FP8, or `--to bf16`",
+    ),
+    ("transformers", "MXFP8"): On(
+        ALL,
+        "wrong",
+        "",
+        "run with 5.14 and 5.19",
+        note=f"{_RAW} (KL 4.0 on the demo model): `nemoquant convert OUT NEW --to bf16`",
     ),
     **{
-        ("transformers", name, LINEAR): (
-            On(
-                ALL,
-                "refused",
-                "",
-                "run with 5.14 and 5.19",
-                note="it does not load the file: `nemoquant convert OUT NEW --to bf16`",
-            ),
+        ("transformers", name): On(
+            ALL,
+            "refused",
+            "",
+            "run with 5.14 and 5.19",
+            note="it does not load the file: `nemoquant convert OUT NEW --to bf16`",
         )
-        for name in ("NVFP4", "W4A16_NVFP4", MIXED)
+        for name in ("NVFP4", "W4A16_NVFP4")
     },
+    ("llama.cpp", "FP8"): On(
+        ALL,
+        "weights only",
+        "October 2026",
+        _L_CONVERTER,
+        note="its converter decodes FP8 to bf16, as large as the source",
+    ),
+    ("llama.cpp", "MXFP8"): On(ALL, "refused", "", _L_CONVERTER, note="its converter fails on MXFP8"),
+    ("llama.cpp", "NVFP4"): On(ALL, "weights only", "October 2026", _L_CONVERTER),
+    ("llama.cpp", "W4A16_NVFP4"): On(
+        ALL,
+        "weights only",
+        "October 2026",
+        f"{_L_CONVERTER}; _flush_nvfp4_experts",
+        note="its converter does not see that experts are weights only, so that their inputs get 4 bits on "
+        "Blackwell: GGML_CUDA_MMQ_PREC=q8 there",
+    ),
 }
-ROWS: tuple[Row, ...] = tuple(Row(*case, on) for case, each in _CASES.items() for on in each)
+ROWS: tuple[Row, ...] = (
+    *(Row(*case, on) for case, each in _CASES.items() for on in each),
+    *(Row(*case, part, on) for case, on in _READERS.items() for part in (LINEAR, EXPERTS)),
+)
 
 # (engine, algorithm of the whole file) -> the least compute capability that its configuration admits
 LEAST: Mapping[tuple[str, str], int] = MappingProxyType(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from nemoquant.layouts import ENGINES, RIGHT
 from nemoquant.layouts.checked import CHECKED
 from nemoquant.layouts.engine_rows import (
-    ALONE,
     BESIDE,
     EXPERTS,
     FAMILIES,
@@ -27,7 +26,7 @@ from nemoquant.layouts.engine_rows import (
 from nemoquant.layouts.modelopt import MIXED, algorithm, is_listed
 from nemoquant.planning.plan import Plan
 
-READERS = ("transformers",)  # what people try too
+READERS = ("transformers", "llama.cpp")  # what people try too
 
 
 class Outcome(NamedTuple):
@@ -69,7 +68,8 @@ def mixture(plan: Plan) -> Mixture:
         name = algorithm(row)
         found |= {(name, LINEAR if row.expert is None else EXPERTS), (name, row.role)}
     names = {name for name, _ in found}
-    found |= {(name, BESIDE if len(names) > 1 else ALONE) for name in names}
+    if len(names) > 1:
+        found |= {(name, BESIDE) for name in names}
     if is_listed(names):
         found.add((MIXED, LINEAR))
     return Mixture(frozenset(found), MIXED if is_listed(names) else next(iter(names), ""))
@@ -88,7 +88,8 @@ def outcome(file: Mixture, engine: str, sm: int) -> Outcome:
         runs.add("refused")
     worst: Runs = max(runs, key=ORDER.index, default="native")
     since = max((on.since for on in does if on.since), key=_age, default="")
-    notes = tuple(dict.fromkeys(on.note for on in does if on.note))
+    telling = (on for on in does if on.note and (worst in RIGHT or on.runs == worst))
+    notes = tuple(dict.fromkeys(on.note for on in telling))
     options = tuple(option for on in does for option in on.options)
     return Outcome(worst, since if worst in RIGHT else "", notes, options)
 

@@ -33,6 +33,7 @@ from nemoquant.model.names import experts_of
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import has_wildcard
+from nemoquant.words import MOST_NAME, plain
 
 LEGACY = "hf_quant_config.json"  # the older of the two config files
 SECTION = "quantization_config"  # of config.json, the newer one
@@ -118,10 +119,12 @@ class Stored:
     Attributes:
         format: ``source`` or a number format.
         parts: names of its parts in the file, by kind.
+        reciprocal: the kinds of which the file has 1 / value; none in this layout.
     """
 
     format: Literal["source", FormatName]
     parts: dict[str, str]
+    reciprocal: frozenset[str] = frozenset()
 
 
 def find_stored(tensors: Mapping[str, TensorInfo], spec: TensorSpec) -> Stored:
@@ -314,6 +317,13 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     if raw_config.get(SECTION) is not None:
         return f"config.json has `{SECTION}`"
     return f"it has {LEGACY}" if (path / LEGACY).exists() else None
+
+
+def other_method(raw_config: Mapping[str, Any]) -> str | None:
+    """The method that a config.json names, where it is not ModelOpt's; None where it names none."""
+    section = raw_config.get(SECTION)
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    return None if method is None or str(method).startswith(PRODUCER) else plain(method, MOST_NAME)
 
 
 class _Listed(BaseModel):

@@ -100,7 +100,8 @@ def commands(
             found.append(Serving(engine, f"{engine}: {size(_bytes(plan))} do not fit into {most}"))
         else:
             many = f"{gpus} " if gpus > 1 else ""
-            where = f"{engine} {does.since} or later on {many}{chosen.title} ({does.runs})"
+            version = f" {does.since} or later" if does.since else ""  # none where nothing is quantized
+            where = f"{engine}{version} on {many}{chosen.title} ({does.runs})"
             argv, files = COMMANDS[engine](_Server(plan, chosen, gpus, str(out), chat, does.options))
             found.append(Serving(engine, where, tuple(argv), files))
     return found

@@ -23,6 +23,7 @@ ROUTER = "gate"
 OUTPUT = ".output"  # after a K or V projection's name: the tap of what it puts into the cache
 KV_PROJECTIONS = ("k_proj", "v_proj")
 
+_MAIN, _MTP, _TRANSFORMERS = "backbone.", "mtp.", "model."
 _EXPERTS = "experts."
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
@@ -55,6 +56,21 @@ def mixer_of(module: str) -> str:
 def expert(number: int) -> str:
     """The prefix of a routed expert, relative to its mixer."""
     return f"{_EXPERTS}{number}."
+
+
+def is_mtp(module: str) -> bool:
+    """Whether a module belongs to multi-token prediction."""
+    return module.startswith(_MTP)
+
+
+def in_transformers(module: str) -> str:
+    """``backbone.layers.3...`` -> ``model.layers.3...``, as transformers and vLLM call it."""
+    return _TRANSFORMERS + module.removeprefix(_MAIN) if module.startswith(_MAIN) else module
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module is a routed expert's."""
+    return _EXPERT.fullmatch(module) is not None
 
 
 def stack(projection: str) -> str:

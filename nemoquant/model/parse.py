@@ -83,6 +83,11 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Nemotro
     return _Parser(raw, source).parse()
 
 
+def without_mtp(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json for a checkpoint that lacks the multi-token-prediction modules that ``raw`` names."""
+    return {**raw, "num_nextn_predict_layers": 0}
+
+
 def _plain(value: Any) -> Any:
     """A value in one spelling; in a list, every element.
 

@@ -1,7 +1,8 @@
 """The model card (README.md) of a quantized checkpoint: format, size, engines that load it, accuracy."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
@@ -17,6 +18,8 @@ from nemoquant.words import in_markdown, markdown_code
 NAMES = {name: number.title for name, number in FORMATS.items()} | {"source": "as the source"}
 
 
+# For transformers, hubs show code that reads FP8 codes as if they were weights; vLLM loads the file as it is.
+LIBRARY = "vllm"
 COST = "- Cost in accuracy: "  # start of the line that diff replaces
 
 
@@ -54,13 +57,14 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
     """
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
     kv, file = plan.kv_cache_bytes_per_token(), mixture(plan)
+    origin = source.path, source.raw_config
     tags = {"nemotron_h", "modelopt", "nemoquant", *(row.format for row in plan.quantized)}
     lines = [
-        f"# {in_markdown(source_name(source))}, quantized: {in_markdown(plan.recipe.name)}",
+        f"# {in_markdown(source_name(*origin))}, quantized: {in_markdown(plan.recipe.name)}",
         "",
         in_markdown(plan.recipe.summary),
         "",
-        f"- Source: {_linked(source)}",
+        f"- Source: {linked(*origin)}",
         f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
@@ -108,13 +112,15 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
     ]
     if told.copied:
         lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, told.copied)) + "."]
-    return head(source, tags) + "\n".join(lines) + "\n"
+    return head(*origin, LIBRARY, tags) + "\n".join(lines) + "\n"
 
 
-def _linked(source: Source) -> str:
-    """The source's name, as a link where it is one of the hub."""
-    name = source_id(source)
-    return f"[{name}](https://huggingface.co/{name})" if name else f"{markdown_code(source_name(source))}"
+def linked(folder: Path, raw_config: Mapping[str, Any]) -> str:
+    """A source's name in Markdown, as a link where it is one of the hub."""
+    name = source_id(folder, raw_config)
+    if name is not None:
+        return f"[{name}](https://huggingface.co/{name})"
+    return markdown_code(source_name(folder, raw_config))
 
 
 def _serving(plan: Plan, gpu: str | None, chat: Chat) -> Iterator[str]:

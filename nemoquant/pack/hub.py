@@ -1,16 +1,13 @@
 """The head of a model card that hubs read, by the hub's own card library; nothing is sent anywhere."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemoquant.files import read_text
-from nemoquant.sources.source import Source
 from nemoquant.words import plain
 
-# vLLM loads the file as it is; for transformers, hubs show code that reads FP8 codes as if they were weights.
-LIBRARY = "vllm"
 TASK = "text-generation"
 TAKEN = ("license", "license_name", "license_link")  # from the head of the source's card
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -18,28 +15,32 @@ MOST_CARD = 1 << 20  # bytes of the source's card
 MOST_VALUE = 200  # characters of one of its values
 
 
-def source_id(source: Source) -> str | None:
+def source_id(folder: Path, raw_config: Mapping[str, Any]) -> str | None:
     """A source's name on the hub: by the cache folder it lies in, or its config; None if neither says."""
-    cached = [part for part in source.path.resolve().parts if part.startswith("models--")]
+    cached = [part for part in folder.resolve().parts if part.startswith("models--")]
     names = [part.removeprefix("models--").replace("--", "/", 1) for part in cached[-1:]]
-    names.append(str(source.raw_config.get("_name_or_path", "")))
+    names.append(str(raw_config.get("_name_or_path", "")))
     return next((name for name in names if HUB_ID.fullmatch(name)), None)
 
 
-def source_name(source: Source) -> str:
+def source_name(folder: Path, raw_config: Mapping[str, Any]) -> str:
     """What to call a source: its name on the hub, or that of its folder."""
-    return source_id(source) or source.path.resolve().name
+    return source_id(folder, raw_config) or folder.resolve().name
 
 
-def head(source: Source, tags: Collection[str]) -> str:
-    """The head of the card of what was made from ``source``, with both lines of dashes."""
+def head(folder: Path, raw_config: Mapping[str, Any], library: str, tags: Collection[str]) -> str:
+    """The head of the card of what was made from the checkpoint in ``folder``, with both lines of dashes.
+
+    Args:
+        library: that loads it, by the hub's name.
+    """
     from huggingface_hub import ModelCardData
 
-    base = source_id(source)
-    found: dict[str, Any] = dict(_license(source.path))
+    base = source_id(folder, raw_config)
+    found: dict[str, Any] = dict(_license(folder))
     if base is not None:
         found |= {"base_model": base, "base_model_relation": "quantized"}
-    data = ModelCardData(library_name=LIBRARY, pipeline_tag=TASK, tags=sorted(tags), **found)
+    data = ModelCardData(library_name=library, pipeline_tag=TASK, tags=sorted(tags), **found)
     return f"---\n{data.to_yaml()}\n---\n"
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint opened for computing: in the ModelOpt layout, from nemoquant or another tool, or unquantized.
+"""A checkpoint opened for computing: in a layout of ``layouts/choose.py``, from any tool, or unquantized.
 
 How each tensor is stored is read from the file itself, not from a plan, so that any tool's output can be
 opened. Weights are decoded as they are used; taps round GEMM inputs and the KV cache as an engine would.
@@ -18,17 +18,13 @@ from nemoquant.errors import CheckpointError, TensorTableError, WeightError, lis
 from nemoquant.formats import FORMATS, FormatName
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.noise import Noise
+from nemoquant.layouts.choose import layout_of
 from nemoquant.layouts.modelopt import (
     CACHES,
     LAYOUT,
-    READABLE,
     Stored,
-    contradictions,
     declared_algorithm,
     declared_cache,
-    declared_quantization,
-    find_stored,
-    kv_scale_name,
     listed_algorithm,
     module_algorithm,
     unknown_cache,
@@ -40,12 +36,15 @@ from nemoquant.model.taps import Tap, identity
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
 from nemoquant.sources.source import FLOAT_DTYPES
 
+GEMM_ROLES = (*LINEAR_ROLES, "eh_proj")  # of the main model and, with ``mtp.`` before them, of its predictors
+
 
 class PackedCheckpoint:
     """An opened checkpoint. Close ``checkpoint`` after use.
 
     Attributes:
         config, raw_config, table: config.json, and the tensors that it calls for.
+        layout: how the file is read.
         stored: tensor of the model -> how it is stored in the file; MTP tensors that the file lacks are
             absent.
         inputs: tap -> (format, decode scale) of what is rounded at run time: GEMM inputs (scale 1.0 where
@@ -68,12 +67,14 @@ class PackedCheckpoint:
         if not path.is_dir():
             raise CheckpointError(f"{path} is a config.json; expected the folder with the weights")
         self.table = tensor_table(self.config)
+        self.layout = layout_of(path, self.raw_config)
+        gemms = [spec.module for spec in self.table if spec.role.removeprefix("mtp.") in GEMM_ROLES]
+        declared = self.layout.declared(path, self.raw_config, gemms)
         self.checkpoint = Checkpoint(path)
         if self.manifest is not None:
             intact.check_listed(self.checkpoint, self.manifest)
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
-        declared = declared_quantization(path, self.raw_config)
         self._check_declared()
         self._read_inputs(declared)
         self.cache = declared_cache(declared)
@@ -92,9 +93,9 @@ class PackedCheckpoint:
         gemms = {
             spec.module: self.stored[spec.name].format
             for spec in self.table
-            if spec.name in self.stored and spec.role.removeprefix("mtp.") in (*LINEAR_ROLES, "eh_proj")
+            if spec.name in self.stored and spec.role.removeprefix("mtp.") in GEMM_ROLES
         }
-        found = contradictions(self.path, self.raw_config, gemms)
+        found = self.layout.contradictions(self.path, self.raw_config, gemms)
         if found:
             raise CheckpointError(
                 f"{self.path}: its config files contradict each other, or its tensors: {'; '.join(found)}; "
@@ -105,14 +106,11 @@ class PackedCheckpoint:
         stored, problems, no_mtp = {}, [], 0
         for spec in self.table:
             try:
-                tensor = stored[spec.name] = find_stored(self.checkpoint.tensors, spec)
-                dtype = self.checkpoint.tensors[spec.name].dtype
+                tensor = stored[spec.name] = self.layout.find_stored(self.checkpoint.tensors, spec)
+                dtype = self.checkpoint.tensors[next(iter(tensor.parts.values()))].dtype
                 if tensor.format == "source" and dtype not in FLOAT_DTYPES:
                     problems.append(f"{spec.name} is {dtype}")
-                elif tensor.format != "source" and spec.role.removeprefix("mtp.") not in (
-                    *LINEAR_ROLES,
-                    "eh_proj",
-                ):
+                elif tensor.format != "source" and spec.role.removeprefix("mtp.") not in GEMM_ROLES:
                     problems.append(
                         f"{spec.name} ({spec.role}) is {dtype}, expected a floating dtype: it is no GEMM"
                     )
@@ -124,7 +122,7 @@ class PackedCheckpoint:
         if problems:
             raise TensorTableError(
                 f"{self.path}: {len(problems)} tensors are not as expected: {listing(problems)}; expected "
-                f"the ModelOpt layout with {READABLE}, or unquantized tensors"
+                f"{self.layout.expected}"
             )
         if no_mtp:
             self.warnings.append(
@@ -141,12 +139,22 @@ class PackedCheckpoint:
 
     def scalar(self, name: str) -> np.float32:
         """A per-tensor scale; raises CheckpointError where it is not a positive finite number."""
-        value = np.float32(self.checkpoint.array(name).reshape(())[()])
+        stored = self.checkpoint.array(name)
+        if stored.size != 1:
+            raise CheckpointError(f"{self.path}: {name} has {stored.size:,} values; expected one scale")
+        if self.checkpoint.tensors[name].dtype == "BF16":  # mapped as patterns
+            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+        value = np.float32(stored.reshape(())[()])
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(
                 f"{self.path}: {name} is {value}; expected a positive finite scale, engines would compute NaN"
             )
         return value
+
+    def _scale(self, stored: Stored, kind: str) -> np.float32:
+        """A decode scale, one of the parts of a tensor. Raises as :meth:`scalar`."""
+        value = self.scalar(stored.parts[kind])
+        return np.float32(1) / value if kind in stored.reciprocal else value
 
     def _read_inputs(self, declared: Mapping[str, Any]) -> None:
         """How inputs are rounded: by their scales in the file, or by the declared algorithm alone."""
@@ -164,9 +172,8 @@ class PackedCheckpoint:
             if algorithm not in (None, layout.algorithm, layout.weights_only):
                 others.append(f"{spec.module} ({algorithm}, its tensors are {layout.algorithm}'s)")
             self.global_scale(stored)
-            scale = stored.parts.get("input_scale")
-            if scale is not None:
-                self.inputs[spec.module] = stored.format, self.scalar(scale)
+            if "input_scale" in stored.parts:
+                self.inputs[spec.module] = stored.format, self._scale(stored, "input_scale")
             elif not FORMATS[stored.format].calibrated and algorithm in (None, layout.algorithm):
                 self.inputs[spec.module] = stored.format, np.float32(1)
             elif algorithm == layout.algorithm:
@@ -191,15 +198,14 @@ class PackedCheckpoint:
 
     def global_scale(self, stored: Stored) -> np.float32:
         """The scale of a whole weight; 1.0 where its format has none. Raises as :meth:`scalar`."""
-        name = stored.parts.get("global_scale")
-        return np.float32(1) if name is None else self.scalar(name)
+        return self._scale(stored, "global_scale") if "global_scale" in stored.parts else np.float32(1)
 
     def _read_cache_scales(self) -> None:
         present, missing = 0, 0
         for spec in self.table:
             if spec.role not in ("attention.k_proj", "attention.v_proj"):
                 continue
-            name = kv_scale_name(spec.module)
+            name = self.layout.kv_scale_name(spec.module)
             stored = name in self.checkpoint.tensors
             present, missing = present + stored, missing + (not stored)
             if self.cache is not None:
@@ -219,13 +225,15 @@ class PackedCheckpoint:
     def _check_extra(self) -> None:
         known = {name for stored in self.stored.values() for name in stored.parts.values()}
         known |= {
-            kv_scale_name(s.module) for s in self.table if s.role in ("attention.k_proj", "attention.v_proj")
+            self.layout.kv_scale_name(s.module)
+            for s in self.table
+            if s.role in ("attention.k_proj", "attention.v_proj")
         }
         extra = [name for name in self.checkpoint.tensors if name not in known]
         if extra:
             raise TensorTableError(
                 f"{self.path}: {len(extra)} tensors of unknown meaning: {listing(extra)}; they may change "
-                f"what an engine computes, expected the ModelOpt layout with {READABLE}"
+                f"what an engine computes, expected {self.layout.expected}"
             )
 
     def _check_router(self) -> None:

@@ -54,7 +54,8 @@ def open_source(path: Path) -> Source | BareConfig:
     evidence = quantized_by(path, raw)
     if evidence is not None:
         raise CheckpointError(
-            f"{path} is already quantized ({evidence}); expected the bf16 checkpoint that it was made from"
+            f"{path} is already quantized ({evidence}); expected the bf16 checkpoint that it was made from, "
+            f"or what `nemoquant convert --to bf16` makes of it"
         )
     checkpoint = Checkpoint(path)
     check_table(path, table, checkpoint.tensors)

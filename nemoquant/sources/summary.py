@@ -8,7 +8,7 @@ from typing import Any
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.checkpoint.intact import open_settings
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.layouts import modelopt
+from nemoquant.layouts.choose import described
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
 from nemoquant.model.parse import layer_pattern, load_config
@@ -20,21 +20,18 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     open_settings(path)
     config, raw = load_config(path)
     table = tensor_table(config)
+    layout, quantization, cache = described(path, raw)
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
             stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
-            weights = Counter(
-                (t.dtype, modelopt.weight_format(checkpoint.tensors, t))
-                for t in checkpoint.tensors.values()
-                if t.name.endswith(".weight")
-            )
+            tensors = checkpoint.tensors
+            labels = [(t.dtype, layout.weight_format(tensors, name)) for name, t in tensors.items()]
+            weights = Counter((dtype, label) for dtype, label in labels if label is not None)
     else:
         weights = Counter((spec.dtype, spec.dtype) for spec in table if spec.name.endswith(".weight"))
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
-    declared = modelopt.declared_quantization(path, raw)
-    cache = modelopt.declared_cache(declared)
     per_token = kv_values_per_token(config) * (16 if cache is None else cache.bits) // 8
     tokens = context or config.max_position_embeddings
     counts, bytes_by_dtype = Counter(d for d, _ in stored), Counter[str]()
@@ -55,7 +52,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "tensors": len(stored),
         "bytes": sum(size for _, size in stored),
         "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
-        "quantization": modelopt.declared_algorithm(declared),
+        "quantization": quantization,
         "weights": {label: weights[dtype, label] for dtype, label in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": ssm_state_bytes(config),

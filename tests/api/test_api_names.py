@@ -39,6 +39,7 @@ OPTIONS = [
     "resume=False also=() gpu=None",
 ]
 SIGNATURES = {
+    "convert": "path out to * dry_run=False progress=None say=None",
     "diff": "source candidates * data=None rows=32 seq_len=512 reference_cache=None engine='torch' "
     "engine_files=() plugins=None device='cpu' threads=None card=True progress=None",
     "estimate": "source recipe options=None * out='.' " + " ".join(OPTIONS),
@@ -55,7 +56,17 @@ SIGNATURES = {
     "say=None " + " ".join(OPTIONS),
     "verify": "out against=None * progress=None",
 }
-OTHERS = ["Estimate", "Exported", "Generated", "Plan", "Progress", "Report", "Result", "RunOptions"]
+OTHERS = [
+    "Converted",
+    "Estimate",
+    "Exported",
+    "Generated",
+    "Plan",
+    "Progress",
+    "Report",
+    "Result",
+    "RunOptions",
+]
 
 
 def test_the_exported_names():

@@ -9,7 +9,7 @@ from support.places import DEMO, NANO, SUPER
 
 from nemoquant import api
 from nemoquant.layouts import ENGINES, RIGHT, serving
-from nemoquant.layouts.engine_rows import ALONE, BESIDE, EXPERTS, FAMILIES, LEAST, LINEAR, ORDER, ROWS
+from nemoquant.layouts.engine_rows import BESIDE, EXPERTS, FAMILIES, LEAST, LINEAR, ORDER, ROWS
 from nemoquant.layouts.engines import READERS, cautions, mixture, notes, outcome, table
 from nemoquant.layouts.gpus import GPUS, SMS
 from nemoquant.layouts.modelopt import FORMAT_OF, MIXED
@@ -25,7 +25,7 @@ def test_every_row_is_of_the_tables_words() -> None:
     for row in ROWS:
         assert row.engine in {*ENGINES.values(), *READERS}
         assert row.algorithm in algorithms
-        assert row.part in {EXPERTS, LINEAR, ALONE, BESIDE, *LINEAR_ROLES, "lm_head"}
+        assert row.part in {EXPERTS, LINEAR, BESIDE, *LINEAR_ROLES, "lm_head"}
         assert row.on.runs in ORDER
         assert row.on.source
         assert bool(row.on.since) == (row.on.runs in RIGHT)
@@ -84,7 +84,8 @@ def test_the_latest_version_of_all_parts_counts() -> None:
 
 
 def test_what_transformers_does_is_said() -> None:
-    assert any("raw codes" in note for note in notes(mixture(planned(SUPER, "fp8"))))
+    for preset in ("fp8", "mxfp8"):
+        assert any("raw codes" in note for note in notes(mixture(planned(SUPER, preset))))
     (mixed,) = [note for note in notes(mixture(planned(SUPER, "nvfp4"))) if note.startswith("transformers")]
     assert "does not load" in mixed
 
@@ -191,3 +192,10 @@ def test_gpus_are_split_as_engines_divide_the_model() -> None:
     assert "on 2 H100" in sizes["h100"] and "on H200" not in sizes["h200"].replace("on 2 H200", "")
     assert "on 4 L40S" in sizes["l40s"] and "on 8 RTX 4090" in sizes["rtx4090"]
     assert "on B300" in sizes["b300"]
+
+
+def test_a_quantized_cache_alone_runs_everywhere(tmp_path) -> None:
+    recipe = tmp_path / "none.yaml"
+    recipe.write_text("name: none\nsummary: s\nkv_cache: fp8\nrules:\n- {roles: ['*'], format: source}\n")
+    (vllm, *_) = commands(api.plan(DEMO, recipe))
+    assert vllm.where == "vLLM on H100 (native)"

@@ -8,6 +8,7 @@ import pytest
 from support.places import DEMO
 from support.processes import run_python
 
+from nemoquant.converting.targets import REFUSED
 from nemoquant.demo import PRESETS as DEMO_PRESETS
 from nemoquant.engine import TARGETS
 from nemoquant.evaluate.report.html import SERIES
@@ -25,7 +26,7 @@ from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.graph import ops
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.gemms import GEMMS, gemm_of
-from nemoquant.layouts import ENGINES, engine_rows, modelopt
+from nemoquant.layouts import ENGINES, compressed_tensors, engine_rows, modelopt
 from nemoquant.ops.functional import EXPERT_FORMATS
 from nemoquant.pack.card import NAMES
 from nemoquant.planning.recipe import load_recipe, presets
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
     "arithmetic": ARITHMETIC,
     "layout": modelopt.LAYOUT,
+    "layout of compressed-tensors": compressed_tensors.LAYOUTS,
+    "why it is not converted": REFUSED,
     "model card": {name: text for name, text in NAMES.items() if name != "source"},
     **{f"codecs of {name}": dialect.codecs for name, dialect in DIALECTS.items()},
     **{f"GPUs of {name}": target.least_sm for name, target in TARGETS.items()},

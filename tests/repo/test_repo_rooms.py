@@ -37,6 +37,7 @@ ORDER = (
     ("solve",),
     ("quantized",),
     ("pack",),
+    ("converting",),
     ("run",),
     ("graph",),
     ("engine",),

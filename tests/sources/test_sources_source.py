@@ -54,7 +54,7 @@ def test_already_quantized_by_its_config(source: Path) -> None:
         open_source(source)
     assert str(error.value) == (
         f"{source} is already quantized (config.json has `quantization_config`); expected the bf16 "
-        f"checkpoint that it was made from"
+        f"checkpoint that it was made from, or what `nemoquant convert --to bf16` makes of it"
     )
 
 

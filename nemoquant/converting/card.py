@@ -1,0 +1,66 @@
+"""The model card (README.md) of a converted checkpoint: what it is, from what, and what changed."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from nemoquant._version import __version__
+from nemoquant.checkpoint.converted import FILE
+from nemoquant.converting import Target
+from nemoquant.converting.result import Converted
+from nemoquant.pack.card import linked
+from nemoquant.pack.hub import head
+from nemoquant.quantized.checkpoint import PackedCheckpoint
+from nemoquant.units import size
+from nemoquant.words import in_markdown, markdown_code
+
+LIBRARY = "transformers"
+TITLES: Mapping[Target, str] = MappingProxyType(
+    {
+        "compressed-tensors": "Nemotron-H, quantized: FP8 in the compressed-tensors layout",
+        "bf16": "Nemotron-H, decoded to bf16 from a quantized checkpoint",
+    }
+)
+LOADS: Mapping[Target, str] = MappingProxyType(
+    {
+        "compressed-tensors": "transformers from 5.19 on, with the package compressed-tensors: experts are "
+        "decoded to bf16 when they are loaded, in other modules inputs are rounded to FP8. vLLM and "
+        "TensorRT-LLM are better served by the ModelOpt layout, and graphs are exported from that alone.",
+        "bf16": "Whatever loads an unquantized Nemotron-H: transformers, fine-tuners, engines, `nemoquant "
+        "quantize`.",
+    }
+)
+
+
+def card(opened: PackedCheckpoint, result: Converted, copied: Sequence[str]) -> str:
+    """The card's text.
+
+    Args:
+        opened: the checkpoint that was converted.
+        copied: names of its files that were copied.
+    """
+    origin = opened.path, opened.raw_config
+    lines = [
+        f"# {TITLES[result.to]}",
+        "",
+        f"Converted from {linked(*origin)}, in the {result.layout} layout: {size(result.bytes_out)} of "
+        f"tensors, {size(result.bytes_in)} before. Accuracy was not measured; `nemoquant diff` measures it.",
+        "",
+        "## What changed",
+        "",
+        *(f"- {in_markdown(note)}" for note in result.notes),
+        "",
+        "## What loads it",
+        "",
+        LOADS[result.to],
+        "",
+    ]
+    if result.warnings:
+        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in result.warnings), ""]
+    lines += [
+        "## Provenance",
+        "",
+        f"Made by nemoquant {__version__}. `{FILE}` has every file's sha256; `nemoquant verify` checks them.",
+    ]
+    if copied:
+        lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, copied)) + "."]
+    return head(*origin, LIBRARY, {"nemotron_h", result.to}) + "\n".join(lines) + "\n"
