@@ -1,6 +1,7 @@
 """``python -m tests.consumers``: see ``tests/consumers/__init__.py``."""
 
 import argparse
+import ast
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from .rows import ENGINES, Bare, Checkpoint, Converted, Row, bare, checkpoints, 
 AT_ONCE = 2  # children
 LONGEST = 900  # seconds of one
 HERE = Path(__file__).parent
+SHARED = ("child", "stored", "stubs")  # modules that the children of both engines run
 
 
 def options() -> argparse.Namespace:
@@ -85,10 +87,10 @@ class Run:
 
     def one(self, row: Row, engine: str) -> None:
         """Make one row of an engine, unless it is there and of the same inputs."""
-        sources = [
-            (HERE / f"{name}.py").read_bytes() for name in ("child", "stored", "stubs", f"on_{engine}")
-        ]
-        inputs = f"{self.environment.versions[engine]} {hashed(*sources)} {row.inputs}"
+        # Comments may change without running everything again.
+        files = [HERE / f"{name}.py" for name in (*SHARED, f"on_{engine}")]
+        code = [ast.unparse(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+        inputs = f"{self.environment.versions[engine]} {hashed(*map(str.encode, code))} {row.inputs}"
         with self.lock:
             before = self.data[row.kind].get(row.name, {}).get(engine, {})
         if before.get("inputs") == inputs and "failed" not in before and not self.chosen.again:

@@ -197,10 +197,9 @@ def in_engine(name: str, draft: bool) -> str:
 
 
 def place_of(name: str) -> str:
-    """The module of a parameter, without experts and parts of q, k and v."""
-    return re.sub(r"\.experts\..*", ".experts", re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name)).removesuffix(
-        ".input_scale"
-    )
+    """The engine's module of a module or an input scale: one for all experts, and for q, k and v."""
+    name = re.sub(r"\.[qkv]_proj$", ".qkv_proj", name.removesuffix(".input_scale"))
+    return re.sub(r"\.experts\..*", ".experts", name)
 
 
 def loaded(place: Place) -> Loaded | None:
@@ -220,10 +219,10 @@ def load(folder: str, draft: bool) -> dict[str, Any]:
     """Load a checkpoint twice, and compare; see ``results.py`` for the keys."""
     file = Stored(Path(folder))
     start(folder)
-    scaled = {place_of(in_engine(name, draft)) for name in file.tensors if name.endswith(".input_scale")}
+    scaled = {place_of(in_engine(name, draft)) for name in file.modules(draft) if file.has_input_scale(name)}
 
     def keep(name: str) -> bool:
-        """Scales of inputs and caches that no file has; the engine's own default stands for those."""
+        """Scales of inputs and caches that no file needs; the engine's own default stands for those."""
         if name.endswith((".k_scale", ".v_scale")):
             return not has_cache_scales
         return name.endswith("input_scale") and place_of(name) not in scaled
@@ -298,9 +297,8 @@ def processed(file: Stored, places: dict[str, Place]) -> list[list[Any]]:
                 module.quant_method.process_weights_after_loading(module)
                 ended[id(module)] = True
             except Exception as error:
-                ended[id(module)] = (
-                    place.expert is not None
-                )  # scales are ready, then a kernel wants its layout
+                # of experts scales are ready by then, and a kernel wants its layout
+                ended[id(module)] = place.expert is not None
                 if place.expert is None:
                     differ.append([name, type(error).__name__, "", str(error)[:200]])
         if not ended[id(module)]:

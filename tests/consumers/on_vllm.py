@@ -215,9 +215,9 @@ def in_engine(name: str, draft: bool) -> str:
 
 
 def place_of(name: str) -> str:
-    """The module of an input scale, without experts and parts of q, k and v."""
-    name = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name)
-    return re.sub(r"\.experts\..*", ".experts", name).removesuffix(".input_scale")
+    """The engine's module of a module or an input scale: one for all experts, and for q, k and v."""
+    name = re.sub(r"\.[qkv]_proj$", ".qkv_proj", name.removesuffix(".input_scale"))
+    return re.sub(r"\.experts\..*", ".experts", name)
 
 
 class Place:
@@ -280,10 +280,10 @@ def load(folder: str, draft: bool) -> dict[str, Any]:
     config = engine_config(folder, draft)
     start(config)
     has_cache_scales = bool(file.cache_scales(draft))
-    scaled = {place_of(in_engine(name, draft)) for name in file.tensors if name.endswith("input_scale")}
+    scaled = {place_of(in_engine(name, draft)) for name in file.modules(draft) if file.has_input_scale(name)}
 
     def keep(name: str) -> bool:
-        """Scales of inputs and caches that no file has; the engine's own default stands for those."""
+        """Scales of inputs and caches that no file needs; the engine's own default stands for those."""
         if name.endswith((".q_scale", ".prob_scale", "_zero_point")):
             return True
         if name.endswith((".k_scale", ".v_scale")):

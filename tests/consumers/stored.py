@@ -66,6 +66,10 @@ class Stored:
             return "MXFP8" if self.tensors[f"{module}.weight_scale"].dtype == torch.uint8 else "FP8"
         return ""
 
+    def has_input_scale(self, module: str) -> bool:
+        """Whether its algorithm has one, be it in the file or not."""
+        return self.algorithm(module) in ("FP8", "NVFP4")
+
     def values(self, module: str) -> Tensor:
         """Its weight, decoded."""
         scales = [self.tensors.get(f"{module}.{name}") for name in ("weight_scale", "weight_scale_2")]
