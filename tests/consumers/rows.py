@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import nemoquant
-from nemoquant.cli import VERBS
 from nemoquant.layouts.gpus import GPUS
 from nemoquant.layouts.modelopt import LEGACY, algorithm, config_files
 from nemoquant.layouts.serving import commands
@@ -155,8 +154,8 @@ class Bare:
 
 
 def converted() -> list[Converted]:
-    """The FP8 preset on both models, where there is ``nemoquant convert``."""
-    return [Converted(Checkpoint(source, "fp8")) for source in (DEMO, NANO)] if "convert" in VERBS else []
+    """The FP8 preset on both models."""
+    return [Converted(Checkpoint(source, "fp8")) for source in (DEMO, NANO)]
 
 
 def checkpoints() -> list[Checkpoint]:
