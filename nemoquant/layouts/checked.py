@@ -15,4 +15,19 @@ class Check(NamedTuple):
     mixtures: frozenset[frozenset[str]]
 
 
-CHECKED: tuple[Check, ...] = ()
+_MIXTURES = frozenset(
+    map(
+        frozenset,
+        [
+            {"FP8"},
+            {"MXFP8"},
+            {"NVFP4"},
+            {"W4A16_NVFP4"},
+            {"FP8", "NVFP4"},
+        ],
+    )
+)
+CHECKED: tuple[Check, ...] = (
+    Check("vLLM", "0.33.0", "2026-11-28", _MIXTURES | {frozenset({"NVFP4", "W4A16_NVFP4"})}),
+    Check("SGLang", "0.5.23", "2026-11-28", _MIXTURES),
+)

@@ -163,8 +163,11 @@ def markdown_table(file: Mixture) -> list[str]:
 
 def proof(file: Mixture) -> str:
     """A sentence on how it is known: engines that loaded a file of these algorithms, or where it was read."""
-    names = file.names
-    loaded = [f"{check.engine} {check.version}" for check in CHECKED if names in check.mixtures]
+    loaded = [
+        f"{check.engine} {check.version}"
+        for check in CHECKED
+        if file.names in check.mixtures and not _is_wrong(file, check.engine)
+    ]
     if not loaded:
         return "The table was read in the engines' sources; none of them was run on a file of these formats."
     return (
@@ -172,3 +175,7 @@ def proof(file: Mixture) -> str:
         f"code on a CPU, every weight compared; no kernel of theirs was run. The table was read in their "
         f"sources."
     )
+
+
+def _is_wrong(file: Mixture, engine: str) -> bool:
+    return any(outcome(file, engine, sms[0]).runs == "wrong" for sms in FAMILIES.values())
