@@ -262,6 +262,8 @@ _READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
         )
         for name in ("NVFP4", "W4A16_NVFP4")
     },
+    ("transformers", MIXED): On(ALL, "native", "5.14", "the list is not read"),
+    ("llama.cpp", MIXED): On(ALL, "weights only", "October 2026", _L_CONVERTER),
     ("llama.cpp", "FP8"): On(
         ALL,
         "weights only",

@@ -90,6 +90,17 @@ def test_what_transformers_does_is_said() -> None:
     assert "does not load" in mixed
 
 
+def test_what_readers_of_other_kinds_do() -> None:
+    """A file that lists its modules is what its modules are to them."""
+    found = {
+        preset: [note for note in notes(mixture(planned(SUPER, preset))) if note.startswith("llama.cpp")]
+        for preset in ("fp8", "mxfp8", "nvfp4-full", "nvfp4-w4a16")
+    }
+    assert found["nvfp4-full"] == []
+    assert [len(said) for said in found.values()] == [1, 1, 0, 1]
+    assert "GGML_CUDA_MMQ_PREC=q8" in found["nvfp4-w4a16"][0]
+
+
 def test_cautions_are_not_said_twice() -> None:
     plan = planned(SUPER, "nvfp4-full-w4a16")
     (caution,) = cautions(plan)
