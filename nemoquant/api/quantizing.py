@@ -260,10 +260,11 @@ def verify(
     bars = shown(progress)
     folder, other = arguments.path("out", out), arguments.optional_path("against", against)
     from nemoquant.checkpoint.manifest import FILE
-    from nemoquant.pack.found import verify_found
     from nemoquant.pack.verify import verify as check
 
     if other is None and folder.is_dir() and not os.path.lexists(folder / FILE):
+        from nemoquant.pack.found import verify_found  # with torch, which the other way needs not
+
         with bars as report:
             return verify_found(folder, report).to_json()
     needs = "--against needs the source's folder with its weights"

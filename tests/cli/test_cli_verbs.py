@@ -335,19 +335,31 @@ def test_importing_the_command_line_loads_nothing_heavy():
     assert run_python(LIGHT).stdout == "[]\n"
 
 
-WITHOUT_TORCH = """
+WITHOUT = """
 import sys
 from click.testing import CliRunner
 from nemoquant.cli import main
 made = CliRunner().invoke(main, sys.argv[1:])
 assert made.exit_code == 0, made.output
-print([m for m in ("torch", "numba", "tokenizers", "jinja2") if m in sys.modules])
+print([m for m in HEAVY if m in sys.modules])
 """
 
 
 def test_planning_and_inspecting_load_no_torch():
     for arguments in (["plan", NANO, "--fmt", "fp8"], ["inspect", NANO]):
-        assert run_python(WITHOUT_TORCH, *arguments).stdout == "[]\n", arguments
+        heavy = "HEAVY = ['torch', 'numba', 'tokenizers', 'jinja2']"
+        assert run_python(heavy + WITHOUT, *arguments).stdout == "[]\n", arguments
+
+
+def test_packing_without_calibration_and_verifying_load_no_torch(source, tmp_path):
+    out = tmp_path / "out"
+    verbs = (
+        ["quantize", source, out, "--recipe", "nvfp4-w4a16", "--method", "mse"],
+        ["verify", out, "--against", source],
+        ["verify", out],
+    )
+    for arguments in verbs:
+        assert run_python("HEAVY = ['torch']" + WITHOUT, *arguments).stdout == "[]\n", arguments
 
 
 def test_exit_codes_of_a_real_process(tmp_path):
