@@ -172,13 +172,13 @@ def _by_sm(file: "Mixture", engine: str) -> dict[str, Any]:
 
 def _check_runs(recipe: str, file: "Mixture", engines: list[str], gpu: str | None) -> None:
     """Ends with exit code 1 where an engine that was asked for can't run the output on a GPU, or any."""
-    from nemoquant.layouts.engines import outcome
+    from nemoquant.layouts.engines import outcome, why_not
 
     for engine in engines:
-        found = [outcome(file, engine, sm) for sm in ([GPUS[gpu].sm] if gpu else SMS)]
-        if all(each.runs not in RIGHT for each in found):
+        sms = [GPUS[gpu].sm] if gpu else SMS
+        if all(outcome(file, engine, sm).runs not in RIGHT for sm in sms):
             where = GPUS[gpu].title if gpu else "any GPU"
-            say(f"{engine} does not run {recipe} on {where}: {found[0].runs}", err=True)
+            say(f"{engine} does not run {recipe} on {where}: {why_not(file, engine, sms[-1])}", err=True)
             sys.exit(1)
 
 

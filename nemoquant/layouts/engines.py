@@ -94,6 +94,14 @@ def outcome(file: Mixture, engine: str, sm: int) -> Outcome:
     return Outcome(worst, since if worst in RIGHT else "", notes, options)
 
 
+def why_not(file: Mixture, engine: str, sm: int) -> str:
+    """Why an engine does not run a file on a GPU, in words."""
+    found, least = outcome(file, engine, sm), LEAST.get((engine, file.algorithm), 0)
+    if sm < least:
+        return f"{found.runs}, it asks for SM {least} or later"
+    return "; ".join((found.runs, *found.notes))
+
+
 def _age(version: str) -> tuple[bool, list[int]]:
     """Order of versions; one without a number is later than all with one."""
     numbered = version[:1].isdigit()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from nemoquant.layouts import ENGINES, RIGHT
 from nemoquant.layouts.engine_rows import TURING
-from nemoquant.layouts.engines import Mixture, mixture, outcome
+from nemoquant.layouts.engines import Mixture, mixture, outcome, why_not
 from nemoquant.layouts.gpus import GPUS, Gpu
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.planning.plan import Plan
@@ -92,9 +92,8 @@ def commands(
         does = outcome(file, engine, chosen.sm)
         gpus = _split(plan, chosen)
         if does.runs not in RIGHT:
-            found.append(
-                Serving(engine, f"{engine} on {chosen.title}: {'; '.join((does.runs, *does.notes))}")
-            )
+            why = why_not(file, engine, chosen.sm)
+            found.append(Serving(engine, f"{engine} on {chosen.title}: {why}"))
         elif gpus is None:
             most = f"{SPLITS[-1]} {chosen.title} of {chosen.gigabytes} GB"
             found.append(Serving(engine, f"{engine}: {size(_bytes(plan))} do not fit into {most}"))

@@ -169,7 +169,7 @@ def test_where_there_is_no_command(monkeypatch) -> None:
     assert found[SGLANG].argv == () and found[SGLANG].lines == []
     assert found[SGLANG].where.startswith("SGLang on B200: wrong; SGLang 0.5.23 reads")
     small = by_engine(SUPER, "nvfp4-w4a16", "t4")
-    assert small[SGLANG].where.startswith("SGLang on T4: refused")
+    assert small[SGLANG].where == "SGLang on T4: refused, it asks for SM 80 or later"
     assert small[VLLM].where.startswith("vLLM 0.33.0 or later on 8 T4")
     assert by_engine(SUPER, "mxfp8", "rtx4090")[VLLM].where.startswith("vLLM 0.23.0 or later on 8 RTX 4090")
     monkeypatch.setattr(serving, "SPLITS", (1,))
