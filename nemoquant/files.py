@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -204,6 +204,11 @@ def write_again(path: Path, data: bytes) -> None:
     """:func:`write_new`, in place of what an earlier run left under that name; for folders not read yet."""
     path.unlink(missing_ok=True)
     write_new(path, data)
+
+
+def write_json_again(path: Path, data: Mapping[str, Any]) -> None:
+    """:func:`write_again` of JSON, as config files and indexes have it."""
+    write_again(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def copy_again(source: Path, target: Path) -> None:

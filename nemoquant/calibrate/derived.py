@@ -13,6 +13,7 @@ from nemoquant.calibrate.scales import Scales, kv_modules
 from nemoquant.errors import CalibrationError, WeightError
 from nemoquant.formats import FormatName
 from nemoquant.formats.arithmetic import TensorScale
+from nemoquant.formats.bf16 import rounded_up, value_of
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.model.names import stack_of
 from nemoquant.planning.plan import Plan, Row
@@ -44,8 +45,7 @@ def cache_scale(amax: float, number: FormatName) -> np.float32:
     vLLM keeps these scales in bf16. Rounded to nearest there, half of them would shrink and clip the largest
     values; a bf16 number stays what it is in every engine.
     """
-    bits = input_scale(amax, number).view(np.uint32)
-    return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return value_of(rounded_up(input_scale(amax, number)))
 
 
 def check_finite(name: str, value: np.float32) -> np.float32:

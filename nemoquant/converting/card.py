@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from nemoquant._version import __version__
 from nemoquant.checkpoint.converted import FILE
 from nemoquant.converting import Target
 from nemoquant.converting.result import Converted
-from nemoquant.pack.card import linked
+from nemoquant.pack.card import ending, linked
 from nemoquant.pack.hub import head
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.units import size
-from nemoquant.words import in_markdown, markdown_code
+from nemoquant.words import in_markdown
 
 LIBRARY = "transformers"
 TITLES: Mapping[Target, str] = MappingProxyType(
@@ -54,13 +53,5 @@ def card(opened: PackedCheckpoint, result: Converted, copied: Sequence[str]) -> 
         LOADS[result.to],
         "",
     ]
-    if result.warnings:
-        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in result.warnings), ""]
-    lines += [
-        "## Provenance",
-        "",
-        f"Made by nemoquant {__version__}. `{FILE}` has every file's sha256; `nemoquant verify` checks them.",
-    ]
-    if copied:
-        lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, copied)) + "."]
+    lines += ending(f"`{FILE}` has every file's", result.warnings, copied)
     return head(*origin, LIBRARY, {"nemotron_h", result.to}) + "\n".join(lines) + "\n"

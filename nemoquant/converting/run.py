@@ -1,6 +1,5 @@
 """One conversion: everything is checked first, the folder is written, verified, and gets its name."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from nemoquant.converting.result import Converted
 from nemoquant.converting.targets import CONVERSIONS, Conversion
 from nemoquant.converting.tensors import Tensor, shards, write
 from nemoquant.errors import VerificationError, listing
-from nemoquant.files import write_again
+from nemoquant.files import write_again, write_json_again
 from nemoquant.machine import usable_threads
 from nemoquant.pack.found import verify_found
 from nemoquant.progress import Progress, no_progress
@@ -65,10 +64,12 @@ def run(
         with making(out, {*files, *copied, *WRITTEN}) as made:
             digests = _write_shards(made.folder, files, after, progress)
             copy_side_files(path, copied, made.folder)
-            _write(made.folder / manifest.CARD, card(opened, result, copied))
-            _write_json(made.folder / "config.json", conversion.config)
+            write_again(made.folder / manifest.CARD, card(opened, result, copied).encode("utf-8"))
+            write_json_again(made.folder / "config.json", conversion.config)
             weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
-            _write_json(made.folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})
+            write_json_again(
+                made.folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map}
+            )
             names = sorted({*files, *copied, *WRITTEN} - {converted.FILE})
             sha256 = {name: digests.get(name) or manifest.file_sha256(made.folder / name) for name in names}
             converted.write_record(made.folder, _record(opened, to, conversion, sha256))
@@ -116,11 +117,3 @@ def _record(
         "warnings": [message(text) for text in conversion.warnings],
         "files": dict(files),
     }
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(data, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    write_again(path, text.encode("utf-8"))

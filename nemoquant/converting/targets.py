@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from nemoquant.converting import Target
-from nemoquant.converting.bf16 import rounded, rounded_up, value_of
 from nemoquant.converting.tensors import Tensor, copied, decoded, scalar
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.formats import FORMATS, FormatName
+from nemoquant.formats.bf16 import rounded, rounded_up, value_of
 from nemoquant.layouts import compressed_tensors
 from nemoquant.layouts.choose import COMPRESSED_TENSORS
 from nemoquant.layouts.modelopt import SECTION

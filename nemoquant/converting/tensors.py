@@ -19,8 +19,8 @@ from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.checkpoint.identity import piece_rows, pieces
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.writer import ShardWriter, nothing
-from nemoquant.converting.bf16 import INFINITE, rounded
 from nemoquant.errors import UncomputableError
+from nemoquant.formats.bf16 import INFINITE, rounded
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
 from nemoquant.quantized.checkpoint import PackedCheckpoint, PackedWeights

@@ -22,7 +22,7 @@ from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
-from nemoquant.files import copy_again, replace_bytes, write_again
+from nemoquant.files import copy_again, replace_bytes, write_json_again
 from nemoquant.graph import MODEL, MTP, Exported
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
@@ -167,7 +167,7 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
                 progress("copy", done, total, "")
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_again(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    write_json_again(folder / INDEX, index)
     for name in ("config.json", LEGACY):
         if (opened.path / name).exists():
             copy_again(opened.path / name, folder / name)

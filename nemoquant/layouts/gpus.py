@@ -30,8 +30,3 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
     }
 )
 SMS = tuple(dict.fromkeys(gpu.sm for gpu in GPUS.values()))
-
-
-def of_sm(sm: int) -> str:
-    """``H100, H200``: the GPUs of a compute capability, for people."""
-    return ", ".join(gpu.title for gpu in GPUS.values() if gpu.sm == sm)

@@ -102,17 +102,20 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         "",
         *_serving(plan, gpu, Chat.of(template_source(source.path))),
     ]
-    if told.warnings:
-        lines += ["## Warnings", "", *(f"- {in_markdown(warning)}" for warning in told.warnings), ""]
-    lines += [
-        "## Provenance",
-        "",
-        f"Made by nemoquant {__version__}. `nemoquant.json` has the recipe, the plan's and every file's "
-        f"sha256; `nemoquant verify` checks them.",
-    ]
-    if told.copied:
-        lines += ["", "Copied from the source: " + ", ".join(map(markdown_code, told.copied)) + "."]
+    lines += ending(
+        "`nemoquant.json` has the recipe, the plan's and every file's", told.warnings, told.copied
+    )
     return head(*origin, LIBRARY, tags) + "\n".join(lines) + "\n"
+
+
+def ending(has: str, warnings: Sequence[str], copied: Sequence[str]) -> Iterator[str]:
+    """The last lines of a card; ``has``: which file beside it has whose sha256."""
+    if warnings:
+        yield from ("## Warnings", "", *(f"- {in_markdown(warning)}" for warning in warnings), "")
+    yield from ("## Provenance", "")
+    yield f"Made by nemoquant {__version__}. {has} sha256; `nemoquant verify` checks them."
+    if copied:
+        yield from ("", "Copied from the source: " + ", ".join(map(markdown_code, copied)) + ".")
 
 
 def linked(folder: Path, raw_config: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Writes a run's folder (shards, configs, index, side files, scales, card, manifest), then verifies it."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from nemoquant.checkpoint.identity import Units, differing, told, units_of
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.errors import OutputError, SourceChangedError, VerificationError, listing
-from nemoquant.files import sync_folder, write_again
+from nemoquant.files import sync_folder, write_again, write_json_again
 from nemoquant.layouts.modelopt import config_files
 from nemoquant.pack.card import Told, card
 from nemoquant.pack.files import WRITTEN
@@ -106,9 +105,9 @@ class Output:
         if scales is not None and scales_file is not None:
             warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
-            _write_json(folder / name, data)
+            write_json_again(folder / name, data)
         weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
-        _write_json(
+        write_json_again(
             folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
         )
         if changes.solved is not None and any(row.solved for row in self.plan.quantized):
@@ -250,10 +249,6 @@ def _zero_warnings(plan: Plan, modules: list[str]) -> list[str]:
             f"{len(by_block)} weights are zero; codes and block scales set to 0: {listing(by_block)}"
         )
     return found
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

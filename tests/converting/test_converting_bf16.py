@@ -15,7 +15,7 @@ from support.pack_oracle import Stored, read
 from support.tampering import changed_copy
 
 import nemoquant
-from nemoquant.converting.bf16 import rounded, rounded_up, value_of
+from nemoquant.formats.bf16 import rounded, rounded_up, value_of
 
 Make = Callable[..., Path]
 PRESETS = ["fp8", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"]
