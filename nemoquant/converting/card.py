@@ -19,6 +19,7 @@ TITLES: Mapping[Target, str] = MappingProxyType(
         "bf16": "Nemotron-H, decoded to bf16 from a quantized checkpoint",
     }
 )
+RELATIONS: Mapping[Target, str | None] = MappingProxyType({"compressed-tensors": "quantized", "bf16": None})
 LOADS: Mapping[Target, str] = MappingProxyType(
     {
         "compressed-tensors": "transformers from 5.19 on, with the package compressed-tensors: experts are "
@@ -54,4 +55,4 @@ def card(opened: PackedCheckpoint, result: Converted, copied: Sequence[str]) -> 
         "",
     ]
     lines += ending(f"`{FILE}` has every file's", result.warnings, copied)
-    return head(*origin, LIBRARY, {"nemotron_h", result.to}) + "\n".join(lines) + "\n"
+    return head(*origin, LIBRARY, {"nemotron_h", result.to}, RELATIONS[result.to]) + "\n".join(lines) + "\n"

@@ -28,18 +28,25 @@ def source_name(folder: Path, raw_config: Mapping[str, Any]) -> str:
     return source_id(folder, raw_config) or folder.resolve().name
 
 
-def head(folder: Path, raw_config: Mapping[str, Any], library: str, tags: Collection[str]) -> str:
+def head(
+    folder: Path,
+    raw_config: Mapping[str, Any],
+    library: str,
+    tags: Collection[str],
+    relation: str | None = "quantized",
+) -> str:
     """The head of the card of what was made from the checkpoint in ``folder``, with both lines of dashes.
 
     Args:
         library: that loads it, by the hub's name.
+        relation: to the base model, by the hub's words; None says nothing of it.
     """
     from huggingface_hub import ModelCardData
 
     base = source_id(folder, raw_config)
     found: dict[str, Any] = dict(_license(folder))
     if base is not None:
-        found |= {"base_model": base, "base_model_relation": "quantized"}
+        found |= {"base_model": base} | ({"base_model_relation": relation} if relation else {})
     data = ModelCardData(library_name=library, pipeline_tag=TASK, tags=sorted(tags), **found)
     return f"---\n{data.to_yaml()}\n---\n"
 

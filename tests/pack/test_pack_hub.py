@@ -36,6 +36,12 @@ def test_the_licence_and_the_name_of_a_source(opened) -> None:
     assert (data["license"], data["license_name"]) == ("other", "made-up")
 
 
+def test_what_is_decoded_is_not_called_quantized(opened) -> None:
+    source = opened("named", _name_or_path="maker/Model-1")
+    data = ModelCard(head(*source, "transformers", {"a"}, None)).data.to_dict()
+    assert data["base_model"] == "maker/Model-1" and "base_model_relation" not in data
+
+
 def test_a_name_from_the_hubs_cache(opened) -> None:
     source = opened("models--maker--Model-2/snapshots/0a1b")
     assert source_id(*source) == "maker/Model-2"
