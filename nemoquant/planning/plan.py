@@ -145,7 +145,7 @@ class Plan:
     @property
     def unused_formats(self) -> list[str]:
         """Formats that the recipe names but no tensor has, because this model lacks the roles."""
-        return sorted({rule.format for rule in self.recipe.rules} - {row.format for row in self.rows})
+        return sorted({rule.stored for rule in self.recipe.rules} - {row.format for row in self.rows})
 
     @property
     def needs_calibration(self) -> bool:
