@@ -11,6 +11,10 @@ These names are in no other file. In this layout every stored scale is a decode 
     K, V cache      k_proj.k_scale, v_proj.v_scale                  (F32, shape [])
 
 What the layout has for each number format is one row of ``LAYOUT``.
+
+FP8 weights whose inputs are not quantized (W8A16) have no name of their own: Model Optimizer declares them
+FP8 and leaves ``input_scale`` out. Here they are ``W8A16_FP8``, a name that no file has; files say it by a
+group of modules without ``input_activations``.
 """
 
 import json
@@ -57,7 +61,8 @@ class Layout:
 
     Attributes:
         algorithm: Model Optimizer's name, where inputs are quantized too.
-        weights_only: its name where they are not; None if it has none.
+        weights_only: that where they are not; None if the layout has no such weights.
+        declared: what files call ``weights_only``, where that is a name of ours; they list such modules.
         suffix: of the names of a module's parts, by kind.
         plain_exclusions: SGLang takes an exclusion from this algorithm as a whole part between dots, without
             wildcards, so one without them is written too.
@@ -67,14 +72,16 @@ class Layout:
     weights_only: str | None
     suffix: Mapping[str, str]
     plain_exclusions: bool = False
+    declared: str | None = None
 
 
 LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
     {
         "fp8": Layout(
             "FP8",
-            weights_only=None,
+            weights_only="W8A16_FP8",
             suffix={"codes": "weight", "global_scale": "weight_scale", "input_scale": "input_scale"},
+            declared="FP8",
         ),
         "mxfp8": Layout(
             "MXFP8",
@@ -104,6 +111,14 @@ FORMAT_OF: Mapping[str, FormatName] = MappingProxyType(
     }
 )
 """Number format by algorithm."""
+DECLARED: Mapping[str, str] = MappingProxyType(
+    {
+        layout.weights_only: layout.declared
+        for layout in LAYOUT.values()
+        if layout.weights_only and layout.declared
+    }
+)
+"""Algorithm -> what files call it, where that is another one's name."""
 READABLE = "FP8 per tensor, MXFP8 or NVFP4"  # in messages
 
 
@@ -197,7 +212,7 @@ def kv_scale_name(module: str) -> str:
 
 
 def algorithm(row: Row) -> str:
-    """ModelOpt's name for the quantization of a row's module; "" where it is not quantized."""
+    """ModelOpt's name for the quantization of a row's module, or ours; "" where it is not quantized."""
     if row.format == "source":
         return ""
     layout = LAYOUT[row.format]
@@ -205,6 +220,11 @@ def algorithm(row: Row) -> str:
         return layout.algorithm
     assert layout.weights_only is not None  # a recipe leaves inputs alone only where the format admits it
     return layout.weights_only
+
+
+def declared_name(algorithm: str) -> str:
+    """What files call an algorithm."""
+    return DECLARED.get(algorithm, algorithm)
 
 
 def is_listed(algorithms: Collection[str]) -> bool:
@@ -259,7 +279,7 @@ def _group_size(kind: str) -> dict[str, int]:
 
 
 def _entry(kind: str) -> dict[str, Any]:
-    return {"quant_algo": kind, **_group_size(kind)}
+    return {"quant_algo": declared_name(kind), **_group_size(kind)}
 
 
 def _group(kind: str) -> dict[str, Any]:
@@ -339,6 +359,7 @@ class _Number(BaseModel):
 class _Group(BaseModel):
     weights: _Number | None = None
     input_activations: _Number | None = None
+    targets: list[str] | None = None
 
 
 def _bounded(names: list[str]) -> list[str]:
@@ -387,7 +408,25 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if declared is None or declared == {}:
         return _legacy_quantization(path)
     _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
-    return dict(declared)
+    return _told_apart(declared)
+
+
+def _told_apart(declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with our names for modules that are listed under another's: their group has no inputs."""
+    ours = {theirs: name for name, theirs in DECLARED.items()}
+    whole = {
+        module
+        for group in (declared.get("config_groups") or {}).values()
+        if isinstance(group, dict) and group.get("weights") and group.get("input_activations") is None
+        for module in group.get("targets") or []
+    }
+    layers = {
+        module: {**entry, "quant_algo": ours.get(entry.get("quant_algo"), entry.get("quant_algo"))}
+        if module in whole
+        else entry
+        for module, entry in (declared.get("quantized_layers") or {}).items()
+    }
+    return {**declared, **({"quantized_layers": layers} if layers else {})}
 
 
 def _check(data: object, schema: type[BaseModel], place: str) -> None:

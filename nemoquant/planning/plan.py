@@ -26,6 +26,7 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
 from nemoquant.planning.recipe import Recipe
+from nemoquant.planning.shown import role_cells, role_data
 from nemoquant.units import size
 
 SCHEMA = 1  # of the plan's JSON
@@ -230,8 +231,8 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The figures and every row."""
-        return self.summary() | {"rows": [row_json(row) for row in self.rows]}
+        """The figures, what each role gets, and every row."""
+        return self.summary() | {"roles": role_data(self), "rows": [row_json(row) for row in self.rows]}
 
     def sizes(self) -> str:
         """What becomes of the model's size, in a few words."""
@@ -244,7 +245,8 @@ class Plan:
         return f"Plan({self.recipe.name}: {self.sizes()})"
 
     def _repr_html_(self) -> str:
-        return html_table(f"{self.recipe.name}: {self.sizes()}", ROLE_HEADER, role_table(self), right=(3, 4))
+        header, cells = role_cells(self)
+        return html_table(f"{self.recipe.name}: {self.sizes()}", header, cells, right=(3, 4))
 
 
 def method_warnings(plan: Plan, method: Method | None) -> list[str]:
@@ -255,22 +257,6 @@ def method_warnings(plan: Plan, method: Method | None) -> list[str]:
     return [
         f"--method {method}: {count:,} {form.upper()} weights get {got}, the nearest that {form.upper()} has"
         for (form, got), count in others.items()
-    ]
-
-
-ROLE_HEADER = ("role", "weights", "GEMM inputs", "tensors", "bytes")
-
-
-def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
-    """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
-    totals: dict[tuple[str, str, str], list[int]] = {}
-    for row in plan.rows:
-        weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
-        entry = totals.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
-        entry[0] += 1
-        entry[1] += row.bytes_out
-    return [
-        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in totals.items()
     ]
 
 

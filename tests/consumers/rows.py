@@ -10,7 +10,7 @@ from typing import Any
 
 import nemoquant
 from nemoquant.layouts.gpus import GPUS
-from nemoquant.layouts.modelopt import LEGACY, algorithm, config_files
+from nemoquant.layouts.modelopt import LEGACY, algorithm, config_files, declared_name
 from nemoquant.layouts.serving import commands
 from nemoquant.model.parse import load_config
 from nemoquant.planning.plan import Plan
@@ -148,7 +148,11 @@ class Bare:
     def rows(self, work: Path) -> Iterator[Row]:
         """One: every module that has a weight, and its algorithm."""
         folder = self.made(work)
-        plan = {row.module: algorithm(row) for row in self.plan.rows if row.name.endswith(".weight")}
+        plan = {
+            row.module: declared_name(algorithm(row))
+            for row in self.plan.rows
+            if row.name.endswith(".weight")
+        }
         inputs = hashed(json.dumps(plan).encode(), (folder / "config.json").read_bytes())
         yield Row("configs", self.name, inputs, "names", {"folder": str(folder), "plan": plan})
 

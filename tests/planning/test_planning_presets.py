@@ -23,10 +23,10 @@ PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
     "fp8": (("fp8", "fp8", "fp8", "fp8", "fp8"), "fp8"),
     "fp8-published": (("fp8", "fp8", "fp8", "source", "fp8"), "fp8"),
     "mxfp8": (("mxfp8", "mxfp8", "mxfp8", "mxfp8", "mxfp8"), "source"),
-    "nvfp4": (("nvfp4", "fp8", "fp8", "fp8", "fp8"), "fp8"),
+    "nvfp4": (("nvfp4", "fp8", "nvfp4", "fp8", "fp8"), "fp8"),
     "nvfp4-full": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "fp8"),
     "nvfp4-full-w4a16": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "source"),
-    "nvfp4-w4a16": (("nvfp4", "source", "source", "source", "source"), "source"),
+    "nvfp4-w4a16": (("nvfp4", "source", "nvfp4", "source", "source"), "source"),
 }
 
 SOLVED = ("fp8", "nvfp4", "nvfp4-full", "nvfp4-full-w4a16", "nvfp4-w4a16")  # the others: max
