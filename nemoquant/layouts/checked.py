@@ -24,6 +24,7 @@ _MIXTURES = frozenset(
             {"NVFP4"},
             {"W4A16_NVFP4"},
             {"FP8", "NVFP4"},
+            {"FP8", "W4A16_NVFP4"},
         ],
     )
 )

@@ -39,9 +39,9 @@ _REASONS = {
     "router": "a rounded router sends tokens to other experts, and engines compute it in fp32",
     "norm": "norms are a few kilobytes, and no engine reads a quantized one",
     "conv1d": "the convolution is depthwise, not a GEMM, and engines always exclude it",
-    "embedding": "it is a table lookup, and no engine loads a quantized one of this family: vLLM 0.33 has none in "
-    "the ModelOpt layout, SGLang 0.5.23 has NVFP4 ones and its Nemotron-H does not ask for them, TensorRT-LLM's "
-    "is a plain table, llama.cpp refuses the scale that its converter writes",
+    "embedding": "no engine loads a quantized one of this family (vLLM 0.33 has none in the ModelOpt layout, "
+    "SGLang 0.5.23 has NVFP4 ones but its Nemotron-H does not ask for them, TensorRT-LLM's is a plain table, "
+    "llama.cpp refuses the scale that its converter writes beside one)",
     "mtp.": "engines load multi-token-prediction modules unquantized",
 }
 

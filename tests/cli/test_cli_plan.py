@@ -270,7 +270,10 @@ def test_recipes_list() -> None:
     assert {r["name"]: r["kv_cache"] for r in listed} == {
         "fp8": "fp8",
         "fp8-published": "fp8",
+        "lightning-published": "fp8",
         "mxfp8": "source",
+        "nano-fp8-published": "fp8",
+        "nano-nvfp4-published": "fp8",
         "nvfp4": "fp8",
         "nvfp4-full": "fp8",
         "nvfp4-full-w4a16": "source",

@@ -203,7 +203,7 @@ def algorithm(module: torch.nn.Module) -> str:
     }
     if name == "CompressedTensorsLinearMethod":
         name = type(module.scheme).__name__
-        known |= {"CompressedTensorsW8A8Fp8": "FP8"}
+        known |= {"CompressedTensorsW8A8Fp8": "FP8", "CompressedTensorsW8A16Fp8": "FP8"}
     return known.get(name, "" if name == "NoneType" or name.startswith("Unquantized") else name)
 
 

@@ -18,9 +18,17 @@ from nemoquant.planning.recipe import presets
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = Path(__file__).parent / "recipes"
+WEIGHTS_ONLY = RECIPES / "fp8-weights-only.yaml"
 DEMO, NANO = ROOT / "calib" / "demo_model", ROOT / "calib" / "nano_model"
-CONFIGS = {name: ROOT / "tests" / "configs" / f"{name}.json" for name in ("super-120b-a12b", "nano-30b-a3b")}
-SUPER_ONLY = "super-nvfp4-published"
+CONFIGS = {
+    name: ROOT / "tests" / "configs" / f"{name}.json"
+    for name in ("super-120b-a12b", "nano-30b-a3b", "nano-9b-v2")
+}
+OF_ONE = {  # presets that name layers -> the one config that they fit
+    "super-nvfp4-published": "super-120b-a12b",
+    "nano-fp8-published": "nano-30b-a3b",
+    "nano-nvfp4-published": "nano-30b-a3b",
+}
 ENGINES = ("vllm", "sglang")
 PROGRAMS = {"vllm": ("vllm",), "sglang": ("python", "sglang")}  # first words of an engine's commands
 ROWS, LENGTH = 4, 128  # of calibration: values are compared with the file's, not with the source's
@@ -158,13 +166,14 @@ class Bare:
 
 
 def converted() -> list[Converted]:
-    """The FP8 preset on both models."""
-    return [Converted(Checkpoint(source, "fp8")) for source in (DEMO, NANO)]
+    """The FP8 preset on both models, and FP8 weights only."""
+    recipes: list[tuple[Path, str | Path]] = [(DEMO, "fp8"), (NANO, "fp8"), (DEMO, WEIGHTS_ONLY)]
+    return [Converted(Checkpoint(source, recipe)) for source, recipe in recipes]
 
 
 def checkpoints() -> list[Checkpoint]:
     """Every preset that fits, on both models, and the recipes beside this file on the demo model."""
-    fitting = [name for name in presets() if name != SUPER_ONLY]
+    fitting = [name for name in presets() if name not in OF_ONE]
     return [
         *(Checkpoint(source, name) for source in (DEMO, NANO) for name in fitting),
         *(Checkpoint(DEMO, path) for path in sorted(RECIPES.glob("*.yaml"))),
@@ -177,7 +186,7 @@ def bare() -> list[Bare]:
         Bare(config, preset)
         for config in CONFIGS
         for preset in presets()
-        if preset != SUPER_ONLY or config.startswith("super")
+        if OF_ONE.get(preset, config) == config
     ]
 
 

@@ -9,7 +9,7 @@ from nemoquant.layouts.modelopt import algorithm
 from nemoquant.planning.recipe import presets
 
 from . import results
-from .rows import DEMO, ENGINES, RECIPES, SUPER_ONLY, bare, checkpoints, converted
+from .rows import DEMO, ENGINES, OF_ONE, RECIPES, bare, checkpoints, converted
 
 DATA = results.read()
 OF_A_ROW = {"inputs", "quantization", "modules", "algorithms", "expert_algorithms", "algorithm_differs"}
@@ -25,7 +25,7 @@ def test_every_preset_was_loaded(engine):
     drafts = {f"{row.name}, draft" for row in checkpoints() if row.source == DEMO}
     found = {name for name, engines in DATA["checkpoints"].items() if engine in engines}
     assert found == names | drafts | ({row.name for row in converted()} if engine == "vllm" else set())
-    assert {row.recipe for row in checkpoints()} >= set(presets()) - {SUPER_ONLY}
+    assert {row.recipe for row in checkpoints()} >= set(presets()) - set(OF_ONE)
     assert {name for name, engines in DATA["configs"].items() if engine in engines} == {
         row.name for row in bare()
     }

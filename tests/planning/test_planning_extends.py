@@ -66,13 +66,13 @@ def test_a_chain_of_files_beside_each_other(
 
 def test_rules_that_are_overridden_are_dropped_from_the_plan(write: Write) -> None:
     """What is written is the recipe whole: read again from a manifest, it gives the same plan."""
-    mine = [{"roles": ["experts.*", "mamba.*"], "format": "fp8"}]
+    mine = [{"roles": ["experts.*", "mamba.*", "mlp.*"], "format": "fp8"}]
     plan = api.plan(DEMO, write("mine", extends="nvfp4", rules=mine))
     formats = {row.role.split(".")[0]: row.format for row in plan.quantized}
     assert formats == {"mamba": "fp8", "experts": "fp8", "shared_experts": "fp8", "attention": "fp8"}
     assert [rule.roles for rule in plan.recipe.rules] == [
-        ["experts.*", "mamba.*"],
-        ["shared_experts.*", "mlp.*"],
+        ["experts.*", "mamba.*", "mlp.*"],
+        ["shared_experts.*"],
         ["attention.*"],
         ["*"],
     ]

@@ -321,8 +321,9 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("fp9")
     assert str(error.value) == (
-        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, mxfp8, "
-        "nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, nvfp4, super-nvfp4-published"
+        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, lightning-published, "
+        "mxfp8, nano-fp8-published, nano-nvfp4-published, nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, "
+        "nvfp4, super-nvfp4-published"
     )
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
         load_recipe(str(tmp_path))
@@ -332,7 +333,10 @@ def test_presets() -> None:
     assert set(presets()) == {
         "fp8",
         "fp8-published",
+        "lightning-published",
         "mxfp8",
+        "nano-fp8-published",
+        "nano-nvfp4-published",
         "nvfp4",
         "nvfp4-full",
         "nvfp4-full-w4a16",

@@ -281,7 +281,7 @@ PROTECTED = {
     ),
     "embedding": (
         "backbone.embeddings.weight",
-        "it is a table lookup, not a GEMM, and no engine reads a quantized one",
+        "no engine loads a quantized one of this family (vLLM 0.33 has none in the ModelOpt layout, SGLang",
     ),
     "mtp.eh_proj": ("mtp.layers.0.eh_proj.weight", "engines load multi-token-prediction modules unquantized"),
     "mtp.attention.o_proj": (
