@@ -23,7 +23,7 @@ from nemoquant.layouts.engine_rows import (
     Row,
     Runs,
 )
-from nemoquant.layouts.modelopt import MIXED, algorithm, is_listed
+from nemoquant.layouts.modelopt import MIXED, algorithm, declared_name, is_listed
 from nemoquant.planning.plan import Plan
 
 READERS = ("transformers", "llama.cpp")  # what people try too
@@ -72,7 +72,8 @@ def mixture(plan: Plan) -> Mixture:
         found |= {(name, BESIDE) for name in names}
     if is_listed(names):
         found.add((MIXED, LINEAR))
-    return Mixture(frozenset(found), MIXED if is_listed(names) else next(iter(names), ""))
+    whole = MIXED if is_listed(names) else next(map(declared_name, names), "")
+    return Mixture(frozenset(found), whole)
 
 
 @cache

@@ -231,9 +231,11 @@ def is_listed(algorithms: Collection[str]) -> bool:
     """Whether a file of these algorithms is ``MIXED``, its modules listed one by one.
 
     One that is W4A16_NVFP4 throughout is too: SGLang would run it as W4A4 on Blackwell, with an input scale
-    of 1.0. With its modules listed, as in published files, it is right in every engine that loads it.
+    of 1.0. With its modules listed, as in published files, it is right in every engine that loads it. A file
+    of one declared name is not: SGLang takes a listed one without NVFP4 for another method.
     """
-    return len(algorithms) > 1 or any(name == LAYOUT[FORMAT_OF[name]].weights_only for name in algorithms)
+    names = {declared_name(name) for name in algorithms}
+    return len(names) > 1 or any(name == LAYOUT[FORMAT_OF[name]].weights_only for name in names)
 
 
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -249,7 +251,8 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
             "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore},
         }
     mixed = is_listed(kinds)
-    named = {"quant_algo": MIXED if mixed else kinds[0]}
+    by_name = mixed or any(kind in DECLARED for kind in kinds)
+    named = {"quant_algo": MIXED if mixed else declared_name(kinds[0])}
     layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
     legacy: dict[str, Any] = {**named, "kv_cache_quant_algo": kv}
     if not mixed:
@@ -258,7 +261,7 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     section: dict[str, Any] = {
         "config_groups": {
             f"group_{i}": _group(kind)
-            | {"targets": sorted(m for m, k in by_module.items() if k == kind) if mixed else ["Linear"]}
+            | {"targets": sorted(m for m, k in by_module.items() if k == kind) if by_name else ["Linear"]}
             for i, kind in enumerate(kinds)
         }
     }
@@ -412,20 +415,15 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told_apart(declared: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with our names for modules that are listed under another's: their group has no inputs."""
+    """The same, with our names for modules that are declared by another's: their group has no inputs."""
     ours = {theirs: name for name, theirs in DECLARED.items()}
-    whole = {
-        module
-        for group in (declared.get("config_groups") or {}).values()
-        if isinstance(group, dict) and group.get("weights") and group.get("input_activations") is None
-        for module in group.get("targets") or []
-    }
-    layers = {
-        module: {**entry, "quant_algo": ours.get(entry.get("quant_algo"), entry.get("quant_algo"))}
-        if module in whole
-        else entry
-        for module, entry in (declared.get("quantized_layers") or {}).items()
-    }
+    layers = dict(declared.get("quantized_layers") or {})
+    for group in (declared.get("config_groups") or {}).values():
+        if isinstance(group, dict) and group.get("weights") and group.get("input_activations") is None:
+            for module in group.get("targets") or []:
+                name = ours.get(layers.get(module, declared).get("quant_algo"))
+                if name is not None:
+                    layers[module] = {**layers.get(module, {}), "quant_algo": name}
     return {**declared, **({"quantized_layers": layers} if layers else {})}
 
 

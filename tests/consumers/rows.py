@@ -24,6 +24,7 @@ CONFIGS = {
     name: ROOT / "tests" / "configs" / f"{name}.json"
     for name in ("super-120b-a12b", "nano-30b-a3b", "nano-9b-v2")
 }
+DENSE = {"nano-9b-v2": ("nvfp4", "nvfp4-w4a16")}
 OF_ONE = {  # presets that name layers -> the one config that they fit
     "super-nvfp4-published": "super-120b-a12b",
     "nano-fp8-published": "nano-30b-a3b",
@@ -181,11 +182,11 @@ def checkpoints() -> list[Checkpoint]:
 
 
 def bare() -> list[Bare]:
-    """Every preset on every config that it fits."""
+    """Every preset on every config that it fits; on a dense one those that give its MLP what experts get."""
     return [
         Bare(config, preset)
         for config in CONFIGS
-        for preset in presets()
+        for preset in (DENSE[config] if config in DENSE else presets())
         if OF_ONE.get(preset, config) == config
     ]
 

@@ -59,14 +59,36 @@ def test_what_is_written(made: Path) -> None:
     assert all(parts(made, module) == {"weight", "weight_scale"} for module in whole)
     assert parts(made, OUT_PROJ.format(4)) == {"weight", "weight_scale", "input_scale"}
     declared, legacy = section(made), json.loads((made / "hf_quant_config.json").read_text())["quantization"]
+    assert declared["quant_algo"] == legacy["quant_algo"] == "FP8"
+    assert not {"quantized_layers"} & (declared.keys() | legacy.keys()), "SGLang would take it for w4afp8"
+    groups = {"input_activations" in g: set(g["targets"]) for g in declared["config_groups"].values()}
+    assert groups[False] == whole
+    assert {OUT_PROJ.format(4), "backbone.layers.0.mixer.in_proj"} <= groups[True]
+    assert not groups[True] & (whole | set(declared["ignore"]))
+
+
+def test_what_is_written_beside_nvfp4(quantized: Make, tmp_path: Path) -> None:
+    """Then the file lists its modules, all of them FP8 or NVFP4."""
+    path = tmp_path / "beside.yaml"
+    path.write_text(
+        "name: beside\nextends: nvfp4\nfolds: []\nrules:\n"
+        "- {roles: [lm_head], format: fp8, activations: none}\n"
+    )
+    made = quantized(str(path))
+    declared, legacy = section(made), json.loads((made / "hf_quant_config.json").read_text())["quantization"]
     assert declared["quant_algo"] == legacy["quant_algo"] == "MIXED_PRECISION"
     assert declared["quantized_layers"] == legacy["quantized_layers"]
-    assert {entry["quant_algo"] for entry in declared["quantized_layers"].values()} == {"FP8"}
-    groups = {"input_activations" in g: set(g["targets"]) for g in declared["config_groups"].values()}
-    assert groups == {False: whole, True: set(declared["quantized_layers"]) - whole}
+    assert {entry["quant_algo"] for entry in declared["quantized_layers"].values()} == {"FP8", "NVFP4"}
+    assert [g["targets"] for g in declared["config_groups"].values() if "input_activations" not in g] == [
+        [HEAD]
+    ]
+    opened = PackedCheckpoint(made)
+    with opened.checkpoint:
+        assert opened.weights_only == {HEAD}
+    assert command("inspect", made).stdout.count("MIXED_PRECISION") == 1
 
 
-def test_all_verbs(made: Path, source: Path, tmp_path: Path, token_rows: Path) -> None:
+def test_all_verbs(made: Path, recipe: Path, source: Path, tmp_path: Path, token_rows: Path) -> None:
     opened = PackedCheckpoint(made)
     with opened.checkpoint:
         assert opened.weights_only == {HEAD, OUT_PROJ.format(0)}
@@ -78,7 +100,7 @@ def test_all_verbs(made: Path, source: Path, tmp_path: Path, token_rows: Path) -
     inputs = {m.name: m.input_format for m in report.candidates[0].modules}
     assert (inputs[OUT_PROJ.format(0)], inputs[OUT_PROJ.format(4)]) == (None, "fp8")
     bf16 = nemoquant.convert(made, tmp_path / "bf16", "bf16", progress=False)
-    assert bf16.decoded == {"fp8": len(section(made)["quantized_layers"])}
+    assert bf16.decoded == {"fp8": len(nemoquant.plan(source, recipe).quantized)}
     with safe_open(next((tmp_path / "bf16").glob("*.safetensors")), "pt") as file:
         names = list(file.keys())
     assert not any(name.endswith("scale") for name in names)
@@ -128,9 +150,8 @@ def test_lost_input_scales_are_not_taken_for_it(quantized: Make, tmp_path: Path)
 def test_what_engines_do() -> None:
     plan = nemoquant.plan(DEMO, RECIPE)
     file = mixture(plan)
-    assert [outcome(file, "vLLM", sm).runs for sm in (75, 80, 89, 90, 100, 120)] == ["weights only"] * 2 + [
-        "wrong"
-    ] * 4
+    runs = [outcome(file, "vLLM", sm).runs for sm in (75, 80, 89, 90, 100, 120)]
+    assert runs == ["refused", "weights only", *["wrong"] * 4]
     assert {outcome(file, engine, 90).runs for engine in ("vLLM", "SGLang")} == {"wrong"}
     told = cautions(plan)
     assert [text.split(":")[0] for text in told] == ["10 modules are W8A16_FP8"] * 2
