@@ -119,6 +119,7 @@ class Plan:
     Attributes:
         assumed: dtypes come from the config alone, not from headers.
         scale_groups: whether rows of a group share their scales.
+        warnings: what was put right in the source, or left out; no part of the plan's identity.
     """
 
     recipe: Recipe
@@ -126,6 +127,7 @@ class Plan:
     rows: tuple[Row, ...]
     assumed: bool
     scale_groups: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def cache(self) -> CacheFormat | None:

@@ -71,6 +71,7 @@ def test_plan_as_json(source: Path) -> None:
         "needs_calibration",
         "roles",
         "engines",
+        "warnings",
         "cautions",
         "serving",
     ]
@@ -239,6 +240,7 @@ def test_inspect_as_json() -> None:
         "bytes",
         "dtypes",
         "quantization",
+        "warnings",
         "weights",
         "kv_cache",
         "ssm_state_bytes_per_sequence",
