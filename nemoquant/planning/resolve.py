@@ -134,9 +134,15 @@ class _Index:
                     missing.pop(entry, None)
             found += [key for key in here if key[1] in layers]
         if missing:
+            plain = all(isinstance(entry, int) and entry >= 0 for entry in missing)
             raise RecipeError(
-                f"{where} {listing(list(map(str, missing)))} have no tensor of the roles {roles}; expected "
-                f"layers that have them, is the recipe for another model?"
+                f"{where} {listing(list(map(str, missing)))} "
+                + (
+                    f"have no tensor of the roles {roles}; "
+                    if plain
+                    else f"mean no layers, of the model's {self.schedules['']}, that have the roles {roles}; "
+                )
+                + "expected layers that have them, is the recipe for another model?"
             )
         return found
 

@@ -638,18 +638,18 @@ def test_layers_by_words(layers: list[int | str], found: set[int]) -> None:
     )
 
 
-@pytest.mark.parametrize("entry", [-2, "2..5", "0..99", "-99..-1", 99])
+@pytest.mark.parametrize("entry", [-2, "2..5", "0..99", "-99..-1", "6..1"])
 def test_words_that_mean_no_layer_of_the_role(entry: int | str) -> None:
     assert refusal({"roles": ["attention.*"], "layers": ["first", entry], "format": "fp8"}, REST) == (
-        f"recipe mine: rule 1: layers {entry} have no tensor of the roles attention.*; expected layers that "
-        "have them, is the recipe for another model?"
+        f"recipe mine: rule 1: layers {entry} mean no layers, of the model's 7, that have the roles "
+        "attention.*; expected layers that have them, is the recipe for another model?"
     )
 
 
 def test_words_of_a_role_that_the_model_lacks() -> None:
     dense = RAW | {"hybrid_override_pattern": "M-", "num_nextn_predict_layers": 0}
     message = refusal({"roles": ["attention.*"], "layers": ["last"], "format": "fp8"}, REST, raw=dense)
-    assert "layers last have no tensor of the roles attention.*" in message
+    assert "layers last mean no layers, of the model's 2, that have the roles attention.*" in message
 
 
 def test_multi_token_prediction_counts_its_layers_apart() -> None:
