@@ -165,6 +165,9 @@ def command(
     began = time.monotonic()
 
     def planned(resolved: "Plan") -> None:
+        nonlocal began
+        if download:
+            began = time.monotonic()  # what is expected is the run, without the download
         if not as_json:
             say(
                 f"{resolved.recipe.name}: {size(resolved.bytes_in)} -> {size(resolved.bytes_out)}, "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from nemoquant import arguments
 from nemoquant.bars import progress_bars
@@ -49,6 +50,11 @@ class Model(click.ParamType["str"]):
         except UsageError as error:
             self.fail(str(error), param, ctx)
         return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return click.Path().shell_complete(ctx, param, incomplete)
 
 
 def local(given: str, *, download: bool, weights: bool = True, quiet: bool = False) -> Path:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SETTINGS = (CONFIG, LEGACY, INDEX)
 RECORDS = ("nemoquant.json", "nemoquant_converted.json")  # each lists the files that it was made with
 CARD = "README.md"  # its head has the licence
-STAGE = "download"
+ANSWER = 30.0  # seconds that the list of a model's files may take to begin
 
 
 def fetch(name: HubName, cache: Path, wanted: Wanted, progress: Progress) -> Path:
@@ -43,9 +43,11 @@ def fetch(name: HubName, cache: Path, wanted: Wanted, progress: Progress) -> Pat
     """
     from huggingface_hub import HfApi
 
-    with _explained(name, cache):
-        info = HfApi().model_info(name.model, revision=name.revision, files_metadata=True)
-    return _Download(name, cache, info, progress).run(wanted)
+    with _explained(name, cache), _understood(name):
+        api = HfApi()
+        info = api.model_info(name.model, revision=name.revision, files_metadata=True, timeout=ANSWER)
+        begun = _Download(name, cache, info, progress)
+    return begun.run(wanted)
 
 
 class _Download:
@@ -58,12 +60,12 @@ class _Download:
 
     def __init__(self, name: HubName, cache: Path, info: "ModelInfo", progress: Progress) -> None:
         self.name, self.cache, self.progress = name, cache, progress
-        if not COMMIT.fullmatch(info.sha or ""):
+        self.commit = str(info.sha)
+        if not COMMIT.fullmatch(self.commit):
             raise HubError(f"{name}: the hub names no commit of it; expected one, check HF_ENDPOINT")
-        self.commit: str = info.sha or ""
         files = [file for file in info.siblings or [] if plain_name(file.rfilename)]
-        self.sizes = {file.rfilename: file.size or 0 for file in files}
-        self.blobs = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+        self.sizes = {file.rfilename: max(0, int(file.size or 0)) for file in files}
+        self.blobs = {f.rfilename: str(f.lfs.sha256 if f.lfs else f.blob_id) for f in files}
         self.root = folder_of(cache, name.model)
         self.snapshot = self.root / "snapshots" / self.commit
         self._done = self._total = 0
@@ -80,14 +82,14 @@ class _Download:
                 f"{listing(list(self.sizes))}"
             )
         records = RECORDS if wanted.weights else ()
-        self._get_all([file for file in (*SETTINGS, *records) if file in self.sizes])
+        self._get_all("settings", [file for file in (*SETTINGS, *records) if file in self.sizes])
         load_config(self.snapshot / CONFIG)  # refuses what is no model of ours
         wanted.admit(self.snapshot / CONFIG)
         if wanted.weights:
             files = self._weights() + self._others(wanted.also)
             rest = [file for file in files if not (self.snapshot / file).exists()]
             self._check_room(rest)
-            self._get_all(rest)
+            self._get_all("download", rest)
         return self.snapshot
 
     def _weights(self) -> list[str]:
@@ -118,8 +120,11 @@ class _Download:
         ]
 
     def _check_room(self, files: Collection[str]) -> None:
-        blobs = {file: self.root / "blobs" / (self.blobs[file] or "unknown") for file in files}
-        needed = sum(self.sizes[file] for file, blob in blobs.items() if not blob.exists())
+        shared = [
+            plain_name(blob) and (self.root / "blobs" / blob).exists()
+            for blob in (self.blobs[file] for file in files)
+        ]
+        needed = sum(self.sizes[file] for file, is_there in zip(files, shared, strict=True) if not is_there)
         free = shutil.disk_usage(nearest_folder(self.cache)).free
         if needed and free < needed + MARGIN:
             raise HubError(
@@ -127,14 +132,14 @@ class _Download:
                 f"room, or set HF_HUB_CACHE to a folder of another disk"
             )
 
-    def _get_all(self, files: Collection[str]) -> None:
+    def _get_all(self, stage: str, files: Collection[str]) -> None:
         self._done, self._total = 0, sum(self.sizes[file] for file in files)
         for file in files:
-            self._get(file)
+            self._get(stage, file)
         if files:
-            self.progress(STAGE, self._total, self._total, "")
+            self.progress(stage, self._total, self._total, "")
 
-    def _get(self, file: str) -> None:
+    def _get(self, stage: str, file: str) -> None:
         """Fetch a file. The first one leaves the name of the revision in the cache, as ``refs/main``."""
         from huggingface_hub import constants, hf_hub_download
 
@@ -142,7 +147,7 @@ class _Download:
 
         def counted(nbytes: int) -> None:
             self._done = max(before, min(self._done + nbytes, before + self.sizes[file]))
-            self.progress(STAGE, min(self._done, self._total - 1), self._total, file)
+            self.progress(stage, min(self._done, self._total - 1), self._total, file)
 
         with _explained(self.name, self.cache):
             got = hf_hub_download(
@@ -213,6 +218,9 @@ def _explained(name: HubName, cache: Path) -> Iterator[None]:
             f"see {page}/commits/main"
         ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError) as error:
+        answer = error.response if isinstance(error, errors.HfHubHTTPError) else None
+        if answer is not None and answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise HubError(f"{name}: {constants.ENDPOINT} does not take the token; {signing}") from None
         raise HubError(
             f"{name} can't be fetched from {constants.ENDPOINT}: {_reason(error)}; run it again to go on, or "
             f"without --download to use what the cache has"
@@ -225,6 +233,15 @@ def _explained(name: HubName, cache: Path) -> Iterator[None]:
         raise HubError(
             f"{name} can't be fetched from {constants.ENDPOINT}: {_reason(error)}; check HF_ENDPOINT"
         ) from None
+
+
+@contextmanager
+def _understood(name: HubName) -> Iterator[None]:
+    """An answer that is JSON, but not that of a hub, surprises the library in these ways."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError):
+        raise HubError(f"{name}: the answer is no list of a model's files; check HF_ENDPOINT") from None
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ The layout is documented: https://huggingface.co/docs/huggingface_hub/guides/man
 """
 
 import os
+from itertools import islice
 from pathlib import Path
 
 from nemoquant.errors import HubError, listing
@@ -76,7 +77,7 @@ def snapshots(root: Path) -> list[str]:
 def revisions(root: Path) -> list[str]:
     """What a model's folder has, for a message: ``main (0123abcd)``, then commits without a name."""
     refs = root / "refs"
-    files = [path for _, path in zip(range(MOST_REFS), sorted(refs.rglob("*")), strict=False)]
+    files = sorted(islice(refs.rglob("*"), MOST_REFS))
     named = {plain(path.relative_to(refs)): _commit(path) for path in files if path.is_file()}
     there = snapshots(root)
     told = [

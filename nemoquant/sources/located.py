@@ -22,6 +22,7 @@ from nemoquant.sources.hub_cache import (
     is_root,
     lacking,
     revisions,
+    snapshots,
 )
 
 MISSING = "what is missing"
@@ -115,9 +116,10 @@ def _complete(
     missing, of = lacking(snapshot)
     lacks = f"lacks {len(missing)} of {of} files with weights ({listing(missing)})"
     if missing and needs_weights:
-        raise HubError(
-            f"{name}: {snapshot} {lacks}, as after a download that did not end; {_ways(name, place, MISSING)}"
-        )
+        others = [commit for commit in snapshots(snapshot.parent.parent) if commit != snapshot.name]
+        whole = [commit for commit in others if not lacking(snapshot.parent / commit)[0]]
+        instead = f"; {name.model}@{whole[0]} is there whole" if whole else ""
+        raise HubError(f"{name}: {snapshot} {lacks}; {_ways(name, place, MISSING)}{instead}")
     if missing:
         say(f"{name} is {snapshot / CONFIG}: the snapshot {lacks}, its config alone is used")
         return snapshot / CONFIG

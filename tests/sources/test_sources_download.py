@@ -250,6 +250,52 @@ def test_an_answer_that_is_no_answer(hub, weights, find):
     refused(find, "the hub names no commit of it")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b"{}",
+        b'{"id": "x", "siblings": [{}]}',
+        b'{"id": "x", "siblings": 7}',
+        b"null",
+        b"<html>",
+        b"\xff",
+    ],
+)
+def test_a_server_that_is_no_hub(body, hub, weights, find):
+    hub.add(NAME, weights)
+    hub.body = body
+    refused(find, NAME, "check HF_ENDPOINT")
+
+
+def test_sizes_and_names_that_are_none(hub, weights, find):
+    commit = hub.add(NAME, weights)
+    files = [{"rfilename": name, "size": -5, "blobId": "../../x"} for name in weights]
+    files += [{"rfilename": name} for name in ("../../x.py", "/etc/LICENSE", "a\x00b", "LICENSE\x1b")]
+    hub.body = json.dumps({"id": NAME, "sha": commit, "siblings": files}).encode()
+    assert content(find()) == weights
+
+
+def test_a_token_that_is_none(hub, weights, find, monkeypatch):
+    hub.add(NAME, weights)
+    hub.bad_token = "hf_old"
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    refused(find, f"{hub.url} does not take the token; set HF_TOKEN or run `hf auth login`")
+
+
+def test_bytes_are_counted_once_where_chunks_come_another_way():
+    """As hf_xet reports them: on their way, and on the disk."""
+    from huggingface_hub.utils import _xet_progress_reporting as xet
+
+    counted: list[int] = []
+    reporter = xet.XetDownloadProgressReporter(
+        reconstruction_desc="x", total=10, log_level=30, tqdm_class=download._counting(counted.append)
+    )
+    assert reporter.transfer_bar is reporter.reconstruction_bar
+    reporter.reconstruction_bar.update(10)
+    assert counted == [10]
+
+
 # What ends a download before there are weights.
 
 

@@ -158,6 +158,13 @@ def test_a_blob_that_is_gone_is_a_missing_shard(cache, files, find):
     refused(find, root, f"hf download {NAME} --cache-dir {cache}`")
 
 
+def test_an_older_snapshot_that_is_whole_is_named(cache, files, find):
+    put(cache, NAME, files, OLD)
+    put(cache, NAME, {k: v for k, v in files.items() if k not in SHARDS}, NEW, "main")
+    refused(find, NAME, "lacks 2 of 2 files", f"{NAME}@{OLD} is there whole")
+    assert find(f"{NAME}@{OLD}").name == OLD
+
+
 @pytest.mark.parametrize(
     ("left", "part"),
     [

@@ -36,6 +36,8 @@ class Hub:
     Attributes:
         cut_at: file -> bytes after which a connection for it breaks; each number once.
         broken: every request gets this status.
+        body: the answer for every model.
+        bad_token: one that has expired.
     """
 
     url: str = ""
@@ -43,6 +45,8 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     cut_at: dict[str, list[int]] = field(default_factory=dict)
     broken: int | None = None
+    body: bytes | None = None
+    bad_token: str | None = None
 
     def add(self, name: str, files: Mapping[str, bytes], number: int = 1, **refs: str) -> str:
         """A commit of a model, which ``main`` then is; returns its hash."""
@@ -104,6 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(f"{self.command} {path}")
         if self.hub.broken:
             self._refuse(self.hub.broken)
+        elif self.hub.bad_token and self.hub.bad_token in self.headers.get("Authorization", ""):
+            self._refuse(401, message="Invalid credentials in Authorization header")
+        elif self.hub.body is not None and path.startswith("/api/models/"):
+            self._send(200, self.hub.body, {"Content-Type": "application/json"})
         elif path.startswith("/api/models/"):
             self._model(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
@@ -170,8 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
         cuts = self.hub.cut_at.get(file)
         return cuts.pop(0) if cuts and self.command == "GET" else None
 
-    def _refuse(self, status: int, code: str = "") -> None:
-        self._send(status, b"", {"X-Error-Code": code} if code else {})
+    def _refuse(self, status: int, code: str = "", message: str = "") -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self._send(status, b"", {name: value for name, value in headers.items() if value})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], cut: int | None = None) -> None:
         self.send_response(status)
