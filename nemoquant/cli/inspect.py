@@ -64,3 +64,5 @@ def command(model: str, context: int | None, download: bool, as_json: bool) -> N
         ("stored as", "tensors", "bytes"),
         right="12",
     )
+    for text in summary["warnings"]:
+        say(f"warning: {text}", err=True)
