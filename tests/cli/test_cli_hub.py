@@ -201,7 +201,7 @@ def test_an_output_that_exists_is_refused_before_weights_are_fetched(hub, source
 def refused_late(call: Callable[..., Result]) -> str:
     """The last line of a refusal after the settings were fetched, which was said."""
     *before, last = call("--download").stderr.splitlines(keepends=True)
-    assert all(line.startswith("download: ") for line in before)
+    assert all(line.startswith("settings: ") for line in before)
     return error_line(last)
 
 
