@@ -14,7 +14,6 @@ from nemoquant.engine import EngineName
 from nemoquant.engine.enginefile import facts_file
 from nemoquant.errors import OutputError, UsageError, VerificationError, listing
 from nemoquant.files import MOST_SETTINGS, read_json, replace_text
-from nemoquant.planning.shown import headline
 from nemoquant.progress import Progress, no_progress
 from nemoquant.shipped import demo_model
 
@@ -68,7 +67,7 @@ def demo(
             if not report["ok"]:
                 raise VerificationError(f"{preset}: {listing(report['problems'])}")
             say(
-                f"{preset}: {headline(result.plan)} {plan.bits_per_weight:.2f} bits a weight; verified "
+                f"{preset}: {result.plan.headline} {plan.bits_per_weight:.2f} bits a weight; verified "
                 f"against the source."
             )
         engine = _graphs(folder, say)

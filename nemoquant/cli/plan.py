@@ -103,7 +103,7 @@ def command(
     from nemoquant.layouts.engines import table as engine_table
     from nemoquant.layouts.serving import NEMOTRON_3, Chat, commands
     from nemoquant.planning.plan import method_warnings
-    from nemoquant.planning.shown import LAYERS, headline, role_cells
+    from nemoquant.planning.shown import LAYERS, role_cells
     from nemoquant.tokens.template import template_source
 
     name = recipe_name(fmt, recipe)
@@ -130,8 +130,8 @@ def command(
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
         return
-    say(f"{resolved.recipe.name}: {headline(resolved)}")
-    columns, cells = role_cells(resolved)
+    say(f"{resolved.recipe.name}: {resolved.headline}")
+    columns, cells = role_cells(resolved.rows)
     table(cells, columns, right="34")
     if "layers" in columns:
         say(LAYERS)

@@ -36,8 +36,9 @@ from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Fo
 from nemoquant.model.names import experts_of
 from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import has_wildcard
+from nemoquant.planning.row import Row
 from nemoquant.words import MOST_NAME, plain
 
 LEGACY = "hf_quant_config.json"  # the older of the two config files

@@ -11,7 +11,7 @@ from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
 from nemoquant.layouts.serving import Chat, commands
 from nemoquant.pack.hub import head, source_id, source_name
 from nemoquant.planning.plan import Plan
-from nemoquant.planning.shown import LAYERS, formats, headline, role_cells
+from nemoquant.planning.shown import LAYERS, formats, role_cells
 from nemoquant.sources.hub import origin
 from nemoquant.sources.source import Source
 from nemoquant.tokens.template import template_source
@@ -61,12 +61,12 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
     kv, file = plan.kv_cache_bytes_per_token(), mixture(plan)
     origin = source.path, source.raw_config
-    columns, cells = role_cells(plan)
+    columns, cells = role_cells(plan.rows)
     tags = {"nemotron_h", "modelopt", "nemoquant", *(row.format for row in plan.quantized)}
     lines = [
         f"# {in_markdown(source_name(*origin))}, {_quantized(plan)}",
         "",
-        headline(plan),
+        plan.headline,
         "",
         f"- Source: {linked(*origin)}",
         f"- Recipe: {markdown_code(plan.recipe.name)}",
@@ -113,7 +113,7 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
 
 def _quantized(plan: Plan) -> str:
     """What was made, for the title: of formats that some weight has."""
-    found = formats(plan)
+    found = formats(plan.rows)
     return f"quantized to {found}" if found else "with a quantized KV cache"
 
 

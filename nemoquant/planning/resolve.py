@@ -29,8 +29,9 @@ from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
 from nemoquant.planning.layers import layers_of
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import Recipe, Rule, has_wildcard
+from nemoquant.planning.row import Row
 
 MTP = "mtp."  # begins the roles of multi-token prediction
 MOST_COMPARED = 1 << 23  # names with patterns, a microsecond each; those that begin as a pattern does

@@ -4,14 +4,14 @@ Both are made from the plan's rows. A recipe's summary says what it is for; a mo
 """
 
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from nemoquant.arguments import both
+from nemoquant.formats import CacheFormat
 from nemoquant.model.kinds import KINDS
 from nemoquant.planning.layers import ranges
-
-if TYPE_CHECKING:
-    from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.row import Row
 
 GROUPS = {prefix: title for kind in KINDS.values() for prefix, title in kind.groups.items()} | {
     "lm_head": "lm_head"
@@ -21,17 +21,17 @@ LAYERS = "layers a..b are those from a to b that have the role"  # a note on the
 _HEADER = ("role", "weights", "GEMM inputs", "tensors", "bytes", "layers")
 
 
-def treatment(row: "Row") -> str:
+def treatment(row: Row) -> str:
     """What a quantized row gets, in words: ``FP8``, ``NVFP4 weights only``; empty where it is kept."""
     if row.number is None:
         return ""
     return row.number.short + (" weights only" if row.activation_format is None else "")
 
 
-def headline(plan: "Plan") -> str:
-    """What a plan does, in a sentence: every format that it names, some weight has."""
+def headline(rows: Sequence[Row], cache: CacheFormat | None) -> str:
+    """See :attr:`nemoquant.planning.plan.Plan.headline`; ``cache`` is None where no layer has one in it."""
     groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for row in plan.rows:
+    for row in rows:
         title = GROUPS.get(row.role.split(".")[0])
         if title is not None:
             groups[title][treatment(row)] += row.elements
@@ -46,17 +46,18 @@ def headline(plan: "Plan") -> str:
         parts = [title if len(groups[title]) == 1 else f"part of {title}" for title in having]
         said += [f"{both(parts)} {given}"] * bool(given)
     said = said or ["no weights quantized"]
-    if plan.cache is not None and plan.kv_layers:
-        said.append(f"KV cache {plan.cache.name.upper()}")
+    if cache is not None:
+        said.append(f"KV cache {cache.name.upper()}")
     text = "; ".join([*said, "all else as the source"])
     return f"{text[0].upper()}{text[1:]}."
 
 
-def formats(plan: "Plan") -> str:
-    """The formats that a plan's weights get, shortly: ``NVFP4 and FP8``; empty where none is quantized."""
+def formats(rows: Sequence[Row]) -> str:
+    """The formats that weights get, shortly: ``NVFP4 and FP8``; empty where none is quantized."""
     sizes: Counter[str] = Counter()
-    for row in plan.quantized:
+    for row in rows:
         sizes[treatment(row)] += row.elements
+    sizes.pop("", None)
     return both([name for name, _ in sizes.most_common()])
 
 
@@ -77,29 +78,29 @@ class RoleRow(NamedTuple):
     layers: str
 
 
-def role_table(plan: "Plan") -> list[RoleRow]:
+def role_table(rows: Sequence[Row]) -> list[RoleRow]:
     """A row for each role and what its tensors get, in file order."""
     return [
         RoleRow(entry["role"], entry["weights"], entry["inputs"], entry["tensors"], entry["bytes"], words)
-        for entry, words in _roles(plan)
+        for entry, words in _roles(rows)
     ]
 
 
-def role_cells(plan: "Plan") -> tuple[tuple[str, ...], list[tuple[str | int, ...]]]:
+def role_cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str | int, ...]]]:
     """The same as a header and cells; without layers where no role has several formats."""
-    rows = role_table(plan)
-    width = len(_HEADER) - (not any(row.layers for row in rows))
-    return _HEADER[:width], [row[:width] for row in rows]
+    found = role_table(rows)
+    width = len(_HEADER) - (not any(row.layers for row in found))
+    return _HEADER[:width], [row[:width] for row in found]
 
 
-def role_data(plan: "Plan") -> list[dict[str, Any]]:
+def role_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The same as JSON data: ``layers`` are numbers, of all rows that lie in layers."""
-    return [entry for entry, _ in _roles(plan)]
+    return [entry for entry, _ in _roles(rows)]
 
 
-def _roles(plan: "Plan") -> list[tuple[dict[str, Any], str]]:
+def _roles(rows: Sequence[Row]) -> list[tuple[dict[str, Any], str]]:
     totals: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in plan.rows:
+    for row in rows:
         weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
         key = (row.role, weights, row.activation_format or "-")
         entry = totals.setdefault(

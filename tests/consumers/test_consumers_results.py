@@ -75,6 +75,12 @@ def test_the_recipes_mix_what_they_say(path):
             "mamba": {"FP8", "NVFP4"},
             "shared_experts": {"FP8"},
         },
+        "fp8-weights-only": {
+            "experts": {"FP8"},
+            "lm_head": {"W8A16_FP8"},
+            "mamba": {"FP8", "W8A16_FP8"},
+            "shared_experts": {"W8A16_FP8"},
+        },
         "weights-only": {
             "experts": {"W4A16_NVFP4"},
             "lm_head": {"W4A16_NVFP4"},

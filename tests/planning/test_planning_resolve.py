@@ -16,9 +16,10 @@ from nemoquant import api
 from nemoquant.errors import RecipeError
 from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
+from nemoquant.planning.row import Row
 
 Rule = dict[str, Any]
 Make = Callable[..., Path]

@@ -17,7 +17,7 @@ from nemoquant.model.roles import LINEAR_ROLES
 from nemoquant.pack.card import Told, card
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import presets
-from nemoquant.planning.shown import GROUPS, headline, role_data, role_table
+from nemoquant.planning.shown import GROUPS, role_data, role_table
 from nemoquant.sources.source import Source, open_source
 
 Make = Callable[..., Path]
@@ -98,10 +98,10 @@ def test_words_of_a_plan_and_its_card(
         assert "published" in preset or pattern == "M*M", "only a preset for one model, or of lacking roles"
         return
     source, plan = made
-    assert claims(headline(plan)) == held(plan)
+    assert claims(plan.headline) == held(plan)
     text = card(source, plan, None, Told("none.", [], [], []))
     head, title, sentence = text.split("---\n")[1], *re.findall(r"(?m)^# (.*)\n\n(.*)$", text)[0]
-    assert sentence == headline(plan)
+    assert sentence == plan.headline
     told = {word for word in ("NVFP4", "MXFP8", "FP8") if re.search(rf"\b{word}\b", title)}
     kept = {row.format.upper() for row in plan.quantized}
     assert told == kept
@@ -121,16 +121,16 @@ def test_titles_are_of_all_roles_that_can_be_quantized() -> None:
 
 def test_the_sentences_of_published_models() -> None:
     """Read by eye; dense models, and a map with parts."""
-    assert headline(api.plan(NANO, "nvfp4")) == (
+    assert api.plan(NANO, "nvfp4").headline == (
         "Routed experts NVFP4; Mamba projections, shared experts and attention FP8; KV cache FP8; "
         "all else as the source."
     )
     dense = NANO.parent / "nano-9b-v2.json"
-    assert headline(api.plan(dense, "nvfp4")) == (
+    assert api.plan(dense, "nvfp4").headline == (
         "Mamba projections and attention FP8; the MLP NVFP4; KV cache FP8; all else as the source."
     )
-    assert headline(api.plan(dense, "nvfp4-w4a16")) == "The MLP NVFP4 weights only; all else as the source."
-    assert headline(api.plan(SUPER, "super-nvfp4-published")) == (
+    assert api.plan(dense, "nvfp4-w4a16").headline == "The MLP NVFP4 weights only; all else as the source."
+    assert api.plan(SUPER, "super-nvfp4-published").headline == (
         "Routed experts and part of shared experts NVFP4; part of Mamba projections, part of shared experts, "
         "part of attention and part of latent projections FP8; KV cache FP8; all else as the source."
     )
@@ -162,14 +162,14 @@ def test_layers_where_a_role_has_several_formats(tmp_path: Path) -> None:
     )
     plan = api.plan(tmp_path / "config.json", tmp_path / "mine.yaml")
     shown = [
-        (row.weights, row.tensors, row.layers) for row in role_table(plan) if row.role == "mamba.in_proj"
+        (row.weights, row.tensors, row.layers) for row in role_table(plan.rows) if row.role == "mamba.in_proj"
     ]
     assert shown == [
         ("source", 5, "0, 7..11, 50"),
         ("fp8 (gptq)", 18, "2, 4, 14..48"),
     ]
-    assert {row.layers for row in role_table(plan) if row.role != "mamba.in_proj"} == {""}
-    data = {(entry["role"], entry["weights"]): entry for entry in role_data(plan)}
+    assert {row.layers for row in role_table(plan.rows) if row.role != "mamba.in_proj"} == {""}
+    data = {(entry["role"], entry["weights"]): entry for entry in role_data(plan.rows)}
     assert data["mamba.in_proj", "source"] == {
         "role": "mamba.in_proj",
         "weights": "source",
