@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemoquant import arguments
 from nemoquant.arguments import PathLike
 from nemoquant.formats import Method
+from nemoquant.planning.choose import choose
 from nemoquant.planning.plan import Plan
-from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.planning.solving import FoldName
 from nemoquant.run.options import RunOptions
@@ -52,8 +53,15 @@ def recipe_text(recipe: PathLike) -> str:
 def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> Plan:
     """The plan of an opened source."""
     assumed = isinstance(source, BareConfig)
-    chosen = load_recipe(recipe).changed(options.method, options.folds, options.descent)
-    return resolve(chosen, source.config, source.table, assumed=assumed, scale_groups=options.scale_groups)
+    chosen, notes = choose(recipe, source.config, source.table)
+    made = resolve(
+        chosen.changed(options.method, options.folds, options.descent),
+        source.config,
+        source.table,
+        assumed=assumed,
+        scale_groups=options.scale_groups,
+    )
+    return replace(made, notes=notes)
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

@@ -1,8 +1,16 @@
 """``nemoquant recipes``: list and show the shipped recipes."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
-from nemoquant.cli.shared import json_option, print_json, show, table
+from nemoquant.cli.shared import PATH, json_option, print_json, say, show, table
+from nemoquant.words import plain
+
+if TYPE_CHECKING:
+    from nemoquant.planning.recipe import Recipe
 
 
 @click.group("recipes")
@@ -31,17 +39,49 @@ def list_recipes(as_json: bool) -> None:
 
 @command.command("show")
 @click.argument("name")
+@click.option(
+    "--model",
+    type=PATH,
+    help="A checkpoint folder or its config.json: what a recipe of Model Optimizer means depends on it.",
+)
 @json_option
-def show_recipe(name: str, as_json: bool) -> None:
-    """Print a recipe: a preset's file as it is, comments and all."""
-    from pathlib import Path
+def show_recipe(name: str, model: Path | None, as_json: bool) -> None:
+    """Print a recipe: a preset's file as it is, comments and all, or one of Model Optimizer converted.
 
+    \b
+    Examples:
+      nemoquant recipes show nvfp4
+      nemoquant recipes show theirs.yaml --model MODEL > ours.yaml            for this model
+      nemoquant recipes show modelopt:general/ptq/nvfp4_default-kv_fp8 --model config.json
+    """
     from nemoquant.arguments import home_expanded
     from nemoquant.files import read_text
-    from nemoquant.planning.recipe import load_recipe, presets
+    from nemoquant.planning.choose import choose
+    from nemoquant.planning.recipe import is_foreign, load_recipe, presets
 
-    recipe = load_recipe(name)
+    if model is not None and is_foreign(name):
+        from nemoquant.sources.source import open_source
+
+        source = open_source(model)
+        recipe, notes = choose(name, source.config, source.table)
+        for note in notes if as_json else ():
+            say(f"warning: {note}", err=True)
+        text = _as_yaml(recipe, notes)
+    else:
+        recipe = load_recipe(name)
+        text = read_text(presets().get(name, Path(home_expanded(name))))
     if as_json:
         print_json(recipe.dump())
     else:
-        show(read_text(presets().get(name, Path(home_expanded(name)))))
+        show(text)
+
+
+def _as_yaml(recipe: "Recipe", notes: Sequence[str]) -> str:
+    """A recipe as a file, with notes as comments above it."""
+    import yaml
+
+    comments = [f"# {plain(note)}" for note in notes]
+    data = yaml.safe_dump(
+        recipe.dump(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
+    )
+    return "\n".join([*comments, data])

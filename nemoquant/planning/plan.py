@@ -118,6 +118,7 @@ class Plan:
     Attributes:
         assumed: dtypes come from the config alone, not from headers.
         scale_groups: whether rows of a group share their scales.
+        notes: what was read from a recipe in another way than it was meant, a sentence each.
     """
 
     recipe: Recipe
@@ -125,6 +126,7 @@ class Plan:
     rows: tuple[Row, ...]
     assumed: bool
     scale_groups: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def cache(self) -> CacheFormat | None:

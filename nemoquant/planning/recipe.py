@@ -41,6 +41,7 @@ from nemoquant.formats import (
     Method,
 )
 from nemoquant.model.parse import MOST_LAYERS
+from nemoquant.planning.modelopt.recognise import is_theirs
 from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
 from nemoquant.shipped import recipe_folder
 
@@ -193,13 +194,24 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def is_foreign(name_or_path: str) -> bool:
+    """Whether a name or file is a recipe of Model Optimizer, and no preset."""
+    return name_or_path not in presets() and is_theirs(name_or_path)
+
+
 def load_recipe(name_or_path: str) -> Recipe:
     """A preset by its name, or a recipe file.
 
     Raises:
-        RecipeError: there is no such preset or file, or the file does not follow the schema.
+        RecipeError: there is no such preset or file, the file does not follow the schema, or it is one of
+            Model Optimizer, which ``planning/choose.py`` takes for a model.
     """
     shipped = presets()
+    if is_foreign(name_or_path):
+        raise RecipeError(
+            f"recipe {brief(name_or_path)} is one of Model Optimizer, whose meaning depends on the model; "
+            f"`nemoquant recipes show {name_or_path} --model MODEL` converts it"
+        )
     path = shipped.get(name_or_path, Path(home_expanded(name_or_path)))
     try:
         data = yaml.load(read_text(path, MOST_BYTES), _Strict)  # a SafeLoader
