@@ -211,7 +211,7 @@ def _treatment(q: Quantizer, other: State, algorithm: Algorithm, told: Told) -> 
         return None
     what, weights = words(q.state.cfg), number(q.state.cfg)
     if q.role not in LINEAR_ROLES:
-        return f"{what} weights where {why_kept(q.role)}"
+        return f"{what} weights of the role {q.role}, which stays as it is: {why_kept(q.role)}"
     if q.tied:
         return f"{what} weights of a head that is tied to the embedding"
     if weights is None:

@@ -6,6 +6,7 @@ without the seconds that Model Optimizer takes to start.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -72,8 +73,9 @@ def ask(path: Path, plain: bool) -> Mapping[str, Any]:
         *([PLAIN] * plain),
         str(path),
     ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # nothing it imports has a reason to connect
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, env=environment)
         answer: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return {"refused": f"it did not end within {SECONDS} s"}
@@ -83,7 +85,7 @@ def ask(path: Path, plain: bool) -> Mapping[str, Any]:
     return answer
 
 
-def _library() -> Path:
+def folder() -> Path:
     """The folder of its recipes; nothing of Model Optimizer is imported.
 
     Raises:
@@ -100,7 +102,7 @@ def _library() -> Path:
 
 def _find(name_or_path: str) -> Path:
     """A file or folder that is there."""
-    library = _library()
+    library = folder()
     if not name_or_path.startswith(PREFIX):
         return Path(home_expanded(name_or_path))
     name = name_or_path.removeprefix(PREFIX)
