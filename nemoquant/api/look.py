@@ -61,7 +61,7 @@ def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> P
         assumed=assumed,
         scale_groups=options.scale_groups,
     )
-    return replace(made, notes=notes)
+    return replace(made, warnings=(*source.warnings, *notes))
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

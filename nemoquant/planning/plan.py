@@ -118,7 +118,8 @@ class Plan:
     Attributes:
         assumed: dtypes come from the config alone, not from headers.
         scale_groups: whether rows of a group share their scales.
-        notes: what was read from a recipe in another way than it was meant, a sentence each.
+        warnings: what was put right in the source, or left out, and what a recipe means otherwise here; no
+            part of the plan's identity.
     """
 
     recipe: Recipe
@@ -126,7 +127,7 @@ class Plan:
     rows: tuple[Row, ...]
     assumed: bool
     scale_groups: bool
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def cache(self) -> CacheFormat | None:

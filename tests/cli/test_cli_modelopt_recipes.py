@@ -42,7 +42,7 @@ def test_plan_tells_what_is_done_otherwise(theirs: Path) -> None:
     assert f"warning: {NOTE}" in shown.stderr
     assert "modelopt-theirs: Experts (from a recipe of Model Optimizer)." in shown.stdout
     data = parse_strictly(nemoquant("plan", SUPER, "--recipe", theirs, "--json").stdout)
-    assert NOTE in data["cautions"]
+    assert NOTE in data["warnings"]
 
 
 def test_show_converts_and_the_file_plans_the_same(theirs: Path, tmp_path: Path) -> None:

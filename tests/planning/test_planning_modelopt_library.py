@@ -252,9 +252,9 @@ def test_a_plan_and_its_warnings(tmp_path: Path, asked: list[tuple[Path, bool]])
     assert {row.role for row in made.quantized} == {"experts.up_proj", "experts.down_proj"}
     assert made.recipe.name == "modelopt-theirs-mse"
     assert made.recipe.summary == "Experts in NVFP4 (from a recipe of Model Optimizer)."
-    (note,) = made.notes
+    (note,) = made.warnings
     assert note.startswith("modelopt-theirs: multi-token prediction is kept as the source has it; ")
-    assert str(tmp_path) not in json.dumps([made.recipe.dump(), made.notes])  # it goes into the manifest
+    assert str(tmp_path) not in json.dumps([made.recipe.dump(), made.warnings])  # it goes into the manifest
     assert len(asked) == 1
 
 

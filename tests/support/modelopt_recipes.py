@@ -50,8 +50,9 @@ def _cfg(several: tuple[Mapping[str, Any], ...]) -> Any:
 
 
 def _attributes(one: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has neither tuples nor whole numbers as keys."""
-    data = {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
+    """JSON has neither tuples nor whole numbers as keys; what is its default was left out."""
+    data: dict[str, Any] = {"num_bits": 8}
+    data |= {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
     if "block_sizes" in data:
         data["block_sizes"] = {
             int(key) if key.lstrip("-").isdigit() else key: tuple(v) if isinstance(v, list) else v
