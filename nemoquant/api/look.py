@@ -27,11 +27,13 @@ def plan(
 ) -> Plan:
     """Resolve a recipe (preset name or file) for a checkpoint folder's headers, or a bare ``config.json``.
 
+    A file may be a recipe of Model Optimizer, and ``modelopt:NAME`` is one of its library.
+
     Args:
         method, folds, descent: take the place of the recipe's own; see :class:`RunOptions`.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
     Raises:
-        CheckpointError, RecipeError, UsageError
+        CheckpointError, RecipeError, UsageError, MissingExtraError
     """
     options = RunOptions(scale_groups=scale_groups, method=method, folds=folds, descent=descent)
     name = recipe_text(recipe)

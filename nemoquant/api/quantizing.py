@@ -186,7 +186,7 @@ def quantize(
     verified.
 
     Args:
-        recipe: preset name or recipe file.
+        recipe: preset name or recipe file, also one of Model Optimizer; see ``plan``.
         options: all options of the run in one; None takes the keyword arguments, and defaults.
         dry_run: check everything, write nothing.
         planned: called with the plan before anything long begins.

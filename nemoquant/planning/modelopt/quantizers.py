@@ -227,7 +227,7 @@ class Applied:
             if any(chosen):
                 self.published.append(entry.pattern)
             elif entry.enable:
-                self.idle.append(entry.pattern)
+                self.idle.append(entry.pattern + (f" of {entry.parent}" if entry.parent else ""))
         for q, which in zip(fitting, chosen, strict=True):
             if which:
                 q.apply(entry, which)
