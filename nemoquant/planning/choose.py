@@ -1,20 +1,13 @@
 """The recipe that a name or file stands for, for a model: a preset, a file of ours, or Model Optimizer's."""
 
-from typing import NamedTuple
-
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import TensorSpec
-from nemoquant.planning.recipe import Recipe, is_foreign, load_recipe
+from nemoquant.planning.modelopt.convert import Fitted, convert
+from nemoquant.planning.modelopt.library import load
+from nemoquant.planning.recipe import is_foreign, load_recipe
 
 
-class Chosen(NamedTuple):
-    """A recipe, and what is told with it: what was read in another way than it was meant, a sentence each."""
-
-    recipe: Recipe
-    notes: tuple[str, ...]
-
-
-def choose(name_or_path: str, config: NemotronHConfig, table: list[TensorSpec]) -> Chosen:
+def choose(name_or_path: str, config: NemotronHConfig, table: list[TensorSpec]) -> Fitted:
     """The recipe for a model.
 
     Raises:
@@ -22,8 +15,5 @@ def choose(name_or_path: str, config: NemotronHConfig, table: list[TensorSpec]) 
         MissingExtraError: it is one of Model Optimizer, which is not installed.
     """
     if not is_foreign(name_or_path):
-        return Chosen(load_recipe(name_or_path), ())
-    from nemoquant.planning.modelopt.convert import convert
-    from nemoquant.planning.modelopt.library import load
-
-    return Chosen(*convert(load(name_or_path), config, table))
+        return Fitted(load_recipe(name_or_path), ())
+    return convert(load(name_or_path), config, table)

@@ -15,7 +15,7 @@ from nemoquant.errors import RecipeError
 from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.planning.modelopt import quantizers
-from nemoquant.planning.modelopt.convert import Converted, convert
+from nemoquant.planning.modelopt.convert import Fitted, convert
 from nemoquant.planning.modelopt.numerics import words
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
@@ -41,7 +41,7 @@ def both(modules: str, weights: Any, inputs: Any = None) -> list[Entry]:
     return [on(f"{modules}weight_quantizer", weights), on(f"{modules}input_quantizer", inputs or weights)]
 
 
-def converted(*entries: Entry, method: str = "max", raw: Any = CONFIG, **options: Any) -> Converted:
+def converted(*entries: Entry, method: str = "max", raw: Any = CONFIG, **options: Any) -> Fitted:
     config = parse_config(raw)
     return convert(made([OFF, *entries], {"method": method, **options}), config, tensor_table(config))
 

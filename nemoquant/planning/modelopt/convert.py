@@ -6,87 +6,35 @@ can't say is refused, all of it in one line; what is done in another way than th
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nemoquant.errors import RecipeError, listing
-from nemoquant.formats import CACHE_FORMATS, FORMATS, METHODS, SOLVED, CacheName, FormatName, Method
+from nemoquant.formats import CACHE_FORMATS, FORMATS, SOLVED, CacheName
 from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
-from nemoquant.planning.modelopt.algorithm import KNOWN, TRIES_TWO, Algorithm
+from nemoquant.planning.modelopt.algorithm import TRIES_TWO, Algorithm
 from nemoquant.planning.modelopt.entries import Theirs
 from nemoquant.planning.modelopt.numerics import number, words
+from nemoquant.planning.modelopt.problems import Problems
 from nemoquant.planning.modelopt.quantizers import Applied, Quantizer, State
-from nemoquant.planning.modelopt.recognise import PLAIN
+from nemoquant.planning.modelopt.told import Told, Treatment
 from nemoquant.planning.recipe import Recipe, parse_recipe
 from nemoquant.planning.resolve import why_kept
 from nemoquant.words import plain
 
-MOST_SHOWN = 4  # problems in a message
+CACHE_PATTERN = "*[kv]_bmm_quantizer"
 
 
-class Treatment(NamedTuple):
-    """What a weight gets; ``activations`` False leaves the GEMM's input as it is."""
-
-    format: FormatName
-    scales: Method
-    activations: bool
-
-
-class Converted(NamedTuple):
-    """A recipe of ours, and what is told with it, a sentence each."""
+class Fitted(NamedTuple):
+    """A recipe for a model, and what is told with it: what it means otherwise here, a sentence each."""
 
     recipe: Recipe
     notes: tuple[str, ...]
 
 
-class Problems:
-    """What can't be done, with the modules that each concerns, and what to do."""
-
-    def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm = algorithm
-        self.found: dict[str, list[str]] = defaultdict(list)
-        self.switches: list[str] = []  # patterns that would switch off what was found
-
-    def add(self, state: State, module: str, what: str, switch: str) -> None:
-        said = f"entry '{state.said}'" if state.said is not None else "no entry says otherwise"
-        self.found[f"{what} ({said})"].append(module)
-        pattern = "*" if state.said is None else switch
-        if pattern not in self.switches:
-            self.switches.append(pattern)
-
-    def error(self, theirs: Theirs) -> RecipeError | None:
-        """The error for all of them; None if there are none."""
-        lines = [f"{what}: {listing(modules, 2)}" for what, modules in self.found.items()]
-        todo = []
-        if self.algorithm.problem:
-            lines.insert(0, self.algorithm.problem)
-            todo.append(
-                f"take one of the algorithms {', '.join(KNOWN)}, and choose a method of ours with --method "
-                f"({', '.join(METHODS)})"
-            )
-        if "*" in self.switches:
-            todo.append(f"begin {PLAIN} with {_switching('*')}, or give them a format that can be done")
-        elif self.switches:
-            todo.append(
-                f"give them a format that can be done ({', '.join(FORMATS)}), or end {PLAIN} with "
-                f"{' and '.join(map(_switching, self.switches[:MOST_SHOWN]))}"
-            )
-        if not lines:
-            return None
-        more = f"; and {len(lines) - MOST_SHOWN} more" if len(lines) > MOST_SHOWN else ""
-        return RecipeError(
-            f"recipe {theirs.name} asks for what can't be done: {'; '.join(lines[:MOST_SHOWN])}{more}. "
-            f"To do: {'; '.join(todo)}"
-        )
-
-
-def _switching(pattern: str) -> str:
-    return f"`- {{quantizer_name: '{pattern}', enable: false}}`"
-
-
-def convert(theirs: Theirs, config: NemotronHConfig, table: list[TensorSpec]) -> Converted:
+def convert(theirs: Theirs, config: NemotronHConfig, table: list[TensorSpec]) -> Fitted:
     """The recipe of ours that means the same for a model with this tensor table.
 
     Raises:
@@ -123,71 +71,7 @@ def convert(theirs: Theirs, config: NemotronHConfig, table: list[TensorSpec]) ->
         )
     recipe = _recipe(theirs, treatments, cache, algorithm, table)
     notes = told.notes(applied, algorithm, treatments, config)
-    return Converted(recipe, tuple(f"{theirs.title}: {note}" for note in notes))
-
-
-class Told:
-    """What is counted while a recipe is converted, and told at the end."""
-
-    def __init__(self) -> None:
-        self.constant_inputs = self.inputs_alone = 0
-        self.constant_cache = False
-
-    def notes(
-        self,
-        applied: Applied,
-        algorithm: Algorithm,
-        treatments: Mapping[tuple[str, int | None], Treatment],
-        config: NemotronHConfig,
-    ) -> Iterator[str]:
-        """A sentence each."""
-        if not treatments:
-            yield "no weight is quantized, the KV cache alone: its patterns are for another model"
-        if applied.idle:
-            yield f"{len(applied.idle)} patterns match nothing in this model: {listing(applied.idle)}"
-        if applied.published:
-            yield (
-                f"{listing(applied.published)} match by the names of the checkpoint's own code, and are "
-                f"taken so; by transformers' names, which Model Optimizer has now, they match nothing"
-            )
-        if applied.partial:
-            yield (
-                f"{listing(applied.partial)} leave routed experts out, as in Model Optimizer, where the "
-                f"experts of a layer are one module (`*experts.*_proj_weight_quantizer` matches them)"
-            )
-        yield from algorithm.notes()
-        if self.constant_cache:
-            yield (
-                "K and V scales are calibrated here, where Model Optimizer writes none and engines take 1.0 "
-                "(use_constant_amax)"
-            )
-        if self.constant_inputs:
-            yield (
-                f"the input scales of {self.constant_inputs:,} modules are calibrated here, where Model "
-                f"Optimizer writes a constant"
-            )
-        if self.inputs_alone:
-            yield (
-                f"{self.inputs_alone:,} modules whose input alone is quantized stay as the source has them, "
-                f"as in Model Optimizer's own file"
-            )
-        inside = [q.state.said for q in applied.quantizers if q.side == "attention" and q.state.enabled]
-        if inside:
-            yield (
-                f"{len(inside)} quantizers of queries and probabilities inside attention ({inside[0]}) are "
-                f"left out: nothing of them stands in a checkpoint"
-            )
-        if {role for (role, _), given in treatments.items() if FORMATS[given.format].block is None} & QKV:
-            yield (
-                "q, k and v of a layer share their scales here, which are apart in Model Optimizer's file "
-                "(--no-scale-groups)"
-            )
-        if config.mtp_modules:
-            yield "multi-token prediction is kept as the source has it; Model Optimizer's file lacks it"
-
-
-QKV = {"attention.q_proj", "attention.k_proj", "attention.v_proj"}
-CACHE_PATTERN = "*[kv]_bmm_quantizer"
+    return Fitted(recipe, tuple(f"{theirs.title}: {note}" for note in notes))
 
 
 def _check_experts(q: Quantizer, problems: Problems) -> None:
