@@ -49,16 +49,16 @@ def _cfg(several: tuple[Mapping[str, Any], ...]) -> Any:
     return made[0] if len(made) == 1 else made
 
 
-def _attributes(one: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has neither tuples nor whole numbers as keys; what is its default was left out."""
-    data: dict[str, Any] = {"num_bits": 8}
-    data |= {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
-    if "block_sizes" in data:
-        data["block_sizes"] = {
-            int(key) if key.lstrip("-").isdigit() else key: tuple(v) if isinstance(v, list) else v
-            for key, v in data["block_sizes"].items()
-        }
-    return data
+def _attributes(one: Mapping[str, Any]) -> Any:
+    """Attributes of which some are given: what is all default was left out."""
+    return {"num_bits": 8} | _from_json(one)
+
+
+def _from_json(value: Any) -> Any:
+    """JSON has neither tuples nor whole numbers as keys."""
+    if isinstance(value, Mapping):
+        return {int(k) if k.lstrip("-").isdigit() else k: _from_json(v) for k, v in value.items()}
+    return tuple(map(_from_json, value)) if isinstance(value, list) else value
 
 
 def shipped() -> list[str]:
