@@ -65,9 +65,10 @@ def convert(theirs: Theirs, config: NemotronHConfig, table: list[TensorSpec]) ->
         raise error
     if not treatments and cache is None:
         raise RecipeError(
-            f"recipe {theirs.name} quantizes nothing in this model: of the entries that switch something on, "
-            f"none matches a quantizer of it ({listing(applied.idle)}), or a later one switches it off; "
-            f"expected patterns over names such as {applied.quantizers[-1].name}; is it for another model?"
+            f"recipe {theirs.name} quantizes nothing in this model: "
+            + (f"{listing(applied.idle)} match none of its quantizers, " if applied.idle else "")
+            + "what others switch on is switched off by later ones, which win; expected patterns over names "
+            f"such as {applied.quantizers[-1].name}; is it for another model?"
         )
     recipe = _recipe(theirs, treatments, cache, algorithm, table)
     notes = told.notes(applied, algorithm, treatments, config)
