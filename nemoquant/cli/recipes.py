@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nemoquant.cli.shared import PATH, json_option, print_json, say, show, table
+from nemoquant.cli.shared import MODEL, download_option, json_option, local, print_json, say, show, table
 from nemoquant.words import plain
 
 if TYPE_CHECKING:
@@ -41,11 +41,13 @@ def list_recipes(as_json: bool) -> None:
 @click.argument("name")
 @click.option(
     "--model",
-    type=PATH,
-    help="A checkpoint folder or its config.json: what a recipe of Model Optimizer means depends on it.",
+    type=MODEL,
+    help="A checkpoint folder, its config.json or a name on the hub: what a recipe of Model Optimizer means "
+    "depends on it.",
 )
+@download_option
 @json_option
-def show_recipe(name: str, model: Path | None, as_json: bool) -> None:
+def show_recipe(name: str, model: str | None, download: bool, as_json: bool) -> None:
     """Print a recipe: a preset's file as it is, comments and all, or one of Model Optimizer converted.
 
     \b
@@ -62,7 +64,7 @@ def show_recipe(name: str, model: Path | None, as_json: bool) -> None:
     if model is not None and is_foreign(name):
         from nemoquant.sources.source import open_source
 
-        source = open_source(model)
+        source = open_source(local(model, download=download, weights=False, quiet=as_json))
         recipe, notes = choose(name, source.config, source.table)
         for note in notes if as_json else ():
             say(f"warning: {note}", err=True)
