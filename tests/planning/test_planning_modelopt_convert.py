@@ -12,6 +12,7 @@ from support.places import SUPER
 from support.synthetic import CONFIG
 
 from nemoquant.errors import RecipeError
+from nemoquant.formats import FORMATS
 from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.planning.modelopt import quantizers
@@ -113,6 +114,15 @@ def test_methods(weights: Any, method: str, options: Any, scales: str) -> None:
     found = converted(*both("*in_proj*", weights, inputs), method=method, **options).recipe
     assert [rule.scales for rule in found.rules[:-1]] == [scales]
     assert found.solve.descent == (0 if scales == "hess" else 1)  # their search has no sweeps
+
+
+@pytest.mark.parametrize(("name", "cfg"), [("fp8", FP8), ("mxfp8", MXFP8), ("nvfp4", NVFP4)])
+def test_weights_only_where_the_format_has_it(name: str, cfg: Any) -> None:
+    entries = [*EXPERTS, on("*in_proj*weight_quantizer", cfg)]
+    if FORMATS[name].weights_only:  # type: ignore[index]
+        assert rules(*entries)[0] == {"roles": ["mamba.in_proj"], "format": name, "activations": "none"}
+    else:
+        assert f"{name.upper()} weights whose inputs are not quantized (entry '" in refusal(*entries)
 
 
 def test_the_last_entry_wins_and_a_switch_keeps_the_attributes() -> None:
@@ -270,7 +280,7 @@ def test_names_of_the_checkpoints_own_code() -> None:
         (
             [on("*embeddings*weight_quantizer", NVFP4)],
             {},
-            ["NVFP4 weights of the role embedding", "table lookup"],
+            ["NVFP4 weights of the role embedding, which stays as it is: "],
         ),
         (
             both("*conv1d*", FP8),

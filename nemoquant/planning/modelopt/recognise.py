@@ -14,7 +14,7 @@ MOST_BYTES = 256 << 10  # of a file; its longest has twelve kilobytes
 QUANTIZE, PLAIN = "quantize", "quant_cfg"  # the section of a recipe; the list in it, or of a file without any
 # Keys at the top of its files, whole recipes and parts of them. None of ours is among them.
 _KEYS = {"metadata", "imports", QUANTIZE, PLAIN, "algorithm", "auto_quantize", "eagle", "dflash", "medusa"}
-_OURS = "rules"  # a file with it is one of ours, in which other keys are mistakes
+_OURS = {"rules", "extends"}  # a file with one of them is ours, in which other keys are mistakes
 _PART_KEYS = {"quantizer_name", "num_bits", "block_sizes"}
 
 
@@ -27,7 +27,7 @@ def is_theirs(name_or_path: str) -> bool:
         if path.is_dir():
             return part_of(path, PARTS[0]) is not None
         keys = _keys(read_text(path, MOST_BYTES))
-        return bool((_KEYS | _PART_KEYS) & keys) and _OURS not in keys
+        return bool((_KEYS | _PART_KEYS) & keys) and not _OURS & keys
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
 
