@@ -13,12 +13,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from support import modelopt_recipes, modelopt_run
+from support.oracle_tensors import equal, read
 from support.synthetic import CONFIG
 
+from nemoquant.api import quantize
 from nemoquant.errors import RecipeError
 from nemoquant.layouts.modelopt import algorithm, kv_scale_name, tensor_name
 from nemoquant.model.names import is_mtp, kv_projections
@@ -261,6 +264,25 @@ def test_files(name: str, tmp_path: Path, runs: Any, monkeypatch: pytest.MonkeyP
             assert declared(out, row.module) == algorithm(row), row.name
     raw = json.loads((out / "hf_quant_config.json").read_text())
     assert raw["quantization"]["kv_cache_quant_algo"] == (None if plan.cache is None else "FP8")
+
+
+def test_bytes(tmp_path: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a recipe with ``max``, given to both: NVFP4 codes, and all scales of weights."""
+    monkeypatch.setattr(library, "ask", modelopt_recipes.ask)
+    name = f"modelopt:{FILES[0]}"
+    theirs = read(
+        exported(runs.source("fp8"), tmp_path / "theirs", modelopt_recipes.entries(library.load(name)))
+    )
+    np.save(tmp_path / "rows.npy", runs.token_rows)
+    quantize(runs.source("fp8"), tmp_path / "ours", name, data=tmp_path / "rows.npy", progress=False)
+    ours = read(tmp_path / "ours")
+    compared = [
+        key
+        for key, tensor in theirs.items()
+        if key.endswith(("weight_scale", "weight_scale_2")) or tensor.dtype == torch.uint8
+    ]
+    assert len(compared) > 100
+    assert [key for key in compared if not equal(ours[key], theirs[key])] == []
 
 
 def test_states_of_all_that_it_ships(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
