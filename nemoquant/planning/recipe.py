@@ -44,6 +44,7 @@ from nemoquant.formats import (
 )
 from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.planning.layers import Layer, in_words
+from nemoquant.planning.modelopt.recognise import is_theirs
 from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
 from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
@@ -252,13 +253,28 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def is_foreign(name_or_path: str) -> bool:
+    """Whether a name or file is a recipe of Model Optimizer, and no preset."""
+    return name_or_path not in presets() and is_theirs(name_or_path)
+
+
 def load_recipe(name_or_path: str) -> Recipe:
     """A preset by its name, or a recipe file, with what it extends.
 
     Raises:
-        RecipeError: there is no such preset or file, or the file does not follow the schema.
+        RecipeError: there is no such preset or file, the file does not follow the schema, or it is one of
+            Model Optimizer, which ``planning/choose.py`` takes for a model.
     """
+    if is_foreign(name_or_path):
+        raise _foreign(name_or_path)
     return _load(presets().get(name_or_path, Path(home_expanded(name_or_path))), name_or_path, ())
+
+
+def _foreign(name: str) -> RecipeError:
+    return RecipeError(
+        f"recipe {brief(name)} is one of Model Optimizer, whose meaning depends on the model; "
+        f"`nemoquant recipes show {name} --model MODEL` converts it"
+    )
 
 
 def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
@@ -286,6 +302,8 @@ def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
         return parse_recipe(data, name)
     own = _checked(lambda: Extension.model_validate(data), name)
     there = presets().get(own.extends, path.parent / own.extends)
+    if is_theirs(str(there)):
+        raise _foreign(str(there))
     base = _load(there, str(own.extends), (*before, path.resolve()))
     return _checked(lambda: own.of(base), name)
 

@@ -263,13 +263,17 @@ def _input_group(spec: TensorSpec) -> str | None:
     return _weight_group(spec)
 
 
+def why_kept(role: str) -> str:
+    """Why a role that is no GEMM's stays as the source has it."""
+    return next(text for prefix, text in _REASONS.items() if role.startswith(prefix))
+
+
 def _check_allowed(rows: list[Row]) -> None:
     for row in rows:
         if row.format != "source" and row.role not in LINEAR_ROLES:
-            why = next(text for prefix, text in _REASONS.items() if row.role.startswith(prefix))
             raise RecipeError(
-                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why}; give it "
-                f"`format: source` ({row.reason})"
+                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why_kept(row.role)}; "
+                f"give it `format: source` ({row.reason})"
             )
 
 
