@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 @click.group("recipes")
 def command() -> None:
-    """List and show the shipped recipes.
+    """List and show the shipped recipes, and the schema of such files.
 
     \b
     Examples:
       nemoquant recipes list
-      nemoquant recipes show nvfp4 > my.yaml      start from a preset
+      nemoquant recipes show nvfp4 > my.yaml                start from a preset
+      nemoquant recipes show my.yaml --resolved             with what it extends
+      nemoquant recipes schema > recipe.schema.json         for an editor
     """
 
 
@@ -40,6 +42,9 @@ def list_recipes(as_json: bool) -> None:
 @command.command("show")
 @click.argument("name")
 @click.option(
+    "--resolved", is_flag=True, help="The whole recipe: with the rules and keys of what it extends."
+)
+@click.option(
     "--model",
     type=MODEL,
     help="A checkpoint folder, its config.json or a name on the hub: what a recipe of Model Optimizer means "
@@ -47,8 +52,10 @@ def list_recipes(as_json: bool) -> None:
 )
 @download_option
 @json_option
-def show_recipe(name: str, model: str | None, download: bool, as_json: bool) -> None:
+def show_recipe(name: str, resolved: bool, model: str | None, download: bool, as_json: bool) -> None:
     """Print a recipe: a preset's file as it is, comments and all, or one of Model Optimizer converted.
+
+    With --json it is --resolved too.
 
     \b
     Examples:
@@ -61,21 +68,23 @@ def show_recipe(name: str, model: str | None, download: bool, as_json: bool) -> 
     from nemoquant.planning.choose import choose
     from nemoquant.planning.recipe import is_foreign, load_recipe, presets
 
-    if model is not None and is_foreign(name):
+    notes: tuple[str, ...] = ()
+    converted = model is not None and is_foreign(name)
+    if model is not None and converted:
         from nemoquant.sources.source import open_source
 
         source = open_source(local(model, download=download, weights=False, quiet=as_json))
         recipe, notes = choose(name, source.config, source.table)
-        for note in notes if as_json else ():
-            say(f"warning: {note}", err=True)
-        text = _as_yaml(recipe, notes)
     else:
         recipe = load_recipe(name)
-        text = read_text(presets().get(name, Path(home_expanded(name))))
     if as_json:
+        for note in notes:
+            say(f"warning: {note}", err=True)
         print_json(recipe.dump())
+    elif resolved or converted:
+        show(_as_yaml(recipe, notes))
     else:
-        show(text)
+        show(read_text(presets().get(name, Path(home_expanded(name)))))
 
 
 def _as_yaml(recipe: "Recipe", notes: Sequence[str]) -> str:
@@ -87,3 +96,11 @@ def _as_yaml(recipe: "Recipe", notes: Sequence[str]) -> str:
         recipe.dump(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
     )
     return "\n".join([*comments, data])
+
+
+@command.command("schema")
+def show_schema() -> None:
+    """Print the JSON schema of recipe files, which editors check and complete them by."""
+    from nemoquant.planning.recipe import schema
+
+    print_json(schema())
