@@ -68,29 +68,23 @@ def show_recipe(name: str, resolved: bool, model: str | None, download: bool, as
     from nemoquant.planning.choose import choose
     from nemoquant.planning.recipe import is_foreign, load_recipe, presets
 
-    if model is not None and is_foreign(name):
+    notes: tuple[str, ...] = ()
+    converted = model is not None and is_foreign(name)
+    if model is not None and converted:
         from nemoquant.sources.source import open_source
 
         source = open_source(local(model, download=download, weights=False, quiet=as_json))
         recipe, notes = choose(name, source.config, source.table)
-        for note in notes if as_json else ():
-            say(f"warning: {note}", err=True)
-        text = _as_yaml(recipe, notes)
     else:
         recipe = load_recipe(name)
-        text = _as_yaml(recipe, ()) if resolved else read_text(presets().get(name, Path(home_expanded(name))))
     if as_json:
+        for note in notes:
+            say(f"warning: {note}", err=True)
         print_json(recipe.dump())
+    elif resolved or converted:
+        show(_as_yaml(recipe, notes))
     else:
-        show(text)
-
-
-@command.command("schema")
-def show_schema() -> None:
-    """Print the JSON schema of recipe files, which editors check and complete them by."""
-    from nemoquant.planning.recipe import schema
-
-    print_json(schema())
+        show(read_text(presets().get(name, Path(home_expanded(name)))))
 
 
 def _as_yaml(recipe: "Recipe", notes: Sequence[str]) -> str:
@@ -102,3 +96,11 @@ def _as_yaml(recipe: "Recipe", notes: Sequence[str]) -> str:
         recipe.dump(), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
     )
     return "\n".join([*comments, data])
+
+
+@command.command("schema")
+def show_schema() -> None:
+    """Print the JSON schema of recipe files, which editors check and complete them by."""
+    from nemoquant.planning.recipe import schema
+
+    print_json(schema())

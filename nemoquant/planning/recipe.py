@@ -44,7 +44,7 @@ from nemoquant.formats import (
 )
 from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.planning.layers import Layer, in_words
-from nemoquant.planning.modelopt.recognise import is_theirs
+from nemoquant.planning.modelopt.recognise import PREFIX, is_theirs
 from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
 from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
@@ -265,20 +265,17 @@ def load_recipe(name_or_path: str) -> Recipe:
         RecipeError: there is no such preset or file, the file does not follow the schema, or it is one of
             Model Optimizer, which ``planning/choose.py`` takes for a model.
     """
-    if is_foreign(name_or_path):
-        raise _foreign(name_or_path)
     return _load(presets().get(name_or_path, Path(home_expanded(name_or_path))), name_or_path, ())
-
-
-def _foreign(name: str) -> RecipeError:
-    return RecipeError(
-        f"recipe {brief(name)} is one of Model Optimizer, whose meaning depends on the model; "
-        f"`nemoquant recipes show {name} --model MODEL` converts it"
-    )
 
 
 def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
     """A recipe file; ``name`` is what messages call it, ``before`` are those that extend it, in order."""
+    if is_theirs(name if name.startswith(PREFIX) else str(path)):
+        where = f"recipe {before[-1]} extends {brief(name)}, which" if before else f"recipe {brief(name)}"
+        raise RecipeError(
+            f"{where} is a recipe of Model Optimizer, whose meaning depends on the model; `nemoquant recipes "
+            f"show {name} --model MODEL` converts it"
+        )
     if path.resolve() in before:
         raise RecipeError(
             f"recipe {name} extends itself, in a circle of {len(before) - before.index(path.resolve())}; "
@@ -302,8 +299,6 @@ def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
         return parse_recipe(data, name)
     own = _checked(lambda: Extension.model_validate(data), name)
     there = presets().get(own.extends, path.parent / own.extends)
-    if is_theirs(str(there)):
-        raise _foreign(str(there))
     base = _load(there, str(own.extends), (*before, path.resolve()))
     return _checked(lambda: own.of(base), name)
 

@@ -118,6 +118,15 @@ def test_without_a_model_there_is_no_recipe(tmp_path: Path) -> None:
         load_recipe(name)
 
 
+@pytest.mark.parametrize("base", ["theirs.yaml", "modelopt:general/ptq/fp8_default-kv_fp8"])
+def test_none_of_ours_extends_one(base: str, tmp_path: Path) -> None:
+    write(tmp_path, WHOLE)
+    with pytest.raises(
+        RecipeError, match="ours.yaml extends .*, which is a recipe of Model Optimizer, whose mean"
+    ):
+        load_recipe(write(tmp_path, f"name: ours\nextends: {base}\n", "ours.yaml"))
+
+
 def test_a_file_a_name_and_a_folder(tmp_path: Path, asked: list[tuple[Path, bool]]) -> None:
     found = library.load(write(tmp_path, WHOLE, "my recipe.yaml"))
     assert (found.title, found.description) == ("modelopt-my-recipe", "Experts\nin NVFP4.")
