@@ -231,7 +231,7 @@ BAD = {
     "other keys": (
         "x.jsonl",
         [{"text": "a"}, {"body": "a"}],
-        "x.jsonl, document 2: has body (str); expected `text` (str), `messages` (list), `input_ids` (list) or",
+        "x.jsonl, document 2: has body (str); expected `text` (str), `messages` (list), `input_ids` (list)",
     ),
     "text is no string": ("x.jsonl", [{"text": 5}], "x.jsonl, document 1: has text (int)"),
     "messages are no list": (
