@@ -96,7 +96,8 @@ def ends(tokenizer: Any) -> Ends:
     mask = whole.special_tokens_mask
     at = mask.index(0) if 0 in mask else len(mask)
     found = Ends(whole.ids[:at], whole.ids[at + len(ids) :])
-    if whole.ids != [*found.before, *ids, *found.after] or sum(map(len, found)) > MOST_ADDED:
+    expected = [1] * len(found.before) + [0] * len(ids) + [1] * len(found.after)
+    if mask != expected or whole.ids[at : at + len(ids)] != ids or len(mask) - len(ids) > MOST_ADDED:
         raise CalibrationError(
             f"the post-processor in tokenizer.json makes {len(whole.ids):,} tokens of {len(ids):,}; expected "
             f"at most {MOST_ADDED} more, before and after the text"
