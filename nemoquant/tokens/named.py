@@ -61,10 +61,10 @@ def _on_disk(data: Path) -> Given:
         raise CalibrationError(f"{data} is not a file; expected {EXPECTED}")
     folder = _saved_split(data)
     found = _files(folder)
-    known = [path for path in found if is_known(path)]
+    is_saved = (folder / SAVED).is_file()  # beside its tables are descriptions of it
+    known = [path for path in found if (path.suffix == ".arrow" if is_saved else is_known(path))]
     if not known:
         raise CalibrationError(f"{data} is a folder without a file that is read; expected {EXPECTED}")
-    is_saved = (folder / SAVED).is_file()
     return Given(name, (tuple(known),), (), 0 if is_saved else len(found) - len(known))
 
 

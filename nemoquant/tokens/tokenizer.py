@@ -148,6 +148,11 @@ def _check(data: Any) -> None:
         raise ValueError(
             f"its replacements make up to {brief(growth)} bytes of one; expected at most {MOST_GROWTH}"
         )
+    for part in _parts(data.get("post_processor")):
+        single = part.get("single")
+        times = str(single).count("'Sequence'") if isinstance(single, list) else str(single).count("$")
+        if times > 1:
+            raise ValueError(f"its post-processor repeats a text {times:,} times; expected once")
     model, added = data.get("model"), data.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     for token in vocabulary if isinstance(vocabulary, dict | list) else ():
