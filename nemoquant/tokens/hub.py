@@ -12,7 +12,6 @@ files are read here as any others: no code of a data set is run.
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemoquant.errors import CalibrationError, MissingExtraError, listing
+from nemoquant.files import read_text
 
 TRAIN = "train"
 _ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<config>[\w.-]*))?(?::(?P<split>[\w.-]+))?")
@@ -115,26 +115,68 @@ def _snapshot(repo: str) -> Path | None:
 
 
 def _of_snapshot(wanted: DataSet, snapshot: Path) -> tuple[tuple[Path, ...], ...]:
-    """The files that its card, or the names of its files, give to each split; `datasets` knows the rules."""
+    """The files that its card, or else their names, give to each split; `datasets` knows the rules.
+
+    Not by its builders: these want all files of all splits, and a download may have some.
+    """
     try:
-        import datasets
+        from datasets import data_files
     except ImportError:
         raise MissingExtraError(
             f"{wanted.repo} needs the extra `datasets`, which tells the files of its splits: pip install "
             f"'nemoquant[datasets]'; or give its files instead"
         ) from None
     try:
-        with tempfile.TemporaryDirectory() as cache:  # a builder makes a folder, which is not needed
-            builder = datasets.load_dataset_builder(str(snapshot), wanted.config, cache_dir=cache)
-            by_split: dict[str, Any] = dict(builder.config.data_files or {})
-    except Exception as error:  # of any kind, from any of its file systems
+        base, patterns = _patterns(wanted, snapshot)
+        found = {}
+        for split, several in patterns.items():
+            paths = [path for pattern in several for path in _resolved(data_files, pattern, base)]
+            if paths:
+                found[str(split)] = tuple(map(Path, dict.fromkeys(paths)))
+    except CalibrationError:
+        raise
+    except Exception as error:  # of any kind: a card is a stranger's YAML
         raise CalibrationError(
             f"{wanted.repo}, in {snapshot}, cannot be read as a data set "
-            f"({' '.join(str(error).split())[:300]}); name a configuration as {wanted.repo}:CONFIG, or give "
-            f"its files"
+            f"({' '.join(str(error).split())[:300]}); give its files instead"
         ) from None
-    found = {str(split): tuple(map(Path, paths)) for split, paths in by_split.items()}
     return tuple(found[split] for split in _splits(wanted, list(found)))
+
+
+def _patterns(wanted: DataSet, snapshot: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the files of a configuration lie, and the patterns of their names for each split."""
+    from datasets.data_files import get_data_patterns, sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    card = snapshot / "README.md"
+    text = read_text(card) if card.exists() else ""
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCard(text, ignore_metadata_errors=True).data)
+    name = wanted.config or configs.get_default_config_name()
+    if configs and name not in configs:
+        raise CalibrationError(
+            f"{wanted.repo} has the configurations {listing(list(configs))}; name one as {wanted.repo}:CONFIG"
+        )
+    settings = configs.get(name, {})
+    base = snapshot / _inside(str(settings.get("data_dir") or "."))
+    given = settings.get("data_files")
+    return base, dict(sanitize_patterns(given) if given else get_data_patterns(str(base)))
+
+
+def _resolved(data_files: Any, pattern: str, base: Path) -> list[str]:
+    """The files of a pattern that are here."""
+    try:
+        found: list[str] = data_files.resolve_pattern(_inside(pattern), str(base))
+    except FileNotFoundError:
+        return []
+    return found
+
+
+def _inside(pattern: str) -> str:
+    """A name below a folder: an address would reach the network, and another path leave the folder."""
+    if "://" in pattern or ".." in pattern.split("/") or pattern.startswith("/"):
+        raise CalibrationError(f"a data set's card names {pattern}; expected files beside it")
+    return pattern
 
 
 def _splits(wanted: DataSet, there: list[str]) -> tuple[str, ...]:
@@ -164,7 +206,8 @@ def _prepared(wanted: DataSet) -> tuple[tuple[Path, ...], ...] | None:
     name = wanted.repo.split("/")[1]
     found: dict[str, list[Path]] = {}
     # The newest of several versions: its folder was made last.
-    for folder in sorted((root / config).glob("*/*"), key=lambda path: path.stat().st_mtime):
+    made = {path.parent for path in (root / config).rglob("*.arrow") if ".incomplete" not in str(path)}
+    for folder in sorted(made, key=lambda path: path.stat().st_mtime):
         shards: dict[str, list[Path]] = {}
         for path in sorted(folder.glob("*.arrow")):
             split = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem.removeprefix(f"{name}-"))
