@@ -11,7 +11,6 @@
             UncomputableError                a quantized checkpoint decodes to, or computes, NaN or Inf
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
-            DocumentError                    one document of a text, which is left out and counted
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
         EngineError                 exit 2   a runtime refused a graph, or can't run here
         BuildError                  exit 2   the plugins can't be built or loaded: tools, headers, a compiler
@@ -87,10 +86,6 @@ class RecipeError(NemoquantError):
 
 
 class CalibrationError(NemoquantError):
-    pass
-
-
-class DocumentError(CalibrationError):
     pass
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from nemoquant.errors import DocumentError, brief
+from nemoquant.errors import brief
 from nemoquant.files import parse_json
+from nemoquant.tokens.unusable import DocumentError
 
 MOST_ENTRIES = 1 << 20  # of messages or tools that are JSON as text
 SHAREGPT: Mapping[str, str] = MappingProxyType(

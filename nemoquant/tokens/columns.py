@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from nemoquant.errors import DocumentError, brief, listing
+from nemoquant.errors import brief, listing
 from nemoquant.tokens.chat import Conversation, from_json, messages_of
+from nemoquant.tokens.unusable import DocumentError
 from nemoquant.words import plain
 
 Kind = Literal["ids", "conversation", "text", "turns"]

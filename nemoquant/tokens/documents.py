@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import CalibrationError, DocumentError
+from nemoquant.errors import CalibrationError
 from nemoquant.tokens.array import read_arrays
 from nemoquant.tokens.chat import without_nulls
 from nemoquant.tokens.columns import Document, documents_of, is_document, to_read
@@ -34,6 +34,7 @@ from nemoquant.tokens.pieces import PIECE_CHARS, pieces, sliced
 from nemoquant.tokens.tables import arrow, parquet, separated
 from nemoquant.tokens.template import ChatTemplate
 from nemoquant.tokens.tokenizer import Ends, encode, ends, load_tokenizer
+from nemoquant.tokens.unusable import DocumentError
 
 MOST_REFUSED = 1000  # documents from the first on, after which nobody waits for a good one
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemoquant.errors import CalibrationError, DocumentError
+from nemoquant.errors import CalibrationError
 from nemoquant.files import parse_json
 from nemoquant.tokens import opened
 from nemoquant.tokens.opened import check_characters, open_text, too_long
+from nemoquant.tokens.unusable import DocumentError
 
 MOST_ENTRIES = 6 << 20  # of a document, commas of its text too: an object takes 20 times its size in the file
 WRAPPERS = ("train", "data", "rows", "examples", "samples", "instances", "documents")

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import CalibrationError, DocumentError, MissingExtraError
+from nemoquant.errors import CalibrationError, MissingExtraError
 from nemoquant.tokens import opened
 from nemoquant.tokens.kinds import ending
 from nemoquant.tokens.opened import lines
+from nemoquant.tokens.unusable import DocumentError
 
 MOST_ROW = 16 << 20  # bytes of a row of Parquet or Arrow
 MOST_UNPACKED = 128 << 20  # bytes of a row group of Parquet, or

@@ -15,9 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from nemoquant.errors import CalibrationError, DocumentError, listing
+from nemoquant.errors import CalibrationError, listing
 from nemoquant.tokens.chat import Conversation, with_joined_parts
 from nemoquant.tokens.declared import DEFAULT, TOOL_USE, chat_templates, special_tokens
+from nemoquant.tokens.unusable import DocumentError
 
 PROCESSOR_SECONDS = 10  # for one document; an honest template takes milliseconds
 SECONDS = 60  # the same, where the machine is busy

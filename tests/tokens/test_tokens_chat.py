@@ -11,10 +11,11 @@ import shutil
 import pytest
 from support.places import DEMO
 
-from nemoquant.errors import CalibrationError, DocumentError
+from nemoquant.errors import CalibrationError
 from nemoquant.tokens.chat import messages_of, without_nulls
 from nemoquant.tokens.columns import documents_of
 from nemoquant.tokens.template import ChatTemplate
+from nemoquant.tokens.unusable import DocumentError
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
