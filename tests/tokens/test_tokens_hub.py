@@ -241,3 +241,9 @@ def test_nothing_reaches_the_network(caches, model):
     )
     done = run_python(code, HF_HUB_CACHE=str(caches / "hub"))
     assert done.stdout.splitlines() == ["[[3, 4, 2]]", "True", "[]"]
+
+
+@pytest.mark.usefixtures("caches")
+def test_the_path_of_a_missing_file_is_no_data_set(model):
+    with pytest.raises(CalibrationError, match=r"data/x\.jsonl does not exist; expected \.txt, \.jsonl"):
+        tokens("data/x.jsonl", model)
