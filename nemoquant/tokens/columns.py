@@ -77,7 +77,7 @@ class Document:
     """A document, which is one of three things.
 
     Attributes:
-        columns: what it was read from.
+        columns: what it was read from; empty where its columns are there and null.
         masked: token ids that its attention mask leaves out.
         others: columns that would have been a document too.
     """
@@ -88,6 +88,9 @@ class Document:
     conversation: Conversation | None = None
     masked: int = 0
     others: tuple[str, ...] = ()
+
+
+EMPTY = Document("", text="")
 
 
 def is_document(row: Mapping[str, Any]) -> bool:
@@ -122,6 +125,9 @@ def documents_of(value: Any, given: Sequence[str] = ()) -> Iterator[Document]:
         yield from _named(value, given)
     else:
         fitting = [shape for shape in SHAPES if value.get(shape.name) is not None]
+        if not fitting and any(shape.name in value for shape in SHAPES):
+            yield EMPTY
+            return
         if not fitting:
             kinds = [f"{key} ({type(inside).__name__})" for key, inside in sorted(value.items())]
             raise DocumentError(
@@ -223,6 +229,9 @@ def _objects(row: Mapping[str, Any], name: str) -> list[Any] | None:
 
 def _named(row: Mapping[str, Any], given: Sequence[str]) -> Iterator[Document]:
     """The document in the columns that the user named: one column, or those of a question and its answer."""
+    if all(name in row and row[name] is None for name in given):
+        yield EMPTY
+        return
     if missing := [name for name in given if row.get(name) is None]:
         raise DocumentError(
             f"has no {listing([f'`{name}`' for name in missing])}, which {OPTION} names; it has "

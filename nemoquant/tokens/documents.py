@@ -62,7 +62,9 @@ class Tally:
         return self.columns.total()
 
     def count(self, document: Document) -> None:
-        """One more that is used."""
+        """One more that is used; not an empty one."""
+        if not document.columns:
+            return
         self.columns[document.columns] += 1
         self.masked += document.masked
         if document.others and not self.rival:
@@ -196,12 +198,15 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
         return _array_rows(path, columns)
     read = parquet if kind == "parquet" else arrow
     known = partial(to_read, given=columns)
-    return ((number, without_nulls(row)) for number, row in read(path, known))
+    return (
+        (number, {name: without_nulls(value) for name, value in row.items()})
+        for number, row in read(path, known)
+    )
 
 
 def _filled(row: Any) -> Any:
-    """A row of a .csv without its empty fields, which are null in other kinds."""
-    return {name: value for name, value in row.items() if value} if isinstance(row, dict) else row
+    """A row of a .csv, whose empty fields are null in other kinds."""
+    return {name: value or None for name, value in row.items()} if isinstance(row, dict) else row
 
 
 def _array_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:

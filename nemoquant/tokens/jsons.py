@@ -131,7 +131,7 @@ def _is_part(element: Any) -> bool:
     """Whether an element of an array is a part of a document: a message of a conversation, or a token id."""
     if isinstance(element, dict):
         return {"from", "value"} <= element.keys() or (
-            "role" in element and ("content" in element or "tool_calls" in element)
+            "role" in element and bool(element.get("content") or element.get("tool_calls"))
         )
     return isinstance(element, int | float)
 

@@ -559,3 +559,25 @@ def test_a_folder_with_what_is_no_file(model, tmp_path):
     os.mkfifo(tmp_path / "x/a.jsonl")
     (tmp_path / "x/b.jsonl").write_bytes(lines(AB, CD))
     assert tokens(tmp_path / "x", model)[0] == TWO
+
+
+def test_rows_without_a_text_are_empty(model, tmp_path):
+    """As an empty text is: no token, and nothing to tell. Tables have them where other columns are filled."""
+    for name, content in {
+        "x.jsonl": lines({"text": None, "messages": None}, AB, {"text": None}, {"text": ""}, CD),
+        "x.parquet": table([{"text": None, "id": 1}, AB, {"text": None}, {"text": ""}, CD]),
+        "x.csv": b"text,id\n,1\na b,\n,\nc d,\n",
+        "x.arrow": arrow([{"text": None, "id": 1}, AB, {"text": None}, {"text": ""}, CD]),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert tokens(tmp_path / name, model) == (TWO, ())
+        assert rows(tmp_path / name, model, 1, 4).source == name
+
+
+def test_an_array_of_rows_that_have_roles_is_no_conversation(model, tmp_path):
+    rows_of_messages = [
+        {"text": "a b", "role": "user", "content": None},
+        {"text": "c d", "role": "assistant"},
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows_of_messages))
+    assert tokens(tmp_path / "x.json", model)[0] == TWO
