@@ -89,7 +89,7 @@ def _message(one: Any, what: str) -> dict[str, Any]:
             message |= {"content": "", "tool_calls": [{"type": "function", "function": message["content"]}]}
     if not isinstance(message.get("role"), str):
         raise DocumentError(f"{what} has no `role`; expected an object with `role` and `content`")
-    if message.get("content", "") is None:
+    if message.get("content") is None:
         message["content"] = ""
     if "tool_calls" in message:
         calls = from_json(message.pop("tool_calls"), "tool_calls")

@@ -79,9 +79,9 @@ class Tally:
         Raises:
             CalibrationError: so far all of very many were.
         """
-        said = str(error)
+        said, file = str(error), where.rpartition(", document ")[0]
         self.refused += 1
-        self.reason = self.reason or (said if said.startswith(where.split(",")[0]) else f"{where}: {said}")
+        self.reason = self.reason or (said if said.startswith(f"{file}, ") else f"{where}: {said}")
         if self.refused >= MOST_REFUSED and not self.used:
             raise CalibrationError(f"none of the first {self.refused:,} documents can be used: {self.reason}")
 

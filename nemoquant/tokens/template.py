@@ -38,7 +38,8 @@ class ChatTemplate:
         self._templates = chat_templates(model)
         self._always = special_tokens(model)
         self._asked = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        self._model, self._takes_parts = model, {}  # type: Path, dict[str, bool]
+        self._model = model
+        self._takes_parts: dict[str, bool] = {}  # by the names of templates that were compiled
         libraries = [find_spec(name) for name in ("jinja2", "markupsafe")]
         first = {
             "path": [str(Path(spec.origin).parent.parent) for spec in libraries if spec and spec.origin],

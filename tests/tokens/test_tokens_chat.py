@@ -194,7 +194,7 @@ ROWS = {
                 {"role": "assistant", "content": None, "tool_calls": called(json.dumps(ARGUMENTS))},
                 RESULT,
                 RESULT,
-                {"role": "assistant", "content": "", "tool_calls": called("")},
+                {"role": "assistant", "tool_calls": called("")},
                 RESULT,
             ],
             "tools": json.dumps([TOOL, TOOL]),

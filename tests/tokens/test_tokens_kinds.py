@@ -459,6 +459,16 @@ def test_one_bad_document_is_left_out_and_told(line, model, tmp_path):
     assert "document 2: " in said[0] or "line 2: " in said[0]
 
 
+def test_the_place_of_a_bad_document_is_told_whatever_the_file_is_called(model, tmp_path):
+    (tmp_path / "a, b.jsonl").write_bytes(
+        lines({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]})
+    )
+    with pytest.raises(
+        CalibrationError, match=r"the first: a, b\.jsonl, document 1: a tool call in message 1"
+    ):
+        tokens(tmp_path / "a, b.jsonl", model)
+
+
 def test_most_documents_must_be_usable(model, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(lines(5) * 2 + lines(AB) * 2)
     assert tokens(tmp_path / "x.jsonl", model)[1][0].startswith("x.jsonl: 2 of 4 documents can't be used and")
