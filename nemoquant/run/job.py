@@ -165,7 +165,7 @@ class Job:
             scales.check(self.plan, Path(options.scales))
             return scales
         data = Path(options.data) if options.data is not None else calibration_data()
-        return load_rows(
+        rows = load_rows(
             data,
             self.source.path,
             self.source.config,
@@ -173,6 +173,9 @@ class Job:
             options.seq_len,
             columns=options.columns,
         )
+        if rows.columns:  # before hours are spent on the wrong ones
+            self.listener.say(f"calibration text is read from {rows.source}")
+        return rows
 
     def prepare(self, origin: Scales | Rows | None, processors: int | None = None) -> Prepared:
         """Choose the budget: how to keep below the memory.

@@ -48,16 +48,15 @@ def json_documents(path: Path, is_document: Callable[[dict[str, Any]], bool]) ->
         if first is None:
             return
         number, line = first
-        try:
-            value = _parsed(line, path, number)
-        except (json.JSONDecodeError, _TooLongError):
-            yield from _values(_Scanner(file, path, line, number), is_document)
-            return
-        yield from _by_line(file, path, number, value, is_document)
-
-
-class _TooLongError(Exception):
-    """A first line that is perhaps an array of any number of documents."""
+        if len(line) <= opened.MOST_LINE:  # a longer one may be an array of any number of documents
+            try:
+                value = _parsed(line, path, number)
+            except json.JSONDecodeError:
+                pass
+            else:
+                yield from _by_line(file, path, number, value, is_document)
+                return
+        yield from _values(_Scanner(file, path, line, number), is_document)
 
 
 def _first_line(file: TextIO, path: Path) -> tuple[int, str] | None:
@@ -73,8 +72,6 @@ def _first_line(file: TextIO, path: Path) -> tuple[int, str] | None:
 
 def _parsed(text: str, path: Path, line: int) -> Any:
     """A JSON value, or the DocumentError that says why it can't be used; JSONDecodeError where it is none."""
-    if len(text) > opened.MOST_LINE:
-        raise _TooLongError
     try:
         return parse_json(text, entries=MOST_ENTRIES)
     except json.JSONDecodeError:
@@ -193,6 +190,8 @@ class _Scanner:
         """
         end = self._end()
         text, line = self._text[self._at : end], self.line
+        if len(text) > opened.MOST_LINE:
+            raise too_long(self.path, line)
         self._pass(end)
         try:
             return _parsed(text, self.path, line)

@@ -33,15 +33,17 @@ class Rows:
 
     Attributes:
         ids: [rows, length] int64.
-        source: name of the text, printable, with the columns that were read where they are not plain.
+        source: name of the text, printable, with ``columns``.
         dropped: number of tokens that do not fill a row.
         warnings: messages for the user: fewer rows than requested, tokens dropped, documents left out.
+        columns: what was read of a table, the most frequent first; empty where it is plain text or ids.
     """
 
     ids: npt.NDArray[np.int64]
     source: str
     dropped: int
     warnings: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -132,7 +134,10 @@ def _read_documents(
         )
     dropped = total - count * length if count < rows else 0
     kept = np.frombuffer(tokens, np.int64)[: count * length].reshape(count, length)
-    made = Rows(kept, _source(data.name, tally), dropped)
+    read = tuple(name for name, _ in tally.columns.most_common())
+    read = () if set(read) <= PLAIN_COLUMNS else read
+    source = f"{data.name}: {listing(read)}" if read else data.name
+    made = Rows(kept, source, dropped, columns=read)
     return replace(made, warnings=tuple(_warnings(made, data, tally, shape)))
 
 
@@ -150,12 +155,6 @@ def _left_out(tally: Tally) -> str:
         f"{tally.refused:,} of {tally.refused + tally.used:,} documents can't be used and were left out; the "
         f"first: {tally.reason}"
     )
-
-
-def _source(name: str, tally: Tally) -> str:
-    """The name of a text, and what was read of it: most tables have more columns than one."""
-    read = sorted(tally.columns, key=lambda columns: -tally.columns[columns])
-    return name if set(read) <= PLAIN_COLUMNS else f"{name}: {listing(read)}"
 
 
 def _warnings(made: Rows, data: Given, tally: Tally, shape: tuple[int, int]) -> Iterator[str]:

@@ -401,6 +401,7 @@ def test_text_as_people_have_it(source, tmp_path):
     made = ("quantize", source, tmp_path / "out", "--fmt", "fp8", "--method", "max", "--calib", text, *sizes)
     done = nemoquant(*made, "--calib-column", "tokens")
     assert "calibrated on 2 rows of 4 tokens (x.json: tokens, " in done.stdout
+    assert "calibration text is read from x.json: tokens\n" in done.stderr
     padding = "warning: x.json: 2 tokens that attention_mask masks (padding) were left out\n"
     assert padding in done.stderr and "array says its rows" not in done.stderr
     compared = ("diff", source, tmp_path / "out", "--data", text, "--rows", 9, *sizes[2:], "--no-card")

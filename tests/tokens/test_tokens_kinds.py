@@ -425,6 +425,21 @@ def test_long_values_over_lines_and_short_ones_in_chunks(tmp_path, monkeypatch):
             assert [v for v in found if isinstance(v, list)] == [[1, 2]] * content.startswith(b"\n[1")
 
 
+def test_a_line_is_as_long_as_its_documents_need(model, tmp_path, monkeypatch):
+    """An array in one line may have any length; a document may not."""
+    monkeypatch.setattr(opened, "MOST_LINE", 1000)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"text": "a b c"}] * 1000))
+    assert len(tokens(path, model)[0]) == 4000
+    path.write_text(json.dumps([{"text": "a " * 30_000}, {"text": "a"}]))
+    for content in (path.read_text(), json.dumps({"text": "a " * 30_000}, indent=1)):
+        path.write_text(content)
+        with pytest.raises(
+            CalibrationError, match=r"x\.json, line \d: has more than 1,000 characters; cut the"
+        ):
+            tokens(path, model)
+
+
 def test_an_array_is_read_element_by_element(model, tmp_path):
     """No more of it than is used: what comes after is not even JSON."""
     (tmp_path / "x.json").write_text("[\n" + '{"text": "a b c"},\n' * 100_000 + "no JSON")
