@@ -40,6 +40,13 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
             + f"; MTP modules {layers['mtp_modules']}",
         ),
         ("pattern", layers["pattern"]),
+        *(
+            (
+                f"{'' if number else 'own sizes'}",
+                f"{field} " + ", ".join(f"{v} ({n} layers)" for v, n in counts.items()),
+            )
+            for number, (field, counts) in enumerate(layers["sizes"].items())
+        ),
         ("parameters", f"{summary['parameters']:,} ({summary['parameters_without_mtp']:,} without MTP)"),
         ("active per token", f"{summary['active_parameters']:,}"),
         (

@@ -145,9 +145,12 @@ def _divides(c: NemotronHConfig, gpus: int) -> bool:
     Experts are not divided but dealt out whole. vLLM: ``mamba_mixer2.py``, ``models/nemotron_h.py``; SGLang:
     ``layers/attention/mamba/mamba.py``; TensorRT-LLM: ``modeling_nemotron_h.py``.
     """
-    kv = c.num_key_value_heads
-    whole = (c.mamba_num_heads, c.n_groups, c.num_attention_heads, c.n_routed_experts)
-    return all(n % gpus == 0 for n in whole) and (kv % gpus == 0 or gpus % max(kv, 1) == 0)
+    for own in {c.of_layer(i) for i in range(len(c.layers))}:
+        kv = own.num_key_value_heads
+        whole = (own.mamba_num_heads, own.n_groups, own.num_attention_heads, own.n_routed_experts)
+        if any(n % gpus for n in whole) or (kv % gpus and gpus % max(kv, 1)):
+            return False
+    return True
 
 
 def _vllm(of: _Server) -> tuple[list[str], dict[str, str]]:

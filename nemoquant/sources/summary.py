@@ -10,7 +10,7 @@ from nemoquant.checkpoint.intact import open_settings
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.layouts.choose import described
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
+from nemoquant.model.kinds import KINDS, kv_values_per_token, ssm_state_bytes
 from nemoquant.model.parse import layer_pattern, load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 
@@ -45,6 +45,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
             "pattern": layer_pattern(config.layers),
             "mtp_modules": config.mtp_modules,
             "mtp_pattern": layer_pattern(config.mtp_layers),
+            "sizes": _own_sizes(config),
         },
         "parameters": sum(sizes),
         "parameters_without_mtp": sum(n for _, n in main),
@@ -59,10 +60,20 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     }
 
 
+def _own_sizes(config: NemotronHConfig) -> dict[str, dict[str, int]]:
+    """Sizes in which layers of a kind differ: ``moe_intermediate_size`` -> the number of layers with each."""
+    found: dict[str, Counter[str]] = {}
+    for field in sorted({field for sizes in config.layer_sizes for field, _ in sizes}):
+        for i, kind in enumerate(config.layers):
+            if field in KINDS[kind].sizes:
+                value = getattr(config.of_layer(i), field)
+                found.setdefault(field, Counter())[str(value)] += 1
+    return {field: dict(counts) for field, counts in found.items()}
+
+
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:
-    """Parameters that one token uses: of routed experts, the share of the top k in all of them."""
-    return (
-        elements * config.num_experts_per_tok // config.n_routed_experts
-        if spec.expert is not None
-        else elements
-    )
+    """Parameters of the main model that one token uses: of routed experts, the share of the top k."""
+    if spec.expert is None or spec.layer is None:
+        return elements
+    own = config.of_layer(spec.layer)
+    return elements * own.num_experts_per_tok // own.n_routed_experts
