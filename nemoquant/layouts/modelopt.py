@@ -29,7 +29,9 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, field_problem, listing
 from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
+from nemoquant.layouts.beside import tower_patterns, with_prefix
 from nemoquant.model.names import experts_of
+from nemoquant.model.nested import TOWER
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import has_wildcard
@@ -48,6 +50,8 @@ SPELLINGS = {  # key of config.json -> the only spelling that SGLang reads; with
     "n_groups": "mamba_n_groups",
     "mamba_ssm_cache_dtype": "mamba_ssm_dtype",
 }
+# Roles of tensors that no exclusion names: they are in no GEMM, or in a tower, which is excluded as a whole.
+_UNNAMED = ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias", TOWER)
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
 
@@ -217,7 +221,23 @@ def is_listed(algorithms: Collection[str]) -> bool:
 
 
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file."""
+    """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file.
+
+    Names are those of the file; see ``beside.py``.
+    """
+    section, legacy = _sections(plan)
+    patterns = tower_patterns(plan, _reads_no_patterns(plan))
+
+    def in_files(declared: Mapping[str, Any], key: str) -> dict[str, Any]:
+        result = with_prefix(declared, plan.config.prefix)
+        return result | {key: result[key] + patterns}
+
+    legacy["quantization"] = in_files(legacy["quantization"], "exclude_modules")
+    return None if section is None else in_files(section, "ignore"), legacy
+
+
+def _sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The same by published names, without towers."""
     by_module = {row.module: algorithm(row) for row in plan.quantized}
     kinds = sorted(set(by_module.values()))
     kv = CACHES[plan.cache.name] if plan.cache is not None and plan.kv_layers else None
@@ -277,11 +297,9 @@ def excluded_modules(plan: Plan) -> list[str]:
     modules.
     """
     names: dict[str, None] = {}
-    mtp = ["mtp*"]
-    if any(row.format != "source" and LAYOUT[row.format].plain_exclusions for row in plan.quantized):
-        mtp.append("mtp")
+    mtp = ["mtp*", "mtp"] if _reads_no_patterns(plan) else ["mtp*"]
     for row in plan.rows:
-        if row.format != "source" or row.role in ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias"):
+        if row.format != "source" or row.role in _UNNAMED:
             continue
         if row.role.startswith("mtp."):
             names |= dict.fromkeys(mtp)
@@ -291,6 +309,11 @@ def excluded_modules(plan: Plan) -> list[str]:
         else:
             names[row.module.removesuffix(".bias")] = None
     return list(names)
+
+
+def _reads_no_patterns(plan: Plan) -> bool:
+    """Whether an engine reads exclusions of a plan's output without wildcards."""
+    return any(row.format != "source" and LAYOUT[row.format].plain_exclusions for row in plan.quantized)
 
 
 def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

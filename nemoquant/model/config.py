@@ -64,6 +64,8 @@ class NemotronHConfig:
     # what differs from the fields above, by layer
     layer_sizes: tuple[Sizes, ...] = ()
     mtp_layer_sizes: tuple[Sizes, ...] = ()
+    # before the published names of tensors and modules in files, where the model is a part of another
+    prefix: str = ""
 
     def of_layer(self, layer: int) -> "NemotronHConfig":
         """The config with the sizes of one layer of the main model."""

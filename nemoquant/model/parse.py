@@ -7,6 +7,7 @@ read only here (those of a layer kind stand in its record). Nothing here reads w
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,12 @@ from nemoquant.model.blocks import (
 )
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.kinds import KINDS
+from nemoquant.model.nested import MODEL_TYPES, PREFIX, language_section, with_values
 
 PATTERN_LETTERS: dict[str, LayerKind] = {kind.letter: name for name, kind in KINDS.items()}
 BLOCK_NAMES: dict[str, LayerKind] = {name: name for name in KINDS} | {
     spelling: name for name, kind in KINDS.items() for spelling in kind.spellings
 }
-
-# Puzzle is the family with sizes of its own for each layer; see ``blocks.py``.
-MODEL_TYPES = ("nemotron_h", "nemotron_h_puzzle")
 
 # canonical name -> other spellings found in published configs
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -93,12 +92,15 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Nemotro
     Raises:
         ConfigError: names the key, what it held, and what was expected.
     """
-    return _Parser(raw, source).parse()
+    section = language_section(raw, source)
+    if section is None:
+        return _Parser(raw, source).parse()
+    return replace(_Parser(raw[section], f"{source}: `{section}`").parse(), prefix=PREFIX)
 
 
 def without_mtp(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json for a checkpoint that lacks the multi-token-prediction modules that ``raw`` names."""
-    return {**raw, "num_nextn_predict_layers": 0}
+    return with_values(raw, num_nextn_predict_layers=0)
 
 
 def _plain(value: Any) -> Any:
@@ -245,8 +247,8 @@ class _Parser:
     def parse(self) -> NemotronHConfig:
         if self.raw.get("model_type") not in MODEL_TYPES:
             raise self.fail(
-                f"`model_type` is {brief(self.raw.get('model_type'))}, expected 'nemotron_h'; nemoquant "
-                f"quantizes the Nemotron-H family only"
+                f"`model_type` is {brief(self.raw.get('model_type'))}, expected 'nemotron_h', here or "
+                f"in a section such as `llm_config`; nemoquant quantizes the Nemotron-H family only"
             )
         layers = self.schedule("hybrid_override_pattern", "layers_block_type", BLOCKS)
         if layers is None:

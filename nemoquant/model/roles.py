@@ -11,6 +11,9 @@ Names are the published ones (``names.py``); the tensors of a mixer stand in the
     experts.up_proj  experts.down_proj  shared_experts.up_proj  shared_experts.down_proj
     latent.fc1  latent.fc2  mlp.up_proj  mlp.down_proj
     mtp.eh_proj, and ``mtp.`` before any of the above for the tensors of multi-token-prediction modules
+
+What stands beside the language model in a checkpoint (``nested.py``) has the role ``tower``, which no recipe
+can name.
 """
 
 from collections.abc import Iterator
