@@ -1,8 +1,10 @@
 """What stands beside the language model in a checkpoint: encoders of images and sound, projectors."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from nemoquant.checkpoint.header import ITEM_SIZE, TensorInfo
+from nemoquant.errors import listing
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.nested import TOWER, tower_names
 from nemoquant.model.roles import TensorSpec
@@ -19,3 +21,14 @@ def towers(config: NemotronHConfig, tensors: Mapping[str, TensorInfo]) -> list[T
         for name in tower_names(tensors, config.prefix)
     ]
     return sorted(table, key=lambda spec: (-ITEM_SIZE[spec.dtype], spec.name))  # so that all are aligned
+
+
+def parts(table: Iterable[TensorSpec]) -> dict[str, int]:
+    """The first part of the names of towers -> the number of its tensors."""
+    return dict(Counter(spec.name.split(".")[0] for spec in table if spec.role == TOWER))
+
+
+def beside(table: Iterable[TensorSpec]) -> str:
+    """A warning for whoever computes with the language model alone."""
+    found = [f"{part} ({count:,} tensors)" for part, count in parts(table).items()]
+    return f"only its language model is computed with, on text; beside it are {listing(found)}"

@@ -29,9 +29,9 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, field_problem, listing
 from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
-from nemoquant.layouts.beside import tower_patterns, with_prefix
+from nemoquant.layouts.beside import tower_patterns, with_prefix, without_prefix
 from nemoquant.model.names import experts_of
-from nemoquant.model.nested import TOWER
+from nemoquant.model.nested import TOWER, language_model, prefix_of, sections
 from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
@@ -338,8 +338,20 @@ def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[st
     }
 
 
+def section_of(raw_config: Mapping[str, Any]) -> Any:
+    """``SECTION`` of a config.json: at its top, or else where its language model stands, as engines look."""
+    top = raw_config.get(SECTION)
+    return language_model(raw_config).get(SECTION) if top is None else top
+
+
 def spelled_for_engines(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config.json as all engines read it: other spellings of its keys beside those it has.
+    """The source's config.json as all engines read it, or the section of it that has the language model."""
+    inner = {key: _spelled(raw_config[key]) for key in sections(raw_config)}
+    return {**raw_config, **inner} if inner else _spelled(raw_config)
+
+
+def _spelled(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Other spellings of keys beside those that are there.
 
     A list of layers in the words of transformers 5.12 and later (``linear_attention``) becomes a pattern:
     SGLang 0.5.23 and transformers up to 5.11 refuse the words, even beside a pattern, and 5.14 refuses the
@@ -369,7 +381,7 @@ def _numbers(value: Any) -> Any:
 def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     """The evidence that a checkpoint, or the one of a bare config, is quantized, in words; None without."""
     for key in (SECTION, *_OTHER_SECTIONS):
-        if raw_config.get(key) is not None:
+        if raw_config.get(key) is not None or language_model(raw_config).get(key) is not None:
             return f"config.json has `{key}`"
     folder = path if path.is_dir() else path.parent
     return next((f"it has {name}" for name in (LEGACY, *_OTHER_FILES) if (folder / name).exists()), None)
@@ -377,7 +389,7 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
 
 def other_method(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     """The method of a quantized checkpoint where it is not ModelOpt's; None where it is, or none is named."""
-    section = raw_config.get(SECTION)
+    section = section_of(raw_config)
     method = section.get("quant_method") if isinstance(section, dict) else None
     if method is not None:
         return None if str(method).startswith(PRODUCER) else plain(method, MOST_NAME)
@@ -445,11 +457,11 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: what it declares can't be read; names the key, what it held, and why.
     """
-    declared = raw.get(SECTION)
+    declared, prefix = section_of(raw), prefix_of(raw)
     if declared is None or declared == {}:
-        return _legacy_quantization(path)
+        return without_prefix(_legacy_quantization(path), prefix)
     _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
-    return dict(declared)
+    return without_prefix(declared, prefix)
 
 
 def _check(data: object, schema: type[BaseModel], place: str) -> None:
@@ -544,7 +556,8 @@ def contradictions(
     Returns:
         a phrase for each.
     """
-    section, legacy = raw.get(SECTION) or {}, _read_legacy(path)
+    prefix = prefix_of(raw)
+    section, legacy = (without_prefix(d, prefix) for d in (section_of(raw) or {}, _read_legacy(path)))
     quantized = {module: format for module, format in formats.items() if format != "source"}
     ignored = _excluded(formats, section.get("ignore") or [])
     older = _excluded(formats, legacy.get("exclude_modules") or [])

@@ -252,8 +252,8 @@ class _Parser:
     def parse(self) -> NemotronHConfig:
         if self.raw.get("model_type") not in MODEL_TYPES:
             raise self.fail(
-                f"`model_type` is {brief(self.raw.get('model_type'))}, expected 'nemotron_h', here or "
-                f"in a section such as `llm_config`; nemoquant quantizes the Nemotron-H family only"
+                f"`model_type` is {brief(self.raw.get('model_type'))}, expected 'nemotron_h'; nemoquant "
+                f"quantizes the Nemotron-H family only, at the top or in a section such as `llm_config`"
             )
         layers = self.schedule("hybrid_override_pattern", "layers_block_type", BLOCKS)
         if layers is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemoquant.checkpoint import intact
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.towers import towers
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, WeightError, listing
 from nemoquant.formats import FORMATS, FormatName
@@ -51,6 +52,7 @@ class PackedCheckpoint:
             the format has none) and ``...k_proj.output``, ``...v_proj.output``.
         cache: format of the KV cache; None if it is not quantized.
         manifest: nemoquant.json, None where another tool wrote the checkpoint.
+        towers: tensors beside the language model, which are not computed with.
         warnings: what a user should know about the checkpoint.
     """
 
@@ -73,6 +75,7 @@ class PackedCheckpoint:
         self.checkpoint = Checkpoint(path)
         if self.manifest is not None:
             intact.check_listed(self.checkpoint, self.manifest)
+        self.towers = towers(self.config, self.checkpoint.tensors)
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         self._check_declared()
@@ -229,6 +232,7 @@ class PackedCheckpoint:
             for s in self.table
             if s.role in ("attention.k_proj", "attention.v_proj")
         }
+        known |= {spec.name for spec in self.towers}
         extra = [name for name in self.checkpoint.tensors if name not in known]
         if extra:
             raise TensorTableError(

@@ -16,10 +16,12 @@ from typing import Any
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.spellings import ADAPTER
+from nemoquant.checkpoint.towers import towers
 from nemoquant.errors import TensorTableError, listing
 from nemoquant.model import names
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.kinds import KINDS
+from nemoquant.model.nested import with_values
 from nemoquant.model.parse import layer_pattern, parse_config, without_mtp
 from nemoquant.model.roles import TensorSpec, tensor_table
 
@@ -79,9 +81,9 @@ def fit(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
             f"its embeddings have {rows:,} rows and its config.json says `vocab_size` "
             f"{config.vocab_size:,}: the output's config says {rows:,}, as engines expect"
         )
-        raw = {**raw, "vocab_size": rows}
+        raw = with_values(raw, vocab_size=rows)
     config = parse_config(raw, str(path / "config.json"))
-    table = tensor_table(config)
+    table = tensor_table(config) + towers(config, tensors)
     unused = _tied_head(config, checkpoint)
     if unused:
         warnings.append(

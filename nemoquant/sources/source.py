@@ -8,6 +8,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.nested import TOWER
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 from nemoquant.sources.fitting import fit
@@ -64,7 +65,7 @@ def open_source(path: Path) -> Source | BareConfig:
     checkpoint = Checkpoint(path)
     fitted = fit(path, raw, checkpoint)
     table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in fitted.table]
-    wrong = [spec for spec in table if spec.dtype not in FLOAT_DTYPES]
+    wrong = [spec for spec in table if spec.dtype not in FLOAT_DTYPES and spec.role != TOWER]
     if wrong:
         names = listing([f"{spec.name} {spec.dtype}" for spec in wrong])
         advice = (
