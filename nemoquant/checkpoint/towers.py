@@ -28,7 +28,7 @@ def parts(table: Iterable[TensorSpec]) -> dict[str, int]:
     return dict(Counter(spec.name.split(".")[0] for spec in table if spec.role == TOWER))
 
 
-def beside(table: Iterable[TensorSpec]) -> str:
+def text_only(table: Iterable[TensorSpec]) -> str:
     """A warning for whoever computes with the language model alone."""
     found = [f"{part} ({count:,} tensors)" for part, count in parts(table).items()]
-    return f"only its language model is computed with, on text; beside it are {listing(found)}"
+    return f"its language model alone is computed, on text: {listing(found)} beside it are not"

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.towers import text_only
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.files import MOST_TABLE_ENTRIES, read_json
 from nemoquant.model import names
@@ -64,6 +65,8 @@ class CandidateCheckpoint(PackedCheckpoint):
         """
         super().__init__(path)
         self.source, self.name = source, name
+        if self.towers:
+            self.warnings.append(text_only(self.towers))
         self._check_origin()
         _check_tokenizer(path, source.path)
         written = self.manifest["files"] if self.manifest is not None else {}
