@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemoquant.checkpoint.modules import python_modules
 from nemoquant.errors import OutputError, listing
 from nemoquant.files import copy_again, lies_in, plain_name
 from nemoquant.words import plain
@@ -16,6 +17,9 @@ SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program h
     "tokenizer": (".json", ".model", ".txt"),
     "chat_template": (".jinja", ".json", ".txt"),
     "special_tokens": (".json",),
+    "preprocessor_config": (".json",),
+    "processor_config": (".json",),
+    "video_preprocessor_config": (".json",),
     "LICENSE": TEXTS,
     "NOTICE": TEXTS,
 }
@@ -35,7 +39,7 @@ def side_files(
     """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave,
     printable.
 
-    ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
+    ``*.py`` files are copied only if an ``auto_map`` names them (``modules.py``); they are never imported.
 
     Args:
         also: names to copy too.
@@ -43,12 +47,7 @@ def side_files(
         OutputError: a file to copy can't be read, or is a link to somewhere else than the source or the hub
             cache that the source is part of; or ``also`` names what is no such file, or one that is written.
     """
-    auto_map = raw_config.get("auto_map")
-    auto_map = auto_map if isinstance(auto_map, dict) else {}
-    entries = [
-        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
-    ]
-    modules = {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
+    modules = python_modules(source, raw_config)
     wanted, skipped = [], []
     for path in sorted(source.iterdir()):
         name = path.name

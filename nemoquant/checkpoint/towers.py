@@ -32,3 +32,9 @@ def text_only(table: Iterable[TensorSpec]) -> str:
     """A warning for whoever computes with the language model alone."""
     found = [f"{part} ({count:,} tensors)" for part, count in parts(table).items()]
     return f"its language model alone is computed, on text: {listing(found)} beside it are not"
+
+
+def beside_unknown(config: NemotronHConfig) -> tuple[str, ...]:
+    """A warning for a config.json alone, which does not list the tensors of towers."""
+    told = "sizes are those of its language model: what stands beside it is copied, and no config lists it"
+    return (told,) if config.prefix else ()

@@ -1,6 +1,8 @@
 """``nemoquant inspect``: describe a checkpoint or config."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,6 +56,7 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
             f"{summary['tensors']:,}, {summary['bytes']:,} bytes ({size(summary['bytes'])}), from "
             f"{summary['source']}",
         ),
+        *_beside(summary["beside"]),
         ("quantization", summary["quantization"] or "none"),
         ("weights", ", ".join(f"{count:,} {name}" for name, count in summary["weights"].items())),
         (
@@ -72,3 +75,13 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
     )
     for text in summary["warnings"]:
         say(f"warning: {text}", err=True)
+
+
+def _beside(found: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Of a language model inside another: where it stands, and what is beside it."""
+    if found is None:
+        return
+    yield "language model", f"in `{found['section']}`; layers and parameters are its own"
+    if found["parts"]:
+        named = ", ".join(f"{part} ({count:,})" for part, count in found["parts"].items())
+        yield "beside it", f"{found['tensors']:,} tensors, {size(found['bytes'])}: {named}"

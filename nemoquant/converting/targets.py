@@ -113,6 +113,8 @@ def to_bf16(opened: PackedCheckpoint) -> Conversion:
     ]
     if opened.inputs:
         notes.append("GEMM inputs are not quantized any more; their scales are left out.")
+    if opened.towers:
+        notes.append(f"{len(opened.towers):,} tensors beside the language model are copied as they are.")
     notes += _cache_notes(opened, "no config of an unquantized checkpoint has a place for them")
     return Conversion(tensors, config, {name: len(specs) for name, specs in found.items()}, notes, warnings)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.towers import beside_unknown
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
@@ -61,7 +62,7 @@ def open_source(path: Path) -> Source | BareConfig:
             f"or what `nemoquant convert --to bf16` makes of it"
         )
     if not path.is_dir():
-        return BareConfig(path, config, raw, tensor_table(config))
+        return BareConfig(path, config, raw, tensor_table(config), beside_unknown(config))
     checkpoint = Checkpoint(path)
     fitted = fit(path, raw, checkpoint)
     table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in fitted.table]
