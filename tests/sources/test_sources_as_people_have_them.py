@@ -135,8 +135,11 @@ ROWS = {
             "time_step_limit": [0.0, float("inf")],
         },
     ),
-    "names under a wrapper: `module.`, `_orig_mod.`, `base_model.model.`, `language_model.`": Row(
+    "names under a wrapper: `module.`, `base_model.model.`, `language_model.`": Row(
         renamed(lambda name: f"base_model.model.{name}")
+    ),
+    "wrappers of torch within names: `_orig_mod.`, `_fsdp_wrapped_module.`": Row(
+        renamed(lambda name: f"_orig_mod.{name}".replace(".mixer.", "._fsdp_wrapped_module.mixer."))
     ),
     "the inner model's names alone, `layers.0...`, and a head": Row(
         renamed(lambda name: name.removeprefix("backbone."))
@@ -269,7 +272,8 @@ def test_the_page_has_these_rows() -> None:
 
 
 TRANSLATED = [
-    "names under a wrapper: `module.`, `_orig_mod.`, `base_model.model.`, `language_model.`",
+    "names under a wrapper: `module.`, `base_model.model.`, `language_model.`",
+    "wrappers of torch within names: `_orig_mod.`, `_fsdp_wrapped_module.`",
     "the inner model's names alone, `layers.0...`, and a head",
     "mlx-lm's names and convolutions",
     "convolutions without their dimension of 1",
