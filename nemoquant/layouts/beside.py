@@ -1,19 +1,19 @@
-"""Names in config files where the language model is a part of another: its prefix, and towers beside it.
+"""Names in files where the language model is a part of another: its prefix, and the towers beside it.
 
-``layouts/modelopt.py`` writes and reads published names; here they get the prefix that the tensors have in
-such a file, and lose it. A tower is excluded as a whole, by a pattern as Model Optimizer writes it
-(``vision_model*``), which vLLM reads as a part of a name, and SGLang as a part between dots too.
+Everything else here speaks of published names; they get the prefix that the tensors have in such a file, and
+lose it. A tower is excluded as a whole, by a pattern as Model Optimizer writes it (``vision_model*``), which
+vLLM reads as a part of a name, and SGLang as a part between dots too.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from nemoquant.model.names import is_mtp
 from nemoquant.model.nested import TOWER
 from nemoquant.planning.plan import Plan
 
-_LISTS = ("ignore", "exclude_modules")  # of modules and patterns
-_ALL = "Linear"  # a target that is no module
+Rename = Callable[[str], str]
+RenameAll = Callable[[Iterable[str]], list[str]]
+_ALL = "Linear"  # a target of a group that is no module
 
 
 def in_file(name: str, role: str, prefix: str) -> str:
@@ -21,52 +21,25 @@ def in_file(name: str, role: str, prefix: str) -> str:
     return name if role == TOWER else prefix + name
 
 
-def with_prefix(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What a config file declares by published names, by names of such a file.
+def adding(prefix: str) -> tuple[Rename, RenameAll]:
+    """Published names to those of a file: of a module, and of a list of exclusions.
 
-    Entries for multi-token prediction stay beside their prefixed ones: a draft model is loaded without
+    Exclusions of multi-token prediction stay beside their prefixed ones: a draft model is loaded without
     prefix.
     """
 
-    def names(listed: Iterable[str]) -> list[str]:
-        both = [entry for name in listed for entry in (prefix + name, *([name] if is_draft(name) else []))]
-        return list(dict.fromkeys(both))
+    def all_of(listed: Iterable[str]) -> list[str]:
+        both = (
+            [prefix + name, name] if is_mtp(f"{name.rstrip('*')}.") else [prefix + name] for name in listed
+        )
+        return list(dict.fromkeys(name for names in both for name in names))
 
-    def is_draft(name: str) -> bool:
-        return is_mtp(name) or is_mtp(name.rstrip("*") + ".")
-
-    return _changed(section, names, lambda name: prefix + name) if prefix else dict(section)
-
-
-def without_prefix(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The reverse of :func:`with_prefix`; what has no prefix stays."""
-
-    def plain(name: str) -> str:
-        return name.removeprefix(prefix)
-
-    return (
-        _changed(section, lambda listed: [plain(name) for name in listed], plain) if prefix else dict(section)
-    )
+    return lambda name: name if name == _ALL else prefix + name, all_of
 
 
-def _changed(section: Mapping[str, Any], names: Any, one: Any) -> dict[str, Any]:
-    result = dict(section)
-    for key in _LISTS:
-        if isinstance(section.get(key), list):
-            result[key] = names(section[key])
-    layers, groups = section.get("quantized_layers"), section.get("config_groups")
-    if isinstance(layers, dict):
-        result["quantized_layers"] = {one(module): entry for module, entry in layers.items()}
-    if isinstance(groups, dict):
-        result["config_groups"] = {name: _group(group, one) for name, group in groups.items()}
-    return result
-
-
-def _group(group: Any, one: Any) -> Any:
-    targets = group.get("targets") if isinstance(group, dict) else None
-    if not isinstance(targets, list):
-        return group
-    return {**group, "targets": [target if target == _ALL else one(target) for target in targets]}
+def removing(prefix: str) -> tuple[Rename, RenameAll]:
+    """The reverse of :func:`adding`; what has no prefix stays."""
+    return lambda name: name.removeprefix(prefix), lambda names: [n.removeprefix(prefix) for n in names]
 
 
 def tower_patterns(plan: Plan, plain_too: bool) -> list[str]:

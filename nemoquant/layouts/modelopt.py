@@ -29,7 +29,7 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, field_problem, listing
 from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
-from nemoquant.layouts.beside import tower_patterns, with_prefix, without_prefix
+from nemoquant.layouts.beside import Rename, RenameAll, adding, removing, tower_patterns
 from nemoquant.model.names import experts_of
 from nemoquant.model.nested import TOWER, language_model, prefix_of, sections
 from nemoquant.model.parse import layer_pattern, plain_value
@@ -242,7 +242,7 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     patterns = tower_patterns(plan, _reads_no_patterns(plan))
 
     def in_files(declared: Mapping[str, Any], key: str) -> dict[str, Any]:
-        result = with_prefix(declared, plan.config.prefix)
+        result = _renamed(declared, *adding(plan.config.prefix))
         return result | {key: result[key] + patterns}
 
     legacy["quantization"] = in_files(legacy["quantization"], "exclude_modules")
@@ -336,6 +336,25 @@ def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[st
         "config.json": {**spelled_for_engines(raw_config), **({SECTION: section} if section else {})},
         LEGACY: legacy,
     }
+
+
+def _renamed(declared: Mapping[str, Any], one: Rename, several: RenameAll) -> dict[str, Any]:
+    """What ``SECTION``, or ``quantization`` of ``LEGACY``, declares, with other names of modules."""
+    result = dict(declared)
+    for key in ("ignore", "exclude_modules"):
+        if isinstance(declared.get(key), list):
+            result[key] = several(declared[key])
+    layers, groups = declared.get("quantized_layers"), declared.get("config_groups")
+    if isinstance(layers, dict):
+        result["quantized_layers"] = {one(module): entry for module, entry in layers.items()}
+    if isinstance(groups, dict):
+        result["config_groups"] = {
+            name: {**group, "targets": [one(target) for target in group["targets"]]}
+            if isinstance(group, dict) and isinstance(group.get("targets"), list)
+            else group
+            for name, group in groups.items()
+        }
+    return result
 
 
 def section_of(raw_config: Mapping[str, Any]) -> Any:
@@ -459,9 +478,9 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     declared, prefix = section_of(raw), prefix_of(raw)
     if declared is None or declared == {}:
-        return without_prefix(_legacy_quantization(path), prefix)
+        return _renamed(_legacy_quantization(path), *removing(prefix))
     _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
-    return without_prefix(declared, prefix)
+    return _renamed(declared, *removing(prefix))
 
 
 def _check(data: object, schema: type[BaseModel], place: str) -> None:
@@ -556,8 +575,8 @@ def contradictions(
     Returns:
         a phrase for each.
     """
-    prefix = prefix_of(raw)
-    section, legacy = (without_prefix(d, prefix) for d in (section_of(raw) or {}, _read_legacy(path)))
+    removed = removing(prefix_of(raw))
+    section, legacy = (_renamed(d, *removed) for d in (section_of(raw) or {}, _read_legacy(path)))
     quantized = {module: format for module, format in formats.items() if format != "source"}
     ignored = _excluded(formats, section.get("ignore") or [])
     older = _excluded(formats, legacy.get("exclude_modules") or [])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from support.synthetic import CONFIG, WIDE, random_tensors, write_checkpoint
 
 PREFIX = "language_model."
@@ -19,7 +20,7 @@ OMNI: dict[str, Any] = {
 
 
 def towers() -> dict[str, torch.Tensor]:
-    """Tensors beside the language model: integers, flags, no dimension, no element, infinities, odd lengths."""
+    """Tensors beside the language model: integers, flags, scalars, an empty one, infinities, odd lengths."""
     g = torch.Generator().manual_seed(5)
     return {
         "vision_model.radio_model.model.patch_generator.embedder.weight": torch.randn(24, 12, generator=g),
