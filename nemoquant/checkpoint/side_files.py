@@ -33,6 +33,12 @@ def for_serving(names: Iterable[str]) -> list[str]:
     return [name for name in names if SERVING.fullmatch(name)]
 
 
+def is_side_file(name: str, modules: Collection[str]) -> bool:
+    """Whether a file of this name belongs to a checkpoint, weights and configs aside."""
+    known = any(name.startswith(begin) and Path(name).suffix in ends for begin, ends in SIDE_FILES.items())
+    return plain_name(name) and (name in modules or known)
+
+
 def side_files(
     source: Path, raw_config: dict[str, Any], also: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
@@ -55,12 +61,9 @@ def side_files(
             (".safetensors", ".safetensors.index.json")
         ):
             continue  # written by the run itself, or files of tensors
-        belongs = plain_name(name) and (
-            name in modules
-            or name in also
-            or any(name.startswith(begin) and path.suffix in ends for begin, ends in SIDE_FILES.items())
-        )
-        if belongs and (path.is_symlink() or path.is_file()):
+        if (is_side_file(name, modules) or (plain_name(name) and name in also)) and (
+            path.is_symlink() or path.is_file()
+        ):
             _check(path)
             wanted.append(name)
         else:
