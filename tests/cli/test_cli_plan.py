@@ -238,6 +238,7 @@ def test_inspect_as_json() -> None:
         "tensors",
         "bytes",
         "dtypes",
+        "beside",
         "quantization",
         "warnings",
         "weights",
