@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.inside import OMNI, PREFIX, omni_checkpoint, omni_tensors, towers
+from support.places import DEMO
 from support.synthetic import CONFIG, WIDE, random_tensors, write_checkpoint
 from support.tampering import sign
 
@@ -169,6 +171,32 @@ def test_inspect_tells_what_stands_beside(omni: Path, quantized: Callable[..., P
         shown = CliRunner().invoke(main, ["inspect", str(folder)])
         assert "in `llm_config`" in shown.output
         assert "sound_projection (1)" in shown.output
+
+
+def test_the_card_has_the_sources_task_and_says_what_stands_beside(
+    omni: Path, quantized: Callable[..., Path]
+) -> None:
+    (omni / "README.md").write_text("---\npipeline_tag: image-text-to-text\nlicense: other\n---\n# It\n")
+    text = (quantized("mxfp8", of=omni) / "README.md").read_text()
+    assert "\npipeline_tag: image-text-to-text\n" in text
+    assert "- Beside the language model: 14 tensors (`sound_encoder.*`, `vision_model.*`, " in text
+    assert "vllm serve /path/to/this/folder --trust-remote-code" in text
+
+
+def test_it_speaks_as_the_language_model_alone_does(tmp_path: Path) -> None:
+    tensors = {}
+    for shard in DEMO.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    raw = {key: value for key, value in OMNI.items() if key != "auto_map"}
+    raw["llm_config"] = json.loads((DEMO / "config.json").read_text())
+    inside = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    folder = write_checkpoint(tmp_path / "demo", raw, inside | towers())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(DEMO / name, folder)
+    alone, made = (nemoquant.generate(f, "It is a truth", max_tokens=12, mtp=2) for f in (DEMO, folder))
+    assert made.tokens == alone.tokens
+    assert made.warnings == ("its language model alone is run, on text; what stands beside it is not",)
+    assert alone.warnings == ()
 
 
 def test_a_config_alone_can_be_planned(tmp_path: Path) -> None:
