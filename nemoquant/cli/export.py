@@ -119,10 +119,13 @@ def export_onnx(
         "copied_bytes": exported.copied_bytes,
         "functions": exported.functions,
         "nodes": exported.nodes,
+        "warnings": list(exported.warnings),
     }
     if as_json:
         print_json(figures)
         return
+    for warning in exported.warnings:
+        say(f"warning: {warning}", err=True)
     for graph in exported.graphs:
         say(f"{graph}: {size(graph.stat().st_size)}, {dialect} dialect")
     say(f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}")

@@ -15,13 +15,14 @@ COMPUTES: tuple[Compute, ...] = get_args(Compute)  # of activations; each dialec
 
 @dataclass(frozen=True, repr=False)
 class Exported:
-    """Result of ``export_onnx``: graphs, bytes of tensors copied, functions, number of nodes."""
+    """Result of ``export_onnx``: graphs, bytes of tensors copied, functions, number of nodes, warnings."""
 
     folder: Path
     graphs: list[Path]
     copied_bytes: int
     functions: list[str]
     nodes: int
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         files = " and ".join(graph.name for graph in self.graphs)

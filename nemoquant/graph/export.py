@@ -8,6 +8,7 @@ that ``pack`` writes.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nemoquant.checkpoint.intact import Intact, Say, hash_once, silent
 from nemoquant.checkpoint.making import making
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
+from nemoquant.checkpoint.towers import text_only
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import OutputError, UsageError
 from nemoquant.files import copy_again, replace_bytes, write_json_again
@@ -84,8 +86,11 @@ def export_onnx(
                 signed = copied.manifest
                 of_copy = None if signed is None else Intact.copy(copied.path, signed)
                 written = _write_graphs(copied, dialect, options, mtp, lambda: of_copy)
-    return Exported(
-        out, [out / graph.name for graph in written.graphs], size, written.functions, written.nodes
+    return replace(
+        written,
+        folder=out,
+        graphs=[out / graph.name for graph in written.graphs],
+        copied_bytes=size,
     )
 
 
@@ -151,12 +156,14 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
         sum(i.nbytes for i in opened.checkpoint.tensors.values()),
         0,
     )
+    beside = {spec.name for spec in opened.towers}
+    written = {name: name if name in beside else opened.config.prefix + name for name in tensors}
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
         file = _shard_name(number, len(shards))
         with ShardWriter(
-            folder / file, [(name, tensors[name].dtype, tensors[name].shape) for name in names]
+            folder / file, [(written[name], tensors[name].dtype, tensors[name].shape) for name in names]
         ) as writer:
             for name in names:
                 raw = opened.checkpoint.raw(name)
@@ -165,7 +172,7 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
                 opened.checkpoint.release([name])
                 done += raw.size
                 progress("copy", done, total, "")
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= {written[name]: file for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json_again(folder / INDEX, index)
     for name in ("config.json", LEGACY):
@@ -236,7 +243,9 @@ def _write_graphs(
         _save(model, opened.path / name, intact)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
-    return Exported(opened.path, [opened.path / name for name in models], 0, functions, nodes)
+    graphs = [opened.path / name for name in models]
+    told = (text_only(opened.towers),) if opened.towers else ()
+    return Exported(opened.path, graphs, 0, functions, nodes, warnings=told)
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:

@@ -30,7 +30,8 @@ class Plan:
     Attributes:
         assumed: dtypes come from the config alone, not from headers.
         scale_groups: whether rows of a group share their scales.
-        warnings: what was put right in the source, or left out; no part of the plan's identity.
+        warnings: what was put right in the source, or left out, and what a recipe means otherwise here; no
+            part of the plan's identity.
     """
 
     recipe: Recipe

@@ -44,6 +44,7 @@ from nemoquant.formats import (
 )
 from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.planning.layers import Layer, in_words
+from nemoquant.planning.modelopt.recognise import PREFIX, is_theirs
 from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
 from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
@@ -252,17 +253,29 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def is_foreign(name_or_path: str) -> bool:
+    """Whether a name or file is a recipe of Model Optimizer, and no preset."""
+    return name_or_path not in presets() and is_theirs(name_or_path)
+
+
 def load_recipe(name_or_path: str) -> Recipe:
     """A preset by its name, or a recipe file, with what it extends.
 
     Raises:
-        RecipeError: there is no such preset or file, or the file does not follow the schema.
+        RecipeError: there is no such preset or file, the file does not follow the schema, or it is one of
+            Model Optimizer, which ``planning/choose.py`` takes for a model.
     """
     return _load(presets().get(name_or_path, Path(home_expanded(name_or_path))), name_or_path, ())
 
 
 def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
     """A recipe file; ``name`` is what messages call it, ``before`` are those that extend it, in order."""
+    if is_theirs(name if name.startswith(PREFIX) else str(path)):
+        where = f"recipe {before[-1]} extends {brief(name)}, which" if before else f"recipe {brief(name)}"
+        raise RecipeError(
+            f"{where} is a recipe of Model Optimizer, whose meaning depends on the model; `nemoquant recipes "
+            f"show {name} --model MODEL` converts it"
+        )
     if path.resolve() in before:
         raise RecipeError(
             f"recipe {name} extends itself, in a circle of {len(before) - before.index(path.resolve())}; "

@@ -101,7 +101,7 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert result.stderr == ""
     report = json.loads(result.stdout)
     plan = json.loads(nemoquant("plan", source, "--fmt", "nvfp4", "--json").stdout)
-    figures = {k: v for k, v in plan.items() if k not in ("rows", "engines", "cautions", "serving")}
+    figures = {k: v for k, v in plan.items() if k not in ("rows", "roles", "engines", "cautions", "serving")}
     assert {k: report[k] for k in figures} == figures
     assert report["out"] == str(tmp_path / "out")
     assert report["dry_run"] is False
