@@ -121,9 +121,7 @@ def test_without_a_model_there_is_no_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", ["theirs.yaml", "modelopt:general/ptq/fp8_default-kv_fp8"])
 def test_none_of_ours_extends_one(base: str, tmp_path: Path) -> None:
     write(tmp_path, WHOLE)
-    with pytest.raises(
-        RecipeError, match="ours.yaml extends .*, which is a recipe of Model Optimizer, whose mean"
-    ):
+    with pytest.raises(RecipeError, match=r"ours\.yaml extends .*, which is a recipe of Model Optimizer"):
         load_recipe(write(tmp_path, f"name: ours\nextends: {base}\n", "ours.yaml"))
 
 
