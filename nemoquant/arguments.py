@@ -143,6 +143,18 @@ def file_names(name: str, got: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(several))
 
 
+def column_names(name: str, got: Any) -> tuple[str, ...]:
+    """One name of a column, or several in a sequence, in their order."""
+    several = [got] if isinstance(got, str) else got
+    if not isinstance(several, Sequence) or isinstance(several, bytes):
+        raise refuse(name, got, "names of columns")
+    for each in several:
+        if not each:
+            raise refuse(name, each, "the name of a column")
+        check_text(name, each, "the name of a column")
+    return tuple(several)
+
+
 def optional_path(name: str, got: Any) -> Path | None:
     """The same; None stays None."""
     return None if got is None else path(name, got)
