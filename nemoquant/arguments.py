@@ -34,6 +34,12 @@ def either(words: Sequence[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def both(words: Sequence[object]) -> str:
+    """``a, b and c``; empty where there are none."""
+    *first, last = map(str, words or [""])
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def check_word(name: str, got: object, known: Sequence[str]) -> None:
     """``got`` is one of the known words."""
     if not isinstance(got, str) or got not in known:

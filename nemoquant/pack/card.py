@@ -11,7 +11,8 @@ from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
 from nemoquant.layouts.serving import Chat, commands
 from nemoquant.model.nested import TOWER
 from nemoquant.pack.hub import head, source_id, source_name
-from nemoquant.planning.plan import Plan, role_table
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.shown import LAYERS, formats, role_cells
 from nemoquant.sources.hub import origin
 from nemoquant.sources.source import Source
 from nemoquant.tokens.template import template_source
@@ -61,13 +62,15 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
     kv, file = plan.kv_cache_bytes_per_token(), mixture(plan)
     origin = source.path, source.raw_config
+    columns, cells = role_cells(plan.rows)
     tags = {"nemotron_h", "modelopt", "nemoquant", *(row.format for row in plan.quantized)}
     lines = [
-        f"# {in_markdown(source_name(*origin))}, quantized: {in_markdown(plan.recipe.name)}",
+        f"# {in_markdown(source_name(*origin))}, {_quantized(plan)}",
         "",
-        in_markdown(plan.recipe.summary),
+        plan.headline,
         "",
         f"- Source: {linked(*origin)}",
+        f"- Recipe: {markdown_code(plan.recipe.name)}",
         f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
@@ -79,13 +82,11 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         "",
         "## Map",
         "",
-        "| role | weights | GEMM inputs | tensors | bytes |",
-        "|---|---|---|---:|---:|",
-        *(
-            f"| {role} | {weights} | {inputs} | {count:,} | {total:,} |"
-            for role, weights, inputs, count, total in role_table(plan)
-        ),
+        f"| {' | '.join(columns)} |",
+        "|---|---|---|---:|---:|" + "---|" * ("layers" in columns),
+        *(f"| {' | '.join(f'{c:,}' if isinstance(c, int) else c for c in row)} |" for row in cells),
         "",
+        *([f"- {LAYERS}"] * ("layers" in columns)),
         *(
             f"- `{name}`: {text}"
             for name, text in NAMES.items()
@@ -123,6 +124,12 @@ def _beside(plan: Plan) -> Iterator[str]:
             f"- Beside the language model: {len(found):,} tensors ({names}), "
             f"{size(sum(row.bytes_out for row in found))}, copied as they are."
         )
+
+
+def _quantized(plan: Plan) -> str:
+    """What was made, for the title: of formats that some weight has."""
+    found = formats(plan.rows)
+    return f"quantized to {found}" if found else "with a quantized KV cache"
 
 
 def ending(has: str, warnings: Sequence[str], copied: Sequence[str]) -> Iterator[str]:

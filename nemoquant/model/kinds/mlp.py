@@ -17,6 +17,7 @@ MLP = Kind(
     spellings=(),
     sizes=("intermediate_size",),
     linear={"mlp.up_proj": "the MLP's up projection", "mlp.down_proj": "the MLP's down projection"},
+    groups={"mlp": "the MLP"},
     other=(),
     tensors=tensors,
     projections=lambda _: ("up_proj", "down_proj"),

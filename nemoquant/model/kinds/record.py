@@ -48,6 +48,7 @@ class Kind:
         spellings: other names of it in lists of layers.
         linear: role of each weight of a GEMM -> what it is, for people.
         sizes: fields of the config that a layer of this kind may have for itself.
+        groups: the first part of those roles -> what such modules are together, for people.
         other: the other roles of its mixer's tensors, ``norm`` aside, which all layers have.
         tensors: of a mixer, in file order.
         projections: its GEMMs in the order of a graph's function; all experts of a projection are one.
@@ -62,6 +63,7 @@ class Kind:
     spellings: tuple[str, ...]
     sizes: tuple[str, ...]
     linear: Mapping[str, str]
+    groups: Mapping[str, str]
     other: tuple[str, ...]
     tensors: Callable[[NemotronHConfig], Iterator[MixerTensor]]
     projections: Callable[[NemotronHConfig], tuple[str, ...]]
