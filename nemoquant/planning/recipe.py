@@ -298,7 +298,7 @@ def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
     if not (isinstance(data, dict) and "extends" in data):
         return parse_recipe(data, name)
     own = _checked(lambda: Extension.model_validate(data), name)
-    there = presets().get(own.extends, path.parent / own.extends)
+    there = presets().get(own.extends, path.parent / home_expanded(own.extends))
     base = _load(there, str(own.extends), (*before, path.resolve()))
     return _checked(lambda: own.of(base), name)
 

@@ -219,6 +219,9 @@ def test_a_file(tmp_path: Path) -> None:
         ),
         ("\xff", "cannot be read as YAML: 'utf-8' codec can't decode"),
         ("name: a\nname: b", "cannot be read as YAML: key 'name' stands twice"),
+        ("a: [3:9]", "cannot be read as YAML: 3:9 is another number to YAML than it looks; write it in dec"),
+        ("a: [010]", "cannot be read as YAML: 010 is another number to YAML than it looks"),
+        ("a: 1_0.5", "cannot be read as YAML: 1_0.5 is another number to YAML than it looks"),
         (
             "name: &a x",
             "cannot be read as YAML: &a is an anchor or alias of YAML, which a recipe may not have",
