@@ -29,7 +29,8 @@ def export_onnx(
 ) -> "Exported":
     """Write ``model.onnx`` (and ``mtp.onnx``) beside a checkpoint's shards, or with a copy of it in ``out``.
 
-    A checkpoint that nemoquant wrote is held against its manifest first; a damaged one is refused.
+    A checkpoint that nemoquant wrote is held against its manifest first; a damaged one is refused. A graph is
+    loaded once before it is written, by ONNX Runtime where that is installed and runs the dialect.
 
     Args:
         dialect: ``onnxruntime``, ``tensorrt_rtx`` or ``tensorrt``.
@@ -41,7 +42,7 @@ def export_onnx(
             function is called with it.
         say: called with a line of text before the shards are hashed.
     Raises:
-        NemoquantError: any of its kinds; see errors.py.
+        NemoquantError: any of its kinds; see errors.py. EngineError where ONNX Runtime can't load the graph.
     """
     arguments.check_word("dialect", dialect, DIALECT_NAMES)
     if compute is not None:
@@ -55,6 +56,7 @@ def export_onnx(
     from nemoquant.engine.files import onnx_package
 
     onnx_package()
+    from nemoquant.engine.onnxruntime import trial
     from nemoquant.graph.build import GraphOptions
     from nemoquant.graph.dialects import DIALECTS
     from nemoquant.graph.export import export_onnx as export
@@ -62,7 +64,15 @@ def export_onnx(
     options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
     with bars as report:
         return export(
-            source, out, dialect, options, mtp=mtp, copy=copy, say=say or (lambda text: None), progress=report
+            source,
+            out,
+            dialect,
+            options,
+            trial(dialect),
+            mtp=mtp,
+            copy=copy,
+            say=say or (lambda text: None),
+            progress=report,
         )
 
 

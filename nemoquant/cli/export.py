@@ -73,7 +73,9 @@ def export_onnx(
     """Write DIR/model.onnx beside the shards of DIR, which it points into: no weight is copied.
 
     With OUT, the checkpoint is copied into that new folder, and the graph stands there. That is needed where
-    the shards are links, or where experts do not lie back to back, as in published checkpoints.
+    the shards are links, or where experts do not lie back to back, as in published checkpoints. ONNX Runtime
+    loads the graph once before it is written, where it is installed and runs the dialect; else a warning says
+    so.
 
     \b
     Examples:
@@ -103,6 +105,8 @@ def export_onnx(
         "copied_bytes": exported.copied_bytes,
         "functions": exported.functions,
         "nodes": exported.nodes,
+        "loaded_by": exported.loaded_by,
+        "warnings": exported.warnings,
     }
     if as_json:
         print_json(figures)
@@ -115,6 +119,10 @@ def export_onnx(
         if exported.copied_bytes
         else "no tensor copied: weights stay in the shards"
     )
+    if exported.loaded_by is not None:
+        say(f"loaded by {exported.loaded_by} before it was written")
+    for warning in exported.warnings:
+        say(f"warning: {warning}", err=True)
 
 
 @command.command("trt")
