@@ -166,7 +166,7 @@ def test_a_dialect_that_it_does_not_run(
 
 
 TRY = """
-import onnx_ir, onnxruntime
+import onnxruntime, nemoquant.graph.dialects
 from nemoquant.engine.onnxruntime import trial
 
 path = Path(sys.argv[1])
