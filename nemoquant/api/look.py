@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemoquant import arguments
@@ -53,7 +54,8 @@ def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> P
     """The plan of an opened source."""
     assumed = isinstance(source, BareConfig)
     chosen = load_recipe(recipe).changed(options.method, options.folds, options.descent)
-    return resolve(chosen, source.config, source.table, assumed=assumed, scale_groups=options.scale_groups)
+    made = resolve(chosen, source.config, source.table, assumed=assumed, scale_groups=options.scale_groups)
+    return replace(made, warnings=source.warnings)
 
 
 def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def quantize(
     )
     with opened.checkpoint, bars as report:
         made = resolved(opened, name, options)
-        warnings = _recipe_warnings(name, made)
+        warnings = [*made.warnings, *_recipe_warnings(name, made)]
         warnings += [
             f"no tensor of this model got the format {unused}: it lacks the roles that the recipe names"
             for unused in made.unused_formats

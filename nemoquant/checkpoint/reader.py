@@ -1,13 +1,10 @@
 """A checkpoint on disk: headers validated, tensors under their published names, bytes mapped and released.
 
-Two other spellings are translated, here and nowhere else: ``backbone.embedding.weight`` (transformers 5) is
-read as ``backbone.embeddings.weight``, and a fused 3-D ``...mixer.experts.up_proj`` [E, out, in] as E
-published expert tensors, each a view of its bytes.
+Names of other tools are translated by ``spellings.py``.
 """
 
 import mmap
 import os
-import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,23 +17,20 @@ import numpy.typing as npt
 
 from nemoquant.checkpoint.header import ITEM_SIZE, MAX_TENSORS, TensorInfo, read_header
 from nemoquant.checkpoint.lost_pages import Watched
+from nemoquant.checkpoint.spellings import NO_WEIGHT, published, root_of
 from nemoquant.errors import (
     CheckpointError,
     HeaderError,
     SourceChangedError,
-    TensorTableError,
     brief,
     listing,
 )
 from nemoquant.files import MOST_TABLE_ENTRIES, plain_name, read_json
-from nemoquant.model.parse import MOST_EXPERTS
-from nemoquant.model.roles import TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": np.uint8}
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named in mmap from Python 3.13 on
-FUSED = re.compile(r"(.+\.mixer\.experts)\.(up_proj|down_proj)(\.weight)?")
 
 
 class Checkpoint:
@@ -49,6 +43,8 @@ class Checkpoint:
         path: the folder.
         tensors: published name -> :class:`TensorInfo`, all shards together.
         aliases: published name -> name in the file, for the names that were translated.
+        root: what the names of layers begin with in the file, ``backbone`` in published ones.
+        left_out: names of what is in the file and no weight.
         done: set by who has looked for changes after all was read: the end of the block does not look again.
     """
 
@@ -66,8 +62,13 @@ class Checkpoint:
         self._watched: dict[Path, Watched] = {}
         self._lock = threading.Lock()
         self._facts: dict[Path, FileFacts] = {}
-        for info in _all_tensors(path, self._facts):
-            for name, part in _published(info):
+        infos = _all_tensors(path, self._facts)
+        self.left_out = [info.name for info in infos if NO_WEIGHT.fullmatch(info.name)]
+        self.root = root_of((info.name for info in infos), path)
+        for info in infos:
+            if NO_WEIGHT.fullmatch(info.name):
+                continue
+            for name, part in published(info, self.root):
                 if len(self.tensors) == MAX_TENSORS:
                     raise CheckpointError(f"{path} has too many tensors; expected at most {MAX_TENSORS:,}")
                 if name in self.tensors:
@@ -229,6 +230,7 @@ def _all_tensors(path: Path, facts: dict[Path, FileFacts]) -> list[TensorInfo]:
         if not (path / SINGLE).exists():
             raise CheckpointError(
                 f"{path} has neither {INDEX} nor {SINGLE}; expected a checkpoint in safetensors format"
+                f"{_instead(path)}"
             )
         _check_one_set(path, SINGLE, {SINGLE})
         facts[path / SINGLE] = FileFacts.of((path / SINGLE).stat())
@@ -256,6 +258,22 @@ def _all_tensors(path: Path, facts: dict[Path, FileFacts]) -> list[TensorInfo]:
             + (f"not where it says: {listing(wrong)}" if wrong else f"not in it: {listing(extra)}")
         )
     return result
+
+
+def _instead(path: Path) -> str:
+    """The end of a message about a folder without weights: what is there in their place, and what to do."""
+    names = sorted(file.name for file in path.iterdir())
+    found = [name for name in names if name.endswith(".safetensors")]
+    if len(found) == 1:
+        return f"; if {listing(found)} is the whole model, rename it to {SINGLE}"
+    if found:
+        return f"; it has {listing(found, 3)}, and no index says which tensor is where: download {INDEX}"
+    found = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".npz"))]
+    if found:
+        return (
+            f"; it has {listing(found, 3)}: download the safetensors files, or save the model again as such"
+        )
+    return ""
 
 
 def _check_one_set(path: Path, chosen: str, named: set[str]) -> None:
@@ -288,60 +306,7 @@ def _read_index(index: Path) -> dict[str, str]:
     for shard in set(weight_map.values()):
         if not (plain_name(shard) and shard.endswith(".safetensors")):
             raise CheckpointError(
-                f"{index} names the shard {brief(shard)}; expected a plain file name ending in .safetensors"
+                f"{index} names the shard {brief(shard)}; expected a plain file name ending in "
+                f".safetensors: put the shards beside the index, and their plain names into it"
             )
     return weight_map
-
-
-def _published(info: TensorInfo) -> list[tuple[str, TensorInfo]]:
-    """The published names of a tensor of the file with their places: one, or one for each fused expert."""
-    fused = FUSED.fullmatch(info.name)
-    if fused and len(info.shape) == 3:
-        count, *shape = info.shape
-        if count > MOST_EXPERTS:  # without values, a few bytes could ask for any number of them
-            raise HeaderError(
-                f"{info.file.name}: tensor {brief(info.name)} has {count:,} experts; expected at most "
-                f"{MOST_EXPERTS:,}"
-            )
-        size = info.nbytes // count if count else 0
-        return [
-            (
-                f"{fused[1]}.{e}.{fused[2]}.weight",
-                TensorInfo(
-                    info.name,
-                    info.dtype,
-                    tuple(shape),
-                    info.file,
-                    info.start + e * size,
-                    info.start + (e + 1) * size,
-                ),
-            )
-            for e in range(count)
-        ]
-    return [("backbone.embeddings.weight" if info.name == "backbone.embedding.weight" else info.name, info)]
-
-
-def check_table(path: Path, expected: list[TensorSpec], tensors: dict[str, TensorInfo]) -> None:
-    """Compare a checkpoint with the tensors that its config calls for.
-
-    Raises:
-        TensorTableError: lists the differences of every kind: missing, extra, misshapen.
-    """
-    wanted = {spec.name: spec for spec in expected}
-    missing = [n for n in wanted if n not in tensors]
-    extra = [n for n in tensors if n not in wanted]
-    shapes = [
-        f"{n} is {list(tensors[n].shape)}, expected {list(spec.shape)}"
-        for n, spec in wanted.items()
-        if n in tensors and tensors[n].shape != spec.shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {listing(names)}"
-        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", shapes))
-        if names
-    ]
-    if problems:
-        raise TensorTableError(
-            f"{path}: its tensors are not those that its config.json calls for: {'; '.join(problems)}; "
-            "expected the published layout, is the config the right one?"
-        )

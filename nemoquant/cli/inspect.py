@@ -63,3 +63,5 @@ def command(model: Path, context: int | None, as_json: bool) -> None:
         ("stored as", "tensors", "bytes"),
         right="12",
     )
+    for text in summary["warnings"]:
+        say(f"warning: {text}", err=True)

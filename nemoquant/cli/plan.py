@@ -115,6 +115,7 @@ def command(
     serving = [c for c in commands(resolved, options.gpu, "OUT", chat) if c.engine in engines]
     if as_json:
         data = resolved.to_json() | {"engines": {name: _by_sm(file, name) for name in engines}}
+        data["warnings"] = list(resolved.warnings)
         data["cautions"] = [*method_warnings(resolved, options.method), *cautions(resolved)]
         data["serving"] = [command.to_json() for command in serving]
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
@@ -150,6 +151,8 @@ def command(
         from nemoquant.run.estimate import expectation
 
         say(f"{'on this machine':<24}{expectation(expected)}")
+    for text in resolved.warnings:
+        say(f"warning: {text}", err=True)
     for name in resolved.unused_formats:
         say(
             f"warning: no tensor of this model got the format {name}: it lacks the roles that the recipe "

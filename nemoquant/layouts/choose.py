@@ -44,7 +44,7 @@ class Reading:
 
 
 def _modelopt_weight(tensors: Mapping[str, TensorInfo], name: str) -> str | None:
-    return modelopt.weight_format(tensors, tensors[name]) if name.endswith(".weight") else None
+    return modelopt.weight_format(tensors, name) if name.endswith(".weight") else None
 
 
 def _describe_modelopt(path: Path, raw: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -76,26 +76,33 @@ COMPRESSED_TENSORS = Reading(
 )
 
 
+def is_read(path: Path, raw_config: Mapping[str, Any]) -> bool:
+    """Whether the layout that a config.json declares is one of these, or it declares none."""
+    return _other(path, raw_config) is None
+
+
+def _other(path: Path, raw_config: Mapping[str, Any]) -> str | None:
+    return None if compressed_tensors.is_in(raw_config) else modelopt.other_method(path, raw_config)
+
+
 def layout_of(path: Path, raw_config: Mapping[str, Any]) -> Reading:
     """The layout that a config.json declares; ModelOpt's where it declares none.
 
     Raises:
         CheckpointError: it is another tool's, which is not read here; names the method.
     """
-    if compressed_tensors.is_in(raw_config):
-        return COMPRESSED_TENSORS
-    other = modelopt.other_method(raw_config)
+    other = _other(path, raw_config)
     if other is not None:
         raise CheckpointError(
             f"{path} is quantized by the method {brief(other)}; expected {modelopt.PRODUCER} or "
             f"{compressed_tensors.METHOD}, or the bf16 checkpoint that it was made from"
         )
-    return MODELOPT
+    return COMPRESSED_TENSORS if compressed_tensors.is_in(raw_config) else MODELOPT
 
 
 def described(path: Path, raw_config: Mapping[str, Any]) -> tuple[Reading, str | None, CacheFormat | None]:
     """The layout, the quantization for people (its name, of a method not read here), and the cache."""
-    other = None if compressed_tensors.is_in(raw_config) else modelopt.other_method(raw_config)
+    other = _other(path, raw_config)
     if other is not None:
         return MODELOPT, f"{other} (not read here)", None
     layout = layout_of(path, raw_config)

@@ -30,6 +30,7 @@ from nemoquant.errors import CheckpointError, field_problem, listing
 from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
 from nemoquant.model.names import experts_of
+from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan, Row
 from nemoquant.planning.recipe import has_wildcard
@@ -44,9 +45,20 @@ MOST_WILDCARDS = (
     512  # in one list of patterns: each is tried on every module; published ones have one a layer
 )
 MOST_PATTERN = 200  # characters of a pattern
-SPELLINGS = {  # key of config.json -> the only spelling that SGLang reads; without, it takes 8 and float32
+SPELLINGS = {  # key of config.json -> the only spelling that an engine reads: SGLang takes 8 groups and a
+    # float32 state without the first two, transformers before 4.56 float32 without the last
     "n_groups": "mamba_n_groups",
     "mamba_ssm_cache_dtype": "mamba_ssm_dtype",
+    "dtype": "torch_dtype",
+}
+_OTHER_SECTIONS = {
+    "quantization": "mlx",
+    "compression_config": "an old compressed-tensors",
+}  # where other tools say in config.json that a model is quantized
+_OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SCHEDULES = {  # list of layers -> the pattern that every engine reads
+    "layers_block_type": "hybrid_override_pattern",
+    "mtp_layers_block_type": "mtp_hybrid_override_pattern",
 }
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
@@ -185,9 +197,10 @@ def stored_format(
     return next((name for name in candidates if FORMATS[name].block is None), candidates[0])
 
 
-def weight_format(tensors: Mapping[str, TensorInfo], weight: TensorInfo) -> str:
-    """What a ``...weight`` is, for people: the algorithm of its format, or its dtype."""
-    format = stored_format(tensors, weight.name.removesuffix(".weight"), weight)
+def weight_format(tensors: Mapping[str, TensorInfo], name: str) -> str:
+    """What the tensor ``name``, a ``...weight``, is for people: its format's algorithm, or its dtype."""
+    weight = tensors[name]
+    format = stored_format(tensors, name.removesuffix(".weight"), weight)
     return weight.dtype if format == "source" else LAYOUT[format].algorithm
 
 
@@ -303,27 +316,53 @@ def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def spelled_for_engines(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config.json, with the spellings of its keys that engines look for beside those it has."""
-    added = {
-        theirs: raw_config[key]
-        for key, theirs in SPELLINGS.items()
-        if key in raw_config and theirs not in raw_config
-    }
-    return {**raw_config, **added}
+    """The source's config.json as all engines read it: other spellings of its keys beside those it has.
+
+    A list of layers in the words of transformers 5.12 and later (``linear_attention``) becomes a pattern:
+    SGLang 0.5.23 and transformers up to 5.11 refuse the words, even beside a pattern, and 5.14 refuses the
+    older ones. ``{"__float__": "Infinity"}`` becomes a number.
+    """
+    config = {key: _numbers(value) for key, value in raw_config.items()}
+    for listed, pattern in SCHEDULES.items():
+        layers = raw_config.get(listed)
+        if isinstance(layers, list) and layers != plain_value(layers):
+            del config[listed]
+            config.setdefault(pattern, layer_pattern(plain_value(layers)))
+    if "num_hidden_layers" not in config and "hybrid_override_pattern" in config:
+        config["num_hidden_layers"] = len(config["hybrid_override_pattern"])
+    for key, theirs in SPELLINGS.items():
+        if key in config:
+            config.setdefault(theirs, config[key])
+    return config
+
+
+def _numbers(value: Any) -> Any:
+    """A value of a key, or the list that it is, with numbers in place of ``{"__float__": ...}``."""
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    return plain_value(value) if isinstance(value, dict) else value
 
 
 def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
-    """The evidence that the checkpoint in ``path`` is already quantized, in words; None if there is none."""
-    if raw_config.get(SECTION) is not None:
-        return f"config.json has `{SECTION}`"
-    return f"it has {LEGACY}" if (path / LEGACY).exists() else None
+    """The evidence that a checkpoint, or the one of a bare config, is quantized, in words; None without."""
+    for key in (SECTION, *_OTHER_SECTIONS):
+        if raw_config.get(key) is not None:
+            return f"config.json has `{key}`"
+    folder = path if path.is_dir() else path.parent
+    return next((f"it has {name}" for name in (LEGACY, *_OTHER_FILES) if (folder / name).exists()), None)
 
 
-def other_method(raw_config: Mapping[str, Any]) -> str | None:
-    """The method that a config.json names, where it is not ModelOpt's; None where it names none."""
+def other_method(path: Path, raw_config: Mapping[str, Any]) -> str | None:
+    """The method of a quantized checkpoint where it is not ModelOpt's; None where it is, or none is named."""
     section = raw_config.get(SECTION)
     method = section.get("quant_method") if isinstance(section, dict) else None
-    return None if method is None or str(method).startswith(PRODUCER) else plain(method, MOST_NAME)
+    if method is not None:
+        return None if str(method).startswith(PRODUCER) else plain(method, MOST_NAME)
+    if section is not None or (path / LEGACY).exists():
+        return None
+    found = [tool for key, tool in _OTHER_SECTIONS.items() if raw_config.get(key) is not None]
+    found += [tool for name, tool in _OTHER_FILES.items() if (path / name).exists()]
+    return found[0] if found else None
 
 
 class _Listed(BaseModel):

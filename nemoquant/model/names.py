@@ -10,7 +10,7 @@
 
 A module's name has no dot at its end, a prefix has one. A module's weight is its name and ``.weight``. Names
 inside a mixer, such as ``o_proj``, belong to the kind of its layer: see ``kinds/``. Other spellings that a
-source may have are translated in ``checkpoint/reader.py``.
+source may have are translated in ``checkpoint/spellings.py``.
 """
 
 import re
@@ -25,12 +25,19 @@ KV_PROJECTIONS = ("k_proj", "v_proj")
 
 _MAIN, _MTP, _TRANSFORMERS = "backbone.", "mtp.", "model."
 _EXPERTS = "experts."
+_IN_LAYER = re.compile(r"backbone\.layers\.(\d{1,6})\.mixer\.(.+)")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
 
 def layer(i: int) -> str:
     """The prefix of layer ``i`` of the main model."""
     return f"backbone.layers.{i}."
+
+
+def in_layer(name: str) -> tuple[int | None, str]:
+    """The layer of the main model that a tensor is in, and its name in the mixer; None and "" for others."""
+    found = _IN_LAYER.fullmatch(name)
+    return (int(found[1]), found[2]) if found is not None else (None, "")
 
 
 def mtp_layer(i: int) -> str:

@@ -60,8 +60,13 @@ def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
     try:
         raw = read_json(file, MOST_SETTINGS)
     except FileNotFoundError:
+        adapter = (
+            ", and this is an adapter of PEFT: load it on its base model, call merge_and_unload(), save that"
+            if (file.parent / "adapter_config.json").exists()
+            else ""
+        )
         raise ConfigError(
-            f"{file} does not exist; expected a Nemotron-H checkpoint folder or its config.json"
+            f"{file} does not exist; expected a Nemotron-H checkpoint folder or its config.json{adapter}"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -88,7 +93,7 @@ def without_mtp(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, "num_nextn_predict_layers": 0}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A value in one spelling; in a list, every element.
 
     ``{"__float__": "Infinity"}`` becomes the number, and layer kinds get our names.
@@ -119,7 +124,7 @@ class _Parser:
         given = {
             key: self.raw[key] for key in (name, *ALIASES.get(name, ())) if self.raw.get(key) is not None
         }
-        values = [_plain(value) for value in given.values()]
+        values = [plain_value(value) for value in given.values()]
         if any(v != values[0] for v in values[1:]):
             shown = ", ".join(f"{key!r}: {brief(value)}" for key, value in given.items())
             raise self.fail(f"{{{shown}}} contradict each other; expected one value, remove the wrong key")

@@ -118,6 +118,7 @@ class Plan:
     Attributes:
         assumed: dtypes come from the config alone, not from headers.
         scale_groups: whether rows of a group share their scales.
+        warnings: what was put right in the source, or left out; no part of the plan's identity.
     """
 
     recipe: Recipe
@@ -125,6 +126,7 @@ class Plan:
     rows: tuple[Row, ...]
     assumed: bool
     scale_groups: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def cache(self) -> CacheFormat | None:

@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.reader import Checkpoint, check_table
+from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
+from nemoquant.sources.fitting import fit
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
@@ -22,6 +23,7 @@ class BareConfig:
     config: NemotronHConfig
     raw_config: dict[str, Any]
     table: list[TensorSpec]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Source:
 
     Attributes:
         table: the tensor table, with the dtypes of the file.
+        raw_config: of the output: with what was put right, where the file does not fit the tensors.
         checkpoint: opened.
+        warnings: what was put right, a sentence each.
     """
 
     path: Path
@@ -38,6 +42,7 @@ class Source:
     raw_config: dict[str, Any]
     table: list[TensorSpec]
     checkpoint: Checkpoint
+    warnings: tuple[str, ...]
 
 
 def open_source(path: Path) -> Source | BareConfig:
@@ -48,25 +53,31 @@ def open_source(path: Path) -> Source | BareConfig:
             extra or misshapen, or of a dtype that is no float.
     """
     config, raw = load_config(path)
-    table = tensor_table(config)
-    if not path.is_dir():
-        return BareConfig(path, config, raw, table)
     evidence = quantized_by(path, raw)
     if evidence is not None:
         raise CheckpointError(
             f"{path} is already quantized ({evidence}); expected the bf16 checkpoint that it was made from, "
             f"or what `nemoquant convert --to bf16` makes of it"
         )
+    if not path.is_dir():
+        return BareConfig(path, config, raw, tensor_table(config))
     checkpoint = Checkpoint(path)
-    check_table(path, table, checkpoint.tensors)
-    table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in table]
-    wrong = [f"{spec.name} {spec.dtype}" for spec in table if spec.dtype not in FLOAT_DTYPES]
+    fitted = fit(path, raw, checkpoint)
+    table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in fitted.table]
+    wrong = [spec for spec in table if spec.dtype not in FLOAT_DTYPES]
     if wrong:
-        raise CheckpointError(
-            f"{path}: {len(wrong)} tensors are not floating ({listing(wrong)}); expected "
-            f"{', '.join(FLOAT_DTYPES)}"
+        names = listing([f"{spec.name} {spec.dtype}" for spec in wrong])
+        advice = (
+            "cast them to bf16"
+            if all(spec.dtype == "F64" for spec in wrong)
+            else "it was quantized already, by a tool that left no word of it in config.json: take the bf16 "
+            "checkpoint that it was made from"
         )
-    return Source(path, config, raw, table, checkpoint)
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors are of dtypes that are not read as weights ({names}); expected "
+            f"{', '.join(FLOAT_DTYPES)}: {advice}"
+        )
+    return Source(path, fitted.config, fitted.raw, table, checkpoint, tuple(fitted.warnings))
 
 
 def open_weights(path: Path, needs: str) -> Source:

@@ -2,17 +2,23 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemoquant.checkpoint.header import ITEM_SIZE
+from nemoquant.checkpoint.header import ITEM_SIZE, TensorInfo
 from nemoquant.checkpoint.intact import open_settings
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.layouts.choose import described
+from nemoquant.errors import CheckpointError, TensorTableError, listing
+from nemoquant.layouts.choose import Reading, described, is_read
+from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
-from nemoquant.model.parse import layer_pattern, load_config
+from nemoquant.model.names import is_mtp
+from nemoquant.model.parse import layer_pattern, load_config, parse_config
 from nemoquant.model.roles import TensorSpec, tensor_table
+from nemoquant.sources.fitting import fit
+from nemoquant.sources.source import FLOAT_DTYPES
 
 
 def summarize(path: Path, context: int | None) -> dict[str, Any]:
@@ -27,9 +33,20 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
             tensors = checkpoint.tensors
             labels = [(t.dtype, layout.weight_format(tensors, name)) for name, t in tensors.items()]
             weights = Counter((dtype, label) for dtype, label in labels if label is not None)
+            undeclared = quantization is None and {d for d, _ in weights} - set(FLOAT_DTYPES)
+            if undeclared:
+                quantization = f"none declared, but weights are {listing(sorted(undeclared))}"
+            if quantization is None:
+                config, table, warnings = _fitted(path, raw, checkpoint)
+            else:
+                warnings = list(_not_stored(path, raw, table, layout, tensors))
     else:
         weights = Counter((spec.dtype, spec.dtype) for spec in table if spec.name.endswith(".weight"))
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
+        evidence = quantized_by(path, raw)
+        warnings = [f"bytes and dtypes are those of the bf16 model, not of this one: {evidence}"] * bool(
+            evidence
+        )
     sizes = [math.prod(spec.shape) for spec in table]
     main = [(spec, n) for spec, n in zip(table, sizes, strict=True) if not spec.role.startswith("mtp.")]
     per_token = kv_values_per_token(config) * (16 if cache is None else cache.bits) // 8
@@ -53,10 +70,51 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "bytes": sum(size for _, size in stored),
         "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
         "quantization": quantization,
+        "warnings": warnings,
         "weights": {label: weights[dtype, label] for dtype, label in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": ssm_state_bytes(config),
     }
+
+
+def _fitted(
+    path: Path, raw: dict[str, Any], checkpoint: Checkpoint
+) -> tuple[NemotronHConfig, list[TensorSpec], list[str]]:
+    """Config, table and warnings of what is not quantized; where tensors don't fit, of the config alone."""
+    try:
+        fitted = fit(path, raw, checkpoint)
+    except TensorTableError as error:
+        config = parse_config(raw)
+        return config, tensor_table(config), [f"parameters are those of the config: {error}"]
+    return fitted.config, fitted.table, fitted.warnings
+
+
+def _not_stored(
+    path: Path,
+    raw: dict[str, Any],
+    table: list[TensorSpec],
+    layout: Reading,
+    tensors: Mapping[str, TensorInfo],
+) -> Iterator[str]:
+    """What a quantized checkpoint lacks of the tensors that its config calls for."""
+    if not is_read(path, raw):
+        yield "no tensor was compared with the config: the layout is not read here"
+        return
+    missing = []
+    for spec in table:
+        try:
+            layout.find_stored(tensors, spec)
+        except CheckpointError:
+            missing.append(spec.name)
+    predictors = [name for name in missing if is_mtp(name)]
+    others = [name for name in missing if not is_mtp(name)]
+    if others:
+        yield (
+            f"{len(others):,} tensors that its config calls for are not there, or not as {layout.expected}: "
+            f"{listing(others)}"
+        )
+    if predictors:
+        yield f"{len(predictors):,} tensors of multi-token prediction are not there"
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:

@@ -66,7 +66,7 @@ def refused(tmp_path, token_rows):
         ),
         (
             replaced(EXPERT, lambda w: w.to(torch.float8_e4m3fn)),
-            [f"{EXPERT} F8_E4M3", "not floating", "expected BF16, F16, F32"],
+            [f"{EXPERT} F8_E4M3", "not read as weights", "expected BF16, F16, F32"],
         ),
     ],
     ids=["missing", "extra", "wrong shape", "many missing", "not floating"],

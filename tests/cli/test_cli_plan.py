@@ -70,6 +70,7 @@ def test_plan_as_json(source: Path) -> None:
         "formats",
         "needs_calibration",
         "engines",
+        "warnings",
         "cautions",
         "serving",
     ]
@@ -238,6 +239,7 @@ def test_inspect_as_json() -> None:
         "bytes",
         "dtypes",
         "quantization",
+        "warnings",
         "weights",
         "kv_cache",
         "ssm_state_bytes_per_sequence",

@@ -36,6 +36,7 @@ def files_of(out):
     """Returns quantization_config, the other keys of config.json, and hf_quant_config.json."""
     config = json.loads((out / "config.json").read_text())
     assert config.pop("mamba_n_groups") == config["n_groups"], "SGLang reads no other spelling"
+    assert config.pop("torch_dtype", None) == config.get("dtype"), "older transformers read no other"
     return config.pop("quantization_config"), config, json.loads((out / "hf_quant_config.json").read_text())
 
 

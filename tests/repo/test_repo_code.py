@@ -61,7 +61,7 @@ def test_foreign_names_stand_in_one_file():
 
 
 def test_published_names_are_built_in_one_file():
-    """Of modules and tensors, in model/names.py; checkpoint/reader.py reads other spellings of them."""
+    """Of modules and tensors, in model/names.py; checkpoint/spellings.py reads other spellings."""
     code = list(nodes())
     prose = {node.value for _, node in code if isinstance(node, ast.Expr)}
     found = {
@@ -71,7 +71,7 @@ def test_published_names_are_built_in_one_file():
         and node not in prose
         and str(node.value).startswith(("backbone.", "mtp.layers"))
     }
-    assert found == {"checkpoint/reader.py", "model/names.py"}
+    assert found == {"model/names.py"}
 
 
 def test_tables_by_kind_of_layer_have_every_kind():

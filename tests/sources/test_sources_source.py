@@ -90,8 +90,14 @@ def test_weights_that_are_not_floating(make_checkpoint: Make, dtype: torch.dtype
     with pytest.raises(CheckpointError) as error:
         open_source(folder)
     assert str(error.value) == (
-        f"{folder}: 2 tensors are not floating ({names[0]} {shown}, {names[1]} {shown}); expected BF16, "
-        f"F16, F32"
+        f"{folder}: 2 tensors are of dtypes that are not read as weights ({names[0]} {shown}, {names[1]} "
+        f"{shown}); expected BF16, F16, F32: "
+        + (
+            "cast them to bf16"
+            if dtype is torch.float64
+            else "it was quantized already, by a tool that left no word of it in config.json: take the bf16 "
+            "checkpoint that it was made from"
+        )
     )
 
 
@@ -118,8 +124,9 @@ def test_one_error_lists_all_that_is_wrong(make_checkpoint: Make) -> None:
     assert all(name in message for name in ("backbone.layers.6.norm.weight", "model.rotary", "visual.patch"))
     assert (
         "; 2 misshapen: backbone.layers.2.mixer.experts.3.up_proj.weight is [32, 48], expected [48, 32], "
-        "lm_head.weight is [96, 63], expected [96, 64]; expected the published layout, is the config the "
-        "right one?" in message
+        "lm_head.weight is [96, 63], expected [96, 64]; expected the published layout: set "
+        "`num_nextn_predict_layers` to 0 and remove the rest of the multi-token prediction, or add what is "
+        "missing of it" in message
     )
     assert "\n" not in message
 
