@@ -41,8 +41,8 @@ def diff(
     Args:
         candidates: a folder made from ``source``, or several: by nemoquant, by another tool in the ModelOpt
             layout, or not quantized.
-        data: .txt, .jsonl, .parquet or .npy; None is the shipped evaluation text, which is never used for
-            calibration.
+        data: .txt, .jsonl, .parquet or .npy; ``mix`` is the shipped text of four domains; None is the shipped
+            prose. Neither is ever used for calibration.
         rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
         engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the
             diff's own arithmetic.
@@ -78,7 +78,7 @@ def diff(
     if twice:
         raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
     opened = open_weights(source, "diff needs the folder with the weights")
-    text = text or evaluation_data()
+    text = evaluation_data(text)
     tokens = load_rows(text, opened.path, opened.config, rows, seq_len)
     if tokens.ids.shape[1] < 2:
         raise UsageError(

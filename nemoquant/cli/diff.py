@@ -18,7 +18,8 @@ from nemoquant.formats import DEVICES, Device
 @click.option(
     "--data",
     type=PATH,
-    help="Text to compare on: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
+    help="Text to compare on: .txt, .jsonl, .parquet or .npy; mix: shipped prose, code, mathematics and chat "
+    "of other works than --calib mix has; default: the shipped prose.",
 )
 @click.option("--rows", type=whole(1), default=32, show_default=True, help="Rows of text.")
 @click.option("--seq-len", type=whole(2), default=512, show_default=True, help="Tokens in a row.")

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 @run_option(
     "data",
     type=PATH,
-    help="Calibration data: .txt, .jsonl, .parquet or .npy; default: the shipped text.",
+    help="Calibration data: .txt, .jsonl, .parquet or .npy; mix: the shipped prose, code, mathematics and "
+    "chat; default: the shipped prose.",
 )
 @run_option("rows", type=whole(1), show_default=True, help="Calibration rows.")
 @run_option("seq_len", type=whole(1), show_default=True, help="Tokens in a calibration row.")

@@ -163,7 +163,7 @@ class Job:
             scales = Scales.load(Path(options.scales))
             scales.check(self.plan, Path(options.scales))
             return scales
-        data = Path(options.data) if options.data is not None else calibration_data()
+        data = calibration_data(Path(options.data) if options.data is not None else None)
         return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len)
 
     def prepare(self, origin: Scales | Rows | None, processors: int | None = None) -> Prepared:

@@ -84,7 +84,8 @@ class RunOptions:
     """All options of a run; its source, output and recipe are separate arguments.
 
     Attributes:
-        data: .txt, .jsonl, .parquet or .npy to calibrate on; None is the shipped text.
+        data: .txt, .jsonl, .parquet or .npy to calibrate on; ``mix`` is the shipped text of four domains;
+            None is the shipped prose.
         rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
         scales: the scales file of an earlier run, instead of calibrating.
         device: ``cpu`` or ``cuda``, for calibration and packing; packing gives the same bytes on either.
