@@ -3,6 +3,7 @@
     model.layers.3.mixer...                  any text may stand before ``layers.N.mixer.``: ``model.`` of
     language_model.backbone.layers.3...      transformers 5, wrappers such as ``base_model.model.`` or
     layers.3...                              ``module.``, or nothing, for the model without its head
+    ...layers.3._fsdp_wrapped_module.mixer   wrappers of torch, anywhere: see ``_WRAPPERS``
     backbone.embedding.weight                transformers 5, for ``backbone.embeddings.weight``
     ....mixer.experts.up_proj [E, out, in]   transformers 5: E experts, each a view of its bytes
     ....mixer.switch_mlp.fc1.weight          mlx-lm: the same; ``fc2`` is the down projection
@@ -28,7 +29,8 @@ STACK = re.compile(rf"(.+\.mixer)\.({'|'.join(map(re.escape, STACKS))})(\.weight
 NO_WEIGHT = re.compile(r".+\.(rotary_emb\.inv_freq|_extra_state)")
 CONVOLUTION = ".mixer.conv1d.weight"
 ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+|base_layer|original_module|modules_to_save)\.")
-_LAYER = re.compile(r"(?:(.*?)\.)?layers\.\d+\.mixer\.")
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_LAYER = re.compile(r"\d+\.mixer\.")
 _OF_THE_ROOT = ("layers.", "embeddings.", "embedding.", "norm_f.")
 _BESIDE_IT = ("lm_head.", "mtp.")
 _ROOT, _MTP = "backbone", "mtp"
@@ -42,9 +44,11 @@ def root_of(names: Iterable[str], path: object) -> str:
     """
     roots: dict[str, str] = {}
     for name in names:
-        found = _LAYER.match(name)
-        if found is not None and (found[1] or "").rpartition(".")[2] != _MTP:
-            roots.setdefault(found[1] or "", name)
+        before, _, layer = _unwrapped(name).partition("layers.")
+        root = before.removesuffix(".")
+        of_mtp = root.rpartition(".")[2] == _MTP
+        if root not in roots and before in ("", f"{root}.") and not of_mtp and _LAYER.match(layer):
+            roots[root] = name
     if len(roots) > 1:
         raise CheckpointError(
             f"{path}: its layers have names of two kinds ({listing(list(roots.values()))}); expected one "
@@ -53,15 +57,21 @@ def root_of(names: Iterable[str], path: object) -> str:
     return next(iter(roots), _ROOT)
 
 
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper in name else name
+    return name
+
+
 def published(info: TensorInfo, root: str) -> list[tuple[str, TensorInfo]]:
     """The published names of a tensor with their places: one, or one for each expert of a stack.
 
     Raises:
         HeaderError: a stack has more experts than any model.
     """
-    name = _renamed(info.name, root)
-    stack = STACK.fullmatch(name)
-    if stack is not None and len(info.shape) == 3:
+    name = _renamed(_unwrapped(info.name), root)
+    stack = STACK.fullmatch(name) if len(info.shape) == 3 else None
+    if stack is not None:
         return list(_experts(info, stack[1], STACKS[stack[2]]))
     if name.endswith(CONVOLUTION) and len(info.shape) in (2, 3):
         info = replace(info, shape=_convolution(info.shape))
@@ -69,15 +79,15 @@ def published(info: TensorInfo, root: str) -> list[tuple[str, TensorInfo]]:
 
 
 def _renamed(name: str, root: str) -> str:
-    below = name.removeprefix(f"{root}.") if root else name
-    if (below != name or not root) and below.startswith(_OF_THE_ROOT):
+    begin = f"{root}." if root else ""
+    if name.startswith(begin) and name.startswith(_OF_THE_ROOT, len(begin)):
+        below = name[len(begin) :]
         below = below.replace("embedding.", "embeddings.", 1) if below.startswith("embedding.") else below
         return f"{_ROOT}.{below}"
-    while root:  # what belongs to the model beside its layers may have a part of their beginning
-        root = root.rpartition(".")[0]
-        below = name.removeprefix(f"{root}.") if root else name
-        if below.startswith(_BESIDE_IT):
-            return below
+    while begin:  # what belongs to the model beside its layers may have a part of their beginning
+        if name.startswith(begin) and name.startswith(_BESIDE_IT, len(begin)):
+            return name[len(begin) :]
+        begin = begin[: begin.rfind(".", 0, -1) + 1]
     return name
 
 

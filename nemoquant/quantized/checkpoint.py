@@ -34,6 +34,7 @@ from nemoquant.model.parse import load_config
 from nemoquant.model.roles import LINEAR_ROLES, tensor_table
 from nemoquant.model.taps import Tap, identity
 from nemoquant.quantized.packed import PackedWeight, fake_quantize
+from nemoquant.sources.fitting import put_right
 from nemoquant.sources.source import FLOAT_DTYPES
 
 GEMM_ROLES = (*LINEAR_ROLES, "eh_proj")  # of the main model and, with ``mtp.`` before them, of its predictors
@@ -73,6 +74,9 @@ class PackedCheckpoint:
         self.checkpoint = Checkpoint(path)
         if self.manifest is not None:
             intact.check_listed(self.checkpoint, self.manifest)
+        self._unused: set[str] = set()
+        if not declared:
+            self._put_right()
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         self._check_declared()
@@ -87,6 +91,13 @@ class PackedCheckpoint:
         self._read_cache_scales()
         self._check_extra()
         self._check_router()
+
+    def _put_right(self) -> None:
+        """A checkpoint that is not quantized is taken as ``quantize`` takes it."""
+        fitted = put_right(self.path, self.raw_config, self.checkpoint)
+        self.raw_config, self.config, self.table = fitted.raw, fitted.config, fitted.table
+        self._unused = fitted.unused
+        self.warnings += fitted.warnings
 
     def _check_declared(self) -> None:
         """Engines read one of two config files: they must agree, with each other and with the tensors."""
@@ -223,7 +234,7 @@ class PackedCheckpoint:
             )
 
     def _check_extra(self) -> None:
-        known = {name for stored in self.stored.values() for name in stored.parts.values()}
+        known = {name for stored in self.stored.values() for name in stored.parts.values()} | self._unused
         known |= {
             self.layout.kv_scale_name(s.module)
             for s in self.table

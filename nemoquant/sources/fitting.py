@@ -45,20 +45,30 @@ class Fitted:
         raw: config.json, with the values that were put right.
         config, table: of ``raw``.
         warnings: what was put right or left out, a sentence each.
+        unused: names of tensors of the model that its config has no use for.
     """
 
     raw: dict[str, Any]
     config: NemotronHConfig
     table: list[TensorSpec]
     warnings: list[str]
+    unused: set[str]
 
 
 def fit(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
-    """Hold the tensors of a checkpoint against its config.json, ``raw``.
+    """Hold the tensors of a checkpoint against its config.json, ``raw``, with what is put right in it.
 
     Raises:
         TensorTableError: lists the differences of every kind: missing, extra, misshapen.
     """
+    fitted = put_right(path, raw, checkpoint)
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in fitted.unused}
+    _check(path, fitted.config, fitted.table, tensors)
+    return fitted
+
+
+def put_right(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
+    """A config.json, ``raw``, with what is out of step with the tensors put right; not held against them."""
     config = parse_config(raw, str(path / "config.json"))
     tensors, warnings = checkpoint.tensors, []
     if checkpoint.left_out:
@@ -68,16 +78,15 @@ def fit(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
         )
     if config.mtp_modules and not any(names.is_mtp(name) for name in tensors):
         warnings.append(
-            f"its config.json declares {config.mtp_modules} multi-token-prediction modules "
-            f"(`num_nextn_predict_layers`), and no tensor of them is there, as transformers leaves it: it is "
-            f"quantized without, and the output's config says 0"
+            f"its config.json declares {config.mtp_modules} multi-token-prediction modules, and no tensor "
+            f"of them is there, as transformers leaves it: `num_nextn_predict_layers` is taken as 0"
         )
         raw = without_mtp(raw)
     rows = _vocabulary(config, tensors)
     if rows is not None:
         warnings.append(
-            f"its embeddings have {rows:,} rows and its config.json says `vocab_size` "
-            f"{config.vocab_size:,}: the output's config says {rows:,}, as engines expect"
+            f"its config.json says `vocab_size` {config.vocab_size:,}, and its embeddings have {rows:,} "
+            f"rows: it is taken as {rows:,}"
         )
         raw = {**raw, "vocab_size": rows}
     config = parse_config(raw, str(path / "config.json"))
@@ -88,8 +97,7 @@ def fit(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
             f"{_HEAD} equals the embeddings, and `tie_word_embeddings` is true: it is left out, no engine "
             f"reads it"
         )
-    _check(path, config, table, {name: tensors[name] for name in tensors if name not in unused})
-    return Fitted(raw, config, table, warnings)
+    return Fitted(raw, config, table, warnings, unused)
 
 
 def _vocabulary(config: NemotronHConfig, tensors: Mapping[str, TensorInfo]) -> int | None:

@@ -14,6 +14,7 @@ from support.places import ROOT
 
 from nemoquant import api
 from nemoquant.errors import CheckpointError
+from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.sources.source import Source, open_source
 
 Make = Callable[..., Path]
@@ -26,8 +27,8 @@ class Row(NamedTuple):
     """A kind of checkpoint.
 
     ``edit`` changes the tensors, ``config`` the keys of config.json (None removes one). ``warns`` are parts
-    of the warnings, one each, where it is read; ``refused`` is a part of the error where it is not. ``written``
-    are keys of the output's config.json.
+    of the warnings, one each, where it is read; ``refused`` is a part of the error where it is not.
+    ``written`` are keys of the output's config.json.
     """
 
     edit: Callable[[Tensors], Any] = lambda tensors: None
@@ -134,15 +135,18 @@ ROWS = {
             "time_step_limit": [0.0, float("inf")],
         },
     ),
-    "names under a wrapper: `module.`, `_orig_mod.`, `base_model.model.`, `language_model.`": Row(
+    "names under a wrapper: `module.`, `base_model.model.`, `language_model.`": Row(
         renamed(lambda name: f"base_model.model.{name}")
+    ),
+    "wrappers of torch within names: `_orig_mod.`, `_fsdp_wrapped_module.`": Row(
+        renamed(lambda name: f"_orig_mod.{name}".replace(".mixer.", "._fsdp_wrapped_module.mixer."))
     ),
     "the inner model's names alone, `layers.0...`, and a head": Row(
         renamed(lambda name: name.removeprefix("backbone."))
     ),
     "the vocabulary resized, `vocab_size` not": Row(
         padded(EMBEDDINGS, HEAD),
-        warns=("embeddings have 128 rows and its config.json says `vocab_size` 96",),
+        warns=("says `vocab_size` 96, and its embeddings have 128 rows: it is taken as 128",),
         written={"vocab_size": 128},
     ),
     "tied, and the head stored beside": Row(
@@ -241,6 +245,9 @@ def test_read(title: str, make_checkpoint: Make, tmp_path: Path) -> None:
     assert all(part in text for part, text in zip(row.warns, made.warnings, strict=True))
     assert api.plan(folder, "fp8").warnings == tuple(made.warnings)
     assert api.verify(out, folder, progress=False)["ok"]
+    opened = PackedCheckpoint(folder)  # as generate, export and diff's candidates open it
+    with opened.checkpoint:
+        assert opened.warnings == made.warnings
     config = json.loads((out / "config.json").read_text())
     assert {key: config[key] for key in row.written} == row.written
     assert "layers_block_type" not in config, "SGLang 0.5.23 and transformers 5.3 to 5.11 refuse its words"
@@ -265,7 +272,8 @@ def test_the_page_has_these_rows() -> None:
 
 
 TRANSLATED = [
-    "names under a wrapper: `module.`, `_orig_mod.`, `base_model.model.`, `language_model.`",
+    "names under a wrapper: `module.`, `base_model.model.`, `language_model.`",
+    "wrappers of torch within names: `_orig_mod.`, `_fsdp_wrapped_module.`",
     "the inner model's names alone, `layers.0...`, and a head",
     "mlx-lm's names and convolutions",
     "convolutions without their dimension of 1",
@@ -351,7 +359,7 @@ class TestInspect:
         row = ROWS["FP8 or integer weights, and no word of it in the config"]
         found = api.inspect(make_row(row, make_checkpoint))
         assert found["quantization"] == "none declared, but weights are F8_E4M3"
-        assert f"1 tensors that its config calls for are not there, or not as " in found["warnings"][0]
+        assert "1 tensors that its config calls for are not there, or not as " in found["warnings"][0]
 
     def test_missing_tensors(self, make_checkpoint: Make) -> None:
         found = api.inspect(make_checkpoint("theirs", without(HEAD)))
