@@ -3,8 +3,9 @@
 import importlib
 import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 from support.commands import nemoquant
 from support.places import DEMO, ROOT
+from tokenizers import Tokenizer
 
 from nemoquant.api import diff
 from nemoquant.checkpoint.manifest import file_sha256, read_manifest
+from nemoquant.model.parse import load_config
 from nemoquant.shipped import calibration_data, evaluation_data
-from nemoquant.tokens.documents import documents
+from nemoquant.tokens.rows import load_rows
 
 DATA = ROOT / "calib/data"
 DOMAINS = {"prose", "code", "math", "chat"}
@@ -29,6 +32,11 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def words(document: dict[str, Any]) -> str:
     return document.get("text") or "\n\n".join(m["content"] for m in document["messages"])
+
+
+def opening(document: dict[str, Any]) -> str:
+    """The beginning of a text, or of the first answer."""
+    return str(document.get("text") or document["messages"][1]["content"])[:200]
 
 
 @pytest.fixture
@@ -54,16 +62,19 @@ def test_the_word_is_the_shipped_text(tmp_path: Path, monkeypatch: pytest.Monkey
     assert calibration_data(Path("./mix")).read_text() == "mine"
 
 
-def test_records_name_it(tmp_path: Path) -> None:
+def test_records_name_it(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """In the manifest, the scales file and the card; and the diff's report names the text it compares on."""
-    line = ["quantize", DEMO, tmp_path / "out", "--fmt", "fp8", "--method", "max", "--rows", "2"]
+    source = make_checkpoint(vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, source / name)
+    line = ["quantize", source, tmp_path / "out", "--fmt", "fp8", "--method", "max", "--rows", "2"]
     result = nemoquant(*line, "--seq-len", "64", "--calib", "mix")
     assert "calibrated on 2 rows of 64 tokens (mix.jsonl, " in result.stdout
     assert read_manifest(tmp_path / "out")["calibration"]["data"] == "mix.jsonl"
     scales = json.loads((tmp_path / "out/nemoquant_scales.json").read_text())
     assert scales["settings"]["data"] == "mix.jsonl"
     assert "2 rows of 64 tokens of `mix.jsonl`" in (tmp_path / "out/README.md").read_text()
-    report = diff(DEMO, tmp_path / "out", data="mix", rows=2, seq_len=64, card=False)
+    report = diff(source, tmp_path / "out", data="mix", rows=2, seq_len=64, card=False)
     assert report.data.source == "mix_evaluation.jsonl"
 
 
@@ -123,15 +134,14 @@ def test_few_rows_hold_every_domain(name: str) -> None:
 
     Code is in several languages.
     """
-    used, tokens = [], 0
-    for document, pieces in zip(read(name), documents(DATA / name, DEMO), strict=False):
-        used.append(document)
-        tokens += sum(map(len, pieces)) + 1
-        if tokens > 32 * 512:
-            break
-    counts = Counter(document["domain"] for document in used)
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    rows = load_rows(DATA / name, DEMO, load_config(DEMO)[0], 32, 512).ids
+    text = tokenizer.decode(rows.flatten().tolist(), skip_special_tokens=False)
+    found = [document for document in read(name) if opening(document) in text]
+    counts = Counter(document["domain"] for document in found)
     assert counts.keys() == DOMAINS and min(counts.values()) >= 3
-    assert len({d["label"] for d in used if d["domain"] == "code"}) >= 3
+    assert len({d["label"] for d in found if d["domain"] == "code"}) >= 3
+    assert text.count("<|im_start|>assistant\n") >= 3  # through the model's own template
 
 
 @pytest.mark.parametrize("name", FILES)
