@@ -3,7 +3,7 @@
     python -m bench.calibration_text demo fp8 nvfp4 nvfp4-full --rows 32
     python -m bench.calibration_text nano fp8 nvfp4 nvfp4-full --json FILE
 
-Each preset is quantized twice, with the same number of rows of the same length. KL is as `nemoquant diff`
+Each preset is quantized twice, with 32 rows of 512 tokens, the default. KL is as `nemoquant diff`
 computes it, over rows of each domain of `calib/data/mix_evaluation.jsonl`, which share no work and no package
 with either text. Differences are mix less default, paired over rows: their mean and its standard error;
 negative is better for the mix.
@@ -53,7 +53,7 @@ def reference(model: ReferenceModel, rows: np.ndarray) -> list[torch.Tensor]:
 @click.command()
 @click.argument("model", type=click.Choice(["demo", "nano"]))
 @click.argument("presets", nargs=-1, required=True)
-@click.option("--rows", default=32, show_default=True, help="Rows of each domain, for calibration too.")
+@click.option("--rows", default=32, show_default=True, help="Rows of each domain to compare on.")
 @click.option("--json", "json_file", type=Path)
 def main(model: str, presets: tuple[str, ...], rows: int, json_file: Path | None) -> None:
     """Compare the texts on a trained model."""
@@ -71,7 +71,7 @@ def main(model: str, presets: tuple[str, ...], rows: int, json_file: Path | None
             kl: dict[str, dict[str, np.ndarray]] = {}
             for name, data in TEXTS.items():
                 out = scratch / f"{preset}-{name}"
-                api.quantize(source, out, preset, data=data, rows=rows, seq_len=LENGTH, progress=False)
+                api.quantize(source, out, preset, data=data, progress=False)
                 kl[name] = {
                     domain: np.array(measured(out, ids, references[domain])["kl"])
                     for domain, ids in texts.items()
