@@ -142,14 +142,19 @@ def optional_path(name: str, got: Any) -> Path | None:
     return None if got is None else path(name, got)
 
 
-def paths(name: str, got: Any) -> list[Path]:
-    """One path, or several in a sequence, as a list."""
+def several_paths(name: str, got: Any) -> list[Any]:
+    """One path, or several in a sequence, as a list of what was given; each is still to be checked."""
     if isinstance(got, str | os.PathLike):
-        return [path(name, got)]
+        return [got]
     try:
         several = None if isinstance(got, bytes) else list(got)
     except TypeError:
         several = None
     if several is None:
         raise refuse(name, got, "a path, or a list of paths") from None
-    return [path(name, one) for one in several]
+    return several
+
+
+def paths(name: str, got: Any) -> list[Path]:
+    """One path, or several in a sequence, as a list."""
+    return [path(name, one) for one in several_paths(name, got)]

@@ -9,6 +9,7 @@
             WeightError                      NaN or Inf in weights
             SourceChangedError               a file that changed while it was read
             UncomputableError                a quantized checkpoint decodes to, or computes, NaN or Inf
+            HubError                         a model of the hub that is not in its cache, or can't be fetched
         RecipeError                 exit 2   a recipe that cannot be read, or that does not fit the checkpoint
         CalibrationError            exit 2   calibration text or calibration results that cannot be used
         OutputError                 exit 2   the output folder exists, overlaps the source, or has no room
@@ -78,6 +79,10 @@ class SourceChangedError(CheckpointError):
 
 
 class UncomputableError(CheckpointError):
+    pass
+
+
+class HubError(CheckpointError):
     pass
 
 

@@ -1,11 +1,12 @@
 """The diff: quantized checkpoints beside their source."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nemoquant import arguments
+from nemoquant.api.model import found
 from nemoquant.arguments import PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import ENGINES, EngineName
@@ -13,6 +14,7 @@ from nemoquant.errors import NemoquantError, UncomputableError, UsageError, list
 from nemoquant.formats import Device
 from nemoquant.machine import torch_threads, usable_threads
 from nemoquant.progress import Progress
+from nemoquant.sources.hub import called, origin
 from nemoquant.sources.source import open_weights
 from nemoquant.words import as_utf8, plain
 
@@ -34,13 +36,16 @@ def diff(
     device: Device = "cpu",
     threads: int | None = None,
     card: bool = True,
+    download: bool = False,
     progress: Progress | Literal[False] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> "Report":
     """Measure how far quantized checkpoints are from their source, side by side over the same text.
 
     Args:
-        candidates: a folder made from ``source``, or several: by nemoquant, by another tool in the ModelOpt
-            layout, or not quantized.
+        source: a folder, or a model's name on the hub.
+        candidates: the same of what was made from ``source``, or a list of several: by nemoquant, by another
+            tool in the ModelOpt layout, or not quantized.
         data: .txt, .jsonl, .parquet or .npy; ``mix`` is the shipped text of four domains; None is the shipped
             prose. Neither is ever used for calibration.
         rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
@@ -52,8 +57,11 @@ def diff(
             are used.
         reference_cache: file for the source's side, written by the first run and read by later ones.
         threads: None is all that this process may use.
-        card: write the figures into the model cards of candidates that nemoquant wrote.
+        card: write the figures into the model cards of candidates that nemoquant wrote; those in the hub's
+            cache stay as they are, with a warning.
+        download: of a name on the hub, fetch what its cache lacks; without it nothing reaches a network.
         progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
+        say: called with a line of text on what a name on the hub stands for.
     Raises:
         NemoquantError: any of its kinds; see errors.py.
     """
@@ -62,7 +70,7 @@ def diff(
     bars = shown(progress)
     rows, seq_len = arguments.whole("rows", rows, 1), arguments.whole("seq_len", seq_len, 2)
     threads = arguments.threads(threads)
-    source, paths = arguments.path("source", source), arguments.paths("candidates", candidates)
+    given = arguments.several_paths("candidates", candidates)
     files = arguments.paths("engine_files", engine_files)
     cache = arguments.optional_path("reference_cache", reference_cache)
     library = arguments.optional_path("plugins", plugins)
@@ -72,8 +80,12 @@ def diff(
     from nemoquant.tokens.rows import load_rows
 
     check(device)
-    if not paths:
+    if not given:
         raise UsageError("no checkpoint to compare; expected at least one beside the source")
+    source, *paths = [
+        found(argument, one, download=download, say=say, progress=progress)
+        for argument, one in [("source", source), *(("candidates", one) for one in given)]
+    ]
     twice = [str(p) for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]]
     if twice:
         raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
@@ -97,7 +109,7 @@ def diff(
         report = stack.enter_context(bars)
         stack.enter_context(torch_threads(threads or usable_threads()))
         stack.enter_context(opened.checkpoint)
-        names = [as_utf8(p.resolve().name) for p in paths]
+        names = [as_utf8(called(p)) for p in paths]
         names = names if len(set(names)) == len(names) else [as_utf8(p) for p in paths]
         sides = [CandidateCheckpoint(path, opened, name) for path, name in zip(paths, names, strict=True)]
         for side in sides:
@@ -106,10 +118,10 @@ def diff(
             check_cache(cache, opened, tokens, device)
         engines: list[Engine] = []
         if engine != "torch" or files:
-            given: list[Path | None] = [*files] or [None] * len(paths)
-            if len(given) != len(paths):
+            engine_of: list[Path | None] = [*files] or [None] * len(paths)
+            if len(engine_of) != len(paths):
                 raise UsageError(
-                    f"{len(given)} engine files for {len(paths)} checkpoints; expected one for each, in "
+                    f"{len(engine_of)} engine files for {len(paths)} checkpoints; expected one for each, in "
                     f"their order"
                 )
             length = tokens.ids.shape[1]
@@ -123,7 +135,7 @@ def diff(
                     progress=report,
                     admit=lambda known: check_length(known, length),
                 )
-                for path, file in zip(paths, given, strict=True)
+                for path, file in zip(paths, engine_of, strict=True)
             ]
         signed = {side.path: side.manifest for side in sides if side.manifest is not None}
         known = [one.intact for one in engines if one.intact is not None]
@@ -134,7 +146,7 @@ def diff(
             report(stage, done, total, what)
 
         try:
-            found = compare(opened, sides, tokens, cache, computed, engines=engines, device=device)
+            measured = compare(opened, sides, tokens, cache, computed, engines=engines, device=device)
         except UncomputableError:
             reading.finish(report)  # damage is the better explanation
             raise
@@ -144,10 +156,12 @@ def diff(
         intact = reading.finish(report)
     warnings = list(tokens.warnings)
     if card:
+        theirs = [path for path in intact if origin(path) is not None]
+        warnings += [f"the card of {called(path)} in the hub's cache is left as it is" for path in theirs]
         warnings += [
             plain(w)
-            for path, measured in zip(paths, found.candidates, strict=True)
-            if path in intact
-            for w in update_card(intact[path], measured, found)
+            for path, candidate in zip(paths, measured.candidates, strict=True)
+            if path in intact and path not in theirs
+            for w in update_card(intact[path], candidate, measured)
         ]
-    return found.model_copy(update={"warnings": warnings})
+    return measured.model_copy(update={"warnings": warnings})

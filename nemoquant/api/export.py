@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemoquant import arguments
+from nemoquant.api.model import found
 from nemoquant.arguments import MOST_BYTES, PathLike
 from nemoquant.bars import shown
 from nemoquant.engine import TARGETS, TargetName
@@ -24,6 +25,7 @@ def export_onnx(
     layers: tuple[int, int] | None = None,
     mtp: bool = False,
     copy: bool = True,
+    download: bool = False,
     progress: Progress | Literal[False] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> "Exported":
@@ -33,11 +35,13 @@ def export_onnx(
     loaded once before it is written, by ONNX Runtime where that is installed and runs the dialect.
 
     Args:
+        source: its folder, or a model's name on the hub, which needs ``out``.
         dialect: ``onnxruntime``, ``tensorrt_rtx`` or ``tensorrt``.
         compute: ``float32``, ``float16`` or ``bfloat16``; None is the dialect's own.
         layers: first layer, and the index after the last one; None is the whole model.
         mtp: also the multi-token-prediction module; the main graph then outputs the hidden states for it.
         copy: False refuses where tensors would have to be copied.
+        download: of a name on the hub, fetch what its cache lacks; without it nothing reaches a network.
         progress: of hashing and of a copy. None shows it in a terminal or notebook; False shows nothing; a
             function is called with it.
         say: called with a line of text before the shards are hashed.
@@ -52,10 +56,11 @@ def export_onnx(
     bars = shown(progress)
     if layers is not None:
         layers = _layers(layers)
-    source, out = arguments.path("source", source), arguments.optional_path("out", out)
+    out = arguments.optional_path("out", out)
     from nemoquant.engine.files import onnx_package
 
     onnx_package()
+    source = found("source", source, download=download, say=say, progress=progress)
     from nemoquant.engine.onnxruntime import trial
     from nemoquant.graph.build import GraphOptions
     from nemoquant.graph.dialects import DIALECTS
@@ -99,12 +104,14 @@ def export_engine(
     weight_streaming: bool = False,
     timing_cache: PathLike | None = None,
     plugins: PathLike | None = None,
+    download: bool = False,
     progress: Progress | Literal[False] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Build a TensorRT engine of a checkpoint into the new file ``out``, with ``out.json`` beside it.
 
     Args:
+        source: its folder, or a model's name on the hub.
         target: ``rtx``, TensorRT-RTX, builds on any machine; ``trt``, TensorRT, on the GPU that the engine is
             for. None is ``rtx`` where no GPU is found, else ``trt``.
         sm: the GPU to build for; None is the one in this machine.
@@ -115,6 +122,7 @@ def export_engine(
         mtp: also build the multi-token-prediction module, into a second file beside ``out``.
         strip_weights: leave the weights out of the file; they are taken from the shards when it is loaded.
         weight_streaming, timing_cache, plugins: see ``nemoquant.engine.build.EngineOptions``; ``trt`` only.
+        download: of a name on the hub, fetch what its cache lacks; without it nothing reaches a network.
         progress: of hashing the shards. None shows it in a terminal or notebook; False shows nothing; a
             function is called with it.
         say: called with a line of text at each step.
@@ -138,7 +146,7 @@ def export_engine(
     max_seq_len = arguments.whole("max_seq_len", max_seq_len, 2)
     max_batch = arguments.whole("max_batch", max_batch, 1)
     workspace = None if workspace is None else arguments.whole("workspace", workspace, 1, MOST_BYTES)
-    source, out = arguments.path("source", source), arguments.path("out", out)
+    out = arguments.path("out", out)
     cache = arguments.optional_path("timing_cache", timing_cache)
     library = arguments.optional_path("plugins", plugins)
     from nemoquant.engine.files import onnx_package
@@ -148,6 +156,7 @@ def export_engine(
     from nemoquant.engine.export import export_engine as export
     from nemoquant.engine.targets import default_target, find_gpu
 
+    source = found("source", source, download=download, say=say, progress=progress)
     gpu = find_gpu()
     options = EngineOptions(
         target or default_target(gpu),

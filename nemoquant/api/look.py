@@ -1,11 +1,12 @@
 """What is in a checkpoint, and what a recipe would do with it: from headers, or a config alone."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nemoquant import arguments
+from nemoquant.api.model import found
 from nemoquant.arguments import PathLike
 from nemoquant.formats import Method
 from nemoquant.planning.plan import Plan
@@ -13,6 +14,7 @@ from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.planning.solving import FoldName
 from nemoquant.run.options import RunOptions
+from nemoquant.sources.hub import SETTINGS
 from nemoquant.sources.source import BareConfig, Source, open_source
 
 
@@ -24,18 +26,24 @@ def plan(
     method: Method | None = None,
     folds: Sequence[FoldName] | None = None,
     descent: int | None = None,
+    download: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Plan:
     """Resolve a recipe (preset name or file) for a checkpoint folder's headers, or a bare ``config.json``.
 
     Args:
+        source: a path, or a model's name on the hub; of that the config alone where its cache lacks weights.
         method, folds, descent: take the place of the recipe's own; see :class:`RunOptions`.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
+        download: of a name on the hub, fetch the config; without it nothing reaches a network.
+        say: called with a line of text on what a name on the hub stands for.
     Raises:
         CheckpointError, RecipeError, UsageError
     """
     options = RunOptions(scale_groups=scale_groups, method=method, folds=folds, descent=descent)
     name = recipe_text(recipe)
-    return resolved(open_source(arguments.path("source", source)), name, options)
+    path = found("source", source, SETTINGS, download=download, say=say)
+    return resolved(open_source(path), name, options)
 
 
 def recipe_text(recipe: PathLike) -> str:
@@ -58,19 +66,28 @@ def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> P
     return replace(made, warnings=source.warnings)
 
 
-def inspect(path: PathLike, *, context: int | None = None) -> dict[str, Any]:
+def inspect(
+    path: PathLike,
+    *,
+    context: int | None = None,
+    download: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Describe a checkpoint folder or a bare ``config.json``: layers, parameters, formats, cache sizes.
 
     The small files of a checkpoint that nemoquant wrote are held against its manifest first; its shards are
     not read.
 
     Args:
+        path: a path, or a model's name on the hub; of that the config alone where its cache lacks weights.
         context: tokens for ``kv_cache.bytes_at_context``; None is the config's ``max_position_embeddings``.
+        download: of a name on the hub, fetch the config; without it nothing reaches a network.
+        say: called with a line of text on what a name on the hub stands for.
     Raises:
         CheckpointError, UsageError
     """
-    folder = arguments.path("path", path)
     tokens = None if context is None else arguments.whole("context", context, 1)
+    folder = found("path", path, SETTINGS, download=download, say=say)
     from nemoquant.sources.summary import summarize
 
     return summarize(folder, tokens)

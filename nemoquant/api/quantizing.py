@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Unpack
 
 from nemoquant import arguments
 from nemoquant.api.look import recipe_text, resolved
+from nemoquant.api.model import found
 from nemoquant.arguments import PathLike
 from nemoquant.bars import shown
+from nemoquant.checkpoint.folder import check_output
 from nemoquant.errors import UsageError, listing
 from nemoquant.layouts.engines import cautions
 from nemoquant.layouts.serving import Chat, Serving, commands
@@ -20,7 +22,8 @@ from nemoquant.planning.plan import Plan, method_warnings
 from nemoquant.planning.recipe import load_recipe, presets
 from nemoquant.progress import Progress
 from nemoquant.run.options import RunOptions, RunOptionsDict, renamed
-from nemoquant.sources.source import open_weights
+from nemoquant.sources.hub import Wanted
+from nemoquant.sources.source import open_source, open_weights
 from nemoquant.tokens.template import template_source
 
 if TYPE_CHECKING:
@@ -107,6 +110,8 @@ def estimate(
     options: RunOptions | None = None,
     *,
     out: PathLike = ".",
+    download: bool = False,
+    say: Callable[[str], None] | None = None,
     **given: Unpack[RunOptionsDict],
 ) -> "Estimate":
     """Estimate what ``quantize`` would need on this machine: memory, disk and time.
@@ -114,15 +119,18 @@ def estimate(
     It reads headers and makes a short measurement.
 
     Args:
+        source: its folder, or a model's name on the hub.
         options: of the run, all in one; calibration data is not read, ``rows`` and ``seq_len`` give its
             amount.
         out: a path on the disk that would be written to; a file without a name is written beside it.
+        download: of a name on the hub, fetch what its cache lacks; without it nothing reaches a network.
+        say: called with a line of text on what a name on the hub stands for.
         given: the fields of :class:`RunOptions`, as keyword arguments.
     Raises:
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """
     options = run_options("estimate", options, given)
-    source, folder, name = arguments.path("source", source), arguments.path("out", out), recipe_text(recipe)
+    folder, name = arguments.path("out", out), recipe_text(recipe)
     from nemoquant.calibrate.batch import Batch, compute_dtype
     from nemoquant.checkpoint.folder import nearest_folder
     from nemoquant.formats.gpu import check
@@ -130,6 +138,8 @@ def estimate(
     from nemoquant.run.estimate import estimate_run
 
     check(options.device)
+    wanted = Wanted(admit=lambda config: resolved(open_source(config), name, options))
+    source = found("source", source, wanted, download=download, say=say)
     opened = open_weights(source, "an estimate needs the folder with the weights, which it measures on")
     with opened.checkpoint:
         made = resolved(opened, name, options)
@@ -174,6 +184,7 @@ def quantize(
     options: RunOptions | None = None,
     *,
     dry_run: bool = False,
+    download: bool = False,
     planned: Callable[[Plan], None] | None = None,
     expected: Callable[["Estimate"], None] | None = None,
     progress: Progress | Literal[False] | None = None,
@@ -186,26 +197,39 @@ def quantize(
     verified.
 
     Args:
+        source: its folder, or a model's name on the hub.
         recipe: preset name or recipe file.
         options: all options of the run in one; None takes the keyword arguments, and defaults.
         dry_run: check everything, write nothing.
+        download: of a name on the hub, fetch what its cache lacks, once the plan was made from the config
+            alone; without it nothing reaches a network.
         planned: called with the plan before anything long begins.
         expected: called with an estimate of what the run will need, from a short measurement, before the
             first byte is written; None measures nothing.
         progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
-        say: called with a line of text on what is used of an earlier run.
+        say: called with a line of text on what is used of an earlier run, and what a name on the hub stands
+            for.
         given: the fields of :class:`RunOptions`, as keyword arguments.
     Raises:
         NemoquantError: any of its kinds; see errors.py. Interrupted: Ctrl-C, with how to continue.
     """
     options = run_options("quantize", options, given)
-    source, out, name = arguments.path("source", source), arguments.path("out", out), recipe_text(recipe)
+    out, name = arguments.path("out", out), recipe_text(recipe)
     arguments.check_flags(dry_run=dry_run)
     bars = shown(progress)
     arguments.check_functions(planned=planned, expected=expected, say=say)
     from nemoquant.formats.gpu import check
 
     check(options.device)
+
+    def admit(config: Path) -> None:
+        """What would end the run once gigabytes are there ends it before they are fetched."""
+        made = resolved(open_source(config), name, options)
+        if not options.resume:
+            check_output(out, config.parent, made.tensors_out, made.bytes_out, resume=False)
+
+    wanted = Wanted(also=options.also, admit=admit)
+    source = found("source", source, wanted, download=download, say=say, progress=progress)
     opened = open_weights(
         source, "quantize needs the folder with the weights (`nemoquant plan` takes a bare config)"
     )
@@ -240,7 +264,9 @@ def verify(
     out: PathLike,
     against: PathLike | None = None,
     *,
+    download: bool = False,
     progress: Progress | Literal[False] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Check a written checkpoint; with its source also bit for bit against it.
 
@@ -249,7 +275,11 @@ def verify(
     finite; of a converted one the hashes of its files too. A warning says that nothing else could be checked.
 
     Args:
+        out: its folder, or a model's name on the hub.
+        against: the source, the same way.
+        download: of a name on the hub, fetch what its cache lacks; without it nothing reaches a network.
         progress: None shows it in a terminal or notebook; False shows nothing; a function is called with it.
+        say: called with a line of text on what a name on the hub stands for.
     Returns:
         ``{"ok", "problems", "warnings", "edited", "checked"}``; ``edited`` are files that may be edited and
         were, such as the model card.
@@ -258,7 +288,10 @@ def verify(
             or ``against`` is given and there is no manifest. UsageError
     """
     bars = shown(progress)
-    folder, other = arguments.path("out", out), arguments.optional_path("against", against)
+    folder = found("out", out, download=download, say=say, progress=progress)
+    other = None
+    if against is not None:
+        other = found("against", against, download=download, say=say, progress=progress)
     from nemoquant.checkpoint.manifest import FILE
     from nemoquant.pack.verify import verify as check
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemoquant import arguments, bars
+from nemoquant.api.model import found
 from nemoquant.arguments import PathLike
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.progress import Progress
@@ -69,12 +70,13 @@ def generate(
     seed: int = 0,
     mtp: int = 0,
     threads: int | None = None,
+    download: bool = False,
     ready: Callable[[], None] | None = None,
     stream: Callable[[str], None] | None = None,
     progress: Progress | Literal[False] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Generate text with the checkpoint in ``path``, quantized or not.
+    """Generate text with the checkpoint in ``path``, quantized or not; a folder, or a name on the hub.
 
     It ends at the model's end-of-sequence tokens, or after ``max_tokens``. A checkpoint that nemoquant wrote
     is held against its manifest first; a damaged one is refused.
@@ -89,6 +91,7 @@ def generate(
         seed: of the draws.
         mtp: tokens to draft at a time with the multi-token-prediction module; greedy only.
         threads: None is all that this process may use.
+        download: of a name on the hub, fetch what its cache lacks; without it nothing reaches a network.
         ready: called when the engine is loaded and the prompt fits, before the first token.
         stream: called with each piece of new text as soon as its characters are complete.
         progress: of hashing the shards. None shows it in a terminal or notebook; False shows nothing; a
@@ -107,8 +110,9 @@ def generate(
     mtp = arguments.whole("mtp", mtp, 0)
     threads = arguments.threads(threads)
     temperature = arguments.temperature(temperature)
-    folder, file = arguments.path("path", path), arguments.optional_path("engine_file", engine_file)
+    file = arguments.optional_path("engine_file", engine_file)
     library = arguments.optional_path("plugins", plugins)
+    folder = found("path", path, download=download, say=say, progress=progress)
     from nemoquant.checkpoint.intact import open_settings, unlisted
     from nemoquant.engine.generate import Drafts, Sampler, check_call, stop_tokens
     from nemoquant.engine.generate import generate as new_tokens

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemoquant.checkpoint.manifest import canonical
-from nemoquant.checkpoint.manifest_schema import Digest, Name, Text
+from nemoquant.checkpoint.manifest_schema import Digest, Hub, Name, Text
 from nemoquant.errors import CheckpointError, schema_problem
 from nemoquant.files import read_json, replace_text
 
@@ -27,12 +27,14 @@ class _Part(BaseModel):
 
 
 class Origin(_Part):
-    """The checkpoint that was converted; ``manifest_sha256`` where it had a manifest."""
+    """The checkpoint that was converted; ``manifest_sha256`` where it had a manifest, ``hub`` where it was a
+    snapshot in the hub's cache."""
 
     layout: Text
     config_sha256: Digest
     tensor_table_sha256: Digest
     manifest_sha256: Digest | None
+    hub: Hub | None = None
 
 
 class Record(_Part):

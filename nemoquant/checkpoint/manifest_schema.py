@@ -39,13 +39,24 @@ class Dtypes(_Part):
     others: dict[str, Dtype]
 
 
+class Hub(_Part):
+    """The model on the hub that a source was, and its commit, as the cache that it lay in says."""
+
+    model: Text
+    commit: Text
+
+
 class Source(_Part):
-    """``units`` are the hashes of the source's content (``identity.py``)."""
+    """``units`` are the hashes of the source's content (``identity.py``).
+
+    ``hub`` is there where the source was a snapshot in the hub's cache.
+    """
 
     config_sha256: Digest
     tensor_table_sha256: Digest
     dtypes: Dtypes
     units: dict[str, UnitDigest]
+    hub: Hub | None = None
 
 
 class Recipe(_Part):

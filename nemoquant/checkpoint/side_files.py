@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,22 @@ def for_serving(names: Iterable[str]) -> list[str]:
     return [name for name in names if SERVING.fullmatch(name)]
 
 
+def modules_of(raw_config: Mapping[str, Any]) -> set[str]:
+    """The ``*.py`` files that the config's ``auto_map`` names."""
+    auto_map = raw_config.get("auto_map")
+    auto_map = auto_map if isinstance(auto_map, dict) else {}
+    entries = [
+        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
+    ]
+    return {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
+
+
+def is_side_file(name: str, modules: Collection[str]) -> bool:
+    """Whether a file of this name belongs to a checkpoint, weights and configs aside."""
+    known = any(name.startswith(begin) and Path(name).suffix in ends for begin, ends in SIDE_FILES.items())
+    return plain_name(name) and (name in modules or known)
+
+
 def side_files(
     source: Path, raw_config: dict[str, Any], also: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
@@ -43,12 +59,7 @@ def side_files(
         OutputError: a file to copy can't be read, or is a link to somewhere else than the source or the hub
             cache that the source is part of; or ``also`` names what is no such file, or one that is written.
     """
-    auto_map = raw_config.get("auto_map")
-    auto_map = auto_map if isinstance(auto_map, dict) else {}
-    entries = [
-        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
-    ]
-    modules = {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
+    modules = modules_of(raw_config)
     wanted, skipped = [], []
     for path in sorted(source.iterdir()):
         name = path.name
@@ -56,12 +67,9 @@ def side_files(
             (".safetensors", ".safetensors.index.json")
         ):
             continue  # written by the run itself, or files of tensors
-        belongs = plain_name(name) and (
-            name in modules
-            or name in also
-            or any(name.startswith(begin) and path.suffix in ends for begin, ends in SIDE_FILES.items())
-        )
-        if belongs and (path.is_symlink() or path.is_file()):
+        if (is_side_file(name, modules) or (plain_name(name) and name in also)) and (
+            path.is_symlink() or path.is_file()
+        ):
             _check(path)
             wanted.append(name)
         else:

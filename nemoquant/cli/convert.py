@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import PATH, json_option, print_json, say
+from nemoquant.cli.shared import MODEL, PATH, download_option, json_option, local, print_json, say
 from nemoquant.converting import TARGETS, Target
 from nemoquant.units import duration, size
 
 
 @click.command("convert")
-@click.argument("source", metavar="DIR", type=PATH)
+@click.argument("source", metavar="DIR", type=MODEL)
 @click.argument("out", type=PATH)
 @click.option(
     "--to",
@@ -23,9 +23,11 @@ from nemoquant.units import duration, size
     help="compressed-tensors: FP8 for transformers, the same codes; bf16: every weight decoded.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@download_option
 @json_option
-def command(source: Path, out: Path, to: Target, dry_run: bool, as_json: bool) -> None:
-    """Write the quantized checkpoint in DIR into the new folder OUT, for programs that can't read it.
+def command(source: str, out: Path, to: Target, dry_run: bool, download: bool, as_json: bool) -> None:
+    """Write the quantized checkpoint in DIR, or with that name on the hub, into the new folder OUT, for
+    programs that can't read it.
 
     Nothing is calibrated or encoded again; what changes in the numbers is said, and stands in the model card.
 
@@ -33,15 +35,17 @@ def command(source: Path, out: Path, to: Target, dry_run: bool, as_json: bool) -
     Examples:
       nemoquant convert DIR OUT --to compressed-tensors
       nemoquant convert DIR OUT --to bf16
+      nemoquant convert nvidia/NAME-FP8 OUT --to bf16 --download
     """
     from nemoquant import api
     from nemoquant.checkpoint.making import ended
 
     began = time.monotonic()
+    path = local(source, download=download, quiet=as_json)
     with ExitStack() as end:
         with progress_bars(as_json) as progress:
             result = api.convert(
-                source, out, to, dry_run=dry_run, progress=progress, say=lambda text: say(text, err=True)
+                path, out, to, dry_run=dry_run, progress=progress, say=lambda text: say(text, err=True)
             )
             if not dry_run:
                 end.enter_context(ended(out))

@@ -7,14 +7,25 @@ import click
 from click.core import ParameterSource
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import FILE, PATH, THREADS, print_json_text, say, show, whole
+from nemoquant.cli.shared import (
+    FILE,
+    MODEL,
+    PATH,
+    THREADS,
+    download_option,
+    local,
+    print_json_text,
+    say,
+    show,
+    whole,
+)
 from nemoquant.engine import ENGINES, EngineName
 from nemoquant.formats import DEVICES, Device
 
 
 @click.command("diff")
-@click.argument("source", metavar="SRC", type=PATH)
-@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=PATH)
+@click.argument("source", metavar="SRC", type=MODEL)
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True, type=MODEL)
 @click.option(
     "--data",
     type=PATH,
@@ -76,9 +87,10 @@ from nemoquant.formats import DEVICES, Device
 )
 @click.option("--no-card", is_flag=True, help="Leave OUT's model card without the figures.")
 @click.option("--threads", type=THREADS, help="Threads; default: all that this process may use.")
+@download_option
 def command(
-    source: Path,
-    outs: tuple[Path, ...],
+    source: str,
+    outs: tuple[str, ...],
     data: Path | None,
     rows: int,
     seq_len: int,
@@ -93,9 +105,10 @@ def command(
     device: Device,
     no_card: bool,
     threads: int | None,
+    download: bool,
 ) -> None:
     """Compare one or more checkpoints OUT with the bf16 checkpoint SRC that they were made from, over the
-    same text.
+    same text. Each may be a name on the hub.
 
     Each is run with the arithmetic that it will have in an engine: weights decoded, GEMM inputs and KV cache
     rounded. The summary goes to standard output, and the main figures into OUT's model card.
@@ -110,6 +123,7 @@ def command(
       nemoquant diff MODEL OUT-fp8 OUT-nvfp4 --html report.html
       nemoquant diff MODEL OUT --data chats.jsonl --rows 64 --seq-len 2048 --json report.json
       nemoquant diff MODEL OUT --fail-if 'kl > 0.02' --fail-if 'top1 < 0.9'
+      nemoquant diff nvidia/NAME nvidia/NAME-FP8 OUT --download     the published checkpoint beside ours
     """  # noqa: E501  help that click does not wrap
     from nemoquant import api
     from nemoquant.evaluate.conditions import Condition
@@ -118,7 +132,8 @@ def command(
     conditions = [Condition.parse(text) for text in fail_if]
     to_stdout = str(json_file) == "-"
     files = {"html": html, "json": None if to_stdout else json_file, "markdown": markdown}
-    check_files(files | {CACHE: reference_cache}, [source, *outs])
+    reference, *candidates = [local(name, download=download, quiet=to_stdout) for name in (source, *outs)]
+    check_files(files | {CACHE: reference_cache}, [reference, *candidates])
     given = click.get_current_context().get_parameter_source
     unused = [
         flag
@@ -131,8 +146,8 @@ def command(
         )
     with progress_bars(to_stdout) as progress:
         report = api.diff(
-            source,
-            outs,
+            reference,
+            candidates,
             data=data,
             rows=rows,
             seq_len=seq_len,

@@ -6,7 +6,18 @@ from pathlib import Path
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import FILE, GIGABYTES, PATH, json_option, print_json, say, whole
+from nemoquant.cli.shared import (
+    FILE,
+    GIGABYTES,
+    MODEL,
+    PATH,
+    download_option,
+    json_option,
+    local,
+    print_json,
+    say,
+    whole,
+)
 from nemoquant.engine import TARGETS, TargetName
 from nemoquant.errors import UsageError
 from nemoquant.graph import COMPUTES, DIALECT_NAMES, Compute, DialectName
@@ -35,7 +46,7 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
 
 
 @command.command("onnx")
-@click.argument("source", metavar="DIR", type=PATH)
+@click.argument("source", metavar="DIR", type=MODEL)
 @click.argument("out", required=False, type=PATH)
 @click.option(
     "--dialect",
@@ -58,9 +69,10 @@ def parse_layers(ctx: click.Context, parameter: click.Parameter, value: str | No
 )
 @click.option("--mtp", is_flag=True, help="Also mtp.onnx, the multi-token-prediction module.")
 @click.option("--no-copy", is_flag=True, help="Refuse where tensors would have to be copied.")
+@download_option
 @json_option
 def export_onnx(
-    source: Path,
+    source: str,
     out: Path | None,
     dialect: DialectName,
     compute: Compute | None,
@@ -68,26 +80,29 @@ def export_onnx(
     layers: tuple[int, int] | None,
     mtp: bool,
     no_copy: bool,
+    download: bool,
     as_json: bool,
 ) -> None:
     """Write DIR/model.onnx beside the shards of DIR, which it points into: no weight is copied.
 
     With OUT, the checkpoint is copied into that new folder, and the graph stands there. That is needed where
-    the shards are links, or where experts do not lie back to back, as in published checkpoints. ONNX Runtime
-    loads the graph once before it is written, where it is installed and runs the dialect; else a warning says
-    so.
+    the shards are links, or where experts do not lie back to back, as in published checkpoints, and where DIR
+    is a name on the hub. ONNX Runtime loads the graph once before it is written, where it is installed and
+    runs the dialect; else a warning says so.
 
     \b
     Examples:
       nemoquant export onnx OUT
       nemoquant export onnx MODEL MODEL-onnx --compute float16
+      nemoquant export onnx nvidia/NAME-FP8 NAME-onnx --download
       nemoquant export onnx OUT --layers 3:4
     """
     from nemoquant import api
 
+    path = local(source, download=download, quiet=as_json)
     with progress_bars(as_json) as progress:
         exported = api.export_onnx(
-            source,
+            path,
             out,
             dialect=dialect,
             compute=compute,
@@ -111,8 +126,8 @@ def export_onnx(
     if as_json:
         print_json(figures)
         return
-    for path in exported.graphs:
-        say(f"{path}: {size(path.stat().st_size)}, {dialect} dialect")
+    for graph in exported.graphs:
+        say(f"{graph}: {size(graph.stat().st_size)}, {dialect} dialect")
     say(f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}")
     say(
         f"{size(exported.copied_bytes)} of tensors copied"
@@ -126,7 +141,7 @@ def export_onnx(
 
 
 @command.command("trt")
-@click.argument("source", metavar="DIR", type=PATH)
+@click.argument("source", metavar="DIR", type=MODEL)
 @click.argument("out", type=FILE)
 @click.option(
     "--target",
@@ -187,9 +202,10 @@ def export_onnx(
     metavar="FILE",
     help="Plugin library (trt); default: where `nemoquant plugins build` puts it.",
 )
+@download_option
 @json_option
 def export_trt(
-    source: Path,
+    source: str,
     out: Path,
     target: TargetName | None,
     sm: int | None,
@@ -203,9 +219,11 @@ def export_trt(
     weight_streaming: bool,
     timing_cache: Path | None,
     plugins: Path | None,
+    download: bool,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine of the checkpoint in DIR into the file OUT, with OUT.json beside it.
+    """Build a TensorRT engine of the checkpoint in DIR, or with that name on the hub, into the file OUT, with
+    OUT.json beside it.
 
     TensorRT-RTX needs no GPU to build. The network is strongly typed: what can't have its precision fails,
     nothing falls back.
@@ -218,9 +236,10 @@ def export_trt(
     """
     from nemoquant import api
 
+    path = local(source, download=download, quiet=as_json)
     with progress_bars(as_json) as progress:
         facts = api.export_engine(
-            source,
+            path,
             out,
             target=target,
             sm=sm,

@@ -5,12 +5,12 @@ from pathlib import Path
 import click
 
 from nemoquant.arguments import HOTTEST, MOST_SEED
-from nemoquant.cli.shared import FILE, PATH, THREADS, Number, say, show, whole
+from nemoquant.cli.shared import FILE, MODEL, THREADS, Number, download_option, local, say, show, whole
 from nemoquant.engine import ENGINES, EngineName
 
 
 @click.command("generate")
-@click.argument("model", metavar="DIR", type=PATH)
+@click.argument("model", metavar="DIR", type=MODEL)
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option(
     "--chat", is_flag=True, help="The prompt is what a user says: put it through the chat template."
@@ -51,8 +51,9 @@ from nemoquant.engine import ENGINES, EngineName
     help="Draft so many tokens at a time with the multi-token-prediction module.",
 )
 @click.option("--threads", type=THREADS, help="Threads; default: all that this process may use.")
+@download_option
 def command(
-    model: Path,
+    model: str,
     prompt: str,
     chat: bool,
     engine: EngineName,
@@ -63,9 +64,10 @@ def command(
     seed: int,
     mtp: int | None,
     threads: int | None,
+    download: bool,
 ) -> None:
-    """Generate text with the checkpoint in DIR, quantized or not. Stops at the model's end-of-sequence
-    tokens.
+    """Generate text with the checkpoint in DIR, quantized or not, or a name on the hub. Stops at the model's
+    end-of-sequence tokens.
 
     \b
     Examples:
@@ -73,10 +75,11 @@ def command(
       nemoquant generate OUT --prompt "Once" --engine onnxruntime --temperature 0.8 --seed 1
       nemoquant generate OUT --prompt "In the beginning" --mtp 2
       nemoquant generate OUT --prompt "Once" --engine rtx --engine-file model.engine
+      nemoquant generate nvidia/NAME --prompt "Once" --download
     """
     from nemoquant import api
 
-    begun = False
+    path, begun = local(model, download=download), False
 
     def shown(text: str) -> None:
         nonlocal begun
@@ -85,7 +88,7 @@ def command(
 
     try:
         made = api.generate(
-            model,
+            path,
             prompt,
             chat=chat,
             engine=engine,

@@ -1,33 +1,34 @@
 """``nemoquant inspect``: describe a checkpoint or config."""
 
-from pathlib import Path
-
 import click
 
-from nemoquant.cli.shared import PATH, json_option, print_json, say, table, whole
+from nemoquant.cli.shared import MODEL, download_option, json_option, local, print_json, say, table, whole
 from nemoquant.units import size
 
 
 @click.command("inspect")
-@click.argument("model", type=PATH)
+@click.argument("model", type=MODEL)
 @click.option(
     "--context",
     type=whole(1),
     help="Tokens for the full-context figure; default: the config's maximum.",
 )
+@download_option
 @json_option
-def command(model: Path, context: int | None, as_json: bool) -> None:
-    """Show layers, parameters, formats and cache sizes of MODEL, a checkpoint folder (quantized or not) or a
-    config.json.
+def command(model: str, context: int | None, download: bool, as_json: bool) -> None:
+    """Show layers, parameters, formats and cache sizes of MODEL, a checkpoint folder (quantized or not), a
+    config.json, or a name on the hub, of which the config will do.
 
     \b
     Examples:
       nemoquant inspect MODEL
       nemoquant inspect config.json --context 1048576 --json
+      nemoquant inspect nvidia/NAME --download                      the config alone is fetched
     """
     from nemoquant import api
 
-    summary = api.inspect(model, context=context)
+    path = local(model, download=download, weights=False, quiet=as_json)
+    summary = api.inspect(path, context=context)
     if as_json:
         print_json(summary)
         return

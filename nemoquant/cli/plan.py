@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemoquant.cli.shared import (
+    MODEL,
     PATH,
     THREADS,
+    download_option,
     gpu_option,
     json_option,
+    local,
     memory_option,
     method_options,
     no_scale_groups_option,
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("model", type=PATH)
+@click.argument("model", type=MODEL)
 @recipe_options
 @method_options
 @no_scale_groups_option
@@ -71,23 +74,27 @@ if TYPE_CHECKING:
     help="Show this engine alone, with its command; exit code 1 if it can't run the output on --gpu, or any.",
 )
 @gpu_option
+@download_option
 @json_option
 def command(
-    model: Path,
+    model: str,
     fmt: str | None,
     recipe: str | None,
     estimate: bool,
     out: Path,
     engine: str | None,
+    download: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Show what a recipe does with MODEL, a checkpoint folder or a bare config.json, from headers alone.
+    """Show what a recipe does with MODEL, a checkpoint folder, a bare config.json or a name on the hub, from
+    headers alone, or from the config.
 
     \b
     Examples:
       nemoquant plan MODEL --fmt nvfp4
       nemoquant plan config.json --recipe fp8-published --json
+      nemoquant plan nvidia/NAME --fmt nvfp4 --download             the config alone is fetched
       nemoquant plan MODEL --fmt nvfp4 --estimate --memory 4G       and what it would take here
       nemoquant plan MODEL --fmt nvfp4 --for sglang --gpu h100      whether SGLang runs it there, and how
     """
@@ -101,17 +108,18 @@ def command(
     name = recipe_name(fmt, recipe)
     options = RunOptions(**given)
     engines = [ENGINES[engine]] if engine else list(ENGINES.values())
+    path = local(model, download=download, weights=estimate, quiet=as_json)
     resolved = api.plan(
-        model,
+        path,
         name,
         scale_groups=options.scale_groups,
         method=options.method,
         folds=options.folds,
         descent=options.descent,
     )
-    expected = api.estimate(model, name, options, out=out) if estimate else None
+    expected = api.estimate(path, name, options, out=out) if estimate else None
     file = mixture(resolved)
-    chat = Chat.of(template_source(model)) if model.is_dir() else NEMOTRON_3
+    chat = Chat.of(template_source(path)) if path.is_dir() else NEMOTRON_3
     serving = [c for c in commands(resolved, options.gpu, "OUT", chat) if c.engine in engines]
     if as_json:
         data = resolved.to_json() | {"engines": {name: _by_sm(file, name) for name in engines}}

@@ -11,8 +11,10 @@ from click.core import ParameterSource
 from nemoquant.bars import progress_bars
 from nemoquant.cli.shared import (
     GIGABYTES,
+    MODEL,
     PATH,
     THREADS,
+    download_option,
     dtype_of,
     gpu_option,
     json_option,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize")
-@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("source", metavar="SRC", type=MODEL)
 @click.argument("out", type=PATH)
 @recipe_options
 @method_options
@@ -114,18 +116,20 @@ if TYPE_CHECKING:
 )
 @gpu_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@download_option
 @json_option
 def command(
-    source: Path,
+    source: str,
     out: Path,
     fmt: str | None,
     recipe: str | None,
     renamed: Where | None,
     dry_run: bool,
+    download: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Quantize the bf16 checkpoint in SRC into the new folder OUT.
+    """Quantize the bf16 checkpoint in SRC, a folder or a name on the hub, into the new folder OUT.
 
     Calibrates layer by layer, packs in a stream, verifies what was written, and only then gives the folder
     its name.
@@ -133,6 +137,7 @@ def command(
     \b
     Examples:
       nemoquant quantize MODEL OUT --fmt fp8
+      nemoquant quantize nvidia/NAME OUT --fmt nvfp4 --download     fetch what the hub's cache lacks of it
       nemoquant quantize MODEL OUT --fmt nvfp4 --calib chats.jsonl --rows 128 --seq-len 2048
       nemoquant quantize MODEL OUT --recipe nvfp4-w4a16             weights only
       nemoquant quantize MODEL OUT --fmt nvfp4 --method mse         faster, a little farther from the source
@@ -156,9 +161,14 @@ def command(
     from nemoquant.run.estimate import expectation
     from nemoquant.solve.words import change_sentences
 
+    if download:
+        starting.close()  # what is loaded by now is not worth hours without garbage collection
     began = time.monotonic()
 
     def planned(resolved: "Plan") -> None:
+        nonlocal began
+        if download:
+            began = time.monotonic()  # what is expected is the run, without the download
         if not as_json:
             say(
                 f"{resolved.recipe.name}: {size(resolved.bytes_in)} -> {size(resolved.bytes_out)}, "
@@ -184,6 +194,7 @@ def command(
                 name,
                 options,
                 dry_run=dry_run,
+                download=download,
                 planned=planned,
                 expected=expected,
                 progress=progress,
@@ -218,7 +229,7 @@ def command(
 
 
 def _outcome(
-    source: Path, result: "Result", took: float, expected: "Estimate | None", *, dry_run: bool
+    source: str, result: "Result", took: float, expected: "Estimate | None", *, dry_run: bool
 ) -> str:
     """What was made, in one line; nothing was expected of a run that OUT is of already."""
     resolved = result.plan

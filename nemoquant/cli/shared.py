@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from nemoquant import arguments
+from nemoquant.bars import progress_bars
 from nemoquant.errors import UsageError, brief
 from nemoquant.formats import FORMATS, METHODS
 from nemoquant.layouts.gpus import GPUS
@@ -37,6 +39,45 @@ class Place(click.Path):
         return super().convert(expanded, param, ctx)
 
 
+class Model(click.ParamType["str"]):
+    """A checkpoint's folder or config.json, or a name on the hub; :func:`local` says where it is."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            arguments.path(param.human_readable_name if param else "model", value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return click.Path().shell_complete(ctx, param, incomplete)
+
+
+def local(given: str, *, download: bool, weights: bool = True, quiet: bool = False) -> Path:
+    """Where a model is on this machine; what a name on the hub stands for is said on standard error.
+
+    Args:
+        weights: whether they are needed; else a config alone will do.
+        quiet: whether a download shows no progress.
+    """
+    from nemoquant.sources.hub import ALL, SETTINGS
+    from nemoquant.sources.located import located
+
+    with progress_bars(quiet) as progress:
+        return located(
+            "model",
+            given,
+            ALL if weights else SETTINGS,
+            download=download,
+            say=lambda text: say(text, err=True),
+            progress=progress,
+        )
+
+
 class Number(click.FloatRange):
     """A number of a range, which neither ``nan`` nor ``inf`` is in."""
 
@@ -52,7 +93,7 @@ def whole(least: int, most: int = arguments.MOST_WHOLE) -> click.IntRange:
     return click.IntRange(least, most)
 
 
-PATH, FILE = Place(), Place(folder=False)
+PATH, FILE, MODEL = Place(), Place(folder=False), Model()
 THREADS = whole(1, arguments.MOST_THREADS)
 GIGABYTES = Number(0.000001, 1e9)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -180,6 +221,13 @@ gpu_option = run_option(
     "gpu",
     type=click.Choice(list(GPUS)),
     help="The GPU that the commands for serving are for; default: a usual one that has the formats.",
+)
+
+download_option = click.option(
+    "--download",
+    is_flag=True,
+    help="Fetch what the hub's cache lacks of a model that is given by its name on the hub, such as "
+    "nvidia/NAME. Without this nothing reaches a network.",
 )
 
 json_option = click.option(

@@ -1,37 +1,40 @@
 """``nemoquant verify``: check a quantized checkpoint."""
 
 import sys
-from pathlib import Path
 
 import click
 
 from nemoquant.bars import progress_bars
-from nemoquant.cli.shared import PATH, json_option, print_json, say
+from nemoquant.cli.shared import MODEL, download_option, json_option, local, print_json, say
 
 
 @click.command("verify")
-@click.argument("out", type=PATH)
+@click.argument("out", type=MODEL)
 @click.option(
     "--against",
-    type=PATH,
+    type=MODEL,
     metavar="SRC",
     help="The source: compare and encode its weights again.",
 )
+@download_option
 @json_option
-def command(out: Path, against: Path | None, as_json: bool) -> None:
+def command(out: str, against: str | None, download: bool, as_json: bool) -> None:
     """Check that OUT is what its manifest and plan say: hashes, tensors, scales, config files. Exit code 1 if
     it is not. A folder without a manifest, converted or of another tool, is checked as far as that goes
-    without a plan.
+    without a plan. Both OUT and SRC may be names on the hub.
 
     \b
     Examples:
       nemoquant verify OUT
       nemoquant verify OUT --against MODEL
+      nemoquant verify OUT --against nvidia/NAME
     """
     from nemoquant import api
 
+    folder = local(out, download=download, quiet=as_json)
+    source = None if against is None else local(against, download=download, quiet=as_json)
     with progress_bars(as_json) as progress:
-        report = api.verify(out, against, progress=progress)
+        report = api.verify(folder, source, progress=progress)
     if as_json:
         print_json(report)
     else:

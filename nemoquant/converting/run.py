@@ -22,6 +22,7 @@ from nemoquant.machine import usable_threads
 from nemoquant.pack.found import verify_found
 from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
+from nemoquant.sources.hub import from_hub
 from nemoquant.words import message
 
 WRITTEN = (INDEX, "config.json", manifest.CARD, converted.FILE)
@@ -112,7 +113,8 @@ def _record(
             "config_sha256": manifest.config_sha256(opened.raw_config),
             "tensor_table_sha256": manifest.tensor_table_sha256(opened.checkpoint.tensors),
             "manifest_sha256": opened.manifest["sha256"] if opened.manifest else None,
-        },
+        }
+        | from_hub(opened.path),
         "notes": conversion.notes,
         "warnings": [message(text) for text in conversion.warnings],
         "files": dict(files),

@@ -15,6 +15,7 @@ from nemoquant.engine.targets import Gpu
 from nemoquant.errors import OutputError
 from nemoquant.files import why_not_written, write_named
 from nemoquant.progress import Progress, no_progress
+from nemoquant.sources.hub import called
 from nemoquant.words import as_utf8
 
 
@@ -84,7 +85,7 @@ def _facts(path: Path, file: Path, engine: BuiltEngine, mtp: bool) -> dict[str, 
     return {
         "schema": SCHEMA,
         **engine.facts,
-        "checkpoint": as_utf8(path.resolve().name),
+        "checkpoint": as_utf8(called(path)),
         "file": as_utf8(file.name),
         "bytes": len(engine.data),
         "sha256": hashlib.sha256(engine.data).hexdigest(),

@@ -44,6 +44,7 @@ from nemoquant.model.taps import Scope, Tap, Weights, identity, prefixed
 from nemoquant.pack.outliers import Lost, lost_warnings
 from nemoquant.progress import Progress
 from nemoquant.solve.folds.weights import FoldedWeights
+from nemoquant.sources.hub import called
 from nemoquant.sources.source import Source
 from nemoquant.tokens.rows import Rows
 from nemoquant.words import as_utf8
@@ -293,7 +294,7 @@ def _reference(source: Source, perplexity: float | None, acceptance: float | Non
     size = sum(info.nbytes for info in source.checkpoint.tensors.values())
     elements = sum(math.prod(spec.shape) for spec in source.table)
     return schema.Reference(
-        name=as_utf8(source.path.resolve().name),
+        name=as_utf8(called(source.path)),
         pattern=layer_pattern(source.config.layers),
         parameters=elements,
         bytes=size,

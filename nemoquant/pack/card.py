@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
@@ -10,6 +11,7 @@ from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
 from nemoquant.layouts.serving import Chat, commands
 from nemoquant.pack.hub import head, source_id, source_name
 from nemoquant.planning.plan import Plan, role_table
+from nemoquant.sources.hub import origin
 from nemoquant.sources.source import Source
 from nemoquant.tokens.template import template_source
 from nemoquant.units import size
@@ -120,7 +122,10 @@ def ending(has: str, warnings: Sequence[str], copied: Sequence[str]) -> Iterator
 
 def linked(folder: Path, raw_config: Mapping[str, Any]) -> str:
     """A source's name in Markdown, as a link where it is one of the hub."""
-    name = source_id(folder, raw_config)
+    name, snapshot = source_id(folder, raw_config), origin(folder)
+    if snapshot is not None:
+        page = f"https://huggingface.co/{snapshot.model}/tree/{quote(snapshot.commit)}"
+        return f"[{snapshot.model}]({page}), revision {markdown_code(snapshot.commit)}"
     if name is not None:
         return f"[{name}](https://huggingface.co/{name})"
     return markdown_code(source_name(folder, raw_config))

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.files import read_text
+from nemoquant.sources.hub import is_hub_id, named_by
 from nemoquant.words import plain
 
 TASK = "text-generation"
 TAKEN = ("license", "license_name", "license_link")  # from the head of the source's card
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MOST_CARD = 1 << 20  # bytes of the source's card
 MOST_VALUE = 200  # characters of one of its values
 
 
 def source_id(folder: Path, raw_config: Mapping[str, Any]) -> str | None:
     """A source's name on the hub: by the cache folder it lies in, or its config; None if neither says."""
-    cached = [part for part in folder.resolve().parts if part.startswith("models--")]
-    names = [part.removeprefix("models--").replace("--", "/", 1) for part in cached[-1:]]
-    names.append(str(raw_config.get("_name_or_path", "")))
-    return next((name for name in names if HUB_ID.fullmatch(name)), None)
+    here, declared = folder.resolve(), str(raw_config.get("_name_or_path", ""))
+    cached = [name for place in (here, *here.parents) if (name := named_by(place)) is not None]
+    return next(iter(cached), declared if is_hub_id(declared) else None)
 
 
 def source_name(folder: Path, raw_config: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ from nemoquant.solve import records
 from nemoquant.solve.files import FOLDS, SOLVED
 from nemoquant.solve.folds.file import save
 from nemoquant.solve.words import change_sentences
+from nemoquant.sources.hub import from_hub
 from nemoquant.sources.source import Source
 from nemoquant.words import in_markdown, markdown_code, message
 
@@ -214,7 +215,8 @@ class Output:
                 "tensor_table_sha256": manifest.tensor_table_sha256(self.source.checkpoint.tensors),
                 "dtypes": manifest.pack_dtypes(self.source.table),
                 "units": units,
-            },
+            }
+            | from_hub(self.source.path),
             "plan": self.plan.summary()
             | {"recipe": self.plan.recipe.dump(), "scale_groups": self.plan.scale_groups},
             "calibration": None if scales is None else scales.settings,

@@ -39,22 +39,22 @@ OPTIONS = [
     "resume=False also=() gpu=None",
 ]
 SIGNATURES = {
-    "convert": "path out to * dry_run=False progress=None say=None",
+    "convert": "path out to * dry_run=False download=False progress=None say=None",
     "diff": "source candidates * data=None rows=32 seq_len=512 reference_cache=None engine='torch' "
-    "engine_files=() plugins=None device='cpu' threads=None card=True progress=None",
-    "estimate": "source recipe options=None * out='.' " + " ".join(OPTIONS),
+    "engine_files=() plugins=None device='cpu' threads=None card=True download=False progress=None say=None",
+    "estimate": "source recipe options=None * out='.' download=False say=None " + " ".join(OPTIONS),
     "export_engine": "source out * target=None sm=None compute='bfloat16' max_seq_len=4096 max_batch=1 "
     "workspace=None last_token_only=False mtp=False strip_weights=False weight_streaming=False "
-    "timing_cache=None plugins=None progress=None say=None",
+    "timing_cache=None plugins=None download=False progress=None say=None",
     "export_onnx": "source out=None * dialect='onnxruntime' compute=None last_token_only=False layers=None "
-    "mtp=False copy=True progress=None say=None",
+    "mtp=False copy=True download=False progress=None say=None",
     "generate": "path prompt * chat=False engine='torch' engine_file=None plugins=None max_tokens=64 "
-    "temperature=0.0 seed=0 mtp=0 threads=None ready=None stream=None progress=None say=None",
-    "inspect": "path * context=None",
-    "plan": "source recipe * scale_groups=True method=None folds=None descent=None",
-    "quantize": "source out recipe options=None * dry_run=False planned=None expected=None progress=None "
-    "say=None " + " ".join(OPTIONS),
-    "verify": "out against=None * progress=None",
+    "temperature=0.0 seed=0 mtp=0 threads=None download=False ready=None stream=None progress=None say=None",
+    "inspect": "path * context=None download=False say=None",
+    "plan": "source recipe * scale_groups=True method=None folds=None descent=None download=False say=None",
+    "quantize": "source out recipe options=None * dry_run=False download=False planned=None expected=None "
+    "progress=None say=None " + " ".join(OPTIONS),
+    "verify": "out against=None * download=False progress=None say=None",
 }
 OTHERS = [
     "Converted",

@@ -5,7 +5,7 @@ import pytest
 from support.commands import invoke
 
 from nemoquant.cli import VERBS, main
-from nemoquant.cli.shared import Bytes, Place
+from nemoquant.cli.shared import Bytes, Model, Place, local
 
 IMPOSSIBLE = ("nan", "inf", "-inf", "-1", "1e400", "9" * 400, "9" * 5000, "\u00b2", "", "a")
 
@@ -64,12 +64,16 @@ def test_impossible_layers(value):
     assert result.stderr.startswith("error: --layers ") and result.stderr.count("\n") == 1
 
 
-PLACES = [
-    pytest.param(words, parameter, id=" ".join((*words, parameter.human_readable_name)))
-    for words, command in commands()
-    for parameter in command.params
-    if isinstance(parameter.type, Place)
-]
+def parameters(kind):
+    return [
+        pytest.param(words, parameter, id=" ".join((*words, parameter.human_readable_name)))
+        for words, command in commands()
+        for parameter in command.params
+        if isinstance(parameter.type, kind)
+    ]
+
+
+PLACES, MODELS = parameters(Place), parameters(Model)
 
 
 def test_no_path_is_of_another_type():
@@ -80,7 +84,7 @@ def test_no_path_is_of_another_type():
         if isinstance(parameter.type, click.Path | click.File) and not isinstance(parameter.type, Place)
     ]
     assert others == []
-    assert len(PLACES) >= 25
+    assert len(PLACES) >= 20 and len(MODELS) >= 10
 
 
 @pytest.mark.parametrize(("words", "parameter"), PLACES)
@@ -91,9 +95,17 @@ def test_the_home_in_every_path(words, parameter, tmp_path, monkeypatch):
     assert (value if several else (value,)) == (tmp_path / "x",), words
 
 
+@pytest.mark.parametrize(("words", "parameter"), MODELS)
+def test_the_home_of_every_model(words, parameter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    several = parameter.nargs == -1
+    value = parameter.type_cast_value(click.Context(main), ("~/x",) if several else "~/x")
+    assert local(value[0] if several else value, download=False) == tmp_path / "x", words
+
+
 @pytest.mark.parametrize("text", ["", "a\0b", "\ud800", "x" * 256, "x/" * 3000])
-def test_what_is_no_path(text):
-    parameter = PLACES[0].values[1]
+@pytest.mark.parametrize("parameter", [PLACES[0].values[1], MODELS[0].values[1]], ids=["path", "model"])
+def test_what_is_no_path(parameter, text):
     with pytest.raises(click.BadParameter, match="expected a path"):
         parameter.type_cast_value(click.Context(main), text)
 
