@@ -17,12 +17,13 @@ from nemoquant.layouts.engines import mixture, outcome, proof
 ROOT = Path(__file__).resolve().parents[1]
 README, SUPER = ROOT / "README.md", ROOT / "tests/configs/super-120b-a12b.json"
 OUTPUTS = {  # of presets whose files have the same algorithms
-    "FP8 (`fp8`, `fp8-published`)": "fp8",
+    "FP8 (`fp8`, `fp8-published`, `nano-fp8-published`)": "fp8",
     "MXFP8 (`mxfp8`)": "mxfp8",
-    "NVFP4 (`nvfp4-full`)": "nvfp4-full",
+    "NVFP4 (`nvfp4-full`, `nano-nvfp4-published`)": "nvfp4-full",
     "NVFP4 and FP8 (`nvfp4`, `super-nvfp4-published`)": "nvfp4",
     "NVFP4 weights, experts alone (`nvfp4-w4a16`)": "nvfp4-w4a16",
     "NVFP4 weights, Mamba too (`nvfp4-full-w4a16`)": "nvfp4-full-w4a16",
+    "NVFP4 weights, Mamba FP8 (`lightning-published`)": "lightning-published",
 }
 
 

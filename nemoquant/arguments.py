@@ -34,6 +34,12 @@ def either(words: Sequence[object]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def both(words: Sequence[object]) -> str:
+    """``a, b and c``; empty where there are none."""
+    *first, last = map(str, words or [""])
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def check_word(name: str, got: object, known: Sequence[str]) -> None:
     """``got`` is one of the known words."""
     if not isinstance(got, str) or got not in known:
@@ -135,6 +141,18 @@ def file_names(name: str, got: Any) -> tuple[str, ...]:
         if not isinstance(each, str) or not plain_name(each):
             raise refuse(name, each, "the name of a file in the source's folder, without a path")
     return tuple(dict.fromkeys(several))
+
+
+def column_names(name: str, got: Any) -> tuple[str, ...]:
+    """One name of a column, or several in a sequence, in their order."""
+    several = [got] if isinstance(got, str) else got
+    if not isinstance(several, Sequence) or isinstance(several, bytes):
+        raise refuse(name, got, "names of columns")
+    for each in several:
+        if not each:
+            raise refuse(name, each, "the name of a column")
+        check_text(name, each, "the name of a column")
+    return tuple(several)
 
 
 def optional_path(name: str, got: Any) -> Path | None:

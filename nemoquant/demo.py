@@ -67,7 +67,7 @@ def demo(
             if not report["ok"]:
                 raise VerificationError(f"{preset}: {listing(report['problems'])}")
             say(
-                f"{preset}: {result.plan.recipe.summary} {plan.bits_per_weight:.2f} bits a weight; verified "
+                f"{preset}: {result.plan.headline} {plan.bits_per_weight:.2f} bits a weight; verified "
                 f"against the source."
             )
         engine = _graphs(folder, say)

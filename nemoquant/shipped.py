@@ -1,5 +1,6 @@
 """Where the data shipped with the code are: in the installed package, or in the source tree."""
 
+import os
 from pathlib import Path
 
 MIX = "mix"  # in place of a path: prose, code, mathematics and conversations, interleaved
@@ -27,7 +28,7 @@ def evaluation_data(given: Path | None = None) -> Path:
 
 def _text(given: Path | None, default: str, mix: str) -> Path:
     """What is on the disk under ``given`` comes first, so that the word never hides a file."""
-    if given is not None and (str(given) != MIX or given.exists()):
+    if given is not None and (str(given) != MIX or os.path.lexists(given)):
         return given
     return _shipped("calib/data") / (default if given is None else mix)
 

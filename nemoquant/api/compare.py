@@ -27,6 +27,7 @@ def diff(
     candidates: PathLike | Sequence[PathLike],
     *,
     data: PathLike | None = None,
+    columns: Sequence[str] = (),
     rows: int = 32,
     seq_len: int = 512,
     reference_cache: PathLike | None = None,
@@ -46,9 +47,12 @@ def diff(
         source: a folder, or a model's name on the hub.
         candidates: the same of what was made from ``source``, or a list of several: by nemoquant, by another
             tool in the ModelOpt layout, or not quantized.
-        data: .txt, .jsonl, .parquet or .npy; ``mix`` is the shipped text of four domains; None is the shipped
-            prose. Neither is ever used for calibration.
-        rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
+        data: text: a file, a folder of files, ``mix`` (shipped text of four domains), or the name of a data
+            set of the hub that is on this machine (docs/calibration.md); None is the shipped prose. What is
+            shipped for evaluation is never used for calibration.
+        columns: those that hold the text, where no known name says it: one, or those of a question and its
+            answer.
+        rows, seq_len: number and length of rows; ignored for an array that has rows already.
         engine: take logits through this engine too: ``onnxruntime``, ``rtx`` or ``trt``; ``torch`` is the
             diff's own arithmetic.
         engine_files: of ``rtx`` and ``trt``, one for each candidate in their order.
@@ -75,6 +79,7 @@ def diff(
     cache = arguments.optional_path("reference_cache", reference_cache)
     library = arguments.optional_path("plugins", plugins)
     text = arguments.optional_path("data", data)
+    names_of_columns = arguments.column_names("columns", columns)
     from nemoquant.formats.gpu import check
     from nemoquant.shipped import evaluation_data
     from nemoquant.tokens.rows import load_rows
@@ -91,7 +96,7 @@ def diff(
         raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
     opened = open_weights(source, "diff needs the folder with the weights")
     text = evaluation_data(text)
-    tokens = load_rows(text, opened.path, opened.config, rows, seq_len)
+    tokens = load_rows(text, opened.path, opened.config, rows, seq_len, columns=names_of_columns)
     if tokens.ids.shape[1] < 2:
         raise UsageError(
             f"{text} has rows of one token; expected at least 2, the first one predicts the second"

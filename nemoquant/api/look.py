@@ -9,8 +9,8 @@ from nemoquant import arguments
 from nemoquant.api.model import found
 from nemoquant.arguments import PathLike
 from nemoquant.formats import Method
+from nemoquant.planning.choose import choose
 from nemoquant.planning.plan import Plan
-from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.planning.solving import FoldName
 from nemoquant.run.options import RunOptions
@@ -31,6 +31,8 @@ def plan(
 ) -> Plan:
     """Resolve a recipe (preset name or file) for a checkpoint folder's headers, or a bare ``config.json``.
 
+    A file may be a recipe of Model Optimizer, and ``modelopt:NAME`` is one of its library.
+
     Args:
         source: a path, or a model's name on the hub; of that the config alone where its cache lacks weights.
         method, folds, descent: take the place of the recipe's own; see :class:`RunOptions`.
@@ -38,7 +40,7 @@ def plan(
         download: of a name on the hub, fetch the config; without it nothing reaches a network.
         say: called with a line of text on what a name on the hub stands for.
     Raises:
-        CheckpointError, RecipeError, UsageError
+        CheckpointError, RecipeError, UsageError, MissingExtraError
     """
     options = RunOptions(scale_groups=scale_groups, method=method, folds=folds, descent=descent)
     name = recipe_text(recipe)
@@ -61,9 +63,15 @@ def recipe_text(recipe: PathLike) -> str:
 def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> Plan:
     """The plan of an opened source."""
     assumed = isinstance(source, BareConfig)
-    chosen = load_recipe(recipe).changed(options.method, options.folds, options.descent)
-    made = resolve(chosen, source.config, source.table, assumed=assumed, scale_groups=options.scale_groups)
-    return replace(made, warnings=source.warnings)
+    chosen, notes = choose(recipe, source.config, source.table)
+    made = resolve(
+        chosen.changed(options.method, options.folds, options.descent),
+        source.config,
+        source.table,
+        assumed=assumed,
+        scale_groups=options.scale_groups,
+    )
+    return replace(made, warnings=(*source.warnings, *notes))
 
 
 def inspect(

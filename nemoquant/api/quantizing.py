@@ -198,7 +198,7 @@ def quantize(
 
     Args:
         source: its folder, or a model's name on the hub.
-        recipe: preset name or recipe file.
+        recipe: preset name or recipe file, also one of Model Optimizer; see ``plan``.
         options: all options of the run in one; None takes the keyword arguments, and defaults.
         dry_run: check everything, write nothing.
         download: of a name on the hub, fetch what its cache lacks, once the plan was made from the config

@@ -119,10 +119,10 @@ def generate(
     from nemoquant.engine.load import load_engine
     from nemoquant.model.parse import load_config
     from nemoquant.tokens.codec import TextCodec
+    from nemoquant.tokens.declared import FILES, TEMPLATE_FILES
 
     signed = open_settings(folder)
-    used = ["tokenizer.json", "generation_config.json"]
-    used += ["chat_template.jinja", "tokenizer_config.json"] if chat else []
+    used = ["tokenizer.json", "generation_config.json", *FILES, *(TEMPLATE_FILES if chat else ())]
     warnings = [] if signed is None else unlisted(folder, signed, used)
     config, _ = load_config(folder)
     codec = TextCodec(folder)

@@ -16,7 +16,8 @@ from nemoquant.formats.arithmetic import TensorScale
 from nemoquant.formats.bf16 import rounded_up, value_of
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.model.names import stack_of
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 
 
 @dataclass

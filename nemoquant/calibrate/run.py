@@ -188,7 +188,7 @@ class _Run:
         norm = LayerWeights(self.checkpoint, f"{names.FINAL_NORM}.")["weight"]
         observers = [collector.observer() for collector in self.collectors]
         for batch in self.batches(1):
-            x = rms_norm(self.hidden.read(batch).to(self.device), norm, self.config.norm_eps)
+            x = rms_norm(self.hidden.read(batch).to(self.device), norm, self.config.norm_eps).flatten(0, 1)
             for observer in observers:
                 observer.observe(names.HEAD, x)
         self._add([observer.collect() for observer in observers])

@@ -29,8 +29,15 @@ from nemoquant.formats import DEVICES, Device
 @click.option(
     "--data",
     type=PATH,
-    help="Text to compare on: .txt, .jsonl, .parquet or .npy; mix: shipped prose, code, mathematics and chat "
-    "of other works than --calib mix has; default: the shipped prose.",
+    metavar="PATH_OR_NAME",
+    help="Text to compare on: what quantize takes as --calib; mix and the default are of other works there.",
+)
+@click.option(
+    "--data-column",
+    "columns",
+    multiple=True,
+    metavar="NAME",
+    help="The column of the text, where it has no usual name; twice for a question and its answer.",
 )
 @click.option("--rows", type=whole(1), default=32, show_default=True, help="Rows of text.")
 @click.option("--seq-len", type=whole(2), default=512, show_default=True, help="Tokens in a row.")
@@ -92,6 +99,7 @@ def command(
     source: str,
     outs: tuple[str, ...],
     data: Path | None,
+    columns: tuple[str, ...],
     rows: int,
     seq_len: int,
     html: Path | None,
@@ -128,6 +136,7 @@ def command(
     from nemoquant import api
     from nemoquant.evaluate.conditions import Condition
     from nemoquant.evaluate.report.files import CACHE, check_files, write_files
+    from nemoquant.tokens.array import are_rows
 
     conditions = [Condition.parse(text) for text in fail_if]
     to_stdout = str(json_file) == "-"
@@ -140,15 +149,14 @@ def command(
         for name, flag in (("rows", "--rows"), ("seq_len", "--seq-len"))
         if given(name) is ParameterSource.COMMANDLINE
     ]
-    if data is not None and data.suffix == ".npy" and unused:
-        say(
-            f"warning: not used: {', '.join(unused)} (an .npy file says its rows and length itself)", err=True
-        )
+    if data is not None and unused and are_rows(data, columns):
+        say(f"warning: not used: {', '.join(unused)} (an array says its rows and length itself)", err=True)
     with progress_bars(to_stdout) as progress:
         report = api.diff(
             reference,
             candidates,
             data=data,
+            columns=columns,
             rows=rows,
             seq_len=seq_len,
             reference_cache=reference_cache,

@@ -102,7 +102,8 @@ def command(
     from nemoquant.layouts.engines import READERS, cautions, header, mixture, notes, proof
     from nemoquant.layouts.engines import table as engine_table
     from nemoquant.layouts.serving import NEMOTRON_3, Chat, commands
-    from nemoquant.planning.plan import ROLE_HEADER, method_warnings, role_table
+    from nemoquant.planning.plan import method_warnings
+    from nemoquant.planning.shown import LAYERS, role_cells
     from nemoquant.tokens.template import template_source
 
     name = recipe_name(fmt, recipe)
@@ -129,8 +130,11 @@ def command(
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
         return
-    say(f"{resolved.recipe.name}: {resolved.recipe.summary}")
-    table(role_table(resolved), ROLE_HEADER, right="34")
+    say(f"{resolved.recipe.name}: {resolved.headline}")
+    columns, cells = role_cells(resolved.rows)
+    table(cells, columns, right="34")
+    if "layers" in columns:
+        say(LAYERS)
     figures = resolved.summary()
     kv, ssm = figures["kv_cache_bytes_per_token"], figures["ssm_state_bytes_per_sequence"]
     quantized = figures["bits_per_quantized_weight"]

@@ -50,8 +50,16 @@ if TYPE_CHECKING:
 @run_option(
     "data",
     type=PATH,
-    help="Calibration data: .txt, .jsonl, .parquet or .npy; mix: the shipped prose, code, mathematics and "
-    "chat; default: the shipped prose.",
+    metavar="PATH_OR_NAME",
+    help="Calibration text: .txt, .jsonl, .json, .csv, .parquet, .arrow, .npy, .npz, a folder of such files, "
+    "or a data set of the hub that is on this machine, such as cnn_dailymail; mix: the shipped prose, code, "
+    "mathematics and chat; default: the shipped prose.",
+)
+@run_option(
+    "columns",
+    multiple=True,
+    metavar="NAME",
+    help="The column of the text, where it has no usual name; twice for a question and its answer.",
 )
 @run_option("rows", type=whole(1), show_default=True, help="Calibration rows.")
 @run_option("seq_len", type=whole(1), show_default=True, help="Tokens in a calibration row.")
@@ -267,9 +275,12 @@ def _unused_options(calibrates: bool, options: RunOptions) -> list[str]:
     elif options.scales is not None:
         why = "--scales takes the place of calibration"
     else:
-        why = "an .npy file says its rows and length itself"
-        has_rows = options.data is not None and Path(options.data).suffix == ".npy"
-        names = [name for name in names if has_rows and name in ("rows", "seq_len")]
+        from nemoquant.tokens.array import are_rows
+
+        why = "an array says its rows and length itself"
+        names = [name for name in names if name in ("rows", "seq_len")]
+        if not (names and options.data is not None and are_rows(Path(options.data), options.columns)):
+            return []
     return [f"not used: {', '.join(OPTIONS[name].flag for name in names)} ({why})"] if names else []
 
 

@@ -128,7 +128,8 @@ def recipe_options(function: F) -> F:
     function = click.option(
         "--recipe",
         metavar="NAME_OR_FILE",
-        help="Preset name or recipe file; `nemoquant recipes list` shows presets.",
+        help="Preset name or recipe file; `nemoquant recipes list` shows presets. Or a recipe of Model "
+        "Optimizer: a file, or modelopt:NAME of its library.",
     )(function)
     return click.option(
         "--fmt", type=click.Choice(list(FORMATS)), help="Number format: the preset of that name."

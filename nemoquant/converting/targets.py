@@ -147,7 +147,8 @@ def to_compressed_tensors(opened: PackedCheckpoint) -> Conversion:
                 f"compressed-tensors: {why}; --to bf16 decodes them, or quantize with --fmt fp8"
             )
     (format, specs), *_ = found.items()
-    unscaled = [spec.module for spec in specs if spec.module not in opened.inputs]
+    whole = [spec.module for spec in specs if spec.module not in opened.inputs]
+    unscaled = [module for module in whole if module not in opened.weights_only]
     if unscaled:
         raise CheckpointError(
             f"{path}: {len(unscaled):,} modules have no scale of their inputs: {listing(unscaled)}; expected "
@@ -163,12 +164,16 @@ def to_compressed_tensors(opened: PackedCheckpoint) -> Conversion:
         and spec.name != spec.module
         and spec.role.removeprefix("mtp.") not in NO_GEMM
     ]
-    section = compressed_tensors.section([spec.module for spec in specs], plain, format)
+    rounded_inputs = [spec.module for spec in specs if spec.module in opened.inputs]
+    section = compressed_tensors.section(rounded_inputs, whole, plain, format)
     notes = [
         f"Codes are as they were. The scale of each weight is rounded to bf16, which moves all its values by "
         f"one factor: by {scales.weights:.2%} at most.",
-        f"Scales of inputs are rounded to bf16 upwards, by {scales.inputs:.2%} at most: nothing is cut off "
-        f"that was not before.",
+        *[
+            f"Scales of inputs are rounded to bf16 upwards, by {scales.inputs:.2%} at most: nothing is cut "
+            f"off that was not before."
+        ]
+        * bool(rounded_inputs),
         *_cache_notes(opened, "because transformers 5.19 fails on a config that has them"),
     ]
     config = _plain_config(opened) | {SECTION: section}
@@ -188,7 +193,8 @@ def _compressed(
         names = compressed_tensors.tensor_names(spec.module, format)
         yield copied(opened.checkpoint, stored.parts["codes"], names["codes"])
         yield scalar(names["global_scale"], scales.weight(opened.global_scale(stored)))
-        yield scalar(names["input_scale"], scales.input(opened.inputs[spec.module][1]))
+        if spec.module in opened.inputs:
+            yield scalar(names["input_scale"], scales.input(opened.inputs[spec.module][1]))
 
 
 CONVERSIONS: Mapping[Target, Callable[[PackedCheckpoint], Conversion]] = MappingProxyType(

@@ -129,7 +129,7 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
             solved=("gptq",),
             plain="max",
             calibrated=True,
-            weights_only=False,
+            weights_only=True,
         ),
         "mxfp8": Format(
             "mxfp8",

@@ -24,10 +24,16 @@ _MIXTURES = frozenset(
             {"NVFP4"},
             {"W4A16_NVFP4"},
             {"FP8", "NVFP4"},
+            {"FP8", "W4A16_NVFP4"},
         ],
     )
 )
 CHECKED: tuple[Check, ...] = (
-    Check("vLLM", "0.33.0", "2026-11-28", _MIXTURES | {frozenset({"NVFP4", "W4A16_NVFP4"})}),
+    Check(
+        "vLLM",
+        "0.33.0",
+        "2026-11-28",
+        _MIXTURES | {frozenset({"NVFP4", "W4A16_NVFP4"}), frozenset({"FP8", "W8A16_FP8"})},
+    ),
     Check("SGLang", "0.5.23", "2026-11-28", _MIXTURES),
 )

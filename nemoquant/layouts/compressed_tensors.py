@@ -17,6 +17,7 @@ what ``modelopt.py`` declares, an algorithm for each module. The source is the p
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,9 @@ from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 
 METHOD = "compressed-tensors"
-READABLE = "FP8 per tensor with static input scales, MXFP8, NVFP4 or NVFP4 weights only"  # in messages
+READABLE = (
+    "FP8 per tensor with static input scales, MXFP8, NVFP4, or FP8 or NVFP4 weights only"  # in messages
+)
 SCALE_DTYPES = ("BF16", "F16", "F32")  # of FP8's scales: that of the model which they were made in
 REGEX = "re:"  # begins a target that is a regular expression; others are names, or classes of modules
 LINEAR = "Linear"  # the class of every projection
@@ -383,42 +386,53 @@ def weight_format(tensors: Mapping[str, TensorInfo], name: str) -> str | None:
     return LAYOUT[format].algorithm
 
 
-def section(quantized: Collection[str], plain: Collection[str], format: FormatName) -> dict[str, Any]:
-    """``SECTION`` of config.json for a checkpoint whose modules have one format, inputs quantized too.
+def section(
+    quantized: Collection[str], weights_only: Collection[str], plain: Collection[str], format: FormatName
+) -> dict[str, Any]:
+    """``SECTION`` of config.json for a checkpoint whose modules have one format.
 
     transformers fuses experts and vLLM fuses q, k and v, both under names that begin with ``model.``: so
-    modules are meant by the end of their names. What is plain in some layers only is ignored layer by layer.
+    modules are meant by the end of their names. What is of another kind in some layers only is named layer by
+    layer.
 
     Args:
-        quantized, plain: modules with a weight, by their published names; of ``plain`` those that an engine
-            could take for a projection.
+        quantized, weights_only, plain: modules with a weight, by their published names: those whose inputs
+            are quantized too, those whose are not, and of the others those that an engine could take for a
+            projection.
     Raises:
-        CheckpointError: the experts of one layer are of both kinds, or multi-token prediction is quantized.
+        CheckpointError: experts of one layer are of several kinds, or multi-token prediction is quantized.
     """
     parts = LAYOUTS[format]
     ends = {_end(module) for module in quantized}
+    whole = {_end(module) for module in weights_only}
     patterns: dict[str, None] = {}
     for module in plain:
         if names.is_mtp(module):
             patterns[f"{REGEX}^mtp.*"] = None
-        elif _end(module) not in ends:
+        elif _end(module) not in ends | whole:
             patterns[f"{REGEX}.*{_end(module)}$"] = None
         else:
             patterns[f"{REGEX}.*{_end(module, with_layer=True)}$"] = None
-    _check_sections(quantized, plain)
+    _check_sections(quantized, weights_only, plain)
+    groups = {
+        f"group_{i}": {
+            "targets": sorted({f"{REGEX}.*{_end(m, with_layer=_end(m) in ends & whole)}$" for m in modules}),
+            "weights": _written(parts.weights),
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": parts.format,
+        }
+        for i, (modules, inputs) in enumerate(
+            (modules, inputs)
+            for modules, inputs in ((quantized, _written(parts.inputs)), (weights_only, None))
+            if modules
+        )
+    }
     return {
         "quant_method": METHOD,
         "format": parts.format,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": [f"{REGEX}.*{end}$" for end in sorted(ends)],
-                "weights": _written(parts.weights),
-                "input_activations": _written(parts.inputs),
-                "output_activations": None,
-                "format": parts.format,
-            }
-        },
+        "config_groups": groups,
         "ignore": list(patterns),
     }
 
@@ -434,19 +448,25 @@ def _end(module: str, *, with_layer: bool = False) -> str:
     return re.escape(end) + (r"\..*" if names.is_expert(module) else "")
 
 
-def _check_sections(quantized: Collection[str], plain: Collection[str]) -> None:
-    mtp = [module for module in quantized if names.is_mtp(module)]
+def _check_sections(
+    quantized: Collection[str], weights_only: Collection[str], plain: Collection[str]
+) -> None:
+    mtp = [module for module in (*quantized, *weights_only) if names.is_mtp(module)]
     if mtp:
         raise CheckpointError(
             f"{len(mtp)} multi-token-prediction modules are quantized ({listing(mtp)}); expected none: "
             f"transformers drops them, and vLLM was not looked at"
         )
-    both = {names.experts_of(m) for m in quantized if names.is_expert(m)}
-    both &= {names.experts_of(m) for m in plain if names.is_expert(m)}
-    if both:
+    kinds = Counter(
+        experts
+        for modules in (quantized, weights_only, plain)
+        for experts in {names.experts_of(module) for module in modules if names.is_expert(module)}
+    )
+    several = sorted(experts for experts, count in kinds.items() if count > 1)
+    if several:
         raise CheckpointError(
-            f"only some experts of {listing(sorted(both))} are quantized; expected all of a layer or none: "
-            f"engines run them as one operation"
+            f"only some experts of {listing(several)} are quantized, or have quantized inputs; expected all "
+            f"of a layer or none: engines run them as one operation"
         )
 
 

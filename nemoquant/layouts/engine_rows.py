@@ -76,6 +76,13 @@ _T_GUIDE = "_torch/modules/fused_moe/MOE_DEVELOPER_GUIDE.md"
 _T_LINEAR = "_torch/modules/linear.py"
 _T_MODEL = "_torch/models/modeling_nemotron_h.py, pull request 14775"
 _L_CONVERTER = "conversion/base.py, run"
+_ITS_OWN_LAYOUT = (
+    "where all is FP8, `nemoquant convert OUT NEW --to compressed-tensors` makes what it reads as it is meant"
+)
+_SCALE_OF_ONE = (
+    "vLLM 0.33.0 and SGLang 0.5.23 round their inputs from SM 89 on, with a scale of 1.0, without an error; "
+    "quantize inputs of experts too"
+)
 _T_SUMMER, _T_AUTUMN = "after June 2026", "after August 2026"  # main branch; no release is known
 
 _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
@@ -87,6 +94,27 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         On(TURING + AMPERE, "weights only", "0.33.0", _V_MOE),
         On(ADA, "native", "0.33.0", _V_MOE),
         On(HOPPER + BLACKWELL, "native", "0.12.0", _V_MOE),
+    ),
+    ("vLLM", "W8A16_FP8", LINEAR): (
+        On(TURING + AMPERE, "weights only", "0.33.0", f"{_V_LINEAR}; kernels/linear/scaled_mm/marlin.py"),
+        On(
+            SINCE_ADA,
+            "wrong",
+            "",
+            f"{_V_MODELOPT}, KFp8StaticTensor: FP8 there has quantized inputs",
+            note="vLLM 0.33.0 rounds their inputs from SM 89 on, with a scale that no file sets, without an "
+            f"error; {_ITS_OWN_LAYOUT}, or quantize inputs too",
+        ),
+    ),
+    ("vLLM", "W8A16_FP8", EXPERTS): (
+        On(TURING + AMPERE, "weights only", "0.33.0", _V_MOE),
+        On(
+            SINCE_ADA,
+            "wrong",
+            "",
+            f"{_V_MODELOPT}, ModelOptFp8MoEMethod.create_weights",
+            note=_SCALE_OF_ONE,
+        ),
     ),
     ("vLLM", "MXFP8", LINEAR): (
         On(TURING + AMPERE + ADA + HOPPER, "weights only", "0.23.0", _V_LINEAR),
@@ -147,6 +175,27 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         ),
         On(SINCE_ADA, "native", "0.5.9", _S_OVERRIDES),
     ),
+    ("SGLang", "W8A16_FP8", LINEAR): (
+        On(AMPERE, "weights only", "0.5.23", f"{_S_MODELOPT}, ModelOptFp8LinearMethod"),
+        On(
+            SINCE_ADA,
+            "wrong",
+            "",
+            f"{_S_MODELOPT}, ModelOptFp8LinearMethod",
+            note="SGLang 0.5.23 rounds their inputs from SM 89 on, with a scale that no file sets, without "
+            "an error; set SGLANG_FORCE_FP8_MARLIN=1 (read, not run), or quantize inputs too",
+        ),
+    ),
+    ("SGLang", "W8A16_FP8", EXPERTS): (
+        On(AMPERE, "refused", "", f"{_S_MODELOPT}, ModelOptFp8MoEMethod.create_moe_runner"),
+        On(
+            SINCE_ADA,
+            "wrong",
+            "",
+            f"{_S_MODELOPT}, ModelOptFp8MoEMethod.create_weights",
+            note=_SCALE_OF_ONE,
+        ),
+    ),
     ("SGLang", "MXFP8", LINEAR): (On(BLACKWELL, "native", "0.5.19", "layers/quantization/fp8_utils.py"),),
     ("SGLang", "MXFP8", EXPERTS): (
         On(DATACENTER, "native", "0.5.19", "layers/quantization/fp8.py"),
@@ -202,6 +251,18 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
         On(SINCE_ADA, "native", "1.3.0rc8", _T_GUIDE),
         On(AMPERE, "refused", "", _T_GUIDE),
     ),
+    ("TensorRT-LLM", "W8A16_FP8", LINEAR): (
+        On(
+            SINCE_ADA,
+            "native",
+            _T_AUTUMN,
+            f"{_T_LINEAR}, FP8QDQLinearMethod.process_weights_after_loading_vanilla",
+            note="it has no FP8 weights with whole inputs: it rounds them to FP8, with a scale found at run "
+            "time",
+        ),
+        On(AMPERE, "not known", "", _T_LINEAR),
+    ),
+    ("TensorRT-LLM", "W8A16_FP8", EXPERTS): (On(SINCE_AMPERE, "not known", "", _T_GUIDE),),
     ("TensorRT-LLM", "MXFP8", LINEAR): (On(ALL, "not known", "", _T_LINEAR),),
     ("TensorRT-LLM", "MXFP8", EXPERTS): (
         On(
@@ -237,14 +298,17 @@ _CASES: Mapping[tuple[str, str, str], tuple[On, ...]] = {
 }
 _RAW = "it loads the file without an error and computes with raw codes"
 _READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
-    ("transformers", "FP8"): On(
-        ALL,
-        "wrong",
-        "",
-        "run with 5.14 and 5.19",
-        note=f"{_RAW} (KL 2.2 on the demo model): `nemoquant convert OUT NEW --to compressed-tensors` if "
-        f"all is FP8, or `--to bf16`",
-    ),
+    **{
+        ("transformers", name): On(
+            ALL,
+            "wrong",
+            "",
+            "run with 5.14 and 5.19",
+            note=f"{_RAW} (KL 2.2 on the demo model): `nemoquant convert OUT NEW --to compressed-tensors` if "
+            f"all is FP8, or `--to bf16`",
+        )
+        for name in ("FP8", "W8A16_FP8")
+    },
     ("transformers", "MXFP8"): On(
         ALL,
         "wrong",
@@ -264,13 +328,16 @@ _READERS: Mapping[tuple[str, str], On] = {  # of whole files, on any GPU
     },
     ("transformers", MIXED): On(ALL, "native", "5.14", "the list is not read"),
     ("llama.cpp", MIXED): On(ALL, "weights only", "October 2026", _L_CONVERTER),
-    ("llama.cpp", "FP8"): On(
-        ALL,
-        "weights only",
-        "October 2026",
-        _L_CONVERTER,
-        note="its converter decodes FP8 to bf16, as large as the source",
-    ),
+    **{
+        ("llama.cpp", name): On(
+            ALL,
+            "weights only",
+            "October 2026",
+            _L_CONVERTER,
+            note="its converter decodes FP8 to bf16, as large as the source",
+        )
+        for name in ("FP8", "W8A16_FP8")
+    },
     ("llama.cpp", "MXFP8"): On(ALL, "refused", "", _L_CONVERTER, note="its converter fails on MXFP8"),
     ("llama.cpp", "NVFP4"): On(ALL, "weights only", "October 2026", _L_CONVERTER),
     ("llama.cpp", "W4A16_NVFP4"): On(
@@ -294,12 +361,17 @@ LEAST: Mapping[tuple[str, str], int] = MappingProxyType(
         ("vLLM", "MXFP8"): 80,
         ("vLLM", "NVFP4"): 75,
         ("vLLM", "W4A16_NVFP4"): 75,
+        ("vLLM", "W8A16_FP8"): 75,
         ("vLLM", MIXED): 75,
         ("SGLang", "FP8"): 89,
         ("SGLang", "MXFP8"): 100,
         ("SGLang", "NVFP4"): 80,
         ("SGLang", "W4A16_NVFP4"): 80,
+        ("SGLang", "W8A16_FP8"): 80,
         ("SGLang", MIXED): 80,
-        **{("TensorRT-LLM", name): 80 for name in ("FP8", "MXFP8", "NVFP4", "W4A16_NVFP4", MIXED)},
+        **{
+            ("TensorRT-LLM", name): 80
+            for name in ("FP8", "MXFP8", "NVFP4", "W4A16_NVFP4", "W8A16_FP8", MIXED)
+        },
     }
 )

@@ -23,7 +23,7 @@ from nemoquant.layouts.engine_rows import (
     Row,
     Runs,
 )
-from nemoquant.layouts.modelopt import MIXED, algorithm, is_listed
+from nemoquant.layouts.modelopt import MIXED, algorithm, declared_name, is_listed
 from nemoquant.planning.plan import Plan
 
 READERS = ("transformers", "llama.cpp")  # what people try too
@@ -72,7 +72,8 @@ def mixture(plan: Plan) -> Mixture:
         found |= {(name, BESIDE) for name in names}
     if is_listed(names):
         found.add((MIXED, LINEAR))
-    return Mixture(frozenset(found), MIXED if is_listed(names) else next(iter(names), ""))
+    whole = MIXED if is_listed(names) else next(map(declared_name, names), "")
+    return Mixture(frozenset(found), whole)
 
 
 @cache
@@ -129,6 +130,7 @@ def cautions(plan: Plan) -> list[str]:
     """What a user must know before serving the file of a plan: where an engine is silently wrong."""
     present = mixture(plan).parts
     modules = Counter(algorithm(row) for row in plan.quantized)
+    parts = Counter((algorithm(row), LINEAR if row.expert is None else EXPERTS) for row in plan.quantized)
     roles = Counter((algorithm(row), row.role) for row in plan.quantized)
     found = []
     for row in _silent():
@@ -136,12 +138,14 @@ def cautions(plan: Plan) -> list[str]:
             continue
         if row.part == BESIDE:
             who = f"{modules[row.algorithm]} modules are {row.algorithm} beside other formats"
+        elif (count := parts[row.algorithm, row.part]) > 0:
+            who = f"{count} {'experts' if row.part == EXPERTS else 'modules'} are {row.algorithm}"
         elif (count := roles[row.algorithm, row.part]) > 1:
             who = f"{count} {row.part} modules are {row.algorithm}"
         else:
             who = f"{row.part} is {row.algorithm}"
         found.append(f"{who}: {row.on.note}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def header(engines: Iterable[str] = ENGINES.values()) -> tuple[str, ...]:

@@ -11,6 +11,10 @@ These names are in no other file. In this layout every stored scale is a decode 
     K, V cache      k_proj.k_scale, v_proj.v_scale                  (F32, shape [])
 
 What the layout has for each number format is one row of ``LAYOUT``.
+
+FP8 weights whose inputs are not quantized (W8A16) have no name of their own: Model Optimizer declares them
+FP8 and leaves ``input_scale`` out. Here they are ``W8A16_FP8``, a name that no file has; files say it by a
+group of modules without ``input_activations``.
 """
 
 import json
@@ -32,8 +36,9 @@ from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, Fo
 from nemoquant.model.names import experts_of
 from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import has_wildcard
+from nemoquant.planning.row import Row
 from nemoquant.words import MOST_NAME, plain
 
 LEGACY = "hf_quant_config.json"  # the older of the two config files
@@ -69,7 +74,8 @@ class Layout:
 
     Attributes:
         algorithm: Model Optimizer's name, where inputs are quantized too.
-        weights_only: its name where they are not; None if it has none.
+        weights_only: that where they are not; None if the layout has no such weights.
+        declared: what files call ``weights_only``, where that is a name of ours; they list such modules.
         suffix: of the names of a module's parts, by kind.
         plain_exclusions: SGLang takes an exclusion from this algorithm as a whole part between dots, without
             wildcards, so one without them is written too.
@@ -79,14 +85,16 @@ class Layout:
     weights_only: str | None
     suffix: Mapping[str, str]
     plain_exclusions: bool = False
+    declared: str | None = None
 
 
 LAYOUT: Mapping[FormatName, Layout] = MappingProxyType(
     {
         "fp8": Layout(
             "FP8",
-            weights_only=None,
+            weights_only="W8A16_FP8",
             suffix={"codes": "weight", "global_scale": "weight_scale", "input_scale": "input_scale"},
+            declared="FP8",
         ),
         "mxfp8": Layout(
             "MXFP8",
@@ -116,6 +124,14 @@ FORMAT_OF: Mapping[str, FormatName] = MappingProxyType(
     }
 )
 """Number format by algorithm."""
+DECLARED: Mapping[str, str] = MappingProxyType(
+    {
+        layout.weights_only: layout.declared
+        for layout in LAYOUT.values()
+        if layout.weights_only and layout.declared
+    }
+)
+"""Algorithm -> what files call it, where that is another one's name."""
 READABLE = "FP8 per tensor, MXFP8 or NVFP4"  # in messages
 
 
@@ -210,7 +226,7 @@ def kv_scale_name(module: str) -> str:
 
 
 def algorithm(row: Row) -> str:
-    """ModelOpt's name for the quantization of a row's module; "" where it is not quantized."""
+    """ModelOpt's name for the quantization of a row's module, or ours; "" where it is not quantized."""
     if row.format == "source":
         return ""
     layout = LAYOUT[row.format]
@@ -220,13 +236,20 @@ def algorithm(row: Row) -> str:
     return layout.weights_only
 
 
+def declared_name(algorithm: str) -> str:
+    """What files call an algorithm."""
+    return DECLARED.get(algorithm, algorithm)
+
+
 def is_listed(algorithms: Collection[str]) -> bool:
     """Whether a file of these algorithms is ``MIXED``, its modules listed one by one.
 
     One that is W4A16_NVFP4 throughout is too: SGLang would run it as W4A4 on Blackwell, with an input scale
-    of 1.0. With its modules listed, as in published files, it is right in every engine that loads it.
+    of 1.0. With its modules listed, as in published files, it is right in every engine that loads it. A file
+    of one declared name is not: SGLang takes a listed one without NVFP4 for another method.
     """
-    return len(algorithms) > 1 or any(name == LAYOUT[FORMAT_OF[name]].weights_only for name in algorithms)
+    names = {declared_name(name) for name in algorithms}
+    return len(names) > 1 or any(name == LAYOUT[FORMAT_OF[name]].weights_only for name in names)
 
 
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -242,7 +265,8 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
             "quantization": {"quant_algo": None, "kv_cache_quant_algo": kv, "exclude_modules": ignore},
         }
     mixed = is_listed(kinds)
-    named = {"quant_algo": MIXED if mixed else kinds[0]}
+    by_name = mixed or any(kind in DECLARED for kind in kinds)
+    named = {"quant_algo": MIXED if mixed else declared_name(kinds[0])}
     layers = {module: _entry(kind) for module, kind in sorted(by_module.items())} if mixed else {}
     legacy: dict[str, Any] = {**named, "kv_cache_quant_algo": kv}
     if not mixed:
@@ -251,7 +275,7 @@ def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, 
     section: dict[str, Any] = {
         "config_groups": {
             f"group_{i}": _group(kind)
-            | {"targets": sorted(m for m, k in by_module.items() if k == kind) if mixed else ["Linear"]}
+            | {"targets": sorted(m for m, k in by_module.items() if k == kind) if by_name else ["Linear"]}
             for i, kind in enumerate(kinds)
         }
     }
@@ -272,7 +296,7 @@ def _group_size(kind: str) -> dict[str, int]:
 
 
 def _entry(kind: str) -> dict[str, Any]:
-    return {"quant_algo": kind, **_group_size(kind)}
+    return {"quant_algo": declared_name(kind), **_group_size(kind)}
 
 
 def _group(kind: str) -> dict[str, Any]:
@@ -378,6 +402,7 @@ class _Number(BaseModel):
 class _Group(BaseModel):
     weights: _Number | None = None
     input_activations: _Number | None = None
+    targets: list[str] | None = None
 
 
 def _bounded(names: list[str]) -> list[str]:
@@ -426,7 +451,20 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     if declared is None or declared == {}:
         return _legacy_quantization(path)
     _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
-    return dict(declared)
+    return _told_apart(declared)
+
+
+def _told_apart(declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with our names for modules that are declared by another's: their group has no inputs."""
+    ours = {theirs: name for name, theirs in DECLARED.items()}
+    layers = dict(declared.get("quantized_layers") or {})
+    for group in (declared.get("config_groups") or {}).values():
+        if isinstance(group, dict) and group.get("weights") and group.get("input_activations") is None:
+            for module in group.get("targets") or []:
+                name = ours.get(layers.get(module, declared).get("quant_algo"))
+                if name is not None:
+                    layers[module] = {**layers.get(module, {}), "quant_algo": name}
+    return {**declared, **({"quantized_layers": layers} if layers else {})}
 
 
 def _check(data: object, schema: type[BaseModel], place: str) -> None:

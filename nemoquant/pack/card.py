@@ -10,7 +10,8 @@ from nemoquant.formats import FORMATS
 from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
 from nemoquant.layouts.serving import Chat, commands
 from nemoquant.pack.hub import head, source_id, source_name
-from nemoquant.planning.plan import Plan, role_table
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.shown import LAYERS, formats, role_cells
 from nemoquant.sources.hub import origin
 from nemoquant.sources.source import Source
 from nemoquant.tokens.template import template_source
@@ -60,13 +61,15 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
     per_weight, quantized = plan.bits_per_weight, plan.bits_per_quantized_weight
     kv, file = plan.kv_cache_bytes_per_token(), mixture(plan)
     origin = source.path, source.raw_config
+    columns, cells = role_cells(plan.rows)
     tags = {"nemotron_h", "modelopt", "nemoquant", *(row.format for row in plan.quantized)}
     lines = [
-        f"# {in_markdown(source_name(*origin))}, quantized: {in_markdown(plan.recipe.name)}",
+        f"# {in_markdown(source_name(*origin))}, {_quantized(plan)}",
         "",
-        in_markdown(plan.recipe.summary),
+        plan.headline,
         "",
         f"- Source: {linked(*origin)}",
+        f"- Recipe: {markdown_code(plan.recipe.name)}",
         f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
@@ -77,13 +80,11 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         "",
         "## Map",
         "",
-        "| role | weights | GEMM inputs | tensors | bytes |",
-        "|---|---|---|---:|---:|",
-        *(
-            f"| {role} | {weights} | {inputs} | {count:,} | {total:,} |"
-            for role, weights, inputs, count, total in role_table(plan)
-        ),
+        f"| {' | '.join(columns)} |",
+        "|---|---|---|---:|---:|" + "---|" * ("layers" in columns),
+        *(f"| {' | '.join(f'{c:,}' if isinstance(c, int) else c for c in row)} |" for row in cells),
         "",
+        *([f"- {LAYERS}"] * ("layers" in columns)),
         *(
             f"- `{name}`: {text}"
             for name, text in NAMES.items()
@@ -108,6 +109,12 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         "`nemoquant.json` has the recipe, the plan's and every file's", told.warnings, told.copied
     )
     return head(*origin, LIBRARY, tags) + "\n".join(lines) + "\n"
+
+
+def _quantized(plan: Plan) -> str:
+    """What was made, for the title: of formats that some weight has."""
+    found = formats(plan.rows)
+    return f"quantized to {found}" if found else "with a quantized KV cache"
 
 
 def ending(has: str, warnings: Sequence[str], copied: Sequence[str]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.formats.arithmetic import Encoded, TensorScale
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.pack.outliers import Lost, lost_to_scale
-from nemoquant.planning.plan import Row
+from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import NO_FOLDS, Folds
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.source import floats, squares

@@ -8,7 +8,8 @@ from nemoquant.calibrate.scales import kv_modules
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.checkpoint.header import ITEM_SIZE
 from nemoquant.layouts.modelopt import kv_scale_name, tensor_name
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 
 
 @dataclass(frozen=True)

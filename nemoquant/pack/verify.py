@@ -54,9 +54,10 @@ from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 from nemoquant.pack.encode import amax, copy, encode_again, error_again, slices
 from nemoquant.pack.shards import Entry, Shard, shards
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
+from nemoquant.planning.row import Row
 from nemoquant.progress import Count, Progress, no_progress
 from nemoquant.solve.files import FOLDS, SOLVED
 from nemoquant.solve.folds.file import check as check_folds

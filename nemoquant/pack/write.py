@@ -42,7 +42,8 @@ from nemoquant.pack.encode import (
 from nemoquant.pack.outliers import Lost
 from nemoquant.pack.shards import Shard, Unit
 from nemoquant.pack.workers import Workers
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 from nemoquant.progress import Count
 from nemoquant.solve.folds.layer import NO_FOLDS, Folds
 from nemoquant.solve.store import Solved, summary

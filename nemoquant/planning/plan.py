@@ -5,110 +5,22 @@ Later stages read the plan and match no names.
 
 import hashlib
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from nemoquant.checkpoint.header import ITEM_SIZE
-from nemoquant.formats import (
-    FORMATS,
-    SOLVED,
-    CacheFormat,
-    Format,
-    FormatName,
-    Method,
-    ScaleMethod,
-    SolvedMethod,
-)
+from nemoquant.formats import CacheFormat, Method
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
 from nemoquant.planning.recipe import Recipe
+from nemoquant.planning.row import Row, row_json
+from nemoquant.planning.shown import headline, role_cells, role_data
 from nemoquant.units import size
 
 SCHEMA = 1  # of the plan's JSON
 SCALAR_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Row:
-    """What becomes of one tensor of the source.
-
-    ``format`` is ``source`` (kept bit for bit) or a number format. ``activation_format`` is the format of
-    the GEMM's input at run time, None if it is not quantized. Rows that share ``weight_group`` share their
-    per-tensor weight scale, rows that share ``input_group`` their input scale; None means a scale of its own.
-    ``reason`` names the recipe's rule.
-    """
-
-    name: str
-    role: str
-    layer: int | None
-    expert: int | None
-    shape: tuple[int, ...]
-    source_dtype: str
-    format: Literal["source", FormatName]
-    scale_method: Method | None
-    activation_format: FormatName | None
-    weight_group: str | None
-    input_group: str | None
-    reason: str
-
-    @property
-    def module(self) -> str:
-        """Name of the module that the tensor belongs to."""
-        return self.name.removesuffix(".weight")
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes_in(self) -> int:
-        return self.elements * ITEM_SIZE[self.source_dtype]
-
-    @property
-    def number(self) -> Format | None:
-        """The number format of a quantized row; None of one that is kept."""
-        return None if self.format == "source" else FORMATS[self.format]
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the GEMM's input has a scale that comes from calibration."""
-        return self.activation_format is not None and FORMATS[self.activation_format].calibrated
-
-    @property
-    def solved(self) -> bool:
-        """Whether its codes are solved for with the GEMM's inputs."""
-        return self.scale_method in SOLVED
-
-    @property
-    def solved_method(self) -> SolvedMethod:
-        """The method of a row that is solved."""
-        return next(known for known in SOLVED if known == self.scale_method)
-
-    @property
-    def plain_method(self) -> ScaleMethod:
-        """The method of a quantized row that needs the weight alone; see :meth:`Format.alone`."""
-        assert self.number is not None and self.scale_method is not None
-        return self.number.alone(self.scale_method)
-
-    def parts(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """The tensors that are written for this row: (kind, safetensors dtype, shape).
-
-        ``kind`` is one of ``source``, ``codes``, ``block_scales``, ``global_scale``, ``input_scale``.
-        """
-        if self.number is None:
-            return [("source", self.source_dtype, self.shape)]
-        parts: list[tuple[str, str, tuple[int, ...]]] = list(
-            self.number.packed_tensors((self.shape[0], self.shape[1]))
-        )
-        return parts + [("input_scale", "F32", ())] * self.calibrated
-
-    @property
-    def bytes_out(self) -> int:
-        return sum(math.prod(shape) * ITEM_SIZE[dtype] for _, dtype, shape in self.parts())
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +30,8 @@ class Plan:
     Attributes:
         assumed: dtypes come from the config alone, not from headers.
         scale_groups: whether rows of a group share their scales.
-        warnings: what was put right in the source, or left out; no part of the plan's identity.
+        warnings: what was put right in the source, or left out, and what a recipe means otherwise here; no
+            part of the plan's identity.
     """
 
     recipe: Recipe
@@ -147,7 +60,7 @@ class Plan:
     @property
     def unused_formats(self) -> list[str]:
         """Formats that the recipe names but no tensor has, because this model lacks the roles."""
-        return sorted({rule.format for rule in self.recipe.rules} - {row.format for row in self.rows})
+        return sorted({rule.stored for rule in self.recipe.rules} - {row.format for row in self.rows})
 
     @property
     def needs_calibration(self) -> bool:
@@ -232,8 +145,13 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The figures and every row."""
-        return self.summary() | {"rows": [row_json(row) for row in self.rows]}
+        """The figures, what each role gets, and every row."""
+        return self.summary() | {"roles": role_data(self.rows), "rows": [row_json(row) for row in self.rows]}
+
+    @property
+    def headline(self) -> str:
+        """What the plan does, in a sentence; every format that it names, some weight has, or the KV cache."""
+        return headline(self.rows, self.cache if self.kv_layers else None)
 
     def sizes(self) -> str:
         """What becomes of the model's size, in a few words."""
@@ -246,7 +164,8 @@ class Plan:
         return f"Plan({self.recipe.name}: {self.sizes()})"
 
     def _repr_html_(self) -> str:
-        return html_table(f"{self.recipe.name}: {self.sizes()}", ROLE_HEADER, role_table(self), right=(3, 4))
+        header, cells = role_cells(self.rows)
+        return html_table(f"{self.recipe.name}: {self.sizes()}", header, cells, right=(3, 4))
 
 
 def method_warnings(plan: Plan, method: Method | None) -> list[str]:
@@ -258,26 +177,3 @@ def method_warnings(plan: Plan, method: Method | None) -> list[str]:
         f"--method {method}: {count:,} {form.upper()} weights get {got}, the nearest that {form.upper()} has"
         for (form, got), count in others.items()
     ]
-
-
-ROLE_HEADER = ("role", "weights", "GEMM inputs", "tensors", "bytes")
-
-
-def role_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
-    """(role, weights, inputs, tensors, bytes out) by role and format, in file order."""
-    totals: dict[tuple[str, str, str], list[int]] = {}
-    for row in plan.rows:
-        weights = row.format if row.scale_method in (None, "max") else f"{row.format} ({row.scale_method})"
-        entry = totals.setdefault((row.role, weights, row.activation_format or "-"), [0, 0])
-        entry[0] += 1
-        entry[1] += row.bytes_out
-    return [
-        (role, weights, inputs, count, total) for (role, weights, inputs), (count, total) in totals.items()
-    ]
-
-
-def row_json(row: Row) -> dict[str, Any]:
-    """A row as JSON data, with both scale groups under one key."""
-    data: dict[str, Any] = {**vars(row), "shape": list(row.shape)}
-    data["scale_group"] = {"weight": data.pop("weight_group"), "input": data.pop("input_group")}
-    return data

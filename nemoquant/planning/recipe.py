@@ -4,12 +4,12 @@ name: nvfp4
 summary: Routed experts NVFP4, the other GEMMs FP8.
 rules:                                  # first match wins; every tensor must be covered
   - roles: [experts.*]
-    format: nvfp4                       # source, fp8, mxfp8 or nvfp4
+    format: nvfp4                       # fp8, mxfp8 or nvfp4; source; bf16, which is source and must be it
     scales: max                         # max, mse or four_over_six (NVFP4 block scales), or solved with the
                                         # GEMM's inputs: hess (NVFP4) or gptq
-    activations: nvfp4                  # the weight's format, or none for weights only (NVFP4 only)
+    activations: nvfp4                  # the weight's format, or none for weights only (FP8 and NVFP4)
   - roles: [mamba.in_proj]
-    layers: [0, 2]                      # only in these layers; each must have the role
+    layers: [0, 3..9, last]             # only in these layers: see layers.py; each must have the role
     format: fp8
   - names: ["backbone.layers.7.mixer.o_proj"]   # patterns (* ? [..]) over module or tensor names
     format: source
@@ -18,18 +18,20 @@ rules:                                  # first match wins; every tensor must be
 kv_cache: fp8                           # source or fp8
 solve: {damping: 0.5, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
 folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
+
+With ``extends: nvfp4`` (a preset, or a file by its path from this one) a recipe says only what differs: its
+rules come before those of the other, its other keys take their place.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from nemoquant.arguments import home_expanded
 from nemoquant.errors import RecipeError, brief, listing
-from nemoquant.files import read_text
 from nemoquant.formats import (
     CACHE_FORMATS,
     FORMATS,
@@ -41,30 +43,41 @@ from nemoquant.formats import (
     Method,
 )
 from nemoquant.model.parse import MOST_LAYERS
+from nemoquant.planning.layers import Layer, in_words
+from nemoquant.planning.modelopt.recognise import PREFIX, is_theirs
 from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
+from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
 
 # Bounds far above any recipe that a person or a search would write.
-MOST_BYTES = 256 << 10  # of a file; the presets have one kilobyte
 MOST_RULES = 1024
 MOST_PATTERNS = 512  # with wildcards, in all rules: each may be compared with every tensor
 MOST_NAMES = 65_536  # in one rule
 MOST_PROBLEMS = 8  # in a message
-MOST_DIGITS = 40  # of a number
+MOST_BASES = 8  # recipes that one extends, one after the other
 
+Made = TypeVar("Made")
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
-Layer = Annotated[int, Field(ge=0, strict=True)]
+Kept = Literal["source", "bf16"]  # as the source has it; bf16 says so of a tensor that must be bf16
+KEPT_DTYPES: Mapping[str, str] = MappingProxyType({"bf16": "BF16"})
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Summary = Annotated[str, Field(max_length=2000)]
+Folds = Annotated[list[FoldName], Field(max_length=len(FOLDS))]
 
 
 class Rule(BaseModel):
     """One line of a recipe: what it matches, and the format that its matches get."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"oneOf": [{"required": ["roles"]}, {"required": ["names"]}]},
+    )
 
     roles: list[Pattern] = Field(default=[], min_length=1, max_length=MOST_PATTERNS)
     names: list[Pattern] = Field(default=[], min_length=1, max_length=MOST_NAMES)
     layers: Annotated[list[Layer], Field(min_length=1, max_length=MOST_LAYERS)] | None = None
-    format: Literal["source", FormatName]
+    format: Literal[Kept, FormatName]
     scales: Method = "max"
     activations: Literal[FormatName, "none"] | None = None
 
@@ -91,18 +104,26 @@ class Rule(BaseModel):
     @property
     def number(self) -> Format | None:
         """The number format; None where tensors stay as the source has them."""
-        return None if self.format == "source" else FORMATS[self.format]
+        return next((number for name, number in FORMATS.items() if name == self.format), None)
+
+    @property
+    def stored(self) -> Literal["source", FormatName]:
+        """The format that its matches get in the output."""
+        return "source" if self.number is None else self.number.name
+
+    @property
+    def kept_dtype(self) -> str | None:
+        """The dtype that its matches must have in the source; None for any."""
+        return KEPT_DTYPES.get(self.format)
 
     @property
     def activation_format(self) -> FormatName | None:
         """Format of the GEMM's input; None if it is not quantized."""
-        if self.format == "source" or self.activations == "none":
-            return None
-        return self.format
+        return None if self.number is None or self.activations == "none" else self.number.name
 
     def __str__(self) -> str:
         where = f"roles {listing(self.roles, 20)}" if self.roles else f"names {listing(self.names, 20)}"
-        return where + (f" in {len(self.layers)} layers" if self.layers is not None else "")
+        return where + (f" in {in_words(self.layers)}" if self.layers is not None else "")
 
 
 def has_wildcard(pattern: str) -> bool:
@@ -131,12 +152,13 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    summary: str = Field(max_length=2000)
+    name: Name
+    summary: Summary
     rules: list[Rule] = Field(min_length=1, max_length=MOST_RULES)
     kv_cache: Literal["source", CacheName] = "source"
     solve: Solve = Solve()
-    folds: list[FoldName] = Field(default=[], max_length=len(FOLDS))
+    folds: Folds = []
+    _inherited: int = PrivateAttr(0)
 
     @model_validator(mode="after")
     def bounded(self) -> "Recipe":
@@ -146,6 +168,11 @@ class Recipe(BaseModel):
                 f"its rules have {count:,} patterns with wildcards; expected at most {MOST_PATTERNS}"
             )
         return self
+
+    @property
+    def own(self) -> int:
+        """How many of the rules are its own: those after them, of what it extends, may match nothing more."""
+        return len(self.rules) - self._inherited
 
     @property
     def cache(self) -> CacheFormat | None:
@@ -182,6 +209,39 @@ class Recipe(BaseModel):
         words += ["unfolded"] * (folds is not None and not folds and bool(self.folds))
         return changed.model_copy(update={"name": "-".join([self.name, *words])[:100]})
 
+    def without(self, numbers: Collection[int]) -> "Recipe":
+        """The recipe without some of its inherited rules, by their numbers from 1."""
+        if not numbers:
+            return self
+        rules = [rule for number, rule in enumerate(self.rules, 1) if number not in numbers]
+        changed = self.model_copy(update={"rules": rules})
+        changed._inherited = self._inherited - len(numbers)
+        return changed
+
+
+class Extension(BaseModel):
+    """A recipe that says only what differs from another: keys that it lacks are the other's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name
+    extends: str = Field(min_length=1, max_length=1000)
+    summary: Summary | None = None
+    rules: list[Rule] = Field(default=[], max_length=MOST_RULES)
+    kv_cache: Literal["source", CacheName] | None = None
+    solve: Solve | None = None
+    folds: Folds | None = None
+
+    def of(self, base: Recipe) -> Recipe:
+        """The whole recipe; raises ValidationError where both together exceed a bound."""
+        given = {key: value for key, value in self if value is not None and key not in ("extends", "rules")}
+        kept = {key: value for key, value in base if key not in ("name", "summary", "rules")}
+        made = Recipe.model_validate(
+            {"summary": f"{base.name} with changes."} | kept | given | {"rules": [*self.rules, *base.rules]}
+        )
+        made._inherited = len(base.rules)
+        return made
+
 
 def _with_method(rule: Rule, method: Method) -> Rule:
     number = rule.number
@@ -193,26 +253,54 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
+def is_foreign(name_or_path: str) -> bool:
+    """Whether a name or file is a recipe of Model Optimizer, and no preset."""
+    return name_or_path not in presets() and is_theirs(name_or_path)
+
+
 def load_recipe(name_or_path: str) -> Recipe:
-    """A preset by its name, or a recipe file.
+    """A preset by its name, or a recipe file, with what it extends.
 
     Raises:
-        RecipeError: there is no such preset or file, or the file does not follow the schema.
+        RecipeError: there is no such preset or file, the file does not follow the schema, or it is one of
+            Model Optimizer, which ``planning/choose.py`` takes for a model.
     """
-    shipped = presets()
-    path = shipped.get(name_or_path, Path(home_expanded(name_or_path)))
+    return _load(presets().get(name_or_path, Path(home_expanded(name_or_path))), name_or_path, ())
+
+
+def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
+    """A recipe file; ``name`` is what messages call it, ``before`` are those that extend it, in order."""
+    if is_theirs(name if name.startswith(PREFIX) else str(path)):
+        where = f"recipe {before[-1]} extends {brief(name)}, which" if before else f"recipe {brief(name)}"
+        raise RecipeError(
+            f"{where} is a recipe of Model Optimizer, whose meaning depends on the model; `nemoquant recipes "
+            f"show {name} --model MODEL` converts it"
+        )
+    if path.resolve() in before:
+        raise RecipeError(
+            f"recipe {name} extends itself, in a circle of {len(before) - before.index(path.resolve())}; "
+            f"expected a chain that ends at a recipe without `extends`"
+        )
+    if len(before) > MOST_BASES:
+        raise RecipeError(
+            f"recipe {name}: {len(before)} recipes extend one another; expected at most {MOST_BASES}"
+        )
     try:
-        data = yaml.load(read_text(path, MOST_BYTES), _Strict)  # a SafeLoader
+        data = read_yaml(path, name)
     except FileNotFoundError:
-        raise RecipeError(
-            f"recipe {brief(name_or_path)} is neither a file nor a preset; presets are "
-            f"{listing(list(shipped), 20)}"
-        ) from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"recipe {name_or_path} cannot be read as YAML: {' '.join(str(error).split())[:500]}"
-        ) from None
-    return parse_recipe(data, name_or_path)
+        known = f"presets are {listing(list(presets()), 20)}"
+        if before:
+            raise RecipeError(
+                f"recipe {before[-1]} extends {brief(name)}, which is neither a preset nor a file beside it; "
+                f"{known}"
+            ) from None
+        raise RecipeError(f"recipe {brief(name)} is neither a file nor a preset; {known}") from None
+    if not (isinstance(data, dict) and "extends" in data):
+        return parse_recipe(data, name)
+    own = _checked(lambda: Extension.model_validate(data), name)
+    there = presets().get(own.extends, path.parent / own.extends)
+    base = _load(there, str(own.extends), (*before, path.resolve()))
+    return _checked(lambda: own.of(base), name)
 
 
 def parse_recipe(data: object, source: str = "recipe") -> Recipe:
@@ -221,8 +309,12 @@ def parse_recipe(data: object, source: str = "recipe") -> Recipe:
     Raises:
         RecipeError: names the key, what it held, and what was expected.
     """
+    return _checked(lambda: Recipe.model_validate(data), source)
+
+
+def _checked(make: Callable[[], Made], source: str) -> Made:
     try:
-        return Recipe.model_validate(data)
+        return make()
     except ValidationError as error:
         problems = [_problem(e) for e in error.errors(include_url=False)[:MOST_PROBLEMS]]
         if error.error_count() > MOST_PROBLEMS:
@@ -230,6 +322,12 @@ def parse_recipe(data: object, source: str = "recipe") -> Recipe:
         raise RecipeError(
             f"recipe {source}: {'; '.join(problems)}; `nemoquant recipes show fp8` prints a valid one"
         ) from None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of recipe files, for editors."""
+    made = TypeAdapter(Recipe | Extension).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Recipe of nemoquant", **made}
 
 
 def _problem(error: Any) -> str:
@@ -245,56 +343,3 @@ def _problem(error: Any) -> str:
     return f"{where}: {message}" + (
         "" if isinstance(error["input"], dict | Recipe | Rule) else f", got {brief(error['input'])}"
     )
-
-
-class _Strict(yaml.SafeLoader):
-    """YAML whose mappings have each key once; plain YAML would silently take the last one.
-
-    Anchors and aliases are refused: nine lines of them can stand for more values than memory holds. So are
-    tags, which give a value a kind that it does not look like: PyYAML fails on some in ways of its own.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            raise yaml.YAMLError(
-                f"{sign}{event.anchor[:80]} is an anchor or alias of YAML, which a recipe may not have; put "
-                f"a pattern that begins with {sign} in quotes{event.start_mark}"
-            )
-        if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(
-                f"{brief(event.tag)} is a tag of YAML, which a recipe may not have; write the value alone"
-                f"{event.start_mark}"
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Hashable] = set()
-        for inner, _ in node.value:
-            key = self.construct_object(inner, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # YAML itself refuses it
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {brief(key)} stands twice", inner.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node: yaml.ScalarNode) -> Any:
-        """A number of a readable length: of ``1:1:1:...`` YAML makes one in quadratic time."""
-        if len(node.value) > MOST_DIGITS:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a number of {len(node.value):,} characters", node.start_mark
-            )
-        kind = (
-            yaml.SafeLoader.construct_yaml_int
-            if node.tag.endswith(":int")
-            else yaml.SafeLoader.construct_yaml_float
-        )
-        return kind(self, node)
-
-
-for _tag in ("int", "float"):
-    _Strict.add_constructor(f"tag:yaml.org,2002:{_tag}", _Strict.construct_number)

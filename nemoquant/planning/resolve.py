@@ -7,10 +7,13 @@ The checks in order; each is an error that lists what is wrong:
 2. a name pattern, or a layer of a rule, that matches nothing; a rule that matches only tensors that earlier
    rules take
 3. a tensor that no rule covers
-4. a tensor that must not be quantized
+4. a tensor that must not be quantized, and one that must be bf16 and is not
 5. an input dimension that the format's block does not divide
 6. tensors that consumers fuse, with different formats
 7. a recipe that quantizes nothing in this model
+
+Rules that a recipe has from what it ``extends`` may be left with nothing to do: they are dropped, and the
+plan's recipe lacks them.
 """
 
 import re
@@ -19,23 +22,27 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import translate
 from functools import cached_property
-from itertools import chain
 
 from nemoquant.errors import RecipeError, brief, listing
 from nemoquant.formats import FORMATS
 from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.layers import layers_of
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import Recipe, Rule, has_wildcard
+from nemoquant.planning.row import Row
 
+MTP = "mtp."  # begins the roles of multi-token prediction
 MOST_COMPARED = 1 << 23  # names with patterns, a microsecond each; those that begin as a pattern does
 _REASONS = {
     "ssm.": "the recurrence multiplies their error over the whole sequence, and engines widen them to fp32",
     "router": "a rounded router sends tokens to other experts, and engines compute it in fp32",
     "norm": "norms are a few kilobytes, and no engine reads a quantized one",
     "conv1d": "the convolution is depthwise, not a GEMM, and engines always exclude it",
-    "embedding": "it is a table lookup, not a GEMM, and no engine reads a quantized one",
+    "embedding": "no engine loads a quantized one of this family (vLLM 0.33 has none in the ModelOpt layout, "
+    "SGLang 0.5.23 has NVFP4 ones but its Nemotron-H does not ask for them, TensorRT-LLM's is a plain table, "
+    "llama.cpp refuses the scale that its converter writes beside one)",
     "mtp.": "engines load multi-token-prediction modules unquantized",
 }
 
@@ -53,13 +60,14 @@ def resolve(
     Raises:
         RecipeError: the recipe does not fit; the message lists what does not.
     """
-    claims = _claim(recipe, table)
+    recipe, claims = _claim(recipe, _Index(config, table))
     reasons = [f"rule {number}: {rule}" for number, rule in enumerate(recipe.rules, 1)]
     rows = [
         _row(spec, rule, reasons[number - 1], scale_groups)
         for spec, (number, rule) in zip(table, claims, strict=True)
     ]
     _check_allowed(rows)
+    _check_kept(rows, [rule for _, rule in claims])
     _check_divisible(rows)
     _check_fused(rows)
     plan = Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
@@ -83,8 +91,9 @@ def _matching(glob: str, names: Sequence[str]) -> list[str]:
 class _Index:
     """A tensor table by what rules ask for: places of tensors by name or module, and by role and layer."""
 
-    def __init__(self, table: list[TensorSpec]) -> None:
+    def __init__(self, config: NemotronHConfig, table: list[TensorSpec]) -> None:
         self.table = table
+        self.schedules = {"": len(config.layers), MTP: config.mtp_modules * len(config.mtp_layers)}
         self.named: dict[str, list[int]] = defaultdict(list)
         self.placed: dict[tuple[str, int | None], list[int]] = defaultdict(list)
         for i, spec in enumerate(table):
@@ -97,16 +106,46 @@ class _Index:
     def sorted_names(self) -> list[str]:
         return sorted(self.named)
 
-    def of_roles(self, rule: Rule) -> list[int]:
-        """The places of the tensors that have a rule's roles, in its layers."""
+    def of_roles(self, rule: Rule, where: str) -> list[int]:
+        """The places of the tensors that have a rule's roles, in its layers.
+
+        Raises:
+            RecipeError: one of its layers has none; ``where`` begins the message.
+        """
         wanted = _roles(rule)
-        layers = None if rule.layers is None else set(rule.layers)
-        places = (
-            places
-            for (role, layer), places in self.placed.items()
-            if role in wanted and (layers is None or layer in layers)
-        )
-        return list(chain.from_iterable(places))
+        having = [key for key in self.placed if key[0] in wanted]
+        if rule.layers is not None:
+            having = self._in_layers(rule.layers, having, f"{where}: layers", listing(rule.roles))
+        return [i for key in having for i in self.placed[key]]
+
+    def _in_layers(
+        self, entries: Sequence[int | str], keys: list[tuple[str, int | None]], where: str, roles: str
+    ) -> list[tuple[str, int | None]]:
+        """The keys of ``placed`` whose layers ``entries`` mean, in the main model and in MTP modules."""
+        found: list[tuple[str, int | None]] = []
+        missing = dict.fromkeys(entries)
+        for prefix, schedule in self.schedules.items():
+            here = [key for key in keys if key[0].startswith(MTP) == bool(prefix)]
+            having = sorted({layer for _, layer in here if layer is not None})
+            layers: set[int] = set()
+            for entry in dict.fromkeys(entries):
+                meant = layers_of(entry, schedule, having)
+                layers.update(meant)
+                if meant:
+                    missing.pop(entry, None)
+            found += [key for key in here if key[1] in layers]
+        if missing:
+            plain = all(isinstance(entry, int) and entry >= 0 for entry in missing)
+            raise RecipeError(
+                f"{where} {listing(list(map(str, missing)))} "
+                + (
+                    f"have no tensor of the roles {roles}; "
+                    if plain
+                    else f"mean no layers, of the model's {self.schedules['']}, that have the roles {roles}; "
+                )
+                + "expected layers that have them, is the recipe for another model?"
+            )
+        return found
 
     def of_names(self, glob: str, where: str) -> list[int]:
         """The places of the tensors whose name, or whose module's, a pattern matches.
@@ -135,62 +174,59 @@ class _Index:
         return [i for name in found for i in self.named[name]]
 
 
-def _claim(recipe: Recipe, table: list[TensorSpec]) -> list[tuple[int, Rule]]:
-    """For each tensor the first rule that matches it, with the rule's number (from 1)."""
+def _claim(recipe: Recipe, index: _Index) -> tuple[Recipe, list[tuple[int, Rule]]]:
+    """For each tensor the first rule that matches it, with the rule's number (from 1) in the recipe returned.
+
+    That is ``recipe`` without those of its inherited rules that have nothing left to do.
+    """
     for rule in recipe.rules:
         unknown = [g for g in rule.roles if not _matching(g, ROLES)]
         if unknown:
             raise RecipeError(
                 f"recipe {recipe.name}: no role matches {listing(unknown)}; roles are {listing(ROLES, 99)}"
             )
-    index = _Index(table)
-    claims: list[tuple[int, Rule] | None] = [None] * len(table)
+    claims: list[int | None] = [None] * len(index.table)
+    idle: list[int] = []
     taken_roles: set[str] = set()  # roles that earlier rules take in all layers
     for number, rule in enumerate(recipe.rules, 1):
-        where = f"recipe {recipe.name}: rule {number}"
+        inherited = number > recipe.own
+        where = f"recipe {recipe.name}: rule {number}{', of what it extends' if inherited else ''}"
         if rule.names:
             matched = sorted({i for glob in rule.names for i in index.of_names(glob, where)})
         else:
-            matched = index.of_roles(rule)
-            _check_layers(rule, where, table, matched)
+            matched = index.of_roles(rule, where)
         unclaimed = [i for i in matched if claims[i] is None]
         roles = _roles(rule)
         # A rule for whole roles may have nothing to take in this model, if it would have in another.
         dead = roles <= taken_roles if rule.roles and rule.layers is None else not unclaimed
-        if dead:
+        if dead and not inherited:
             raise RecipeError(
                 f"{where} ({rule}) does nothing: earlier rules take all "
                 f"{len(matched)} tensors that it "
                 "matches; the first match wins, move it up or remove it"
             )
+        if dead:
+            idle.append(number)
         if rule.layers is None:
             taken_roles |= roles
         for i in unclaimed:
-            claims[i] = (number, rule)
-    uncovered = [spec.name for spec, claim in zip(table, claims, strict=True) if claim is None]
+            claims[i] = number
+    uncovered = [spec.name for spec, claim in zip(index.table, claims, strict=True) if claim is None]
     if uncovered:
         raise RecipeError(
             f"recipe {recipe.name}: no rule covers {len(uncovered)} tensors: {listing(uncovered)}; end the "
             f"rules with "
             '`- roles: ["*"]` and `format: source`'
         )
-    return [claim for claim in claims if claim is not None]
+    kept = [number for number in range(1, len(recipe.rules) + 1) if number not in idle]
+    place = {number: i for i, number in enumerate(kept, 1)}
+    return recipe.without(idle), [
+        (place[number], recipe.rules[number - 1]) for number in claims if number is not None
+    ]
 
 
 def _roles(rule: Rule) -> set[str]:
     return {role for glob in rule.roles for role in _matching(glob, ROLES)}
-
-
-def _check_layers(rule: Rule, where: str, table: list[TensorSpec], matched: list[int]) -> None:
-    """Each layer of a rule has a tensor of its roles."""
-    if rule.layers is not None:
-        empty = sorted(set(rule.layers) - {table[i].layer for i in matched})
-        if empty:
-            raise RecipeError(
-                f"{where}: layers {listing(empty)} have no tensor of the roles {listing(rule.roles)}; "
-                f"expected layers that have them, "
-                "is the recipe for another model?"
-            )
 
 
 def _row(spec: TensorSpec, rule: Rule, reason: str, scale_groups: bool) -> Row:
@@ -204,7 +240,7 @@ def _row(spec: TensorSpec, rule: Rule, reason: str, scale_groups: bool) -> Row:
         expert=spec.expert,
         shape=spec.shape,
         source_dtype=spec.dtype,
-        format=rule.format,
+        format=rule.stored,
         scale_method=None if form is None else rule.scales,
         activation_format=rule.activation_format,
         weight_group=_weight_group(spec) if shares_weight else None,
@@ -227,14 +263,32 @@ def _input_group(spec: TensorSpec) -> str | None:
     return _weight_group(spec)
 
 
+def why_kept(role: str) -> str:
+    """Why a role that is no GEMM's stays as the source has it."""
+    return next(text for prefix, text in _REASONS.items() if role.startswith(prefix))
+
+
 def _check_allowed(rows: list[Row]) -> None:
     for row in rows:
         if row.format != "source" and row.role not in LINEAR_ROLES:
-            why = next(text for prefix, text in _REASONS.items() if row.role.startswith(prefix))
             raise RecipeError(
-                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why}; give it "
-                f"`format: source` ({row.reason})"
+                f"{row.name} (role {row.role}) can't be given the format {row.format}: {why_kept(row.role)}; "
+                f"give it `format: source` ({row.reason})"
             )
+
+
+def _check_kept(rows: list[Row], rules: list[Rule]) -> None:
+    """What a recipe says is bf16, and not just as the source has it, is bf16 there."""
+    wrong = [
+        f"{row.name} is {row.source_dtype} ({row.reason})"
+        for row, rule in zip(rows, rules, strict=True)
+        if rule.kept_dtype not in (None, row.source_dtype)
+    ]
+    if wrong:
+        raise RecipeError(
+            f"{len(wrong)} tensors that the recipe gives `format: bf16` are not bf16 in the source: "
+            f"{listing(wrong)}; nothing is converted, give them `format: source`"
+        )
 
 
 def _check_divisible(rows: list[Row]) -> None:

@@ -50,6 +50,7 @@ class PackedCheckpoint:
             absent.
         inputs: tap -> (format, decode scale) of what is rounded at run time: GEMM inputs (scale 1.0 where
             the format has none) and ``...k_proj.output``, ``...v_proj.output``.
+        weights_only: modules that are declared to have inputs that are not quantized.
         cache: format of the KV cache; None if it is not quantized.
         manifest: nemoquant.json, None where another tool wrote the checkpoint.
         warnings: what a user should know about the checkpoint.
@@ -79,6 +80,7 @@ class PackedCheckpoint:
             self._put_right()
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
+        self.weights_only: set[str] = set()
         self._check_declared()
         self._read_inputs(declared)
         self.cache = declared_cache(declared)
@@ -183,6 +185,8 @@ class PackedCheckpoint:
             if algorithm not in (None, layout.algorithm, layout.weights_only):
                 others.append(f"{spec.module} ({algorithm}, its tensors are {layout.algorithm}'s)")
             self.global_scale(stored)
+            if algorithm is not None and algorithm == layout.weights_only:
+                self.weights_only.add(spec.module)
             if "input_scale" in stored.parts:
                 self.inputs[spec.module] = stored.format, self._scale(stored, "input_scale")
             elif not FORMATS[stored.format].calibrated and algorithm in (None, layout.algorithm):

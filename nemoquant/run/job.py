@@ -44,6 +44,7 @@ from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
 from nemoquant.solve.memory import input_bytes, solved_bytes
 from nemoquant.sources.source import Source
+from nemoquant.tokens.array import are_rows
 from nemoquant.tokens.rows import Rows, load_rows
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Job:
         options = self.options
         calibrates = self.plan.needs_calibration and options.scales is None
         calibrates = calibrates and not (self.earlier and self.earlier.calibrated)
-        if not calibrates or (options.data is not None and Path(options.data).suffix == ".npy"):
+        if not calibrates or (options.data is not None and are_rows(Path(options.data), options.columns)):
             return 0
         batch = Batch(options.rows, options.seq_len, self.dtype)
         solving = input_bytes(self.plan, batch) + solved_bytes(self.plan) if self.plan.needs_inputs else 0
@@ -164,7 +165,17 @@ class Job:
             scales.check(self.plan, Path(options.scales))
             return scales
         data = calibration_data(Path(options.data) if options.data is not None else None)
-        return load_rows(data, self.source.path, self.source.config, options.rows, options.seq_len)
+        rows = load_rows(
+            data,
+            self.source.path,
+            self.source.config,
+            options.rows,
+            options.seq_len,
+            columns=options.columns,
+        )
+        if rows.columns:  # before hours are spent on the wrong ones
+            self.listener.say(f"calibration text is read from {rows.source}")
+        return rows
 
     def prepare(self, origin: Scales | Rows | None, processors: int | None = None) -> Prepared:
         """Choose the budget: how to keep below the memory.

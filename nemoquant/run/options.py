@@ -18,6 +18,7 @@ from nemoquant.arguments import (
     check_flags,
     check_text,
     check_word,
+    column_names,
     file_names,
     optional_path,
     threads,
@@ -41,6 +42,7 @@ class RunOptionsDict(TypedDict, total=False):
     """The options of :class:`RunOptions` as keyword arguments of a function."""
 
     data: PathLike | None
+    columns: Sequence[str]
     rows: int
     seq_len: int
     scales: PathLike | None
@@ -84,9 +86,12 @@ class RunOptions:
     """All options of a run; its source, output and recipe are separate arguments.
 
     Attributes:
-        data: .txt, .jsonl, .parquet or .npy to calibrate on; ``mix`` is the shipped text of four domains;
-            None is the shipped prose.
-        rows, seq_len: number and length of rows; ignored for .npy, whose shape gives both.
+        data: text to calibrate on: a file, a folder of files, ``mix`` (the shipped text of four domains), or
+            the name of a data set of the hub that is on this machine (docs/calibration.md); None is the
+            shipped prose.
+        columns: those that hold the text, where no known name says it: one, or those of a question and its
+            answer.
+        rows, seq_len: number and length of rows; ignored for an array that has rows already.
         scales: the scales file of an earlier run, instead of calibrating.
         device: ``cpu`` or ``cuda``, for calibration and packing; packing gives the same bytes on either.
         dtype: ``float32`` or ``bfloat16``; None is bfloat16 where the machine multiplies it directly.
@@ -113,6 +118,7 @@ class RunOptions:
     """
 
     data: PathLike | None = None
+    columns: Sequence[str] = ()
     rows: int = 32
     seq_len: int = 512
     scales: PathLike | None = None
@@ -164,6 +170,7 @@ class RunOptions:
         if self.descent is not None:
             object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
         check_flags(scale_groups=self.scale_groups, resume=self.resume)
+        object.__setattr__(self, "columns", column_names("columns", self.columns))
         object.__setattr__(self, "also", file_names("also", self.also))
         if self.gpu is not None:
             check_word("gpu", self.gpu, tuple(GPUS))
@@ -178,7 +185,7 @@ class RunOptions:
 
     def unused_where_nothing_is_calibrated(self) -> list[str]:
         """Flags that were given and have no effect where nothing is calibrated."""
-        return [OPTIONS[name].flag for name in ("data", "scales") if getattr(self, name) is not None]
+        return [OPTIONS[name].flag for name in ("data", "columns", "scales") if getattr(self, name)]
 
 
 # For help() and completion, from which ``__new__`` would hide the fields.
@@ -216,6 +223,7 @@ class Option:
 
 _ROWS: dict[str, tuple[Any, ...]] = {
     "data": ("--calib", "fixed"),
+    "columns": ("--calib-column", "fixed"),
     "rows": ("--rows", "fixed"),  # `data` stands for both: the tokens must be the same
     "seq_len": ("--seq-len", "fixed"),
     "scales": ("--scales", "fixed"),

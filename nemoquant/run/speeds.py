@@ -17,7 +17,8 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.formats import Device
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.pack.encode import pack_weights
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 from nemoquant.run.timing import seconds
 
 SAMPLE_BYTES = 4 << 20

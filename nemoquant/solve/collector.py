@@ -18,7 +18,8 @@ from nemoquant.checkpoint.folder import INPUTS, folds_file, solved_file
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CalibrationError
 from nemoquant.formats import Device
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 from nemoquant.solve.folds.chosen import LayerFolds
 from nemoquant.solve.folds.file import load, save
 from nemoquant.solve.folds.layer import Folds, input_transform

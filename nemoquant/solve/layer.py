@@ -24,8 +24,8 @@ from nemoquant.formats.arithmetic import Encoded, round_trip
 from nemoquant.formats.gpu import torch_device
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
-from nemoquant.planning.plan import Row
 from nemoquant.planning.recipe import Solve
+from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import Folds, input_transform
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.memory import SLICE_ELEMENTS

@@ -14,7 +14,7 @@ from nemoquant.formats.amax import amax
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
-from nemoquant.planning.plan import Row
+from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import Folds
 
 

@@ -26,7 +26,7 @@ from nemoquant.errors import OutputError
 from nemoquant.files import open_own
 from nemoquant.formats import Method
 from nemoquant.formats.arithmetic import Encoded
-from nemoquant.planning.plan import Row
+from nemoquant.planning.row import Row
 
 _LENGTHS = struct.Struct("<QQ")
 _DIGEST = 16

@@ -1,7 +1,7 @@
 """The name that the input of a weight is kept under."""
 
 from nemoquant.model import names
-from nemoquant.planning.plan import Row
+from nemoquant.planning.row import Row
 
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _NORMED = ("shared_experts.up_proj", "latent.fc1")

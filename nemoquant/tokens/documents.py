@@ -1,243 +1,217 @@
-"""Documents of a file as token ids, in pieces: no more of a file is read or tokenized than is used.
+"""Documents of files as token ids, in pieces: no more of a file is read or tokenized than is used.
 
-    .txt       one document
-    .jsonl     one document per line: {"text": ...}, {"messages": [...]} through the chat template,
-               or {"input_ids": [...]}
-    .parquet   the same by columns (extra `parquet`)
+    kinds.py, opened.py              which files are read; their characters
+    jsons.py, tables.py, array.py    rows in them
+    columns.py, chat.py              the document in a row
+    template.py, tokenizer.py        its text, and its tokens
 
 A .txt may be of any size, it is read as it is used. A document of the other kinds is in memory as a whole,
 and bounded.
+
+A document that can't be used (no known column, a conversation that the template refuses, half of a surrogate
+pair) is left out and counted; a file that is damaged (no JSON, no UTF-8, cut) ends in an error, and so does a
+template that exceeds its limits.
 """
 
-import json
-import os
-import re
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from nemoquant.errors import CalibrationError, MissingExtraError, listing
-from nemoquant.files import open_regular, parse_json
+from nemoquant.errors import CalibrationError
+from nemoquant.tokens.array import read_arrays
+from nemoquant.tokens.chat import without_nulls
+from nemoquant.tokens.columns import Document, documents_of, is_document, to_read
+from nemoquant.tokens.declared import chat_templates
+from nemoquant.tokens.jsons import json_documents
+from nemoquant.tokens.kinds import kind_of
+from nemoquant.tokens.named import Given
+from nemoquant.tokens.opened import chunks
+from nemoquant.tokens.pieces import PIECE_CHARS, pieces, sliced
+from nemoquant.tokens.tables import arrow, parquet, separated
 from nemoquant.tokens.template import ChatTemplate
-from nemoquant.tokens.tokenizer import encode, load_tokenizer
+from nemoquant.tokens.tokenizer import Ends, encode, ends, load_tokenizer
+from nemoquant.tokens.unusable import DocumentError
 
-MOST_LINE = 100 << 20  # characters of a line of .jsonl: it and its text are in memory, at 1 to 4 bytes each
-MOST_ENTRIES = 6 << 20  # of a line, commas of its text too: an object takes 20 times its size in the file
-MOST_ROW = 16 << 20  # bytes of a row of .parquet
-MOST_UNPACKED = 128 << 20  # bytes of a row group of .parquet, or
-MOST_RATIO = 16  # times as many as it has in the file
-PIECE_CHARS = 1 << 16  # at least, of a text that goes on
-MOST_PIECE = 1 << 18  # a tokenizer takes some 100 bytes for each
-LINE_END = re.compile(r"(?<=\S)\n(?=[^\s/])")
-WORD_END = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
-COLUMNS = ("input_ids", "text", "messages")
+MOST_REFUSED = 1000  # documents from the first on, after which nobody waits for a good one
 
 
-def documents(path: Path, model: Path) -> Generator[Iterable[list[int]]]:
+@dataclass
+class Tally:
+    """What became of documents, for the user.
+
+    Attributes:
+        columns: documents by the columns that they were read from.
+        refused: documents that were left out, ``reason``: why the first was, with its place.
+        masked: token ids that attention masks left out.
+        rival: the first document's place and columns that would have been one too.
+    """
+
+    columns: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    reason: str = ""
+    masked: int = 0
+    rival: str = ""
+
+    @property
+    def used(self) -> int:
+        """Documents that were used."""
+        return self.columns.total()
+
+    def count(self, document: Document) -> None:
+        """One more that is used; not an empty one."""
+        if not document.columns:
+            return
+        self.columns[document.columns] += 1
+        self.masked += document.masked
+        if document.others and not self.rival:
+            self.rival = (
+                f"`{document.columns}` was read, and {', '.join(f'`{name}`' for name in document.others)} is "
+                f"there too"
+            )
+
+    def refuse(self, where: str, error: DocumentError) -> None:
+        """One more that is left out.
+
+        Raises:
+            CalibrationError: so far all of very many were.
+        """
+        said, file = str(error), where.rpartition(", document ")[0]
+        self.refused += 1
+        self.reason = self.reason or (said if said.startswith(f"{file}, ") else f"{where}: {said}")
+        if self.refused >= MOST_REFUSED and not self.used:
+            raise CalibrationError(f"none of the first {self.refused:,} documents can be used: {self.reason}")
+
+
+class _Codec:
+    """Tokenizer and chat template of a model, loaded when the first document needs them."""
+
+    def __init__(self, model: Path, stack: ExitStack) -> None:
+        self._model, self._stack = model, stack
+        self._tokenizer: Any = None
+        self._ends: Ends | None = None
+        self._template: ChatTemplate | None = None
+
+    def text(self, text: Iterable[str]) -> Iterator[list[int]]:
+        """Tokens of a text that is no conversation; an empty one has none."""
+        found = (piece for piece in pieces(text) if piece)
+        first = next(found, None)
+        if first is None:
+            return
+        tokenizer = self._loaded()
+        self._ends = self._ends or ends(tokenizer)
+        yield [*self._ends.before, *encode(tokenizer, first)]
+        yield from map(partial(encode, tokenizer), found)
+        yield self._ends.after
+
+    def rendered(self, text: str) -> Iterator[list[int]]:
+        """Tokens of what a chat template made, which has its special tokens itself."""
+        return map(partial(encode, self._loaded()), pieces(sliced(text)))
+
+    def _loaded(self) -> Any:
+        self._tokenizer = self._tokenizer or load_tokenizer(self._model)
+        return self._tokenizer
+
+    def tokens(self, document: Document, where: str) -> Iterable[list[int]]:
+        """Tokens of a document.
+
+        Raises:
+            DocumentError: the template refuses it.
+        """
+        if document.ids is not None:
+            return [document.ids]
+        if document.conversation is None:
+            return self.text(sliced(document.text or ""))
+        joined = document.conversation.joined
+        if joined is not None and self._template is None and not _has_template(self._model):
+            return self.text(sliced(joined))
+        self._template = self._template or self._stack.enter_context(ChatTemplate(self._model))
+        return self.rendered(self._template.converse(document.conversation, where))
+
+
+def _has_template(model: Path) -> bool:
+    try:
+        return bool(chat_templates(model))
+    except CalibrationError:
+        return False
+
+
+def documents(
+    given: Given, model: Path, tally: Tally | None = None, columns: Sequence[str] = ()
+) -> Generator[Iterable[list[int]]]:
     """Token ids of each document, in pieces that are tokenized on demand.
 
     To be closed: the chat template has a process.
 
     Args:
         model: the folder that holds tokenizer and chat template.
+        tally: counts them.
+        columns: those that hold the text, instead of known names.
     Raises:
-        CalibrationError: an unreadable file, or a document that is none of the above.
-        MissingExtraError: a .parquet file without the extra.
+        CalibrationError: an unreadable file.
+        MissingExtraError: a .parquet or .arrow file without the extra.
     """
-    tokenizer: Any = None
-    if path.suffix == ".txt":
-        yield map(partial(encode, load_tokenizer(model)), pieces(_characters(path)))
-        return
-    template: ChatTemplate | None = None
+    tally, columns = tally or Tally(), tuple(columns) or given.columns
     with ExitStack() as stack:
-        for number, document in _objects(path):
+        codec = _Codec(model, stack)
+        parts = [stack.enter_context(closing(_part(files, codec, tally, columns))) for files in given.parts]
+        while parts:  # a document of each in turn
+            for part in list(parts):
+                document = next(part, None)
+                if document is None:
+                    parts.remove(part)
+                else:
+                    yield document
+
+
+def _part(
+    files: Sequence[Path], codec: _Codec, tally: Tally, columns: Sequence[str]
+) -> Generator[Iterable[list[int]]]:
+    """The documents of some files, one file after the other."""
+    for path in files:
+        if kind_of(path) == "text":
+            tally.columns["text"] += 1
+            yield codec.text(chunks(path, PIECE_CHARS))
+            continue
+        for number, row in _rows(path, columns):
             where = f"{path.name}, document {number}"
-            if isinstance(document.get("input_ids"), list):
-                yield [_ids(document["input_ids"], where)]
-                continue
-            text = document.get("text")
-            if text is None and isinstance(document.get("messages"), list):
-                template = template or stack.enter_context(ChatTemplate(model))
-                text = template.render(document["messages"], where)
-            if not isinstance(text, str):
-                kinds = [f"{key} ({type(value).__name__})" for key, value in sorted(document.items())]
-                raise CalibrationError(
-                    f"{where}: has {listing(kinds) or 'nothing'}; expected `text` (str), `messages` (list) "
-                    f"or `input_ids` (list)"
-                )
-            tokenizer = tokenizer or load_tokenizer(model)
-            slices = (text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS))
-            yield map(partial(encode, tokenizer), pieces(slices))
+            try:
+                for document in documents_of(row, columns):
+                    tokens = codec.tokens(document, where)
+                    tally.count(document)
+                    yield tokens
+            except DocumentError as error:
+                tally.refuse(where, error)
 
 
-def pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """A text, which comes in chunks, in pieces that can be tokenized one by one.
-
-    A cut is after a single line break between two other characters, the first after ``PIECE_CHARS``: no
-    tokenizer of this family joins tokens across one, but where a slash follows (some take ``;\n//`` as one).
-    Where there is none before ``MOST_PIECE``, it is between
-    two words, before a space between two letters: there tokens of this family begin as well. Where there is
-    no such place either, it is at ``MOST_PIECE``, and the tokens around the cut may differ from those of the
-    whole text.
-    """
-    coming, text, more = iter(chunks), "", True
-    while True:
-        while more and len(text) <= MOST_PIECE:  # one character more than a piece: a cut looks at it
-            chunk = next(coming, None)
-            more = chunk is not None
-            text += chunk or ""
-        if len(text) <= PIECE_CHARS:
-            break
-        end = _end(LINE_END, text)
-        if end is None and len(text) <= MOST_PIECE:
-            break
-        end = end or _end(WORD_END, text) or MOST_PIECE
-        yield text[:end]
-        text = text[end:]
-    yield text
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Rows of a file with their numbers; a row that can't be read is a DocumentError."""
+    kind = kind_of(path)
+    if kind == "json":
+        return json_documents(path, lambda row: is_document(row) or any(name in row for name in columns))
+    if kind == "table":
+        return ((number, _filled(row)) for number, row in separated(path))
+    if kind == "array":
+        return _array_rows(path, columns)
+    read = parquet if kind == "parquet" else arrow
+    known = partial(to_read, given=columns)
+    return (
+        (number, {name: without_nulls(value) for name, value in row.items()})
+        for number, row in read(path, known)
+    )
 
 
-def _end(place: re.Pattern[str], text: str) -> int | None:
-    """Where the first such place is that a piece may end at."""
-    found = place.search(text, PIECE_CHARS, MOST_PIECE + 1)
-    return found and found.end()
+def _filled(row: Any) -> Any:
+    """A row of a .csv, whose empty fields are null in other kinds."""
+    return {name: value or None for name, value in row.items()} if isinstance(row, dict) else row
 
 
-def _ids(ids: list[Any], where: str) -> list[int]:
-    for i in ids:
-        if type(i) is not int or not 0 <= i < 1 << 31:
-            raise CalibrationError(f"{where}: `input_ids` holds {i!r:.200}; expected token ids")
-    return ids
-
-
-def _open(path: Path) -> TextIO:
-    """A text file, without its byte order mark.
-
-    Bytes that are not UTF-8 become lone surrogates, which :func:`_check_utf8` finds.
-    """
-    return os.fdopen(open_regular(path), encoding="utf-8-sig", errors="surrogateescape")
-
-
-def _check_utf8(text: str, path: Path, line: int) -> None:
-    """Raises CalibrationError, with its line, for a byte that was not UTF-8; the text begins in ``line``."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        line += text.count("\n", 0, error.start)
-        raise CalibrationError(
-            f"{path} cannot be read (byte 0x{ord(text[error.start]) & 0xFF:02x} in line {line}); "
-            f"expected UTF-8 text"
-        ) from None
-
-
-def _characters(path: Path) -> Iterator[str]:
-    """The text of a file, as much of it at a time as a piece has."""
-    line = 1
-    try:
-        with _open(path) as file:
-            while chunk := file.read(PIECE_CHARS):
-                _check_utf8(chunk, path, line)
-                yield chunk
-                line += chunk.count("\n")
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Documents as mappings, with their numbers from 1."""
-    if path.suffix == ".jsonl":
-        yield from _lines(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path)
-    else:
-        raise CalibrationError(
-            f"{path}: unknown kind {path.suffix!r}; expected .txt, .jsonl, .parquet or .npy"
-        )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with _open(path) as file:
-            while line := file.readline(MOST_LINE + 1):
-                number += 1
-                if len(line) > MOST_LINE:
-                    raise CalibrationError(
-                        f"{path.name}, line {number}: has more than {MOST_LINE:,} characters; cut the "
-                        f"document into several, or give it as .txt, which may have any size"
-                    )
-                if line.strip():
-                    _check_utf8(line, path, number)
-                    document = _object(line, f"{path.name}, line {number}")
-                    line = ""  # it may be as large as its text
-                    yield number, document
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error}); expected UTF-8 text") from None
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        document = parse_json(line, entries=MOST_ENTRIES)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(
-            f"{where}: not JSON ({error.msg}, at character {error.pos + 1}); expected one JSON object a line"
-        ) from None
-    except ValueError as error:
-        raise CalibrationError(f"{where}: can't be used ({error}); expected one JSON object a line") from None
-    if not isinstance(document, dict):
-        raise CalibrationError(f"{where}: a JSON {type(document).__name__}, expected an object")
-    return document
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows, one at a time and read as they are used: a row can be as large as a document may be."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtraError(
-            f"{path.name} needs the extra `parquet`: pip install 'nemoquant[parquet]'"
-        ) from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            known = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for group in range(file.num_row_groups):
-                _check_pages(file.metadata, group, path)
-                for batch in file.iter_batches(1, [group], known or None, use_threads=False):
-                    columns = (  # a column of categories has all of them in each batch, only one is used
-                        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
-                        for column in batch.columns
-                    )
-                    if sum(column.get_total_buffer_size() for column in columns) > MOST_ROW:
-                        raise CalibrationError(
-                            f"{path.name}, document {number + 1}: has more than {MOST_ROW:,} bytes; cut it "
-                            f"into several, or give it as .txt, which may have any size"
-                        )
-                    document = batch.to_pylist()[0]
-                    number += 1
-                    yield number, document
-    except CalibrationError:
-        raise
-    except Exception as error:  # without a common base: of a date beyond Python's it is an OverflowError
-        raise CalibrationError(
-            f"{path} cannot be read as parquet ({error}), after {number} documents"
-        ) from None
-
-
-def _check_pages(metadata: Any, number: int, path: Path) -> None:
-    """Raises CalibrationError if a row group may have a page that fills the memory.
-
-    A page is unpacked whole, three times its size; its size is in no table, but that of all pages of the
-    group. Much text compresses to a quarter. Not by column: pyarrow ends the process where a column's
-    statistics are damaged.
-    """
-    unpacked = metadata.row_group(number).total_byte_size
-    in_file = path.stat().st_size // metadata.num_row_groups
-    if unpacked > max(MOST_UNPACKED, MOST_RATIO * in_file):
-        raise CalibrationError(
-            f"{path.name}: row group {number} unpacks to {unpacked:,} bytes, of {in_file:,} that a group has "
-            f"in the file on average; expected at most {MOST_UNPACKED:,}, write it with smaller row groups"
-        )
+def _array_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    ids, mask = read_arrays(path, columns)
+    name = columns[0] if columns else "input_ids"
+    for i, row in enumerate(ids if ids.ndim == 2 else ids[None], 1):
+        masks = {} if mask is None else {"attention_mask": mask.reshape(-1, len(row))[i - 1].tolist()}
+        yield i, {name: row.tolist(), **masks}

@@ -1,12 +1,13 @@
-"""Calibration rows: text or token ids from a file, as one matrix of tokens.
+"""Calibration rows: text or token ids from files, as one matrix of tokens.
 
 Documents (``documents.py``) are taken in file order, each followed by the eos token, and cut into rows
-without overlap; tokens that do not fill a last row are dropped and counted. An .npy file is an integer array
-[rows, length], used unchanged.
+without overlap; tokens that do not fill a last row are dropped and counted. An .npy or .npz file with
+integers [rows, length], none of them masked, is used unchanged.
 """
 
 import hashlib
 from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nemoquant.errors import CalibrationError
+from nemoquant.errors import CalibrationError, listing
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.tokens.array import read_array
-from nemoquant.tokens.documents import documents
-from nemoquant.words import plain
+from nemoquant.tokens.array import read_arrays
+from nemoquant.tokens.columns import OPTION
+from nemoquant.tokens.documents import Tally, documents
+from nemoquant.tokens.kinds import kind_of
+from nemoquant.tokens.named import Given, given
 
 DEFAULT_ROWS, DEFAULT_LENGTH = 32, 512
+PLAIN_COLUMNS = frozenset(("text", "input_ids"))  # what nobody asks about
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,17 @@ class Rows:
 
     Attributes:
         ids: [rows, length] int64.
-        source: name of the file, printable.
+        source: name of the text, printable, with ``columns``.
         dropped: number of tokens that do not fill a row.
-        warnings: messages for the user: fewer rows than requested, tokens dropped.
+        warnings: messages for the user: fewer rows than requested, tokens dropped, documents left out.
+        columns: what was read of a table, the most frequent first; empty where it is plain text or ids.
     """
 
     ids: npt.NDArray[np.int64]
     source: str
     dropped: int
     warnings: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -53,37 +59,35 @@ def load_rows(
     config: NemotronHConfig,
     rows: int = DEFAULT_ROWS,
     length: int = DEFAULT_LENGTH,
+    *,
+    columns: Sequence[str] = (),
 ) -> Rows:
-    """The first ``rows`` rows of ``length`` tokens of a file.
+    """The first ``rows`` rows of ``length`` tokens of a text.
 
     Args:
+        path: a file, a folder of files, or the name of a data set (``named.py``).
         model: the folder that holds the tokenizer.
+        columns: those that hold the text, instead of known names (``columns.py``).
     Raises:
-        CalibrationError: unreadable file, no text, less than one row, or ids outside the vocabulary.
-        MissingExtraError: a .parquet file without the extra.
+        CalibrationError: unreadable file, no text, less than one row, most documents can't be used, or ids
+            outside the vocabulary.
+        MissingExtraError: a .parquet or .arrow file, or a data set, without the extra.
     """
-    if not path.is_file():
-        raise CalibrationError(
-            f"{path} {'is not a file' if path.exists() else 'does not exist'}; expected .txt, .jsonl, "
-            f".parquet or .npy"
-        )
-    loaded = (
-        Rows(read_array(path), plain(path.name), 0)
-        if path.suffix == ".npy"
-        else _read_documents(path, model, config, rows, length)
-    )
+    found = given(path)
+    loaded = _ready_rows(found, columns)
+    if loaded is None:
+        loaded = _read_documents(found, path, model, config, (rows, length), columns=columns)
     check_ids(loaded.ids, config, str(path))
-    warnings = []
-    if len(loaded.ids) < rows and path.suffix != ".npy":
-        warnings.append(
-            f"{loaded.source} holds {len(loaded.ids)} rows of {length} tokens, {rows} were asked for; "
-            f"all of them were used"
-        )
-    if loaded.dropped:
-        warnings.append(
-            f"{loaded.source}: its last {loaded.dropped} tokens do not fill a row and were left out"
-        )
-    return replace(loaded, warnings=tuple(warnings))
+    return loaded
+
+
+def _ready_rows(found: Given, columns: Sequence[str]) -> Rows | None:
+    """The rows of an array that has them already."""
+    files = found.parts[0]
+    if len(found.parts) != 1 or len(files) != 1 or kind_of(files[0]) != "array":
+        return None
+    arrays = read_arrays(files[0], columns)
+    return Rows(arrays.ids, found.name, 0) if arrays.are_rows else None
 
 
 def check_ids(ids: npt.ArrayLike, config: NemotronHConfig, where: str) -> None:
@@ -96,9 +100,17 @@ def check_ids(ids: npt.ArrayLike, config: NemotronHConfig, where: str) -> None:
         )
 
 
-def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int, length: int) -> Rows:
-    tokens = array("q")
-    with closing(documents(path, model)) as found:
+def _read_documents(
+    data: Given,
+    path: Path,
+    model: Path,
+    config: NemotronHConfig,
+    shape: tuple[int, int],
+    *,
+    columns: Sequence[str],
+) -> Rows:
+    tokens, tally, (rows, length) = array("q"), Tally(), shape
+    with closing(documents(data, model, tally, columns)) as found:
         for document in found:
             before = len(tokens)
             for ids in document:
@@ -109,15 +121,56 @@ def _read_documents(path: Path, model: Path, config: NemotronHConfig, rows: int,
                 tokens.extend(config.eos_token_ids[:1])
             if len(tokens) >= rows * length:
                 break
+    _check_used(tally, path)
     total = len(tokens)
+    refused = f"; {_left_out(tally)}" if tally.refused else ""
     if not total:
-        raise CalibrationError(f"{path} holds no text; expected at least one row of {length} tokens")
+        raise CalibrationError(f"{path} holds no text; expected at least one row of {length} tokens{refused}")
     count = min(rows, total // length)
     if not count:
         raise CalibrationError(
             f"{path} holds {total} tokens, less than one row of {length}; give more text or a smaller "
-            f"--seq-len"
+            f"--seq-len{refused}"
         )
     dropped = total - count * length if count < rows else 0
     kept = np.frombuffer(tokens, np.int64)[: count * length].reshape(count, length)
-    return Rows(kept, plain(path.name), dropped)
+    read = tuple(name for name, _ in tally.columns.most_common())
+    read = () if set(read) <= PLAIN_COLUMNS else read
+    source = f"{data.name}: {listing(read)}" if read else data.name
+    made = Rows(kept, source, dropped, columns=read)
+    return replace(made, warnings=tuple(_warnings(made, data, tally, shape)))
+
+
+def _check_used(tally: Tally, path: Path) -> None:
+    """Raises CalibrationError where most documents can't be used: that is no text, or another model's."""
+    if tally.refused > tally.used:
+        raise CalibrationError(
+            f"{path}: {tally.refused:,} of {tally.refused + tally.used:,} documents can't be used; the "
+            f"first: {tally.reason}"
+        )
+
+
+def _left_out(tally: Tally) -> str:
+    return (
+        f"{tally.refused:,} of {tally.refused + tally.used:,} documents can't be used and were left out; the "
+        f"first: {tally.reason}"
+    )
+
+
+def _warnings(made: Rows, data: Given, tally: Tally, shape: tuple[int, int]) -> Iterator[str]:
+    name, (rows, length) = data.name, shape
+    if len(made.ids) < rows:
+        yield (
+            f"{name} holds {len(made.ids)} rows of {length} tokens, {rows} were asked for; all of them were "
+            f"used"
+        )
+    if made.dropped:
+        yield f"{name}: its last {made.dropped} tokens do not fill a row and were left out"
+    if tally.refused:
+        yield f"{name}: {_left_out(tally)}"
+    if tally.masked:
+        yield f"{name}: {tally.masked:,} tokens that attention_mask masks (padding) were left out"
+    if tally.rival:
+        yield f"{name}: {tally.rival}; {OPTION} chooses"
+    if data.left_out:
+        yield f"{name}: {data.left_out:,} files of other kinds were left out"

@@ -15,8 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from nemoquant.errors import CalibrationError
-from nemoquant.files import parse_json, read_text
+from nemoquant.errors import CalibrationError, listing
+from nemoquant.tokens.chat import Conversation, with_joined_parts
+from nemoquant.tokens.declared import DEFAULT, TOOL_USE, chat_templates, special_tokens
+from nemoquant.tokens.unusable import DocumentError
 
 PROCESSOR_SECONDS = 10  # for one document; an honest template takes milliseconds
 SECONDS = 60  # the same, where the machine is busy
@@ -27,18 +29,20 @@ WORKER = Path(__file__).with_name("template_worker.py")
 
 
 class ChatTemplate:
-    """A checkpoint's chat template; a context manager, which ends the process.
+    """A checkpoint's chat templates; a context manager, which ends the process.
 
-    Raises CalibrationError if there is no template or it can't be read.
+    Raises CalibrationError if there is none or they can't be read.
     """
 
     def __init__(self, model: Path, *, add_generation_prompt: bool = False) -> None:
-        source, variables = _read(model)
+        self._templates = chat_templates(model)
+        self._always = special_tokens(model)
+        self._asked = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        self._model = model
+        self._takes_parts: dict[str, bool] = {}  # by the names of templates that were compiled
         libraries = [find_spec(name) for name in ("jinja2", "markupsafe")]
         first = {
             "path": [str(Path(spec.origin).parent.parent) for spec in libraries if spec and spec.origin],
-            "template": source,
-            "variables": variables | {"add_generation_prompt": add_generation_prompt},
             "processor_seconds": PROCESSOR_SECONDS,
             "seconds": SECONDS,
             "all_processor_seconds": ALL_PROCESSOR_SECONDS,
@@ -58,13 +62,50 @@ class ChatTemplate:
                 f"give `text` instead of `messages`"
             ) from None
         try:
-            self._ask(json.dumps(first), str(model), "its chat template cannot be read")
+            self._send(json.dumps(first))
+            if DEFAULT in self._templates:
+                self._compile(DEFAULT)
         except BaseException:
             self.close()
             raise
 
+    def _compile(self, name: str) -> None:
+        question = json.dumps({"name": name, "source": self._templates[name]})
+        try:
+            self._takes_parts[name] = self._ask(question, str(self._model)) == "parts"
+        except DocumentError as error:
+            raise CalibrationError(f"{self._model}: its chat template cannot be read ({error})") from None
+
+    def _name(self, tools: object) -> str:
+        """The template of a conversation, as transformers chooses it."""
+        name = TOOL_USE if tools is not None and TOOL_USE in self._templates else DEFAULT
+        if name not in self._templates:
+            raise CalibrationError(
+                f"{self._model} has the chat templates {listing(sorted(self._templates))} and no "
+                f"{DEFAULT!r}; name one of them {DEFAULT}"
+            )
+        if name not in self._takes_parts:
+            self._compile(name)
+        return name
+
+    def converse(self, conversation: Conversation, where: str) -> str:
+        """The text of a conversation; lists of text parts become text where the template takes that alone.
+
+        Args:
+            where: the document, for errors.
+        Raises:
+            DocumentError: the template refuses the conversation; without its place.
+            CalibrationError: it exceeds a limit, or there is no template for it.
+        """
+        name = self._name(conversation.tools)
+        messages = conversation.messages
+        if not self._takes_parts[name]:
+            messages = with_joined_parts(messages)
+        beside = {"tools": conversation.tools, "documents": conversation.documents}
+        return self._render(name, messages, beside | conversation.variables, where)
+
     def render(self, messages: list[Any], where: str) -> str:
-        """The text of messages, which are JSON.
+        """The text of messages, which are JSON and are given as they are.
 
         Args:
             where: the document, for errors.
@@ -72,22 +113,35 @@ class ChatTemplate:
             CalibrationError: the template refuses the messages or exceeds a limit.
         """
         try:
-            question = json.dumps(messages, ensure_ascii=False)
-        except (TypeError, RecursionError) as error:
-            raise CalibrationError(
-                f"{where}: `messages` can't be given to a chat template ({error}); expected text, numbers, "
-                f"lists and objects"
-            ) from None
-        return self._ask(question, where, "the chat template refuses its messages")
+            return self._render(self._name(None), messages, {}, where)
+        except DocumentError as error:
+            raise CalibrationError(f"{where}: {error}") from None
 
-    def _ask(self, question: str, where: str, refused: str) -> str:
-        """The text that the process answers; ``refused`` is said where jinja raises."""
+    def _render(self, name: str, messages: list[Any], more: dict[str, Any], where: str) -> str:
+        variables = {**self._always, **self._asked, **more, "messages": messages}
+        try:
+            question = json.dumps({"name": name, "variables": variables}, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DocumentError(
+                f"`messages` can't be given to a chat template ({error}); expected text, numbers, lists and "
+                f"objects"
+            ) from None
+        try:
+            return self._ask(question, where)
+        except DocumentError as error:
+            raise DocumentError(f"the chat template refuses its messages ({error})") from None
+
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
+        self._process.stdin.write(line.encode("utf-8", "surrogatepass") + b"\n")
+        self._process.stdin.flush()
+
+    def _ask(self, question: str, where: str) -> str:
+        """The text that the process answers; DocumentError has the reason where jinja raises."""
         assert self._process.stdout is not None
         line = b""
         try:
-            self._process.stdin.write(question.encode("utf-8", "surrogatepass") + b"\n")
-            self._process.stdin.flush()
+            self._send(question)
             line = self._process.stdout.readline(6 * CHARACTERS + 100)  # \u0000: six bytes a character
         except BrokenPipeError:
             pass  # it has ended, the reason is below
@@ -98,7 +152,7 @@ class ChatTemplate:
         if "beyond" in answer:
             raise _beyond(where, answer["beyond"])
         if "refused" in answer:
-            raise CalibrationError(f"{where}: {refused} ({answer['refused']})")
+            raise DocumentError(answer["refused"])
         try:
             answer["text"].encode("utf-8")
         except UnicodeEncodeError:
@@ -136,36 +190,6 @@ def _beyond(where: str, limit: str | int) -> CalibrationError:
 def template_source(model: Path) -> str:
     """The source of a model's chat template; empty where it has none that can be read."""
     try:
-        return _read(model)[0]
+        return chat_templates(model).get(DEFAULT, "")
     except CalibrationError:
         return ""
-
-
-def _read(model: Path) -> tuple[str, dict[str, str]]:
-    """The template's source, and the names of special tokens that it may use."""
-    file, settings = model / "chat_template.jinja", model / "tokenizer_config.json"
-    try:
-        names = parse_json(read_text(settings)) if settings.exists() else {}
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{settings} cannot be read ({error}); expected JSON") from None
-    if not isinstance(names, dict):
-        raise CalibrationError(f"{settings} is a JSON {type(names).__name__}; expected an object")
-    try:
-        source = read_text(file) if file.exists() else names.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{file} cannot be read ({error}); expected a template in UTF-8") from None
-    if not isinstance(source, str):
-        raise CalibrationError(
-            f"{model} has no chat template; `messages` need chat_template.jinja, or give `text`"
-        )
-    tokens: dict[str, str] = {}
-    for name in ("bos_token", "eos_token"):
-        value = names.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[name] = text
-        elif value:
-            raise CalibrationError(
-                f"{settings}: {name} is {value!r:.200}; expected text, or an object with text as `content`"
-            )
-    return source, tokens

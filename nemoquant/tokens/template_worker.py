@@ -3,11 +3,12 @@
 A script, not a module of the package: it imports nothing of it, so that it starts in 0.1 s and 20 MB.
 ``tokens/template.py`` starts it, and has the reasons.
 
-One object of JSON a line on standard input: first the template's source, the variables and the limits, then
-messages as often as wanted. One object a line on standard output for each: ``text``, or ``refused`` with
-jinja's reason, or ``beyond`` with the limit that was reached. A time that is over ends the process, even in
-the middle of a multiplication: the timers' signals are left to the system. The text is UTF-8, of at most six
-bytes a character (``\\u0000``).
+One object of JSON a line on standard input: first the limits, then as often as wanted a template's
+``source`` under a ``name``, or ``variables`` for the template of a ``name``. One object a line on standard
+output for each of the latter: ``text``, or ``refused`` with jinja's reason, or ``beyond`` with the limit that
+was reached; the text for a source says whether the template takes lists as content (``parts``). A time that
+is over ends the process, even in the middle of a multiplication: the timers' signals are left to the system.
+The text is UTF-8, of at most six bytes a character (``\\u0000``).
 """
 
 import json
@@ -44,6 +45,33 @@ def _answer(make: Callable[[], str], most: int) -> bytes:
         return b'{"beyond": "memory"}'
     except Exception as error:  # a template is a program, it or jinja can raise anything
         return json.dumps({"refused": str(error)[:MOST_REASON]}).encode("ascii")
+
+
+def takes_parts(tree: Any, nodes: Any) -> bool:
+    """Whether a template goes through the parts of a content that is a list, as vLLM finds it out.
+
+    It has a loop over ``content``, or over a name that was given it.
+    """
+    names = {"content"}
+
+    def is_content(node: Any) -> bool:
+        if isinstance(node, nodes.Filter | nodes.Test):
+            return node.node is not None and is_content(node.node)
+        if isinstance(node, nodes.Getattr):
+            return bool(node.attr in names)
+        if isinstance(node, nodes.Getitem):
+            return isinstance(node.arg, nodes.Const) and node.arg.value in names
+        if isinstance(node, nodes.CondExpr):
+            return is_content(node.expr1) or (node.expr2 is not None and is_content(node.expr2))
+        return isinstance(node, nodes.Name) and node.name in names
+
+    for assigned in tree.find_all(nodes.Assign):
+        if is_content(assigned.node):
+            if isinstance(assigned.target, nodes.Name):
+                names.add(assigned.target.name)
+            elif isinstance(assigned.target, nodes.NSRef):
+                names.add(assigned.target.attr)
+    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
 
 
 def main() -> None:
@@ -90,30 +118,27 @@ def main() -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    variables: dict[str, Any] = first["variables"] | {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    template: Any = None
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    templates: dict[str, Any] = {}
 
-    def compiled() -> str:
-        nonlocal template
-        template = environment.from_string(first["template"])
-        return ""
-
-    def reply(make: Callable[[], str]) -> None:
-        signal.setitimer(signal.ITIMER_PROF, first["processor_seconds"])
-        signal.setitimer(signal.ITIMER_REAL, first["seconds"])
-        answers.write(_answer(make, first["characters"]) + b"\n")
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.flush()
+    def answer(asked: dict[str, Any]) -> str:
+        if "source" in asked:
+            templates[asked["name"]] = environment.from_string(asked["source"])
+            return "parts" if takes_parts(environment.parse(asked["source"]), nodes) else ""
+        text: str = templates[asked["name"]].render(**asked["variables"])
+        return text
 
     _limit_memory(first["memory"])
     _limit(resource.RLIMIT_CPU, first["all_processor_seconds"])
-    reply(compiled)
     for line in asked:
-        reply(lambda: template.render(messages=json.loads(line), **variables))  # noqa: B023  called at once
+        signal.setitimer(signal.ITIMER_PROF, first["processor_seconds"])
+        signal.setitimer(signal.ITIMER_REAL, first["seconds"])
+        text = _answer(lambda: answer(json.loads(line)), first["characters"])  # noqa: B023  called at once
+        answers.write(text + b"\n")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemoquant.errors import CalibrationError, brief
 from nemoquant.files import MOST_TABLE_ENTRIES, parse_json, read_text
+from nemoquant.tokens.declared import FLAGS, added_tokens, splits_special_tokens
 
 MOST_BYTES = 128 << 20  # of the file: real ones have up to some tens of megabytes
 MOST_CHARS = 4096  # of a token, or of what replaces another text: real ones have up to some hundreds
@@ -21,13 +23,16 @@ MOST_GROWTH = (
     16  # bytes of which one becomes: the library takes some 200 for each, of 65,536 and more at a time
 )
 MOST_PARTS = 64  # of all steps, each of which goes through the text: real ones have some
+MOST_ADDED = 64  # to a text, by the post-processor: real ones add one or two
+MOST_PROBES = 1000  # texts that are tried, until one has a token
 _standard_error = threading.Lock()  # for who has put a file in its place
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a checkpoint folder, a ``tokenizers.Tokenizer``.
+    """The tokenizer of a checkpoint folder, a ``tokenizers.Tokenizer`` that gives transformers' ids.
 
-    It neither cuts texts nor pads them, whatever the file says: transformers does it when it is asked only.
+    It knows the tokens that tokenizer_config.json alone declares. It neither cuts texts nor pads them,
+    whatever the file says: transformers does it when it is asked only.
 
     Raises CalibrationError if it can't be read.
     """
@@ -44,11 +49,60 @@ def load_tokenizer(model: Path) -> Any:
         _check(parse_json(text, entries=MOST_TABLE_ENTRIES))
         with _panics():
             tokenizer = Tokenizer.from_str(text)
+            _add_declared(tokenizer, model)
+    except CalibrationError:  # of tokenizer_config.json
+        raise
     except Exception as error:  # the library raises bare Exception
         raise CalibrationError(f"{file} cannot be read as a tokenizer ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = splits_special_tokens(model)
     return tokenizer
+
+
+def _add_declared(tokenizer: Any, model: Path) -> None:
+    """Add the tokens that tokenizer_config.json declares and tokenizer.json lacks, or has otherwise."""
+    from tokenizers import AddedToken
+
+    known = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    for text, flags in added_tokens(model):
+        _check_chars(text)
+        token = AddedToken(text, **flags)
+        if text not in known or (len(flags) == len(FLAGS) and repr(token) != known[text]):
+            tokenizer.add_tokens([token])
+
+
+class Ends(NamedTuple):
+    """Token ids that a tokenizer's post-processor puts before and after a text, such as ``<s>``."""
+
+    before: list[int]
+    after: list[int]
+
+
+def ends(tokenizer: Any) -> Ends:
+    """What transformers adds to a text that is no conversation.
+
+    A tokenizer.json says it, and nothing else: transformers 5 does not look at ``add_bos_token`` beside one.
+
+    Raises CalibrationError if the post-processor does something else, or adds very many.
+    """
+    if tokenizer.post_processor is None:
+        return Ends([], [])
+    with _failing("split a text"), _panics():
+        texts = ["a", *islice(sorted(tokenizer.get_vocab()), MOST_PROBES)]
+        plain = ((text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+        probe, ids = next(((text, ids) for text, ids in plain if ids), ("", []))
+        whole = tokenizer.encode(probe, add_special_tokens=True)
+    mask = whole.special_tokens_mask
+    at = mask.index(0) if 0 in mask else len(mask)
+    found = Ends(whole.ids[:at], whole.ids[at + len(ids) :])
+    expected = [1] * len(found.before) + [0] * len(ids) + [1] * len(found.after)
+    if mask != expected or whole.ids[at : at + len(ids)] != ids or len(mask) - len(ids) > MOST_ADDED:
+        raise CalibrationError(
+            f"the post-processor in tokenizer.json makes {len(whole.ids):,} tokens of {len(ids):,}; expected "
+            f"at most {MOST_ADDED} more, before and after the text"
+        )
+    return found
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -94,6 +148,11 @@ def _check(data: Any) -> None:
         raise ValueError(
             f"its replacements make up to {brief(growth)} bytes of one; expected at most {MOST_GROWTH}"
         )
+    for part in _parts(data.get("post_processor")):
+        single = part.get("single")
+        times = str(single).count("'Sequence'") if isinstance(single, list) else str(single).count("$")
+        if times > 1:
+            raise ValueError(f"its post-processor repeats a text {times:,} times; expected once")
     model, added = data.get("model"), data.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     for token in vocabulary if isinstance(vocabulary, dict | list) else ():

@@ -54,6 +54,10 @@ OPTIONS = [
     ("scale_groups", "no", "scale_groups is 'no'; expected True or False"),
     ("resume", 1, "resume is 1; expected True or False"),
     ("data", 7, "data is 7; expected a path, as str or Path"),
+    ("columns", 7, "columns is 7; expected names of columns"),
+    ("columns", ["a", 7], "columns is 7; expected the name of a column"),
+    ("columns", "", "columns is ''; expected the name of a column"),
+    ("columns", "\ud800", "columns is '\\ud800'; expected the name of a column without lone surrogates"),
     ("scales", b"x", "scales is b'x'; expected a path, as str or Path"),
     ("address", 7, "address is 7; expected HOST:PORT or auto"),
 ]
@@ -62,6 +66,7 @@ WRONG = {
     "diff": [
         ("engine", "foo", "engine is 'foo'; expected torch, onnxruntime, rtx or trt"),
         ("engine", None, "engine is None; expected torch, onnxruntime, rtx or trt"),
+        ("columns", [b"a"], "columns is b'a'; expected the name of a column"),
         ("device", "foo", "device is 'foo'; expected cpu or cuda"),
         ("rows", 0, "rows is 0; expected at least 1"),
         ("seq_len", 1, "seq_len is 1; expected at least 2"),

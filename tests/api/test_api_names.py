@@ -21,6 +21,7 @@ ERRORS = [
 ]
 OPTIONS = [
     "data=None",
+    "columns=()",
     "rows=32",
     "seq_len=512",
     "scales=None",
@@ -40,8 +41,9 @@ OPTIONS = [
 ]
 SIGNATURES = {
     "convert": "path out to * dry_run=False download=False progress=None say=None",
-    "diff": "source candidates * data=None rows=32 seq_len=512 reference_cache=None engine='torch' "
-    "engine_files=() plugins=None device='cpu' threads=None card=True download=False progress=None say=None",
+    "diff": "source candidates * data=None columns=() rows=32 seq_len=512 reference_cache=None "
+    "engine='torch' engine_files=() plugins=None device='cpu' threads=None card=True download=False "
+    "progress=None say=None",
     "estimate": "source recipe options=None * out='.' download=False say=None " + " ".join(OPTIONS),
     "export_engine": "source out * target=None sm=None compute='bfloat16' max_seq_len=4096 max_batch=1 "
     "workspace=None last_token_only=False mtp=False strip_weights=False weight_streaming=False "

@@ -315,6 +315,8 @@ def test_too_little_disk(source, refused, monkeypatch):
 
 # Calibration.
 
+CHAT = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+
 
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
@@ -325,7 +327,8 @@ def test_too_little_disk(source, refused, monkeypatch):
             '{"input_ids": [5, 6]}\n',
             ["x.jsonl holds 3 tokens, less than one row of 512", "give more text or a smaller --seq-len"],
         ),
-        ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
+        ("x.doc", "a", ["unknown kind '.doc'; expected .txt, .jsonl, .ndjson, .json, .csv, .tsv"]),
+        ("x.pt", "a", ["unknown kind '.pt', it is a pickle, which can run code and is not opened"]),
         (
             "x.jsonl",
             '{"input_ids": [5]}\nhello\n',
@@ -333,10 +336,10 @@ def test_too_little_disk(source, refused, monkeypatch):
         ),
         ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
         ("x.txt", "some text", ["tokenizer.json does not exist; text needs the model's tokenizer"]),
-        ("x.jsonl", '{"messages": []}', ["source has no chat template; `messages` need chat_template.jinja"]),
+        ("x.jsonl", CHAT, ["source has no chat template; `messages` need chat_template.jinja"]),
         ("missing.txt", None, ["missing.txt does not exist"]),
     ],
-    ids=["empty", "short", "suffix", "JSON", "ids", "no tokenizer", "no template", "missing"],
+    ids=["empty", "short", "suffix", "pickle", "JSON", "ids", "no tokenizer", "no template", "missing"],
 )
 def test_calibration_data(name, content, parts, source, tmp_path, refused):
     path = tmp_path / name

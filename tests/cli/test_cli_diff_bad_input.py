@@ -72,7 +72,7 @@ def usage(tmp_path):
             '{"input_ids": [5, 6]}\n',
             ["x.jsonl holds 3 tokens, less than one row of 512", "smaller --seq-len"],
         ),
-        ("x.csv", "a", ["unknown kind '.csv'; expected .txt, .jsonl, .parquet or .npy"]),
+        ("x.doc", "a", ["unknown kind '.doc'; expected .txt, .jsonl, .ndjson, .json, .csv, .tsv"]),
         (
             "x.jsonl",
             '{"input_ids": [5]}\nhello\n',
@@ -80,7 +80,7 @@ def usage(tmp_path):
         ),
         ("x.jsonl", json.dumps({"input_ids": [5, 96] * 300}), ["token ids from 5 to 96, expected 0 to 95"]),
         ("x.txt", "some text", ["tokenizer.json does not exist; text needs the model's tokenizer"]),
-        ("missing.txt", None, ["missing.txt does not exist; expected .txt, .jsonl, .parquet or .npy"]),
+        ("missing.txt", None, ["missing.txt does not exist; expected .txt, .jsonl, .ndjson"]),
         ("x.npy", b"no array", ["x.npy cannot be read as a numpy array"]),
     ],
     ids=["empty", "short", "suffix", "JSON", "ids", "no tokenizer", "missing", "no array"],

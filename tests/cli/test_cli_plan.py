@@ -69,6 +69,7 @@ def test_plan_as_json(source: Path) -> None:
         "ssm_state_bytes_per_sequence",
         "formats",
         "needs_calibration",
+        "roles",
         "engines",
         "warnings",
         "cautions",
@@ -103,7 +104,7 @@ def test_plan_as_json(source: Path) -> None:
         "format": "nvfp4",
         "scale_method": "gptq",
         "activation_format": "nvfp4",
-        "reason": "rule 1: roles experts.*",
+        "reason": "rule 1: roles experts.*, mlp.*",
         "scale_group": {"weight": None, "input": "backbone.layers.2.mixer.experts.up_proj"},
     }
     assert by_name["backbone.layers.1.mixer.k_proj.weight"] == {
@@ -173,8 +174,8 @@ def test_plan_for_people() -> None:
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert (
         lines[0]
-        == "nvfp4: Routed experts NVFP4 (W4A4), shared experts, attention and Mamba projections FP8, KV "
-        "cache FP8."
+        == "nvfp4: Routed experts NVFP4; Mamba projections, shared experts and attention FP8; KV cache FP8; "
+        "all else as the source."
     )
     assert (
         "experts.up_proj nvfp4 (gptq) nvfp4 2,944 8,261,688,320" in lines
@@ -271,7 +272,10 @@ def test_recipes_list() -> None:
     assert {r["name"]: r["kv_cache"] for r in listed} == {
         "fp8": "fp8",
         "fp8-published": "fp8",
+        "lightning-published": "fp8",
         "mxfp8": "source",
+        "nano-fp8-published": "fp8",
+        "nano-nvfp4-published": "fp8",
         "nvfp4": "fp8",
         "nvfp4-full": "fp8",
         "nvfp4-full-w4a16": "source",
@@ -290,6 +294,21 @@ def test_recipes_show_prints_a_recipe_that_plans(source: Path, tmp_path: Path) -
     assert data("recipes", "show", tmp_path / "my.yaml") == data("recipes", "show", "nvfp4")
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(data("recipes", "show", "nvfp4")))
     assert data("plan", source, "--recipe", tmp_path / "my.yaml") == data("plan", source, "--fmt", "nvfp4")
+
+
+def test_recipes_show_resolved_has_what_a_recipe_extends(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("name: my  # and no more\nextends: nvfp4\nkv_cache: source\n")
+    assert command("recipes", "show", tmp_path / "my.yaml").stdout == (tmp_path / "my.yaml").read_text()
+    whole = yaml.safe_load(command("recipes", "show", tmp_path / "my.yaml", "--resolved").stdout)
+    expected = {key: value for key, value in data("recipes", "show", "nvfp4").items() if key != "kv_cache"}
+    assert whole == expected | {"name": "my", "summary": "nvfp4 with changes."}
+    assert data("recipes", "show", tmp_path / "my.yaml") == whole
+
+
+def test_recipes_schema_is_the_file_in_docs() -> None:
+    assert json.loads(command("recipes", "schema").stdout) == json.loads(
+        (CALIB.parent / "docs/recipe.schema.json").read_text()
+    ), "run nemoquant recipes schema > docs/recipe.schema.json"
 
 
 # --- wrong input: one line, exit code 2
@@ -355,7 +374,7 @@ def test_a_wrong_config(tmp_path: Path, verb: list[str], text: str, message: str
     [
         (
             "- roles: ['*']\n  format: int4",
-            "rule 1, `format`: Input should be 'source', 'fp8', 'mxfp8' or 'nvfp4', got 'int4'",
+            "rule 1, `format`: Input should be 'source', 'bf16', 'fp8', 'mxfp8' or 'nvfp4', got 'int4'",
         ),
         (
             f"- roles: [router]\n  format: fp8\n{REST}",
@@ -477,10 +496,10 @@ def test_names_that_the_api_lacks() -> None:
 
 
 def test_a_format_that_no_tensor_gets_is_said(make_checkpoint: Callable[..., Path]) -> None:
-    """`nvfp4` gives NVFP4 to routed experts only: a model without experts gets none.
+    """`nvfp4` gives NVFP4 to experts and MLPs only: a model without both gets none.
 
     The option's name does not show that, so the command must say it.
     """
-    dense = make_checkpoint("dense", hybrid_override_pattern="M-*-", num_nextn_predict_layers=0)
+    dense = make_checkpoint("dense", hybrid_override_pattern="MM*", num_nextn_predict_layers=0)
     result = command("plan", dense, "--fmt", "nvfp4")
     assert "warning: no tensor of this model got the format nvfp4" in result.stderr

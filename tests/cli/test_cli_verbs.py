@@ -101,7 +101,7 @@ def test_json_is_alone_on_stdout(quantize, tmp_path, source):
     assert result.stderr == ""
     report = json.loads(result.stdout)
     plan = json.loads(nemoquant("plan", source, "--fmt", "nvfp4", "--json").stdout)
-    figures = {k: v for k, v in plan.items() if k not in ("rows", "engines", "cautions", "serving")}
+    figures = {k: v for k, v in plan.items() if k not in ("rows", "roles", "engines", "cautions", "serving")}
     assert {k: report[k] for k in figures} == figures
     assert report["out"] == str(tmp_path / "out")
     assert report["dry_run"] is False
@@ -387,9 +387,27 @@ def test_a_changed_preset_should_not_pass_for_it(quantize, tmp_path):
 
 def test_options_without_effect_are_named(quantize):
     told = quantize("--fmt", "fp8", "--rows", 2, "--compute", "float32", "--dry-run").stderr
-    assert "warning: not used: --rows (an .npy file says its rows and length itself)\n" in told
+    assert "warning: not used: --rows (an array says its rows and length itself)\n" in told
     told = quantize("--recipe", "nvfp4-w4a16", "--method", "max", "--row-batch", 2, "--dry-run").stderr
     assert "warning: not used: --row-batch (this recipe needs no calibration)\n" in told
+
+
+def test_text_as_people_have_it(source, tmp_path):
+    """What was read, and what was left out, is told by both verbs; a column is named alike."""
+    rows = [{"tokens": [5, 6, 7, 8], "attention_mask": [1, 1, 1, 0]}] * 3 + [{"other": 1}]
+    text = tmp_path / "x.json"
+    text.write_text(json.dumps(rows))
+    sizes = ("--rows", 2, "--seq-len", 4, "--threads", 1)
+    made = ("quantize", source, tmp_path / "out", "--fmt", "fp8", "--method", "max", "--calib", text, *sizes)
+    done = nemoquant(*made, "--calib-column", "tokens")
+    assert "calibrated on 2 rows of 4 tokens (x.json: tokens, " in done.stdout
+    assert "calibration text is read from x.json: tokens\n" in done.stderr
+    padding = "warning: x.json: 2 tokens that attention_mask masks (padding) were left out\n"
+    assert padding in done.stderr and "array says its rows" not in done.stderr
+    compared = ("diff", source, tmp_path / "out", "--data", text, "--rows", 9, *sizes[2:], "--no-card")
+    done = nemoquant(*compared, "--data-column", "tokens")
+    assert "1 of 4 documents can't be used and were left out; the first: x.json, document 4: " in done.stdout
+    nemoquant("quantize", source, tmp_path / "new", "--fmt", "fp8", "--calib", text, *sizes, code=2)
 
 
 def test_what_cannot_be_read_or_written_is_found_before_the_work(quantize, source, tmp_path, monkeypatch):

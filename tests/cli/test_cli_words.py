@@ -215,14 +215,17 @@ def test_a_whole_run(hostile, tmp_path):
     ]
     for run in runs:
         assert harmless(run.stdout + run.stderr, allowed="\n"), ascii(run.stdout + run.stderr)
-    assert r"fp8: # \x1b[2J<b>sum</b> mary" in runs[0].stdout
+    assert runs[0].stdout.startswith("fp8: Routed experts, ")
     assert r"\x1b[31m# a*b*\u202e\n<i>.jsonl holds 4 rows of 32 tokens, 5 were asked for" in runs[2].stderr
     card = (out / "README.md").read_text(encoding="utf-8")
     assert harmless(card, allowed="\n")
+    assert "sum</b>" not in card + runs[0].stdout and "sum\\<" not in card, (
+        "what is said of a plan comes from its rows, not from a summary"
+    )
     tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
     assert [h.split(":")[0] for h in headings] == [
-        r"\\x1b\[1msource, quantized",
+        r"\\x1b\[1msource, quantized to FP8",
         "Map",
         "What loads it",
         "Serve it",

@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ GPUS = (80, 90, 100, 120)
 COMPRESSED_TENSORS = (
     "compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8",
     "schemes.compressed_tensors_w8a8_fp8",
+    "schemes.compressed_tensors_w8a16_fp8",
 )
 QKV = ("q_proj", "k_proj", "v_proj")
 ASKED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
@@ -66,6 +67,9 @@ class NoKernel:
     """Stands for a linear layer's kernel, and repacks nothing."""
 
     supports_pre_processed_weights = False
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace()
 
     def process_weights_after_loading(self, layer: object) -> None:
         pass
@@ -109,8 +113,10 @@ def replace_kernels() -> None:
         module = importlib.import_module(f"{modelopt.__package__}.compressed_tensors.{path}")
         if hasattr(module, "select_fp8_moe_backend"):
             instead(module, "select_fp8_moe_backend", "FP8 experts", other)
-        else:
+        elif hasattr(module, "init_fp8_linear_kernel"):
             instead(module, "init_fp8_linear_kernel", "FP8 linear", NoKernel())
+        else:
+            instead(module, "init_wfp8_a16_linear_kernel", "FP8 weights linear", NoKernel())
     instead(modelopt, "init_nvfp4_linear_kernel", "NVFP4 linear", NoKernel())
     instead(modelopt, "init_fp8_linear_kernel", "FP8 linear", NoKernel())
     instead(modelopt, "init_mxfp8_linear_kernel", "MXFP8 linear", NoKernel())
@@ -203,7 +209,7 @@ def algorithm(module: torch.nn.Module) -> str:
     }
     if name == "CompressedTensorsLinearMethod":
         name = type(module.scheme).__name__
-        known |= {"CompressedTensorsW8A8Fp8": "FP8"}
+        known |= {"CompressedTensorsW8A8Fp8": "FP8", "CompressedTensorsW8A16Fp8": "FP8"}
     return known.get(name, "" if name == "NoneType" or name.startswith("Unquantized") else name)
 
 

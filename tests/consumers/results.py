@@ -43,7 +43,13 @@ class Known(NamedTuple):
     text: str
 
 
-KNOWN = (Known("sglang", "W4A16_NVFP4", ".in_proj", "its global scale comes from memory that nothing wrote"),)
+KNOWN = (
+    Known("sglang", "W4A16_NVFP4", ".in_proj", "its global scale comes from memory that nothing wrote"),
+    *(
+        Known(engine, "W8A16_FP8", ".input_scale", "it has a scale of inputs, which no tensor wrote")
+        for engine in ("vllm", "sglang")
+    ),
+)
 
 
 def is_known(engine: str, row: dict[str, Any], difference: list[Any]) -> bool:

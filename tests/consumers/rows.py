@@ -10,7 +10,7 @@ from typing import Any
 
 import nemoquant
 from nemoquant.layouts.gpus import GPUS
-from nemoquant.layouts.modelopt import LEGACY, algorithm, config_files
+from nemoquant.layouts.modelopt import LEGACY, algorithm, config_files, declared_name
 from nemoquant.layouts.serving import commands
 from nemoquant.model.parse import load_config
 from nemoquant.planning.plan import Plan
@@ -18,9 +18,18 @@ from nemoquant.planning.recipe import presets
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = Path(__file__).parent / "recipes"
+WEIGHTS_ONLY = RECIPES / "fp8-weights-only.yaml"
 DEMO, NANO = ROOT / "calib" / "demo_model", ROOT / "calib" / "nano_model"
-CONFIGS = {name: ROOT / "tests" / "configs" / f"{name}.json" for name in ("super-120b-a12b", "nano-30b-a3b")}
-SUPER_ONLY = "super-nvfp4-published"
+CONFIGS = {
+    name: ROOT / "tests" / "configs" / f"{name}.json"
+    for name in ("super-120b-a12b", "nano-30b-a3b", "nano-9b-v2")
+}
+DENSE = {"nano-9b-v2": ("nvfp4", "nvfp4-w4a16")}
+OF_ONE = {  # presets that name layers -> the one config that they fit
+    "super-nvfp4-published": "super-120b-a12b",
+    "nano-fp8-published": "nano-30b-a3b",
+    "nano-nvfp4-published": "nano-30b-a3b",
+}
 ENGINES = ("vllm", "sglang")
 PROGRAMS = {"vllm": ("vllm",), "sglang": ("python", "sglang")}  # first words of an engine's commands
 ROWS, LENGTH = 4, 128  # of calibration: values are compared with the file's, not with the source's
@@ -148,19 +157,24 @@ class Bare:
     def rows(self, work: Path) -> Iterator[Row]:
         """One: every module that has a weight, and its algorithm."""
         folder = self.made(work)
-        plan = {row.module: algorithm(row) for row in self.plan.rows if row.name.endswith(".weight")}
+        plan = {
+            row.module: declared_name(algorithm(row))
+            for row in self.plan.rows
+            if row.name.endswith(".weight")
+        }
         inputs = hashed(json.dumps(plan).encode(), (folder / "config.json").read_bytes())
         yield Row("configs", self.name, inputs, "names", {"folder": str(folder), "plan": plan})
 
 
 def converted() -> list[Converted]:
-    """The FP8 preset on both models."""
-    return [Converted(Checkpoint(source, "fp8")) for source in (DEMO, NANO)]
+    """The FP8 preset on both models, and FP8 weights only."""
+    recipes: list[tuple[Path, str | Path]] = [(DEMO, "fp8"), (NANO, "fp8"), (DEMO, WEIGHTS_ONLY)]
+    return [Converted(Checkpoint(source, recipe)) for source, recipe in recipes]
 
 
 def checkpoints() -> list[Checkpoint]:
     """Every preset that fits, on both models, and the recipes beside this file on the demo model."""
-    fitting = [name for name in presets() if name != SUPER_ONLY]
+    fitting = [name for name in presets() if name not in OF_ONE]
     return [
         *(Checkpoint(source, name) for source in (DEMO, NANO) for name in fitting),
         *(Checkpoint(DEMO, path) for path in sorted(RECIPES.glob("*.yaml"))),
@@ -168,12 +182,12 @@ def checkpoints() -> list[Checkpoint]:
 
 
 def bare() -> list[Bare]:
-    """Every preset on every config that it fits."""
+    """Every preset on every config that it fits; on a dense one those that give its MLP what experts get."""
     return [
         Bare(config, preset)
         for config in CONFIGS
-        for preset in presets()
-        if preset != SUPER_ONLY or config.startswith("super")
+        for preset in (DENSE[config] if config in DENSE else presets())
+        if OF_ONE.get(preset, config) == config
     ]
 
 

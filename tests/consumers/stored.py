@@ -19,6 +19,7 @@ FILLS = (
     0x7F,
 )  # bytes of parameters before loading; 0x7f is huge as float32: the maximum of scales shows it
 PLAIN = "unquantized"  # in counts of algorithms
+FP8_WEIGHTS = "W8A16_FP8"
 DERIVED = ("_blockscale_swizzled",)  # parameters that SGLang makes from others after loading
 
 
@@ -58,17 +59,22 @@ class Stored:
         return sorted(name for name in names if name.startswith("mtp.") == draft)
 
     def algorithm(self, module: str) -> str:
-        """ModelOpt's name for how a module is quantized, by its dtypes; "" where it is not."""
+        """ModelOpt's name for how a module is quantized, by its tensors; "" where it is not.
+
+        FP8 whose inputs are not quantized has no name there, and one of ours here: engines take it for FP8.
+        """
         weight = self.tensors[f"{module}.weight"]
         if weight.dtype == torch.uint8:
             return "NVFP4" if f"{module}.input_scale" in self.tensors else "W4A16_NVFP4"
         if weight.dtype == torch.float8_e4m3fn:
-            return "MXFP8" if self.tensors[f"{module}.weight_scale"].dtype == torch.uint8 else "FP8"
+            if self.tensors[f"{module}.weight_scale"].dtype == torch.uint8:
+                return "MXFP8"
+            return "FP8" if f"{module}.input_scale" in self.tensors else FP8_WEIGHTS
         return ""
 
     def has_input_scale(self, module: str) -> bool:
-        """Whether its algorithm has one, be it in the file or not."""
-        return self.algorithm(module) in ("FP8", "NVFP4")
+        """Whether engines have one for its algorithm, be it in the file or not."""
+        return self.algorithm(module) in ("FP8", "NVFP4", FP8_WEIGHTS)
 
     def values(self, module: str) -> Tensor:
         """Its weight, decoded."""
@@ -126,7 +132,7 @@ class Comparison:
         if loaded is None:
             self.values_differ.append([module, expected, "no such module"])
             return
-        if loaded.algorithm != expected:
+        if loaded.algorithm != ("FP8" if expected == FP8_WEIGHTS else expected):
             self.algorithm_differs.append([module, expected, loaded.algorithm])
         if problem := difference(values, loaded.values):
             self.values_differ.append([module, expected, problem])

@@ -9,7 +9,7 @@ from nemoquant.layouts.modelopt import algorithm
 from nemoquant.planning.recipe import presets
 
 from . import results
-from .rows import DEMO, ENGINES, RECIPES, SUPER_ONLY, bare, checkpoints, converted
+from .rows import DEMO, ENGINES, OF_ONE, RECIPES, bare, checkpoints, converted
 
 DATA = results.read()
 OF_A_ROW = {"inputs", "quantization", "modules", "algorithms", "expert_algorithms", "algorithm_differs"}
@@ -25,7 +25,7 @@ def test_every_preset_was_loaded(engine):
     drafts = {f"{row.name}, draft" for row in checkpoints() if row.source == DEMO}
     found = {name for name, engines in DATA["checkpoints"].items() if engine in engines}
     assert found == names | drafts | ({row.name for row in converted()} if engine == "vllm" else set())
-    assert {row.recipe for row in checkpoints()} >= set(presets()) - {SUPER_ONLY}
+    assert {row.recipe for row in checkpoints()} >= set(presets()) - set(OF_ONE)
     assert {name for name, engines in DATA["configs"].items() if engine in engines} == {
         row.name for row in bare()
     }
@@ -74,6 +74,12 @@ def test_the_recipes_mix_what_they_say(path):
             "lm_head": {"FP8"},
             "mamba": {"FP8", "NVFP4"},
             "shared_experts": {"FP8"},
+        },
+        "fp8-weights-only": {
+            "experts": {"FP8"},
+            "lm_head": {"W8A16_FP8"},
+            "mamba": {"FP8", "W8A16_FP8"},
+            "shared_experts": {"W8A16_FP8"},
         },
         "weights-only": {
             "experts": {"W4A16_NVFP4"},

@@ -1,6 +1,7 @@
 """Every parser of a file from elsewhere: a good file, and what nemoquant does with one of its kind."""
 
 import ast
+import gzip
 import hashlib
 import io
 import json
@@ -297,6 +298,24 @@ def _npy() -> bytes:
     return out.getvalue()
 
 
+def _npz() -> bytes:
+    out = io.BytesIO()
+    ids = np.random.default_rng(0).integers(3, 90, (4, 16))
+    np.savez(out, input_ids=ids, attention_mask=ids > 20)
+    return out.getvalue()
+
+
+def _arrow() -> bytes:
+    import pyarrow as pa
+
+    texts = ["It is a truth universally acknowledged, that a single man. " * 4] * 3
+    table, out = pa.table({"text": texts, "input_ids": [[*range(5, 25)]] * 3}), io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return out.getvalue()
+
+
+CSV = b'id,text,input_ids\n1,"It is a truth, universally ""known"", that a single man",\n2,,"[5, 6, 7]"\n' * 4
 JSONL = (
     b'{"text": "It is a truth universally acknowledged, that a single man in possession of a good fortune"}\n'
     b'{"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "Cats."}]}\n'
@@ -546,6 +565,20 @@ PARSERS: dict[str, Parser] = {
     ),
     "txt": Parser("rows.txt", text_file("rows.txt", JSONL), _rows("rows.txt"), None, TEXT_WORDS, share=0.1),
     "parquet": Parser("rows.parquet", text_file("rows.parquet", _parquet), _rows("rows.parquet"), share=0.5),
+    "arrow": Parser("rows.arrow", text_file("rows.arrow", _arrow), _rows("rows.arrow"), share=0.5),
+    "npz": Parser("rows.npz", text_file("rows.npz", _npz), _rows("rows.npz")),
+    "json array": Parser(
+        "rows.json",
+        text_file(
+            "rows.json",
+            lambda: json.dumps([json.loads(line) for line in JSONL.splitlines()], indent=1).encode(),
+        ),
+        _rows("rows.json"),
+        JSON,
+        share=0.1,  # a template's process each
+    ),
+    "csv": Parser("rows.csv", text_file("rows.csv", CSV), _rows("rows.csv")),
+    "gzip": Parser("rows.csv.gz", text_file("rows.csv.gz", lambda: gzip.compress(CSV)), _rows("rows.csv.gz")),
     "tokenizer_config": Parser(
         "tokenizer_config.json",
         demo("config.json", "tokenizer.json", "tokenizer_config.json"),

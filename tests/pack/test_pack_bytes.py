@@ -131,7 +131,7 @@ def test_other_scale_methods_reach_the_file(method, largest, source, quantized, 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: r\nsummary: s\nrules:\n- "
-        f"{{roles: [experts.*], format: nvfp4, scales: {method}, activations: none}}\n"
+        f"{{roles: [experts.*, mlp.*], format: nvfp4, scales: {method}, activations: none}}\n"
         "- {roles: ['*'], format: source}\n"
     )
     before, after, plain = read(source), read(quantized(str(recipe))), read(quantized("nvfp4-w4a16", "plain"))

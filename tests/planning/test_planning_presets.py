@@ -1,13 +1,16 @@
 """The shipped presets on real configs: the map that each makes, and its figures by arithmetic done here."""
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
-from support.places import CONFIGS, NANO
+from support.places import CONFIGS, NANO, SUPER
 
 from nemoquant import api
 from nemoquant.errors import RecipeError
@@ -23,10 +26,10 @@ PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
     "fp8": (("fp8", "fp8", "fp8", "fp8", "fp8"), "fp8"),
     "fp8-published": (("fp8", "fp8", "fp8", "source", "fp8"), "fp8"),
     "mxfp8": (("mxfp8", "mxfp8", "mxfp8", "mxfp8", "mxfp8"), "source"),
-    "nvfp4": (("nvfp4", "fp8", "fp8", "fp8", "fp8"), "fp8"),
+    "nvfp4": (("nvfp4", "fp8", "nvfp4", "fp8", "fp8"), "fp8"),
     "nvfp4-full": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "fp8"),
     "nvfp4-full-w4a16": (("nvfp4", "nvfp4", "nvfp4", "nvfp4", "nvfp4"), "source"),
-    "nvfp4-w4a16": (("nvfp4", "source", "source", "source", "source"), "source"),
+    "nvfp4-w4a16": (("nvfp4", "source", "nvfp4", "source", "source"), "source"),
 }
 
 SOLVED = ("fp8", "nvfp4", "nvfp4-full", "nvfp4-full-w4a16", "nvfp4-w4a16")  # the others: max
@@ -259,6 +262,93 @@ def test_the_published_map_is_for_super_only(source: Path) -> None:
         assert text.startswith(f"recipe {PUBLISHED}: rule ")
         assert message in text
         assert text.endswith("expected layers that have them, is the recipe for another model?")
+
+
+# --- the published maps of Nano and Lightning
+
+NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+NANO_LEFT = (4, 11, 18, 25, 32, 41)
+NANO_MAPS = {"nano-fp8-published": "fp8", "nano-nvfp4-published": "nvfp4"}
+
+
+def test_the_layers_that_the_maps_of_nano_leave_stand_before_attention() -> None:
+    attention = [i for i, letter in enumerate(NANO_PATTERN) if letter == "*"]
+    assert [i - 1 for i in attention] == list(NANO_LEFT)
+    assert all(NANO_PATTERN[i] == "M" for i in NANO_LEFT)
+
+
+@pytest.mark.parametrize("preset", NANO_MAPS)
+def test_the_published_maps_of_nano(preset: str) -> None:
+    made, form = planned("nano-30b-a3b", preset), NANO_MAPS[preset]
+    for row in made.rows:
+        kind = row.role.split(".")[0]
+        expected = form if kind in ("experts", "shared_experts", "mamba") else "source"
+        if kind == "mamba" and row.layer in NANO_LEFT:
+            expected = "source"
+        inputs = None if expected == "source" else form
+        method = None if expected == "source" else "max"
+        assert (row.format, row.activation_format, row.scale_method) == (expected, inputs, method), row.name
+    assert Counter(row.role for row in made.quantized) == {
+        "experts.up_proj": 23 * 128,
+        "experts.down_proj": 23 * 128,
+        "shared_experts.up_proj": 23,
+        "shared_experts.down_proj": 23,
+        "mamba.in_proj": 17,
+        "mamba.out_proj": 17,
+    }
+    assert made.kv_layers == [5, 12, 19, 26, 33, 42]
+    elements = {role: count * out * inner for role, (count, out, inner) in SIZES["nano-30b-a3b"].items()}
+    elements |= {role: elements[role] * 17 // 23 for role in ("mamba.in_proj", "mamba.out_proj")}
+    quantized = sum(elements[row] for row in elements if not row.startswith("attention."))
+    modules = 46 * 128 + 46 + 34
+    bytes_in = 2 * 31_577_940_288 + 2 * 23 * 128
+    size = quantized if form == "fp8" else quantized * 9 // 16
+    assert made.bytes_out == bytes_in - 2 * quantized + size + 8 * modules + 4 * 2 * 6
+    with pytest.raises(RecipeError, match=r"layers .* have no tensor of the roles mamba"):
+        api.plan(SUPER, preset)
+
+
+@pytest.fixture
+def lightning(tmp_path: Path) -> Path:
+    """Lightning's config, as far as a plan goes: Nano's layers and a prediction module."""
+    raw = json.loads(NANO.read_text())
+    raw |= {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return tmp_path / "config.json"
+
+
+def test_the_map_of_lightning_is_model_optimizers_recipe(lightning: Path) -> None:
+    """Its rules are read plainly here: patterns over quantizers' names, the last match wins."""
+    recipes = pytest.importorskip("modelopt_recipes", reason="extra: modelopt")
+    file = "models/nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16/ptq/w4a16_nvfp4_4o6.yaml"
+    theirs = yaml.safe_load((Path(next(iter(recipes.__path__))) / file).read_text())
+    rules = theirs["quantize"]["quant_cfg"]
+
+    def numbers(quantizer: str) -> str | None:
+        found = None
+        for rule in rules:
+            if fnmatchcase(quantizer, rule["quantizer_name"]):
+                found = rule.get("cfg", found) if rule["enable"] else None
+        return None if found is None else found.get("$import", found.get("num_bits"))
+
+    made = api.plan(lightning, "lightning-published")
+    ours = {"fp8": "fp8_default", "nvfp4": "nvfp4_four_over_six", "source": None}
+    for row in made.rows:
+        if row.name == row.module:  # no weight of a module
+            continue
+        expected = ours[row.format], ours[row.activation_format or "source"]
+        got = tuple(numbers(f"{row.module}.{kind}_quantizer") for kind in ("weight", "input"))
+        assert got == expected, row.name
+    assert {row.scale_method for row in made.quantized if row.format == "nvfp4"} == {"four_over_six"}
+    assert numbers("backbone.layers.5.mixer.k_bmm_quantizer") == "e4m3"
+    assert made.kv_layers == [5, 12, 19, 26, 33, 42]
+    assert {row.format for row in made.rows if row.role.startswith("mtp.")} == {"source"}
+    assert Counter(row.role.split(".")[0] for row in made.quantized) == {
+        "experts": 2 * 23 * 128,
+        "shared_experts": 46,
+        "lm_head": 1,
+        "mamba": 46,
+    }
 
 
 # --- tensors that no preset changes

@@ -15,6 +15,7 @@ from nemoquant.shipped import recipe_folder
 RULE: dict[str, Any] = {"roles": ["*"], "format": "source"}
 BASE: dict[str, Any] = {"name": "mine", "summary": "What it does.", "rules": [RULE]}
 HINT = "; `nemoquant recipes show fp8` prints a valid one"
+NO_LAYER = "expected a layer's number, first or last, or a range such as 3..9 or -4..last"
 
 
 def refusal(data: Any) -> str:
@@ -66,11 +67,11 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
         ({"format": ...}, "rule 1, `format`: Field required"),
         (
             {"format": "int4"},
-            "rule 1, `format`: Input should be 'source', 'fp8', 'mxfp8' or 'nvfp4', got 'int4'",
+            "rule 1, `format`: Input should be 'source', 'bf16', 'fp8', 'mxfp8' or 'nvfp4', got 'int4'",
         ),
         (
             {"format": "FP8"},
-            "rule 1, `format`: Input should be 'source', 'fp8', 'mxfp8' or 'nvfp4', got 'FP8'",
+            "rule 1, `format`: Input should be 'source', 'bf16', 'fp8', 'mxfp8' or 'nvfp4', got 'FP8'",
         ),
         ({"roles": ...}, "rule 1: expected either `roles` or `names`"),
         ({"roles": []}, "rule 1, `roles`: List should have at least 1 item after validation, not 0, got []"),
@@ -87,9 +88,11 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
             {"layers": []},
             "rule 1, `layers`: List should have at least 1 item after validation, not 0, got []",
         ),
-        ({"layers": [0, -1]}, "rule 1, `layers.1`: Input should be greater than or equal to 0, got -1"),
-        ({"layers": ["0"]}, "rule 1, `layers.0`: Input should be a valid integer, got '0'"),
-        ({"layers": [True]}, "rule 1, `layers.0`: Input should be a valid integer, got True"),
+        ({"layers": [0, 5000]}, "rule 1, `layers.1`: expected a layer from -4,096 to 4,095, got 5000"),
+        *(
+            ({"layers": [value]}, f"rule 1, `layers.0`: {NO_LAYER}, got {value!r}")
+            for value in ("0", True, None, 1.0, "middle", "3..", "..3", "1-3", "3...9", "1..2..3", "00001..3")
+        ),
         (
             {"roles": ..., "names": ["a"], "layers": [1]},
             "rule 1: `layers` goes with `roles`; a name pattern says its layers itself",
@@ -119,11 +122,15 @@ def test_a_recipe_that_is_no_mapping(data: Any) -> None:
         ),
         (
             {"format": "fp8", "activations": "nvfp4"},
-            "rule 1: `activations: nvfp4` does not go with `format: fp8`; expected fp8",
+            "rule 1: `activations: nvfp4` does not go with `format: fp8`; expected fp8 or none",
         ),
         (
-            {"format": "fp8", "activations": "none"},
-            "rule 1: `activations: none` does not go with `format: fp8`; expected fp8",
+            {"format": "bf16", "activations": "none"},
+            "rule 1: `activations: none` does not go with `format: bf16`; expected no `activations`",
+        ),
+        (
+            {"format": "mxfp8", "activations": "none"},
+            "rule 1: `activations: none` does not go with `format: mxfp8`; expected mxfp8",
         ),
         (
             {"format": "nvfp4", "activations": "fp8"},
@@ -157,7 +164,9 @@ def test_one_error_lists_all_problems() -> None:
     [
         ({"format": "source"}, None),
         ({"format": "fp8"}, "fp8"),
+        ({"format": "bf16"}, None),
         ({"format": "fp8", "activations": "fp8"}, "fp8"),
+        ({"format": "fp8", "activations": "none"}, None),
         ({"format": "nvfp4"}, "nvfp4"),
         ({"format": "nvfp4", "activations": "nvfp4", "scales": "mse"}, "nvfp4"),
         ({"format": "nvfp4", "activations": "none", "scales": "four_over_six"}, None),
@@ -312,8 +321,9 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("fp9")
     assert str(error.value) == (
-        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, mxfp8, "
-        "nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, nvfp4, super-nvfp4-published"
+        "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8, lightning-published, "
+        "mxfp8, nano-fp8-published, nano-nvfp4-published, nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, "
+        "nvfp4, super-nvfp4-published"
     )
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
         load_recipe(str(tmp_path))
@@ -323,7 +333,10 @@ def test_presets() -> None:
     assert set(presets()) == {
         "fp8",
         "fp8-published",
+        "lightning-published",
         "mxfp8",
+        "nano-fp8-published",
+        "nano-nvfp4-published",
         "nvfp4",
         "nvfp4-full",
         "nvfp4-full-w4a16",

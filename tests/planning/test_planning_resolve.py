@@ -16,9 +16,10 @@ from nemoquant import api
 from nemoquant.errors import RecipeError
 from nemoquant.model.parse import parse_config
 from nemoquant.model.roles import tensor_table
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import parse_recipe
 from nemoquant.planning.resolve import resolve
+from nemoquant.planning.row import Row
 
 Rule = dict[str, Any]
 Make = Callable[..., Path]
@@ -281,7 +282,7 @@ PROTECTED = {
     ),
     "embedding": (
         "backbone.embeddings.weight",
-        "it is a table lookup, not a GEMM, and no engine reads a quantized one",
+        "no engine loads a quantized one of this family (vLLM 0.33 has none in the ModelOpt layout, SGLang",
     ),
     "mtp.eh_proj": ("mtp.layers.0.eh_proj.weight", "engines load multi-token-prediction modules unquantized"),
     "mtp.attention.o_proj": (
@@ -612,3 +613,89 @@ def test_a_rule_for_each_layer_of_a_large_model(super_raw: dict[str, Any]) -> No
     plan = planned(*moe, REST, raw=super_raw)
     assert time.process_time() - began < 5
     assert len(plan.quantized) == 40_960
+
+
+# --- layers by words, and bf16
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"),
+    [
+        (["first"], {1}),
+        (["last"], {6}),
+        (["first", "last"], {1, 6}),
+        ([-1], {6}),
+        ([-6, 6], {1, 6}),
+        (["0..3"], {1}),
+        (["0..-1"], {1, 6}),
+    ],
+)
+def test_layers_by_words(layers: list[int | str], found: set[int]) -> None:
+    plan = planned({"roles": ["attention.q_proj", "attention.k_proj", "attention.v_proj"], "layers": layers,
+                    "format": "fp8"}, REST)  # fmt: skip
+    assert {row.layer for row in plan.quantized} == found
+    assert all(row.reason.endswith(f"in layers {', '.join(map(str, layers))}") for row in plan.quantized) == (
+        not all(isinstance(entry, int) and entry >= 0 for entry in layers)
+    )
+
+
+@pytest.mark.parametrize("entry", [-2, "2..5", "0..99", "-99..-1", "6..1"])
+def test_words_that_mean_no_layer_of_the_role(entry: int | str) -> None:
+    assert refusal({"roles": ["attention.*"], "layers": ["first", entry], "format": "fp8"}, REST) == (
+        f"recipe mine: rule 1: layers {entry} mean no layers, of the model's 7, that have the roles "
+        "attention.*; expected layers that have them, is the recipe for another model?"
+    )
+
+
+def test_words_of_a_role_that_the_model_lacks() -> None:
+    dense = RAW | {"hybrid_override_pattern": "M-", "num_nextn_predict_layers": 0}
+    message = refusal({"roles": ["attention.*"], "layers": ["last"], "format": "fp8"}, REST, raw=dense)
+    assert "layers last mean no layers, of the model's 2, that have the roles attention.*" in message
+
+
+def test_multi_token_prediction_counts_its_layers_apart() -> None:
+    """``last`` of roles of both is one layer of the model and one of its module."""
+    plan = planned(
+        {"roles": ["mtp.*", "norm"], "layers": ["last"], "format": "source"},
+        {"roles": ["mamba.*"], "format": "fp8"},
+        REST,
+    )
+    assert {
+        (row.role.startswith("mtp."), row.layer) for row in plan.rows if row.reason.startswith("rule 1")
+    } == {
+        (False, 6),
+        (True, 1),
+    }
+
+
+def test_bf16_is_the_source_where_that_is_bf16() -> None:
+    says = {"roles": ["attention.*", "lm_head"], "format": "bf16"}
+    plan = planned(says, {"roles": ["mamba.*"], "format": "fp8"}, REST)
+    assert {row.format for row in plan.rows if row.reason.startswith("rule 1")} == {"source"}
+    assert plan.unused_formats == []
+    assert parse_recipe(plan.recipe.dump()) == plan.recipe
+
+
+def test_bf16_where_the_source_is_something_else(make_checkpoint: Make) -> None:
+    assert refusal(
+        {"roles": ["router*"], "format": "bf16"}, {"roles": ["mamba.*"], "format": "fp8"}, REST
+    ) == (
+        "2 tensors that the recipe gives `format: bf16` are not bf16 in the source: "
+        + ", ".join(
+            f"{name}.mixer.gate.e_score_correction_bias is F32 (rule 1: roles router*)"
+            for name in ("backbone.layers.2", "backbone.layers.5")
+        )
+        + "; nothing is converted, give them `format: source`"
+    )
+
+    def half(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
+
+    source = make_checkpoint()
+    recipe = source.parent / "mine.yaml"
+    recipe.write_text("name: mine\nextends: fp8\nrules: [{roles: [lm_head], format: bf16}]\n")
+    assert api.plan(source, str(recipe)).quantized
+    with pytest.raises(
+        RecipeError, match=r"1 tensors that .* lm_head.weight is F16 \(rule 1: roles lm_head\)"
+    ):
+        api.plan(make_checkpoint("half", half), str(recipe))

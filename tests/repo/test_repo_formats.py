@@ -29,6 +29,7 @@ from nemoquant.graph.gemms import GEMMS, gemm_of
 from nemoquant.layouts import ENGINES, compressed_tensors, engine_rows, modelopt
 from nemoquant.ops.functional import EXPERT_FORMATS
 from nemoquant.pack.card import NAMES
+from nemoquant.planning.modelopt import numerics
 from nemoquant.planning.recipe import load_recipe, presets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,7 @@ TABLES = {
     "layout": modelopt.LAYOUT,
     "layout of compressed-tensors": compressed_tensors.LAYOUTS,
     "why it is not converted": REFUSED,
+    "quantizers of Model Optimizer": numerics.CODES,
     "model card": {name: text for name, text in NAMES.items() if name != "source"},
     **{f"codecs of {name}": dialect.codecs for name, dialect in DIALECTS.items()},
     **{f"GPUs of {name}": target.least_sm for name, target in TARGETS.items()},

@@ -48,6 +48,21 @@ def test_each_weight_has_a_method_and_is_not_worse_than_plain(preset, fitting, t
     assert report["checked"]["solved"] == len(result.plan.quantized)
 
 
+@pytest.mark.parametrize("rule", ["format: nvfp4", "format: fp8, activations: none"])
+def test_the_head_is_solved_too(rule, fitting, token_rows, tmp_path):
+    """Its input comes in rows, where those of layers come in tokens."""
+    recipe = tmp_path / "head.yaml"
+    recipe.write_text(f"name: head\nextends: fp8\nrules: [{{roles: [lm_head], scales: gptq, {rule}}}]\n")
+    source = fitting("fp8")
+    result = make(source, token_rows, tmp_path / "out", str(recipe))
+    units = solved(tmp_path / "out")
+    tokens = {count for unit in units.values() for count in unit["tokens"]}
+    assert max(tokens) == 8 * 32
+    assert sum(len(unit["method"]) for unit in units.values()) == len(result.plan.quantized)
+    assert [unit["method"] for name, unit in units.items() if "lm_head" in name] == [["gptq"]]
+    assert verify(tmp_path / "out", source)["ok"]
+
+
 def test_the_same_run_gives_the_same_bytes(fitting, token_rows, tmp_path):
     source = fitting("nvfp4-full")
     for name in ("a", "b"):

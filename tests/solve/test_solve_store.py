@@ -5,7 +5,7 @@ import pytest
 
 from nemoquant.errors import OutputError
 from nemoquant.formats.arithmetic import Encoded
-from nemoquant.planning.plan import Row
+from nemoquant.planning.row import Row
 from nemoquant.solve.store import Record, SolvedFile, Stored
 
 

@@ -17,17 +17,18 @@ PRESETS = ("fp8", "fp8-published", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-full-w
 
 # docs/design.md, "Presets": group of modules -> format of its weights.
 FORMATS = {
-    "fp8": {"experts": "fp8", "shared": "fp8", "attention": "fp8", "mamba": "fp8"},
-    "fp8-published": {"experts": "fp8", "shared": "fp8", "mamba": "fp8"},
-    "mxfp8": {"experts": "mxfp8", "shared": "mxfp8", "attention": "mxfp8", "mamba": "mxfp8"},
-    "nvfp4": {"experts": "nvfp4", "shared": "fp8", "attention": "fp8", "mamba": "fp8"},
-    "nvfp4-full": {"experts": "nvfp4", "shared": "nvfp4", "attention": "nvfp4", "mamba": "nvfp4"},
-    "nvfp4-full-w4a16": dict.fromkeys(("experts", "shared", "attention", "mamba"), "nvfp4-weights"),
-    "nvfp4-w4a16": {"experts": "nvfp4-weights"},
+    "fp8": dict.fromkeys(("experts", "mlp", "shared", "attention", "mamba"), "fp8"),
+    "fp8-published": dict.fromkeys(("experts", "mlp", "shared", "mamba"), "fp8"),
+    "mxfp8": dict.fromkeys(("experts", "mlp", "shared", "attention", "mamba"), "mxfp8"),
+    "nvfp4": {"experts": "nvfp4", "mlp": "nvfp4", "shared": "fp8", "attention": "fp8", "mamba": "fp8"},
+    "nvfp4-full": dict.fromkeys(("experts", "mlp", "shared", "attention", "mamba"), "nvfp4"),
+    "nvfp4-full-w4a16": dict.fromkeys(("experts", "mlp", "shared", "attention", "mamba"), "nvfp4-weights"),
+    "nvfp4-w4a16": {"experts": "nvfp4-weights", "mlp": "nvfp4-weights"},
 }
 GROUPS = {
     "experts": r"backbone\.layers\.\d+\.mixer\.experts\.\d+\.(up|down)_proj",
-    "shared": r"backbone\.layers\.\d+\.mixer\.(shared_experts\.)?(up|down)_proj",
+    "mlp": r"backbone\.layers\.\d+\.mixer\.(up|down)_proj",
+    "shared": r"backbone\.layers\.\d+\.mixer\.shared_experts\.(up|down)_proj",
     "attention": r"backbone\.layers\.\d+\.mixer\.[qkvo]_proj",
     "mamba": r"backbone\.layers\.\d+\.mixer\.(in|out)_proj",
 }

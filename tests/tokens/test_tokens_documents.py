@@ -3,90 +3,19 @@
 import json
 import os
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from support.measured import child, needs_proc
 from support.places import DEMO
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import Split
 
 from nemoquant.errors import CalibrationError
 from nemoquant.model.parse import load_config
-from nemoquant.shipped import calibration_data
-from nemoquant.tokens import documents
-from nemoquant.tokens.documents import LINE_END, MOST_PIECE, PIECE_CHARS, pieces
+from nemoquant.tokens import opened, tables
+from nemoquant.tokens.documents import documents
+from nemoquant.tokens.named import given
 from nemoquant.tokens.rows import load_rows
-from nemoquant.tokens.tokenizer import load_tokenizer
 from tests.faults import fuzz, parsers
-
-
-def chunked(text: str, size: int) -> Iterator[str]:
-    return (text[at : at + size] for at in range(0, len(text), size))
-
-
-def at_lines(text: str, least: int) -> Iterator[str]:
-    """The cut at line breaks alone, over a text that is there as a whole."""
-    start = 0
-    while len(text) - start > least:
-        place = LINE_END.search(text, start + least)
-        if place is None:
-            break
-        yield text[start : place.end()]
-        start = place.end()
-    yield text[start:]
-
-
-def test_pieces_are_those_of_line_breaks_wherever_they_are_near(monkeypatch):
-    """Whatever the size of the chunks that a text comes in; it is there again, and no piece is long."""
-    monkeypatch.setattr(documents, "PIECE_CHARS", 8)
-    monkeypatch.setattr(documents, "MOST_PIECE", 40)
-    draw, compared = random.Random(0), 0
-    for _ in range(3000):
-        text = "".join(draw.choice("ab c\n") for _ in range(draw.randrange(200)))
-        found = [list(pieces(chunked(text, size))) for size in (1, 3, 8, 41, 1000)]
-        assert all(one == found[0] for one in found)
-        assert "".join(found[0]) == text
-        assert max(map(len, found[0])) <= 40
-        expected = list(at_lines(text, 8))
-        if max(map(len, expected)) <= 40:
-            assert found[0] == expected
-            compared += 1
-    assert compared > 1000
-
-
-@pytest.mark.parametrize("between", ["\n", "\n\n", " "])
-def test_pieces_give_the_tokens_of_the_whole_text(between):
-    """With line breaks, with paragraphs alone, and in one line: cuts are where tokens begin in any case."""
-    lines = calibration_data().read_text(encoding="utf-8").splitlines()
-    text = between.join(" ".join(json.loads(line)["text"].split()) for line in lines)
-    text = text + between + text
-    assert len(text) > 2 * MOST_PIECE
-    tokenizer = load_tokenizer(DEMO)
-    cut = list(pieces(chunked(text, PIECE_CHARS)))
-    assert len(cut) > 2
-    whole = tokenizer.encode(text, add_special_tokens=False).ids
-    assert [i for piece in cut for i in tokenizer.encode(piece, add_special_tokens=False).ids] == whole
-
-
-# As in tokenizers that keep `;\n//` together.
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def test_pieces_of_code_end_where_its_words_do(monkeypatch):
-    monkeypatch.setattr(documents, "PIECE_CHARS", 8)
-    split = Split(Regex(WORDS), "isolated")
-    text = "x = f(1);\n// why\n/* or */\ny = 2;\n" * 100
-    cut = list(pieces([text]))
-    assert len(cut) > 100
-
-    def words(text):
-        return [word for word, _ in split.pre_tokenize_str(text)]
-
-    assert ");\n//" in words(text)
-    assert [word for piece in cut for word in words(piece)] == words(text)
-
 
 PEAK = """
 from nemoquant.model.parse import load_config
@@ -122,10 +51,10 @@ def test_memory_of_a_long_line(name, tmp_path):
 
 
 def test_a_line_that_is_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MOST_LINE", 1000)
+    monkeypatch.setattr(opened, "MOST_LINE", 1000)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "word " * 200}))
     with pytest.raises(CalibrationError) as error:
-        list(documents.documents(tmp_path / "x.jsonl", DEMO))
+        list(documents(given(tmp_path / "x.jsonl"), DEMO))
     assert str(error.value) == (
         "x.jsonl, line 2: has more than 1,000 characters; cut the document into several, or give it as .txt, "
         "which may have any size"
@@ -138,7 +67,7 @@ def test_a_byte_order_mark_is_no_text(name, tmp_path):
     found = []
     for mark in ("", "\ufeff"):
         (tmp_path / name).write_text(mark + text, encoding="utf-8")
-        found.append([list(document) for document in documents.documents(tmp_path / name, DEMO)])
+        found.append([list(document) for document in documents(given(tmp_path / name), DEMO)])
     assert found[0] == found[1]
 
 
@@ -164,7 +93,7 @@ def test_a_parquet_page_that_would_fill_the_memory(tmp_path, monkeypatch):
     import pyarrow
     from pyarrow import parquet
 
-    monkeypatch.setattr(documents, "MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(tables, "MOST_UNPACKED", 1 << 20)
     table = pyarrow.table({"text": ["a" * 1_100_000], "other": ["x" * 2_000_000]})
     parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
     with pytest.raises(
@@ -172,17 +101,17 @@ def test_a_parquet_page_that_would_fill_the_memory(tmp_path, monkeypatch):
         match=r"x.parquet: row group 0 unpacks to 3,\d\d\d,\d\d\d bytes, of [\d,]+ that a group has .*; "
         r"expected at most 1,048,576, write it with smaller row groups",
     ):
-        list(documents.documents(tmp_path / "x.parquet", DEMO))
+        list(documents(given(tmp_path / "x.parquet"), DEMO))
     table = pyarrow.table({"text": [draw.randbytes(600_000).hex() for draw in [random.Random(0)]]})
     parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
-    assert len(list(documents.documents(tmp_path / "x.parquet", DEMO))) == 1  # a large one may
+    assert len(list(documents(given(tmp_path / "x.parquet"), DEMO))) == 1  # a large one may
 
 
 def test_damaged_statistics_of_a_column_do_not_end_the_process(tmp_path):
     """pyarrow's table of columns throws where nobody catches; a case that the fuzzer found."""
     (tmp_path / "x.parquet").write_bytes(fuzz.case("parquet", parsers._parquet(), 2027, 365))
     with pytest.raises(CalibrationError, match="histogram size mismatch"):
-        list(documents.documents(tmp_path / "x.parquet", DEMO))
+        list(documents(given(tmp_path / "x.parquet"), DEMO))
 
 
 def test_no_more_of_a_text_is_read_than_is_used(tmp_path):

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from nemoquant.api import diff
 from nemoquant.checkpoint.manifest import file_sha256, read_manifest
+from nemoquant.errors import CalibrationError
 from nemoquant.model.parse import load_config
 from nemoquant.shipped import calibration_data, evaluation_data
 from nemoquant.tokens.rows import load_rows
@@ -76,6 +77,17 @@ def test_records_name_it(make_checkpoint: Callable[..., Path], tmp_path: Path) -
     assert "2 rows of 64 tokens of `mix.jsonl`" in (tmp_path / "out/README.md").read_text()
     report = diff(source, tmp_path / "out", data="mix", rows=2, seq_len=64, card=False)
     assert report.data.source == "mix_evaluation.jsonl"
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    """It is told so, and can have the three other domains: conversations are left out and counted."""
+    config = load_config(DEMO)[0]
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    with pytest.raises(CalibrationError, match="has no chat template"):
+        load_rows(DATA / "mix.jsonl", tmp_path, config, 32, 512)
+    rows = load_rows(DATA / "mix.jsonl", tmp_path, config, 32, 512, columns=("text",))
+    assert rows.ids.shape == (32, 512) and len(rows.warnings) == 1
+    assert "were left out" in rows.warnings[0]
 
 
 # What is in the files.

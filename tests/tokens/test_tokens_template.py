@@ -245,7 +245,11 @@ SETTINGS = {
         "bos_token is {'content': 5}; expected",
     ),
     "template": ('{"chat_template": 5}', "has no chat template"),
-    "templates": ('{"chat_template": [{"name": "default", "template": "a"}]}', "has no chat template"),
+    "templates": ('{"chat_template": [{"name": "default", "template": 5}]}', "has no chat template"),
+    "no default": (
+        '{"chat_template": [{"name": "rag", "template": "a"}]}',
+        "has the chat templates rag and no 'default'; name one of them default",
+    ),
 }
 
 

@@ -34,6 +34,7 @@ ATTENTION = Kind(
         "attention.v_proj": "attention's v_proj",
         "attention.o_proj": "attention's o_proj",
     },
+    groups={"attention": "attention"},
     other=(),
     tensors=tensors,
     projections=lambda _: ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -44,6 +44,7 @@ MAMBA = Kind(
     title="Mamba-2",
     spellings=("linear_attention",),
     linear={"mamba.in_proj": "Mamba's input projection", "mamba.out_proj": "Mamba's output projection"},
+    groups={"mamba": "Mamba projections"},
     other=("conv1d", "ssm.A_log", "ssm.D", "ssm.dt_bias"),
     tensors=tensors,
     projections=lambda _: ("in_proj", "out_proj"),

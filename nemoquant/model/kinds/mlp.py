@@ -16,6 +16,7 @@ MLP = Kind(
     title="MLP",
     spellings=(),
     linear={"mlp.up_proj": "the MLP's up projection", "mlp.down_proj": "the MLP's down projection"},
+    groups={"mlp": "the MLP"},
     other=(),
     tensors=tensors,
     projections=lambda _: ("up_proj", "down_proj"),

@@ -58,6 +58,7 @@ MOE = Kind(
         "latent.fc1": "the latent fc1",
         "latent.fc2": "the latent fc2",
     },
+    groups={"experts": "routed experts", "shared_experts": "shared experts", "latent": "latent projections"},
     other=("router", "router.bias"),
     tensors=tensors,
     projections=projections,

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.model import names
-from nemoquant.planning.plan import Plan, Row
+from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import Folds, layer_folds, readers
 from nemoquant.solve.metric import gram
 from nemoquant.solve.taps import input_of
