@@ -24,7 +24,8 @@ class Generated:
         drafted, accepted: tokens that multi-token prediction drafted, and those that the model would have
             chosen too; 0 without ``mtp``.
         engine: what ran it.
-        warnings: files that were used and are not in the checkpoint's manifest.
+        warnings: files that were used and are not in the checkpoint's manifest; and where the language model
+            is a part of another, that it alone was run.
     """
 
     text: str
@@ -125,6 +126,8 @@ def generate(
     used = ["tokenizer.json", "generation_config.json", *FILES, *(TEMPLATE_FILES if chat else ())]
     warnings = [] if signed is None else unlisted(folder, signed, used)
     config, _ = load_config(folder)
+    if config.prefix:
+        warnings.append("its language model alone is run, on text; what stands beside it is not")
     codec = TextCodec(folder)
     ids = codec.chat(prompt) if chat else codec.encode(prompt)
     stop, sampler = stop_tokens(folder, config), Sampler(temperature, seed)

@@ -16,12 +16,12 @@ MOST_TOKENS = 1 << 15  # with more, products are no faster, and the page cache n
 
 
 def batch_bytes(config: NemotronHConfig, kind: LayerKind, batch: Batch) -> int:
-    """Peak bytes of a batch in a layer of ``kind``."""
+    """Peak bytes of a batch in a layer of ``kind``, the largest one where they differ."""
     item = batch.item_size
-    token, row = KINDS[kind].batch_bytes(config, item)
     # x, its norm, the block's output, their sum; one byte for the mask of finite values
     stream = config.hidden_size * (4 * item + 1)
-    return batch.tokens * (token + stream) + batch.rows * row
+    needed = (KINDS[kind].batch_bytes(own, item) for own in config.variants(kind))
+    return max(batch.tokens * (token + stream) + batch.rows * row for token, row in needed)
 
 
 def weight_bytes(config: NemotronHConfig, item: int) -> int:
@@ -33,7 +33,8 @@ def weight_bytes(config: NemotronHConfig, item: int) -> int:
     largest = max(
         math.prod(entry.shape)
         for kind in set(config.layers)
-        for entry in KINDS[kind].tensors(config)
+        for own in config.variants(kind)
+        for entry in KINDS[kind].tensors(own)
         if entry.role in KINDS[kind].linear
     )
     return HELD_BYTES + 2 * largest + (item * min(CAST_ELEMENTS, largest) if item != 2 else 0)

@@ -112,7 +112,7 @@ class AmaxCollector:
             elif not name.endswith(f".{names.ROUTER}"):
                 self.scales.input_amax[name] = amax
         if layer is not None and self.config.layers[layer] == "moe":
-            experts = range(self.config.n_routed_experts)
+            experts = range(self.config.of_layer(layer).n_routed_experts)
             self.scales.tokens_per_expert[layer] = [self._tokens.get(expert, 0) for expert in experts]
         self._amax, self._tokens = {}, {}
 

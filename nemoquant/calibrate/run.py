@@ -241,13 +241,13 @@ def observe(
     Args:
         observers: constructors of the observers, which see the layer's taps by full names.
     """
-    prefix = names.layer(layer)
+    prefix, kind = names.layer(layer), config.layers[layer]
     weights = LayerWeights(checkpoint, prefix)
 
     def through(states: Tensor) -> tuple[Tensor, list[Observer]]:
         active = [make() for make in observers]
         tap = prefixed(_shown_to(active), prefix)
-        return layer_forward(config, config.layers[layer], weights, states, None, tap)[0], active
+        return layer_forward(config.of_layer(layer), kind, weights, states, None, tap)[0], active
 
     states = states.to(device)
     output, active = through(states)

@@ -26,6 +26,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.files import open_regular
 from nemoquant.model import names
+from nemoquant.model.nested import TOWER
 from nemoquant.model.roles import TensorSpec
 from nemoquant.progress import Count
 
@@ -228,15 +229,15 @@ def told(units: Sequence[str], of: int) -> str:
 
 
 def calibrated_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:
-    """The groups that calibration reads: of :func:`source_groups` all but the head and the MTP modules."""
-    return {key: group for key, group in source_groups(table).items() if key not in ("head", "mtp")}
+    """The groups that calibration reads: of :func:`source_groups` all but head, MTP modules and towers."""
+    return {key: group for key, group in source_groups(table).items() if key not in ("head", "mtp", TOWER)}
 
 
 def source_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:
     """The tensors of a model by where a pass over it reads them.
 
-    ``begin`` has the embeddings, layers have their numbers, then come ``norm``, ``head``, and ``mtp`` with
-    all multi-token-prediction modules.
+    ``begin`` has the embeddings, layers have their numbers, then come ``norm``, ``head``, ``mtp`` with all
+    multi-token-prediction modules, and ``tower`` with what is not the language model's.
     """
     groups: dict[int | str, list[str]] = {}
     for spec in table:
@@ -245,6 +246,6 @@ def source_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:
         elif spec.layer is not None:
             key = spec.layer
         else:
-            key = {"embedding": "begin", "norm": "norm"}.get(spec.role, "head")
+            key = {"embedding": "begin", "norm": "norm", TOWER: TOWER}.get(spec.role, "head")
         groups.setdefault(key, []).append(spec.name)
     return groups

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from nemoquant.checkpoint.header import ITEM_SIZE, MAX_TENSORS, TensorInfo, read_header
 from nemoquant.checkpoint.lost_pages import Watched
-from nemoquant.checkpoint.spellings import NO_WEIGHT, published, root_of
+from nemoquant.checkpoint.spellings import is_no_weight, published, root_of
 from nemoquant.errors import (
     CheckpointError,
     HeaderError,
@@ -63,10 +63,11 @@ class Checkpoint:
         self._lock = threading.Lock()
         self._facts: dict[Path, FileFacts] = {}
         infos = _all_tensors(path, self._facts)
-        self.left_out = [info.name for info in infos if NO_WEIGHT.fullmatch(info.name)]
         self.root = root_of((info.name for info in infos), path)
+        self.left_out = [info.name for info in infos if is_no_weight(info.name, self.root)]
+        left_out = set(self.left_out)
         for info in infos:
-            if NO_WEIGHT.fullmatch(info.name):
+            if info.name in left_out:
                 continue
             for name, part in published(info, self.root):
                 if len(self.tensors) == MAX_TENSORS:

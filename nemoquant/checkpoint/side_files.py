@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemoquant.checkpoint.modules import python_modules
 from nemoquant.errors import OutputError, listing
 from nemoquant.files import copy_again, lies_in, plain_name
 from nemoquant.words import plain
@@ -16,6 +17,9 @@ SIDE_FILES = {  # beginning of a name -> how it may end; a pickle or a program h
     "tokenizer": (".json", ".model", ".txt"),
     "chat_template": (".jinja", ".json", ".txt"),
     "special_tokens": (".json",),
+    "preprocessor_config": (".json",),
+    "processor_config": (".json",),
+    "video_preprocessor_config": (".json",),
     "LICENSE": TEXTS,
     "NOTICE": TEXTS,
 }
@@ -27,16 +31,6 @@ SERVING = re.compile(r".*(reasoning|tool)_?(call)?_?parser.*\.py")  # what publi
 def for_serving(names: Iterable[str]) -> list[str]:
     """Those of files that were left that published serving commands name, such as reasoning parsers."""
     return [name for name in names if SERVING.fullmatch(name)]
-
-
-def modules_of(raw_config: Mapping[str, Any]) -> set[str]:
-    """The ``*.py`` files that the config's ``auto_map`` names."""
-    auto_map = raw_config.get("auto_map")
-    auto_map = auto_map if isinstance(auto_map, dict) else {}
-    entries = [
-        e for v in auto_map.values() for e in (v if isinstance(v, list) else [v]) if isinstance(e, str)
-    ]
-    return {entry.split("--")[-1].split(".")[0] + ".py" for entry in entries}
 
 
 def is_side_file(name: str, modules: Collection[str]) -> bool:
@@ -51,7 +45,7 @@ def side_files(
     """The other files beside the source's tensors: names to copy, by an allow-list, and names to leave,
     printable.
 
-    ``*.py`` files are copied only if the config's ``auto_map`` names them; they are never imported.
+    ``*.py`` files are copied only if an ``auto_map`` names them (``modules.py``); they are never imported.
 
     Args:
         also: names to copy too.
@@ -59,7 +53,7 @@ def side_files(
         OutputError: a file to copy can't be read, or is a link to somewhere else than the source or the hub
             cache that the source is part of; or ``also`` names what is no such file, or one that is written.
     """
-    modules = modules_of(raw_config)
+    modules = python_modules(source, raw_config)
     wanted, skipped = [], []
     for path in sorted(source.iterdir()):
         name = path.name

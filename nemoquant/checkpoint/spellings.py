@@ -10,6 +10,7 @@
     ....mixer.conv1d.weight [C, K, 1]        mlx-lm; or without the dimension of 1: the same values in order
 
 What is no weight and what engines make themselves is left out: ``rotary_emb.inv_freq``, ``_extra_state``.
+Towers beside a language model keep their names, and all that they have.
 """
 
 import math
@@ -19,6 +20,7 @@ from dataclasses import replace
 
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, HeaderError, brief, listing
+from nemoquant.model.names import BEGINNINGS
 from nemoquant.model.parse import MOST_EXPERTS
 
 STACKS = {"experts.up_proj": "up_proj", "experts.down_proj": "down_proj"} | {
@@ -57,6 +59,12 @@ def root_of(names: Iterable[str], path: object) -> str:
     return next(iter(roots), _ROOT)
 
 
+def is_no_weight(name: str, root: str) -> bool:
+    """Whether a tensor of the language model holds no weight."""
+    beside = root.rpartition(".")[0]  # what begins otherwise is not the language model's
+    return NO_WEIGHT.fullmatch(name) is not None and (not beside or name.startswith(f"{beside}."))
+
+
 def _unwrapped(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "") if wrapper in name else name
@@ -70,6 +78,8 @@ def published(info: TensorInfo, root: str) -> list[tuple[str, TensorInfo]]:
         HeaderError: a stack has more experts than any model.
     """
     name = _renamed(_unwrapped(info.name), root)
+    if not name.startswith(BEGINNINGS):
+        return [(info.name, info)]
     stack = STACK.fullmatch(name) if len(info.shape) == 3 else None
     if stack is not None:
         return list(_experts(info, stack[1], STACKS[stack[2]]))

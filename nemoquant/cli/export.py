@@ -121,11 +121,13 @@ def export_onnx(
         "functions": exported.functions,
         "nodes": exported.nodes,
         "loaded_by": exported.loaded_by,
-        "warnings": exported.warnings,
+        "warnings": list(exported.warnings),
     }
     if as_json:
         print_json(figures)
         return
+    for warning in exported.warnings:
+        say(f"warning: {warning}", err=True)
     for graph in exported.graphs:
         say(f"{graph}: {size(graph.stat().st_size)}, {dialect} dialect")
     say(f"{exported.nodes:,} nodes, {len(exported.functions)} functions: {', '.join(exported.functions)}")
@@ -136,8 +138,6 @@ def export_onnx(
     )
     if exported.loaded_by is not None:
         say(f"loaded by {exported.loaded_by} before it was written")
-    for warning in exported.warnings:
-        say(f"warning: {warning}", err=True)
 
 
 @command.command("trt")

@@ -1,5 +1,8 @@
 """``nemoquant inspect``: describe a checkpoint or config."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import click
 
 from nemoquant.cli.shared import MODEL, download_option, json_option, local, print_json, say, table, whole
@@ -41,6 +44,13 @@ def command(model: str, context: int | None, download: bool, as_json: bool) -> N
             + f"; MTP modules {layers['mtp_modules']}",
         ),
         ("pattern", layers["pattern"]),
+        *(
+            (
+                f"{'' if number else 'own sizes'}",
+                f"{field} " + ", ".join(f"{v} ({n} layers)" for v, n in counts.items()),
+            )
+            for number, (field, counts) in enumerate(layers["sizes"].items())
+        ),
         ("parameters", f"{summary['parameters']:,} ({summary['parameters_without_mtp']:,} without MTP)"),
         ("active per token", f"{summary['active_parameters']:,}"),
         (
@@ -48,6 +58,7 @@ def command(model: str, context: int | None, download: bool, as_json: bool) -> N
             f"{summary['tensors']:,}, {summary['bytes']:,} bytes ({size(summary['bytes'])}), from "
             f"{summary['source']}",
         ),
+        *_beside(summary["beside"]),
         ("quantization", summary["quantization"] or "none"),
         ("weights", ", ".join(f"{count:,} {name}" for name, count in summary["weights"].items())),
         (
@@ -66,3 +77,13 @@ def command(model: str, context: int | None, download: bool, as_json: bool) -> N
     )
     for text in summary["warnings"]:
         say(f"warning: {text}", err=True)
+
+
+def _beside(found: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Of a language model inside another: where it stands, and what is beside it."""
+    if found is None:
+        return
+    yield "language model", f"in `{found['section']}`; layers and parameters are its own"
+    if found["parts"]:
+        named = ", ".join(f"{part} ({count:,})" for part, count in found["parts"].items())
+        yield "beside it", f"{found['tensors']:,} tensors, {size(found['bytes'])}: {named}"

@@ -13,8 +13,10 @@ from nemoquant.errors import CheckpointError, listing
 from nemoquant.formats import FORMATS, FormatName
 from nemoquant.formats.bf16 import rounded, rounded_up, value_of
 from nemoquant.layouts import compressed_tensors
+from nemoquant.layouts.beside import in_file
 from nemoquant.layouts.choose import COMPRESSED_TENSORS
 from nemoquant.layouts.modelopt import SECTION
+from nemoquant.model.nested import TOWER, without_key
 from nemoquant.model.parse import without_mtp
 from nemoquant.model.roles import TensorSpec
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -76,7 +78,13 @@ def _cache_notes(opened: PackedCheckpoint, why: str) -> list[str]:
 
 
 def _plain_config(opened: PackedCheckpoint) -> dict[str, Any]:
-    return {key: value for key, value in opened.raw_config.items() if key != SECTION}
+    return without_key(opened.raw_config, SECTION)
+
+
+def _written(opened: PackedCheckpoint) -> Iterator[tuple[TensorSpec, str]]:
+    """Every tensor of the model and beside it, and its name in a file."""
+    for spec in (*opened.table, *opened.towers):
+        yield spec, in_file(spec.name, spec.role, opened.config.prefix)
 
 
 def to_bf16(opened: PackedCheckpoint) -> Conversion:
@@ -91,9 +99,12 @@ def to_bf16(opened: PackedCheckpoint) -> Conversion:
             "its config.json names no multi-token prediction any more, because tensors of it are missing"
         )
     tensors = [
-        decoded(opened, spec) if spec.name in quantized else copied(opened.checkpoint, spec.name, spec.name)
-        for spec in opened.table
-        if spec.name in opened.stored and not (lacks_mtp and spec.role.startswith("mtp."))
+        decoded(opened, spec, written)
+        if spec.name in quantized
+        else copied(opened.checkpoint, spec.name, written)
+        for spec, written in _written(opened)
+        if spec.role == TOWER or spec.name in opened.stored
+        if not (lacks_mtp and spec.role.startswith("mtp."))
     ]
     notes = [
         f"{len(specs):,} weights were {FORMATS[name].short}; each value is code x scale, rounded to bf16: by "
@@ -102,6 +113,8 @@ def to_bf16(opened: PackedCheckpoint) -> Conversion:
     ]
     if opened.inputs:
         notes.append("GEMM inputs are not quantized any more; their scales are left out.")
+    if opened.towers:
+        notes.append(f"{len(opened.towers):,} tensors beside the language model are copied as they are.")
     notes += _cache_notes(opened, "no config of an unquantized checkpoint has a place for them")
     return Conversion(tensors, config, {name: len(specs) for name, specs in found.items()}, notes, warnings)
 
@@ -139,6 +152,11 @@ def to_compressed_tensors(opened: PackedCheckpoint) -> Conversion:
     path = opened.path
     if opened.layout is COMPRESSED_TENSORS:
         raise CheckpointError(f"{path} is in the compressed-tensors layout already; expected ModelOpt's")
+    if opened.config.prefix:
+        raise CheckpointError(
+            f"{path} has its language model inside another; expected a language model alone: transformers "
+            f"reads no compressed-tensors file of such a model rightly, --to bf16 decodes it"
+        )
     found = _quantized(opened)
     for name, specs in found.items():
         if (why := REFUSED[name]) is not None:

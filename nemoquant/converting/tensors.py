@@ -67,8 +67,8 @@ def copied(checkpoint: Checkpoint, source: str, name: str) -> Tensor:
     return Tensor(name, info.dtype, info.shape, make)
 
 
-def decoded(opened: PackedCheckpoint, spec: TensorSpec) -> Tensor:
-    """A quantized weight [out, in], decoded in float32 and rounded to bf16."""
+def decoded(opened: PackedCheckpoint, spec: TensorSpec, name: str) -> Tensor:
+    """A quantized weight [out, in], decoded in float32 and rounded to bf16, under a name."""
     stored = opened.stored[spec.name]
     rows, width = spec.shape
     step = piece_rows(rows, rows * width * 4)
@@ -89,7 +89,7 @@ def decoded(opened: PackedCheckpoint, spec: TensorSpec) -> Tensor:
             yield Piece(partial(piece, weight[start : start + step]))
         yield Piece(_empty, partial(opened.checkpoint.release, stored.parts.values()))
 
-    return Tensor(spec.name, "BF16", (rows, width), make)
+    return Tensor(name, "BF16", (rows, width), make)
 
 
 def _empty() -> Array:

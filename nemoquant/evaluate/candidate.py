@@ -1,10 +1,11 @@
 """A checkpoint to compare with its source, and the modules that are measured in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 from nemoquant.checkpoint import manifest
+from nemoquant.checkpoint.towers import text_only
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.files import MOST_TABLE_ENTRIES, read_json
 from nemoquant.model import names
@@ -24,6 +25,7 @@ UNIMPORTANT = (
     "bos_token_id",
     "eos_token_ids",
     "mtp_layers",
+    "mtp_layer_sizes",
     "mtp_modules",
 )
 CACHE_ROLE = "kv_cache"
@@ -63,6 +65,8 @@ class CandidateCheckpoint(PackedCheckpoint):
         """
         super().__init__(path)
         self.source, self.name = source, name
+        if self.towers:
+            self.warnings.append(text_only(self.towers))
         self._check_origin()
         _check_tokenizer(path, source.path)
         written = self.manifest["files"] if self.manifest is not None else {}
@@ -76,8 +80,12 @@ class CandidateCheckpoint(PackedCheckpoint):
             self.warnings.append(f"it lacks {lost} multi-token-prediction tensors: no acceptance is measured")
 
     def _check_origin(self) -> None:
-        ours, theirs = vars(self.source.config), vars(self.config)
-        keys = [k for k in ours if ours[k] != theirs[k] and k not in UNIMPORTANT]
+        ours, theirs = self.source.config, self.config
+        keys = [
+            field.name
+            for field in fields(ours)
+            if getattr(ours, field.name) != getattr(theirs, field.name) and field.name not in UNIMPORTANT
+        ]
         if keys:
             raise CheckpointError(
                 f"{self.path} is not of {self.source.path}: their configs differ in {listing(keys)}; "

@@ -74,10 +74,10 @@ class Head:
                 t.to(self.model.device) for t in (embed(embeddings, ids[one, 1:]), hidden[one, :-1])
             )
             x[one] = mtp.mtp_input(c, first, after, before, tap).cpu()
-        for kind, prefix in zip(c.mtp_layers, prefixes, strict=True):
+        for j, (kind, prefix) in enumerate(zip(c.mtp_layers, prefixes, strict=True)):
             y = torch.empty_like(x)
             run_layer(
-                c,
+                c.of_mtp_layer(j),
                 kind,
                 self.weights(prefix),
                 x,

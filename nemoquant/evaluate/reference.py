@@ -88,7 +88,8 @@ def _computed(source: Source, rows: Rows, device: Device) -> Iterator[Stage]:
     for i, kind in enumerate(source.config.layers):
         weights = LayerWeights(source.checkpoint, names.layer(i))
         y = torch.empty_like(x)
-        state = run_layer(source.config, kind, weights, x, identity, into(y), device=torch_device(device))
+        own, on = source.config.of_layer(i), torch_device(device)
+        state = run_layer(own, kind, weights, x, identity, into(y), device=on)
         weights.release()
         if not torch.isfinite(y).all():
             raise WeightError(
@@ -104,7 +105,7 @@ def _layout(source: Source, rows: Rows) -> list[TensorPlace]:
     table: list[TensorPlace] = [("hidden.0", "F32", (count, length, c.hidden_size))]
     for i, kind in enumerate(c.layers):
         table.append((f"hidden.{i + 1}", "F32", (count, length, c.hidden_size)))
-        states = (state for state in KINDS[kind].states(c) if state.name == SSM_STATE)
+        states = (state for state in KINDS[kind].states(c.of_layer(i)) if state.name == SSM_STATE)
         table += [(f"{SSM_STATE}.{i}", "F32", (count, *state.shape)) for state in states]
     return table
 

@@ -206,7 +206,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
     ``what`` is the layer's name in messages.
     """
     assert stage.layer is not None
-    config, candidate, prefix = source.config, side.candidate, names.layer(stage.layer)
+    config, candidate, prefix = source.config.of_layer(stage.layer), side.candidate, names.layer(stage.layer)
     kind = config.layers[stage.layer]
     original, weights = LayerWeights(source.checkpoint, prefix), candidate.weights(prefix)
     noises = side.noise(stage.layer)

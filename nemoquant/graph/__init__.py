@@ -1,7 +1,7 @@
 """ONNX graphs over the packed bytes of a checkpoint: what is known of them without loading anything."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,7 +37,7 @@ class Exported:
     Attributes:
         copied_bytes: of tensors that were written anew.
         loaded_by: the runtime that loaded the graphs before they were written; None where none could.
-        warnings: why nothing loaded them; tensors in another dtype than the source's.
+        warnings: why nothing loaded them; tensors in another dtype than the source's; what is left out.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Exported:
     functions: list[str]
     nodes: int
     loaded_by: str | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         files = " and ".join(graph.name for graph in self.graphs)

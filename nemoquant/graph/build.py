@@ -21,7 +21,7 @@ from nemoquant.graph.layers import LAYER_GRAPHS, LAYERS, Variant, layer_function
 from nemoquant.graph.tape import FLOAT, INT64, IR_VERSION, OPSET, Tape
 from nemoquant.graph.weights import GraphWeights
 from nemoquant.model import mtp, names
-from nemoquant.model.config import LayerKind
+from nemoquant.model.config import LayerKind, NemotronHConfig, Sizes
 from nemoquant.model.kinds import KINDS
 from nemoquant.model.kinds.record import PAST, StateTensor
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -47,6 +47,21 @@ class GraphOptions:
     with_hidden: bool = False
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the main model or of MTP: its own config, and what in it differs from the model's."""
+
+    config: NemotronHConfig
+    kind: LayerKind
+    prefix: str
+    sizes: Sizes
+
+    @property
+    def mixer(self) -> str:
+        """The prefix of its mixer."""
+        return self.prefix + names.MIXER
+
+
 class Builder:
     """Records one graph over an opened checkpoint."""
 
@@ -70,18 +85,39 @@ class Builder:
                 f"--layers {self.first}:{self.end}: expected 0 <= first < end <= {count}, the model's layers"
             )
         for i in range(self.first, self.end):
-            self.check_experts(self.config.layers[i], names.layer(i))
+            self.check_layer(self.main_layer(i))
         self.tape = Tape()
         self.weights = GraphWeights(opened, dialect)
         self.functions: dict[str, ir.Function] = {}
         self.inputs: list[ir.Value] = []
         self.states: list[ir.Value] = []
 
-    def check_experts(self, kind: LayerKind, prefix: str) -> None:
-        """Raises UsageError where a layer's routed experts have a format that the dialect can't run."""
+    def main_layer(self, i: int) -> Layer:
+        c = self.config
+        return Layer(c.of_layer(i), c.layers[i], names.layer(i), c.layer_sizes[i] if c.layer_sizes else ())
+
+    def mtp_layers(self) -> list[Layer]:
+        """The layers of the first module."""
+        c = self.config
+        sizes = c.mtp_layer_sizes or ((),) * len(c.mtp_layers)
+        prefixes = mtp.layer_prefixes(c, 0)
+        return [Layer(c.of_mtp_layer(j), kind, prefixes[j], sizes[j]) for j, kind in enumerate(c.mtp_layers)]
+
+    def check_layer(self, layer: Layer) -> None:
+        """Raises UsageError for a layer that a graph, or the dialect, has no function for.
+
+        It may be routed experts of a format that the dialect can't run. Or a layer with a state whose sizes
+        are its own: the functions for the convolution and the scan are shared by all layers.
+        """
+        if layer.sizes and KINDS[layer.kind].states(layer.config):
+            raise UsageError(
+                f"{self.opened.path}: {layer.prefix[:-1]} ({layer.kind}) differs from other layers of its "
+                f"kind in {listing([field for field, _ in layer.sizes])}; a graph has one size for all "
+                f"states of a kind: run this model in a serving engine"
+            )
         known = self.dialect.expert_gemms
-        for projection in filter(names.is_stack, KINDS[kind].projections(self.config)):
-            expert = prefix + names.MIXER + names.member(projection, 0)
+        for projection in filter(names.is_stack, KINDS[layer.kind].projections(layer.config)):
+            expert = layer.mixer + names.member(projection, 0)
             gemm = gemm_of(*self.opened.formats(expert))
             if gemm.name not in known:
                 raise UsageError(
@@ -99,7 +135,7 @@ class Builder:
             else self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
         )
         for i in range(self.first, self.end):
-            x = self.layer(self.config.layers[i], names.layer(i), x, i)
+            x = self.layer(self.main_layer(i), x, i)
         outputs = []
         if whole_end:
             x = self.norm(x, f"{names.FINAL_NORM}.weight")
@@ -113,20 +149,21 @@ class Builder:
     def mtp(self) -> ir.Model:
         """The first multi-token-prediction module; states are numbered by its own layers."""
         assert self.opened.has_mtp
-        prefixes = mtp.layer_prefixes(self.config, 0)
-        for kind, prefix in zip(self.config.mtp_layers, prefixes, strict=True):
-            self.check_experts(kind, prefix)
+        layers = self.mtp_layers()
+        first, last = layers[0].prefix, layers[-1].prefix
+        for layer in layers:
+            self.check_layer(layer)
         embedded = self.embedded()
         hidden = self.input("hidden", self.compute, "batch", "length", self.config.hidden_size)
         parts = [
-            self.norm(embedded, f"{prefixes[0]}enorm.weight"),
-            self.norm(hidden, f"{prefixes[0]}hnorm.weight"),
+            self.norm(embedded, f"{first}enorm.weight"),
+            self.norm(hidden, f"{first}hnorm.weight"),
         ]
         joined = self.tape.reshape(self.tape.op("Concat", *parts, axis=-1), -1, 2 * self.config.hidden_size)
-        x = self.tape.reshape_to(self.gemm(f"{prefixes[0]}eh_proj", joined), self.tape.op("Shape", hidden))
-        for j, (kind, prefix) in enumerate(zip(self.config.mtp_layers, prefixes, strict=True)):
-            x = self.layer(kind, prefix, x, j)
-        x = self.norm(x, f"{prefixes[-1]}final_layernorm.weight")
+        x = self.tape.reshape_to(self.gemm(f"{first}eh_proj", joined), self.tape.op("Shape", hidden))
+        for j, layer in enumerate(layers):
+            x = self.layer(layer, x, j)
+        x = self.norm(x, f"{last}final_layernorm.weight")
         outputs = [
             self.logits(x),
             self.output(x, "hidden_out", self.compute, "batch", "length", self.config.hidden_size),
@@ -174,16 +211,16 @@ class Builder:
             y, "logits", self.compute, "batch", 1 if last else "length", self.config.vocab_size
         )
 
-    def layer(self, kind: LayerKind, prefix: str, x: ir.Value, number: int) -> ir.Value:
+    def layer(self, layer: Layer, x: ir.Value, number: int) -> ir.Value:
         """A call of its layer function, with its state among the graph's inputs and outputs."""
-        variant = self.variant(kind, prefix + names.MIXER)
-        self.function(variant.name, lambda: layer_function(self.config, self.dialect, variant, self.compute))
-        states = KINDS[kind].states(self.config)
+        variant, config = self.variant(layer), layer.config
+        self.function(variant.name, lambda: layer_function(config, self.dialect, variant, self.compute))
+        states = KINDS[layer.kind].states(config)
         before = [
             self.input(f"{state.name}.{number}", self.state_type(state, variant), *state_shape(state, "past"))
             for state in states
         ]
-        weights = [self.layer_weight(variant, prefix, name) for name in weight_names(self.config, variant)]
+        weights = [self.layer_weight(variant, layer, name) for name in weight_names(config, variant)]
         x, *after = self.tape.ops(variant.name, 1 + len(before), x, *before, *weights, domain=LAYERS)
         for state, old, value in zip(states, before, after, strict=True):
             value.name = f"present_{state.name.removeprefix('past_')}.{number}"
@@ -196,31 +233,31 @@ class Builder:
         cached = self.dialect.cache_dtype(variant.cache, self.compute)
         return {"float32": FLOAT, "compute": self.compute, "cache": cached}[state.dtype]
 
-    def variant(self, kind: LayerKind, mixer: str) -> Variant:
+    def variant(self, layer: Layer) -> Variant:
         """The layer's function, by kind and formats; the operators that it calls become functions too."""
         gemms = []
-        for projection in KINDS[kind].projections(self.config):
-            name = gemm_of(*self.opened.formats(mixer + names.member(projection, 0))).name
+        for projection in KINDS[layer.kind].projections(layer.config):
+            name = gemm_of(*self.opened.formats(layer.mixer + names.member(projection, 0))).name
             gemms.append((projection, name))
             self.need(name)
-        quantized = f"{mixer}k_proj{names.OUTPUT}" in self.opened.inputs
+        quantized = f"{layer.mixer}k_proj{names.OUTPUT}" in self.opened.inputs
         cache = self.opened.cache.name if quantized and self.opened.cache is not None else None
-        variant = Variant(kind, tuple(gemms), cache)
+        variant = Variant(layer.kind, tuple(gemms), cache, layer.sizes)
         if not self.dialect.has_plugins:
-            operators = LAYER_GRAPHS[kind].operators(self.config, self.dialect, variant, self.compute)
+            operators = LAYER_GRAPHS[layer.kind].operators(layer.config, self.dialect, variant, self.compute)
             for key, make in operators.items():
                 self.function(key, make)
         return variant
 
-    def layer_weight(self, variant: Variant, prefix: str, name: str) -> ir.Value:
-        mixer = prefix + names.MIXER
+    def layer_weight(self, variant: Variant, layer: Layer, name: str) -> ir.Value:
+        mixer = layer.mixer
         if name == "layer_norm":
-            return self.weights.plain(f"{prefix}norm.weight")
+            return self.weights.plain(f"{layer.prefix}norm.weight")
         if name in ("k_scale", "v_scale"):
             return self.weights.cache_scale(f"{mixer}{name[0]}_proj")
         module, _, part = name.rpartition(".")
         if names.is_stack(module):
-            return self.weights.experts(mixer, module, part)
+            return self.weights.experts(mixer, module, part, layer.config.n_routed_experts)
         if any(module == projection for projection, _ in variant.gemms):
             return self.weights.part(mixer + module, part)
         return self.weights.plain(mixer + name)

@@ -25,6 +25,7 @@ from nemoquant.checkpoint.intact import Intact, Say, hash_once, silent
 from nemoquant.checkpoint.making import making
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
+from nemoquant.checkpoint.towers import text_only
 from nemoquant.checkpoint.weights import TORCH
 from nemoquant.checkpoint.writer import ShardWriter
 from nemoquant.errors import CheckpointError, OutputError, UsageError, listing
@@ -85,7 +86,7 @@ def export_onnx(
                 f"a copy"
             )
         widened = _widened(opened)
-        size = sum(_written_bytes(info, widened) for info in opened.checkpoint.tensors.values())
+        size = sum(_written_bytes(info, name in widened) for name, info in opened.checkpoint.tensors.items())
         check_output(out, path, len(opened.checkpoint.tensors), size)
         intact = _intact(opened, say, progress)
         with making(out, _names(opened)) as made:
@@ -97,11 +98,11 @@ def export_onnx(
                 signed = copied.manifest
                 of_copy = None if signed is None else Intact.copy(copied.path, signed)
                 written = _write_graphs(copied, dialect, options, trial, mtp=mtp, held=lambda: of_copy)
-    warnings = [*written.warnings]
+    warnings = written.warnings
     if widened:
-        warnings.append(
+        warnings += (
             f"{len(widened)} tensors are {WIDE} in the copy, exactly their values: a graph reads the experts "
-            f"of a layer as one tensor, and these have several dtypes in {path}"
+            f"of a layer as one tensor, and these have several dtypes in {path}",
         )
     return replace(
         written,
@@ -151,9 +152,9 @@ def _widened(opened: PackedCheckpoint, mtp: bool = True) -> set[str]:
     return found
 
 
-def _written_bytes(info: TensorInfo, widened: set[str]) -> int:
+def _written_bytes(info: TensorInfo, wide: bool) -> int:
     """The size of a tensor in a copy."""
-    return 4 * math.prod(info.shape) if info.name in widened else info.nbytes
+    return 4 * math.prod(info.shape) if wide else info.nbytes
 
 
 def _expert_groups(opened: PackedCheckpoint, mtp: bool = True) -> Iterator[list[str]]:
@@ -199,13 +200,16 @@ def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
 def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
     """Write all tensors into new shards; no manifest, because ``quantize`` did not write these files."""
     tensors, widened, done = opened.checkpoint.tensors, _widened(opened), 0
-    total = sum(_written_bytes(info, widened) for info in tensors.values())
+    total = sum(_written_bytes(info, name in widened) for name, info in tensors.items())
+    beside = {spec.name for spec in opened.towers}
+    written = {name: name if name in beside else opened.config.prefix + name for name in tensors}
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
         file = _shard_name(number, len(shards))
         entries = [
-            (name, WIDE if name in widened else tensors[name].dtype, tensors[name].shape) for name in names
+            (written[name], WIDE if name in widened else tensors[name].dtype, tensors[name].shape)
+            for name in names
         ]
         with ShardWriter(folder / file, entries) as writer:
             for name in names:
@@ -214,9 +218,9 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
                     piece = raw[start : start + COPY_BYTES]
                     writer.write(_wide(piece, tensors[name].dtype) if name in widened else piece)
                 opened.checkpoint.release([name])
-                done += _written_bytes(tensors[name], widened)
+                done += _written_bytes(tensors[name], name in widened)
                 progress("copy", done, total, "")
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= {written[name]: file for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json_again(folder / INDEX, index)
     for name in ("config.json", LEGACY):
@@ -298,9 +302,11 @@ def _write_graphs(
         _save(contents[name], opened.path / name, intact)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
-    warnings = [] if trial.why_not is None else [f"the graph was not loaded to try it: {trial.why_not}"]
+    told = [text_only(opened.towers)] if opened.towers else []
+    if trial.why_not is not None:
+        told.append(f"the graph was not loaded to try it: {trial.why_not}")
     graphs = [opened.path / name for name in models]
-    return Exported(opened.path, graphs, 0, functions, nodes, loaded_by=trial.by, warnings=warnings)
+    return Exported(opened.path, graphs, 0, functions, nodes, loaded_by=trial.by, warnings=tuple(told))
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:

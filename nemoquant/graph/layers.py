@@ -1,5 +1,6 @@
 """A layer as an ONNX function, ``x + mixer(norm(x))``: one for each kind and combination of formats."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from nemoquant.graph import ops
 from nemoquant.graph.dialects import Dialect, squared_relu
 from nemoquant.graph.gemms import GEMMS
 from nemoquant.graph.tape import DOMAIN, FLOAT, Tape, make_function
-from nemoquant.model.config import LayerKind, NemotronHConfig
+from nemoquant.model.config import LayerKind, NemotronHConfig, Sizes
 from nemoquant.model.kinds import KINDS
 from nemoquant.model.kinds.moe import DOWN, ROUTER_BIAS, ROUTER_WEIGHT, UP
 
@@ -25,11 +26,15 @@ Operators = Mapping[str, Callable[[], ir.Function | None]]
 
 @dataclass(frozen=True)
 class Variant:
-    """Layers share a function if kind, format of each GEMM (by projection) and of the cache are the same."""
+    """Layers share a function if kind, sizes, formats of GEMMs (by projection) and of the cache are the same.
+
+    ``sizes`` are those that differ from the model's; see :class:`nemoquant.model.config.NemotronHConfig`.
+    """
 
     kind: LayerKind
     gemms: tuple[tuple[str, str], ...]
     cache: CacheName | None = None
+    sizes: Sizes = ()
 
     def format(self, projection: str) -> str:
         return next(name for p, name in self.gemms if p == projection)
@@ -45,7 +50,9 @@ class Variant:
             if len(groups) > 1
             else next(iter(groups))
         )
-        return f"{self.kind.capitalize()}Layer_{text}" + (f"_{self.cache}_cache" if self.cache else "")
+        sizes = "".join(f"_{field}_{re.sub(r'[^0-9A-Za-z]', '_', str(value))}" for field, value in self.sizes)
+        cache = f"_{self.cache}_cache" if self.cache else ""
+        return f"{self.kind.capitalize()}Layer_{text}{cache}{sizes}"
 
 
 @dataclass(frozen=True)

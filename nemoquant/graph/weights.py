@@ -40,12 +40,17 @@ class GraphWeights:
         name = self._part_name(module, part)
         return self._value(name, part, self._number(module), [self.opened.checkpoint.tensors[name]], None)
 
-    def experts(self, mixer: str, stack: str, part: str) -> ir.Value:
-        """One part of all experts of a layer and projection, [E, ...]; ``stack`` is its name in the mixer."""
-        count: int | None = self.opened.config.n_routed_experts
+    def experts(self, mixer: str, stack: str, part: str, routed: int) -> ir.Value:
+        """One part of all experts of a layer and projection, [E, ...].
+
+        Args:
+            stack: the projection's name in the mixer.
+            routed: the layer's number of experts.
+        """
+        count: int | None = routed
         infos = [
             self.opened.checkpoint.tensors[self._part_name(mixer + member(stack, e), part)]
-            for e in range(self.opened.config.n_routed_experts)
+            for e in range(routed)
         ]
         name = f"{mixer}{stack}.{part}"
         if not stacked(infos):

@@ -10,6 +10,7 @@ from nemoquant.errors import CheckpointError, brief
 from nemoquant.formats import CacheFormat, FormatName
 from nemoquant.layouts import compressed_tensors, modelopt
 from nemoquant.layouts.modelopt import Stored
+from nemoquant.model.nested import sections
 from nemoquant.model.roles import TensorSpec
 
 Formats = Mapping[str, Literal["source", FormatName]]
@@ -82,7 +83,9 @@ def is_read(path: Path, raw_config: Mapping[str, Any]) -> bool:
 
 
 def _other(path: Path, raw_config: Mapping[str, Any]) -> str | None:
-    return None if compressed_tensors.is_in(raw_config) else modelopt.other_method(path, raw_config)
+    if compressed_tensors.is_in(raw_config):
+        return f"{compressed_tensors.METHOD}, inside another model" if sections(raw_config) else None
+    return modelopt.other_method(path, raw_config)
 
 
 def layout_of(path: Path, raw_config: Mapping[str, Any]) -> Reading:

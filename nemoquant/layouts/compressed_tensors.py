@@ -29,7 +29,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, brief, field_problem, listing
 from nemoquant.formats import FORMATS, FormatName
-from nemoquant.layouts.modelopt import LAYOUT, MIXED, MOST_PATTERN, SECTION, Stored
+from nemoquant.layouts.modelopt import LAYOUT, MIXED, MOST_PATTERN, SECTION, Stored, section_of
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 
@@ -178,7 +178,7 @@ LAYOUTS: Mapping[FormatName, Parts] = MappingProxyType(
 
 def is_in(raw_config: Mapping[str, Any]) -> bool:
     """Whether a config.json declares this layout."""
-    section = raw_config.get(SECTION)
+    section = section_of(raw_config)
     return isinstance(section, dict) and section.get("quant_method") == METHOD
 
 
@@ -205,7 +205,7 @@ def _algorithm(scheme: _Scheme) -> str | None:
 def _read(path: Path, raw: Mapping[str, Any]) -> _Section:
     place = f"{path}: `{SECTION}` of its config"
     try:
-        section = _Section.model_validate(raw[SECTION], strict=True)
+        section = _Section.model_validate(section_of(raw), strict=True)
     except ValidationError as error:
         raise CheckpointError(
             f"{place} can't be read ({field_problem(error)}); expected what {METHOD} writes"

@@ -33,7 +33,9 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, field_problem, listing
 from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
+from nemoquant.layouts.beside import Rename, RenameAll, adding, removing, tower_patterns
 from nemoquant.model.names import experts_of
+from nemoquant.model.nested import TOWER, language_model, prefix_of, sections
 from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan
@@ -65,6 +67,8 @@ SCHEDULES = {  # list of layers -> the pattern that every engine reads
     "layers_block_type": "hybrid_override_pattern",
     "mtp_layers_block_type": "mtp_hybrid_override_pattern",
 }
+# Roles of tensors that no exclusion names: they are in no GEMM, or in a tower, which is excluded as a whole.
+_UNNAMED = ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias", TOWER)
 KV_SUFFIX = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
 
@@ -253,7 +257,23 @@ def is_listed(algorithms: Collection[str]) -> bool:
 
 
 def quantization_sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file."""
+    """``SECTION`` of config.json (None if nothing is quantized), and the whole ``LEGACY`` file.
+
+    Names are those of the file; see ``beside.py``.
+    """
+    section, legacy = _sections(plan)
+    patterns = tower_patterns(plan, _reads_no_patterns(plan))
+
+    def in_files(declared: Mapping[str, Any], key: str) -> dict[str, Any]:
+        result = _renamed(declared, *adding(plan.config.prefix))
+        return result | {key: result[key] + patterns}
+
+    legacy["quantization"] = in_files(legacy["quantization"], "exclude_modules")
+    return None if section is None else in_files(section, "ignore"), legacy
+
+
+def _sections(plan: Plan) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The same by published names, without towers."""
     by_module = {row.module: algorithm(row) for row in plan.quantized}
     kinds = sorted(set(by_module.values()))
     kv = CACHES[plan.cache.name] if plan.cache is not None and plan.kv_layers else None
@@ -314,11 +334,9 @@ def excluded_modules(plan: Plan) -> list[str]:
     modules.
     """
     names: dict[str, None] = {}
-    mtp = ["mtp*"]
-    if any(row.format != "source" and LAYOUT[row.format].plain_exclusions for row in plan.quantized):
-        mtp.append("mtp")
+    mtp = ["mtp*", "mtp"] if _reads_no_patterns(plan) else ["mtp*"]
     for row in plan.rows:
-        if row.format != "source" or row.role in ("norm", "ssm.A_log", "ssm.D", "ssm.dt_bias", "router.bias"):
+        if row.format != "source" or row.role in _UNNAMED:
             continue
         if row.role.startswith("mtp."):
             names |= dict.fromkeys(mtp)
@@ -330,6 +348,11 @@ def excluded_modules(plan: Plan) -> list[str]:
     return list(names)
 
 
+def _reads_no_patterns(plan: Plan) -> bool:
+    """Whether an engine reads exclusions of a plan's output without wildcards."""
+    return any(row.format != "source" and LAYOUT[row.format].plain_exclusions for row in plan.quantized)
+
+
 def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Both config files by name, as JSON data; ``raw_config`` is the source's config.json."""
     section, legacy = quantization_sections(plan)
@@ -339,8 +362,39 @@ def config_files(plan: Plan, raw_config: Mapping[str, Any]) -> dict[str, dict[st
     }
 
 
+def _renamed(declared: Mapping[str, Any], one: Rename, several: RenameAll) -> dict[str, Any]:
+    """What ``SECTION``, or ``quantization`` of ``LEGACY``, declares, with other names of modules."""
+    result = dict(declared)
+    for key in ("ignore", "exclude_modules"):
+        if isinstance(declared.get(key), list):
+            result[key] = several(declared[key])
+    layers, groups = declared.get("quantized_layers"), declared.get("config_groups")
+    if isinstance(layers, dict):
+        result["quantized_layers"] = {one(module): entry for module, entry in layers.items()}
+    if isinstance(groups, dict):
+        result["config_groups"] = {
+            name: {**group, "targets": [one(target) for target in group["targets"]]}
+            if isinstance(group, dict) and isinstance(group.get("targets"), list)
+            else group
+            for name, group in groups.items()
+        }
+    return result
+
+
+def section_of(raw_config: Mapping[str, Any]) -> Any:
+    """``SECTION`` of a config.json: at its top, or else where its language model stands, as engines look."""
+    top = raw_config.get(SECTION)
+    return language_model(raw_config).get(SECTION) if top is None else top
+
+
 def spelled_for_engines(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config.json as all engines read it: other spellings of its keys beside those it has.
+    """The source's config.json as all engines read it, or the section of it that has the language model."""
+    inner = {key: _spelled(raw_config[key]) for key in sections(raw_config)}
+    return {**raw_config, **inner} if inner else _spelled(raw_config)
+
+
+def _spelled(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Other spellings of keys beside those that are there.
 
     A list of layers in the words of transformers 5.12 and later (``linear_attention``) becomes a pattern:
     SGLang 0.5.23 and transformers up to 5.11 refuse the words, even beside a pattern, and 5.14 refuses the
@@ -370,7 +424,7 @@ def _numbers(value: Any) -> Any:
 def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     """The evidence that a checkpoint, or the one of a bare config, is quantized, in words; None without."""
     for key in (SECTION, *_OTHER_SECTIONS):
-        if raw_config.get(key) is not None:
+        if raw_config.get(key) is not None or language_model(raw_config).get(key) is not None:
             return f"config.json has `{key}`"
     folder = path if path.is_dir() else path.parent
     return next((f"it has {name}" for name in (LEGACY, *_OTHER_FILES) if (folder / name).exists()), None)
@@ -378,7 +432,7 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
 
 def other_method(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     """The method of a quantized checkpoint where it is not ModelOpt's; None where it is, or none is named."""
-    section = raw_config.get(SECTION)
+    section = section_of(raw_config)
     method = section.get("quant_method") if isinstance(section, dict) else None
     if method is not None:
         return None if str(method).startswith(PRODUCER) else plain(method, MOST_NAME)
@@ -447,11 +501,11 @@ def declared_quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: what it declares can't be read; names the key, what it held, and why.
     """
-    declared = raw.get(SECTION)
+    declared, prefix = section_of(raw), prefix_of(raw)
     if declared is None or declared == {}:
-        return _legacy_quantization(path)
+        return _renamed(_legacy_quantization(path), *removing(prefix))
     _check(declared, _Declared, f"{path}: `{SECTION}` of its config")
-    return _told_apart(declared)
+    return _renamed(_told_apart(declared), *removing(prefix))
 
 
 def _told_apart(declared: Mapping[str, Any]) -> dict[str, Any]:
@@ -559,7 +613,8 @@ def contradictions(
     Returns:
         a phrase for each.
     """
-    section, legacy = raw.get(SECTION) or {}, _read_legacy(path)
+    removed = removing(prefix_of(raw))
+    section, legacy = (_renamed(d, *removed) for d in (section_of(raw) or {}, _read_legacy(path)))
     quantized = {module: format for module, format in formats.items() if format != "source"}
     ignored = _excluded(formats, section.get("ignore") or [])
     older = _excluded(formats, legacy.get("exclude_modules") or [])

@@ -122,6 +122,11 @@ class _Server(NamedTuple):
     options: tuple[str, ...]
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the class of its config comes with the checkpoint, as Puzzle's and those around a model."""
+        return bool(self.plan.config.prefix or self.plan.config.layer_sizes)
+
+    @property
     def deals_experts(self) -> bool:
         """Whether whole experts go to several GPUs: their widths don't always divide."""
         return self.gpus > 1 and self.plan.config.n_routed_experts > 0
@@ -145,13 +150,18 @@ def _divides(c: NemotronHConfig, gpus: int) -> bool:
     Experts are not divided but dealt out whole. vLLM: ``mamba_mixer2.py``, ``models/nemotron_h.py``; SGLang:
     ``layers/attention/mamba/mamba.py``; TensorRT-LLM: ``modeling_nemotron_h.py``.
     """
-    kv = c.num_key_value_heads
-    whole = (c.mamba_num_heads, c.n_groups, c.num_attention_heads, c.n_routed_experts)
-    return all(n % gpus == 0 for n in whole) and (kv % gpus == 0 or gpus % max(kv, 1) == 0)
+    for own in {c.of_layer(i) for i in range(len(c.layers))}:
+        kv = own.num_key_value_heads
+        whole = (own.mamba_num_heads, own.n_groups, own.num_attention_heads, own.n_routed_experts)
+        if any(n % gpus for n in whole) or (kv % gpus and gpus % max(kv, 1)):
+            return False
+    return True
 
 
 def _vllm(of: _Server) -> tuple[list[str], dict[str, str]]:
     argv = ["vllm", "serve", of.out]
+    if of.is_remote:
+        argv += ["--trust-remote-code"]
     if of.gpus > 1:
         argv += ["--tensor-parallel-size", str(of.gpus)]
     if of.deals_experts:
@@ -175,6 +185,8 @@ def _vllm(of: _Server) -> tuple[list[str], dict[str, str]]:
 
 def _sglang(of: _Server) -> tuple[list[str], dict[str, str]]:
     argv = ["python", "-m", "sglang.launch_server", "--model-path", of.out]
+    if of.is_remote:
+        argv += ["--trust-remote-code"]
     if of.gpus > 1:
         argv += ["--tp-size", str(of.gpus)]
     if of.deals_experts:
@@ -195,6 +207,8 @@ def _sglang(of: _Server) -> tuple[list[str], dict[str, str]]:
 def _tensorrt_llm(of: _Server) -> tuple[list[str], dict[str, str]]:
     """The file has what ``trtllm-serve`` has no option for; JSON values are YAML too."""
     argv = ["trtllm-serve", of.out, "--config", YAML]
+    if of.is_remote:
+        argv += ["--trust_remote_code"]
     if of.gpus > 1:
         argv += ["--tp_size", str(of.gpus)]
     if of.deals_experts:

@@ -24,6 +24,7 @@ OUTPUT = ".output"  # after a K or V projection's name: the tap of what it puts 
 KV_PROJECTIONS = ("k_proj", "v_proj")
 
 _MAIN, _MTP, _TRANSFORMERS = "backbone.", "mtp.", "model."
+BEGINNINGS = (_MAIN, _MTP, f"{HEAD}.")  # of all names
 _EXPERTS = "experts."
 _IN_LAYER = re.compile(r"backbone\.layers\.(\d{1,6})\.mixer\.(.+)")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")

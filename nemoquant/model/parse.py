@@ -7,13 +7,25 @@ read only here (those of a layer kind stand in its record). Nothing here reads w
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemoquant.errors import ConfigError, brief, listing
 from nemoquant.files import MOST_SETTINGS, read_json
+from nemoquant.model.blocks import (
+    BLOCK_TYPE,
+    BLOCKS,
+    MTP_BLOCKS,
+    blocks_of,
+    differing,
+    largest,
+    merged,
+    one_of_list,
+)
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.kinds import KINDS
+from nemoquant.model.nested import MODEL_TYPES, PREFIX, language_section, with_values
 
 PATTERN_LETTERS: dict[str, LayerKind] = {kind.letter: name for name, kind in KINDS.items()}
 BLOCK_NAMES: dict[str, LayerKind] = {name: name for name in KINDS} | {
@@ -85,12 +97,15 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Nemotro
     Raises:
         ConfigError: names the key, what it held, and what was expected.
     """
-    return _Parser(raw, source).parse()
+    section = language_section(raw, source)
+    if section is None:
+        return _Parser(raw, source).parse()
+    return replace(_Parser(raw[section], f"{source}: `{section}`").parse(), prefix=PREFIX)
 
 
 def without_mtp(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json for a checkpoint that lacks the multi-token-prediction modules that ``raw`` names."""
-    return {**raw, "num_nextn_predict_layers": 0}
+    return with_values(raw, num_nextn_predict_layers=0)
 
 
 def plain_value(value: Any) -> Any:
@@ -166,8 +181,16 @@ class _Parser:
             raise self.fail(f"`{name}` is {brief(value)}; expected true or false")
         return value
 
-    def schedule(self, pattern_key: str, list_key: str) -> tuple[LayerKind, ...] | None:
+    def schedule(self, pattern_key: str, list_key: str, blocks_key: str) -> tuple[LayerKind, ...] | None:
         pattern, blocks = self.raw.get(pattern_key), self.find(list_key)
+        own = [_one(block[BLOCK_TYPE]) for block in blocks_of(self.raw, blocks_key, MOST_LAYERS, self.source)]
+        if own and blocks is None:
+            blocks, list_key = own, f"{blocks_key}`'s `{BLOCK_TYPE}"
+        elif own and blocks != own:
+            raise self.fail(
+                f"`{list_key}` and `{blocks_key}` describe different layers; expected the same schedule, "
+                f"remove the wrong one"
+            )
         if pattern is None and blocks is None:
             return None
         for key, value in ((pattern_key, pattern), (list_key, blocks)):
@@ -227,14 +250,16 @@ class _Parser:
         return low, high
 
     def parse(self) -> NemotronHConfig:
-        if self.raw.get("model_type") != "nemotron_h":
+        if self.raw.get("model_type") not in MODEL_TYPES:
             raise self.fail(
                 f"`model_type` is {brief(self.raw.get('model_type'))}, expected 'nemotron_h'; nemoquant "
-                f"quantizes the Nemotron-H family only"
+                f"quantizes the Nemotron-H family only, at the top or in a section such as `llm_config`"
             )
-        layers = self.schedule("hybrid_override_pattern", "layers_block_type")
+        layers = self.schedule("hybrid_override_pattern", "layers_block_type", BLOCKS)
         if layers is None:
-            raise self.fail("no layer schedule; expected `hybrid_override_pattern` or `layers_block_type`")
+            raise self.fail(
+                f"no layer schedule; expected `hybrid_override_pattern`, `layers_block_type` or `{BLOCKS}`"
+            )
         declared = self.raw.get("num_hidden_layers")
         if declared is not None and declared != len(layers):
             raise self.fail(
@@ -259,33 +284,69 @@ class _Parser:
                 f"attends to the whole context"
             )
         modules = self.integer("num_nextn_predict_layers", 0, minimum=0, maximum=MOST_LAYERS)
-        mtp = self.schedule("mtp_hybrid_override_pattern", "mtp_layers_block_type") or ("attention", "moe")
-        mtp = mtp if modules else ()
+        mtp = self.schedule("mtp_hybrid_override_pattern", "mtp_layers_block_type", MTP_BLOCKS)
+        mtp = (mtp or ("attention", "moe")) if modules else ()
         if len(mtp) * modules > MOST_LAYERS:
             raise self.fail(
                 f"`num_nextn_predict_layers` is {modules:,}, of {len(mtp):,} layers each; expected at most "
                 f"{MOST_LAYERS:,} layers in all"
             )
         kinds = set(layers) | set(mtp)
+        of_layers, of_mtp = self.sizes_of(layers, BLOCKS), self.sizes_of(mtp, MTP_BLOCKS)
+        model = largest(of_mtp) | largest(of_layers)  # of the main model where it has the kind
+        whole = _Parser(self.without_sizes() | model, self.source)
         config = NemotronHConfig(
             layers=layers,
             mtp_layers=mtp,
             mtp_modules=modules,
             vocab_size=self.integer("vocab_size"),
             hidden_size=self.integer("hidden_size"),
-            intermediate_size=self.integer("intermediate_size", None if "mlp" in kinds else 0),
             norm_eps=self.number("layer_norm_epsilon", 1e-5),
             tie_word_embeddings=self.flag("tie_word_embeddings", False),
             max_position_embeddings=self.integer("max_position_embeddings", 4096),
-            **self.attention("attention" in kinds),
-            **self.mamba("mamba" in kinds),
-            **self.experts("moe" in kinds),
+            **whole.mamba("mamba" in kinds),
+            **whole.experts("moe" in kinds),
+            **whole.attention("attention" in kinds),
+            **whole.mlp("mlp" in kinds),
             bos_token_id=next(iter(self.token_ids("bos_token_id")), None),
             eos_token_ids=self.token_ids("eos_token_id"),
+            layer_sizes=differing(of_layers, model),
+            mtp_layer_sizes=differing(of_mtp, model),
         )
         self.check_divisibility(config)
         self.check_count(config)
         return config
+
+    def without_sizes(self) -> dict[str, Any]:
+        """The keys that no single layer may have for itself."""
+        sizes = {size for kind in KINDS.values() for size in kind.sizes}
+        spellings = sizes | {alias for size in sizes for alias in ALIASES.get(size, ())}
+        return {key: value for key, value in self.raw.items() if key not in spellings}
+
+    def sizes_of(self, layers: Sequence[LayerKind], key: str) -> list[tuple[LayerKind, dict[str, Any]]]:
+        """Kind and sizes of each layer; ``key`` is that of their blocks."""
+        blocks, counts, seen = self.raw.get(key) or (), Counter(layers), Counter[LayerKind]()
+        result = []
+        for i, kind in enumerate(layers):
+            where = f"{self.source}: layer {i} of `{key}`" if blocks else self.source
+            fields = merged(self.raw, blocks[i] if blocks else {}, kind, ALIASES, where)
+            fields = one_of_list(fields, "intermediate_size", seen[kind], counts[kind], where)
+            seen[kind] += 1
+            result.append((kind, _Parser(fields, where).sizes(kind)))
+        return result
+
+    def sizes(self, kind: LayerKind) -> dict[str, Any]:
+        """The fields that a layer of a kind has for itself."""
+        found = {
+            **self.mamba(kind == "mamba"),
+            **self.experts(kind == "moe"),
+            **self.attention(kind == "attention"),
+            **self.mlp(kind == "mlp"),
+        }
+        return {size: found[size] for size in KINDS[kind].sizes}
+
+    def mlp(self, present: bool) -> dict[str, Any]:
+        return {"intermediate_size": self.integer("intermediate_size") if present else 0}
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
@@ -338,7 +399,13 @@ class _Parser:
             "topk_group": self.integer("topk_group", 1),
         }
 
-    def check_divisibility(self, c: NemotronHConfig) -> None:
+    def check_divisibility(self, config: NemotronHConfig) -> None:
+        layers = [config.of_layer(i) for i in range(len(config.layers))]
+        layers += [config.of_mtp_layer(j) for j in range(len(config.mtp_layers))]
+        for own in dict.fromkeys(layers):
+            self.check_layer(own)
+
+    def check_layer(self, c: NemotronHConfig) -> None:
         for whole, part, a, b in (
             ("num_attention_heads", "num_key_value_heads", c.num_attention_heads, c.num_key_value_heads),
             ("mamba_num_heads", "n_groups", c.mamba_num_heads, c.n_groups),
@@ -363,10 +430,13 @@ class _Parser:
 
     def check_count(self, c: NemotronHConfig) -> None:
         """The number of tensors, counted without making the table of them."""
-        layers = Counter((*c.layers, *c.mtp_layers * c.mtp_modules))
-        total = sum(count * (1 + sum(1 for _ in KINDS[kind].tensors(c))) for kind, count in layers.items())
-        if total > MOST_TENSORS:
-            raise self.fail(
-                f"its {layers.total():,} layers would have {total:,} tensors (`n_routed_experts` is "
-                f"{c.n_routed_experts:,}); expected at most {MOST_TENSORS:,}"
-            )
+        layers = Counter((kind, c.of_layer(i)) for i, kind in enumerate(c.layers))
+        layers.update((kind, c.of_mtp_layer(j)) for j, kind in enumerate(c.mtp_layers * c.mtp_modules))
+        total = 0
+        for (kind, own), count in layers.items():
+            total += count * (1 + sum(1 for _ in KINDS[kind].tensors(own)))
+            if total > MOST_TENSORS:  # at once: every layer may have other sizes, and 65,536 experts
+                raise self.fail(
+                    f"its {layers.total():,} layers would have more than {MOST_TENSORS:,} tensors "
+                    f"(`n_routed_experts` is {own.n_routed_experts:,}); expected that many at most"
+                )

@@ -68,6 +68,7 @@ def layer_forward(
     """One layer: ``x + mixer(norm(x))``.
 
     Args:
+        config: of this layer, where layers differ in size.
         weights: by names relative to the layer, as published: ``norm.weight``, ``mixer.in_proj.weight``,
             ``mixer.experts.3.up_proj.weight``. Read one at a time, and an expert's only if a token was routed
             to it.
@@ -120,8 +121,10 @@ class ReferenceModel:
         Returns:
             [batch, length, hidden] in the compute dtype, and the state after the last token.
         """
-        prefixes = [names.layer(i) for i in range(len(self.config.layers))]
-        x, state = self._layers(self.config.layers, prefixes, self.embed(tokens), state, tap)
+        layers = [
+            (self.config.of_layer(i), kind, names.layer(i)) for i, kind in enumerate(self.config.layers)
+        ]
+        x, state = self._layers(layers, self.embed(tokens), state, tap)
         return rms_norm(x, self.weights(f"{names.FINAL_NORM}.")["weight"], self.config.norm_eps), state
 
     @torch.no_grad()
@@ -172,21 +175,24 @@ class ReferenceModel:
         prefixes = mtp.layer_prefixes(self.config, module)
         first, last = prefixes[0], prefixes[-1]
         x = mtp.mtp_input(self.config, self.weights(first), self.embed(tokens), hidden, prefixed(tap, first))
-        x, state = self._layers(self.config.mtp_layers, prefixes, x, state, tap)
+        layers = [
+            (self.config.of_mtp_layer(j), kind, prefix)
+            for j, (kind, prefix) in enumerate(zip(self.config.mtp_layers, prefixes, strict=True))
+        ]
+        x, state = self._layers(layers, x, state, tap)
         hidden = mtp.mtp_output(self.config, self.weights(last), x)
         return self.logits(hidden, tap), hidden, state
 
     def _layers(
         self,
-        kinds: Sequence[LayerKind],
-        prefixes: Sequence[str],
+        layers: Sequence[tuple[NemotronHConfig, LayerKind, str]],
         x: Tensor,
         state: State | None,
         tap: Tap | None,
     ) -> tuple[Tensor, State]:
-        before = state.layers if state else (None,) * len(kinds)
+        before = state.layers if state else (None,) * len(layers)
         after: list[LayerState] = []
-        for kind, prefix, old in zip(kinds, prefixes, before, strict=True):
-            x, new = layer_forward(self.config, kind, self.weights(prefix), x, old, prefixed(tap, prefix))
+        for (config, kind, prefix), old in zip(layers, before, strict=True):
+            x, new = layer_forward(config, kind, self.weights(prefix), x, old, prefixed(tap, prefix))
             after.append(new)
         return x, State(tuple(after))

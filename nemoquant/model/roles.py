@@ -11,6 +11,9 @@ Names are the published ones (``names.py``); the tensors of a mixer stand in the
     experts.up_proj  experts.down_proj  shared_experts.up_proj  shared_experts.down_proj
     latent.fc1  latent.fc2  mlp.up_proj  mlp.down_proj
     mtp.eh_proj, and ``mtp.`` before any of the above for the tensors of multi-token-prediction modules
+
+What stands beside the language model in a checkpoint (``nested.py``) has the role ``tower``, which no recipe
+can name.
 """
 
 from collections.abc import Iterator
@@ -55,7 +58,7 @@ def tensor_table(config: NemotronHConfig) -> list[TensorSpec]:
     for i, kind in enumerate(config.layers):
         prefix = names.layer(i)
         table.append(TensorSpec(f"{prefix}norm.weight", "norm", (hidden,), i))
-        table += mixer_table(config, kind, prefix + names.MIXER, i)
+        table += mixer_table(config.of_layer(i), kind, prefix + names.MIXER, i)
     table.append(TensorSpec(f"{names.FINAL_NORM}.weight", "norm", (hidden,)))
     if not config.tie_word_embeddings:
         table.append(TensorSpec(f"{names.HEAD}.weight", "lm_head", (vocab, hidden)))
@@ -75,13 +78,13 @@ def mtp_table(config: NemotronHConfig, module: int) -> Iterator[TensorSpec]:
             yield TensorSpec(f"{prefix}hnorm.weight", "mtp.norm", (hidden,), layer)
             yield TensorSpec(f"{prefix}eh_proj.weight", "mtp.eh_proj", (hidden, 2 * hidden), layer)
         yield TensorSpec(f"{prefix}norm.weight", "mtp.norm", (hidden,), layer)
-        for spec in mixer_table(config, kind, prefix + names.MIXER, layer):
+        for spec in mixer_table(config.of_mtp_layer(layer), kind, prefix + names.MIXER, layer):
             yield TensorSpec(spec.name, f"mtp.{spec.role}", spec.shape, layer, spec.expert, spec.dtype)
         if j == depth - 1:
             yield TensorSpec(f"{prefix}final_layernorm.weight", "mtp.norm", (hidden,), layer)
 
 
 def mixer_table(config: NemotronHConfig, kind: LayerKind, prefix: str, layer: int) -> Iterator[TensorSpec]:
-    """The tensors of one mixer; ``prefix`` ends with ``.mixer.``."""
+    """The tensors of one mixer; ``config`` is its layer's, ``prefix`` ends with ``.mixer.``."""
     for entry in KINDS[kind].tensors(config):
         yield TensorSpec(prefix + entry.name, entry.role, entry.shape, layer, entry.expert, entry.dtype)

@@ -9,6 +9,7 @@ from nemoquant._version import __version__
 from nemoquant.formats import FORMATS
 from nemoquant.layouts.engines import markdown_table, mixture, notes, proof
 from nemoquant.layouts.serving import Chat, commands
+from nemoquant.model.nested import TOWER
 from nemoquant.pack.hub import head, source_id, source_name
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.shown import LAYERS, formats, role_cells
@@ -73,6 +74,7 @@ def card(source: Source, plan: Plan, gpu: str | None, told: Told) -> str:
         f"- Size: {size(plan.bytes_out)} of tensors, {size(plan.bytes_in)} before.",
         f"- Bits: {per_weight:.2f} a weight over the whole model"
         + (f", {quantized:.2f} a weight in quantized modules, scales included." if quantized else "."),
+        *_beside(plan),
         f"- KV cache: {kv['planned']:,} bytes a token ({kv['source']:,} before).",
         f"- Calibration: {told.calibration}",
         *(f"- {text}" for text in told.changes),
@@ -115,6 +117,19 @@ def _quantized(plan: Plan) -> str:
     """What was made, for the title: of formats that some weight has."""
     found = formats(plan.rows)
     return f"quantized to {found}" if found else "with a quantized KV cache"
+
+
+def _beside(plan: Plan) -> Iterator[str]:
+    """What stands beside the language model."""
+    found = [row for row in plan.rows if row.role == TOWER]
+    if found:
+        names = ", ".join(
+            markdown_code(f"{name}.*") for name in dict.fromkeys(r.name.split(".")[0] for r in found)
+        )
+        yield (
+            f"- Beside the language model: {len(found):,} tensors ({names}), "
+            f"{size(sum(row.bytes_out for row in found))}, copied as they are."
+        )
 
 
 def ending(has: str, warnings: Sequence[str], copied: Sequence[str]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from nemoquant.formats import Device, gpu
 from nemoquant.formats.amax import amax as bits_amax
 from nemoquant.formats.arithmetic import Encoded, TensorScale
 from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.model.nested import TOWER
 from nemoquant.pack.outliers import Lost, lost_to_scale
 from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import NO_FOLDS, Folds
@@ -221,15 +222,18 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device, fold: Transfo
 
 
 def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int, fold: Transform | None = None) -> Copied:
-    """A piece of an unquantized tensor, checked to be finite. The caller drops its pages."""
+    """A piece of an unquantized tensor, checked to be finite. The caller drops its pages.
+
+    What is beside the language model is copied whatever it holds: it may be integers, or infinite on purpose.
+    """
     source = raw = checkpoint.raw(row.name)[begin:end]
     if fold is not None:
         part = slice(begin // _row_bytes(row), end // _row_bytes(row))
         raw = fold.apply(checkpoint.array(row.name), part).reshape(-1).view(np.uint8)
-    values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
-    check_finite(
-        row.name, bits_amax((values.astype(np.float32) if row.source_dtype == "F16" else values)[None])
-    )
+    if row.role != TOWER:
+        values = np.ascontiguousarray(raw).view(NUMPY[row.source_dtype])
+        wide = values.astype(np.float32) if row.source_dtype == "F16" else values
+        check_finite(row.name, bits_amax(wide[None]))
     return Copied(raw, piece_hash(source))
 
 

@@ -115,6 +115,7 @@ def _check_content(opened: PackedCheckpoint, report: Verification, count: Count,
     report.checked["tensors"] = len(opened.checkpoint.tensors)
     known = {name for stored in opened.stored.values() for name in stored.parts.values()}
     scales = sum(len(stored.parts) - 1 for stored in opened.stored.values())
+    known |= {spec.name for spec in opened.towers}  # of which nothing is known but their bytes
     report.checked["scales"] = scales + len(opened.checkpoint.tensors.keys() - known)
     with ThreadPoolExecutor(usable_threads()) as pool:
         check = partial(_bad, opened, count)

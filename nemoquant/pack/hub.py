@@ -9,8 +9,8 @@ from nemoquant.files import read_text
 from nemoquant.sources.hub import is_hub_id, named_by
 from nemoquant.words import plain
 
-TASK = "text-generation"
-TAKEN = ("license", "license_name", "license_link")  # from the head of the source's card
+TASK = "text-generation"  # of a model whose card names no other, as those that see or hear do
+TAKEN = ("license", "license_name", "license_link", "pipeline_tag")  # from the head of the source's card
 MOST_CARD = 1 << 20  # bytes of the source's card
 MOST_VALUE = 200  # characters of one of its values
 
@@ -43,15 +43,15 @@ def head(
     from huggingface_hub import ModelCardData
 
     base = source_id(folder, raw_config)
-    found: dict[str, Any] = dict(_license(folder))
+    found: dict[str, Any] = {"pipeline_tag": TASK} | _taken(folder)
     if base is not None:
         found |= {"base_model": base} | ({"base_model_relation": relation} if relation else {})
-    data = ModelCardData(library_name=library, pipeline_tag=TASK, tags=sorted(tags), **found)
+    data = ModelCardData(library_name=library, tags=sorted(tags), **found)
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _license(folder: Path) -> dict[str, str]:
-    """The licence that the source's card declares, key by key; plain values of one line alone."""
+def _taken(folder: Path) -> dict[str, str]:
+    """The licence and the task that the source's card declares; plain values of one line alone."""
     try:
         text = read_text(folder / "README.md", MOST_CARD)
     except (OSError, ValueError):  # it has none, or none that can be read

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nemoquant.calibrate.scales import kv_modules
 from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.checkpoint.header import ITEM_SIZE
+from nemoquant.layouts.beside import in_file
 from nemoquant.layouts.modelopt import kv_scale_name, tensor_name
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
@@ -14,9 +15,16 @@ from nemoquant.planning.row import Row
 
 @dataclass(frozen=True)
 class Entry:
-    """One output tensor: a part of ``row``; ``kind`` as in ``Row.parts``, or ``kv_scale`` (a cache scale)."""
+    """One output tensor: a part of ``row``.
+
+    Attributes:
+        name: as a checkpoint that is read has it.
+        written: its name in the file.
+        kind: as in ``Row.parts``, or ``kv_scale`` (a cache scale).
+    """
 
     name: str
+    written: str
     dtype: str
     shape: tuple[int, ...]
     row: Row
@@ -61,27 +69,32 @@ def units(plan: Plan) -> Iterator[Unit]:
     run: list[Row] = []
     for row in plan.rows:
         if run and _unit_key(row) != _unit_key(run[0]):
-            yield _unit(run, cached)
+            yield _unit(run, cached, plan.config.prefix)
             run = []
         run.append(row)
     if run:
-        yield _unit(run, cached)
+        yield _unit(run, cached, plan.config.prefix)
 
 
 def _unit_key(row: Row) -> object:
     return row.name if row.expert is None else (row.role, row.layer)
 
 
-def _unit(rows: list[Row], cached: set[str]) -> Unit:
+def _unit(rows: list[Row], cached: set[str], prefix: str) -> Unit:
+    def entry(name: str, dtype: str, shape: tuple[int, ...], *, row: Row, kind: str) -> Entry:
+        return Entry(name, in_file(name, row.role, prefix), dtype, shape, row, kind)
+
     kinds = [kind for kind, _, _ in rows[0].parts()]
     parts = [{kind: (dtype, shape) for kind, dtype, shape in row.parts()} for row in rows]
     entries = [
-        Entry(tensor_name(row, kind), *part[kind], row, kind)
+        entry(tensor_name(row, kind), *part[kind], row=row, kind=kind)
         for kind in kinds
         for row, part in zip(rows, parts, strict=True)
     ]
     entries += [
-        Entry(kv_scale_name(row.module), "F32", (), row, "kv_scale") for row in rows if row.module in cached
+        entry(kv_scale_name(row.module), "F32", (), row=row, kind="kv_scale")
+        for row in rows
+        if row.module in cached
     ]
     return Unit(tuple(rows), tuple(entries))
 

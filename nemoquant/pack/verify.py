@@ -44,6 +44,7 @@ from nemoquant.checkpoint.identity import (
 from nemoquant.checkpoint.intact import SHARD, SHOWN_EVERY, Hashing
 from nemoquant.checkpoint.manifest import CARD, FILE, listed, read_manifest, tensor_table_sha256
 from nemoquant.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from nemoquant.checkpoint.towers import towers
 from nemoquant.errors import CheckpointError, NemoquantError, WeightError, listing
 from nemoquant.files import MOST_TABLE_ENTRIES, lies_in, read_json
 from nemoquant.formats.arithmetic import Encoded
@@ -226,6 +227,9 @@ def _plan_again(out: Path, manifest: dict[str, Any], report: Verification) -> Pl
     table = [
         replace(spec, dtype=dtypes["others"].get(spec.name, dtypes["usual"])) for spec in tensor_table(config)
     ]
+    if config.prefix:  # the config does not say what is beside the language model
+        with Checkpoint(out) as checkpoint:
+            table += towers(config, checkpoint.tensors)
     settings = manifest["plan"]
     plan = resolve(
         parse_recipe(settings["recipe"]), config, table, assumed=False, scale_groups=settings["scale_groups"]
@@ -283,7 +287,7 @@ def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, repor
         stored = sorted(tensors.values(), key=lambda t: (t.start, t.end))
         expected = list(shard.entries)
         report.checked["tensors"] += len(stored)
-        if [(t.name, t.dtype, t.shape) for t in stored] != [(e.name, e.dtype, e.shape) for e in expected]:
+        if [(t.name, t.dtype, t.shape) for t in stored] != [(e.written, e.dtype, e.shape) for e in expected]:
             report.problems.append(
                 f"{shard.file}: {_first_difference({t.name: t for t in stored}, expected)}"
             )
@@ -292,7 +296,7 @@ def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, repor
                 f"{shard.file}: data begins at byte {stored[0].start}, expected a multiple of {ALIGNMENT}"
             )
     index = _json(out / INDEX)
-    if index.get("weight_map") != {e.name: shard.file for shard in layout for e in shard.entries}:
+    if index.get("weight_map") != {e.written: shard.file for shard in layout for e in shard.entries}:
         report.problems.append(f"{INDEX}: its weight_map is not the plan's")
     total = sum(e.nbytes for shard in layout for e in shard.entries)
     if index.get("metadata") != {"total_size": total}:
@@ -306,12 +310,12 @@ def _check_tensors(out: Path, layout: list[Shard], checkpoint: Checkpoint, repor
 
 def _first_difference(stored: dict[str, Any], expected: list[Entry]) -> str:
     for e in expected:
-        t = stored.get(e.name)
+        t = stored.get(e.written)
         if t is None:
-            return f"{e.name} is missing"
+            return f"{e.written} is missing"
         if (t.dtype, t.shape) != (e.dtype, e.shape):
-            return f"{e.name} is {t.dtype} {list(t.shape)}, expected {e.dtype} {list(e.shape)}"
-    extra = set(stored) - {e.name for e in expected}
+            return f"{e.written} is {t.dtype} {list(t.shape)}, expected {e.dtype} {list(e.shape)}"
+    extra = set(stored) - {e.written for e in expected}
     return f"{min(extra)} is not in the plan" if extra else "its tensors are in another order than the plan's"
 
 

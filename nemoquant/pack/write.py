@@ -109,7 +109,7 @@ class Packer:
             SourceChangedError: the source changed since it was opened.
         """
         with ShardWriter(
-            path, [(e.name, e.dtype, e.shape) for e in shard.entries], background=True
+            path, [(e.written, e.dtype, e.shape) for e in shard.entries], background=True
         ) as writer:
             waiting: deque[PackStep] = deque()
             try:

@@ -1,6 +1,7 @@
 """The recipe that a name or file stands for, for a model: a preset, a file of ours, or Model Optimizer's."""
 
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.nested import TOWER
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.modelopt.convert import Fitted, convert
 from nemoquant.planning.modelopt.library import load
@@ -16,4 +17,5 @@ def choose(name_or_path: str, config: NemotronHConfig, table: list[TensorSpec]) 
     """
     if not is_foreign(name_or_path):
         return Fitted(load_recipe(name_or_path), ())
-    return convert(load(name_or_path), config, table)
+    own = [spec for spec in table if spec.role != TOWER]
+    return convert(load(name_or_path), config, own)

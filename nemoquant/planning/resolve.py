@@ -27,6 +27,7 @@ from nemoquant.errors import RecipeError, brief, listing
 from nemoquant.formats import FORMATS
 from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.nested import TOWER
 from nemoquant.model.roles import LINEAR_ROLES, ROLES, TensorSpec
 from nemoquant.planning.layers import layers_of
 from nemoquant.planning.plan import Plan
@@ -60,16 +61,18 @@ def resolve(
     Raises:
         RecipeError: the recipe does not fit; the message lists what does not.
     """
-    recipe, claims = _claim(recipe, _Index(config, table))
+    own = [spec for spec in table if spec.role != TOWER]
+    recipe, claims = _claim(recipe, _Index(config, own))
     reasons = [f"rule {number}: {rule}" for number, rule in enumerate(recipe.rules, 1)]
     rows = [
         _row(spec, rule, reasons[number - 1], scale_groups)
-        for spec, (number, rule) in zip(table, claims, strict=True)
+        for spec, (number, rule) in zip(own, claims, strict=True)
     ]
     _check_allowed(rows)
     _check_kept(rows, [rule for _, rule in claims])
     _check_divisible(rows)
     _check_fused(rows)
+    rows += [_tower(spec) for spec in table if spec.role == TOWER]
     plan = Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
     if not plan.quantized and not plan.kv_layers:
         raise RecipeError(
@@ -246,6 +249,24 @@ def _row(spec: TensorSpec, rule: Rule, reason: str, scale_groups: bool) -> Row:
         weight_group=_weight_group(spec) if shares_weight else None,
         input_group=_input_group(spec) if shares_input else None,
         reason=reason,
+    )
+
+
+def _tower(spec: TensorSpec) -> Row:
+    """A tensor beside the language model: recipes are about the language model alone."""
+    return Row(
+        name=spec.name,
+        role=spec.role,
+        layer=None,
+        expert=None,
+        shape=spec.shape,
+        source_dtype=spec.dtype,
+        format="source",
+        scale_method=None,
+        activation_format=None,
+        weight_group=None,
+        input_group=None,
+        reason="beside the language model: copied as it is",
     )
 
 

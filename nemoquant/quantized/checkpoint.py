@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemoquant.checkpoint import intact
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.towers import towers
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import CheckpointError, TensorTableError, WeightError, listing
 from nemoquant.formats import FORMATS, FormatName
@@ -53,6 +54,7 @@ class PackedCheckpoint:
         weights_only: modules that are declared to have inputs that are not quantized.
         cache: format of the KV cache; None if it is not quantized.
         manifest: nemoquant.json, None where another tool wrote the checkpoint.
+        towers: tensors beside the language model, which are not computed with.
         warnings: what a user should know about the checkpoint.
     """
 
@@ -78,6 +80,7 @@ class PackedCheckpoint:
         self._unused: set[str] = set()
         if not declared:
             self._put_right()
+        self.towers = towers(self.config, self.checkpoint.tensors)
         self.stored = self._find_stored()
         self.inputs: dict[str, tuple[FormatName, np.float32]] = {}
         self.weights_only: set[str] = set()
@@ -244,6 +247,7 @@ class PackedCheckpoint:
             for s in self.table
             if s.role in ("attention.k_proj", "attention.v_proj")
         }
+        known |= {spec.name for spec in self.towers}
         extra = [name for name in self.checkpoint.tensors if name not in known]
         if extra:
             raise TensorTableError(

@@ -239,7 +239,7 @@ def _observe(
     checkpoint = _opened(source)
     output, *rest = observe(checkpoint, config, layer, from_wire(states), device, observers)
     prefix, kind = names.layer(layer), config.layers[layer]
-    mixer = (spec.name for spec in mixer_table(config, kind, prefix + names.MIXER, layer))
+    mixer = (spec.name for spec in mixer_table(config.of_layer(layer), kind, prefix + names.MIXER, layer))
     units = _hashed(source, (f"{prefix}norm.weight", *mixer))
     checkpoint.check_unchanged()  # also for a batch whose layer was hashed with an earlier one
     return (to_wire(output), *rest, units)

@@ -40,8 +40,9 @@ def compute_speeds(
         fast = _product(together, c.hidden_size, min(2048, 2 * c.hidden_size), 2, like)
         expert = fast
         if c.count("moe"):
-            share = max(1, tokens * rows_of(row_batch, "moe") * c.num_experts_per_tok // c.n_routed_experts)
-            expert = _product(share, c.moe_latent_size or c.hidden_size, c.moe_intermediate_size, 8, like)
+            moe = c.of_layer(c.layers.index("moe"))
+            share = max(1, int(tokens * rows_of(row_batch, "moe") * moe.routed_share))
+            expert = _product(share, moe.expert_input, moe.moe_intermediate_size, 8, like)
         mixer = _mixer(checkpoint, c, min(tokens, MIXER_TOKENS), fast, like) if c.count("mamba") else 0.0
     return fast, expert, mixer
 
@@ -58,11 +59,12 @@ def _mixer(checkpoint: Checkpoint, config: NemotronHConfig, tokens: int, rate: f
     """Seconds a token of the first Mamba-2 layer, without its products."""
     layer = config.layers.index("mamba")
     weights = LayerWeights(checkpoint, names.layer(layer))
-    x = like.new_ones(1, tokens, config.hidden_size)
-    _seconds(lambda: layer_forward(config, "mamba", weights, x), like)
-    took = _seconds(lambda: layer_forward(config, "mamba", weights, x), like)
+    own = config.of_layer(layer)
+    x = like.new_ones(1, tokens, own.hidden_size)
+    _seconds(lambda: layer_forward(own, "mamba", weights, x), like)
+    took = _seconds(lambda: layer_forward(own, "mamba", weights, x), like)
     weights.release()
-    elements = config.hidden_size * (2 * config.mamba_inner + config.conv_channels + config.mamba_num_heads)
+    elements = own.hidden_size * (2 * own.mamba_inner + own.conv_channels + own.mamba_num_heads)
     return max(0.0, took - 2 * tokens * elements / rate) / tokens
 
 

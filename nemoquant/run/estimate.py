@@ -109,12 +109,13 @@ def estimate_run(
 def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
     """Products at their measured rates, the mixers' other work, and reading the weights for each batch."""
     c, tokens = plan.config, batch.tokens
-    seconds = c.count("mamba") * tokens * speeds.mixer
+    scans = [c.of_layer(i).mamba_inner for i, kind in enumerate(c.layers) if kind == "mamba"]
+    seconds = sum(scans) / scans[0] * tokens * speeds.mixer if scans else 0.0  # the first one was measured
     for row in plan.rows:
         if row.layer is None or row.role.startswith("mtp.") or len(row.shape) != 2:
             continue
         batches = math.ceil(batch.rows / rows_of(row_batch, c.layers[row.layer]))
-        share = tokens * c.num_experts_per_tok / c.n_routed_experts if row.expert is not None else tokens
+        share = tokens * c.of_layer(row.layer).routed_share if row.expert is not None else tokens
         rate = speeds.expert if row.expert is not None else speeds.product
         seconds += 2 * share * row.elements / rate + batches * row.bytes_in / speeds.read
     return seconds
@@ -133,7 +134,9 @@ def solve_seconds(plan: Plan, batch: Batch, speeds: Speeds, threads: int) -> flo
         single += products * row.elements * width
         if input_of(row) not in seen:
             seen.add(input_of(row))
-            share = c.num_experts_per_tok / c.n_routed_experts if row.expert is not None else 1.0
+            share = 1.0
+            if row.expert is not None and row.layer is not None:
+                share = c.of_layer(row.layer).routed_share
             double += share * batch.tokens * width**2 + width**3 / 3
     return kernels / threads + single / speeds.single + double / speeds.double
 

@@ -107,7 +107,7 @@ class Output:
             warnings += self._scales_warnings(scales, units, scales_file)
         for name, data in config_files(self.plan, self.source.raw_config).items():
             write_json_again(folder / name, data)
-        weight_map = {entry.name: shard.file for shard in self.layout for entry in shard.entries}
+        weight_map = {entry.written: shard.file for shard in self.layout for entry in shard.entries}
         write_json_again(
             folder / INDEX, {"metadata": {"total_size": self.plan.bytes_out}, "weight_map": weight_map}
         )

@@ -31,9 +31,9 @@ def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
         )
         if needed > most:
             most, name = needed, row.module
-    if "latent" in plan.recipe.folds and plan.config.moe_latent_size:
-        layers = plan.config.count("moe")
-        most += layers * 2 * 4 * plan.config.moe_latent_size**2  # M and its inverse of every layer
+    if "latent" in plan.recipe.folds:
+        moe = (plan.config.of_layer(i) for i, kind in enumerate(plan.config.layers) if kind == "moe")
+        most += sum(2 * 4 * own.moe_latent_size**2 for own in moe)  # M and its inverse of every layer
     return name, most
 
 
@@ -42,8 +42,8 @@ def input_bytes(plan: Plan, batch: Batch) -> int:
     values: dict[int | None, dict[str, float]] = {}
     for row in plan.quantized:
         share = 1.0
-        if row.expert is not None:
-            share = plan.config.num_experts_per_tok / plan.config.n_routed_experts
+        if row.expert is not None and row.layer is not None:
+            share = plan.config.of_layer(row.layer).routed_share
         values.setdefault(row.layer, {})[input_of(row)] = share * row.shape[1]
     return round(batch.tokens * batch.item_size * max(sum(taps.values()) for taps in values.values()))
 

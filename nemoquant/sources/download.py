@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemoquant.checkpoint.folder import MARGIN, nearest_folder
-from nemoquant.checkpoint.side_files import SERVING, is_side_file, modules_of
+from nemoquant.checkpoint.modules import python_modules
+from nemoquant.checkpoint.side_files import SERVING, is_side_file
 from nemoquant.errors import HubError, Interrupted, listing
 from nemoquant.files import plain_name, read_json
 from nemoquant.layouts.modelopt import LEGACY
@@ -87,9 +88,11 @@ class _Download:
         wanted.admit(self.snapshot / CONFIG)
         if wanted.weights:
             files = self._weights() + self._others(wanted.also)
-            rest = [file for file in files if not (self.snapshot / file).exists()]
+            rest = [file for file in files if self._lacks(file)]
             self._check_room(rest)
             self._get_all("download", rest)
+            while code := [file for file in self._modules() if file in self.sizes and self._lacks(file)]:
+                self._get_all("settings", code)  # what a file imports stands in it
         return self.snapshot
 
     def _weights(self) -> list[str]:
@@ -105,7 +108,7 @@ class _Download:
 
     def _others(self, also: Collection[str]) -> list[str]:
         """Names of the other files that are used: tokenizer, templates, licences, code that is named."""
-        modules = modules_of(_object(self.snapshot / CONFIG))
+        modules = self._modules()
         listed: set[str] = set()
         for record in RECORDS:
             files = _object(self.snapshot / record).get("files") if record in self.sizes else None
@@ -118,6 +121,13 @@ class _Download:
             or is_side_file(file, modules)
             or SERVING.fullmatch(file)
         ]
+
+    def _modules(self) -> list[str]:
+        """Python files that configs name, and those that the files that are there import."""
+        return sorted(python_modules(self.snapshot, _object(self.snapshot / CONFIG)))
+
+    def _lacks(self, file: str) -> bool:
+        return not (self.snapshot / file).exists()
 
     def _check_room(self, files: Collection[str]) -> None:
         shared = [

@@ -16,10 +16,12 @@ from typing import Any
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.spellings import ADAPTER
+from nemoquant.checkpoint.towers import towers
 from nemoquant.errors import TensorTableError, listing
 from nemoquant.model import names
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.kinds import KINDS
+from nemoquant.model.nested import with_values
 from nemoquant.model.parse import layer_pattern, parse_config, without_mtp
 from nemoquant.model.roles import TensorSpec, tensor_table
 
@@ -43,7 +45,7 @@ class Fitted:
 
     Attributes:
         raw: config.json, with the values that were put right.
-        config, table: of ``raw``.
+        config, table: of ``raw``; with what stands beside the language model where tensors were compared.
         warnings: what was put right or left out, a sentence each.
         unused: names of tensors of the model that its config has no use for.
     """
@@ -62,6 +64,7 @@ def fit(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
         TensorTableError: lists the differences of every kind: missing, extra, misshapen.
     """
     fitted = put_right(path, raw, checkpoint)
+    fitted = replace(fitted, table=fitted.table + towers(fitted.config, checkpoint.tensors))
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in fitted.unused}
     _check(path, fitted.config, fitted.table, tensors)
     return fitted
@@ -88,7 +91,7 @@ def put_right(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted
             f"its config.json says `vocab_size` {config.vocab_size:,}, and its embeddings have {rows:,} "
             f"rows: it is taken as {rows:,}"
         )
-        raw = {**raw, "vocab_size": rows}
+        raw = with_values(raw, vocab_size=rows)
     config = parse_config(raw, str(path / "config.json"))
     table = tensor_table(config)
     unused = _tied_head(config, checkpoint)

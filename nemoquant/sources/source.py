@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.towers import beside_unknown
 from nemoquant.errors import CheckpointError, listing
 from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
+from nemoquant.model.nested import TOWER
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 from nemoquant.sources.fitting import fit
@@ -60,11 +62,11 @@ def open_source(path: Path) -> Source | BareConfig:
             f"or what `nemoquant convert --to bf16` makes of it"
         )
     if not path.is_dir():
-        return BareConfig(path, config, raw, tensor_table(config))
+        return BareConfig(path, config, raw, tensor_table(config), beside_unknown(config))
     checkpoint = Checkpoint(path)
     fitted = fit(path, raw, checkpoint)
     table = [replace(spec, dtype=checkpoint.tensors[spec.name].dtype) for spec in fitted.table]
-    wrong = [spec for spec in table if spec.dtype not in FLOAT_DTYPES]
+    wrong = [spec for spec in table if spec.dtype not in FLOAT_DTYPES and spec.role != TOWER]
     if wrong:
         names = listing([f"{spec.name} {spec.dtype}" for spec in wrong])
         advice = (

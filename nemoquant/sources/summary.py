@@ -9,12 +9,14 @@ from typing import Any
 from nemoquant.checkpoint.header import ITEM_SIZE, TensorInfo
 from nemoquant.checkpoint.intact import open_settings
 from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.towers import beside_unknown, parts, towers
 from nemoquant.errors import CheckpointError, TensorTableError, listing
 from nemoquant.layouts.choose import Reading, described, is_read
 from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
-from nemoquant.model.kinds import kv_values_per_token, ssm_state_bytes
+from nemoquant.model.kinds import KINDS, kv_values_per_token, ssm_state_bytes
 from nemoquant.model.names import is_mtp
+from nemoquant.model.nested import TOWER, sections
 from nemoquant.model.parse import layer_pattern, load_config, parse_config
 from nemoquant.model.roles import TensorSpec, tensor_table
 from nemoquant.sources.fitting import fit
@@ -30,7 +32,9 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
             stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
-            tensors = checkpoint.tensors
+            beside = towers(config, checkpoint.tensors)
+            apart = {spec.name for spec in beside}
+            tensors = {name: t for name, t in checkpoint.tensors.items() if name not in apart}
             labels = [(t.dtype, layout.weight_format(tensors, name)) for name, t in tensors.items()]
             weights = Counter((dtype, label) for dtype, label in labels if label is not None)
             undeclared = quantization is None and {d for d, _ in weights} - set(FLOAT_DTYPES)
@@ -38,13 +42,16 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
                 quantization = f"none declared, but weights are {listing(sorted(undeclared))}"
             if quantization is None:
                 config, table, warnings = _fitted(path, raw, checkpoint)
+                table = [spec for spec in table if spec.role != TOWER]
             else:
                 warnings = list(_not_stored(path, raw, table, layout, tensors))
     else:
+        beside = []
         weights = Counter((spec.dtype, spec.dtype) for spec in table if spec.name.endswith(".weight"))
         stored = [(spec.dtype, math.prod(spec.shape) * ITEM_SIZE[spec.dtype]) for spec in table]
         evidence = quantized_by(path, raw)
-        warnings = [f"bytes and dtypes are those of the bf16 model, not of this one: {evidence}"] * bool(
+        warnings = [*beside_unknown(config)]
+        warnings += [f"bytes and dtypes are those of the bf16 model, not of this one: {evidence}"] * bool(
             evidence
         )
     sizes = [math.prod(spec.shape) for spec in table]
@@ -62,6 +69,7 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
             "pattern": layer_pattern(config.layers),
             "mtp_modules": config.mtp_modules,
             "mtp_pattern": layer_pattern(config.mtp_layers),
+            "sizes": _own_sizes(config),
         },
         "parameters": sum(sizes),
         "parameters_without_mtp": sum(n for _, n in main),
@@ -69,12 +77,32 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
         "tensors": len(stored),
         "bytes": sum(size for _, size in stored),
         "dtypes": {d: {"tensors": counts[d], "bytes": bytes_by_dtype[d]} for d in sorted(counts)},
+        "beside": _beside(config, raw, beside),
         "quantization": quantization,
         "warnings": warnings,
         "weights": {label: weights[dtype, label] for dtype, label in sorted(weights)},
         "kv_cache": {"bytes_per_token": per_token, "context": tokens, "bytes_at_context": per_token * tokens},
         "ssm_state_bytes_per_sequence": ssm_state_bytes(config),
     }
+
+
+def _beside(config: NemotronHConfig, raw: dict[str, Any], beside: list[TensorSpec]) -> dict[str, Any] | None:
+    """Where the language model stands in the config, and what there is beside it; None of one alone."""
+    if not config.prefix:
+        return None
+    nbytes = sum(math.prod(spec.shape) * ITEM_SIZE[spec.dtype] for spec in beside)
+    return {"section": sections(raw)[0], "tensors": len(beside), "bytes": nbytes, "parts": parts(beside)}
+
+
+def _own_sizes(config: NemotronHConfig) -> dict[str, dict[str, int]]:
+    """Sizes in which layers of a kind differ: ``moe_intermediate_size`` -> the number of layers with each."""
+    found: dict[str, Counter[str]] = {}
+    for field in sorted({field for sizes in config.layer_sizes for field, _ in sizes}):
+        for i, kind in enumerate(config.layers):
+            if field in KINDS[kind].sizes:
+                value = getattr(config.of_layer(i), field)
+                found.setdefault(field, Counter())[str(value)] += 1
+    return {field: dict(counts) for field, counts in found.items()}
 
 
 def _fitted(
@@ -118,9 +146,8 @@ def _not_stored(
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:
-    """Parameters that one token uses: of routed experts, the share of the top k in all of them."""
-    return (
-        elements * config.num_experts_per_tok // config.n_routed_experts
-        if spec.expert is not None
-        else elements
-    )
+    """Parameters of the main model that one token uses: of routed experts, the share of the top k."""
+    if spec.expert is None or spec.layer is None:
+        return elements
+    own = config.of_layer(spec.layer)
+    return elements * own.num_experts_per_tok // own.n_routed_experts

@@ -173,4 +173,4 @@ def _warnings(made: Rows, data: Given, tally: Tally, shape: tuple[int, int]) -> 
     if tally.rival:
         yield f"{name}: {tally.rival}; {OPTION} chooses"
     if data.left_out:
-        yield f"{name}: {data.left_out:,} files of other kinds were left out"
+        yield f"{name}: files of other kinds were left out, {data.left_out:,} of them"

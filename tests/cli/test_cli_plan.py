@@ -239,6 +239,7 @@ def test_inspect_as_json() -> None:
         "tensors",
         "bytes",
         "dtypes",
+        "beside",
         "quantization",
         "warnings",
         "weights",

@@ -73,7 +73,7 @@ def test_a_source_of_that_dtype_runs(
     assert made.loaded_by is not None and made.loaded_by.startswith("ONNX Runtime ")
     agrees(made.folder)
     half = export_onnx(made.folder, mtp=True, compute="float16")
-    assert half.loaded_by == made.loaded_by and half.warnings == []
+    assert half.loaded_by == made.loaded_by and half.warnings == ()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])

@@ -80,7 +80,7 @@ def test_the_schedule_in_its_spellings(spelling: dict[str, Any]) -> None:
     [
         (
             {"hybrid_override_pattern": ...},
-            "no layer schedule; expected `hybrid_override_pattern` or `layers_block_type`",
+            "no layer schedule; expected `hybrid_override_pattern`, `layers_block_type` or `block_configs`",
         ),
         (
             {"hybrid_override_pattern": "ME|M"},
@@ -477,12 +477,12 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
         ),
         (
             {"n_routed_experts": 1 << 16, "hybrid_override_pattern": "EEEEE"},
-            "its 5 layers would have 655,385 tensors (`n_routed_experts` is 65,536); expected at most "
-            "524,288",
+            "its 5 layers would have more than 524,288 tensors (`n_routed_experts` is 65,536); expected that "
+            "many at most",
         ),
         (
             {"n_routed_experts": 1 << 12, "hybrid_override_pattern": "E", "num_nextn_predict_layers": 64},
-            "its 129 layers would have 533,125 tensors",
+            "its 129 layers would have more than 524,288 tensors",
         ),
         (
             {"hidden_size": 1 << 31},

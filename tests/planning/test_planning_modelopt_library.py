@@ -122,7 +122,7 @@ def test_without_a_model_there_is_no_recipe(tmp_path: Path) -> None:
 def test_none_of_ours_extends_one(base: str, tmp_path: Path) -> None:
     write(tmp_path, WHOLE)
     with pytest.raises(
-        RecipeError, match="ours.yaml extends .*, which is a recipe of Model Optimizer, whose mean"
+        RecipeError, match=r"ours\.yaml extends .*, which is a recipe of Model Optimizer, whose mean"
     ):
         load_recipe(write(tmp_path, f"name: ours\nextends: {base}\n", "ours.yaml"))
 

@@ -100,6 +100,18 @@ def test_the_files_that_are_used_are_fetched_and_no_others(hub, cache, weights, 
     assert hub.fetched() == [], "what is there is not fetched again"
 
 
+def test_code_that_named_code_imports_is_fetched_too(hub, weights, find):
+    """As Puzzle's: its modeling file imports another one, which no config names."""
+    code = {
+        "modeling_nemotron_h.py": b"from .base import Model",
+        "base.py": b"from . import sizes",
+        "sizes.py": b"",
+        "unrelated.py": b"",
+    }
+    hub.add(NAME, weights | code)
+    assert {path.name for path in find().glob("*.py")} == code.keys() - {"unrelated.py"}
+
+
 def test_the_settings_alone(hub, weights, find):
     hub.add(NAME, weights | USED | {"hf_quant_config.json": b"{}"})
     config = find(wanted=SETTINGS)

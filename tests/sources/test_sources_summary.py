@@ -56,6 +56,7 @@ def test_the_rest_of_inspect(inspected: dict[str, Any]) -> None:
         "pattern": pattern,
         "mtp_modules": 1,
         "mtp_pattern": "*E",
+        "sizes": {},
     }
     assert inspected["dtypes"] == {
         "BF16": {"tensors": 42_642, "bytes": 247_222_108_160 - 41 * 512 * 4},

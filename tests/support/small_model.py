@@ -126,11 +126,12 @@ def random_weights(config: NemotronHConfig, seed: int = 0) -> dict[str, Tensor]:
     }
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = torch.randn(vocab, h, generator=g) / math.sqrt(h)
-    layers = [(f"backbone.layers.{i}.", kind) for i, kind in enumerate(config.layers)]
-    layers += [(f"mtp.layers.{i}.", kind) for i, kind in enumerate(config.mtp_layers * config.mtp_modules)]
-    for prefix, kind in layers:
+    layers = [(f"backbone.layers.{i}.", k, config.of_layer(i)) for i, k in enumerate(config.layers)]
+    mtp = enumerate(config.mtp_layers * config.mtp_modules)
+    layers += [(f"mtp.layers.{i}.", kind, config.of_mtp_layer(i)) for i, kind in mtp]
+    for prefix, kind, own in layers:
         weights[prefix + "norm.weight"] = norm()
-        weights |= {f"{prefix}mixer.{name}": w for name, w in mixer_weights(config, kind, g).items()}
+        weights |= {f"{prefix}mixer.{name}": w for name, w in mixer_weights(own, kind, g).items()}
     count = len(config.mtp_layers)
     for m in range(config.mtp_modules):
         first, last = f"mtp.layers.{m * count}.", f"mtp.layers.{m * count + count - 1}."
@@ -162,7 +163,7 @@ def fused(config: NemotronHConfig, weights: Mapping[str, Tensor]) -> dict[str, T
             for projection in ("up_proj", "down_proj"):
                 parts = [
                     weights[f"backbone.layers.{i}.mixer.experts.{e}.{projection}.weight"]
-                    for e in range(config.n_routed_experts)
+                    for e in range(config.of_layer(i).n_routed_experts)
                 ]
                 result[f"model.layers.{i}.mixer.experts.{projection}"] = torch.stack(parts)
     return result

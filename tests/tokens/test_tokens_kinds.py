@@ -204,7 +204,7 @@ def test_a_folder_is_its_files_in_their_order(model, tmp_path):
         (tmp_path / "x" / name).write_bytes(content)
     ids, said = tokens(tmp_path / "x", model)
     assert ids == [3, 4, 2, 5, 6, 2, 7, 7, 2, 3, 3, 2, 7, 2]
-    assert said == ("x: 1 files of other kinds were left out",)
+    assert said == ("x: files of other kinds were left out, 1 of them",)
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         CalibrationError, match=r"empty is a folder without a file that is read; expected \.txt"

@@ -22,7 +22,7 @@ KINDS: Mapping[LayerKind, Kind] = MappingProxyType(
 
 def states(config: NemotronHConfig) -> Iterator[StateTensor]:
     """The states of all layers of the main model."""
-    return (state for kind in config.layers for state in KINDS[kind].states(config))
+    return (state for i, kind in enumerate(config.layers) for state in KINDS[kind].states(config.of_layer(i)))
 
 
 def has_cache(config: NemotronHConfig, kind: LayerKind) -> bool:

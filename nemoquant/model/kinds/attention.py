@@ -28,6 +28,7 @@ ATTENTION = Kind(
     letter="*",
     title="attention",
     spellings=("full_attention",),
+    sizes=("num_attention_heads", "num_key_value_heads", "head_dim"),
     linear={
         "attention.q_proj": "attention's q_proj",
         "attention.k_proj": "attention's k_proj",

@@ -43,6 +43,7 @@ MAMBA = Kind(
     letter="M",
     title="Mamba-2",
     spellings=("linear_attention",),
+    sizes=("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "use_conv_bias"),
     linear={"mamba.in_proj": "Mamba's input projection", "mamba.out_proj": "Mamba's output projection"},
     groups={"mamba": "Mamba projections"},
     other=("conv1d", "ssm.A_log", "ssm.D", "ssm.dt_bias"),

@@ -15,6 +15,7 @@ MLP = Kind(
     letter="-",
     title="MLP",
     spellings=(),
+    sizes=("intermediate_size",),
     linear={"mlp.up_proj": "the MLP's up projection", "mlp.down_proj": "the MLP's down projection"},
     groups={"mlp": "the MLP"},
     other=(),

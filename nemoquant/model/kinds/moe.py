@@ -50,6 +50,18 @@ MOE = Kind(
     letter="E",
     title="mixture of experts",
     spellings=(),
+    sizes=(
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_shared_experts",
+        "moe_latent_size",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "routed_scaling_factor",
+        "norm_topk_prob",
+        "n_group",
+        "topk_group",
+    ),
     linear={
         "experts.up_proj": "routed experts' up projection",
         "experts.down_proj": "routed experts' down projection",

@@ -47,6 +47,7 @@ class Kind:
         title: for people.
         spellings: other names of it in lists of layers.
         linear: role of each weight of a GEMM -> what it is, for people.
+        sizes: fields of the config that a layer of this kind may have for itself.
         groups: the first part of those roles -> what such modules are together, for people.
         other: the other roles of its mixer's tensors, ``norm`` aside, which all layers have.
         tensors: of a mixer, in file order.
@@ -60,6 +61,7 @@ class Kind:
     letter: str
     title: str
     spellings: tuple[str, ...]
+    sizes: tuple[str, ...]
     linear: Mapping[str, str]
     groups: Mapping[str, str]
     other: tuple[str, ...]

@@ -26,15 +26,14 @@ class LayerFolds:
 
     def __init__(self, plan: Plan, checkpoint: Checkpoint) -> None:
         self._config, self._checkpoint, self._kinds = plan.config, checkpoint, plan.recipe.folds
-        kinds = {kind: i for i, kind in enumerate(self._config.layers)}  # one layer of each
-        self._readers = {kind: {s.role for s in readers(self._config, i)} for kind, i in kinds.items()}
+        self._readers = [{s.role for s in readers(self._config, i)} for i in range(len(self._config.layers))]
         self.taps = {tap for row in plan.quantized for tap in self._looks_at(row)}
 
     def _looks_at(self, row: Row) -> Iterator[str]:
         """The inputs that the wanted folds of a row's input are chosen by."""
         if row.layer is None or not _narrow(row):
             return
-        if "norm" in self._kinds and row.role in self._readers[self._config.layers[row.layer]]:
+        if "norm" in self._kinds and row.role in self._readers[row.layer]:
             yield _norm_tap(row)
         if (
             ("gate" in self._kinds and row.role == "mamba.out_proj")
@@ -44,7 +43,9 @@ class LayerFolds:
             yield input_of(row)
 
     def _has_matrix(self, row: Row) -> bool:
-        return row.role == "experts.up_proj" and bool(self._config.moe_latent_size)
+        if row.role != "experts.up_proj" or row.layer is None:
+            return False
+        return bool(self._config.of_layer(row.layer).moe_latent_size)
 
     def choose(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         """The folds of one layer; ``rows`` are its quantized ones."""

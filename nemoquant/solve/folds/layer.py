@@ -38,12 +38,13 @@ _READERS = (
 
 
 def _tensors(config: NemotronHConfig, layer: int) -> list[TensorSpec]:
-    return list(mixer_table(config, config.layers[layer], names.layer(layer) + names.MIXER, layer))
+    own, kind = config.of_layer(layer), config.layers[layer]
+    return list(mixer_table(own, kind, names.layer(layer) + names.MIXER, layer))
 
 
 def readers(config: NemotronHConfig, layer: int) -> list[TensorSpec]:
     """The weights whose input is the layer's norm: all of them, the router's too."""
-    roles = {*_READERS, "latent.fc1" if config.moe_latent_size else "experts.up_proj"}
+    roles = {*_READERS, "latent.fc1" if config.of_layer(layer).moe_latent_size else "experts.up_proj"}
     return [spec for spec in _tensors(config, layer) if spec.role in roles]
 
 
@@ -167,8 +168,9 @@ def layer_folds(
         for module, (_, down) in pairs(config, layer).items():
             balance([down], partial(expert_transforms, config, layer, module), power=2)
     ups = [spec for spec in tensors if spec.role == "experts.up_proj"]
-    if "latent" in kinds and config.moe_latent_size and any(spec.name in quantized for spec in ups):
-        h, g = np.zeros((2, config.moe_latent_size, config.moe_latent_size))
+    latent = config.of_layer(layer).moe_latent_size
+    if "latent" in kinds and latent and any(spec.name in quantized for spec in ups):
+        h, g = np.zeros((2, latent, latent))
         for spec in ups:
             if spec.module in moments:
                 h += np.asarray(moments[spec.module], np.float64)
