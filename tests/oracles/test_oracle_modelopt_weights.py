@@ -20,9 +20,9 @@ SCALE_GROUPS = {"fp8": False, "mxfp8": True, "nvfp4": False, "nvfp4-full": True,
 QUANTIZED = {  # preset -> how many weights are FP8 or MXFP8, how many NVFP4
     "fp8": (46, 0),
     "mxfp8": (46, 0),
-    "nvfp4": (14, 32),
+    "nvfp4": (12, 34),
     "nvfp4-full": (0, 46),
-    "nvfp4-w4a16": (0, 32),
+    "nvfp4-w4a16": (0, 34),
 }
 # It loads everything in the model's dtype, except the router's bias; we keep the source's dtypes.
 CAST_TO_BF16 = ["backbone.layers.0.mixer.A_log", "backbone.layers.2.mixer.gate.weight"]
