@@ -209,11 +209,11 @@ def test_mixed_has_the_bytes_of_both(runs) -> None:
     ``nvfp4`` consists of parts of ``nvfp4-full`` and ``fp8``.
     """
     mixed, parts = read(runs.ours("nvfp4", scale_groups=False)), read(runs.ours("fp8", scale_groups=False))
-    experts = {
-        name: t
-        for name, t in read(runs.ours("nvfp4-full", scale_groups=False)).items()
-        if expert_projection(name)
-    }
-    parts = {name: t for name, t in parts.items() if not expert_projection(name)} | experts
+
+    def is_nvfp4(name: str) -> bool:  # experts, and the MLP
+        return bool(expert_projection(name)) or name.startswith("backbone.layers.3.mixer.")
+
+    nvfp4 = {n: t for n, t in read(runs.ours("nvfp4-full", scale_groups=False)).items() if is_nvfp4(n)}
+    parts = {name: t for name, t in parts.items() if not is_nvfp4(name)} | nvfp4
     assert mixed.keys() == parts.keys()
     assert [name for name in mixed if not equal(mixed[name], parts[name])] == []
