@@ -286,6 +286,8 @@ def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
             f"recipe {name}: {len(before)} recipes extend one another; expected at most {MOST_BASES}"
         )
     try:
+        if path.is_dir():  # of no name too: that is the folder here
+            raise FileNotFoundError(path)
         data = read_yaml(path, name)
     except FileNotFoundError:
         known = f"presets are {listing(list(presets()), 20)}"

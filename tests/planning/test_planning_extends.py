@@ -137,7 +137,7 @@ def test_long_chains(write: Write) -> None:
     ("keys", "message"),
     [
         ({"extends": "fp9"}, "extends 'fp9', which is neither a preset nor a file beside it; presets are "),
-        ({"extends": "."}, "recipe . cannot be read as YAML: "),
+        ({"extends": "."}, "extends '.', which is neither a preset nor a file beside it; presets are "),
         ({"extends": 3}, "`extends`: Input should be a valid string, got 3"),
         ({"extends": "fp8", "rule": []}, "unknown key `rule`"),
         (

@@ -1,5 +1,6 @@
 """The recipe's schema: the values of each key, and the messages for a recipe file that breaks it."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,12 @@ def test_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_folder_is_no_recipe(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"^recipe '{name}' is neither a file nor a preset; presets are "):
+        load_recipe(name)
+
+
 def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
     keys = "\n".join(f"k{i}: 1" for i in range(10_000))
     (tmp_path / "mine.yaml").write_text(f"{keys}\n{keys}\n")
@@ -328,8 +335,9 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
         "mxfp8, nano-fp8-published, nano-nvfp4-published, nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, "
         "nvfp4, super-nvfp4-published"
     )
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
-        load_recipe(str(tmp_path))
+        load_recipe(str(tmp_path / "pipe"))
 
 
 def test_presets() -> None:
