@@ -336,7 +336,7 @@ def test_recipes_schema_is_the_file_in_docs() -> None:
             ["plan", NANO, "--recipe", "fp9"],
             "recipe 'fp9' is neither a file nor a preset; presets are fp8-published, fp8,",
         ),
-        (["plan", NANO, "--recipe", ""], "recipe  cannot be read as YAML"),
+        (["plan", NANO, "--recipe", ""], "recipe '' is neither a file nor a preset"),
         (["recipes", "show", "fp9"], "recipe 'fp9' is neither a file nor a preset; presets are"),
         (
             ["plan", NANO, "--recipe", "super-nvfp4-published"],
