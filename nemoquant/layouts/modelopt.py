@@ -35,7 +35,7 @@ from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
 from nemoquant.layouts.beside import Rename, RenameAll, adding, removing, tower_patterns
 from nemoquant.model.names import experts_of
-from nemoquant.model.nested import TOWER, language_model, prefix_of, sections
+from nemoquant.model.nested import TOWER, language_model, prefix_of, sections, without_key
 from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan
@@ -388,7 +388,11 @@ def section_of(raw_config: Mapping[str, Any]) -> Any:
 
 
 def spelled_for_engines(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config.json as all engines read it, or the section of it that has the language model."""
+    """The source's config.json as all engines read it, or the section of it that has the language model.
+
+    A ``quantization_config`` of null goes: a quantized output has its own, another one none.
+    """
+    raw_config = without_key(raw_config, SECTION)
     inner = {key: _spelled(raw_config[key]) for key in sections(raw_config)}
     return {**raw_config, **inner} if inner else _spelled(raw_config)
 
