@@ -1,7 +1,9 @@
 """Where the data shipped with the code are: in the installed package, or in the source tree."""
 
+import os
 from pathlib import Path
 
+MIX = "mix"  # in place of a path: prose, code, mathematics and conversations, interleaved
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -14,14 +16,21 @@ def recipe_folder() -> Path:
     return _shipped("calib/recipes")
 
 
-def calibration_data() -> Path:
-    """The file with the text for calibration."""
-    return _shipped("calib/data") / "calibration.jsonl"
+def calibration_data(given: Path | None = None) -> Path:
+    """The file with the text for calibration: ``given``, or a shipped one where that is None or ``MIX``."""
+    return _text(given, "calibration.jsonl", "mix.jsonl")
 
 
-def evaluation_data() -> Path:
-    """The file with the text for evaluation; its works are not those of the calibration text."""
-    return _shipped("calib/data") / "evaluation.jsonl"
+def evaluation_data(given: Path | None = None) -> Path:
+    """The same for evaluation; the shipped ones share no work and no package with those for calibration."""
+    return _text(given, "evaluation.jsonl", "mix_evaluation.jsonl")
+
+
+def _text(given: Path | None, default: str, mix: str) -> Path:
+    """What is on the disk under ``given`` comes first, so that the word never hides a file."""
+    if given is not None and (str(given) != MIX or os.path.lexists(given)):
+        return given
+    return _shipped("calib/data") / (default if given is None else mix)
 
 
 def demo_model() -> Path:

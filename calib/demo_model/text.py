@@ -223,6 +223,8 @@ def main(work: Path) -> None:
     }
     missing = sorted((held["evaluation"] | held["calibration"]) - works.keys())
     assert not missing, f"works to hold out were not found: {missing}"
+    earlier = json.loads((DATA / "MANIFEST.json").read_text()) if (DATA / "MANIFEST.json").exists() else {}
+    others = {name: entry for name, entry in earlier.items() if name.startswith("mix")}  # of calib/mix
     manifest: dict[str, object] = {"sources": SOURCES, "licence": LICENCE}
     aside = set().union(*(shingles(works[n]) for group in held.values() for n in group))
     for group, names in held.items():
@@ -260,7 +262,7 @@ def main(work: Path) -> None:
         "characters": sum(map(len, kept.values())),
         "dropped": dropped,
     }
-    (DATA / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (DATA / "MANIFEST.json").write_text(json.dumps(manifest | others, indent=2) + "\n")
     print(json.dumps({k: v for k, v in manifest.items() if k not in ("sources",)}, indent=1))
 
 

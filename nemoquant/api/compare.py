@@ -47,8 +47,9 @@ def diff(
         source: a folder, or a model's name on the hub.
         candidates: the same of what was made from ``source``, or a list of several: by nemoquant, by another
             tool in the ModelOpt layout, or not quantized.
-        data: text: a file, a folder of files, or the name of a data set of the hub that is on this machine
-            (docs/calibration.md); None is the shipped evaluation text, which is never used for calibration.
+        data: text: a file, a folder of files, ``mix`` (shipped text of four domains), or the name of a data
+            set of the hub that is on this machine (docs/calibration.md); None is the shipped prose. What is
+            shipped for evaluation is never used for calibration.
         columns: those that hold the text, where no known name says it: one, or those of a question and its
             answer.
         rows, seq_len: number and length of rows; ignored for an array that has rows already.
@@ -94,7 +95,7 @@ def diff(
     if twice:
         raise UsageError(f"{listing(twice)} is given twice; expected each checkpoint once")
     opened = open_weights(source, "diff needs the folder with the weights")
-    text = text or evaluation_data()
+    text = evaluation_data(text)
     tokens = load_rows(text, opened.path, opened.config, rows, seq_len, columns=names_of_columns)
     if tokens.ids.shape[1] < 2:
         raise UsageError(

@@ -31,7 +31,8 @@ def export_onnx(
 ) -> "Exported":
     """Write ``model.onnx`` (and ``mtp.onnx``) beside a checkpoint's shards, or with a copy of it in ``out``.
 
-    A checkpoint that nemoquant wrote is held against its manifest first; a damaged one is refused.
+    A checkpoint that nemoquant wrote is held against its manifest first; a damaged one is refused. A graph is
+    loaded once before it is written, by ONNX Runtime where that is installed and runs the dialect.
 
     Args:
         source: its folder, or a model's name on the hub, which needs ``out``.
@@ -45,7 +46,7 @@ def export_onnx(
             function is called with it.
         say: called with a line of text before the shards are hashed.
     Raises:
-        NemoquantError: any of its kinds; see errors.py.
+        NemoquantError: any of its kinds; see errors.py. EngineError where ONNX Runtime can't load the graph.
     """
     arguments.check_word("dialect", dialect, DIALECT_NAMES)
     if compute is not None:
@@ -60,6 +61,7 @@ def export_onnx(
 
     onnx_package()
     source = found("source", source, download=download, say=say, progress=progress)
+    from nemoquant.engine.onnxruntime import trial
     from nemoquant.graph.build import GraphOptions
     from nemoquant.graph.dialects import DIALECTS
     from nemoquant.graph.export import export_onnx as export
@@ -67,7 +69,15 @@ def export_onnx(
     options = GraphOptions(compute or DIALECTS[dialect].computes[0], last_token_only, layers, with_hidden=mtp)
     with bars as report:
         return export(
-            source, out, dialect, options, mtp=mtp, copy=copy, say=say or (lambda text: None), progress=report
+            source,
+            out,
+            dialect,
+            options,
+            trial(dialect),
+            mtp=mtp,
+            copy=copy,
+            say=say or (lambda text: None),
+            progress=report,
         )
 
 

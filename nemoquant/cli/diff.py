@@ -30,7 +30,7 @@ from nemoquant.formats import DEVICES, Device
     "--data",
     type=PATH,
     metavar="PATH_OR_NAME",
-    help="Text to compare on: what quantize takes as --calib; default: the shipped text, of other works.",
+    help="Text to compare on: what quantize takes as --calib; mix and the default are of other works there.",
 )
 @click.option(
     "--data-column",

@@ -87,7 +87,8 @@ def export_onnx(
 
     With OUT, the checkpoint is copied into that new folder, and the graph stands there. That is needed where
     the shards are links, or where experts do not lie back to back, as in published checkpoints, and where DIR
-    is a name on the hub.
+    is a name on the hub. ONNX Runtime loads the graph once before it is written, where it is installed and
+    runs the dialect; else a warning says so.
 
     \b
     Examples:
@@ -119,6 +120,7 @@ def export_onnx(
         "copied_bytes": exported.copied_bytes,
         "functions": exported.functions,
         "nodes": exported.nodes,
+        "loaded_by": exported.loaded_by,
         "warnings": list(exported.warnings),
     }
     if as_json:
@@ -134,6 +136,8 @@ def export_onnx(
         if exported.copied_bytes
         else "no tensor copied: weights stay in the shards"
     )
+    if exported.loaded_by is not None:
+        say(f"loaded by {exported.loaded_by} before it was written")
 
 
 @command.command("trt")

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     type=PATH,
     metavar="PATH_OR_NAME",
     help="Calibration text: .txt, .jsonl, .json, .csv, .parquet, .arrow, .npy, .npz, a folder of such files, "
-    "or a data set of the hub that is on this machine, such as cnn_dailymail; default: the shipped text.",
+    "or a data set of the hub that is on this machine, such as cnn_dailymail; mix: the shipped prose, code, "
+    "mathematics and chat; default: the shipped prose.",
 )
 @run_option(
     "columns",

@@ -12,12 +12,19 @@ from nemoquant.checkpoint.intact import Say, check_graph, hash_once, open_settin
 from nemoquant.engine.base import Admit, Floats, GraphEngine, Step, Tokens, admit_any
 from nemoquant.engine.files import check_shards, graph_facts, read_graph
 from nemoquant.errors import CheckpointError, EngineError, MissingExtraError, UsageError, brief, listing
-from nemoquant.graph import MODEL, MTP
+from nemoquant.graph import MODEL, MTP, Trial
 from nemoquant.progress import Progress, no_progress
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 NAMED = ("batch", "length", "past")  # dimensions of inputs that differ from call to call
 MOST_STATE = 1 << 28  # elements of one state of a sequence: the largest of Super has a million
+SHARDS = "session.model_external_initializers_file_folder_path"  # where those of a graph in memory are
+PREPACKING = "session.disable_prepacking"
+# Both would unpack or widen weights when the session starts. The second, for float16 weights, also takes the
+# name of a Cast for that of its output, and fails at each Cast that constant folding would have removed
+# (microsoft/onnxruntime issue 32405). Naming them alike in the graph is no way out: nodes get other names
+# where functions are inlined.
+DISABLED = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 
 
 def package() -> Any:
@@ -41,23 +48,28 @@ def package() -> Any:
 class Graph:
     """One session: runs a graph, and separates the names of its states from its other inputs."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, content: bytes | None = None) -> None:
         """Load it; the file and its shards are checked already.
 
+        Args:
+            content: of a graph that is not written yet, to see whether it loads: no weight is laid out anew
+                for the products then, so that they all stay mapped.
         Raises:
             CheckpointError: ONNX Runtime refuses it, or it has other inputs and outputs than an export.
         """
         runtime = package()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # an error is raised, too: one line for the user
+        if content is not None:
+            options.add_session_config_entry(SHARDS, str(path.parent))
+            options.add_session_config_entry(PREPACKING, "1")
         try:
-            # constant folding would unpack every weight when the session starts
             self.session = runtime.InferenceSession(
-                str(path),
+                str(path) if content is None else content,
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"],
+                disabled_optimizers=DISABLED,
             )
         except Exception as error:  # its exceptions have no common base class
             raise CheckpointError(
@@ -124,6 +136,30 @@ class Graph:
             None if hidden is None else hidden.astype(np.float32, copy=False),
             after,
         )
+
+
+def trial(dialect: str) -> Trial:
+    """How an export in ``dialect`` is tried: loaded here, where this machine and ONNX Runtime can."""
+    from nemoquant.graph.dialects import DIALECTS  # needs onnx_ir, and running a graph does not
+
+    if not DIALECTS[dialect].onnxruntime:
+        return Trial(None, f"ONNX Runtime runs no graph of the {dialect} dialect")
+    try:
+        runtime = package()
+    except MissingExtraError as error:
+        return Trial(None, str(error))
+    return Trial(f"ONNX Runtime {runtime.__version__}", load=_load_once)
+
+
+def _load_once(content: bytes, path: Path) -> None:
+    """Raises EngineError where the graph with these bytes does not load."""
+    try:
+        Graph(path, 1, content)
+    except CheckpointError as error:
+        raise EngineError(
+            f"the graph is not written, because it would not load: {error}, with the onnxruntime of "
+            f"constraints.txt, or where none is installed"
+        ) from None
 
 
 def _present(state: str) -> str:

@@ -49,6 +49,7 @@ class Dialect:
     caches: Mapping[CacheName, CacheCodec] = ONNXRUNTIME_CACHES
     one_input_scale = False  # one for all experts of a layer and projection
     has_plugins = False  # kernels of nemoquant: the operators need no body
+    onnxruntime = True  # ONNX Runtime's CPU kernels run it
     limit = ", its CPU kernels multiply no bfloat16"  # reason for ``computes``, for messages
 
     def compute(self, name: str) -> ir.DataType:
@@ -216,6 +217,7 @@ class TensorRTRTX(Dialect):
     """Strongly typed: FP4 and FP8 tensors have their own dtypes."""
 
     name = "tensorrt_rtx"
+    onnxruntime = False
     limit = ""
     computes = ("bfloat16", "float16", "float32")
     codecs = TENSORRT

@@ -7,12 +7,16 @@ that ``pack`` writes.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from nemoquant.checkpoint import SHARD_BYTES, manifest
 from nemoquant.checkpoint.folder import check_output
@@ -22,10 +26,11 @@ from nemoquant.checkpoint.making import making
 from nemoquant.checkpoint.reader import INDEX
 from nemoquant.checkpoint.side_files import copy_side_files, side_files
 from nemoquant.checkpoint.towers import text_only
+from nemoquant.checkpoint.weights import TORCH
 from nemoquant.checkpoint.writer import ShardWriter
-from nemoquant.errors import OutputError, UsageError
+from nemoquant.errors import CheckpointError, OutputError, UsageError, listing
 from nemoquant.files import copy_again, replace_bytes, write_json_again
-from nemoquant.graph import MODEL, MTP, Exported
+from nemoquant.graph import MODEL, MTP, Exported, Trial
 from nemoquant.graph.build import Builder, GraphOptions
 from nemoquant.graph.dialects import DIALECTS
 from nemoquant.graph.weights import stacked
@@ -33,8 +38,10 @@ from nemoquant.layouts.modelopt import LEGACY
 from nemoquant.pack.files import WRITTEN
 from nemoquant.progress import Progress, no_progress
 from nemoquant.quantized.checkpoint import PackedCheckpoint
+from nemoquant.sources.source import FLOAT_DTYPES
 
 COPY_BYTES = 16 << 20
+WIDE = "F32"  # holds all of FLOAT_DTYPES exactly
 
 
 def export_onnx(
@@ -42,6 +49,7 @@ def export_onnx(
     out: Path | None,
     dialect: str,
     options: GraphOptions,
+    trial: Trial,
     *,
     mtp: bool = False,
     copy: bool = True,
@@ -52,19 +60,22 @@ def export_onnx(
 
     Args:
         out: a new folder for a copy; None is ``path`` itself.
+        trial: how graphs are loaded once before they are written.
         copy: False refuses where tensors would have to be copied.
         say: told how much is hashed, where a checkpoint with a manifest is to be held against it.
     Raises:
-        CheckpointError, UsageError, OutputError
+        CheckpointError, UsageError, OutputError; EngineError where the trial fails
     """
     opened = PackedCheckpoint(path)
     with opened.checkpoint:
         Builder(opened, DIALECTS[dialect], options)  # refuses bad options before a byte is written
         if mtp and not opened.has_mtp:
             raise UsageError(f"{path} has no multi-token-prediction module; leave out --mtp")
-        reason = _why_copy(opened, out)
+        reason = _why_copy(opened, out, mtp)
         if reason is None:
-            return _write_graphs(opened, dialect, options, mtp, lambda: _intact(opened, say, progress))
+            return _write_graphs(
+                opened, dialect, options, trial, mtp=mtp, held=lambda: _intact(opened, say, progress)
+            )
         if not copy:
             raise UsageError(
                 f"{path}: its tensors would have to be copied, because {reason}; --no-copy forbids it"
@@ -74,7 +85,8 @@ def export_onnx(
                 f"{path}: a graph can't stand beside its tensors, because {reason}; give an OUT folder for "
                 f"a copy"
             )
-        size = sum(info.nbytes for info in opened.checkpoint.tensors.values())
+        widened = _widened(opened)
+        size = sum(_written_bytes(info, name in widened) for name, info in opened.checkpoint.tensors.items())
         check_output(out, path, len(opened.checkpoint.tensors), size)
         intact = _intact(opened, say, progress)
         with making(out, _names(opened)) as made:
@@ -85,12 +97,19 @@ def export_onnx(
             with copied.checkpoint:
                 signed = copied.manifest
                 of_copy = None if signed is None else Intact.copy(copied.path, signed)
-                written = _write_graphs(copied, dialect, options, mtp, lambda: of_copy)
+                written = _write_graphs(copied, dialect, options, trial, mtp=mtp, held=lambda: of_copy)
+    warnings = written.warnings
+    if widened:
+        warnings += (
+            f"{len(widened)} tensors are {WIDE} in the copy, exactly their values: a graph reads the experts "
+            f"of a layer as one tensor, and these have several dtypes in {path}",
+        )
     return replace(
         written,
         folder=out,
         graphs=[out / graph.name for graph in written.graphs],
         copied_bytes=size,
+        warnings=warnings,
     )
 
 
@@ -99,26 +118,55 @@ def _intact(opened: PackedCheckpoint, say: Say, progress: Progress) -> Intact | 
     return None if opened.manifest is None else hash_once(opened.path, opened.manifest, say, progress)
 
 
-def _why_copy(opened: PackedCheckpoint, out: Path | None) -> str | None:
+def _why_copy(opened: PackedCheckpoint, out: Path | None, mtp: bool) -> str | None:
     if out is not None and out.resolve() != opened.path.resolve():
         return f"the graph is to stand in {out}"
     files = {info.file for info in opened.checkpoint.tensors.values()}
     links = sorted(file.name for file in files if file.is_symlink() or file.stat().st_nlink > 1)
     if links:
         return f"{links[0]} is a link, and ONNX refuses external data behind links"
-    if not _views(opened):
+    if _widened(opened, mtp):
+        return "its experts have several dtypes, so that no 3-D view of them exists"
+    if not _views(opened, mtp):
         return "its experts do not lie back to back, so that no 3-D view of them exists"
     return None
 
 
-def _expert_groups(opened: PackedCheckpoint) -> Iterator[list[str]]:
+def _widened(opened: PackedCheckpoint, mtp: bool = True) -> set[str]:
+    """Tensors that a copy holds as ``WIDE``, since other experts of their stack have another dtype.
+
+    Raises:
+        CheckpointError: they are not all floating.
+    """
+    found = set()
+    for group in _expert_groups(opened, mtp):
+        dtypes = {name: opened.checkpoint.tensors[name].dtype for name in group}
+        if len(set(dtypes.values())) == 1:
+            continue
+        if not set(dtypes.values()) <= set(FLOAT_DTYPES):
+            raise CheckpointError(
+                f"{opened.path}: {group[0]} and the same part of the other experts are "
+                f"{listing(sorted(set(dtypes.values())))}; expected one dtype, quantize again"
+            )
+        found |= {name for name, dtype in dtypes.items() if dtype != WIDE}
+    return found
+
+
+def _written_bytes(info: TensorInfo, wide: bool) -> int:
+    """The size of a tensor in a copy."""
+    return 4 * math.prod(info.shape) if wide else info.nbytes
+
+
+def _expert_groups(opened: PackedCheckpoint, mtp: bool = True) -> Iterator[list[str]]:
     """Names of the tensors that the graph reads as one, in ascending order of experts.
 
-    A group is one part (such as the codes) of all experts of a layer and projection.
+    A group is one part (such as the codes) of all experts of a layer and projection; those of multi-token
+    prediction only with ``mtp``.
     """
     groups: dict[tuple[int | None, str, str], list[str]] = {}
     for spec in opened.table:
-        if spec.expert is not None and spec.name in opened.stored:
+        wanted = mtp or not spec.role.startswith("mtp.")
+        if wanted and spec.expert is not None and spec.name in opened.stored:
             for part, name in opened.stored[spec.name].parts.items():
                 groups.setdefault((spec.layer, spec.role, part), []).append(name)
     return iter(groups.values())
@@ -151,26 +199,26 @@ def _copy(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
 
 def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) -> None:
     """Write all tensors into new shards; no manifest, because ``quantize`` did not write these files."""
-    tensors, total, done = (
-        opened.checkpoint.tensors,
-        sum(i.nbytes for i in opened.checkpoint.tensors.values()),
-        0,
-    )
+    tensors, widened, done = opened.checkpoint.tensors, _widened(opened), 0
+    total = sum(_written_bytes(info, name in widened) for name, info in tensors.items())
     beside = {spec.name for spec in opened.towers}
     written = {name: name if name in beside else opened.config.prefix + name for name in tensors}
     weight_map: dict[str, str] = {}
     shards = list(_shards(opened))
     for number, names in enumerate(shards, 1):
         file = _shard_name(number, len(shards))
-        with ShardWriter(
-            folder / file, [(written[name], tensors[name].dtype, tensors[name].shape) for name in names]
-        ) as writer:
+        entries = [
+            (written[name], WIDE if name in widened else tensors[name].dtype, tensors[name].shape)
+            for name in names
+        ]
+        with ShardWriter(folder / file, entries) as writer:
             for name in names:
                 raw = opened.checkpoint.raw(name)
                 for start in range(0, raw.size, COPY_BYTES):
-                    writer.write(raw[start : start + COPY_BYTES])
+                    piece = raw[start : start + COPY_BYTES]
+                    writer.write(_wide(piece, tensors[name].dtype) if name in widened else piece)
                 opened.checkpoint.release([name])
-                done += raw.size
+                done += _written_bytes(tensors[name], name in widened)
                 progress("copy", done, total, "")
         weight_map |= {written[name]: file for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -179,6 +227,11 @@ def _copy_tensors(opened: PackedCheckpoint, folder: Path, progress: Progress) ->
         if (opened.path / name).exists():
             copy_again(opened.path / name, folder / name)
     copy_side_files(opened.path, side_files(opened.path, opened.raw_config)[0], folder)
+
+
+def _wide(piece: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    """Stored numbers as float32, which holds every float16 and bfloat16."""
+    return torch.from_numpy(piece.copy()).view(TORCH[dtype]).float().numpy()  # a mapping can't be written to
 
 
 def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
@@ -201,9 +254,9 @@ def _shards(opened: PackedCheckpoint) -> Iterator[list[str]]:
     yield shard
 
 
-def _views(opened: PackedCheckpoint) -> bool:
+def _views(opened: PackedCheckpoint, mtp: bool = True) -> bool:
     return all(
-        stacked([opened.checkpoint.tensors[name] for name in group]) for group in _expert_groups(opened)
+        stacked([opened.checkpoint.tensors[name] for name in group]) for group in _expert_groups(opened, mtp)
     )
 
 
@@ -229,6 +282,8 @@ def _write_graphs(
     opened: PackedCheckpoint,
     dialect: str,
     options: GraphOptions,
+    trial: Trial,
+    *,
     mtp: bool,
     held: Callable[[], Intact | None],
 ) -> Exported:
@@ -236,16 +291,22 @@ def _write_graphs(
     models = {MODEL: Builder(opened, DIALECTS[dialect], options).main()}
     if mtp:
         models[MTP] = Builder(opened, DIALECTS[dialect], options).mtp()
+    contents = {}
+    for name, model in models.items():
+        _describe(opened, model, dialect, options)
+        contents[name] = ir.to_proto(model).SerializeToString()
+        trial.load(contents[name], opened.path / name)
     intact = held()  # after what could be refused without reading the shards
     functions, nodes = [], 0
     for name, model in models.items():
-        _describe(opened, model, dialect, options)
-        _save(model, opened.path / name, intact)
+        _save(contents[name], opened.path / name, intact)
         functions += [f.name for f in model.functions.values() if f.name not in functions]
         nodes += len(model.graph) + sum(len(f) for f in model.functions.values())
+    told = [text_only(opened.towers)] if opened.towers else []
+    if trial.why_not is not None:
+        told.append(f"the graph was not loaded to try it: {trial.why_not}")
     graphs = [opened.path / name for name in models]
-    told = (text_only(opened.towers),) if opened.towers else ()
-    return Exported(opened.path, graphs, 0, functions, nodes, warnings=told)
+    return Exported(opened.path, graphs, 0, functions, nodes, loaded_by=trial.by, warnings=tuple(told))
 
 
 def _describe(opened: PackedCheckpoint, model: ir.Model, dialect: str, options: GraphOptions) -> None:
@@ -268,9 +329,8 @@ def shard_identity(opened: PackedCheckpoint, name: str) -> dict[str, Any]:
     return {"size": (opened.path / name).stat().st_size, "sha256": files.get(name)}
 
 
-def _save(model: ir.Model, path: Path, intact: Intact | None) -> None:
+def _save(content: bytes, path: Path, intact: Intact | None) -> None:
     """Write a graph; beside a manifest it is entered there, if the folder is still what was exported."""
-    content = ir.to_proto(model).SerializeToString()
     try:
         if intact is None:
             replace_bytes(path, content)

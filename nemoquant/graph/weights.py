@@ -18,8 +18,10 @@ SCALARS = ("global_scale", "input_scale")
 
 
 def stacked(infos: Sequence[TensorInfo]) -> bool:
-    """Whether tensors lie back to back in one file, so that they can be read as one."""
-    return all(a.file == b.file and a.end == b.start for a, b in itertools.pairwise(infos))
+    """Whether tensors lie back to back in one file, in one dtype, so that they can be read as one."""
+    return all(
+        a.file == b.file and a.end == b.start and a.dtype == b.dtype for a, b in itertools.pairwise(infos)
+    )
 
 
 class GraphWeights:
@@ -53,8 +55,8 @@ class GraphWeights:
         name = f"{mixer}{stack}.{part}"
         if not stacked(infos):
             raise CheckpointError(
-                f"{self.opened.path}: the experts of {name} do not lie back to back, so that no view of "
-                f"them exists; "
+                f"{self.opened.path}: the experts of {name} do not lie back to back in one dtype, so that no "
+                f"view of them exists; "
                 "export to another folder, where they are written anew"
             )
         if part == "input_scale" and self.dialect.one_input_scale:

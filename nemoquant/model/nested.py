@@ -48,7 +48,7 @@ def language_section(raw: Mapping[str, Any], source: str) -> str | None:
             f"{source}: it is NeMo's config of a speech model (`model.stt`), such as VoiceChat, which names "
             f"its language model by an id ({brief(_named(model['stt']))}) instead of describing it; expected "
             f"a Nemotron-H config at the top or in a section such as `llm_config`: quantize that language "
-            f"model from its own checkpoint, no serving engine reads one inside NeMo's"
+            f"model from its own checkpoint"
         )
     return found[0] if found else None
 

@@ -164,7 +164,7 @@ class Job:
             scales = Scales.load(Path(options.scales))
             scales.check(self.plan, Path(options.scales))
             return scales
-        data = Path(options.data) if options.data is not None else calibration_data()
+        data = calibration_data(Path(options.data) if options.data is not None else None)
         rows = load_rows(
             data,
             self.source.path,

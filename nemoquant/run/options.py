@@ -86,8 +86,9 @@ class RunOptions:
     """All options of a run; its source, output and recipe are separate arguments.
 
     Attributes:
-        data: text to calibrate on: a file, a folder of files, or the name of a data set of the hub that is
-            on this machine (docs/calibration.md); None is the shipped text.
+        data: text to calibrate on: a file, a folder of files, ``mix`` (the shipped text of four domains), or
+            the name of a data set of the hub that is on this machine (docs/calibration.md); None is the
+            shipped prose.
         columns: those that hold the text, where no known name says it: one, or those of a question and its
             answer.
         rows, seq_len: number and length of rows; ignored for an array that has rows already.

@@ -176,7 +176,7 @@ def test_sources_that_are_none(what, source, tmp_path, refused):
         ),
         (
             "- {roles: [experts.*], format: int4}",
-            ["rule 1, `format`", "'source', 'fp8', 'mxfp8' or 'nvfp4'", "got 'int4'"],
+            ["rule 1, `format`", "'source', 'bf16', 'fp8', 'mxfp8' or 'nvfp4'", "got 'int4'"],
         ),
         (
             "- {names: ['backbone.layers.9.*'], format: fp8}",
@@ -196,8 +196,8 @@ def test_sources_that_are_none(what, source, tmp_path, refused):
             ["backbone.layers.2.mixer.gate.weight", "can't be given the format fp8", "rounded router"],
         ),
         (
-            "- {roles: [experts.*], format: fp8, activations: none}",
-            ["`activations: none` does not go with `format: fp8`"],
+            "- {roles: [experts.*], format: mxfp8, activations: none}",
+            ["`activations: none` does not go with `format: mxfp8`"],
         ),
     ],
     ids=["key", "format", "pattern", "role", "layer", "ssm", "router", "activations"],

@@ -21,7 +21,7 @@ from support.places import DEMO
 from torch import Tensor
 
 from nemoquant.api import RunOptions, diff, export_onnx, quantize
-from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine
+from nemoquant.engine.onnxruntime import Graph, OnnxRuntimeEngine, trial
 from nemoquant.engine.torch import TorchEngine
 from nemoquant.formats import FormatName, arithmetic, fp8
 from nemoquant.formats.registry import ARITHMETIC
@@ -214,7 +214,8 @@ def layers(
     model, config = engine.model, engine.opened.config
     x = model.embed(torch.from_numpy(rows))
     for number, kind in enumerate(config.layers):
-        export(folder, None, "onnxruntime", GraphOptions(layers=(number, number + 1), with_hidden=True))
+        options = GraphOptions(layers=(number, number + 1), with_hidden=True)
+        export(folder, None, "onnxruntime", options, trial("onnxruntime"))
         feeds = {"input_ids": rows} if number == 0 else {"hidden": x.numpy()}
         found = Graph(folder / "model.onnx", 1).run(feeds, None)
         x, near = positions_near_a_tie(engine, number, x)

@@ -178,7 +178,8 @@ def test_keys_of_the_model(preset, runs) -> None:
     ours, theirs = load(runs.ours(preset), "config.json"), load(runs.theirs(preset), "config.json")
     ours.pop("quantization_config")
     raw = json.loads((runs.source(preset) / "config.json").read_text())
-    assert ours == raw | {"mamba_n_groups": raw["n_groups"]}  # SGLang's spelling beside it
+    beside = {"mamba_n_groups": raw["n_groups"], "torch_dtype": raw["dtype"]}  # what older readers look for
+    assert ours == raw | beside
     respelled = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers"}
     assert raw.keys() - theirs.keys() == respelled
     assert {key: theirs[key] for key in raw.keys() - respelled} == {

@@ -26,10 +26,9 @@ MARKS = [
 ]
 
 EXPERTS = ("*mixer.experts.*",)  # fused in transformers: ``experts.up_proj_weight_quantizers.7`` and so on
+MLP = ("*mixer.up_proj*", "*mixer.down_proj*")
 OTHERS = (
     "*mixer.shared_experts.*",
-    "*mixer.up_proj*",
-    "*mixer.down_proj*",
     "*mixer.[qkvo]_proj*",
     "*mixer.in_proj*",
     "*mixer.out_proj*",
@@ -40,11 +39,11 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "nvfp4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
 }
 MAPS = {  # preset -> patterns by format
-    "fp8": {"fp8": EXPERTS + OTHERS},
-    "mxfp8": {"mxfp8": EXPERTS + OTHERS},
-    "nvfp4-full": {"nvfp4": EXPERTS + OTHERS},
-    "nvfp4": {"nvfp4": EXPERTS, "fp8": OTHERS},
-    "nvfp4-w4a16": {"nvfp4": EXPERTS},
+    "fp8": {"fp8": EXPERTS + MLP + OTHERS},
+    "mxfp8": {"mxfp8": EXPERTS + MLP + OTHERS},
+    "nvfp4-full": {"nvfp4": EXPERTS + MLP + OTHERS},
+    "nvfp4": {"nvfp4": EXPERTS + MLP, "fp8": OTHERS},
+    "nvfp4-w4a16": {"nvfp4": EXPERTS + MLP},
 }
 UNCALIBRATED = ("mxfp8", "nvfp4-w4a16")  # no scale of theirs depends on tokens
 # modelopt 0.47 marks names with ".\0modelopt_name_sentinel" while it renames them. transformers' rule
