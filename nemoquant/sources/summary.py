@@ -12,7 +12,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.towers import beside_unknown, parts, towers
 from nemoquant.errors import CheckpointError, TensorTableError, listing
 from nemoquant.layouts.choose import Reading, described, is_read
-from nemoquant.layouts.modelopt import quantized_by
+from nemoquant.layouts.modelopt import SECTION, quantized_by, section_of
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import KINDS, kv_values_per_token, ssm_state_bytes
 from nemoquant.model.names import is_mtp
@@ -29,6 +29,9 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     config, raw = load_config(path)
     table = tensor_table(config)
     layout, quantization, cache = described(path, raw)
+    section = section_of(raw)
+    if quantization is None and section is not None and "quant_method" not in section:
+        quantization = f"`{SECTION}` names no method (not read here)"
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
             stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
@@ -128,11 +131,15 @@ def _not_stored(
     if not is_read(path, raw):
         yield "no tensor was compared with the config: the layout is not read here"
         return
-    missing = []
+    missing, known = [], {layout.kv_scale_name(module) for module in _kv_modules(table)}
     for spec in table:
         try:
-            layout.find_stored(tensors, spec)
+            stored = layout.find_stored(tensors, spec)
         except CheckpointError:
+            missing.append(spec.name)
+            continue
+        known |= set(stored.parts.values())
+        if stored.format == "source" and tensors[spec.name].dtype not in FLOAT_DTYPES:
             missing.append(spec.name)
     predictors = [name for name in missing if is_mtp(name)]
     others = [name for name in missing if not is_mtp(name)]
@@ -143,6 +150,18 @@ def _not_stored(
         )
     if predictors:
         yield f"{len(predictors):,} tensors of multi-token prediction are not there"
+    known |= {
+        name
+        for name in tensors
+        if name.startswith(tuple(f"{name.removesuffix('.weight')}." for name in missing))
+    }
+    extra = [name for name in tensors if name not in known]
+    if extra:
+        yield f"{len(extra):,} tensors are there that its config has no use for: {listing(extra)}"
+
+
+def _kv_modules(table: list[TensorSpec]) -> Iterator[str]:
+    return (spec.module for spec in table if spec.role in ("attention.k_proj", "attention.v_proj"))
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:
