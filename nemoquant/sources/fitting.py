@@ -10,7 +10,7 @@ Put right, because the tensors leave no doubt and engines would refuse the folde
 Told alone is an adapter of PEFT that lies beside the weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from nemoquant.errors import TensorTableError, listing
 from nemoquant.model import names
 from nemoquant.model.config import LayerKind, NemotronHConfig
 from nemoquant.model.kinds import KINDS
-from nemoquant.model.nested import with_values
+from nemoquant.model.nested import sections, with_values
 from nemoquant.model.parse import ADAPTER_CONFIG, layer_pattern, parse_config, without_mtp
 from nemoquant.model.roles import TensorSpec, tensor_table
 
@@ -88,7 +88,7 @@ def fit(path: Path, raw: dict[str, Any], checkpoint: Checkpoint) -> Fitted:
     fitted = put_right(path, raw, checkpoint)
     fitted = replace(fitted, table=fitted.table + towers(fitted.config, checkpoint.tensors))
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in fitted.unused}
-    _check(path, fitted.config, fitted.table, tensors)
+    _check(path, fitted, tensors)
     return fitted
 
 
@@ -169,14 +169,14 @@ def differences(table: list[TensorSpec], tensors: Mapping[str, TensorInfo]) -> l
     return [f"{len(found):,} {kind}: {listing(found)}" for kind, found in kinds if found]
 
 
-def _check(
-    path: Path, config: NemotronHConfig, table: list[TensorSpec], tensors: Mapping[str, TensorInfo]
-) -> None:
-    problems = differences(table, tensors)
+def _check(path: Path, fitted: Fitted, tensors: Mapping[str, TensorInfo]) -> None:
+    problems = differences(fitted.table, tensors)
     if problems:
+        advice = _advice(fitted.config, fitted.table, tensors)
+        where = f" (keys of `{sections(fitted.raw)[0]}`)" if sections(fitted.raw) and "`" in advice else ""
         raise TensorTableError(
             f"{path}: its tensors are not those that its config.json calls for: {'; '.join(problems)}; "
-            f"expected the published layout: {_advice(config, table, tensors)}"
+            f"expected the published layout: {advice}{where}"
         )
 
 
@@ -194,10 +194,9 @@ def _advice(config: NemotronHConfig, table: list[TensorSpec], tensors: Mapping[s
     if any(names.is_mtp(name) for name in extra) and not config.mtp_modules:
         said.append("set `num_nextn_predict_layers` to the number of multi-token-prediction modules")
     if missing and all(names.is_mtp(name) for name in missing):
-        said.append(
-            "set `num_nextn_predict_layers` to 0 and remove the rest of the multi-token prediction, or add "
-            "what is missing of it"
-        )
+        whole = _whole_modules(config, missing, tensors)
+        rest = "" if whole else " and remove the rest of the multi-token prediction"
+        said.append(f"set `num_nextn_predict_layers` to {whole}{rest}, or add what is missing of it")
     if missing == [_HEAD]:
         said.append("set `tie_word_embeddings` to true if the embeddings are the head, or add the head")
     if _HEAD in extra:
@@ -208,6 +207,16 @@ def _advice(config: NemotronHConfig, table: list[TensorSpec], tensors: Mapping[s
     if not said and not misshapen and extra and not missing:
         return "no engine reads these, remove them if the model does without"
     return "; ".join(said) or "is the config the right one?"
+
+
+def _whole_modules(config: NemotronHConfig, missing: Sequence[str], tensors: Iterable[str]) -> int:
+    """How many multi-token-prediction modules are there whole, where nothing is of the others; else 0."""
+    depth = len(config.mtp_layers)
+    for whole in range(config.mtp_modules - 1, 0, -1):
+        others = tuple(names.mtp_layer(i) for i in range(whole * depth, config.mtp_modules * depth))
+        if all(n.startswith(others) for n in missing) and not any(n.startswith(others) for n in tensors):
+            return whole
+    return 0
 
 
 def _sizes(config: NemotronHConfig, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

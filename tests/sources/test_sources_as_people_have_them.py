@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.files import edit_json
-from support.inside import omni_checkpoint
+from support.inside import OMNI, omni_checkpoint
 from support.places import ROOT
 from support.synthetic import synthetic_checkpoint
 
@@ -375,6 +375,24 @@ def test_layers_that_differ_alone_are_named(make_checkpoint: Make) -> None:
 def test_advice_without_a_key(edit: Any, advice: str, make_checkpoint: Make) -> None:
     with pytest.raises(CheckpointError, match=re.escape(f"expected the published layout: {advice}") + "$"):
         open_source(make_checkpoint("theirs", edit))
+
+
+@pytest.mark.parametrize(
+    ("edit", "value"), [(without(), "1, or"), (without("mtp.layers.1."), "0 and remove")]
+)
+def test_modules_that_are_there_whole_are_counted(edit: Any, value: str, make_checkpoint: Make) -> None:
+    folder = make_row(Row(edit, {"num_nextn_predict_layers": 2}), make_checkpoint)
+    with pytest.raises(CheckpointError, match=rf"layout: set `num_nextn_predict_layers` to {value}"):
+        open_source(folder)
+
+
+def test_the_section_of_a_key_is_named(tmp_path: Path) -> None:
+    folder = omni_checkpoint(tmp_path / "theirs", OMNI | {"tie_word_embeddings": True})
+    edit_json(folder / "config.json", lambda data: data["llm_config"].update(num_nextn_predict_layers=2))
+    with pytest.raises(
+        CheckpointError, match=r"to 1, or add what is missing of it \(keys of `llm_config`\)$"
+    ):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("inside", [False, True])
