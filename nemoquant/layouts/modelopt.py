@@ -434,6 +434,12 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     return next((f"it has {name}" for name in (LEGACY, *_OTHER_FILES) if (folder / name).exists()), None)
 
 
+def names_no_method(raw_config: Mapping[str, Any]) -> bool:
+    """Whether there is a ``SECTION`` that does not say which tool's it is; ModelOpt's older ones do not."""
+    section = section_of(raw_config)
+    return isinstance(section, dict) and section.get("quant_method") is None
+
+
 def other_method(path: Path, raw_config: Mapping[str, Any]) -> str | None:
     """The method of a quantized checkpoint where it is not ModelOpt's; None where it is, or none is named."""
     section = section_of(raw_config)

@@ -12,7 +12,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.towers import beside_unknown, parts, towers
 from nemoquant.errors import CheckpointError, TensorTableError, listing
 from nemoquant.layouts.choose import Reading, described, is_read
-from nemoquant.layouts.modelopt import SECTION, quantized_by, section_of
+from nemoquant.layouts.modelopt import quantized_by
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import KINDS, kv_values_per_token, ssm_state_bytes
 from nemoquant.model.names import is_mtp
@@ -29,9 +29,6 @@ def summarize(path: Path, context: int | None) -> dict[str, Any]:
     config, raw = load_config(path)
     table = tensor_table(config)
     layout, quantization, cache = described(path, raw)
-    section = section_of(raw)
-    if quantization is None and section is not None and "quant_method" not in section:
-        quantization = f"`{SECTION}` names no method (not read here)"
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
             stored = [(t.dtype, t.nbytes) for t in checkpoint.tensors.values()]
