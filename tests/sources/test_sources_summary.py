@@ -147,7 +147,7 @@ def test_a_section_that_names_no_method(section: dict[str, Any], make_checkpoint
 def test_a_section_that_is_no_object(section: Any, make_checkpoint: Make) -> None:
     folder = make_checkpoint(quantization_config=section)
     with pytest.raises(
-        CheckpointError, match=r"can't be read \(`the whole` is .*: input should be an object\)"
+        CheckpointError, match=r"can't be read \(`the whole` is .*: input should be a valid dictionary\)"
     ):
         api.inspect(folder)
 
