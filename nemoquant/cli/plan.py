@@ -34,7 +34,6 @@ from nemoquant.units import size
 
 if TYPE_CHECKING:
     from nemoquant.layouts.engines import Mixture
-    from nemoquant.planning.plan import Plan
 
 
 @click.command("plan")
@@ -138,6 +137,7 @@ def command(
     figures = resolved.summary()
     kv, ssm = figures["kv_cache_bytes_per_token"], figures["ssm_state_bytes_per_sequence"]
     quantized = figures["bits_per_quantized_weight"]
+    needed = resolved.calibrated_for
     lines = [
         ("tensors", f"{figures['tensors_in']:,} in, {figures['tensors_out']:,} out"),
         (
@@ -149,7 +149,7 @@ def command(
         ("in quantized modules", "none are quantized" if quantized is None else f"{quantized:.3f}"),
         ("KV cache per token", f"{kv['source']:,} B as the source, {kv['planned']:,} B planned"),
         ("SSM state per sequence", f"{size(ssm['planned'])} ({resolved.config.mamba_ssm_cache_dtype})"),
-        ("calibration", _calibration(resolved)),
+        ("calibration", f"needed for {needed}" if needed else "not needed"),
     ]
     for name, text in lines:
         say(f"{name:<24}{text}")
@@ -195,17 +195,3 @@ def _check_runs(recipe: str, file: "Mixture", engines: list[str], gpu: str | Non
             where = GPUS[gpu].title if gpu else "any GPU"
             say(f"{engine} does not run {recipe} on {where}: {why_not(file, engine, sms[-1])}", err=True)
             sys.exit(1)
-
-
-def _calibration(resolved: "Plan") -> str:
-    """What calibration is needed for."""
-    needed = [
-        ("codes that are solved for", any(row.solved for row in resolved.quantized)),
-        (f"folds ({', '.join(resolved.recipe.folds)})", bool(resolved.recipe.folds)),
-        ("activation scales", bool(resolved.kv_layers) or any(row.calibrated for row in resolved.rows)),
-    ]
-    return (
-        "needed for " + ", ".join(what for what, is_needed in needed if is_needed)
-        if (resolved.needs_calibration)
-        else "not needed"
-    )

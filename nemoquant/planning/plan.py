@@ -63,6 +63,16 @@ class Plan:
         return sorted({rule.stored for rule in self.recipe.rules} - {row.format for row in self.rows})
 
     @property
+    def calibrated_for(self) -> str:
+        """What calibration is needed for, in words; empty where it is not."""
+        needs = [
+            ("codes that are solved for", any(row.solved for row in self.quantized)),
+            (f"folds ({', '.join(self.recipe.folds)})", bool(self.recipe.folds)),
+            ("activation scales", bool(self.kv_layers) or any(row.calibrated for row in self.rows)),
+        ]
+        return ", ".join(what for what, is_needed in needs if is_needed)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any scale, code or fold depends on activations."""
         return bool(self.kv_layers) or self.needs_inputs or any(row.calibrated for row in self.rows)

@@ -286,6 +286,8 @@ def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
             f"recipe {name}: {len(before)} recipes extend one another; expected at most {MOST_BASES}"
         )
     try:
+        if path.is_dir():  # of no name too: that is the folder here
+            raise FileNotFoundError(path)
         data = read_yaml(path, name)
     except FileNotFoundError:
         known = f"presets are {listing(list(presets()), 20)}"
@@ -298,7 +300,7 @@ def _load(path: Path, name: str, before: tuple[Path, ...]) -> Recipe:
     if not (isinstance(data, dict) and "extends" in data):
         return parse_recipe(data, name)
     own = _checked(lambda: Extension.model_validate(data), name)
-    there = presets().get(own.extends, path.parent / own.extends)
+    there = presets().get(own.extends, path.parent / home_expanded(own.extends))
     base = _load(there, str(own.extends), (*before, path.resolve()))
     return _checked(lambda: own.of(base), name)
 

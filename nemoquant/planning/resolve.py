@@ -75,10 +75,11 @@ def resolve(
     rows += [_tower(spec) for spec in table if spec.role == TOWER]
     plan = Plan(recipe, config, tuple(rows), assumed=assumed, scale_groups=scale_groups)
     if not plan.quantized and not plan.kv_layers:
+        why = ", which has none of the roles that it gives a format"
         raise RecipeError(
-            f"recipe {recipe.name} quantizes nothing in this model, which has none of the roles that it "
-            f"gives a format; "
-            "expected at least one tensor or the KV cache, choose another recipe"
+            f"recipe {recipe.name} quantizes nothing in this model"
+            f"{why if any(rule.number for rule in recipe.rules) else ': all of its rules keep the source'}; "
+            f"expected at least one tensor or the KV cache, choose another recipe"
         )
     return plan
 

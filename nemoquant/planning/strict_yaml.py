@@ -1,5 +1,6 @@
 """YAML of recipes, read strictly: bounded, each key once, no anchors, aliases or tags."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from nemoquant.files import read_text
 
 MOST_BYTES = 256 << 10  # of a file; the presets have one kilobyte
 MOST_DIGITS = 40  # of a number
+_DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.inf|\.nan)", re.IGNORECASE)
 
 
 def read_yaml(path: Path, name: str) -> object:
@@ -66,7 +68,18 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> Any:
-        """A number of a readable length: of ``1:1:1:...`` YAML makes one in quadratic time."""
+        """A number of a readable length that is what it looks like.
+
+        Of ``3:9`` YAML makes 189, of ``010`` 8, and of ``1:1:1:...`` a number in quadratic time.
+        """
+        if len(node.value) <= MOST_DIGITS and not _DECIMAL.fullmatch(node.value):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{node.value} is another number to YAML than it looks; write it in decimal digits, and a "
+                f"range of layers as 3..9",
+                node.start_mark,
+            )
         if len(node.value) > MOST_DIGITS:
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of {len(node.value):,} characters", node.start_mark

@@ -123,7 +123,7 @@ class Output:
             self.source,
             self.plan,
             self.options.gpu,
-            Told(_calibration_sentence(scales), told, warnings, copied),
+            Told(_calibration_sentence(self.plan, scales), told, warnings, copied),
         )
         _write_text(folder / manifest.CARD, text)
         digests = {file: entry["sha256"] for file, entry in run.shards.items()}
@@ -257,12 +257,11 @@ def _write_text(path: Path, text: str) -> None:
     write_again(path, text.encode("utf-8"))
 
 
-def _calibration_sentence(scales: Scales | None) -> str:
+def _calibration_sentence(plan: Plan, scales: Scales | None) -> str:
     if scales is None:
         return "none was needed."
     s = scales.settings
     return (
         f"{in_markdown(s['rows'])} rows of {in_markdown(s['seq_len'])} tokens of {markdown_code(s['data'])}, "
-        f"{in_markdown(s['dtype'])} compute; "
-        "the largest magnitude of each GEMM input."
+        f"{in_markdown(s['dtype'])} compute; for {plan.calibrated_for}."
     )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nemoquant.errors import CalibrationError, listing
 from nemoquant.files import open_regular
-from nemoquant.tokens.columns import MASK
+from nemoquant.tokens.columns import MASK, OPTION
 from nemoquant.tokens.kinds import ending
 
 MOST_IDS = 1 << 26  # 512 MiB as int64: thousands of rows of the longest that are used
@@ -42,6 +42,8 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> Arrays:
         CalibrationError: it can't be read, or holds something else.
     """
     if ending(path) == ".npy":
+        if names:
+            raise CalibrationError(f"{path} is one array and has no {listing(names)}; leave out {OPTION}")
         return Arrays(read_array(path))
     try:
         with os.fdopen(open_regular(path), "rb") as file, zipfile.ZipFile(file) as packed:
@@ -56,6 +58,8 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> Arrays:
 
 
 def _packed(packed: zipfile.ZipFile, path: Path, names: Sequence[str]) -> Arrays:
+    if len(names) > 1:
+        raise CalibrationError(f"{path} holds token ids; expected one name of {OPTION}, got {listing(names)}")
     inside = {info.filename.removesuffix(".npy"): info for info in packed.infolist()[:MOST_ARRAYS]}
     others = [name for name in inside if name != MASK]
     wanted = names[0] if names else "input_ids" if "input_ids" in inside or len(others) != 1 else others[0]
@@ -85,7 +89,9 @@ def _member(packed: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[Any]:
         shape, in_columns, dtype = header(file, max_header_size=HEADER)
         count = math.prod(shape)
         if dtype.kind not in "iub" or not 0 <= count <= MOST_IDS:
-            raise ValueError(f"{info.filename} has {count:,} values of {dtype}, not {MOST_IDS:,} at most")
+            raise ValueError(
+                f"{info.filename} has {count:,} values of {dtype}, not at most {MOST_IDS:,} integers"
+            )
         return np.frombuffer(_exactly(file, count * dtype.itemsize), dtype).reshape(
             shape, order="F" if in_columns else "C"
         )

@@ -17,6 +17,7 @@ from nemoquant.files import parse_json
 from nemoquant.tokens.unusable import DocumentError
 
 MOST_ENTRIES = 1 << 20  # of messages or tools that are JSON as text
+NO_CONTENT = ("value", "text", "parts", "message")  # where others keep a message's text; templates skip them
 SHAREGPT: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -81,14 +82,16 @@ def _message(one: Any, what: str) -> dict[str, Any]:
     message = dict(one)
     if "role" not in message and "from" in message:
         said = message.pop("from")
-        role = SHAREGPT.get(said) if isinstance(said, str) else None
+        role = SHAREGPT.get(said.lower()) if isinstance(said, str) else None
         if role is None:
             raise DocumentError(f"{what} is from {brief(said)}; expected {', '.join(SHAREGPT)}")
         message = {"role": role, "content": message.pop("value", None), **message}
-        if said == "function_call":
+        if role == "assistant" and said.lower() == "function_call":
             message |= {"content": "", "tool_calls": [{"type": "function", "function": message["content"]}]}
     if not isinstance(message.get("role"), str):
         raise DocumentError(f"{what} has no `role`; expected an object with `role` and `content`")
+    if "content" not in message and (elsewhere := [name for name in NO_CONTENT if message.get(name)]):
+        raise DocumentError(f"{what} has `{elsewhere[0]}` and no `content`; expected its text as `content`")
     if message.get("content") is None:
         message["content"] = ""
     if "tool_calls" in message:

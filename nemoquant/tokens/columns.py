@@ -238,21 +238,22 @@ def _named(row: Mapping[str, Any], given: Sequence[str]) -> Iterator[Document]:
             f"{listing(sorted(row)) or 'nothing'}"
         )
     if len(given) > 1:
-        yield Document(_shown(given), conversation=_turns(row, given[:-1], given[-1]))
+        yield Document(shown(given), conversation=_turns(row, given[:-1], given[-1]))
         return
     name, value = given[0], row[given[0]]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _list_or_text(value)
     if isinstance(value, str):
-        yield Document(_shown(given), text=value)
+        yield Document(shown(given), text=value)
     elif isinstance(value, list) and value and isinstance(value[0], dict):
-        yield Document(_shown(given), conversation=_conversation(messages_of(value, name), row, None))
+        yield Document(shown(given), conversation=_conversation(messages_of(value, name), row, None))
     else:
         for ids, masked in _ids(value, row.get(MASK), name):
-            yield Document(_shown(given), ids=ids, masked=masked)
+            yield Document(shown(given), ids=ids, masked=masked)
 
 
-def _shown(names: Iterable[str]) -> str:
+def shown(names: Iterable[str]) -> str:
+    """Columns that the user named, as one name, printable."""
     return " + ".join(plain(name, 100) for name in names)
 
 

@@ -24,6 +24,7 @@ _PICKLE = (
     "it is a pickle, which can run code and is not opened; write the ids with numpy: "
     "np.savez('ids.npz', input_ids=..., attention_mask=...)"
 )
+_UNPACK = "unpack it"
 _PACKED = "it is packed; unpack it, or pack it as .gz"
 _ADVICE: Mapping[str, str] = MappingProxyType(
     {
@@ -59,7 +60,8 @@ def kind_of(path: Path) -> str:
         CalibrationError: files of this name are not read; says what to do.
     """
     if not is_known(path):
-        advice = "" if is_packed(path) else _ADVICE.get(ending(path), "")
+        is_content_known = ending(path) in KINDS or ending(path) in _ADVICE
+        advice = (_UNPACK if is_content_known else "") if is_packed(path) else _ADVICE.get(ending(path), "")
         raise CalibrationError(
             f"{path}: unknown kind {path.suffix!r}" + f", {advice}" * bool(advice) + f"; expected {EXPECTED}"
         )

@@ -42,7 +42,7 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._file.read(len(into))
         except (EOFError, zlib.error) as error:
-            raise OSError(None, str(error)) from None
+            raise OSError(str(error)) from None
         self._count += len(data)
         if self._count > self._most:
             raise CalibrationError(

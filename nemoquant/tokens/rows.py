@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nemoquant.errors import CalibrationError, listing
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.tokens.array import read_arrays
-from nemoquant.tokens.columns import OPTION
+from nemoquant.tokens.columns import OPTION, shown
 from nemoquant.tokens.documents import Tally, documents
 from nemoquant.tokens.kinds import kind_of
 from nemoquant.tokens.named import Given, given
@@ -122,6 +122,12 @@ def _read_documents(
             if len(tokens) >= rows * length:
                 break
     _check_used(tally, path)
+    bare = tally.used - tally.columns[shown(columns)] if columns else 0
+    if bare and bare == tally.used:
+        raise CalibrationError(
+            f"{path}: what was read of it has no columns, and so no {shown(columns)}; leave out {OPTION}, or "
+            f"name files that have it"
+        )
     total = len(tokens)
     refused = f"; {_left_out(tally)}" if tally.refused else ""
     if not total:
@@ -138,7 +144,7 @@ def _read_documents(
     read = () if set(read) <= PLAIN_COLUMNS else read
     source = f"{data.name}: {listing(read)}" if read else data.name
     made = Rows(kept, source, dropped, columns=read)
-    return replace(made, warnings=tuple(_warnings(made, data, tally, shape)))
+    return replace(made, warnings=tuple(_warnings(made, data, tally, shape, bare)))
 
 
 def _check_used(tally: Tally, path: Path) -> None:
@@ -157,7 +163,8 @@ def _left_out(tally: Tally) -> str:
     )
 
 
-def _warnings(made: Rows, data: Given, tally: Tally, shape: tuple[int, int]) -> Iterator[str]:
+def _warnings(made: Rows, data: Given, tally: Tally, shape: tuple[int, int], bare: int) -> Iterator[str]:
+    """What the user is told; ``bare``: documents that had no columns, where some were named."""
     name, (rows, length) = data.name, shape
     if len(made.ids) < rows:
         yield (
@@ -168,6 +175,8 @@ def _warnings(made: Rows, data: Given, tally: Tally, shape: tuple[int, int]) -> 
         yield f"{name}: its last {made.dropped} tokens do not fill a row and were left out"
     if tally.refused:
         yield f"{name}: {_left_out(tally)}"
+    if bare:
+        yield f"{name}: {bare:,} documents have no columns, {OPTION} chose for the others alone"
     if tally.masked:
         yield f"{name}: {tally.masked:,} tokens that attention_mask masks (padding) were left out"
     if tally.rival:

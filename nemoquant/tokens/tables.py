@@ -4,11 +4,13 @@ One row at a time is made: a row may be as large as a document may be.
 """
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nemoquant.errors import CalibrationError, MissingExtraError
+from nemoquant.errors import CalibrationError, MissingExtraError, listing
 from nemoquant.tokens import opened
 from nemoquant.tokens.kinds import ending
 from nemoquant.tokens.opened import lines
@@ -23,25 +25,31 @@ DELIMITERS = (",", ";", "\t", "|")  # spreadsheets of half of Europe write the s
 def separated(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows of a .csv or .tsv file, whose first line names the columns, with their numbers from 1.
 
-    A row that does not fit the header is the DocumentError that says so.
+    A row that does not fit the header is the DocumentError that says so. Spaces around the header's names,
+    and after delimiters where it has some there, are none of theirs.
 
     Raises:
-        CalibrationError: it can't be read.
+        CalibrationError: it can't be read, its header names a column twice, or it ends within a quoted field.
     """
     # A setting of the process, whose default of 131,072 characters is no more than a long article.
     csv.field_size_limit(max(csv.field_size_limit(), opened.MOST_LINE))
-    content = lines(path)
+    content = _Lines(lines(path))
     header = next((line for line in content if line.strip()), None)
     if header is None:
         return
     delimiter = max(DELIMITERS, key=header.count) if ending(path) == ".csv" else "\t"
-    names = next(csv.reader([header], delimiter=delimiter))
+    spaced = f"{delimiter} " in header
     number = 0
     try:
-        for row in csv.reader(content, delimiter=delimiter):
+        table = csv.reader(chain([header], content), delimiter=delimiter, skipinitialspace=spaced)
+        names = [name.strip() for name in next(table)]
+        _check_closed(content, path, "its header")
+        _check_names(names, path)
+        for row in table:
             if not row:
                 continue
             number += 1
+            _check_closed(content, path, f"document {number}")
             if len(row) != len(names):
                 yield (
                     number,
@@ -56,6 +64,41 @@ def separated(path: Path) -> Iterator[tuple[int, Any]]:
         raise CalibrationError(
             f"{path} cannot be read as {ending(path)} ({error}), after {number} documents"
         ) from None
+
+
+class _Lines:
+    """Lines; ``ended`` after somebody asked for one more than there are."""
+
+    def __init__(self, content: Iterator[str]) -> None:
+        self._content, self.ended = content, False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._content, None)
+        if line is None:
+            self.ended = True
+            raise StopIteration
+        return line
+
+
+def _check_closed(content: _Lines, path: Path, where: str) -> None:
+    """Raises CalibrationError if a row took what is left of a file: a whole one is made without asking on."""
+    if content.ended:
+        raise CalibrationError(
+            f"{path}: ends within a quoted field of {where}; expected a closing quote, and quotes inside "
+            f"quotes doubled; is the file cut?"
+        )
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    """Raises CalibrationError if two columns have one name: only one of them would be read."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1 and name]:
+        raise CalibrationError(
+            f"{path}: several columns have the name {listing(repeated)}; expected each name once, rename the "
+            f"others"
+        )
 
 
 def _pyarrow(path: Path) -> Any:
@@ -83,6 +126,7 @@ def parquet(path: Path, known: Callable[[Sequence[str]], list[str]]) -> Iterator
     try:
         with reader.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = known(file.schema_arrow.names)
+            _check_names(names, path)
             for group in range(file.num_row_groups):
                 _check_pages(file.metadata, group, path)
                 for batch in file.iter_batches(1, [group], names, use_threads=False):
@@ -146,7 +190,9 @@ def arrow(path: Path, known: Callable[[Sequence[str]], list[str]]) -> Iterator[t
     try:
         with pyarrow.memory_map(str(path)) as mapped:
             for batch in _batches(pyarrow, mapped):
-                part = batch.select(known(batch.schema.names))
+                names = known(batch.schema.names)
+                _check_names(names, path)
+                part = batch.select(names)
                 part.validate(full=True)  # offsets are the file's, and would be followed anywhere
                 for i in range(part.num_rows):
                     number += 1

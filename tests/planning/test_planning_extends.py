@@ -50,6 +50,12 @@ def test_own_rules_come_first_and_keys_override(write: Write) -> None:
     assert (solve.descent, solve.damping) == (3, base.solve.damping)
 
 
+def test_a_file_at_home(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("base", extends="fp8", kv_cache="source")
+    assert load_recipe(write("deeper/mine", extends="~/base.yaml")).kv_cache == "source"
+
+
 def test_a_chain_of_files_beside_each_other(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +137,7 @@ def test_long_chains(write: Write) -> None:
     ("keys", "message"),
     [
         ({"extends": "fp9"}, "extends 'fp9', which is neither a preset nor a file beside it; presets are "),
-        ({"extends": "."}, "recipe . cannot be read as YAML: "),
+        ({"extends": "."}, "extends '.', which is neither a preset nor a file beside it; presets are "),
         ({"extends": 3}, "`extends`: Input should be a valid string, got 3"),
         ({"extends": "fp8", "rule": []}, "unknown key `rule`"),
         (

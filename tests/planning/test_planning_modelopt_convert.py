@@ -304,7 +304,11 @@ def test_names_of_the_checkpoints_own_code() -> None:
         (both("*in_proj*", FP8 | {"bias": {"-2": None}}), {}, ["E4M3 with bias weights"]),
         (both("*in_proj*", FP8 | {"type": "dynamic"}), {}, ["E4M3 scaled at run time weights"]),
         ([on("*in_proj*weight_quantizer", FP8 | {"constant_amax": 1.0})], {}, ["with a constant scale"]),
-        ([on(KV, NVFP4)], {}, ["a KV cache of NVFP4 (entry '*[kv]_bmm_quantizer')"]),
+        (
+            [on(KV, NVFP4)],
+            {},
+            ["a KV cache of NVFP4 (entry '*[kv]_bmm_quantizer')", "; the KV cache fp8), or end"],
+        ),
         ([on("*k_bmm_quantizer", FP8)], {}, ["a KV cache of which some layers, or K or V alone"]),
         (both("*in_proj*", TWO, NVFP4), {}, ["four_over_six by another algorithm than mse with"]),
         (

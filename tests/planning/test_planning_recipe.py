@@ -1,5 +1,6 @@
 """The recipe's schema: the values of each key, and the messages for a recipe file that breaks it."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,9 @@ def test_a_file(tmp_path: Path) -> None:
         ),
         ("\xff", "cannot be read as YAML: 'utf-8' codec can't decode"),
         ("name: a\nname: b", "cannot be read as YAML: key 'name' stands twice"),
+        ("a: [3:9]", "cannot be read as YAML: 3:9 is another number to YAML than it looks; write it in dec"),
+        ("a: [010]", "cannot be read as YAML: 010 is another number to YAML than it looks"),
+        ("a: 1_0.5", "cannot be read as YAML: 1_0.5 is another number to YAML than it looks"),
         (
             "name: &a x",
             "cannot be read as YAML: &a is an anchor or alias of YAML, which a recipe may not have",
@@ -265,6 +269,12 @@ def test_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
     with pytest.raises(RecipeError, match=r"&a0 is an anchor or alias of YAML"):
         load_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_folder_is_no_recipe(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"^recipe '{name}' is neither a file nor a preset; presets are "):
+        load_recipe(name)
 
 
 def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
@@ -325,8 +335,9 @@ def test_neither_file_nor_preset(tmp_path: Path) -> None:
         "mxfp8, nano-fp8-published, nano-nvfp4-published, nvfp4-full-w4a16, nvfp4-full, nvfp4-w4a16, "
         "nvfp4, super-nvfp4-published"
     )
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RecipeError, match=r"cannot be read as YAML: .*not a regular file"):
-        load_recipe(str(tmp_path))
+        load_recipe(str(tmp_path / "pipe"))
 
 
 def test_presets() -> None:

@@ -537,9 +537,10 @@ def test_the_hash_is_stable_across_processes(tmp_path: Path) -> None:
 
 def test_a_recipe_that_changes_nothing_is_refused() -> None:
     """Otherwise it would write a copy and call it quantized."""
-    assert refusal(REST).startswith("recipe mine quantizes nothing in this model")
+    kept = "recipe mine quantizes nothing in this model: all of its rules keep the source; expected"
+    assert refusal(REST).startswith(kept)
     dense = RAW | {"hybrid_override_pattern": "M-"}
-    with pytest.raises(RecipeError, match="quantizes nothing in this model"):
+    with pytest.raises(RecipeError, match="quantizes nothing in this model, which has none of"):
         planned({"roles": ["experts.*"], "format": "nvfp4"}, REST, raw=dense)
 
 

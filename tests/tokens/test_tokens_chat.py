@@ -242,7 +242,7 @@ ROWS = {
         {
             "conversations": [
                 {"from": "system", "value": "Be kind."},
-                {"from": "human", "value": USER["content"]},
+                {"from": "Human", "value": USER["content"]},
                 {"from": "function_call", "value": '{"name": "get", "arguments": {"x": 1}}'},
                 {"from": "observation", "value": "5"},
                 {"from": "gpt", "value": ANSWER["content"]},

@@ -43,7 +43,7 @@ def table(rows, **options):
 
 
 def arrow(rows, new=pa.ipc.new_stream):
-    data, out = pa.Table.from_pylist(rows), io.BytesIO()
+    data, out = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), io.BytesIO()
     with new(out, data.schema) as writer:
         writer.write_table(data, max_chunksize=1)
     return out.getvalue()
@@ -89,6 +89,8 @@ TEXTS = {  # name, content: two documents, a b and c d
     "with commas": ("x.csv", b"id,text\n1,a b\n2,c d\n"),
     "with quotes, of Windows": ("x.csv", b'\xef\xbb\xbf"text","id"\r\n"a\r\nb","1"\r\n"c d",2\r\n'),
     "with semicolons": ("x.csv", b"id;text\n1;a b\n2;c d\n"),
+    "with spaces": ("x.csv", b'id, text\n1, "a b"\n2, c d\n'),
+    "a header over lines": ("x.csv", b'"i\nd",text\n1,a b\n2,c d\n'),
     "with tabs": ("x.tsv", b"text\tid\na b\t1\nc d\t\n"),
     "packed tabs": ("x.tsv.gz", gzip.compress(b"text\tid\na b\t1\nc d\t\n")),
     "Parquet": ("x.parquet", table([AB, CD])),
@@ -308,7 +310,34 @@ REFUSED = {
         bz2.compress(lines(AB)),
         "unknown kind '.bz2', it is packed; unpack it",
     ),
-    "a packed table of others": ("x.parquet.gz", b"", "unknown kind '.gz'; expected .txt, .jsonl"),
+    "a packed table of others": ("x.parquet.gz", b"", "unknown kind '.gz', unpack it; expected .txt"),
+    "a packed archive": ("x.tar.gz", b"", "unknown kind '.gz', unpack it; expected .txt"),
+    "a column twice": (
+        "x.csv",
+        b"text,id,text\na,1,b\n",
+        "x.csv: several columns have the name text; expected each name once",
+    ),
+    "a column of Parquet twice": (
+        "x.parquet",
+        table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])),
+        "x.parquet: several columns have the name text",
+    ),
+    "a column of Arrow twice": (
+        "x.arrow",
+        arrow(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])),
+        "x.arrow: several columns have the name text",
+    ),
+    "an open quote": (
+        "x.csv",
+        b'id,text\n1,a\n2,"a\n3,b\n4,c\n',
+        "x.csv: ends within a quoted field of document 2; expected a closing quote",
+    ),
+    "an open quote in the header": ("x.csv", b'id,"text\n1,a\n', "ends within a quoted field of its header"),
+    "a message's text elsewhere": (
+        "x.jsonl",
+        lines({"messages": [USER, {"role": "assistant", "value": "b"}]}),
+        "message 2 of `messages` has `value` and no `content`; expected its text as `content`",
+    ),
     "a workbook": ("x.xlsx", b"PK", "it is a workbook; save the sheet as .csv"),
     "Latin-1": (
         "x.jsonl",
@@ -540,6 +569,29 @@ def test_a_column_that_is_not_there(model, tmp_path):
         CalibrationError, match=r"document 1: has no `body`, which --calib-column .* it has text"
     ):
         tokens(tmp_path / "x.jsonl", model, columns=["body"])
+
+
+def test_columns_are_named_of_what_has_none(model, tmp_path):
+    np.save(tmp_path / "x.npy", np.full((1, 2), 3))
+    np.savez(tmp_path / "x.npz", input_ids=np.full((1, 2), 3))
+    for name, content in (("x.txt", b"a b"), ("x.jsonl", lines("a b")), ("y.jsonl", lines([USER]))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CalibrationError, match="it has no columns, and so no body; leave"):
+            tokens(tmp_path / name, model, columns=["body"])
+    with pytest.raises(CalibrationError, match=r"x.npy is one array and has no body; leave out"):
+        tokens(tmp_path / "x.npy", model, columns=["body"])
+    with pytest.raises(CalibrationError, match=r"expected one name of --calib-column .* got input_ids, body"):
+        tokens(tmp_path / "x.npz", model, columns=["input_ids", "body"])
+
+
+def test_columns_are_named_of_what_has_some(model, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a b")
+    (folder / "b.jsonl").write_bytes(lines({"body": "c d"}))
+    ids, said = tokens(folder, model, columns=["body"])
+    assert ids == [3, 4, 2, 5, 6, 2]
+    assert any("1 documents have no columns, --calib-column" in one for one in said)
 
 
 USED = {

@@ -5,7 +5,7 @@ library.py     the file found, checked, and given to its loader, which runs in a
 worker.py      that process
 entries.py     what comes back: plain data
 quantizers.py  the quantizers that a model has there, and what a list of entries makes of them
-numbers.py     which number format a quantizer has
+numerics.py    which number format a quantizer has
 algorithm.py   which method of ours its calibration algorithm is
 convert.py     a recipe of ours, for one model, and what is told with it
 """
