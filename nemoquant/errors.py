@@ -167,4 +167,5 @@ def field_problem(error: Any) -> str:
     key = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]") or "the whole"
     got = "" if first["type"] == "missing" else f" is {brief(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
+    message = message.partition(" or instance of ")[0]  # a class of ours
     return f"`{key}`{got}: {message[:1].lower()}{message[1:]}" + (f", and {more:,} more" if more else "")

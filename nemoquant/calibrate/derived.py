@@ -54,7 +54,8 @@ def check_finite(name: str, value: np.float32) -> np.float32:
     if not np.isfinite(value):
         what = "NaN" if np.isnan(value) else "Inf"
         raise WeightError(
-            f"{name} has {what}; expected finite weights, the source is damaged: download or convert it again"
+            f"{name} has {what}; expected finite weights, the source is damaged: "
+            f"download or convert it again, or train it again if it left training so"
         )
     return value
 

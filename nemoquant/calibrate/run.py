@@ -216,7 +216,7 @@ class _Run:
         if damaged:
             raise WeightError(
                 f"{listing(damaged)} has NaN or Inf; expected finite weights, the source is damaged: "
-                f"download or convert it again"
+                f"download or convert it again, or train it again if it left training so"
             )
         raise CalibrationError(
             f"layer {layer} ({self.config.layers[layer]}): NaN or Inf in {len(dead)} of {len(self.alive)} "

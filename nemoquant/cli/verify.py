@@ -45,6 +45,6 @@ def command(out: str, against: str | None, download: bool, as_json: bool) -> Non
         checked = ", ".join(
             f"{count:,} {name.replace('_', ' ')}" for name, count in report["checked"].items() if count
         )
-        say(f"{out}: {'ok' if report['ok'] else 'FAILED'} ({checked})")
+        say(f"{out}: {'ok' if report['ok'] else 'FAILED'}" + f" ({checked})" * bool(checked))
     if not report["ok"]:
         sys.exit(1)

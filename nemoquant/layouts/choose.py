@@ -110,4 +110,6 @@ def described(path: Path, raw_config: Mapping[str, Any]) -> tuple[Reading, str |
         return MODELOPT, f"{other} (not read here)", None
     layout = layout_of(path, raw_config)
     quantization, declared = layout.describe(path, raw_config)
+    if quantization is None and modelopt.names_no_method(raw_config):
+        quantization = f"`{modelopt.SECTION}` names no method (not read here)"
     return layout, quantization, modelopt.declared_cache(declared)

@@ -35,7 +35,7 @@ from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
 from nemoquant.layouts.beside import Rename, RenameAll, adding, removing, tower_patterns
 from nemoquant.model.names import experts_of
-from nemoquant.model.nested import TOWER, language_model, prefix_of, sections
+from nemoquant.model.nested import TOWER, language_model, prefix_of, sections, without_key
 from nemoquant.model.parse import layer_pattern, plain_value
 from nemoquant.model.roles import TensorSpec
 from nemoquant.planning.plan import Plan
@@ -388,7 +388,11 @@ def section_of(raw_config: Mapping[str, Any]) -> Any:
 
 
 def spelled_for_engines(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config.json as all engines read it, or the section of it that has the language model."""
+    """The source's config.json as all engines read it, or the section of it that has the language model.
+
+    A ``quantization_config`` of null goes: a quantized output has its own, another one none.
+    """
+    raw_config = without_key(raw_config, SECTION)
     inner = {key: _spelled(raw_config[key]) for key in sections(raw_config)}
     return {**raw_config, **inner} if inner else _spelled(raw_config)
 
@@ -428,6 +432,12 @@ def quantized_by(path: Path, raw_config: Mapping[str, Any]) -> str | None:
             return f"config.json has `{key}`"
     folder = path if path.is_dir() else path.parent
     return next((f"it has {name}" for name in (LEGACY, *_OTHER_FILES) if (folder / name).exists()), None)
+
+
+def names_no_method(raw_config: Mapping[str, Any]) -> bool:
+    """Whether there is a ``SECTION`` that does not say which tool's it is; ModelOpt's older ones do not."""
+    section = section_of(raw_config)
+    return isinstance(section, dict) and section.get("quant_method") is None
 
 
 def other_method(path: Path, raw_config: Mapping[str, Any]) -> str | None:

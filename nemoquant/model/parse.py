@@ -49,6 +49,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "layers_block_type": ("layer_types",),
 }
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside an adapter
+
 # Bounds far above every published model, so that a config can't ask for a table that fills the memory: Super
 # has 88 layers, 512 experts and 42,683 tensors, of which the largest dimension is 131,072.
 MOST_LAYERS = 4096  # those of all multi-token-prediction modules too
@@ -74,7 +76,7 @@ def load_config(path: Path) -> tuple[NemotronHConfig, dict[str, Any]]:
     except FileNotFoundError:
         adapter = (
             ", and this is an adapter of PEFT: load it on its base model, call merge_and_unload(), save that"
-            if (file.parent / "adapter_config.json").exists()
+            if (file.parent / ADAPTER_CONFIG).exists()
             else ""
         )
         raise ConfigError(

@@ -128,11 +128,15 @@ def _not_stored(
     if not is_read(path, raw):
         yield "no tensor was compared with the config: the layout is not read here"
         return
-    missing = []
+    missing, known = [], {layout.kv_scale_name(module) for module in _kv_modules(table)}
     for spec in table:
         try:
-            layout.find_stored(tensors, spec)
+            stored = layout.find_stored(tensors, spec)
         except CheckpointError:
+            missing.append(spec.name)
+            continue
+        known |= set(stored.parts.values())
+        if stored.format == "source" and tensors[spec.name].dtype not in FLOAT_DTYPES:
             missing.append(spec.name)
     predictors = [name for name in missing if is_mtp(name)]
     others = [name for name in missing if not is_mtp(name)]
@@ -143,6 +147,18 @@ def _not_stored(
         )
     if predictors:
         yield f"{len(predictors):,} tensors of multi-token prediction are not there"
+    known |= {
+        name
+        for name in tensors
+        if name.startswith(tuple(f"{name.removesuffix('.weight')}." for name in missing))
+    }
+    extra = [name for name in tensors if name not in known]
+    if extra:
+        yield f"{len(extra):,} tensors are there that its config has no use for: {listing(extra)}"
+
+
+def _kv_modules(table: list[TensorSpec]) -> Iterator[str]:
+    return (spec.module for spec in table if spec.role in ("attention.k_proj", "attention.v_proj"))
 
 
 def _active(config: NemotronHConfig, spec: TensorSpec, elements: int) -> int:

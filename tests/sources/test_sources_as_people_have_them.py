@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.files import edit_json
+from support.inside import OMNI, omni_checkpoint
 from support.places import ROOT
+from support.synthetic import synthetic_checkpoint
 
 from nemoquant import api
 from nemoquant.errors import CheckpointError
@@ -321,6 +323,92 @@ def test_shards_without_an_index(source: Path) -> None:
         CheckpointError, match=r"no index says which tensor is where: download model\.safeten"
     ):
         open_source(source)
+
+
+SIZES = {
+    "num_key_value_heads": (
+        4,
+        "`num_key_value_heads` x `head_dim` is 64 in the config and 32 in its tensors",
+    ),
+    "num_attention_heads": (8, "`num_attention_heads` x `head_dim` is 128 in the config and 64 in its"),
+    "mamba_head_dim": (32, "`mamba_num_heads` x `mamba_head_dim` is 128 in the config and 64 in its tensors"),
+    "ssm_state_size": (32, " + 2 x `n_groups` x `ssm_state_size` is "),
+    "conv_kernel": (3, "`conv_kernel` is 3 in the config and 4 in its tensors"),
+    "hidden_size": (128, "`hidden_size` is 128 in the config and 64 in its tensors"),
+}
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_the_key_of_a_size_is_named(key: str, make_checkpoint: Make) -> None:
+    value, told = SIZES[key]
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        open_source(make_row(Row(config={key: value}), make_checkpoint))
+
+
+def test_layers_that_differ_alone_are_named(make_checkpoint: Make) -> None:
+    def pruned(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith(f"{EXPERTS.removesuffix('experts')}gate.")]:
+            tensors[name] = tensors[name][:4]
+        for name in [n for n in tensors if re.match(rf"{re.escape(EXPERTS)}\.[4-7]\.", n)]:
+            del tensors[name]
+
+    told = "layout: `n_routed_experts` is 8 in the config and 4 in its tensors of layers 2"
+    with pytest.raises(CheckpointError, match=f"{told}$"):
+        open_source(make_checkpoint("theirs", pruned))
+
+
+@pytest.mark.parametrize(
+    ("edit", "advice"),
+    [
+        (without(f"{EXPERTS}.3.up_proj"), "the checkpoint is not whole, download or convert it again"),
+        (
+            lambda t: t.update({"v_head.summary.weight": torch.zeros(1, 64)}),
+            "no engine reads these, remove them if the model does without",
+        ),
+        (
+            renamed(lambda name: name.replace("e_score_correction_bias", "expert_bias")),
+            "is the config the right one?",
+        ),
+    ],
+    ids=["missing", "extra", "renamed, of MTP too"],
+)
+def test_advice_without_a_key(edit: Any, advice: str, make_checkpoint: Make) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"expected the published layout: {advice}") + "$"):
+        open_source(make_checkpoint("theirs", edit))
+
+
+@pytest.mark.parametrize(
+    ("edit", "value"), [(without(), "1, or"), (without("mtp.layers.1."), "0 and remove")]
+)
+def test_modules_that_are_there_whole_are_counted(edit: Any, value: str, make_checkpoint: Make) -> None:
+    folder = make_row(Row(edit, {"num_nextn_predict_layers": 2}), make_checkpoint)
+    with pytest.raises(CheckpointError, match=rf"layout: set `num_nextn_predict_layers` to {value}"):
+        open_source(folder)
+
+
+def test_the_section_of_a_key_is_named(tmp_path: Path) -> None:
+    folder = omni_checkpoint(tmp_path / "theirs", OMNI | {"tie_word_embeddings": True})
+    edit_json(folder / "config.json", lambda data: data["llm_config"].update(num_nextn_predict_layers=2))
+    with pytest.raises(
+        CheckpointError, match=r"to 1, or add what is missing of it \(keys of `llm_config`\)$"
+    ):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_quantization_in_so_many_words(inside: bool, tmp_path: Path) -> None:
+    """transformers and others save ``quantization_config: null``."""
+    folder = (omni_checkpoint if inside else synthetic_checkpoint)(tmp_path / "theirs")
+    edit_json(folder / "config.json", lambda data: data.update(quantization_config=None))
+    out = tmp_path / "out"
+    api.quantize(folder, out, "nvfp4-w4a16", method="mse", progress=False)
+    assert api.verify(out, folder, progress=False)["ok"]
+
+
+def test_an_adapter_beside_the_weights_is_told(source: Path) -> None:
+    (source / "adapter_config.json").write_text("{}")
+    warnings = api.plan(source, "fp8").warnings
+    assert [text for text in warnings if "the weights are taken as they are" in text] == list(warnings[:1])
 
 
 def test_an_adapter_alone(tmp_path: Path) -> None:

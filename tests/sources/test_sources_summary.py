@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.places import NANO, SUPER
+from support.synthetic import write_rows
 
 from nemoquant import api
+from nemoquant.errors import CheckpointError
 from nemoquant.model.parse import load_config
 from nemoquant.model.roles import tensor_table
 
@@ -130,3 +134,63 @@ def test_the_state_cache_dtype(tmp_path: Path, dtype: str, item: int) -> None:
         json.dumps(json.loads(NANO.read_text()) | {"mamba_ssm_cache_dtype": dtype})
     )
     assert api.inspect(tmp_path / "c.json")["ssm_state_bytes_per_sequence"] == 23 * 64 * 64 * 128 * item
+
+
+@pytest.mark.parametrize("section", [{}, {"bits": 4}])
+def test_a_section_that_names_no_method(section: dict[str, Any], make_checkpoint: Make) -> None:
+    folder = make_checkpoint(quantization_config=section)
+    for path in (folder, folder / "config.json"):
+        assert "names no method" in api.inspect(path)["quantization"]
+
+
+@pytest.mark.parametrize("section", ["fp8", [1], 4, False])
+def test_a_section_that_is_no_object(section: Any, make_checkpoint: Make) -> None:
+    folder = make_checkpoint(quantization_config=section)
+    with pytest.raises(
+        CheckpointError, match=r"can't be read \(`the whole` is .*: input should be a valid dictionary\)"
+    ):
+        api.inspect(folder)
+
+
+WEIGHT = "backbone.layers.1.mixer.q_proj.weight"
+SCALE = f"{WEIGHT}_scale"
+DAMAGED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = {
+    "a scale is gone": (
+        lambda t: t.pop(SCALE),
+        ["1 tensors that its config calls for are not there, or not"],
+    ),
+    "a stranger": (
+        lambda t: t.update(foo=torch.zeros(1)),
+        ["1 tensors are there that its config has no use"],
+    ),
+    "scales without codes": (
+        lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}),
+        ["2 tensors are there that its config has no use for: backbone.layers.1.mixer.q_proj."],
+    ),
+    "nothing": (lambda t: None, []),
+}
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damage_of_a_quantized_one_is_told(damage: str, layout: str, source: Path, tmp_path: Path) -> None:
+    made, other = tmp_path / "made", tmp_path / "other"
+    rows = write_rows(tmp_path / "rows.npy", (2, 16))
+    api.quantize(source, made, "fp8", data=rows, method="max", progress=False)
+    if layout != "modelopt":
+        api.convert(made, other, layout, progress=False)
+        made = other
+    edit, told = DAMAGED[damage]
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in made.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    for index in made.glob("*.index.json"):
+        index.unlink()
+    edit(tensors)
+    save_file(tensors, made / "model.safetensors")
+    for record in made.glob("nemoquant*"):
+        record.unlink()
+    warnings = api.inspect(made)["warnings"]
+    assert len(warnings) == len(told)
+    assert all(part in text for part, text in zip(told, warnings, strict=True))
