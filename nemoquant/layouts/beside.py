@@ -13,6 +13,10 @@ from nemoquant.planning.plan import Plan
 
 Rename = Callable[[str], str]
 RenameAll = Callable[[Iterable[str]], list[str]]
+MOST_WILDCARDS = (
+    512  # in one list of patterns: each is tried on every module; published ones have one a layer
+)
+MOST_PATTERN = 200  # characters of a pattern
 _ALL = "Linear"  # a target of a group that is no module
 
 
@@ -48,6 +52,8 @@ def tower_patterns(plan: Plan, plain_too: bool) -> list[str]:
     vLLM matches an entry within any name: the first part of a tower's names does where no quantized module
     has it in its own, else as many parts as that takes.
 
+    What is too long for a pattern, or more than there may be, has no asterisk: it is the module itself then.
+
     Args:
         plain_too: also without the asterisk, for engines that read no pattern.
     """
@@ -60,4 +66,10 @@ def tower_patterns(plan: Plan, plain_too: bool) -> list[str]:
         paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
         path = next((path for path in paths if path in found or path not in quantized), row.module)
         found[path] = None
-    return [entry for path in found for entry in ([f"{path}*", path] if plain_too else [f"{path}*"])]
+    short = [path for path in found if len(path) < MOST_PATTERN][: MOST_WILDCARDS // 2]
+    wild = {path: f"{path}*" for path in short}
+    return [
+        entry
+        for path in found
+        for entry in ([wild[path], path] if plain_too and path in wild else [wild.get(path, path)])
+    ]

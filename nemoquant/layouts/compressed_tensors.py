@@ -29,7 +29,8 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, brief, field_problem, listing
 from nemoquant.formats import FORMATS, FormatName
-from nemoquant.layouts.modelopt import LAYOUT, MIXED, MOST_PATTERN, SECTION, Stored, section_of
+from nemoquant.layouts.beside import MOST_PATTERN
+from nemoquant.layouts.modelopt import LAYOUT, MIXED, SECTION, Stored, section_of
 from nemoquant.model import names
 from nemoquant.model.roles import TensorSpec
 

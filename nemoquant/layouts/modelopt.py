@@ -33,7 +33,15 @@ from nemoquant.checkpoint.header import TensorInfo
 from nemoquant.errors import CheckpointError, field_problem, listing
 from nemoquant.files import MOST_SETTINGS, read_json
 from nemoquant.formats import CACHE_FORMATS, FORMATS, CacheFormat, CacheName, FormatName
-from nemoquant.layouts.beside import Rename, RenameAll, adding, removing, tower_patterns
+from nemoquant.layouts.beside import (
+    MOST_PATTERN,
+    MOST_WILDCARDS,
+    Rename,
+    RenameAll,
+    adding,
+    removing,
+    tower_patterns,
+)
 from nemoquant.model.names import experts_of
 from nemoquant.model.nested import TOWER, language_model, prefix_of, sections, without_key
 from nemoquant.model.parse import layer_pattern, plain_value
@@ -48,10 +56,6 @@ SECTION = "quantization_config"  # of config.json, the newer one
 PRODUCER = "modelopt"  # vLLM and SGLang read the producer's name first; our own name is in nemoquant.json
 LAYOUT_VERSION = "0.47.0"  # the Model Optimizer that has this layout; tests compare the bytes
 MIXED = "MIXED_PRECISION"  # the algorithm of a checkpoint with several
-MOST_WILDCARDS = (
-    512  # in one list of patterns: each is tried on every module; published ones have one a layer
-)
-MOST_PATTERN = 200  # characters of a pattern
 SPELLINGS = {  # key of config.json -> the only spelling that an engine reads: SGLang takes 8 groups and a
     # float32 state without the first two, transformers before 4.56 float32 without the last
     "n_groups": "mamba_n_groups",

@@ -24,6 +24,7 @@ from nemoquant.cli import main
 from nemoquant.errors import CheckpointError, ConfigError, TensorTableError
 from nemoquant.model.nested import language_section, with_values
 from nemoquant.model.parse import parse_config
+from nemoquant.quantized.checkpoint import PackedCheckpoint
 
 PRESETS = ["fp8", "mxfp8", "nvfp4", "nvfp4-full", "nvfp4-w4a16"]
 Header = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -104,6 +105,19 @@ def test_a_tower_whose_name_is_in_a_module_is_excluded_by_more_of_it(tmp_path: P
     assert "mixer.layers*" in ignored
     assert "mixer.up.0*" in ignored, "mixer.up begins mixer.up_proj"
     assert "mixer*" not in ignored
+
+
+def test_a_tower_with_a_name_that_is_no_pattern(tmp_path: Path) -> None:
+    tensors = omni_tensors() | {
+        "t" * 230: torch.zeros(2),
+        **{f"tower{i}": torch.zeros(1) for i in range(300)},
+    }
+    source, out = write_checkpoint(tmp_path / "omni", OMNI, tensors), tmp_path / "out"
+    nemoquant.quantize(source, out, "nvfp4-w4a16", method="mse", progress=False)
+    assert nemoquant.verify(out, source, progress=False)["ok"]
+    assert nemoquant.inspect(out)["warnings"] == []
+    with PackedCheckpoint(out).checkpoint:
+        assert "t" * 230 in section(out)["ignore"]
 
 
 def test_files_of_processors_and_remote_code_are_copied(omni: Path, quantized: Callable[..., Path]) -> None:
