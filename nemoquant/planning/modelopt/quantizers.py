@@ -124,43 +124,30 @@ def quantizers(config: NemotronHConfig, table: list[TensorSpec]) -> list[Quantiz
 
 def _of_module(stack: str, specs: list[TensorSpec]) -> Iterator[Quantizer]:
     """Those of a Linear, a convolution or an embedding; or of all experts of a projection."""
-    first, modules = specs[0], tuple(spec.module for spec in specs)
+    first = specs[0]
     expert = first.expert is not None
     begin = names.in_transformers(stack) + ("_" if expert else ".")
-    on = State(enabled=True)
     parent = PARENTS[first.role]
-    yield Quantizer(
-        side="weight",
-        suffix="weight_quantizer",
-        modules=modules,
-        role=first.role,
-        layer=first.layer,
-        name=f"{begin}weight_quantizer",
-        parent=None if expert else parent,
-        state=on,
-    )
+    modules = tuple(spec.module for spec in specs)
+
+    def quantizer(side: Side, owner: str | None, *, enabled: bool = True) -> Quantizer:
+        suffix = f"{side}_quantizer"
+        return Quantizer(
+            side=side,
+            suffix=suffix,
+            modules=modules,
+            role=first.role,
+            layer=first.layer,
+            name=begin + suffix,
+            parent=owner,
+            state=State(enabled=enabled),
+        )
+
+    yield quantizer("weight", None if expert else parent)
     if parent != PARENTS["embedding"]:  # its input are numbers of tokens, and never quantized
-        yield Quantizer(
-            side="input",
-            suffix="input_quantizer",
-            modules=modules,
-            role=first.role,
-            layer=first.layer,
-            name=f"{begin}input_quantizer",
-            parent=EXPERTS if expert else parent,
-            state=on,
-        )
+        yield quantizer("input", EXPERTS if expert else parent)
     if not expert:
-        yield Quantizer(
-            side="output",
-            suffix="output_quantizer",
-            modules=modules,
-            role=first.role,
-            layer=first.layer,
-            name=f"{begin}output_quantizer",
-            parent=parent,
-            state=State(enabled=False),
-        )
+        yield quantizer("output", parent, enabled=False)
 
 
 def _of_attention(layer: int) -> Iterator[Quantizer]:
