@@ -12,6 +12,7 @@ of `max`, which is run too.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,13 +20,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bench.measure import Cost, machine, run
+from nemoquant.formats import SolvedMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = {"demo": ROOT / "calib/demo_model", "nano": ROOT / "calib/nano_model"}
 MADE = {"mid": ["--size", "mid"], "super": ["--size", "super", "--experts", "64"]}
+SOLVED = get_args(SolvedMethod)
 VARIANTS = ("max", "mse", "hess:0", "hess:1", "gptq:0", "gptq:1", "gptq:2")
 
 
@@ -60,11 +63,10 @@ def checkpoint(work: Path, model: str) -> Path:
     return folder
 
 
-def rows(work: Path, source: Path, count: int, length: int) -> list[str]:
-    """Options for calibration rows; a checkpoint without a tokenizer gets random tokens."""
-    options = ["--rows", str(count), "--seq-len", str(length)]
+def text(work: Path, source: Path, count: int, length: int) -> list[str]:
+    """The option for calibration rows; a checkpoint without a tokenizer gets random tokens."""
     if (source / "tokenizer.json").exists():
-        return options
+        return []
     path = work / f"{source.name}-{count}-{length}.npy"
     if not path.exists():
         vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
@@ -75,14 +77,14 @@ def rows(work: Path, source: Path, count: int, length: int) -> list[str]:
         subprocess.run(
             [sys.executable, "-c", make, str(path), str(count), str(length), str(vocabulary)], check=True
         )
-    return ["--calib", str(path), *options]
+    return ["--calib", str(path)]
 
 
 def measured(args: argparse.Namespace, model: str, variant: str) -> Result:
     source, out = checkpoint(args.work, model), args.work / "out"
     method, _, descent = variant.partition(":")
     options = ["--recipe", args.recipe, "--method", method, *(["--descent", descent] if descent else [])]
-    options += rows(args.work, source, args.rows, args.seq_len)
+    options += ["--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     options += ["--threads", str(args.threads)] if args.threads else []
     for folder in (out, out.with_name("out.partial")):
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,9 +109,10 @@ def measured(args: argparse.Namespace, model: str, variant: str) -> Result:
     plan = json.loads(asked.stdout)
     log = args.work / f"{model}-{variant.replace(':', '-')}.log"
     command = [sys.executable, "-m", "nemoquant", "quantize", str(source), str(out), *options]
+    command += text(args.work, source, args.rows, args.seq_len)
     cost = run(command, log, disk=(out, out.with_name("out.partial")))
     shutil.rmtree(out)
-    solved = sum(row["elements"] for row in plan["rows"] if row.get("solved"))
+    solved = sum(math.prod(row["shape"]) for row in plan["rows"] if row["scale_method"] in SOLVED)
     return Result(model, variant, solved, plan["estimate"], cost)
 
 

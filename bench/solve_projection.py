@@ -13,8 +13,8 @@ from pathlib import Path
 from bench.measure import machine
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
-from nemoquant.run.estimate import solve_seconds
 from nemoquant.run.solve_speeds import solve_speeds
+from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds
 from nemoquant.solve.memory import input_bytes, solve_bytes, solved_bytes
 from nemoquant.units import duration, size
@@ -36,8 +36,7 @@ def main() -> None:
     for model in MODELS:
         for descent in (0, 1):
             plan = api.plan(CONFIGS / f"{model}.json", "nvfp4", descent=descent)
-            kernel, single, double = solve_speeds(plan, args.threads)
-            speeds = replace(NOTHING, solve=kernel, single=single, double=double)
+            speeds = replace(NOTHING, sync=args.disk, solve=solve_speeds(plan, args.threads))
             batch = Batch(args.rows, args.seq_len, "bfloat16")
             seconds = solve_seconds(plan, batch, speeds, args.threads)
             weights = sum(row.elements for row in plan.quantized if row.solved)

@@ -27,6 +27,31 @@ Encoding = tuple[str, str | None]  # format and scale method
 
 
 @dataclass(frozen=True)
+class SolveSpeeds:
+    """Measured speeds of the CPU in solving: of one thread while all are at work.
+
+    Attributes:
+        weight: seconds a weight to read it, for its plain codes, and for what its codes missed.
+        kernel: seconds a weight for solved codes and scales, products aside.
+        keep: seconds an input's value when it is kept.
+        value: seconds an input's value each time that it is looked at: read, folded, rounded, in float64.
+        moment: seconds an element of H, from sums to the metric, products and factor aside.
+        single: flop/s of the products of a panel.
+        double: flop/s of second moments, and of products with a fold's matrix.
+        factor: flop/s of the factor of H.
+    """
+
+    weight: float
+    kernel: float
+    keep: float
+    value: float
+    moment: float
+    single: float
+    double: float
+    factor: float
+
+
+@dataclass(frozen=True)
 class Speeds:
     """Measured speeds.
 
@@ -41,8 +66,7 @@ class Speeds:
         product, expert: flop/s of a matrix product with all tokens of a batch, and with an expert's share of
             them.
         mixer: seconds a token of a Mamba-2 layer without its products.
-        solve: seconds a weight in one thread, products aside.
-        single, double: flop/s of large products in float32 and float64, on the CPU.
+        solve: of solving; None where no codes are solved for.
     """
 
     read: float
@@ -53,9 +77,7 @@ class Speeds:
     product: float
     expert: float
     mixer: float
-    solve: float = 0.0
-    single: float = 1.0
-    double: float = 1.0
+    solve: SolveSpeeds | None = None
 
 
 def measure(
@@ -87,11 +109,11 @@ def measure(
         product, expert, mixer = compute_speeds(
             checkpoint, plan.config, batch, row_batch=row_batch, threads=threads, device=device
         )
-    solve, single, double = 0.0, 1.0, 1.0
-    if batch is not None and any(row.solved for row in plan.quantized):
+    solve = None
+    if batch is not None and plan.needs_inputs:
         from nemoquant.run.solve_speeds import solve_speeds
 
-        solve, single, double = solve_speeds(plan, threads)
+        solve = solve_speeds(plan, threads)
     return Speeds(
         read=read,
         write=write,
@@ -102,8 +124,6 @@ def measure(
         expert=expert,
         mixer=mixer,
         solve=solve,
-        single=single,
-        double=double,
     )
 
 

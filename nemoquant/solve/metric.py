@@ -113,6 +113,12 @@ def gram(pieces: Iterable[Floats], width: int) -> Doubles:
     return whole
 
 
+def gram_products(width: int) -> int:
+    """Products that :func:`gram` makes for each token: strips that end at the diagonal."""
+    strips = ((first, min(first + _ROWS, width)) for first in range(0, width, _ROWS))
+    return sum((last - first) * last for first, last in strips)
+
+
 def prepare(gram: Doubles, tokens: int, damping: float) -> Metric:
     """The metric of inputs with this Gram matrix, float64 [in, in].
 

@@ -16,6 +16,9 @@ from nemoquant.solve.hess import solve_blocks
 from nemoquant.solve.lanes import PANEL, ROWS
 from nemoquant.solve.metric import Doubles, Metric
 
+# Products with H or its factor, in flop an input of each weight: of both methods, and of each sweep.
+METHOD_PRODUCTS, SWEEP_PRODUCTS = 2, 2
+
 _CLOSE = 1e-3
 """Objectives that differ by less are computed again in float64."""
 
