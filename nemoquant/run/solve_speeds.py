@@ -1,6 +1,7 @@
 """This machine's speed in solving: the steps of it on small samples, with all threads at work as in a run."""
 
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,8 +30,11 @@ MANY = 16  # copies of the solved sample: sums of fewer values would be the cost
 WIDEST = 1024  # of a sample: second moments of a wider input take as long an element
 
 
-def solve_speeds(plan: Plan, threads: int) -> SolveSpeeds:
-    """Measure the steps for the plan's solved weights; of folds alone, for its quantized ones."""
+def solve_speeds(plan: Plan, threads: int, *, busy: bool = False) -> SolveSpeeds:
+    """Measure the steps for the plan's solved weights; of folds alone, for its quantized ones.
+
+    ``busy``: other programs have a part of the machine now, not later: what counts is processor time.
+    """
     rows = [row for row in plan.quantized if row.solved] or list(plan.quantized)
     row = max(rows, key=lambda row: row.elements)
     width = min(WIDEST, _usual_width(rows))
@@ -44,6 +48,8 @@ def solve_speeds(plan: Plan, threads: int) -> SolveSpeeds:
                 list(pool.map(lambda _: work(), range(threads)))
 
             all_at_once()  # compiles or loads the kernels
+            if busy:
+                return min(_processor_seconds(all_at_once) for _ in range(ROUNDS)) / threads
             return min(seconds(all_at_once) for _ in range(ROUNDS))
 
         rest, into = torch.zeros(PANEL, width), torch.zeros(width, ROWS)
@@ -64,6 +70,12 @@ def solve_speeds(plan: Plan, threads: int) -> SolveSpeeds:
             double=double,
             factor=factor,
         )
+
+
+def _processor_seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return max(time.process_time() - began, 1e-7)
 
 
 Took = Callable[[Callable[[], object]], float]

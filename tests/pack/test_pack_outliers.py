@@ -77,6 +77,15 @@ def test_zeros_of_the_source_are_not_lost():
         assert (found.floored, found.flushed) == (0, 0) or format != "nvfp4"
 
 
+def test_a_weight_is_made_only_where_values_are_compared():
+    """A fold's product takes long."""
+    weight = normal(0)
+    for format, method in METHODS:
+        codes, scale = encoded(weight, format, method)
+        found = lost_to_scale(format, lambda: pytest.fail("it is made"), codes, scale)
+        assert (found.flushed, found.values) == (0, weight.size), format
+
+
 def test_counts_add_up():
     whole = Lost(1, 10, 3, 160) + Lost() + Lost(2, 10, 4, 160)
     assert whole == Lost(3, 20, 7, 320)
