@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from nemoquant.formats.arithmetic import round_trip
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
-from nemoquant.run.speeds import SolveSpeeds
 from nemoquant.run.timing import seconds
 from nemoquant.solve.folds.layer import NO_FOLDS, input_transform
 from nemoquant.solve.lanes import PANEL, ROWS
@@ -28,6 +28,31 @@ ROUNDS = 3  # the shortest counts
 TOKENS = 256
 MANY = 16  # copies of the solved sample: sums of fewer values would be the cost of calls
 WIDEST = 1024  # of a sample: second moments of a wider input take as long an element
+
+
+@dataclass(frozen=True)
+class SolveSpeeds:
+    """Measured speeds of the CPU in solving: of one thread while all are at work.
+
+    Attributes:
+        weight: seconds a weight to read it, for its plain codes, and for what its codes missed.
+        kernel: seconds a weight for solved codes and scales, products aside.
+        keep: seconds an input's value when it is kept.
+        value: seconds an input's value each time that it is looked at: read, folded, rounded, in float64.
+        moment: seconds an element of H, from sums to the metric, products and factor aside.
+        single: flop/s of the products of a panel.
+        double: flop/s of second moments, and of products with a fold's matrix.
+        factor: flop/s of the factor of H.
+    """
+
+    weight: float
+    kernel: float
+    keep: float
+    value: float
+    moment: float
+    single: float
+    double: float
+    factor: float
 
 
 def solve_speeds(plan: Plan, threads: int, *, busy: bool = False) -> SolveSpeeds:

@@ -5,12 +5,16 @@ its rates are assumed, those of an H100.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 from nemoquant.calibrate.batch import Batch
 from nemoquant.formats import Device
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
-from nemoquant.run.speeds import SolveSpeeds, Speeds
+from nemoquant.run.speeds import Speeds
+
+if TYPE_CHECKING:
+    from nemoquant.run.solve_speeds import SolveSpeeds
 
 GPU_FLOPS = 30e12  # flop/s of float32 products, assumed: a little less than half of the peak
 GPU_FACTOR = 1e12  # flop/s of the factor of one H, assumed
@@ -49,7 +53,7 @@ def solve_seconds(plan: Plan, batch: Batch, speeds: Speeds, threads: int, device
 class _Host:
     """Seconds of this machine's CPU by layer. What experts need is done by all threads side by side."""
 
-    def __init__(self, plan: Plan, batch: Batch, speeds: SolveSpeeds, threads: int, device: Device) -> None:
+    def __init__(self, plan: Plan, batch: Batch, speeds: "SolveSpeeds", threads: int, device: Device) -> None:
         self.plan, self.batch, self.speeds, self.threads = plan, batch, speeds, threads
         self.device = device
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,34 +22,12 @@ from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.run.timing import seconds
 
+if TYPE_CHECKING:
+    from nemoquant.run.solve_speeds import SolveSpeeds
+
 SAMPLE_BYTES = 4 << 20
 SPOTS = 6  # number of tensors of the source that are read
 Encoding = tuple[str, str | None]  # format and scale method
-
-
-@dataclass(frozen=True)
-class SolveSpeeds:
-    """Measured speeds of the CPU in solving: of one thread while all are at work.
-
-    Attributes:
-        weight: seconds a weight to read it, for its plain codes, and for what its codes missed.
-        kernel: seconds a weight for solved codes and scales, products aside.
-        keep: seconds an input's value when it is kept.
-        value: seconds an input's value each time that it is looked at: read, folded, rounded, in float64.
-        moment: seconds an element of H, from sums to the metric, products and factor aside.
-        single: flop/s of the products of a panel.
-        double: flop/s of second moments, and of products with a fold's matrix.
-        factor: flop/s of the factor of H.
-    """
-
-    weight: float
-    kernel: float
-    keep: float
-    value: float
-    moment: float
-    single: float
-    double: float
-    factor: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,7 @@ class Speeds:
     product: float
     expert: float
     mixer: float
-    solve: SolveSpeeds | None = None
+    solve: "SolveSpeeds | None" = None
 
 
 def measure(

@@ -15,9 +15,9 @@ from nemoquant import api
 from nemoquant.calibrate.batch import Batch
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.run import solve_time
-from nemoquant.run.solve_speeds import solve_speeds
+from nemoquant.run.solve_speeds import SolveSpeeds, solve_speeds
 from nemoquant.run.solve_time import solve_seconds
-from nemoquant.run.speeds import SolveSpeeds, Speeds
+from nemoquant.run.speeds import Speeds
 from nemoquant.solve.grids import grid
 from nemoquant.solve.metric import gram, gram_products, prepare
 from nemoquant.solve.on_device import solve_on
