@@ -172,9 +172,11 @@ def test_a_method_takes_the_place_of_the_recipes_own():
     plan, found = methods(method="max", folds=["latent"])
     assert plan.recipe.folds == ["latent"] and plan.needs_inputs
     assert methods(descent=3)[0].recipe.solve.descent == 3
-    (told,) = method_warnings(methods(method="hess")[0], "hess")
+    (told,) = method_warnings(methods(method="hess")[0], "hess", None)
     assert told == "--method hess: 24 FP8 weights get max, the nearest that FP8 has"
-    assert method_warnings(methods(method="gptq")[0], "gptq") == method_warnings(plan, None) == []
+    assert method_warnings(methods(method="gptq")[0], "gptq", 2) == method_warnings(plan, None, None) == []
+    (told,) = method_warnings(methods(method="max", descent=2)[0], "max", 2)
+    assert told == "--descent 2: has no effect, no weight gets hess or gptq, whose codes are swept"
     with pytest.raises(UsageError, match="method"):
         api.plan(DEMO, "nvfp4", method="best")
     with pytest.raises(UsageError, match="folds"):
