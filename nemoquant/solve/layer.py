@@ -37,7 +37,7 @@ from nemoquant.solve.store import Record, SolvedFile, Stored
 from nemoquant.solve.taps import input_of
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
-VERSION = 1  # of the method: another one makes other codes
+VERSION = 2  # of the method: another one makes other codes
 SCARCE = 2.0  # how much stronger H is damped where it comes from few tokens, see `damping`
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
