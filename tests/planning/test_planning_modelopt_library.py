@@ -12,10 +12,13 @@ from support import modelopt_recipes, modelopt_run
 from support.places import SUPER
 
 from nemoquant import api
+from nemoquant.api.look import resolved
 from nemoquant.errors import MissingExtraError, RecipeError
 from nemoquant.planning.modelopt import library
 from nemoquant.planning.modelopt.recognise import is_theirs
 from nemoquant.planning.recipe import load_recipe, presets
+from nemoquant.run.options import RunOptions
+from nemoquant.sources.source import open_source
 
 WHOLE = """\
 metadata: {recipe_type: ptq, description: 'Experts in NVFP4.'}
@@ -281,10 +284,10 @@ class TestModelOptimizer:
 
     def test_all_that_it_ships_end_in_a_plan_or_in_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, "ask", modelopt_recipes.ask)
-        plans, refused = [], []
+        model, plans, refused = open_source(SUPER), [], []
         for name in modelopt_recipes.shipped():
             try:
-                api.plan(SUPER, f"modelopt:{name}")
+                resolved(model, f"modelopt:{name}", RunOptions())  # all of api.plan but opening the model
                 plans.append(name)
             except RecipeError as error:
                 assert "\n" not in str(error)
