@@ -7,11 +7,11 @@
 Every weight that a preset solves is solved from the first ROWS rows of the calibration text, and its codes
 are judged by 32 other rows of it: `tr((W - Q) S (W - Q)')` with S the sum of x x' of those rows, inputs
 rounded as in an engine. Printed is that error over the error of the format's own method (mse for nvfp4), as
-geometric mean over the weights of a kind. No fold is made. DAMPING is that of H as it is used, without the
-part that grows as tokens get fewer. POOLED is k of n/(n+k) H_expert + k/(n+k) H_all, for an expert's n
-tokens and all experts of its layer together, for what all of them read (up projections). GATES 1: an
-expert's tokens count in H by the square of their factor in the layer's output. In the error they always do,
-because there they do.
+geometric mean over the weights of a kind. No fold is made. DAMPING is that of H as it is used, whatever the
+tokens; 0 is what solving does. POOLED is k of n/(n+k) H_expert + k/(n+k) H_all, for an expert's n tokens
+and all experts of its layer together, for what all of them read (up projections). GATES 1: an expert's
+tokens count in H by the square of their factor in the layer's output. In the error they always do, because
+there they do.
 """
 
 import json
@@ -38,7 +38,9 @@ from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.planning.row import Row
+from nemoquant.planning.solving import DAMPING
 from nemoquant.shipped import calibration_data
+from nemoquant.solve.layer import damping
 from nemoquant.solve.metric import Doubles, gram, prepare
 from nemoquant.solve.solver import solve
 from nemoquant.solve.taps import input_of
@@ -55,7 +57,7 @@ class Setting(NamedTuple):
     """How an H is made."""
 
     rows: int
-    damping: float
+    damping: float  # 0: as solving does by default
     pooled: float
     gates: int
 
@@ -175,7 +177,8 @@ class Bench:
                     total, count = pools[row.layer, setting.gates]
                     share = tokens / (tokens + setting.pooled)
                     moments = share * moments + (1 - share) * total / count
-                metric = prepare(moments, 1, setting.damping)
+                built = damping(DAMPING, row.shape[1], tokens)
+                metric = prepare(moments, 1, setting.damping or built)
                 solved = solve(row.format, weight, whole, metric, "gptq", 1)
                 found.append(self._error(row, weight, solved.encoded, whole, judge) / least)
             yield kind(row), tokens, found
@@ -198,7 +201,7 @@ class Bench:
 @click.argument("model", type=click.Choice(["demo", "nano"]))
 @click.argument("presets", nargs=-1, required=True)
 @click.option("--rows", multiple=True, type=int, default=[32])
-@click.option("--damping", multiple=True, type=float, default=[0.05, 0.1, 0.25, 0.5, 1, 2, 4])
+@click.option("--damping", "dampings", multiple=True, type=float, default=[0, 0.05, 0.1, 0.2, 0.5, 1, 2, 4])
 @click.option("--pooled", multiple=True, type=float, default=[0])
 @click.option("--gates", multiple=True, type=click.IntRange(0, 1), default=[0])
 @click.option("--json", "json_file", type=Path)
@@ -206,7 +209,7 @@ def main(
     model: str,
     presets: tuple[str, ...],
     rows: tuple[int, ...],
-    damping: tuple[float, ...],
+    dampings: tuple[float, ...],
     pooled: tuple[float, ...],
     gates: tuple[int, ...],
     json_file: Path | None,
@@ -216,7 +219,7 @@ def main(
     for preset in presets:
         bench = Bench(model, preset)
         for count in rows:
-            settings = [Setting(count, d, k, g) for d in damping for k in pooled for g in gates]
+            settings = [Setting(count, d, k, g) for d in dampings for k in pooled for g in gates]
             logs: dict[str, list[list[float]]] = defaultdict(list)
             tokens: dict[str, list[int]] = defaultdict(list)
             for name, seen, ratios in bench.errors(count, settings):
