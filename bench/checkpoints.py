@@ -3,6 +3,8 @@
 python -m bench.checkpoints OUT            `mid`: 0.73 B parameters, 1.6 GB, kinds of layers in turn
 python -m bench.checkpoints OUT --size super --layers 4
                                            four MoE layers as large as Super's, 5.6 GB each
+python -m bench.checkpoints OUT --size super --experts 64
+                                           one with an eighth of the experts, as large as Super's: 0.8 GB
 """
 
 import argparse
@@ -63,14 +65,19 @@ MID: dict[str, Any] = {
 }
 
 
-def config(size: str, layers: int | None = None) -> dict[str, Any]:
-    """The config of ``mid``, or of ``layers`` MoE layers of Super with a vocabulary of 1,024 and no MTP."""
+def config(size: str, layers: int | None = None, experts: int | None = None) -> dict[str, Any]:
+    """The config of ``mid``, or of ``layers`` MoE layers of Super with a vocabulary of 1,024 and no MTP.
+
+    With fewer ``experts`` a token goes to as many fewer of them, rounded up: each gets no fewer tokens.
+    """
     if size == "mid":
         return MID
     raw: dict[str, Any] = json.loads(SUPER.read_text())
     raw.pop("layers_block_type", None)
-    count = layers or 1
+    count, routed = layers or 1, experts or raw["n_routed_experts"]
     return raw | {
+        "n_routed_experts": routed,
+        "num_experts_per_tok": -(-raw["num_experts_per_tok"] * routed // raw["n_routed_experts"]),
         "hybrid_override_pattern": "E" * count,
         "num_hidden_layers": count,
         "vocab_size": 1024,
@@ -147,8 +154,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=["mid", "super"], default="mid")
     parser.add_argument("--layers", type=int, default=1, help="MoE layers of size super")
+    parser.add_argument("--experts", type=int, help="routed experts of a layer of size super, 1 to 512")
     args = parser.parse_args()
-    print(f"{make(args.out, config(args.size, args.layers)) / 1e9:.2f} GB")
+    print(f"{make(args.out, config(args.size, args.layers, args.experts)) / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class Cost:
         peak: ru_maxrss of the largest process of the tree; mapped pages of files count.
         peak_tree: the largest sum of resident memory over the tree, sampled.
         peak_anonymous: the same for RssAnon, memory without a file.
+        disk: the most that the watched folders had on the disk; 0 where none are.
     """
 
     wall: float
@@ -26,6 +28,7 @@ class Cost:
     peak: float
     peak_tree: float
     peak_anonymous: float
+    disk: float = 0.0
 
     def json(self) -> dict[str, float]:
         return asdict(self)
@@ -56,12 +59,28 @@ def _resident(pid: int) -> tuple[int, int]:
     return int(fields.get("VmRSS", 0)) * 1024, int(fields.get("RssAnon", 0)) * 1024
 
 
-def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
-    """Run to the end, output into ``log``; raises RuntimeError with the log's last lines if it fails."""
+def _on_disk(folders: Iterable[Path]) -> int:
+    """Bytes of all files in some folders that may come and go."""
+    total = 0
+    for folder in folders:
+        for root, _, files in os.walk(folder):
+            for name in files:
+                try:
+                    total += 512 * os.lstat(Path(root, name)).st_blocks
+                except OSError:
+                    continue
+    return total
+
+
+def run(command: list[str], log: Path, every: float = 0.05, disk: Sequence[Path] = ()) -> Cost:
+    """Run to the end, output into ``log``; raises RuntimeError with the log's last lines if it fails.
+
+    ``disk``: folders whose size is watched.
+    """
     with log.open("w") as output:
         start = time.monotonic()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        tree = anonymous = 0
+        tree = anonymous = used = 0
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -69,6 +88,7 @@ def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
             residents = [_resident(member) for member in _tree(process.pid)]
             tree = max(tree, sum(r for r, _ in residents))
             anonymous = max(anonymous, sum(a for _, a in residents))
+            used = max(used, _on_disk(disk))
             time.sleep(every)
         wall = time.monotonic() - start
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -76,7 +96,12 @@ def run(command: list[str], log: Path, every: float = 0.05) -> Cost:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{tail}")
     return Cost(
-        wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, tree / 1e9, anonymous / 1e9
+        wall,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * 1024 / 1e9,
+        tree / 1e9,
+        anonymous / 1e9,
+        used / 1e9,
     )
 
 

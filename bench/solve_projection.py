@@ -1,26 +1,33 @@
-"""Estimates of solving for Super and Nano: amounts over rates of this machine, as `quantize` makes them.
+"""Estimates of solving for Super and Nano: amounts over rates, as `quantize` makes them.
 
-    python -m bench.solve_projection [--rows 32] [--seq-len 512] [--threads 2]
+    python -m bench.solve_projection [--rows 32] [--seq-len 512] [--threads 2] [--disk 0.5] [--busy]
 
-No weights are read: plans come from tests/configs. Beside the seconds stand the memory that the largest step
-takes, and the disk for inputs and solved weights that wait.
+No weights are read: plans come from tests/configs. Rates are this machine's; `--disk` are GB/s of writing,
+`--busy` counts processor time, where other programs run beside this one. With a GPU, rates of an H100 are
+assumed (run/solve_time.py), and the host has the same threads. Beside the seconds stand the memory that the
+largest step takes, and the disk for inputs and solved weights that wait.
 """
 
 import argparse
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from bench.measure import machine
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
-from nemoquant.run.estimate import solve_seconds
 from nemoquant.run.solve_speeds import solve_speeds
+from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds
 from nemoquant.solve.memory import input_bytes, solve_bytes, solved_bytes
 from nemoquant.units import duration, size
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tests/configs"
 MODELS = ("super-120b-a12b", "nano-30b-a3b")
+HEADER = (
+    "| model | sweeps | solving | M weights/s | with an H100 | memory | disk while it runs |\n"
+    "|---|---:|---:|---:|---:|---:|---:|"
+)
 NOTHING = Speeds(read=1, write=1, sync=1, hash=1, encode={}, product=1, expert=1, mixer=0)
 
 
@@ -31,22 +38,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--disk", type=float, default=0.5)
+    parser.add_argument("--busy", action="store_true")
     args = parser.parse_args()
-    print(f"{machine()}, {args.rows} rows of {args.seq_len} tokens, {args.threads} threads")
-    for model in MODELS:
-        for descent in (0, 1):
-            plan = api.plan(CONFIGS / f"{model}.json", "nvfp4", descent=descent)
-            kernel, single, double = solve_speeds(plan, args.threads)
-            speeds = replace(NOTHING, solve=kernel, single=single, double=double)
-            batch = Batch(args.rows, args.seq_len, "bfloat16")
-            seconds = solve_seconds(plan, batch, speeds, args.threads)
-            weights = sum(row.elements for row in plan.quantized if row.solved)
-            module, memory = solve_bytes(plan, args.threads)
-            print(
-                f"{model}, nvfp4, descent {descent}: {duration(seconds)} for {weights / 1e9:.1f} G weights "
-                f"({weights / seconds / 1e6:.1f} M/s); {size(memory)} of memory ({module}), "
-                f"{size(input_bytes(plan, batch) + solved_bytes(plan))} of disk"
-            )
+    print(f"{machine()}, {args.rows} rows of {args.seq_len} tokens, {args.threads} threads\n\n{HEADER}")
+    for model, preset, descent in product(MODELS, ("nvfp4", "nvfp4-full"), (0, 1, 2)):
+        plan = api.plan(CONFIGS / f"{model}.json", preset, descent=descent)
+        rates = solve_speeds(plan, args.threads, busy=args.busy)
+        speeds = replace(NOTHING, sync=args.disk * 1e9, solve=rates)
+        batch = Batch(args.rows, args.seq_len, "bfloat16")
+        seconds, gpu = (
+            solve_seconds(plan, batch, speeds, args.threads, device) for device in ("cpu", "cuda")
+        )
+        weights = sum(row.elements for row in plan.quantized if row.solved)
+        _, memory = solve_bytes(plan, args.threads)
+        print(
+            f"| {model}, `{preset}` | {descent} | {duration(seconds)} | {weights / seconds / 1e6:.1f} | "
+            f"{duration(gpu)} | {size(memory)} | {size(input_bytes(plan, batch) + solved_bytes(plan))} |"
+        )
 
 
 if __name__ == "__main__":

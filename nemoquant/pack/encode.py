@@ -11,7 +11,7 @@ The maximum of a weight of several chunks is computed on the CPU all the same: t
 copying the chunks to the GPU.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ def encode(
     with _reading(checkpoint, row, part) as source:
         weight = _folded(checkpoint, row, part, source, fold)
         encoded = _codes(row, _on(device, weight), value, degenerate)
-        return _piece(row, source, weight, encoded, value, degenerate)
+        return _piece(row, source, lambda: weight, encoded, value, degenerate)
 
 
 def solved_piece(
@@ -133,9 +133,15 @@ def solved_piece(
     codes, blocks = stored.encoded
     encoded = Encoded(codes[part], None if blocks is None else blocks[part])
     with _reading(checkpoint, row, part) as source:
-        weight = _folded(checkpoint, row, part, source, fold)
         scale = np.float32(stored.record.scale)
-        return _piece(row, source, weight, encoded, scale, stored.record.degenerate)
+        return _piece(
+            row,
+            source,
+            lambda: _folded(checkpoint, row, part, source, fold),
+            encoded,
+            scale,
+            degenerate=stored.record.degenerate,
+        )
 
 
 def solved_weights(
@@ -179,7 +185,12 @@ def error_again(
 
 
 def _piece(
-    row: Row, source: Array, weight: Array, encoded: Encoded, scale: np.float32, degenerate: bool
+    row: Row,
+    source: Array,
+    weight: Callable[[], Array],
+    encoded: Encoded,
+    scale: np.float32,
+    degenerate: bool,
 ) -> EncodedPiece:
     assert row.format != "source"
     lost = Lost() if degenerate else lost_to_scale(row.format, weight, encoded, scale)
@@ -218,7 +229,9 @@ def _pack_weight(checkpoint: Checkpoint, row: Row, device: Device, fold: Transfo
         put = _on(device, weight)
         scale, degenerate = weight_scale(row, check_finite(row.name, bits_amax(put)))
         encoded = _codes(row, put, scale, degenerate)
-        return EncodedWeight(scale, degenerate, [_piece(row, source, weight, encoded, scale, degenerate)])
+        return EncodedWeight(
+            scale, degenerate, [_piece(row, source, lambda: weight, encoded, scale, degenerate)]
+        )
 
 
 def copy(checkpoint: Checkpoint, row: Row, begin: int, end: int, fold: Transform | None = None) -> Copied:

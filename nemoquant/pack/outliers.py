@@ -20,7 +20,7 @@ In the demo model the worst of all weights has 0.02 % of its values lost in FP8 
 at 2^-9. Codes of four bits are zero for up to 21 % of its values: there that says nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,23 +75,28 @@ class Lost:
         return f"{self.floored / self.blocks:.1%} of its block scales are the smallest there is, {zero}"
 
 
-def lost_to_scale(format: FormatName, weight: Weight, encoded: Encoded, scale: np.float32) -> Lost:
+def lost_to_scale(
+    format: FormatName, weight: Callable[[], Weight], encoded: Encoded, scale: np.float32
+) -> Lost:
     """What a piece of a weight lost.
 
     Values are compared one by one only where something is lost: the piece has block scales that are the
     smallest, or, with codes of eight bits, more than a few zeros.
 
     Args:
-        weight: [out, in], uint16 bf16 patterns or float32.
+        weight: gives it, [out, in], uint16 bf16 patterns or float32; called only where values are compared,
+            because a fold's product takes long.
     """
     arithmetic, blocks = ARITHMETIC[format], encoded.block_scales
-    if FORMATS[format].weight_bits >= WIDE_BITS:
+    bits = FORMATS[format].weight_bits
+    if bits >= WIDE_BITS:
         worn = zeros(encoded.codes) * LOOK_CLOSER > encoded.codes.size
     else:
         worn = blocks is not None and arithmetic.floored(blocks) > 0
     if not worn:
-        return Lost(0, 0 if blocks is None else blocks.size, 0, weight.size)
-    return lost_of(format, weight, blocks, measure(weight, arithmetic.decode(encoded, scale), np.inf).flushed)
+        return Lost(0, 0 if blocks is None else blocks.size, 0, encoded.codes.size * 8 // bits)
+    values = weight()
+    return lost_of(format, values, blocks, measure(values, arithmetic.decode(encoded, scale), np.inf).flushed)
 
 
 def lost_of(format: FormatName, weight: Weight, block_scales: Codes | None, flushed: int) -> Lost:

@@ -12,9 +12,9 @@ from nemoquant.formats import Device
 from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
 from nemoquant.run.budget import Budget
+from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds, measure
 from nemoquant.solve.memory import input_bytes, solved_bytes
-from nemoquant.solve.taps import input_of
 from nemoquant.units import duration, size
 
 VERIFY_TENSOR = 50e-6  # seconds to check one tensor, measured
@@ -90,7 +90,7 @@ def estimate_run(
     calibrate = solve = 0.0
     if batch is not None and plan.needs_inputs:
         disk += input_bytes(plan, batch) + solved_bytes(plan)
-        solve = solve_seconds(plan, batch, speeds, threads)
+        solve = solve_seconds(plan, batch, speeds, threads, device)
     if batch is not None:
         disk += batch.hidden_bytes(plan.config.hidden_size)
         calibrate = _calibrate_seconds(plan, batch, chosen.row_batch or 1, speeds) * threads / processors
@@ -119,26 +119,6 @@ def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Sp
         rate = speeds.expert if row.expert is not None else speeds.product
         seconds += 2 * share * row.elements / rate + batches * row.bytes_in / speeds.read
     return seconds
-
-
-def solve_seconds(plan: Plan, batch: Batch, speeds: Speeds, threads: int) -> float:
-    """Kernels by weight, products of the solved weights, and of each H its sums and its factor."""
-    c, products = plan.config, 1 + 2 * plan.recipe.solve.descent
-    kernels, single, double = 0.0, 0.0, 0.0
-    seen: set[str] = set()
-    for row in plan.quantized:
-        if not row.solved:
-            continue
-        width = row.shape[1]
-        kernels += row.elements * speeds.solve
-        single += products * row.elements * width
-        if input_of(row) not in seen:
-            seen.add(input_of(row))
-            share = 1.0
-            if row.expert is not None and row.layer is not None:
-                share = c.of_layer(row.layer).routed_share
-            double += share * batch.tokens * width**2 + width**3 / 3
-    return kernels / threads + single / speeds.single + double / speeds.double
 
 
 def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:

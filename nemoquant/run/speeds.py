@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from nemoquant.pack.encode import pack_weights
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.run.timing import seconds
+
+if TYPE_CHECKING:
+    from nemoquant.run.solve_speeds import SolveSpeeds
 
 SAMPLE_BYTES = 4 << 20
 SPOTS = 6  # number of tensors of the source that are read
@@ -41,8 +45,7 @@ class Speeds:
         product, expert: flop/s of a matrix product with all tokens of a batch, and with an expert's share of
             them.
         mixer: seconds a token of a Mamba-2 layer without its products.
-        solve: seconds a weight in one thread, products aside.
-        single, double: flop/s of large products in float32 and float64, on the CPU.
+        solve: of solving; None where no codes are solved for.
     """
 
     read: float
@@ -53,9 +56,7 @@ class Speeds:
     product: float
     expert: float
     mixer: float
-    solve: float = 0.0
-    single: float = 1.0
-    double: float = 1.0
+    solve: "SolveSpeeds | None" = None
 
 
 def measure(
@@ -87,11 +88,11 @@ def measure(
         product, expert, mixer = compute_speeds(
             checkpoint, plan.config, batch, row_batch=row_batch, threads=threads, device=device
         )
-    solve, single, double = 0.0, 1.0, 1.0
-    if batch is not None and any(row.solved for row in plan.quantized):
+    solve = None
+    if batch is not None and plan.needs_inputs:
         from nemoquant.run.solve_speeds import solve_speeds
 
-        solve, single, double = solve_speeds(plan, threads)
+        solve = solve_speeds(plan, threads)
     return Speeds(
         read=read,
         write=write,
@@ -102,8 +103,6 @@ def measure(
         expert=expert,
         mixer=mixer,
         solve=solve,
-        single=single,
-        double=double,
     )
 
 

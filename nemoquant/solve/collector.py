@@ -22,7 +22,7 @@ from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.solve.folds.chosen import LayerFolds
 from nemoquant.solve.folds.file import load, save
-from nemoquant.solve.folds.layer import Folds, input_transform
+from nemoquant.solve.folds.layer import Folds, InputTransforms
 from nemoquant.solve.layer import LayerSolver
 from nemoquant.solve.source import shared_maxima
 from nemoquant.solve.store import Solved, SolvedFile
@@ -105,11 +105,12 @@ class SolveCollector:
 
     def _fold_maxima(self, rows: list[Row], folds: Folds) -> None:
         """The maxima of folded inputs."""
+        changes = InputTransforms(folds)
         for row in rows:
             fold = folds.get(row.name)
             if not row.calibrated or fold is None or (fold.right is None and fold.columns is None):
                 continue
-            tap, change = input_of(row), input_transform(folds, row.module)
+            tap, change = input_of(row), changes.of(row.module)
             largest = [float(np.abs(change(piece)).max()) for piece in self._inputs.pieces(tap) if piece.size]
             if largest:
                 self.amax.scales.folded_amax[row.module] = max(largest)

@@ -10,7 +10,16 @@ import numpy as np
 
 from nemoquant.formats.rounding import Codes, Floats
 from nemoquant.solve.kernels import contracted_kernel, kernel
-from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, round_lanes
+from nemoquant.solve.lanes import (
+    Steps,
+    add_products,
+    copy_lanes,
+    look_up,
+    nearest_lanes,
+    neighbours,
+    round_lanes,
+)
+from nemoquant.solve.metric import Doubles
 
 _LANES = 128  # rows at a time at most: all that a trial touches stays in the first-level cache
 # A fall below this part of sum |x_k| sqrt(H_kk) times sum |e_j| sqrt(H_jj), which bounds |x' H e|, may be
@@ -25,12 +34,17 @@ def _fall(
     root: np.float32,
     old: Floats,
     new: Floats,
+    changes: Floats,
     falls: Floats,
     moves: Floats,
 ) -> None:
-    """Add one code's part to the fall of the objective, and to the length of the move."""
+    """Add one code's part to the fall of the objective, and to the length of the move.
+
+    ``changes`` = old - new, so that adding products with H brings G up to date.
+    """
     for lane in range(old.shape[0]):
         change = np.float32(new[lane] - old[lane])
+        changes[lane] = -change
         falls[lane] += np.float32(change * np.float32(np.float32(2) * gradient[lane] - change * diagonal))
         moves[lane] += np.float32(abs(change) * root)
 
@@ -42,23 +56,13 @@ def _aims(gradient: Floats, inverse: np.float32, old: Floats, targets: Floats) -
 
 
 @kernel
-def _changes(new: Floats, old: Floats, changes: Floats) -> None:
-    """``old - new``, so that adding products with H brings G up to date."""
-    for lane in range(old.shape[0]):
-        changes[lane] = np.float32(old[lane] - new[lane])
-
-
-@kernel
-def _keep(
-    falls: Floats, moves: Floats, sizes: Floats, best: Floats, tried: Codes, chosen: Codes, kept: Codes
-) -> None:
-    """``kept`` = 1 for the rows where this trial is the best one so far."""
+def _keep(falls: Floats, moves: Floats, sizes: Floats, best: Floats, tried: Steps, chosen: Steps) -> None:
+    """Note this trial for the rows where it is the best one so far."""
     for lane in range(falls.shape[0]):
         fall = np.float32(falls[lane] - np.float32(SLACK * np.float32(moves[lane] * sizes[lane])))
         better = fall > best[lane]
         best[lane] = fall if better else best[lane]
         chosen[lane] = tried[lane] if better else chosen[lane]
-        kept[lane] = np.uint8(1) if better else np.uint8(0)
 
 
 @kernel
@@ -77,6 +81,7 @@ def descend_panel(
     codes: Codes,
     scale_codes: Codes,
     errors: Floats,
+    fallen: Doubles,
 ) -> None:
     """One sweep over a panel of inputs.
 
@@ -88,21 +93,21 @@ def descend_panel(
         four, block, scales, first, last, reach: of the format's grid.
         values, codes, errors: [panel, rows], changed in place.
         scale_codes: [panel / block, rows], changed in place; zeros where there is a single scale.
+        fallen: [rows], to which the fall of the objective is added.
     """
     width, rows = weights.shape
     most = min(_LANES, rows)
-    gradient, trial = np.empty((block, most), np.float32), np.empty((block, most), np.float32)
+    gradient, now = np.empty((block, most), np.float32), np.empty(most, np.float32)
     old, new = np.empty((block, most), np.float32), np.empty((block, most), np.float32)
-    best_values, changes = np.empty((block, most), np.float32), np.empty((block, most), np.float32)
-    new_codes, best_codes = np.empty((block, most), np.uint8), np.empty((block, most), np.uint8)
+    changes, new_codes = np.empty((block, most), np.float32), np.empty((block, most), np.uint8)
     lanes, falls, moves = (
         np.empty(most, np.float32),
         np.empty(most, np.float32),
         np.empty(most, np.float32),
     )
     best, targets = np.empty(most, np.float32), np.empty(most, np.float32)
-    tried, chosen, kept = np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8)
-    size, own = np.zeros(most, np.float32), np.zeros(most, np.uint8)
+    tried, chosen, own = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.int32)
+    size = np.zeros(most, np.float32)
     moved = np.zeros((width, rows), np.float32)  # old - new values
 
     for start in range(0, width, block):
@@ -117,39 +122,47 @@ def descend_panel(
                 old[j - start] = np.float32(0)
                 gradient[j - start, :count] = gradients[j, left : left + count]
                 old[j - start, :count] = values[j, left : left + count]
-                best_values[j - start] = old[j - start]
-                best_codes[j - start, :count] = codes[j, left : left + count]
-            own[:] = np.uint8(first)
+            own[:] = np.int32(first)
             own[:count] = scale_codes[start // block, left : left + count]
             size[:count] = sizes[left : left + count]
             best[:] = np.float32(0)
             chosen[:] = own
-            for turn in range(2 * reach + 1):
+            # Codes are made of the best trial alone, which the last turn repeats.
+            turns = 2 * reach + 1
+            for turn in range(turns + 1):
                 step = (turn + 1) // 2 if turn % 2 else -(turn // 2)
-                neighbours(own, step, first, last, tried)
+                again = turn == turns
+                if again:
+                    tried[:] = chosen
+                else:
+                    neighbours(own, step, first, last, tried)
                 look_up(scales, tried, lanes)
                 falls[:] = np.float32(0)
                 moves[:] = np.float32(0)
                 for j in range(start, end):
                     k = j - start
-                    now = trial[k]
-                    now[:] = gradient[k]
+                    copy_lanes(gradient[k], now)
                     add_products(now, metric[j, start:j], changes)
                     diagonal = metric[j, j]
                     root = np.float32(np.sqrt(diagonal))
                     _aims(now, np.float32(np.float32(1) / diagonal), old[k], targets)
-                    round_lanes(targets, lanes, four, new_codes[k], new[k])
-                    _fall(now, diagonal, root, old[k], new[k], falls=falls, moves=moves)
-                    _changes(new[k], old[k], changes[k])
-                _keep(falls, moves, size, best, tried=tried, chosen=chosen, kept=kept)
-                for k in range(end - start):
-                    copy_kept(kept, new[k], new_codes[k], best_values[k], best_codes[k])
+                    if again:
+                        round_lanes(targets, lanes, four, new_codes[k], new[k])
+                    else:
+                        nearest_lanes(targets, lanes, four, new[k])
+                    _fall(now, diagonal, root, old[k], new[k], changes=changes[k], falls=falls, moves=moves)
+                if not again:
+                    _keep(falls, moves, size, best, tried=tried, chosen=chosen)
+            for lane in range(count):
+                if best[lane] > np.float32(0):
+                    scale_codes[start // block, left + lane] = np.uint8(chosen[lane])
+                    fallen[left + lane] += np.float64(falls[lane])
             for j in range(start, end):
                 k = j - start
                 for lane in range(count):
-                    value = best_values[k, lane]
-                    moved[j, left + lane] = np.float32(old[k, lane] - value)
-                    values[j, left + lane] = value
-                    codes[j, left + lane] = best_codes[k, lane]
-                    errors[j, left + lane] = np.float32(weights[j, left + lane] - value)
-            scale_codes[start // block, left : left + count] = chosen[:count]
+                    if best[lane] > np.float32(0):
+                        value = new[k, lane]
+                        moved[j, left + lane] = changes[k, lane]
+                        values[j, left + lane] = value
+                        codes[j, left + lane] = new_codes[k, lane]
+                        errors[j, left + lane] = np.float32(weights[j, left + lane] - value)

@@ -9,7 +9,7 @@ import numpy as np
 from nemoquant.formats.nvfp4_blocks import BLOCK
 from nemoquant.formats.rounding import Codes, Floats
 from nemoquant.solve.kernels import contracted_kernel, kernel
-from nemoquant.solve.lanes import add_products, copy_kept, look_up, neighbours, round_lanes
+from nemoquant.solve.lanes import Steps, add_products, look_up, nearest_lanes, neighbours, round_lanes
 
 REACH = 8
 """Candidates on each side."""
@@ -31,12 +31,11 @@ def _add_error(errors: Floats, halves: Floats, total: Floats) -> None:
 
 
 @kernel
-def _keep(total: Floats, least: Floats, tried: Codes, chosen: Codes, kept: Codes) -> None:
+def _keep(total: Floats, least: Floats, tried: Steps, chosen: Steps) -> None:
     for lane in range(total.shape[0]):
         better = total[lane] < least[lane]
         least[lane] = total[lane] if better else least[lane]
         chosen[lane] = tried[lane] if better else chosen[lane]
-        kept[lane] = np.uint8(1) if better else np.uint8(0)
 
 
 @kernel
@@ -63,16 +62,15 @@ def solve_blocks(
     inputs, rows = weights.shape
     most = min(_LANES, rows)
     new, new_errors = np.empty((BLOCK, most), np.float32), np.empty((BLOCK, most), np.float32)
-    weight, best_values = np.zeros((BLOCK, most), np.float32), np.empty((BLOCK, most), np.float32)
-    new_codes, best_codes = np.empty((BLOCK, most), np.uint8), np.empty((BLOCK, most), np.uint8)
+    weight, new_codes = np.zeros((BLOCK, most), np.float32), np.empty(most, np.uint8)
     lanes, total, least = (
         np.empty(most, np.float32),
         np.empty(most, np.float32),
         np.empty(most, np.float32),
     )
     halves = np.empty(most, np.float32)
-    tried, chosen, kept = np.empty(most, np.uint8), np.empty(most, np.uint8), np.empty(most, np.uint8)
-    own = np.full(most, np.uint8(first))
+    tried, chosen, own = np.empty(most, np.int32), np.empty(most, np.int32), np.empty(most, np.int32)
+    own[:] = np.int32(first)
 
     for start in range(0, inputs, BLOCK):
         for left in range(0, rows, most):
@@ -88,18 +86,19 @@ def solve_blocks(
                 look_up(scales, tried, lanes)
                 total[:] = np.float32(0)
                 for k in range(BLOCK):
-                    round_lanes(weight[k], lanes, True, new_codes[k], new[k])
+                    nearest_lanes(weight[k], lanes, True, new[k])
                     _differences(weight[k], new[k], new_errors[k])
                     halves[:] = np.float32(0)
                     add_products(halves, metric[start + k, : k + 1], new_errors)
                     _add_error(new_errors[k], halves, total)
-                _keep(total, least, tried, chosen, kept)
-                for k in range(BLOCK):
-                    copy_kept(kept, new[k], new_codes[k], best_values[k], best_codes[k])
+                _keep(total, least, tried, chosen)
+            look_up(scales, chosen, lanes)
             for k in range(BLOCK):
+                round_lanes(weight[k], lanes, True, new_codes, new[k])
                 for lane in range(count):
-                    value = best_values[k, lane]
+                    value = new[k, lane]
                     values[start + k, left + lane] = value
-                    codes[start + k, left + lane] = best_codes[k, lane]
+                    codes[start + k, left + lane] = new_codes[lane]
                     errors[start + k, left + lane] = np.float32(weights[start + k, left + lane] - value)
-            scale_codes[start // BLOCK, left : left + count] = chosen[:count]
+            for lane in range(count):
+                scale_codes[start // BLOCK, left + lane] = np.uint8(chosen[lane])

@@ -1,10 +1,14 @@
 """What the kernels share. Arrays are [in, rows]: rows of the weight are independent, and a vector's lanes."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemoquant.formats import e2m1, e4m3
 from nemoquant.formats.rounding import Codes, Floats
 from nemoquant.solve.kernels import contracted_kernel, kernel
+
+Steps = NDArray[np.int32]
+"""Block scales of a trial: as wide as a float, so that choosing among both becomes vectors."""
 
 ROWS = 512
 """Rows of the weight at a time: a block of all of them stays in the first-level cache."""
@@ -57,24 +61,35 @@ def round_lanes(targets: Floats, scales: Floats, four: bool, codes: Codes, value
 
 
 @kernel
-def look_up(table: Floats, codes: Codes, numbers: Floats) -> None:
+def nearest_lanes(targets: Floats, scales: Floats, four: bool, values: Floats) -> None:
+    """The values of :func:`round_lanes` without the codes, which take longer: bytes among floats."""
+    if four:
+        for lane in range(targets.shape[0]):
+            quotient = np.float32(targets[lane] / scales[lane])
+            magnitude = np.float32(_nearest_e2m1(np.float32(abs(quotient))) * scales[lane])
+            values[lane] = -magnitude if quotient < np.float32(0) else magnitude
+    else:
+        for lane in range(targets.shape[0]):
+            code = _encode_e4m3(np.float32(targets[lane] / scales[lane]))
+            values[lane] = np.float32(_value_e4m3(code) * scales[lane])
+
+
+@kernel
+def copy_lanes(source: Floats, target: Floats) -> None:
+    """``target[:] = source``, which numba makes no vectors of."""
+    for lane in range(source.shape[0]):
+        target[lane] = source[lane]
+
+
+@kernel
+def look_up(table: Floats, codes: Codes | Steps, numbers: Floats) -> None:
     """``numbers[l] = table[codes[l]]``."""
     for lane in range(codes.shape[0]):
         numbers[lane] = table[codes[lane]]
 
 
 @kernel
-def copy_kept(kept: Codes, values: Floats, codes: Codes, best_values: Floats, best_codes: Codes) -> None:
-    """Replace the best codes by these where ``kept`` is not 0; all are [rows]."""
-    for lane in range(kept.shape[0]):
-        best_values[lane] = values[lane] if kept[lane] != 0 else best_values[lane]
-        best_codes[lane] = codes[lane] if kept[lane] != 0 else best_codes[lane]
-
-
-@kernel
-def neighbours(own: Codes, step: int, first: int, last: int, tried: Codes) -> None:
+def neighbours(own: Steps, step: int, first: int, last: int, tried: Steps) -> None:
     """``tried = own + step``, within first and last; all are [rows]."""
     for lane in range(own.shape[0]):
-        tried[lane] = np.uint8(
-            min(max(np.int32(own[lane]) + np.int32(step), np.int32(first)), np.int32(last))
-        )
+        tried[lane] = min(max(np.int32(own[lane] + np.int32(step)), np.int32(first)), np.int32(last))

@@ -7,14 +7,14 @@ experts as there are threads. Rows of a weight are independent, so a large one i
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 
 from nemoquant.calibrate.derived import weight_scale
 from nemoquant.calibrate.inputs import InputFile
@@ -26,7 +26,7 @@ from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
 from nemoquant.planning.recipe import Solve
 from nemoquant.planning.row import Row
-from nemoquant.solve.folds.layer import Folds, input_transform
+from nemoquant.solve.folds.layer import Folds, InputTransforms
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.memory import SLICE_ELEMENTS
 from nemoquant.solve.metric import Metric, gram, prepare
@@ -40,7 +40,6 @@ GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 VERSION = 2  # of the method: another one makes other codes
 SCARCE = 15.0  # how much stronger H is damped where it comes from few tokens, see `damping`
 
-Change = Callable[[NDArray[Any]], NDArray[Any]]
 Mapped = Callable[..., Iterable[Any]]
 """``map``, or that of a pool of threads."""
 
@@ -112,7 +111,10 @@ class LayerSolver:
     shared: Mapping[str, np.float32]
     threads: int
     device: Device
-    _changes: dict[tuple[int, int], Change] = field(default_factory=dict)
+
+    @cached_property
+    def _changes(self) -> InputTransforms:
+        return InputTransforms(self.folds)
 
     def run(self, rows: Sequence[Row], file: SolvedFile, done: Callable[[int], None]) -> None:
         """Solve what ``file`` does not have; ``done`` is called with the number of weights that are."""
@@ -156,21 +158,13 @@ class LayerSolver:
         return _Seen(prepare(moments, tokens, strength), tokens, digest)
 
     def _pieces(self, row: Row) -> Iterator[Floats]:
-        changed = self._changed(row)
+        changed = self._changes.of(row.module)
         scale = self.scales.get(row.module, np.float32(1))
         for piece in self.inputs.pieces(input_of(row)):
             x: Floats = np.ascontiguousarray(changed(piece), np.float32)
             if row.activation_format is not None:
                 round_trip(ARITHMETIC[row.activation_format], x, scale, x)
             yield x
-
-    def _changed(self, row: Row) -> Change:
-        """What folds make of a row's input; made once for all experts that share a matrix."""
-        fold = self.folds.get(row.name, Transform())
-        key = id(fold.right), id(fold.columns)
-        if key not in self._changes:
-            self._changes[key] = input_transform(self.folds, row.module)
-        return self._changes[key]
 
     def _work(self, row: Row, seen: _Seen) -> _Work:
         weight = folded(self.checkpoint, self.folds, row)

@@ -26,6 +26,7 @@ from nemoquant.formats.rounding import Floats
 Doubles = NDArray[np.float64]
 
 _ROWS = 1024  # tokens at a time in float64, and inputs of a strip of the Gram matrix
+_STRIP = 64  # of a strip that is copied to the other side of the diagonal: what is read stays in the cache
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Metric:
     @cached_property
     def units(self) -> Floats:
         """H / unit in float32, for products of matrices."""
-        return (self.matrix / self.unit).astype(np.float32)
+        found: Floats = np.empty(self.matrix.shape, np.float32)
+        return np.divide(self.matrix, self.unit, out=found, casting="same_kind")
 
     @cached_property
     def factor(self) -> Factor:
@@ -62,16 +64,18 @@ class Metric:
         Factored in float32, twice as fast: with a damping of 0.01, a single token and up, the objective from
         it was within 6e-6 of the exact one. In float64 where that fails.
         """
-        lower, pivots = triangular(torch.from_numpy(self.matrix), self.unit)
+        lower, pivots = triangular(torch.from_numpy(self.units), torch.from_numpy(self.matrix), self.unit)
         return Factor(lower.numpy(), pivots.numpy())
 
 
-def triangular(matrix: torch.Tensor, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
+def triangular(units: torch.Tensor, matrix: torch.Tensor, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
     """L, float32 [in, in], and D, float64 [in], of a matrix float64 [in, in], on the matrix's device.
+
+    ``units`` is matrix / unit in float32.
 
     Raises ValueError where it is not positive definite.
     """
-    found, info = torch.linalg.cholesky_ex((matrix / unit).float().flip(0, 1), upper=True)
+    found, info = torch.linalg.cholesky_ex(units.flip(0, 1), upper=True)
     if int(info):
         found, info = torch.linalg.cholesky_ex((matrix / unit).flip(0, 1), upper=True)
     if int(info):
@@ -100,9 +104,19 @@ def gram(pieces: Iterable[Floats], width: int) -> Doubles:
             for first in range(0, width, _ROWS):  # the part below the diagonal
                 last = min(first + _ROWS, width)
                 total[first:last, :last].addmm_(x[:, first:last].T, x[:, :last])
-    lower = total.numpy()
-    whole: Doubles = np.tril(lower) + np.tril(lower, -1).T
+    whole: Doubles = total.numpy()
+    for first in range(0, width, _STRIP):
+        last = min(first + _STRIP, width)
+        square = whole[first:last, first:last]
+        whole[:first, first:last] = whole[first:last, :first].T
+        square[...] = np.tril(square) + np.tril(square, -1).T
     return whole
+
+
+def gram_products(width: int) -> int:
+    """Products that :func:`gram` makes for each token: strips that end at the diagonal."""
+    strips = ((first, min(first + _ROWS, width)) for first in range(0, width, _ROWS))
+    return sum((last - first) * last for first, last in strips)
 
 
 def prepare(gram: Doubles, tokens: int, damping: float) -> Metric:

@@ -196,7 +196,7 @@ def _metrics(device: torch.device, tasks: Sequence[Task]) -> _Metrics:
     for task in tasks:
         matrix = torch.from_numpy(task.metric.matrix).to(device)
         units.append((matrix / task.metric.unit).float())
-        one, diagonal = triangular(matrix, task.metric.unit)
+        one, diagonal = triangular(units[-1], matrix, task.metric.unit)
         lower.append(one)
         pivots.append(diagonal)
     return _Metrics(torch.stack(units), torch.stack(lower), torch.stack(pivots))

@@ -19,12 +19,16 @@ from nemoquant.solve.folds.layer import Folds
 
 
 def folded(checkpoint: Checkpoint, folds: Folds, row: Row) -> Floats:
-    """A weight [out, in] as float32, with its fold."""
+    """A weight [out, in] as float32, with its fold; memory of its own.
+
+    Mapped pages are released after they were read: later they would stay.
+    """
     source = checkpoint.array(row.name)
     transform = folds.get(row.name)
-    weight = source if transform is None else transform.apply(source)
+    weight = floats(source if transform is None else transform.apply(source))
+    weight = weight.copy() if np.may_share_memory(weight, source) else weight
     checkpoint.release([row.name])
-    return floats(weight)
+    return weight
 
 
 def floats(weight: NDArray[Any]) -> Floats:

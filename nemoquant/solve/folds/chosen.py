@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.model import names
+from nemoquant.model.config import NemotronHConfig
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import Folds, layer_folds, readers
@@ -37,27 +38,26 @@ class LayerFolds:
             yield _norm_tap(row)
         if (
             ("gate" in self._kinds and row.role == "mamba.out_proj")
-            or ("latent" in self._kinds and self._has_matrix(row))
+            or ("latent" in self._kinds and has_matrix(self._config, row))
             or ("expert" in self._kinds and row.role.endswith(".down_proj"))
         ):
             yield input_of(row)
 
-    def _has_matrix(self, row: Row) -> bool:
-        if row.role != "experts.up_proj" or row.layer is None:
-            return False
-        return bool(self._config.of_layer(row.layer).moe_latent_size)
-
     def choose(self, layer: int, rows: Sequence[Row], inputs: InputFile) -> Folds:
         """The folds of one layer; ``rows`` are its quantized ones."""
         moments: dict[str, NDArray[np.float64]] = {}
-        ups = [row for row in rows if self._has_matrix(row) and input_of(row) in inputs]
+        ups = [row for row in rows if has_matrix(self._config, row) and input_of(row) in inputs]
         if "latent" in self._kinds and ups:
             width = ups[0].shape[1]
             # one matrix for all experts: what counts is its sum
             moments[ups[0].module] = gram((x for row in ups for x in inputs.pieces(input_of(row))), width)
         for row in rows:
             for tap in self._looks_at(row):
-                if tap in inputs and tap not in moments and not (self._has_matrix(row) and tap == row.module):
+                if (
+                    tap in inputs
+                    and tap not in moments
+                    and not (has_matrix(self._config, row) and tap == row.module)
+                ):
                     moments[tap] = _squares(inputs, tap, row.shape[1])
         quantized = {row.name for row in rows if _narrow(row)}
         found = layer_folds(
@@ -69,6 +69,13 @@ class LayerFolds:
         found = self._checkpoint.array(name).copy()
         self._checkpoint.release([name])
         return found
+
+
+def has_matrix(config: NemotronHConfig, row: Row) -> bool:
+    """Whether the fold ``latent`` has a matrix for this weight's input."""
+    if row.role != "experts.up_proj" or row.layer is None:
+        return False
+    return bool(config.of_layer(row.layer).moe_latent_size)
 
 
 def _narrow(row: Row) -> bool:

@@ -24,6 +24,7 @@ from nemoquant.solve.folds.transform import Exponents, Matrix, Transform, expone
 
 Folds: TypeAlias = dict[str, Transform]  # by the tensor's name; others stay as they are
 NO_FOLDS: Folds = {}  # never changed
+Change: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
 
 KINDS = ("norm", "gate", "latent", "expert")
 _READERS = (
@@ -185,11 +186,26 @@ def _floats(weight: NDArray[Any]) -> NDArray[np.float32]:
     return widen(weight).astype(np.float32)
 
 
-def input_transform(folds: Mapping[str, Transform], module: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
+class InputTransforms:
+    """:func:`input_transform` of the modules of some folds: one for all that share a matrix."""
+
+    def __init__(self, folds: Mapping[str, Transform]) -> None:
+        self._folds = folds
+        self._made: dict[tuple[int, int], Change] = {}
+
+    def of(self, module: str) -> Change:
+        fold = self._folds.get(f"{module}.weight", Transform())
+        key = id(fold.right), id(fold.columns)
+        if key not in self._made:
+            self._made[key] = input_transform(self._folds, module)
+        return self._made[key]
+
+
+def input_transform(folds: Mapping[str, Transform], module: str) -> Change:
     """What the input of a module becomes: a function of float32 or float64 [tokens, in], a new array.
 
     ``x' = (x @ right^-T) * 2^-columns``. It is linear in each row, so with it ``f(f(H).T)`` are the folded
-    second moments. All routed experts of a layer share it: make it once for them.
+    second moments. All routed experts of a layer share it: see :class:`InputTransforms`.
     """
     transform = folds.get(f"{module}.weight", Transform())
     right = transform.right
