@@ -25,7 +25,7 @@ from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.quantized.packed import fake_quantize
-from nemoquant.shipped import calibration_data, evaluation_data, recipe_folder
+from nemoquant.shipped import calibration_data, evaluation_data
 from nemoquant.solve.folds import choose
 from nemoquant.solve.folds import layer as layers
 from nemoquant.solve.folds.transform import Transform, widen
@@ -166,9 +166,7 @@ def main() -> None:
         seen = observe(config, plain, calibration, squares=True)
         log_p = [torch.log_softmax(y[:, :-1].double(), -1) for y in run(model(config, plain), rows, None)]
         for recipe in given.recipe:
-            plan = resolve(
-                load_recipe(recipe_folder() / f"{recipe}.yaml"), config, source.table, assumed=False
-            )
+            plan = resolve(load_recipe(recipe), config, source.table, assumed=False)
             quantized = {row.name for row in plan.quantized if row.number.weight_bits < 8}
             base: dict[str, Tensor] = {}
             for kinds in CHOICES:

@@ -3,15 +3,19 @@
     python -m bench.methods demo nvfp4-full nvfp4-full:method=max nvfp4:damping=1,folds=latent --rows 32
     python -m bench.methods nano fp8 fp8:method=max --first 32 --rows 64 --json FILE
 
-`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times as
-large. A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
-damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are
-the first ones, as by default). Each is quantized, and its logits are compared with the source's on the same
-rows of the evaluation text, both in float32 as `nemoquant diff` does. Differences from the first variant are
-paired over rows: their mean, and its standard error.
+`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times
+as large. A variant is a preset and what is changed of it: method, folds (with + between them, or none),
+descent, damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration
+rows; 0 are the first ones, as by default). Each is quantized by a process of its own, whose processor time
+and peak memory are printed. Its logits are compared with the source's on the same rows of the evaluation
+text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over rows:
+their mean, and its standard error.
 """
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +28,6 @@ import numpy as np
 import torch
 import yaml
 
-from nemoquant import api
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel
@@ -80,15 +83,8 @@ def calibration_rows(source: Path, count: int, length: int, seed: int) -> np.nda
 
 
 def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, Any]:
-    """Quantize by a variant; returns its time, memory and what it solved."""
+    """Quantize by a variant, in a process of its own; returns what that took."""
     preset, keys = variant(text)
-    options: dict[str, Any] = {}
-    if "method" in keys:
-        options["method"] = keys["method"]
-    if "descent" in keys:
-        options["descent"] = int(keys["descent"])
-    if "folds" in keys:
-        options["folds"] = [] if keys["folds"] == "none" else keys["folds"].split("+")
     recipe: str | Path = preset
     if "damping" in keys:
         data = load_recipe(preset).dump()
@@ -97,16 +93,34 @@ def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, An
         parse_recipe(data)
         recipe = scratch / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(data))
+    options = [f"--{key}={keys[key]}" for key in ("method", "descent") if key in keys]
+    if "folds" in keys:
+        options.append(f"--folds={keys['folds'].replace('+', ',')}")
     if keys.keys() & {"calib", "tokens", "seed"}:
         rows = calibration_rows(
             source, int(keys.get("calib", 32)), int(keys.get("tokens", LENGTH)), int(keys.get("seed", 0))
         )
-        options["data"] = scratch / "rows.npy"
-        np.save(options["data"], rows)
-    began, busy = time.monotonic(), time.process_time()
-    result = api.quantize(source, out, recipe, progress=False, **options)
-    took = {"seconds": time.monotonic() - began, "processor_seconds": time.process_time() - busy}
-    return took | {"recipe": result.plan.recipe.name, "bits": result.plan.bits_per_weight}
+        np.save(scratch / "rows.npy", rows)
+        options += [
+            f"--calib={scratch / 'rows.npy'}",
+            f"--rows={rows.shape[0]}",
+            f"--seq-len={rows.shape[1]}",
+        ]
+    command = [sys.executable, "-m", "nemoquant", "quantize", source, out, "--recipe", recipe, *options]
+    began = time.monotonic()
+    with (scratch / "said").open("w+") as said:
+        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{text}: {said.read()}")
+    return {
+        "seconds": time.monotonic() - began,
+        "processor_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
+        "bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+    }
 
 
 @click.command()
@@ -140,7 +154,7 @@ def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file
             click.echo(
                 f"{model} {text:<44} KL {kl.mean():.5f}  {paired.mean():+.5f} +- {error:.5f}  ppl "
                 f"{np.exp(np.mean(results[text]['nll'])):.3f}  top-1 {np.mean(results[text]['top1']):.4f}  "
-                f"{made['processor_seconds']:.1f} s of CPU"
+                f"{made['processor_seconds']:.1f} s of CPU, {made['peak_bytes'] / 1e9:.2f} GB"
             )
     if json_file:
         json_file.write_text(json.dumps({"model": model, "first": first, "rows": rows, "variants": results}))

@@ -174,8 +174,7 @@ class _Run:
         for batch, (output, finite, collected) in zip(batches, observed, strict=True):
             lost = [row for row, good in zip(batch, finite, strict=True) if not good]
             if lost:
-                self.alive[lost] = False
-                self._check_finite(i)
+                self._lose(lost, i)
             self.hidden.write([row for row, good in zip(batch, finite, strict=True) if good], output)
             self._add(collected)
         self.checkpoint.check_unchanged()  # after the layer was read: its results are kept next
@@ -189,6 +188,9 @@ class _Run:
         observers = [collector.observer() for collector in self.collectors]
         for batch in self.batches(1):
             x = rms_norm(self.hidden.read(batch).to(self.device), norm, self.config.norm_eps).flatten(0, 1)
+            if not torch.isfinite(x).all():
+                self._lose(batch, None)
+                continue
             for observer in observers:
                 observer.observe(names.HEAD, x)
         self._add([observer.collect() for observer in observers])
@@ -200,16 +202,16 @@ class _Run:
         for collector, part in zip(self.collectors, collected, strict=True):
             collector.add(part)
 
-    def _check_finite(self, layer: int) -> None:
-        """Raise an error if too few rows are still finite after ``layer``."""
+    def _lose(self, lost: list[int], layer: int | None) -> None:
+        """Leave rows out that came to NaN or Inf in ``layer``, None for the head; too many are an error."""
+        self.alive[lost] = False
         dead = self.dead
         if len(dead) <= MAX_NON_FINITE * len(self.alive):
             return
+        here = f"{names.FINAL_NORM}." if layer is None else names.layer(layer)
         damaged = [
             weights.prefix + name
-            for weights in (
-                LayerWeights(self.checkpoint, p) for p in (f"{names.EMBEDDINGS}.", names.layer(layer))
-            )
+            for weights in (LayerWeights(self.checkpoint, p) for p in (f"{names.EMBEDDINGS}.", here))
             for name, weight in weights.items()
             if not torch.isfinite(weight).all()
         ]
@@ -218,12 +220,29 @@ class _Run:
                 f"{listing(damaged)} has NaN or Inf; expected finite weights, the source is damaged: "
                 f"download or convert it again, or train it again if it left training so"
             )
+        states = self.hidden.read(lost[:1])  # as they came into the layer: lost rows are not written
+        where = "head" if layer is None else f"layer {layer} ({self.config.layers[layer]})"
+        first = f"the input of {names.HEAD}" if layer is None else self._first_non_finite(layer, states)
+        advice = "is the source damaged?" if states.dtype == torch.float32 else "try --compute float32"
         raise CalibrationError(
-            f"layer {layer} ({self.config.layers[layer]}): NaN or Inf in {len(dead)} of {len(self.alive)} "
-            f"rows ({listing(dead)}), more than "
-            f"{MAX_NON_FINITE:.0%}; expected finite activations, the layer's weights are finite: try "
-            f"--compute float32"
+            f"{where}: NaN or Inf in {len(dead)} of {len(self.alive)} rows ({listing(dead)}), more than "
+            f"{MAX_NON_FINITE:.0%}, first in {first}; expected finite activations, the layer's weights are "
+            f"finite: {advice}"
         )
+
+    def _first_non_finite(self, layer: int, states: Tensor) -> str:
+        """Where rows [rows, length, hidden] first come to NaN or Inf in a layer, in words."""
+        found: list[str] = []
+
+        def tap(name: str, x: Tensor) -> Tensor:
+            if not torch.isfinite(x).all():
+                found.append(name)
+            return x
+
+        weights = LayerWeights(self.checkpoint, names.layer(layer))
+        config, kind = self.config.of_layer(layer), self.config.layers[layer]
+        layer_forward(config, kind, weights, states.to(self.device), None, prefixed(tap, weights.prefix))
+        return f"the input of {found[0]}" if found else "the layer's output"
 
 
 def observe(

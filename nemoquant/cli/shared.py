@@ -199,7 +199,7 @@ def method_options(function: F) -> F:
         run_option(
             "descent",
             type=whole(0, MOST_DESCENT),
-            help="Sweeps of coordinate descent after gptq; each takes about as long as gptq itself.",
+            help="Sweeps of coordinate descent after gptq or hess; each takes about as long as gptq itself.",
         ),
         run_option(
             "folds",

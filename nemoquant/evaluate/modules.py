@@ -10,7 +10,7 @@ So modules of one layer are separated, and an error counts by its part that reac
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -133,16 +133,8 @@ class ModuleNoise:
             input=_quantized(list(self.inputs.values())),
             effect=effect,
             experts=self._experts() if module.specs and module.specs[0].expert is not None else None,
-            solved=self._solved(candidate),
+            solved=solved_of(candidate, [self]),
         )
-
-    def _solved(self, candidate: CandidateCheckpoint) -> Solved | None:
-        found = [candidate.solved[spec.name] for spec in self.module.specs if spec.name in candidate.solved]
-        if not found:
-            return None
-        objective, plain = (math.fsum(record[key] for record in found) for key in ("objective", "plain"))
-        methods = Counter(record["method"] for record in found)
-        return Solved(methods=dict(methods), error_of_plain=objective / plain if plain else None)
 
     def _cache_bytes(self, candidate: CandidateCheckpoint) -> int:
         """Bytes of the scales of a KV cache."""
@@ -164,6 +156,17 @@ class ModuleNoise:
             input_saturated=[None if n is None else n.saturated / n.count for n in by_expert],
             worst_expert=min(finite)[1] if finite else None,
         )
+
+
+def solved_of(candidate: CandidateCheckpoint, noises: Iterable[ModuleNoise]) -> Solved | None:
+    """How the weights of modules were solved for, all together; None where none was."""
+    specs = [spec for noise in noises for spec in noise.module.specs]
+    found = [candidate.solved[spec.name] for spec in specs if spec.name in candidate.solved]
+    if not found:
+        return None
+    objective, plain = (math.fsum(record[key] for record in found) for key in ("objective", "plain"))
+    methods = Counter(record["method"] for record in found)
+    return Solved(methods=dict(methods), error_of_plain=objective / plain if plain else None)
 
 
 def _quantized(parts: list[Noise]) -> Quantized | None:

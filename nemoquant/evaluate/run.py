@@ -31,6 +31,7 @@ from nemoquant.evaluate.modules import (
     ModuleNoise,
     effects,
     sample,
+    solved_of,
     weight_noise,
 )
 from nemoquant.evaluate.origin import Origin
@@ -196,6 +197,7 @@ def _embedding(side: Side, rows: Rows, stage: Stage) -> None:
             alone=energy.result(),
             routing=None,
             ssm_state=None,
+            solved=solved_of(side.candidate, noises),
         )
     )
 
@@ -256,6 +258,7 @@ def _layer(side: Side, source: Source, before: Tensor, stage: Stage, what: str) 
             alone=alone.result(),
             routing=flips,
             ssm_state=None if state is None else state_error.result(),
+            solved=solved_of(candidate, noises),
         )
     )
 
@@ -286,6 +289,7 @@ def _head_modules(side: Side, source: Source, before: Tensor, logits: Energy) ->
             alone=alone.result(),
             routing=None,
             ssm_state=None,
+            solved=solved_of(side.candidate, noises),
         )
     )
 

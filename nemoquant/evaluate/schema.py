@@ -110,6 +110,16 @@ class Routing(_Part):
     tokens_per_expert_reference: list[int]
 
 
+class Solved(_Part):
+    """How the codes of a module's or layer's weights were found, where its quantize run noted it."""
+
+    methods: dict[str, int]
+    """Number of weights by method; fewer have the planned one where a plain one was better, or no token was seen."""
+    error_of_plain: NotNegative | None
+    """Error in outputs (of all weights together) on the calibration's inputs, over that of the plain method (mse for NVFP4, else max). Null where nothing was seen.
+    The SQNR of the weights says less of such codes: it falls while the outputs come nearer."""
+
+
 class Layer(_Part):
     """One layer, or the embedding before the first, or the final norm and head after the last."""
 
@@ -128,6 +138,8 @@ class Layer(_Part):
     """MoE layers only."""
     ssm_state: Error | None
     """Mamba-2 layers only: of the scan's state after the last position of the rows, in the candidate's own stream."""
+    solved: Solved | None
+    """Of all its weights that were solved for; null where there are none."""
 
 
 class Quantized(_Part):
@@ -150,16 +162,6 @@ class Experts(_Part):
     input_saturated: list[Share | None]
     worst_expert: int | None
     """With the lowest weight SQNR; null where no weight has an error."""
-
-
-class Solved(_Part):
-    """How the codes of a module's weights were found, where its quantize run noted it."""
-
-    methods: dict[str, int]
-    """Number of weights by method; fewer have the planned one where a plain one was better, or no token was seen."""
-    error_of_plain: NotNegative | None
-    """Error in outputs on the calibration's inputs, over that of the plain method (mse for NVFP4, else max). Null where nothing was seen.
-    The SQNR of the weights says less of such codes: it falls while the outputs come nearer."""
 
 
 class Module(_Part):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nemoquant.formats import CacheFormat, Method
+from nemoquant.formats import SOLVED, CacheFormat, Method
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
@@ -178,12 +178,20 @@ class Plan:
         return html_table(f"{self.recipe.name}: {self.sizes()}", header, cells, right=(3, 4))
 
 
-def method_warnings(plan: Plan, method: Method | None) -> list[str]:
-    """For a user who asked for one method for all weights: which got another, a line a format."""
+def method_warnings(plan: Plan, method: Method | None, descent: int | None) -> list[str]:
+    """For a user who asked for one method for all weights, or for sweeps: what does not follow it.
+
+    A line for each format whose weights get another method, and one where nothing is swept.
+    """
     others = Counter(
         (row.format, row.scale_method) for row in plan.quantized if method not in (None, row.scale_method)
     )
-    return [
+    warnings = [
         f"--method {method}: {count:,} {form.upper()} weights get {got}, the nearest that {form.upper()} has"
         for (form, got), count in others.items()
     ]
+    if descent is not None and not any(row.solved for row in plan.quantized):
+        warnings.append(
+            f"--descent {descent}: has no effect, no weight gets {' or '.join(SOLVED)}, whose codes are swept"
+        )
+    return warnings

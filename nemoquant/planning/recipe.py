@@ -16,7 +16,7 @@ rules:                                  # first match wins; every tensor must be
   - roles: ["*"]
     format: source
 kv_cache: fp8                           # source or fp8
-solve: {damping: 0.5, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
+solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
 folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
 
 With ``extends: nvfp4`` (a preset, or a file by its path from this one) a recipe says only what differs: its

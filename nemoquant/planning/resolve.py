@@ -20,11 +20,13 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
+from typing import Literal
 
 from nemoquant.errors import RecipeError, brief, listing
-from nemoquant.formats import FORMATS
+from nemoquant.formats import FORMATS, Format, FormatName, Method
 from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.nested import TOWER
@@ -63,13 +65,10 @@ def resolve(
     """
     own = [spec for spec in table if spec.role != TOWER]
     recipe, claims = _claim(recipe, _Index(config, own))
-    reasons = [f"rule {number}: {rule}" for number, rule in enumerate(recipe.rules, 1)]
-    rows = [
-        _row(spec, rule, reasons[number - 1], scale_groups)
-        for spec, (number, rule) in zip(own, claims, strict=True)
-    ]
+    given = [_Given.of(number, rule, scale_groups) for number, rule in enumerate(recipe.rules, 1)]
+    rows = [given[number - 1].row(spec) for spec, number in zip(own, claims, strict=True)]
     _check_allowed(rows)
-    _check_kept(rows, [rule for _, rule in claims])
+    _check_kept(rows, [given[number - 1].kept_dtype for number in claims])
     _check_divisible(rows)
     _check_fused(rows)
     rows += [_tower(spec) for spec in table if spec.role == TOWER]
@@ -178,8 +177,8 @@ class _Index:
         return [i for name in found for i in self.named[name]]
 
 
-def _claim(recipe: Recipe, index: _Index) -> tuple[Recipe, list[tuple[int, Rule]]]:
-    """For each tensor the first rule that matches it, with the rule's number (from 1) in the recipe returned.
+def _claim(recipe: Recipe, index: _Index) -> tuple[Recipe, list[int]]:
+    """For each tensor the number (from 1) of the first rule that matches it, in the recipe returned.
 
     That is ``recipe`` without those of its inherited rules that have nothing left to do.
     """
@@ -224,33 +223,56 @@ def _claim(recipe: Recipe, index: _Index) -> tuple[Recipe, list[tuple[int, Rule]
         )
     kept = [number for number in range(1, len(recipe.rules) + 1) if number not in idle]
     place = {number: i for i, number in enumerate(kept, 1)}
-    return recipe.without(idle), [
-        (place[number], recipe.rules[number - 1]) for number in claims if number is not None
-    ]
+    return recipe.without(idle), [place[number] for number in claims if number is not None]
 
 
 def _roles(rule: Rule) -> set[str]:
     return {role for glob in rule.roles for role in _matching(glob, ROLES)}
 
 
-def _row(spec: TensorSpec, rule: Rule, reason: str, scale_groups: bool) -> Row:
-    form = rule.number
-    shares_weight = scale_groups and form is not None and form.global_scale
-    shares_input = scale_groups and form is not None and form.calibrated and rule.activation_format
-    return Row(
-        name=spec.name,
-        role=spec.role,
-        layer=spec.layer,
-        expert=spec.expert,
-        shape=spec.shape,
-        source_dtype=spec.dtype,
-        format=rule.stored,
-        scale_method=None if form is None else rule.scales,
-        activation_format=rule.activation_format,
-        weight_group=_weight_group(spec) if shares_weight else None,
-        input_group=_input_group(spec) if shares_input else None,
-        reason=reason,
-    )
+@dataclass(frozen=True)
+class _Given:
+    """What a rule gives to each of its tensors: found once for a rule, which may have tens of thousands."""
+
+    form: Format | None
+    stored: Literal["source", FormatName]
+    method: Method | None
+    activation_format: FormatName | None
+    kept_dtype: str | None
+    shares_weight: bool
+    shares_input: bool
+    reason: str
+
+    @classmethod
+    def of(cls, number: int, rule: Rule, scale_groups: bool) -> "_Given":
+        form, activation_format = rule.number, rule.activation_format
+        calibrated = form is not None and form.calibrated and activation_format is not None
+        return cls(
+            form=form,
+            stored=rule.stored,
+            method=None if form is None else rule.scales,
+            activation_format=activation_format,
+            kept_dtype=rule.kept_dtype,
+            shares_weight=scale_groups and form is not None and form.global_scale,
+            shares_input=scale_groups and calibrated,
+            reason=f"rule {number}: {rule}",
+        )
+
+    def row(self, spec: TensorSpec) -> Row:
+        return Row(
+            name=spec.name,
+            role=spec.role,
+            layer=spec.layer,
+            expert=spec.expert,
+            shape=spec.shape,
+            source_dtype=spec.dtype,
+            format=self.stored,
+            scale_method=self.method,
+            activation_format=self.activation_format,
+            weight_group=_weight_group(spec) if self.shares_weight else None,
+            input_group=_input_group(spec) if self.shares_input else None,
+            reason=self.reason,
+        )
 
 
 def _tower(spec: TensorSpec) -> Row:
@@ -299,12 +321,12 @@ def _check_allowed(rows: list[Row]) -> None:
             )
 
 
-def _check_kept(rows: list[Row], rules: list[Rule]) -> None:
+def _check_kept(rows: list[Row], dtypes: list[str | None]) -> None:
     """What a recipe says is bf16, and not just as the source has it, is bf16 there."""
     wrong = [
         f"{row.name} is {row.source_dtype} ({row.reason})"
-        for row, rule in zip(rows, rules, strict=True)
-        if rule.kept_dtype not in (None, row.source_dtype)
+        for row, dtype in zip(rows, dtypes, strict=True)
+        if dtype not in (None, row.source_dtype)
     ]
     if wrong:
         raise RecipeError(

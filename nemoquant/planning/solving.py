@@ -5,4 +5,4 @@ from typing import Literal, get_args
 FoldName = Literal["latent", "norm", "gate", "expert"]
 FOLDS: tuple[FoldName, ...] = get_args(FoldName)
 MOST_DESCENT = 16
-DAMPING, DESCENT = 0.5, 1  # found on the trained models, see docs/accuracy.md
+DAMPING, DESCENT = 0.1, 1  # found on the trained models, see docs/accuracy.md

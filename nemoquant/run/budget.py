@@ -80,11 +80,14 @@ def budget(
             what = f"{row_count} of {part.length} tokens in a layer of kind {kind}"
             needed[what] = held + weights + batch_bytes(plan.config, kind, part)
     if batch is not None and plan.needs_inputs:
-        from nemoquant.solve.memory import solve_bytes
+        from nemoquant.solve.memory import fold_bytes, solve_bytes
 
         name, solving = solve_bytes(plan, threads)
         if solving:
             needed[f"solving {name} with {threads} thread{'s' * (threads > 1)}"] = held + solving
+        name, folding = fold_bytes(plan)
+        if folding:
+            needed[f"choosing folds of {name}"] = held + folding
     most = max(needed, key=lambda what: needed[what])
     if memory is not None and needed[most] > memory:
         hint = ", or shorter rows" * (batch is not None) + ", or a smaller --row-batch" * (

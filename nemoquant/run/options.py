@@ -107,7 +107,7 @@ class RunOptions:
             ``hess`` or ``gptq``; a format without it takes the nearest. All but the last two need no inputs,
             and drop the recipe's folds.
         folds: instead of the recipe's own; an empty sequence is none.
-        descent: sweeps of coordinate descent after ``gptq``.
+        descent: sweeps of coordinate descent after ``gptq`` and ``hess``.
         on: where to compute: ``local``, this process; ``ray``, a cluster (extra ``ray``).
         address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
         resume: continue what an earlier run with the same options left in OUT.partial; start from the

@@ -37,8 +37,8 @@ from nemoquant.solve.store import Record, SolvedFile, Stored
 from nemoquant.solve.taps import input_of
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
-VERSION = 1  # of the method: another one makes other codes
-SCARCE = 2.0  # how much stronger H is damped where it comes from few tokens, see `damping`
+VERSION = 2  # of the method: another one makes other codes
+SCARCE = 15.0  # how much stronger H is damped where it comes from few tokens, see `damping`
 
 Mapped = Callable[..., Iterable[Any]]
 """``map``, or that of a pool of threads."""
@@ -80,10 +80,11 @@ def units(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def damping(base: float, width: int, tokens: int) -> float:
-    """How strongly H [width, width] from so many tokens is damped: ``base * (1 + 2 * width / tokens)``.
+    """How strongly H [width, width] from so many tokens is damped: ``base * (1 + 15 * width / tokens)``.
 
-    H's own error grows with width / tokens. Found on the trained models (docs/accuracy.md): 0.5 was best at
-    4,096 tokens an expert, 2 at 128, where widths are 96 and 256.
+    H's own error grows with width / tokens. Found with the trained models, on tokens that were not solved for
+    (docs/accuracy.md): the least error is near 0.1 where an expert has 4,096 tokens, near 1 to 3 where it has
+    about as many as the width.
     """
     return base * (1 + SCARCE * width / max(1, tokens))
 

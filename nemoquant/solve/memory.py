@@ -12,6 +12,8 @@ SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
 _METRIC = 40  # bytes an element of H: sums and H in float64, and its factor in passing; measured 38
 _SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes
 _WEIGHT = 6  # bytes an element of a whole weight: float32, codes, block scales
+_COPIES = 2  # of a weight that a fold is chosen by: in the page cache, and its own
+_MOMENTS = 80  # bytes an element of a latent layer's second moments, in float64, while M is found
 _PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64
 
 
@@ -31,10 +33,29 @@ def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
         )
         if needed > most:
             most, name = needed, row.module
-    if "latent" in plan.recipe.folds:
-        moe = (plan.config.of_layer(i) for i, kind in enumerate(plan.config.layers) if kind == "moe")
-        most += sum(2 * 4 * own.moe_latent_size**2 for own in moe)  # M and its inverse of every layer
-    return name, most
+    return name, most + _matrices(plan) if most else 0
+
+
+def fold_bytes(plan: Plan) -> tuple[str, int]:
+    """The module that takes most memory while folds are chosen, and how many bytes beside the run's own."""
+    rows = [row for row in plan.quantized if row.layer is not None] if plan.recipe.folds else []
+    most = max(rows, key=lambda row: row.bytes_in, default=None)
+    if most is None:
+        return "", 0
+    return most.module, _COPIES * most.bytes_in + _MOMENTS * max(_latents(plan), default=0) + _matrices(plan)
+
+
+def _matrices(plan: Plan) -> int:
+    """Bytes of M and its inverse of every layer, which are kept until they are packed."""
+    return sum(2 * 4 * elements for elements in _latents(plan))
+
+
+def _latents(plan: Plan) -> list[int]:
+    """Elements of M of each layer that may get one."""
+    if "latent" not in plan.recipe.folds:
+        return []
+    moe = (plan.config.of_layer(i) for i, kind in enumerate(plan.config.layers) if kind == "moe")
+    return [own.moe_latent_size**2 for own in moe]
 
 
 def input_bytes(plan: Plan, batch: Batch) -> int:

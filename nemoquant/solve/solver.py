@@ -157,8 +157,8 @@ def better(
 
 
 def _turned(rows: np.ndarray) -> np.ndarray:
-    """[rows, in] as contiguous [in, rows]; and back."""
-    return np.ascontiguousarray(rows.T)
+    """[rows, in] as contiguous [in, rows], and back; its own memory, a single row or column of it too."""
+    return np.array(rows.T, order="C")
 
 
 def decoded(format: FormatName, encoded: Encoded, scale: np.float32, rows: slice) -> Floats:

@@ -33,8 +33,8 @@ def folded(checkpoint: Checkpoint, folds: Folds, row: Row) -> Floats:
 
 def floats(weight: NDArray[Any]) -> Floats:
     """bf16 patterns, float16 or float32 -> float32, C-contiguous."""
-    if weight.dtype == np.uint16:
-        weight = (weight.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if weight.dtype == np.uint16:  # at once: a head's patterns as integers would take as much again
+        weight = np.left_shift(weight, np.uint32(16), dtype=np.uint32).view(np.float32)
     return np.ascontiguousarray(weight, np.float32)
 
 

@@ -228,9 +228,44 @@ def test_rows_with_nan_are_counted_and_left_out(bad, row_batch, make_checkpoint)
 
 def test_too_many_rows_with_nan(make_checkpoint):
     with pytest.raises(
-        CalibrationError, match=r"layer 3 \(mlp\): NaN or Inf in 4 of 20 rows \(0, 1, 2, 3\), more than 10%"
+        CalibrationError,
+        match=r"layer 3 \(mlp\): NaN or Inf in 4 of 20 rows \(0, 1, 2, 3\), more than 10%, first in the "
+        r"input of backbone\.layers\.3\.mixer\.down_proj; .* is the source damaged\?",
     ):
         run(make_checkpoint("huge", huge), with_token_95([]))  # stopped after the first four
+    with pytest.raises(CalibrationError, match=r"first in the layer's output; .* try --compute float32"):
+        run(make_checkpoint("last", last_product), with_token_95([]), dtype=torch.bfloat16)
+
+
+def last_product(tensors):
+    """Finite weights and inputs, a layer whose last product overflows."""
+    tensors["backbone.layers.3.mixer.down_proj.weight"].mul_(1e20)
+    tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e10)
+
+
+def head_of_token_95(tensors):
+    """Only token 95 has channel 0, whose part of the head's input overflows."""
+    tensors["backbone.embeddings.weight"][:95, 0] = 0
+    tensors["backbone.embeddings.weight"][95, 0] = 50
+    last = ("mixer.out_proj", "o_proj", "mixer.down_proj", "shared_experts.down_proj", "fc2_latent_proj")
+    for name, weight in tensors.items():
+        if name.removesuffix(".weight").endswith(last):
+            weight[0] = 0  # of all that a layer adds to this channel
+    tensors["backbone.norm_f.weight"][0] = 3e38
+
+
+def test_the_input_of_the_head_is_finite_too(make_checkpoint):
+    """The final norm's weight is finite, its product is not."""
+    source = make_checkpoint("head", head_of_token_95)
+    found = run(source, with_token_95([0, 7]))
+    clean = run(source, Rows(np.delete(with_token_95([0, 7]).ids, [0, 7], 0), "rows", 0))
+    assert (found.non_finite_rows, clean.non_finite_rows) == (2, 0)
+    assert found.input_amax["lm_head"] == clean.input_amax["lm_head"]
+    with pytest.raises(
+        CalibrationError,
+        match=r"head: NaN or Inf in 3 of 20 rows \(0, 1, 2\), more than 10%, first in the input of lm_head;",
+    ):
+        run(source, with_token_95([0, 1, 2]))
 
 
 def huge(tensors):

@@ -70,6 +70,14 @@ def test_it_is_written_verified_and_compared(options, make, source, token_rows):
     (found,) = json.loads(nemoquant(*compared).stdout)["candidates"]
     assert found["warnings"] == []
     assert found["recipe"] == recipe["name"]
+    units = json.loads((out / SOLVED).read_text())["units"]
+    for layer in found["layers"]:
+        here = [unit for name, unit in units.items() if f".layers.{layer['name']}." in name]
+        assert (layer["solved"] is None) == (not here)
+        if here:
+            error, plain = (sum(sum(unit[key]) for unit in here) for key in ("objective", "plain"))
+            assert layer["solved"]["error_of_plain"] == pytest.approx(error / plain)
+            assert sum(layer["solved"]["methods"].values()) == sum(len(unit["method"]) for unit in here)
 
 
 def test_codes_alone_differ_from_those_of_method_max(make):

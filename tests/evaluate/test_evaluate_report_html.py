@@ -13,6 +13,8 @@ from support.processes import run_python
 from support.report_data import ENTITY, IMAGE, SCRIPT, SHAPES, hostile, report
 
 from nemoquant.evaluate.report import html
+from nemoquant.evaluate.report.markdown import markdown
+from nemoquant.evaluate.schema import Report
 
 
 class Page(HTMLParser):
@@ -109,10 +111,22 @@ def test_data_is_reduced_but_right() -> None:
     assert layers[2]["load_change"] == [-10, 10, -10, 10]  # 100 x its relative error of 0.1
     assert (layers[2]["alone"], layers[2]["stream"], layers[2]["state"]) == (0.1, 0.05, None)
     assert layers[1]["state"] == 0.0166667  # 0.05 / 3 in six digits
+    assert layers[1]["of_plain"] == 0.5 and layers[0]["of_plain"] is None
     up = next(m for m in modules if m["role"] == "experts.up_proj")
     assert (up["expert"], up["expert_db"], up["expert_median_db"]) == (0, 20.0, 20.1852)
     cache = next(m for m in modules if m["role"] == "kv_cache")
     assert (cache["weight_db"], cache["input_db"], cache["expert"]) == (None, 21.95, None)
+
+
+def test_what_solving_won_by_layer_is_told_in_text() -> None:
+    data = report().model_dump()
+    layers = data["candidates"][1]["layers"]
+    layers[2]["solved"]["error_of_plain"], layers[3]["solved"]["error_of_plain"] = 0.25, 0.9
+    told = "Of plain rounding's error in outputs solving left 25% (layer 1) to 90% (layer 2)."
+    assert told in markdown(Report.model_validate(data))
+    for layer in layers:
+        layer["solved"] = None
+    assert "solving left" not in markdown(Report.model_validate(data)).split("## ")[2]
 
 
 def test_nothing_in_a_report_becomes_markup() -> None:

@@ -12,10 +12,13 @@ from support import modelopt_recipes, modelopt_run
 from support.places import SUPER
 
 from nemoquant import api
+from nemoquant.api.look import resolved
 from nemoquant.errors import MissingExtraError, RecipeError
 from nemoquant.planning.modelopt import library
 from nemoquant.planning.modelopt.recognise import is_theirs
 from nemoquant.planning.recipe import load_recipe, presets
+from nemoquant.run.options import RunOptions
+from nemoquant.sources.source import open_source
 
 WHOLE = """\
 metadata: {recipe_type: ptq, description: 'Experts in NVFP4.'}
@@ -255,6 +258,54 @@ def test_a_loader_that_ends_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert library.ask(tmp_path, False) == {"refused": "it did not end within 0.2 s"}
 
 
+STAND_IN = """\
+from types import SimpleNamespace
+
+print("as Model Optimizer does")
+try:
+    import transformers
+    QuantModuleRegistry = {"nn.Linear": 1, "hf.Falcon": 1}
+except ImportError:
+    QuantModuleRegistry = {"nn.Linear": 1}
+
+
+def load_recipe(path):
+    entry = SimpleNamespace(quantizer_name="*", parent_class=path.read_text(), enable=False, cfg=None)
+    quantize = SimpleNamespace(quant_cfg=[entry], algorithm="max")
+    return SimpleNamespace(description=", ".join(sorted(QuantModuleRegistry)), quantize=quantize)
+
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("parent", "answer"),
+    [
+        ("nn.Linear", "nn.Linear"),
+        ("hf.Falcon", "hf.Falcon, nn.Linear"),
+        ("hf.Nothing", "UnknownClassError: parent_class 'hf.Nothing' is not a class that it quantizes"),
+    ],
+)
+def test_other_libraries_are_loaded_where_a_recipe_names_their_classes(
+    parent: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a package that stands in for Model Optimizer; of the real one all 150 files gave equal answers."""
+    for name in ("transformers", "modelopt", *(f"modelopt/{n}" for n in ("recipe", "torch"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    for name in ("torch/quantization/__init__.py", "torch/quantization/nn.py", "recipe/__init__.py"):
+        (tmp_path / "modelopt" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "modelopt" / name).write_text(STAND_IN)
+    (tmp_path / "modelopt/recipe/loader.py").write_text("load_config = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text(parent)
+    found = library.ask(recipe, False)
+    assert found.get("description", found.get("refused")) == answer
+    if "entries" in found:
+        assert found["entries"] == [{"pattern": "*", "parent": parent, "enable": False, "cfg": None}]
+
+
 def test_a_plan_and_its_warnings(tmp_path: Path, asked: list[tuple[Path, bool]]) -> None:
     made = api.plan(SUPER, write(tmp_path, WHOLE), method="mse")
     assert {row.scale_method for row in made.quantized} == {"mse"}
@@ -281,10 +332,10 @@ class TestModelOptimizer:
 
     def test_all_that_it_ships_end_in_a_plan_or_in_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, "ask", modelopt_recipes.ask)
-        plans, refused = [], []
+        model, plans, refused = open_source(SUPER), [], []
         for name in modelopt_recipes.shipped():
             try:
-                api.plan(SUPER, f"modelopt:{name}")
+                resolved(model, f"modelopt:{name}", RunOptions())  # all of api.plan but opening the model
                 plans.append(name)
             except RecipeError as error:
                 assert "\n" not in str(error)

@@ -8,7 +8,7 @@ from support.places import DEMO, ROOT
 
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
-from nemoquant.solve.memory import input_bytes, solve_bytes, solved_bytes
+from nemoquant.solve.memory import fold_bytes, input_bytes, solve_bytes, solved_bytes
 
 WIDTH, OUT = 2048, 1024
 MEASURE = f"""
@@ -58,3 +58,41 @@ def test_experts_are_counted_by_thread_and_dense_weights_once():
     assert one < solve_bytes(plan, threads=2)[1] < 2 * one
     many, memory = solve_bytes(plan, threads=32)
     assert ".experts." in many and memory > 4 * one
+
+
+def test_folds_alone_are_counted_too():
+    """With a method that needs no inputs nothing is solved, and the folds' matrices are kept all the same."""
+    config = ROOT / "tests/configs/super-120b-a12b.json"
+    plan = api.plan(config, "nvfp4-full", method="max", folds=["latent", "norm"])
+    assert solve_bytes(plan, threads=2) == ("", 0)
+    module, memory = fold_bytes(plan)
+    (row,) = [row for row in plan.quantized if row.module == module]
+    assert row.bytes_in == max(other.bytes_in for other in plan.quantized)
+    layers = sum(kind == "moe" for kind in plan.config.layers)
+    assert memory > 2 * row.bytes_in + layers * 2 * 4 * plan.config.moe_latent_size**2
+    assert fold_bytes(api.plan(config, "nvfp4-full", folds=[])) == ("", 0)
+
+
+CHOOSE = """
+import numpy as np
+from nemoquant.machine import resident
+from nemoquant.solve.folds.choose import energy
+from nemoquant.solve.source import floats
+
+weight = np.full((16384, 1024), 0x3f80, np.uint16)
+energy(weight[:512])
+before = resident("VmHWM")
+energy(weight)
+chosen = resident("VmHWM") - before
+floats(weight)
+print(chosen / weight.size, (resident("VmHWM") - before) / weight.size)
+"""
+
+
+def test_a_weight_is_not_copied_more_than_is_said():
+    """Choosing a fold takes blocks of rows; a weight becomes float32 without another copy."""
+    result = subprocess.run(
+        [sys.executable, "-c", CHOOSE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    chosen, widened = map(float, result.stdout.split())
+    assert chosen < 0.7 and widened < 4.7

@@ -182,6 +182,22 @@ def test_the_objective_is_never_above_plain(format, method):
 
 
 @pytest.mark.parametrize(("format", "method"), CASES)
+@pytest.mark.parametrize("rows", [1, 513])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_plain_codes_stay_where_solved_ones_lose(format, method, rows, blocks):
+    """A single row or block can't be turned into a copy by its strides; block scales are solved in place."""
+    width = blocks * (FORMATS[format].block or 16)
+    weight, metric = weight_of(rows, width), metric_of(40, width, damping=4)
+    scale = scale_of(format, weight)
+    encoded = ARITHMETIC[format].encode(weight, scale, PLAIN[format])
+    weight = np.ascontiguousarray(decoded(format, encoded, scale), np.float32)  # nothing is better than these
+    weight[-1] *= np.float32(1.01)
+    for seed in range(8):
+        checked(format, weight, metric, method, seed % 3, scale)
+        weight[-1] = weight_of(1, width, seed)
+
+
+@pytest.mark.parametrize(("format", "method"), CASES)
 def test_where_nothing_was_observed_the_plain_codes(format, method):
     weight, scale = weight_of(5, 64), scale_of(format, weight_of(5, 64))
     for tokens in (0, 10):

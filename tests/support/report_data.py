@@ -131,6 +131,7 @@ def layer(name: str, kind: str, relative: float, experts: int) -> Layer:
         alone=error(relative),
         routing=routing if kind == "moe" else None,
         ssm_state=error(relative / 3) if kind == "mamba" else None,
+        solved=Solved(methods={"gptq": 3}, error_of_plain=0.5) if relative else None,
     )
 
 

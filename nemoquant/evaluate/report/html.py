@@ -206,6 +206,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "stream": layer.stream.relative,
         "alone": layer.alone.relative,
         "state": state.relative if state else None,
+        "of_plain": layer.solved.error_of_plain if layer.solved else None,
         "flipped": routing.flipped if routing else None,
         "flipped_tokens": routing.tokens_with_flip if routing else None,
     }

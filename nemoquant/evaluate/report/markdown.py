@@ -65,10 +65,23 @@ def _candidate(c: Candidate) -> Iterable[str]:
     inner = [layer for layer in c.layers if layer.alone.relative > 0]
     worst = sorted(inner, key=lambda layer: -layer.alone.relative)[:WORST_LAYERS]
     yield f"Layers with the largest error of their own: {', '.join(map(_layer_words, worst))}."
+    won = {_of_plain(layer): layer for layer in reversed(c.layers) if layer.solved}
+    if won:
+        best, least = min(won), max(won)
+        yield (
+            f"Of plain rounding's error in outputs solving left {best:.0%} (layer {won[best].name}) to "
+            f"{least:.0%} (layer {won[least].name})."
+        )
     flips = [(layer.routing.flipped, layer.name) for layer in c.layers if layer.routing]
     if flips:
         share, name = max(flips)
         yield f"Expert choices that flipped: {share:.1%} at most, in layer {name}."
+
+
+def _of_plain(layer: Layer) -> float:
+    """Error of its solved weights over that of plain rounding; 1 where no token was seen."""
+    left = layer.solved.error_of_plain if layer.solved else None
+    return 1.0 if left is None else left
 
 
 def _module_line(m: Module) -> str:

@@ -345,6 +345,7 @@ function layerFigures(layer) {
   const { flipped, flipped_tokens: tokens } = layer;
   if (flipped !== null) entries.push(["Routing flips", `${percent(flipped)} of choices, ${percent(tokens)} of tokens`]);
   if (layer.state !== null) entries.push(["SSM state", errorText(layer.state)]);
+  if (layer.of_plain !== null) entries.push(["Solved", `${percent(layer.of_plain)} of plain rounding's error`]);
   return entries;
 }
 

@@ -2,7 +2,8 @@
 
 Importing Model Optimizer brings transformers and more: seconds, hundreds of megabytes that a run with
 ``--memory`` has promised not to take, lines on standard output, and changes in other libraries. Of that
-nothing stays with whoever asked.
+nothing stays with whoever asked. A third of the seconds goes into libraries that it does without where they
+are not installed, and whose classes a recipe may name: it gets them where one does.
 
 A script, not a module of the package: it imports nothing of it. ``library.py`` starts it with the path of a
 recipe, or ``quant_cfg`` before a path for a file without sections, and has checked the files. The answer is
@@ -17,6 +18,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+OPTIONAL = ("accelerate", "datasets", "deepspeed", "diffusers", "peft", "transformers")
+PLAIN = "quant_cfg"  # before the path, in the arguments
+WITH_OPTIONAL = "with-optional"  # the same
+
+
+class UnknownClassError(ValueError):
+    """A recipe names a class that Model Optimizer has not registered."""
+
 
 def described(path: Path, plain: bool) -> dict[str, Any]:
     """A recipe as JSON data.
@@ -24,6 +33,9 @@ def described(path: Path, plain: bool) -> dict[str, Any]:
     Args:
         path: absolute; a folder, or a file.
         plain: the file is a ``quant_cfg`` with its ``algorithm`` and nothing around them.
+    Raises:
+        UnknownClassError: a class in it is not known with the libraries that are there.
+        Exception: whatever its loader raises.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.recipe import load_recipe
@@ -41,7 +53,7 @@ def described(path: Path, plain: bool) -> dict[str, Any]:
         try:
             QuantModuleRegistry[parent]
         except KeyError:
-            raise ValueError(f"parent_class {parent!r} is not a class that it quantizes") from None
+            raise UnknownClassError(f"parent_class {parent!r} is not a class that it quantizes") from None
     given = found.algorithm if isinstance(found.algorithm, list) else [found.algorithm]
     algorithms = [_algorithm(algorithm) for algorithm in given if algorithm is not None]
     return {"description": description, "entries": entries, "algorithms": algorithms}
@@ -83,13 +95,24 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what is printed on the way is no answer
     warnings.simplefilter("ignore")
-    *plain, path = sys.argv[1:]
+    *words, path = sys.argv[1:]
+    if WITH_OPTIONAL not in words:
+        sys.modules.update(dict.fromkeys(OPTIONAL))  # type: ignore[arg-type]  # None: not to be found
     try:
-        answer = described(Path(path), plain=bool(plain))
+        answer = described(Path(path), plain=PLAIN in words)
+    except UnknownClassError as error:
+        if WITH_OPTIONAL not in words:
+            os.dup2(answers.fileno(), 1)
+            os.execv(sys.executable, [sys.executable, "-P", __file__, WITH_OPTIONAL, *sys.argv[1:]])
+        answer = refused(error)
     except Exception as error:  # its loader raises whatever its parts do
-        answer = {"refused": f"{type(error).__name__}: {error}"[:4000]}
+        answer = refused(error)
     json.dump(answer, answers, default=str)
     answers.close()
+
+
+def refused(error: Exception) -> dict[str, Any]:
+    return {"refused": f"{type(error).__name__}: {error}"[:4000]}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nemoquant.solve.folds.transform import BLOCK_ROWS, widen
+
 Vector = NDArray[np.float64]
 
 DAMPING = 0.01  # of the mean diagonal, added to H and G: directions that no token used are known poorly
@@ -24,9 +26,20 @@ SEED = 20240717  # of the rotation
 MOST_EXPONENT = 24  # of a channel
 
 
-def energy(weight: NDArray[np.float32]) -> Vector:
-    """The diagonal of ``W' W``: weight [out, in] float32 -> [in]. Add up those of all readers."""
-    sums: Vector = np.einsum("oi,oi->i", weight, weight, dtype=np.float64)
+def energy(weight: NDArray[Any]) -> Vector:
+    """The diagonal of ``W' W``. Add up those of all readers.
+
+    Some rows at a time: the widest weights of a model have a gigabyte in float64.
+
+    Args:
+        weight: [out, in], uint16 (bf16 patterns), float16 or float32.
+    Returns:
+        float64 [in].
+    """
+    sums = np.zeros(weight.shape[1])
+    for start in range(0, len(weight), BLOCK_ROWS):
+        rows = widen(weight[start : start + BLOCK_ROWS])
+        sums += np.einsum("oi,oi->i", rows, rows)
     return sums
 
 

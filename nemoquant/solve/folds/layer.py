@@ -155,7 +155,7 @@ def layer_folds(
         if seen and reading:
             m = np.asarray(moments[seen[0]], np.float64)
             h = m if m.ndim == 1 else np.diag(m)
-            g = np.sum([choose.energy(_floats(weight(spec.name))) for spec in reading], 0)
+            g = np.sum([choose.energy(weight(spec.name)) for spec in reading], 0)
             if choose.outliers(h, g, power):
                 add(build(choose.channel_exponents(h, g, power)))
 
