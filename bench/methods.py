@@ -13,11 +13,8 @@ their mean, and its standard error.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 
+from bench.measure import run
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.model.reference import ReferenceModel
@@ -107,20 +105,8 @@ def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, An
             f"--seq-len={rows.shape[1]}",
         ]
     command = [sys.executable, "-m", "nemoquant", "quantize", source, out, "--recipe", recipe, *options]
-    began = time.monotonic()
-    with (scratch / "said").open("w+") as said:
-        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"{text}: {said.read()}")
-    return {
-        "seconds": time.monotonic() - began,
-        "processor_seconds": used.ru_utime + used.ru_stime,
-        "peak_bytes": used.ru_maxrss * 1024,
-        "bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
-    }
+    cost = run(list(map(str, command)), scratch / "said")
+    return cost.json()
 
 
 @click.command()
@@ -154,7 +140,7 @@ def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file
             click.echo(
                 f"{model} {text:<44} KL {kl.mean():.5f}  {paired.mean():+.5f} +- {error:.5f}  ppl "
                 f"{np.exp(np.mean(results[text]['nll'])):.3f}  top-1 {np.mean(results[text]['top1']):.4f}  "
-                f"{made['processor_seconds']:.1f} s of CPU, {made['peak_bytes'] / 1e9:.2f} GB"
+                f"{made['cpu']:.1f} s of CPU, {made['peak_tree']:.2f} GB"
             )
     if json_file:
         json_file.write_text(json.dumps({"model": model, "first": first, "rows": rows, "variants": results}))

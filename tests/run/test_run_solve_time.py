@@ -157,7 +157,7 @@ def counted() -> Iterator[Count]:
 def test_operations_of_the_gpu_are_what_is_counted(format, method, descent):
     random, rows, found = np.random.default_rng(0), 512, []
     scale = ARITHMETIC[format].decode_scale(1.0).value if format != "mxfp8" else np.float32(1)
-    widths = (128, 256)
+    widths = (64, 128)
     for width in widths:
         metric = prepare(gram([random.standard_normal((300, width), np.float32)], width), 300, 0.5)
         weight = random.uniform(-1, 1, (rows, width)).astype(np.float32)
