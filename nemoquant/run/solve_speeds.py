@@ -21,7 +21,7 @@ from nemoquant.run.timing import seconds
 from nemoquant.solve.folds.layer import NO_FOLDS, input_transform
 from nemoquant.solve.lanes import PANEL, ROWS
 from nemoquant.solve.metric import Doubles, gram, gram_products, prepare
-from nemoquant.solve.solver import METHOD_PRODUCTS, SWEEP_PRODUCTS, encoded_plainly, solve
+from nemoquant.solve.solver import encoded_plainly, product_flop, solve
 from nemoquant.solve.source import floats, squares
 
 ROUNDS = 3  # the shortest counts
@@ -185,7 +185,7 @@ def _weight(plan: Plan, row: Row, single: float, took: Took) -> tuple[float, flo
         amax(floats(many))
         squares(row.format, whole, codes, scale)
 
-    products = (METHOD_PRODUCTS + SWEEP_PRODUCTS * descent) * bits.size * PANEL / single
+    products = product_flop(method, descent) * bits.size * PANEL / single
     by_plain = took(plain)
     read = took(around) / many.size
     return read + by_plain / bits.size, max(took(solved) - by_plain - products, 0.0) / bits.size

@@ -119,10 +119,11 @@ class _Host:
 
     def _weight(self, row: Row) -> float:
         from nemoquant.solve.memory import SLICE_ELEMENTS
-        from nemoquant.solve.solver import METHOD_PRODUCTS, SWEEP_PRODUCTS
+        from nemoquant.solve.solver import product_flop
 
         s, width = self.speeds, row.shape[1]
-        products = (METHOD_PRODUCTS + SWEEP_PRODUCTS * self.plan.recipe.solve.descent) * row.elements * width
+        flop = product_flop(row.solved_method, self.plan.recipe.solve.descent)
+        products = flop * row.elements * width
         seconds = row.elements * s.weight
         seconds += 0.0 if self.device == "cuda" else row.elements * s.kernel + products / s.single
         slices = math.ceil(row.shape[0] / max(1, SLICE_ELEMENTS // width))

@@ -19,7 +19,6 @@ from nemoquant.solve.lanes import (
     neighbours,
     round_lanes,
 )
-from nemoquant.solve.metric import Doubles
 
 _LANES = 128  # rows at a time at most: all that a trial touches stays in the first-level cache
 # A fall below this part of sum |x_k| sqrt(H_kk) times sum |e_j| sqrt(H_jj), which bounds |x' H e|, may be
@@ -81,7 +80,6 @@ def descend_panel(
     codes: Codes,
     scale_codes: Codes,
     errors: Floats,
-    fallen: Doubles,
 ) -> None:
     """One sweep over a panel of inputs.
 
@@ -93,7 +91,6 @@ def descend_panel(
         four, block, scales, first, last, reach: of the format's grid.
         values, codes, errors: [panel, rows], changed in place.
         scale_codes: [panel / block, rows], changed in place; zeros where there is a single scale.
-        fallen: [rows], to which the fall of the objective is added.
     """
     width, rows = weights.shape
     most = min(_LANES, rows)
@@ -156,7 +153,6 @@ def descend_panel(
             for lane in range(count):
                 if best[lane] > np.float32(0):
                     scale_codes[start // block, left + lane] = np.uint8(chosen[lane])
-                    fallen[left + lane] += np.float64(falls[lane])
             for j in range(start, end):
                 k = j - start
                 for lane in range(count):

@@ -16,9 +16,6 @@ from nemoquant.solve.hess import solve_blocks
 from nemoquant.solve.lanes import PANEL, ROWS
 from nemoquant.solve.metric import Doubles, Metric
 
-# Products with H or its factor, in flop an input of each weight: of both methods, and of each sweep.
-METHOD_PRODUCTS, SWEEP_PRODUCTS = 2, 2
-
 _CLOSE = 1e-3
 """Objectives that differ by less are computed again in float64."""
 
@@ -96,11 +93,14 @@ def solve(
             np.empty_like(weights),
         )
         if method == "gptq":
-            reached = _gptq(state, metric, chosen, scale)
+            part = _gptq(state, metric, chosen, scale)
         else:
             _hess(state, metric, chosen)
-            reached = _objective(metric, state.errors)
-        objective += reached - sum(_sweep(state, metric, chosen) for _ in range(descent))
+            part = None
+        for _ in range(descent):
+            _sweep(state, metric, chosen)
+        # Not gptq's less the falls, which float32 does not hold for very small or large weights.
+        objective += part if part is not None and not descent else _objective(metric, state.errors)
         solved.codes[rows] = e2m1.pack(_turned(state.codes)) if chosen.four else state.codes.T
         if solved.block_scales is not None:
             solved.block_scales[rows] = state.scale_codes.T
@@ -109,6 +109,15 @@ def solve(
     return better(
         format, weight, scale, metric, found, plain=Candidate(plain, plain_objective), method=method
     )
+
+
+def product_flop(method: SolvedMethod, descent: int) -> int:
+    """Flop of products with H (2) or its factor (1), an input of each weight.
+
+    One for the objective of the plain codes; one for gptq's feedback, or the objective of hess; two for each
+    sweep, and one for the objective after gptq's.
+    """
+    return 2 + 2 * descent + (1 if method == "gptq" and descent else 0)
 
 
 def encoded_plainly(
@@ -225,15 +234,11 @@ def _hess(state: _State, metric: Metric, grid: Grid) -> None:
     )
 
 
-def _sweep(state: _State, metric: Metric, grid: Grid) -> float:
-    """One sweep of coordinate descent over all inputs; returns by how much the objective fell.
-
-    A fall is exact but for float32's rounding of G, and small beside the objective.
-    """
+def _sweep(state: _State, metric: Metric, grid: Grid) -> None:
+    """One sweep of coordinate descent over all inputs."""
     inputs = len(state.weights)
     units = metric.units
     sizes = np.sqrt(np.diagonal(units)) @ np.abs(state.errors)
-    fallen = np.zeros(state.weights.shape[1])
     for start in range(0, inputs, PANEL):
         panel = slice(start, min(start + PANEL, inputs))
         gradients = torch.mm(torch.from_numpy(units[panel]), torch.from_numpy(state.errors)).numpy()
@@ -252,9 +257,7 @@ def _sweep(state: _State, metric: Metric, grid: Grid) -> float:
             codes=state.codes[panel],
             scale_codes=state.scale_codes[start // grid.block :],
             errors=state.errors[panel],
-            fallen=fallen,
         )
-    return metric.unit * float(fallen.sum())
 
 
 def _objective(metric: Metric, errors: Floats) -> float:

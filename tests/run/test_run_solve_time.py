@@ -55,11 +55,11 @@ def test_weights_and_their_products_are_done_by_all_threads(experts):
     assert sum(row.elements for row in experts.quantized) == WEIGHTS
     assert seconds(experts, weight=1e-6, kernel=2e-6) == pytest.approx(3e-6 * WEIGHTS)
     assert seconds(experts, threads=4, kernel=2e-6) == pytest.approx(2e-6 * WEIGHTS / 4)
-    # plain codes and the method once each, a sweep as much as both
-    flop = 4 * LAYERS * EXPERTS * LATENT * WIDTH * (LATENT + WIDTH)
+    # plain codes, the method and what it reached once each, a sweep twice
+    flop = 5 * LAYERS * EXPERTS * LATENT * WIDTH * (LATENT + WIDTH)
     assert seconds(experts, single=1e9) == pytest.approx(flop / 1e9)
     more = api.plan(DEMO, "nvfp4-w4a16", descent=2)
-    assert seconds(more, single=1e9) == pytest.approx(1.5 * flop / 1e9)
+    assert seconds(more, single=1e9) == pytest.approx(1.4 * flop / 1e9)
 
 
 def test_an_expert_has_second_moments_of_its_own_for_each_projection(experts):

@@ -171,7 +171,7 @@ def test_the_objective_is_never_above_plain(format, method):
     for seed in range(50):
         rng = np.random.default_rng(seed)
         width = int(rng.choice([32, 64, 96]))
-        weight = weight_of(2, width, seed) * np.float32(10.0 ** rng.integers(-12, 12))
+        weight = weight_of(2, width, seed) * np.float32(10.0 ** rng.integers(-24, 24))
         weight[:, rng.random(width) < 0.2] = 0
         weight[:, :16] = 0
         x = rng.standard_normal((int(rng.choice([1, 10, 100])), width)).astype(np.float32)
@@ -179,6 +179,14 @@ def test_the_objective_is_never_above_plain(format, method):
         x[:, 1] *= 300
         metric = prepare(gram([x], width), len(x), float(rng.choice([0.01, 4])))
         checked(format, weight, metric, method, seed % 3)
+
+
+@pytest.mark.parametrize(("format", "method"), CASES)
+@pytest.mark.parametrize("size", [1e-21, 1e21])
+def test_the_objective_is_right_where_squares_leave_float32(format, method, size):
+    for seed in range(40):
+        weight = weight_of(1, 32, seed) * np.float32(size)
+        checked(format, weight, metric_of(1, 32, seed, damping=0.5), method, 1)
 
 
 @pytest.mark.parametrize(("format", "method"), CASES)
