@@ -29,11 +29,11 @@ class Place(NamedTuple):
 
 
 class InputFile:
-    """The file. ``wanted`` are the taps that are kept."""
+    """The file. ``wanted`` are the taps that are kept; without a path it has no name, and lies in memory."""
 
-    def __init__(self, path: Path, wanted: Collection[str]) -> None:
+    def __init__(self, path: Path | None, wanted: Collection[str]) -> None:
         self.path, self.wanted = path, wanted
-        self._file = open_own(path)
+        self._file = os.memfd_create("inputs") if path is None else open_own(path)
         self._end = 0
         self._places: dict[str, list[Place]] = {}
 
@@ -91,7 +91,8 @@ class InputFile:
 
     def close(self) -> None:
         os.close(self._file)
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 class InputObserver:

@@ -1,11 +1,9 @@
 """This machine's speed in solving: the steps of it on small samples, with all threads at work as in a run."""
 
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from nemoquant.calibrate.inputs import InputFile
 from nemoquant.formats.amax import amax
 from nemoquant.formats.arithmetic import round_trip
 from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.machine import torch_threads
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.run.timing import seconds
@@ -66,7 +65,7 @@ def solve_speeds(plan: Plan, threads: int, *, busy: bool = False) -> SolveSpeeds
     random = np.random.default_rng(0)
     x = random.standard_normal((TOKENS, width), np.float32)
     moments = gram([x], width)
-    with ThreadPoolExecutor(threads, "measure", torch.set_num_threads, (1,)) as pool:
+    with torch_threads(threads), ThreadPoolExecutor(threads, "measure", torch.set_num_threads, (1,)) as pool:
 
         def took(work: Callable[[], object]) -> float:
             def all_at_once() -> None:
@@ -132,23 +131,22 @@ def _metric(width: int) -> object:
 def _value(row: Row, x: np.ndarray, took: Took) -> tuple[float, float]:
     """Seconds to keep a value of an input, and to look at it once."""
     change = input_transform(NO_FOLDS, row.module)
-    with tempfile.TemporaryDirectory() as folder:
-        file = InputFile(Path(folder) / "inputs", ["x"])
-        try:
-            tensor = torch.from_numpy(x).to(torch.bfloat16)
-            keep = took(lambda: file.append(tensor))
-            file.keep([("x", file.append(tensor))])
+    file = InputFile(None, ["x"])
+    try:
+        tensor = torch.from_numpy(x).to(torch.bfloat16)
+        keep = took(lambda: file.append(tensor))
+        file.keep([("x", file.append(tensor))])
 
-            def look() -> None:
-                for piece in file.pieces("x"):
-                    changed = change(piece)
-                    if row.activation_format is not None:
-                        round_trip(ARITHMETIC[row.activation_format], changed, np.float32(1), changed)
-                    changed.astype(np.float64)
+        def look() -> None:
+            for piece in file.pieces("x"):
+                changed = change(piece)
+                if row.activation_format is not None:
+                    round_trip(ARITHMETIC[row.activation_format], changed, np.float32(1), changed)
+                changed.astype(np.float64)
 
-            return keep / x.size, took(look) / x.size
-        finally:
-            file.close()
+        return keep / x.size, took(look) / x.size
+    finally:
+        file.close()
 
 
 def _weight(plan: Plan, row: Row, single: float, took: Took) -> tuple[float, float]:

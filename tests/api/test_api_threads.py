@@ -91,7 +91,9 @@ def test_estimate(source, seen):
     nemoquant.estimate(source, "fp8", method="max", threads=2, rows=4, seq_len=16)
     assert seen == [2, BEFORE]
     nemoquant.estimate(source, "fp8", threads=2, rows=4, seq_len=16)
-    assert seen == [2, BEFORE] * 3, "products of calibration, then those of solving"
+    assert seen[:5] == [2, BEFORE, 2, BEFORE, 2], "products of calibration, then solving"
+    assert set(seen[5:-1]) == {1}, "each of the threads that solve"
+    assert seen[-1] == BEFORE
 
 
 def test_an_engine_has_its_threads_while_it_runs(source, seen, monkeypatch):
