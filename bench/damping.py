@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemoquant.calibrate.derived import input_scale, weight_scale
+from nemoquant.calibrate.derived import input_scales, weight_scale
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.formats import FORMATS
 from nemoquant.formats.arithmetic import Encoded, round_trip
@@ -34,7 +34,6 @@ from nemoquant.model import names
 from nemoquant.model.moe import route
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.model.taps import Scope
-from nemoquant.planning.plan import Plan
 from nemoquant.planning.recipe import load_recipe
 from nemoquant.planning.resolve import resolve
 from nemoquant.planning.row import Row
@@ -43,6 +42,7 @@ from nemoquant.shipped import calibration_data
 from nemoquant.solve.layer import damping
 from nemoquant.solve.metric import Doubles, gram, prepare
 from nemoquant.solve.solver import solve
+from nemoquant.solve.source import largest, shared_maxima
 from nemoquant.solve.taps import input_of
 from nemoquant.sources.source import open_source
 from nemoquant.tokens.rows import load_rows
@@ -100,19 +100,6 @@ def rounded(row: Row, x: np.ndarray[Any, Any], scale: np.float32) -> np.ndarray[
     return x
 
 
-def scales_of(plan: Plan, inputs: Inputs) -> dict[str, np.float32]:
-    """The scale of each module's input."""
-    groups: dict[str, float] = {}
-    rows = [row for row in plan.quantized if row.solved and row.calibrated]
-    for row in rows:
-        key = row.input_group or row.module
-        largest = float(np.abs(inputs[input_of(row)]).max()) if input_of(row) in inputs else 0.0
-        groups[key] = max(groups.get(key, 0.0), largest)
-    return {
-        row.module: input_scale(groups[row.input_group or row.module], row.activation_format) for row in rows
-    }
-
-
 def kind(row: Row) -> str:
     """The weights that are averaged together."""
     return row.module.rsplit(".", 1)[-1] if row.expert is None else f"experts.{row.module.rsplit('.', 1)[-1]}"
@@ -127,8 +114,9 @@ class Bench:
         config = source.config
         self.plan = resolve(load_recipe(preset), config, source.table, assumed=False)
         self.rows = [row for row in self.plan.quantized if row.solved]
-        read = LayerWeights(source.checkpoint, "")
-        arrays = {name: read[name].float() for name in source.checkpoint.tensors}
+        self.checkpoint = source.checkpoint
+        read = LayerWeights(self.checkpoint, "")
+        arrays = {name: read[name].float() for name in self.checkpoint.tensors}
         self.weights = arrays
         reference = ReferenceModel(config, lambda prefix: Scope(arrays, prefix))
         text = torch.from_numpy(
@@ -149,11 +137,9 @@ class Bench:
     def errors(self, rows: int, settings: list[Setting]) -> Iterator[tuple[str, int, list[float]]]:
         """Of each weight its kind, its tokens, and by each setting its error over the plain method's."""
         seen = self.calibration(rows)
-        scales = scales_of(self.plan, seen.inputs)
-        amax: dict[str, float] = {}
-        for row in self.rows:
-            key = row.weight_group or row.name
-            amax[key] = max(amax.get(key, 0.0), float(self.weights[row.name].abs().max()))
+        taps = {row.module: seen.inputs[input_of(row)] for row in self.rows if input_of(row) in seen.inputs}
+        scales = input_scales(self.rows, {name: float(np.abs(x).max()) for name, x in taps.items()}, [])
+        shared = shared_maxima(self.checkpoint, {}, self.rows)
         pools: dict[tuple[int | None, int], tuple[Doubles, float]] = {}
         for row in self.rows:
             if row.expert is not None and row.module.endswith("up_proj") and input_of(row) in seen.inputs:
@@ -166,12 +152,14 @@ class Bench:
                 continue
             judge, _ = self._own(row, self.judges, scales, gates=1)
             weight = np.ascontiguousarray(self.weights[row.name].numpy())
-            whole, _ = weight_scale(row, amax[row.weight_group or row.name])
+            most = shared[row.weight_group] if row.weight_group else largest(row, weight)
+            whole, _ = weight_scale(row, most)
             plain = ARITHMETIC[row.format].encode(weight, whole, FORMATS[row.format].plain)
             least = self._error(row, weight, plain, whole, judge)
             tokens, found = len(seen.inputs[input_of(row)]), []
+            owns = {gates: self._own(row, seen, scales, gates) for gates in {s.gates for s in settings}}
             for setting in settings:
-                own, count = self._own(row, seen, scales, setting.gates)
+                own, count = owns[setting.gates]
                 moments = own / count
                 if setting.pooled and row.expert is not None and row.module.endswith("up_proj"):
                     total, count = pools[row.layer, setting.gates]

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from nemoquant.calibrate.inputs import InputFile
+from nemoquant.formats import FormatName
 from nemoquant.formats.amax import amax
 from nemoquant.formats.arithmetic import round_trip
 from nemoquant.formats.registry import ARITHMETIC
@@ -156,32 +157,30 @@ def _weight(plan: Plan, row: Row, single: float, took: Took) -> tuple[float, flo
     """
     if row.format == "source" or not row.solved:
         return 0.0, 0.0
+    format: FormatName = row.format
     random = np.random.default_rng(0)
     bits = (random.standard_normal((ROWS, PANEL), np.float32).view(np.uint32) >> 16).astype(np.uint16)
     metric = prepare(gram([random.standard_normal((PANEL, PANEL), np.float32)], PANEL), PANEL, 0.5)
     metric.factor  # noqa: B018  made once for all rows of a weight
-    scale = ARITHMETIC[row.format].decode_scale(amax(bits)).value
+    scale = ARITHMETIC[format].decode_scale(amax(bits)).value
     method, descent = row.solved_method, plan.recipe.solve.descent
 
     weight = floats(bits)
 
     def solved() -> None:
-        assert row.format != "source"
-        solve(row.format, weight, scale, metric, method, descent)
+        solve(format, weight, scale, metric, method, descent)
 
     def plain() -> None:
-        assert row.format != "source"
-        encoded_plainly(row.format, weight, scale, metric, method, descent)
+        encoded_plainly(format, weight, scale, metric, method, descent)
 
     many = np.tile(bits, (MANY, 1))
     whole = floats(many)
-    codes = encoded_plainly(row.format, whole, scale, metric, method, descent)
+    codes = encoded_plainly(format, whole, scale, metric, method, descent)
 
     def around() -> None:
-        assert row.format != "source"
         xxhash.xxh3_128_digest(many.data)
         amax(floats(many))
-        squares(row.format, whole, codes, scale)
+        squares(format, whole, codes, scale)
 
     products = product_flop(method, descent) * bits.size * PANEL / single
     by_plain = took(plain)

@@ -61,10 +61,9 @@ class _Host:
         from nemoquant.solve.layer import units
         from nemoquant.solve.taps import input_of
 
-        taps = {input_of(row): self._values(row) for row in rows}
         solved = [row for row in rows if row.solved]
         folds = self.plan.recipe.folds if rows[0].layer is not None else ()
-        kept = taps if folds else {input_of(row): self._values(row) for row in solved}
+        kept = {input_of(row): self._values(row) for row in (rows if folds else solved)}
         seconds = sum(kept.values()) * (self.speeds.keep + (self.speeds.value if folds else 0.0))
         seconds += self._latent([row for row in rows if self._has_matrix(row)])
         return seconds + sum(self._unit(part) for part in units(solved))
@@ -97,13 +96,11 @@ class _Host:
         return seconds
 
     def _unit(self, part: list[Row]) -> float:
-        first, s = part[0], self.speeds
-        together = self.threads if first.expert is not None else 1
+        s, experts = self.speeds, part[0].expert is not None
+        together, inputs = (self.threads, part) if experts else (1, part[:1])
         # One thread hashes the inputs before: it reads them about as fast as they were written.
-        values = sum(self._values(row) for row in (part if first.expert is not None else part[:1]))
-        seconds = values * (s.keep + s.value / together)
-        for row in part if first.expert is not None else part[:1]:
-            seconds += self._moments(row, together)
+        seconds = sum(self._values(row) for row in inputs) * (s.keep + s.value / together)
+        seconds += sum(self._moments(row, together) for row in inputs)
         return seconds + sum(self._weight(row) for row in part)
 
     def _moments(self, row: Row, together: int) -> float:
