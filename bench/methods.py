@@ -3,13 +3,13 @@
     python -m bench.methods demo nvfp4-full nvfp4-full:method=max nvfp4:damping=1,folds=latent --rows 32
     python -m bench.methods nano fp8 fp8:method=max --first 32 --rows 64 --json FILE
 
-`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times
-as large. A variant is a preset and what is changed of it: method, folds (with + between them, or none),
-descent, damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration
+`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times as
+large. A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
+propagate, damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration
 rows; 0 are the first ones, as by default). Each is quantized by a process of its own, whose processor time
 and peak memory are printed. Its logits are compared with the source's on the same rows of the evaluation
-text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over rows:
-their mean, and its standard error.
+text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over rows: their
+mean, and its standard error.
 """
 
 import json
@@ -91,7 +91,7 @@ def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, An
         parse_recipe(data)
         recipe = scratch / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(data))
-    options = [f"--{key}={keys[key]}" for key in ("method", "descent") if key in keys]
+    options = [f"--{key}={keys[key]}" for key in ("method", "descent", "propagate") if key in keys]
     if "folds" in keys:
         options.append(f"--folds={keys['folds'].replace('+', ',')}")
     if keys.keys() & {"calib", "tokens", "seed"}:

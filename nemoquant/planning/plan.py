@@ -17,6 +17,7 @@ from nemoquant.notebook import html_table
 from nemoquant.planning.recipe import Recipe
 from nemoquant.planning.row import Row, row_json
 from nemoquant.planning.shown import headline, role_cells, role_data
+from nemoquant.planning.solving import Propagate
 from nemoquant.units import size
 
 SCHEMA = 1  # of the plan's JSON
@@ -81,6 +82,11 @@ class Plan:
     def needs_inputs(self) -> bool:
         """Whether calibration must see all inputs of GEMMs, and not their maxima alone."""
         return bool(self.recipe.folds) or any(row.solved for row in self.rows)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether layers are solved on the stream of the quantized layers before them."""
+        return self.recipe.solve.propagate == "quantized" and any(row.solved for row in self.quantized)
 
     @cached_property
     def tensors_out(self) -> int:
@@ -178,10 +184,12 @@ class Plan:
         return html_table(f"{self.recipe.name}: {self.sizes()}", header, cells, right=(3, 4))
 
 
-def method_warnings(plan: Plan, method: Method | None, descent: int | None) -> list[str]:
-    """For a user who asked for one method for all weights, or for sweeps: what does not follow it.
+def method_warnings(
+    plan: Plan, method: Method | None, descent: int | None, propagate: Propagate | None
+) -> list[str]:
+    """For a user who asked for one method for all weights, or how to solve: what does not follow it.
 
-    A line for each format whose weights get another method, and one where nothing is swept.
+    A line for each format whose weights get another method, and for each option where nothing is solved.
     """
     others = Counter(
         (row.format, row.scale_method) for row in plan.quantized if method not in (None, row.scale_method)
@@ -190,8 +198,11 @@ def method_warnings(plan: Plan, method: Method | None, descent: int | None) -> l
         f"--method {method}: {count:,} {form.upper()} weights get {got}, the nearest that {form.upper()} has"
         for (form, got), count in others.items()
     ]
-    if descent is not None and not any(row.solved for row in plan.quantized):
-        warnings.append(
-            f"--descent {descent}: has no effect, no weight gets {' or '.join(SOLVED)}, whose codes are swept"
-        )
+    if not any(row.solved for row in plan.quantized):
+        given = {"descent": descent, "propagate": propagate}
+        warnings += [
+            f"--{option} {value}: has no effect, no weight gets {' or '.join(SOLVED)}"
+            for option, value in given.items()
+            if value is not None
+        ]
     return warnings

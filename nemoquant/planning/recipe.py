@@ -16,7 +16,8 @@ rules:                                  # first match wins; every tensor must be
   - roles: ["*"]
     format: source
 kv_cache: fp8                           # source or fp8
-solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
+solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, sweeps afterwards, and with
+                                        # propagate: quantized, for the stream of the layers before
 folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
 
 With ``extends: nvfp4`` (a preset, or a file by its path from this one) a recipe says only what differs: its
@@ -45,7 +46,7 @@ from nemoquant.formats import (
 from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.planning.layers import Layer, in_words
 from nemoquant.planning.modelopt.recognise import PREFIX, is_theirs
-from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
+from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName, Propagate
 from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
 
@@ -145,6 +146,7 @@ class Solve(BaseModel):
 
     damping: float = Field(default=DAMPING, ge=1e-4, le=100, strict=True)
     descent: int = Field(default=DESCENT, ge=0, le=MOST_DESCENT, strict=True)
+    propagate: Propagate = "source"
 
 
 class Recipe(BaseModel):
@@ -184,9 +186,13 @@ class Recipe(BaseModel):
         return self.model_dump(exclude_defaults=True)
 
     def changed(
-        self, method: Method | None, folds: Sequence[FoldName] | None = None, descent: int | None = None
+        self,
+        method: Method | None,
+        folds: Sequence[FoldName] | None = None,
+        descent: int | None = None,
+        propagate: Propagate | None = None,
     ) -> "Recipe":
-        """The recipe with another method for all weights, other folds, another number of sweeps.
+        """The recipe with another method for all weights, other folds, or solved in another way.
 
         A format that lacks the method gets the nearest one (``Format.nearest``). ``max``, ``mse`` and
         ``four_over_six`` are functions of the source's weight alone: they drop the folds, unless ``folds`` is
@@ -199,13 +205,17 @@ class Recipe(BaseModel):
                 new["folds"] = []
         if folds is not None:
             new["folds"] = folds = list(dict.fromkeys(folds))
-        if descent is not None:
-            new["solve"] = self.solve.model_copy(update={"descent": descent})
+        solving = {
+            key: value for key, value in (("descent", descent), ("propagate", propagate)) if value is not None
+        }
+        if solving:
+            new["solve"] = self.solve.model_copy(update=solving)
         changed = self.model_copy(update=new)
         if changed == self:
             return self
         words = [word for word in (method, "-".join(folds) if folds else None) if word]
         words += [f"descent{descent}"] * (descent is not None)
+        words += [f"on-{propagate}"] * (propagate is not None)
         words += ["unfolded"] * (folds is not None and not folds and bool(self.folds))
         return changed.model_copy(update={"name": "-".join([self.name, *words])[:100]})
 

@@ -28,7 +28,7 @@ from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES, METHODS, Device, Method
 from nemoquant.layouts.gpus import GPUS
-from nemoquant.planning.solving import FOLDS, MOST_DESCENT, FoldName
+from nemoquant.planning.solving import FOLDS, MOST_DESCENT, PROPAGATE, FoldName, Propagate
 
 Where = Literal["local", "ray"]
 Dtype = Literal["float32", "bfloat16"]
@@ -56,6 +56,7 @@ class RunOptionsDict(TypedDict, total=False):
     method: Method | None
     folds: Sequence[FoldName] | None
     descent: int | None
+    propagate: Propagate | None
     on: Where
     address: str | None
     resume: bool
@@ -108,6 +109,8 @@ class RunOptions:
             and drop the recipe's folds.
         folds: instead of the recipe's own; an empty sequence is none.
         descent: sweeps of coordinate descent after ``gptq`` and ``hess``.
+        propagate: what these solve a layer for: ``source``, the source's stream, or ``quantized``, that of
+            the quantized layers before it; None is as in the recipe.
         on: where to compute: ``local``, this process; ``ray``, a cluster (extra ``ray``).
         address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
         resume: continue what an earlier run with the same options left in OUT.partial; start from the
@@ -132,6 +135,7 @@ class RunOptions:
     method: Method | None = None
     folds: Sequence[FoldName] | None = None
     descent: int | None = None
+    propagate: Propagate | None = None
     on: Where = "local"
     address: str | None = None
     resume: bool = False
@@ -169,6 +173,8 @@ class RunOptions:
             object.__setattr__(self, "folds", tuple(dict.fromkeys(folds)))
         if self.descent is not None:
             object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
+        if self.propagate is not None:
+            check_word("propagate", self.propagate, PROPAGATE)
         check_flags(scale_groups=self.scale_groups, resume=self.resume)
         object.__setattr__(self, "columns", column_names("columns", self.columns))
         object.__setattr__(self, "also", file_names("also", self.also))
@@ -238,9 +244,10 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         "fixed",
         lambda value: shown(value if value is None else not value),
     ),
-    "method": ("--method", "fixed"),  # these three are in the plan's sha256
+    "method": ("--method", "fixed"),  # these four are in the plan's sha256
     "folds": ("--folds", "fixed"),
     "descent": ("--descent", "fixed"),
+    "propagate": ("--propagate", "fixed"),
     "on": ("--on", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),
     "resume": ("--resume", "free"),
