@@ -5,11 +5,11 @@
 
 `outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times as
 large. A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
-propagate, damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration
-rows; 0 are the first ones, as by default). Each is quantized by a process of its own, whose processor time
-and peak memory are printed. Its logits are compared with the source's on the same rows of the evaluation
-text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over rows: their
-mean, and its standard error.
+propagate, parts and ridge of its targets (see `bench.propagation`), damping, calib (number of calibration
+rows), tokens (in a row), seed (of the choice of calibration rows; 0 are the first ones, as by default). Each
+is quantized by a process of its own, whose processor time and peak memory are printed. Its logits are
+compared with the source's on the same rows of the evaluation text, both in float32 as `nemoquant diff` does.
+Differences from the first variant are paired over rows: their mean, and its standard error.
 """
 
 import json
@@ -32,6 +32,7 @@ from nemoquant.model.reference import ReferenceModel
 from nemoquant.planning.recipe import load_recipe, parse_recipe
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.shipped import calibration_data, evaluation_data
+from nemoquant.solve.layer import RIDGE
 from nemoquant.sources.source import open_weights
 from nemoquant.tokens.rows import load_rows
 from tests.support.outlier_copy import outlier_copy
@@ -104,7 +105,10 @@ def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, An
             f"--rows={rows.shape[0]}",
             f"--seq-len={rows.shape[1]}",
         ]
-    command = [sys.executable, "-m", "nemoquant", "quantize", source, out, "--recipe", recipe, *options]
+    program = ["nemoquant"]
+    if keys.keys() & {"parts", "ridge"}:
+        program = ["bench.propagation", keys.get("parts", "both"), keys.get("ridge", str(RIDGE))]
+    command = [sys.executable, "-m", *program, "quantize", source, out, "--recipe", recipe, *options]
     cost = run(list(map(str, command)), scratch / "said")
     return cost.json()
 

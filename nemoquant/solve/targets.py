@@ -51,7 +51,7 @@ def inner_target(gram: Doubles, missed: Doubles, ridge: float) -> Target:
         missed: sum of (x - z) z', float64 [in, in].
         ridge: r over the mean of H's diagonal, above 0.
     """
-    right = torch.cholesky_solve(torch.from_numpy(missed).T, _factor(gram, ridge)).T.contiguous()
+    right = torch.cholesky_solve(torch.from_numpy(missed).T, _factor(gram, ridge)).T
     return lambda weight: _by_rows(weight, lambda part, _: part + part @ right)
 
 
