@@ -116,6 +116,7 @@ def command(
         method=options.method,
         folds=options.folds,
         descent=options.descent,
+        headroom=options.headroom,
     )
     expected = api.estimate(path, name, options, out=out) if estimate else None
     file = mixture(resolved)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nemoquant.formats import SOLVED, CacheFormat, Method
+from nemoquant.formats import FORMATS, SOLVED, CacheFormat, Method
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
@@ -68,7 +68,10 @@ class Plan:
         needs = [
             ("codes that are solved for", any(row.solved for row in self.quantized)),
             (f"folds ({', '.join(self.recipe.folds)})", bool(self.recipe.folds)),
-            ("activation scales", bool(self.kv_layers) or any(row.calibrated for row in self.rows)),
+            (
+                "activation scales" + f" (headroom {self.recipe.headroom:g})" * self.has_headroom,
+                bool(self.kv_layers) or any(row.calibrated for row in self.rows),
+            ),
         ]
         return ", ".join(what for what, is_needed in needs if is_needed)
 
@@ -81,6 +84,11 @@ class Plan:
     def needs_inputs(self) -> bool:
         """Whether calibration must see all inputs of GEMMs, and not their maxima alone."""
         return bool(self.recipe.folds) or any(row.solved for row in self.rows)
+
+    @cached_property
+    def has_headroom(self) -> bool:
+        """Whether the recipe asks for headroom, and some input gets it."""
+        return self.recipe.headroom != 1 and any(row.input_headroom for row in self.quantized)
 
     @cached_property
     def tensors_out(self) -> int:
@@ -179,9 +187,10 @@ class Plan:
 
 
 def method_warnings(plan: Plan, method: Method | None, descent: int | None) -> list[str]:
-    """For a user who asked for one method for all weights, or for sweeps: what does not follow it.
+    """For a user who asked for one method for all weights, for sweeps, or for headroom: what does not follow.
 
-    A line for each format whose weights get another method, and one where nothing is swept.
+    A line for each format whose weights get another method, one where nothing is swept, and one where no
+    input has headroom.
     """
     others = Counter(
         (row.format, row.scale_method) for row in plan.quantized if method not in (None, row.scale_method)
@@ -193,5 +202,11 @@ def method_warnings(plan: Plan, method: Method | None, descent: int | None) -> l
     if descent is not None and not any(row.solved for row in plan.quantized):
         warnings.append(
             f"--descent {descent}: has no effect, no weight gets {' or '.join(SOLVED)}, whose codes are swept"
+        )
+    if plan.recipe.headroom != 1 and not plan.has_headroom:
+        having = " or ".join(number.short for number in FORMATS.values() if number.input_headroom)
+        warnings.append(
+            f"headroom {plan.recipe.headroom:g}: has no effect, no GEMM of this model has {having} inputs, "
+            f"whose calibrated scales it multiplies"
         )
     return warnings

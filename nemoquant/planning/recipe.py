@@ -18,6 +18,7 @@ rules:                                  # first match wins; every tensor must be
 kv_cache: fp8                           # source or fp8
 solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
 folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
+headroom: 2                             # NVFP4 inputs up to so many times the largest that calibration saw
 
 With ``extends: nvfp4`` (a preset, or a file by its path from this one) a recipe says only what differs: its
 rules come before those of the other, its other keys take their place.
@@ -45,7 +46,7 @@ from nemoquant.formats import (
 from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.planning.layers import Layer, in_words
 from nemoquant.planning.modelopt.recognise import PREFIX, is_theirs
-from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
+from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, MOST_HEADROOM, FoldName
 from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
 
@@ -63,6 +64,7 @@ KEPT_DTYPES: Mapping[str, str] = MappingProxyType({"bf16": "BF16"})
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Summary = Annotated[str, Field(max_length=2000)]
 Folds = Annotated[list[FoldName], Field(max_length=len(FOLDS))]
+Headroom = Annotated[float, Field(ge=1, le=MOST_HEADROOM, strict=True)]
 
 
 class Rule(BaseModel):
@@ -148,7 +150,7 @@ class Solve(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A named list of rules, the KV cache's format, how codes are solved for, and folds."""
+    """A named list of rules, the KV cache's format, how codes are solved for, folds, headroom of inputs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -158,6 +160,7 @@ class Recipe(BaseModel):
     kv_cache: Literal["source", CacheName] = "source"
     solve: Solve = Solve()
     folds: Folds = []
+    headroom: Headroom = 1
     _inherited: int = PrivateAttr(0)
 
     @model_validator(mode="after")
@@ -184,9 +187,13 @@ class Recipe(BaseModel):
         return self.model_dump(exclude_defaults=True)
 
     def changed(
-        self, method: Method | None, folds: Sequence[FoldName] | None = None, descent: int | None = None
+        self,
+        method: Method | None,
+        folds: Sequence[FoldName] | None = None,
+        descent: int | None = None,
+        headroom: float | None = None,
     ) -> "Recipe":
-        """The recipe with another method for all weights, other folds, another number of sweeps.
+        """The recipe with another method for all weights, other folds, number of sweeps or headroom.
 
         A format that lacks the method gets the nearest one (``Format.nearest``). ``max``, ``mse`` and
         ``four_over_six`` are functions of the source's weight alone: they drop the folds, unless ``folds`` is
@@ -201,12 +208,15 @@ class Recipe(BaseModel):
             new["folds"] = folds = list(dict.fromkeys(folds))
         if descent is not None:
             new["solve"] = self.solve.model_copy(update={"descent": descent})
+        if headroom is not None:
+            new["headroom"] = headroom
         changed = self.model_copy(update=new)
         if changed == self:
             return self
         words = [word for word in (method, "-".join(folds) if folds else None) if word]
         words += [f"descent{descent}"] * (descent is not None)
         words += ["unfolded"] * (folds is not None and not folds and bool(self.folds))
+        words += [f"headroom{headroom:g}"] if headroom not in (None, self.headroom) else []
         return changed.model_copy(update={"name": "-".join([self.name, *words])[:100]})
 
     def without(self, numbers: Collection[int]) -> "Recipe":
@@ -231,6 +241,7 @@ class Extension(BaseModel):
     kv_cache: Literal["source", CacheName] | None = None
     solve: Solve | None = None
     folds: Folds | None = None
+    headroom: Headroom | None = None
 
     def of(self, base: Recipe) -> Recipe:
         """The whole recipe; raises ValidationError where both together exceed a bound."""

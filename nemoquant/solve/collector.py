@@ -89,7 +89,7 @@ class SolveCollector:
                 self._inputs,
                 folds,
                 self.plan.recipe.solve,
-                scales=input_scales(rows, amax, []),
+                scales=input_scales(rows, amax, self.plan.recipe.headroom, []),
                 shared=shared_maxima(self.checkpoint, folds, rows),
                 threads=self.threads,
                 device=self.device,
