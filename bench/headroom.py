@@ -8,7 +8,7 @@ and each factor, with 32 rows of 512 tokens. Compared with the source are rows o
 the evaluation text, code, mathematics and conversations of the mix's, and random tokens. For each there are
 KL, its difference from the first factor's paired over rows with its standard error; the share of blocks of
 NVFP4 inputs that saturate (largest magnitude / (6 input_scale) > 448), how far the largest goes beyond what
-can be held, and the share of blocks that become zero because their scale does.
+can be held, and the share of blocks whose scale is too small for a normal number, or zero and they with it.
 
 Then each model goes on by itself from the first 64 tokens of rows of the evaluation text, for 448 tokens:
 greedily, and by samples at temperature 1 with fixed seeds. Printed are the share of 4-grams that stood before
@@ -35,7 +35,6 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.engine.generate import Sampler
 from nemoquant.formats import FORMATS
-from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.model.reference import ReferenceModel
 from nemoquant.model.taps import Scope, identity
 from nemoquant.quantized.checkpoint import PackedCheckpoint
@@ -44,6 +43,8 @@ from nemoquant.sources.source import open_weights
 from nemoquant.tokens.rows import load_rows
 
 CALIBRATION_ROWS, PROMPT, NEW = 32, 64, 448
+CODE = 6  # the largest of E2M1
+LARGEST = 448  # of E4M3; its smallest normal number is 2^-6, its smallest one 2^-9
 WAYS = {"greedy": 0.0, "sampled": 1.0}  # with their temperatures
 Tap = Callable[[str, Tensor], Tensor]
 
@@ -53,26 +54,28 @@ class Blocks:
 
     def __init__(self, opened: PackedCheckpoint) -> None:
         self.inputs, self.round = opened.inputs, opened.tap()
-        self.blocks = self.saturated = self.zeroed = 0
+        self.blocks = self.saturated = self.small = self.zeroed = 0
         self.reach = 0.0
 
     def tap(self, name: str, x: Tensor) -> Tensor:
         format, scale = self.inputs.get(name, ("fp8", np.float32(1)))
         block = FORMATS[format].block
         if FORMATS[format].input_headroom and block is not None and x.numel():
-            most = ARITHMETIC[format].limit(scale)
-            relative = x.reshape(-1, block).abs().amax(1).double() / most
-            relative = relative[relative > 0]  # rows that only fill up a batch are zero
-            self.blocks += relative.numel()
-            self.saturated += int((relative > 1).sum())
-            # of 448 as scale of the largest, half of the smallest, 2^-9; a tie goes to the even code, zero
-            self.zeroed += int((relative <= 2.0**-10 / 448).sum())
-            self.reach = max(self.reach, float(relative.max(initial=0)) if relative.numel() else 0.0)
+            # a block's own scale, before it is rounded to E4M3
+            own = x.reshape(-1, block).abs().amax(1).double()
+            own = own[own > 0] / (CODE * float(scale))  # rows that fill up are zero
+            self.blocks += len(own)
+            self.saturated += int((own > LARGEST).sum())
+            self.small += int((own < 2.0**-6).sum())
+            self.zeroed += int((own <= 2.0**-10).sum())  # a tie goes to the even code
+            if len(own):
+                self.reach = max(self.reach, float(own.max()) / LARGEST)
         return self.round(name, x)
 
     def json(self) -> dict[str, float]:
         count = max(1, self.blocks)
-        return {"saturated": self.saturated / count, "zeroed": self.zeroed / count, "reach": self.reach}
+        shares = {key: getattr(self, key) / count for key in ("saturated", "small", "zeroed")}
+        return shares | {"reach": self.reach}
 
 
 def dense(names: list[str], weights: Any) -> dict[str, Tensor]:
@@ -81,8 +84,13 @@ def dense(names: list[str], weights: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def opened_model(folder: Path) -> Iterator[tuple[ReferenceModel, PackedCheckpoint]]:
+def opened_model(folder: Path, others: float) -> Iterator[tuple[ReferenceModel, PackedCheckpoint]]:
+    """``others``: what the scales of other inputs than those that have headroom are multiplied by."""
     opened = PackedCheckpoint(folder)
+    for name in opened.inputs.keys() & {spec.module for spec in opened.table}:
+        format, scale = opened.inputs[name]
+        if not FORMATS[format].input_headroom:
+            opened.inputs[name] = format, np.float32(scale * others)
     arrays = dense(list(opened.stored), opened.weights(""))
     yield ReferenceModel(opened.config, lambda prefix: Scope(arrays, prefix)), opened
     opened.checkpoint.close()
@@ -149,7 +157,8 @@ def say_texts(head: str, factor: float, found: Any, first: Any) -> None:
         click.echo(
             f"{head} on {text:<6} headroom {factor:g}: KL {kl:.5f} +- {error:.5f}, {change:+.5f} +- "
             f"{paired:.5f} ({change / (kl - change):+.1%}), saturated {one['saturated']:.2e}, up to "
-            f"{one['reach']:.2f} of what fits, zeroed {one['zeroed']:.2e}"
+            f"{one['reach']:.2f} of what fits, small {one['small']:.2e}, zeroed "
+            f"{one['zeroed']:.2e}"
         )
 
 
@@ -171,6 +180,9 @@ def say_free(head: str, found: Any, first: Any) -> None:
 @click.option("--factor", "factors", multiple=True, type=float, default=[1, 2, 4], show_default=True)
 @click.option("--calib", "calibs", multiple=True, default=["prose", "code"], show_default=True)
 @click.option("--method", help="Instead of the presets' own; with max, codes are the same for each factor.")
+@click.option(
+    "--others", is_flag=True, help="An experiment: headroom of FP8 inputs too, once codes are there."
+)
 @click.option("--rows", default=16, show_default=True, help="Rows of each text to compare on.")
 @click.option("--prompts", default=24, show_default=True, help="Texts to go on from; 0 for none.")
 @click.option("--json", "json_file", type=Path)
@@ -180,6 +192,7 @@ def main(
     factors: tuple[float, ...],
     calibs: tuple[str, ...],
     method: Any,
+    others: bool,
     rows: int,
     prompts: int,
     json_file: Path | None,
@@ -220,7 +233,7 @@ def main(
                     )
                     head, key = f"{model} {preset}, calibrated on {calib}", f"{preset} {calib} {factor:g}"
                     first = f"{preset} {calib} {factors[0]:g}"
-                    with opened_model(out) as (candidate, packed):
+                    with opened_model(out, factor if others else 1) as (candidate, packed):
                         found = results["texts"][key] = {}
                         for text, ids in texts.items():
                             watched = Blocks(packed)
