@@ -27,6 +27,7 @@ def plan(
     folds: Sequence[FoldName] | None = None,
     descent: int | None = None,
     propagate: Propagate | None = None,
+    headroom: float | None = None,
     download: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -36,7 +37,8 @@ def plan(
 
     Args:
         source: a path, or a model's name on the hub; of that the config alone where its cache lacks weights.
-        method, folds, descent, propagate: take the place of the recipe's own; see :class:`RunOptions`.
+        method, folds, descent, propagate, headroom: take the place of the recipe's own; see
+            :class:`RunOptions`.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
         download: of a name on the hub, fetch the config; without it nothing reaches a network.
         say: called with a line of text on what a name on the hub stands for.
@@ -44,7 +46,12 @@ def plan(
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """
     options = RunOptions(
-        scale_groups=scale_groups, method=method, folds=folds, descent=descent, propagate=propagate
+        scale_groups=scale_groups,
+        method=method,
+        folds=folds,
+        descent=descent,
+        propagate=propagate,
+        headroom=headroom,
     )
     name = recipe_text(recipe)
     path = found("source", source, SETTINGS, download=download, say=say)
@@ -68,7 +75,7 @@ def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> P
     assumed = isinstance(source, BareConfig)
     chosen, notes = choose(recipe, source.config, source.table)
     made = resolve(
-        chosen.changed(options.method, options.folds, options.descent, options.propagate),
+        chosen.changed(options.overrides),
         source.config,
         source.table,
         assumed=assumed,

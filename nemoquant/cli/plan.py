@@ -113,10 +113,7 @@ def command(
         path,
         name,
         scale_groups=options.scale_groups,
-        method=options.method,
-        folds=options.folds,
-        descent=options.descent,
-        propagate=options.propagate,
+        **options.overrides._asdict(),
     )
     expected = api.estimate(path, name, options, out=out) if estimate else None
     file = mixture(resolved)
@@ -126,7 +123,7 @@ def command(
         data = resolved.to_json() | {"engines": {name: _by_sm(file, name) for name in engines}}
         data["warnings"] = list(resolved.warnings)
         data["cautions"] = [
-            *method_warnings(resolved, options.method, options.descent, options.propagate),
+            *method_warnings(resolved, options.overrides),
             *cautions(resolved),
         ]
         data["serving"] = [command.to_json() for command in serving]
@@ -176,7 +173,7 @@ def command(
             err=True,
         )
     for text in [
-        *method_warnings(resolved, options.method, options.descent, options.propagate),
+        *method_warnings(resolved, options.overrides),
         *cautions(resolved),
     ]:
         say(f"warning: {text}", err=True)

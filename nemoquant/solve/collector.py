@@ -113,7 +113,7 @@ class SolveCollector:
         solved = [row for row in rows if row.solved]
         if not solved and (self._stream is None or layer is None):
             return
-        scales = input_scales(rows, self.amax.scales.amax_of(self.plan), [])
+        scales = input_scales(rows, self.amax.scales.amax_of(self.plan), self.plan.recipe.headroom, [])
         shared = shared_maxima(self.checkpoint, folds, rows)
         solver = LayerSolver(
             self.checkpoint,

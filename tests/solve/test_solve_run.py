@@ -14,6 +14,7 @@ from nemoquant.api import RunOptions, quantize, verify
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.errors import CalibrationError, Interrupted, OutputError, UsageError
 from nemoquant.planning.plan import method_warnings
+from nemoquant.planning.solving import Overrides
 from nemoquant.solve import layer as solving
 from nemoquant.solve.collector import SolveCollector
 
@@ -188,14 +189,14 @@ def test_a_method_takes_the_place_of_the_recipes_own():
     plan, found = methods(method="max", folds=["latent"])
     assert plan.recipe.folds == ["latent"] and plan.needs_inputs
     assert methods(descent=3)[0].recipe.solve.descent == 3
-    (told,) = method_warnings(methods(method="hess")[0], "hess", None, None)
+    (told,) = method_warnings(methods(method="hess")[0], Overrides("hess"))
     assert told == "--method hess: 24 FP8 weights get max, the nearest that FP8 has"
     assert (
-        method_warnings(methods(method="gptq")[0], "gptq", 2, None)
-        == method_warnings(plan, None, None, None)
+        method_warnings(methods(method="gptq")[0], Overrides("gptq", descent=2))
+        == method_warnings(plan, Overrides())
         == []
     )
-    (told,) = method_warnings(methods(method="max", descent=2)[0], "max", 2, None)
+    (told,) = method_warnings(methods(method="max", descent=2)[0], Overrides("max", descent=2))
     assert told == "--descent 2: has no effect, no weight gets hess or gptq"
     with pytest.raises(UsageError, match="method"):
         api.plan(DEMO, "nvfp4", method="best")

@@ -18,6 +18,7 @@ from nemoquant.model.names import ROUTER
 from nemoquant.model.reference import ReferenceModel, layer_forward
 from nemoquant.model.taps import prefixed
 from nemoquant.planning.plan import method_warnings
+from nemoquant.planning.solving import Overrides
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.solve import collector, stream
 from nemoquant.solve.order import passes, stages
@@ -181,12 +182,12 @@ def test_the_order_of_a_layer(source):
 
 
 def test_what_is_said_of_it(source, token_rows, tmp_path):
-    made = plan(source, "nvfp4-full", propagate="quantized")
-    assert made.propagates and made.recipe.name == "nvfp4-full-on-quantized"
+    made = plan(source, "fp8", propagate="quantized")
+    assert made.propagates and made.recipe.name == "fp8-on-quantized"
     assert made.recipe.solve.propagate == "quantized"
     assert not plan(source, "nvfp4-full", method="max", propagate="quantized").propagates
     plain = plan(source, "nvfp4-full", method="max")
-    assert method_warnings(plain, None, None, "quantized") == [
+    assert method_warnings(plain, Overrides(propagate="quantized")) == [
         "--propagate quantized: has no effect, no weight gets hess or gptq"
     ]
     with pytest.raises(UsageError, match="propagate is 'bf16'; expected source or quantized"):
