@@ -187,7 +187,8 @@ def test_plan_for_people() -> None:
     assert "bits per weight 4.925" in lines
     assert "KV cache per token 6,144 B as the source, 3,072 B planned" in lines
     assert (
-        "calibration needed for codes that are solved for, folds (latent, norm), activation scales" in lines
+        "calibration needed for codes that are solved for, folds (latent, norm), activation scales (headroom 2)"
+        in lines
     )
     assert (
         lines[-1]
