@@ -154,7 +154,7 @@ class QuantizedStream:
         prefix, kind = names.layer(layer.number), self._config.layers[layer.number]
 
         def check(what: str, x: Tensor) -> None:
-            if not torch.isfinite(x).all():
+            if x.numel() and not torch.isfinite(torch.stack(torch.aminmax(x))).all():  # one pass, no mask
                 raise CalibrationError(
                     f"layer {layer.number} ({kind}): NaN or Inf in {what} on the stream of the quantized "
                     f"layers, where the source's is finite; expected finite activations, try --compute "
