@@ -6,7 +6,9 @@ replays every block with the arguments of the first, so a mask for that (Mamba) 
 which refuses it: rows are full, and are given without a mask.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from auto_round import AutoRound
@@ -21,6 +23,13 @@ SCHEMES = {
     ("fp8", "fp8"): "FP8_STATIC",
 }
 AS_IT_IS = {"bits": 16, "act_bits": 16, "data_type": "fp", "act_data_type": "fp"}
+
+
+def declare_predictors(path: Path) -> None:
+    """Its export copies the MTP module's tensors as they are, and declares every linear layer quantized."""
+    config = json.loads(path.read_text())
+    config["quantization_config"]["ignore"].append("re:.*mtp.*")
+    path.write_text(json.dumps(config, indent=2))
 
 
 def main() -> None:
@@ -45,6 +54,11 @@ def main() -> None:
         disable_model_free=True,
     )
     rounding.quantize_and_save(job.out, format="llm_compressor")
+    for folder in list(Path(job.out).iterdir()):  # it makes one there, named after the model
+        for file in folder.iterdir():
+            file.rename(Path(job.out) / file.name)
+        folder.rmdir()
+    declare_predictors(Path(job.out) / "config.json")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def solved_block(
 ) -> tuple[Tensor, Tensor]:
     """Its ``gptq_fused_block_scalar``: columns one after the other, errors passed on by the factor's rows.
 
-    weight [out, columns], amax [out, blocks], factor [columns, columns]; returns codes times scales, and errors.
+    weight [out, columns], amax [out, blocks], factor [columns, columns]; returns rounded weights and errors.
     """
     scales = (amax / (6 * unit)).clamp_max(448).to(torch.float8_e4m3fn).float() * unit
     left, values, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
