@@ -32,16 +32,18 @@ from nemoquant.tokens.rows import load_rows
 TEXTS = {"default": None, "mix": MIX}
 
 
-def domains(source: Path, config: NemotronHConfig, rows: int, scratch: Path) -> dict[str, np.ndarray]:
-    """The first rows [rows, length] of each domain's documents."""
+def domains(
+    text: Path, source: Path, config: NemotronHConfig, rows: int, scratch: Path, length: int = LENGTH
+) -> dict[str, np.ndarray]:
+    """The first rows [rows, length] of each domain's documents of a shipped mix."""
     by_domain: dict[str, list[str]] = {}
-    for line in evaluation_data(Path(MIX)).read_text("utf-8").splitlines():
+    for line in text.read_text("utf-8").splitlines():
         by_domain.setdefault(json.loads(line)["domain"], []).append(line)
     found = {}
     for domain, lines in by_domain.items():
         path = scratch / f"{domain}.jsonl"
         path.write_text("\n".join(lines), "utf-8")
-        found[domain] = load_rows(path, source, config, rows, LENGTH).ids
+        found[domain] = load_rows(path, source, config, rows, length).ids
     return found
 
 
@@ -64,7 +66,7 @@ def main(model: str, presets: tuple[str, ...], rows: int, json_file: Path | None
         checkpoint = end.enter_context(Checkpoint(source))
         with (opened := open_weights(source, "")).checkpoint:
             config = opened.config
-            texts = domains(source, config, rows, scratch)
+            texts = domains(evaluation_data(Path(MIX)), source, config, rows, scratch)
         bf16 = ReferenceModel(config, lambda prefix: LayerWeights(checkpoint, prefix))
         references = {domain: reference(bf16, ids) for domain, ids in texts.items()}
         for preset in presets:

@@ -138,7 +138,12 @@ class Bench:
         """Of each weight its kind, its tokens, and by each setting its error over the plain method's."""
         seen = self.calibration(rows)
         taps = {row.module: seen.inputs[input_of(row)] for row in self.rows if input_of(row) in seen.inputs}
-        scales = input_scales(self.rows, {name: float(np.abs(x).max()) for name, x in taps.items()}, [])
+        scales = input_scales(
+            self.rows,
+            {name: float(np.abs(x).max()) for name, x in taps.items()},
+            self.plan.recipe.headroom,
+            [],
+        )
         shared = shared_maxima(self.checkpoint, {}, self.rows)
         pools: dict[tuple[int | None, int], tuple[Doubles, float]] = {}
         for row in self.rows:

@@ -3,13 +3,13 @@
     python -m bench.methods demo nvfp4-full nvfp4-full:method=max nvfp4:damping=1,folds=latent --rows 32
     python -m bench.methods nano fp8 fp8:method=max --first 32 --rows 64 --json FILE
 
-`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times
-as large. A variant is a preset and what is changed of it: method, folds (with + between them, or none),
-descent, damping, calib (number of calibration rows), tokens (in a row), seed (of the choice of calibration
-rows; 0 are the first ones, as by default). Each is quantized by a process of its own, whose processor time
-and peak memory are printed. Its logits are compared with the source's on the same rows of the evaluation
-text, both in float32 as `nemoquant diff` does. Differences from the first variant are paired over rows:
-their mean, and its standard error.
+`outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times as
+large. A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
+headroom, propagate, parts and ridge of its targets (see `bench.propagation`), damping, calib (number of
+calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are the first ones, as by
+default). Each is quantized by a process of its own, whose processor time and peak memory are printed. Its
+logits are compared with the source's on the same rows of the evaluation text, both in float32 as `nemoquant
+diff` does. Differences from the first variant are paired over rows: their mean, and its standard error.
 """
 
 import json
@@ -32,6 +32,7 @@ from nemoquant.model.reference import ReferenceModel
 from nemoquant.planning.recipe import load_recipe, parse_recipe
 from nemoquant.quantized.checkpoint import PackedCheckpoint
 from nemoquant.shipped import calibration_data, evaluation_data
+from nemoquant.solve.layer import RIDGE
 from nemoquant.sources.source import open_weights
 from nemoquant.tokens.rows import load_rows
 from tests.support.outlier_copy import outlier_copy
@@ -39,6 +40,7 @@ from tests.support.outlier_copy import outlier_copy
 CALIB = Path(__file__).parent.parent / "calib"
 BATCH = 4
 LENGTH = 512
+FLAGS = ("method", "descent", "propagate", "headroom")
 
 
 def logits(model: ReferenceModel, rows: np.ndarray, tap: Any = None) -> Iterator[torch.Tensor]:
@@ -52,16 +54,24 @@ def measured(folder: Path, rows: np.ndarray, reference: list[torch.Tensor]) -> d
     """KL, log-likelihood and top-1 agreement of each row."""
     opened = PackedCheckpoint(folder)
     model = ReferenceModel(opened.config, opened.weights)
+    found = compared(model, rows, reference, opened.tap())
+    opened.checkpoint.close()
+    return found
+
+
+def compared(
+    model: ReferenceModel, rows: np.ndarray, reference: list[torch.Tensor], tap: Any = None
+) -> dict[str, Any]:
+    """The same of a model that is open already."""
     kl, nll, agree = [], [], []
     at = 0
-    for wanted, found in zip(reference, logits(model, rows, opened.tap()), strict=True):
+    for wanted, found in zip(reference, logits(model, rows, tap), strict=True):
         tokens = torch.from_numpy(rows[at : at + len(found)])[:, 1:, None]
         at += len(found)
         p, q = wanted[:, :-1].double(), found[:, :-1]
         kl += ((p.exp() * (p - q)).sum(-1)).mean(-1).tolist()
         nll += (-q.gather(-1, tokens)[..., 0]).mean(-1).tolist()
         agree += (p.argmax(-1) == q.argmax(-1)).double().mean(-1).tolist()
-    opened.checkpoint.close()
     return {"kl": kl, "nll": nll, "top1": agree}
 
 
@@ -80,8 +90,13 @@ def calibration_rows(source: Path, count: int, length: int, seed: int) -> np.nda
     return rows[:count]
 
 
-def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, Any]:
-    """Quantize by a variant, in a process of its own; returns what that took."""
+def quantized(
+    source: Path, out: Path, text: str, scratch: Path, chosen: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Quantize by a variant, in a process of its own; returns what that took.
+
+    ``chosen``: calibration rows [rows, length], in place of those that the variant says.
+    """
     preset, keys = variant(text)
     recipe: str | Path = preset
     if "damping" in keys:
@@ -91,20 +106,26 @@ def quantized(source: Path, out: Path, text: str, scratch: Path) -> dict[str, An
         parse_recipe(data)
         recipe = scratch / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(data))
-    options = [f"--{key}={keys[key]}" for key in ("method", "descent") if key in keys]
+    options = [
+        f"--{key}={keys[key]}" for key in ("method", "descent", "propagate", "headroom") if key in keys
+    ]
     if "folds" in keys:
         options.append(f"--folds={keys['folds'].replace('+', ',')}")
-    if keys.keys() & {"calib", "tokens", "seed"}:
-        rows = calibration_rows(
+    if chosen is None and keys.keys() & {"calib", "tokens", "seed"}:
+        chosen = calibration_rows(
             source, int(keys.get("calib", 32)), int(keys.get("tokens", LENGTH)), int(keys.get("seed", 0))
         )
-        np.save(scratch / "rows.npy", rows)
+    if chosen is not None:
+        np.save(scratch / "rows.npy", chosen)
         options += [
             f"--calib={scratch / 'rows.npy'}",
-            f"--rows={rows.shape[0]}",
-            f"--seq-len={rows.shape[1]}",
+            f"--rows={chosen.shape[0]}",
+            f"--seq-len={chosen.shape[1]}",
         ]
-    command = [sys.executable, "-m", "nemoquant", "quantize", source, out, "--recipe", recipe, *options]
+    program = ["nemoquant"]
+    if keys.keys() & {"parts", "ridge"}:
+        program = ["bench.propagation", keys.get("parts", "both"), keys.get("ridge", str(RIDGE))]
+    command = [sys.executable, "-m", *program, "quantize", source, out, "--recipe", recipe, *options]
     cost = run(list(map(str, command)), scratch / "said")
     return cost.json()
 

@@ -1,13 +1,14 @@
 """What solving costs, and whether the estimate knew: whole runs of `quantize` against `plan --estimate`.
 
-    python -m bench.solve_cost --work DIR [--models demo nano mid super] [--variants gptq:1 hess:0 mse max]
-                               [--recipe nvfp4] [--rows 32] [--seq-len 512] [--threads N] [--json FILE]
+    python -m bench.solve_cost --work DIR [--models demo nano mid super]
+                               [--variants gptq:1 gptq:1:quantized hess:0 mse max] [--recipe nvfp4]
+                               [--rows 32] [--seq-len 512] [--threads N] [--json FILE]
 
 DIR gets `mid` (the checkpoint of `bench.peers`) and `super`, a MoE layer with 64 of Super's 512 experts, at
-their true sizes and with as many tokens each; 6 GB at the most. A variant is a method and its sweeps. Every
-figure of a run is of the whole process, from the start of the interpreter to the last byte, verify included;
-the estimate is of the same stages. Solving's own share is the difference of a run's processor time from that
-of `max`, which is run too.
+their true sizes and with as many tokens each; 6 GB at the most. A variant is a method, its sweeps, and what
+is propagated. Every figure of a run is of the whole process, from the start of the interpreter to the last
+byte, verify included; the estimate is of the same stages. Solving's own share is the difference of a run's
+processor time from that of `max`, which is run too.
 """
 
 import argparse
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINED = {"demo": ROOT / "calib/demo_model", "nano": ROOT / "calib/nano_model"}
 MADE = {"mid": ["--size", "mid"], "super": ["--size", "super", "--experts", "64"]}
 SOLVED = get_args(SolvedMethod)
-VARIANTS = ("max", "mse", "hess:0", "hess:1", "gptq:0", "gptq:1", "gptq:2")
+VARIANTS = ("max", "mse", "hess:0", "hess:1", "gptq:0", "gptq:1", "gptq:2", "gptq:1:quantized")
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def text(work: Path, source: Path, count: int, length: int) -> list[str]:
 
 def measured(args: argparse.Namespace, model: str, variant: str) -> Result:
     source, out = checkpoint(args.work, model), args.work / "out"
-    method, _, descent = variant.partition(":")
-    options = ["--recipe", args.recipe, "--method", method, *(["--descent", descent] if descent else [])]
+    flags = zip(("--method", "--descent", "--propagate"), variant.split(":"), strict=False)
+    options = ["--recipe", args.recipe, *(word for flag in flags for word in flag)]
     options += ["--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     options += ["--threads", str(args.threads)] if args.threads else []
     for folder in (out, out.with_name("out.partial")):

@@ -19,7 +19,7 @@ from nemoquant.calibrate.batch import Batch
 from nemoquant.run.solve_speeds import solve_speeds
 from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds
-from nemoquant.solve.memory import input_bytes, solve_bytes, solved_bytes
+from nemoquant.solve.memory import solve_bytes, waiting_bytes
 from nemoquant.units import duration, size
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tests/configs"
@@ -54,7 +54,7 @@ def main() -> None:
         _, memory = solve_bytes(plan, args.threads)
         print(
             f"| {model}, `{preset}` | {descent} | {duration(seconds)} | {weights / seconds / 1e6:.1f} | "
-            f"{duration(gpu)} | {size(memory)} | {size(input_bytes(plan, batch) + solved_bytes(plan))} |"
+            f"{duration(gpu)} | {size(memory)} | {size(waiting_bytes(plan, batch))} |"
         )
 
 

@@ -85,6 +85,22 @@ def whole(name: str, got: Any, least: int, most: int = MOST_WHOLE) -> int:
     return value
 
 
+def number(name: str, got: Any, least: float, most: float) -> float:
+    """``got`` as a float in a range; numbers of numpy are accepted, bool and text are not."""
+    value = _real(got)
+    if least <= value <= most:
+        return value
+    raise refuse(name, got, f"a number from {least:g} to {most:g}")
+
+
+def _real(got: Any) -> float:
+    """``got`` as a float; NaN, which is in no range, where it is no number."""
+    try:
+        return math.nan if isinstance(got, bool | str) else float(got)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def threads(got: Any) -> int | None:
     """A number of threads, or None; a hundred thousand would exhaust the memory of the process."""
     if got is None:
@@ -94,10 +110,7 @@ def threads(got: Any) -> int | None:
 
 def temperature(got: Any) -> float:
     """A temperature of the choice of tokens: 0, or a number that neither loses nor overflows logits."""
-    try:
-        value = math.nan if isinstance(got, bool | str) else float(got)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
+    value = _real(got)
     if value == 0 or COLDEST <= value <= HOTTEST:
         return value
     raise refuse("temperature", got, f"0 (greedy), or a number from {COLDEST:f} to {HOTTEST:,.0f}")

@@ -12,7 +12,7 @@ from nemoquant.formats import Method
 from nemoquant.planning.choose import choose
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.resolve import resolve
-from nemoquant.planning.solving import FoldName
+from nemoquant.planning.solving import FoldName, Propagate
 from nemoquant.run.options import RunOptions
 from nemoquant.sources.hub import SETTINGS
 from nemoquant.sources.source import BareConfig, Source, open_source
@@ -26,6 +26,8 @@ def plan(
     method: Method | None = None,
     folds: Sequence[FoldName] | None = None,
     descent: int | None = None,
+    propagate: Propagate | None = None,
+    headroom: float | None = None,
     download: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -35,14 +37,22 @@ def plan(
 
     Args:
         source: a path, or a model's name on the hub; of that the config alone where its cache lacks weights.
-        method, folds, descent: take the place of the recipe's own; see :class:`RunOptions`.
+        method, folds, descent, propagate, headroom: take the place of the recipe's own; see
+            :class:`RunOptions`.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
         download: of a name on the hub, fetch the config; without it nothing reaches a network.
         say: called with a line of text on what a name on the hub stands for.
     Raises:
         CheckpointError, RecipeError, UsageError, MissingExtraError
     """
-    options = RunOptions(scale_groups=scale_groups, method=method, folds=folds, descent=descent)
+    options = RunOptions(
+        scale_groups=scale_groups,
+        method=method,
+        folds=folds,
+        descent=descent,
+        propagate=propagate,
+        headroom=headroom,
+    )
     name = recipe_text(recipe)
     path = found("source", source, SETTINGS, download=download, say=say)
     return resolved(open_source(path), name, options)
@@ -65,7 +75,7 @@ def resolved(source: Source | BareConfig, recipe: str, options: RunOptions) -> P
     assumed = isinstance(source, BareConfig)
     chosen, notes = choose(recipe, source.config, source.table)
     made = resolve(
-        chosen.changed(options.method, options.folds, options.descent),
+        chosen.changed(options.overrides),
         source.config,
         source.table,
         assumed=assumed,

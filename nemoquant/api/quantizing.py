@@ -240,7 +240,7 @@ def quantize(
             f"no tensor of this model got the format {unused}: it lacks the roles that the recipe names"
             for unused in made.unused_formats
         ]
-        warnings += method_warnings(made, options.method, options.descent)
+        warnings += method_warnings(made, options.overrides)
         warnings += cautions(made)
         if not made.needs_calibration:
             warnings += [

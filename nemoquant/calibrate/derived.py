@@ -35,9 +35,17 @@ class ActivationScales:
     warnings: list[str] = field(default_factory=list)
 
 
-def input_scale(amax: float, activation_format: FormatName) -> np.float32:
-    """The decode scale of a GEMM's input, from its largest magnitude in calibration."""
-    return ARITHMETIC[activation_format].decode_scale(amax).value
+def input_scale(amax: float, activation_format: FormatName, headroom: float = 1) -> np.float32:
+    """The decode scale of a GEMM's input, from its largest magnitude in calibration.
+
+    Formats with :attr:`Format.input_headroom` hold ``headroom`` times that magnitude; not where it is
+    degenerate, because the scale is 1.0 then.
+    """
+    arithmetic = ARITHMETIC[activation_format]
+    scale, degenerate = arithmetic.decode_scale(amax)
+    return (
+        np.float32(float(scale) * headroom) if arithmetic.format.input_headroom and not degenerate else scale
+    )
 
 
 def cache_scale(amax: float, number: FormatName) -> np.float32:
@@ -84,19 +92,21 @@ def activation_scales(plan: Plan, scales: Scales | None) -> ActivationScales:
         CalibrationError: no token reached any module of a group, so that its input scale is unknown.
     """
     result = ActivationScales()
-    result.inputs = input_scales(plan.quantized, scales.amax_of(plan) if scales else {}, result.warnings)
+    amax = scales.amax_of(plan) if scales else {}
+    result.inputs = input_scales(plan.quantized, amax, plan.recipe.headroom, result.warnings)
     _cache_scales(plan, scales, result)
     return result
 
 
 def input_scales(
-    rows: Iterable[Row], amax: Mapping[str, float], warnings: list[str]
+    rows: Iterable[Row], amax: Mapping[str, float], headroom: float, warnings: list[str]
 ) -> dict[str, np.float32]:
     """module -> ``input_scale``, for those of ``rows`` whose input has a calibrated one; groups applied.
 
     Args:
         rows: with each row all of its group, and all experts of its layer and projection.
         amax: module -> largest magnitude of its input; an expert that no token reached is absent.
+        headroom: the recipe's.
         warnings: receives one for each input that was zero.
     Raises:
         CalibrationError: no token reached any module of a group, so that its input scale is unknown.
@@ -124,7 +134,7 @@ def input_scales(
         assert largest is not None and members[0].activation_format is not None
         if largest == 0:
             warnings.append(f"{group}: its input was zero in all calibration rows; input scale set to 1.0")
-        scale = input_scale(largest, members[0].activation_format)
+        scale = input_scale(largest, members[0].activation_format, headroom)
         found |= dict.fromkeys((row.module for row in members), scale)
     return found
 

@@ -49,7 +49,7 @@ class InMemory:
 
 
 class InFiles:
-    """Two files in a folder, ``HIDDEN``: one is read, the other is written.
+    """Two files in a folder: one is read, the other is written.
 
     Attributes:
         current: number of the file that is read.
@@ -57,23 +57,35 @@ class InFiles:
     """
 
     def __init__(
-        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, current: int = 0
+        self,
+        folder: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        current: int = 0,
+        names: Sequence[str] = HIDDEN,
     ) -> None:
         self.shape, self.dtype, self.current, self.sha256 = shape, dtype, current, ""
         self._row = shape[1] * shape[2] * dtype.itemsize
-        self._paths = [folder / name for name in HIDDEN]
+        self._paths = [folder / name for name in names]
         self._files = [open_own(path) for path in self._paths]
         sync_folder(folder)
         self._digest = hashlib.sha256()
 
     def read(self, rows: Sequence[int]) -> Tensor:
+        return self._read(rows, self.current)
+
+    def before(self, rows: Sequence[int]) -> Tensor:
+        """The states of some rows as they came into the layer that was finished last; a copy."""
+        return self._read(rows, 1 - self.current)
+
+    def _read(self, rows: Sequence[int], file: int) -> Tensor:
         states = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         for row, state in zip(rows, states, strict=True):
             view = _bytes(state)
             while view:  # one call moves 2 GiB at most
-                got = os.preadv(self._files[self.current], [view], (row + 1) * self._row - len(view))
+                got = os.preadv(self._files[file], [view], (row + 1) * self._row - len(view))
                 if not got:
-                    raise OSError(errno.EIO, f"it ends within row {row}", str(self._paths[self.current]))
+                    raise OSError(errno.EIO, f"it ends within row {row}", str(self._paths[file]))
                 view = view[got:]
         return states
 

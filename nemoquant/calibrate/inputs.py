@@ -63,26 +63,35 @@ class InputFile:
         """Rows of an input."""
         return sum(place.rows for place in self._places.get(name, ()))
 
-    def pieces(self, name: str) -> Iterator[Floats]:
+    def pieces(self, name: str, widest: int = 0) -> Iterator[Floats]:
         """An input in its order, float32 [some rows, width] at a time; its own memory.
+
+        ``widest``: of another input, if that is wider, so that pieces of both have as many rows.
 
         Raises:
             OSError: the file can't be read, or it became shorter.
         """
         for offset, rows, width, dtype in self._places.get(name, ()):
-            step = max(1, PIECE_BYTES // (4 * width))
+            step = max(1, PIECE_BYTES // (4 * max(width, widest)))
             for first in range(0, rows, step):
                 count = min(step, rows - first)
-                values = torch.empty(count, width, dtype=dtype)
-                view = values.view(torch.uint8).numpy().reshape(-1).data
                 at = offset + first * width * dtype.itemsize
-                while view:
-                    got = os.preadv(self._file, [view], at)
-                    if not got:
-                        raise OSError(5, "it ends too early", str(self.path))
-                    at, view = at + got, view[got:]
-                piece: Floats = values.float().numpy()
+                piece: Floats = self._read(Place(at, count, width, dtype)).float().numpy()
                 yield piece
+
+    def batches(self, name: str) -> Iterator[Tensor]:
+        """An input as it was computed, [tokens, width] of one batch after the other. Raises as above."""
+        return map(self._read, self._places.get(name, ()))
+
+    def _read(self, place: Place) -> Tensor:
+        values = torch.empty(place.rows, place.width, dtype=place.dtype)
+        at, view = place.offset, values.view(torch.uint8).numpy().reshape(-1).data
+        while view:
+            got = os.preadv(self._file, [view], at)
+            if not got:
+                raise OSError(5, "it ends too early", str(self.path))
+            at, view = at + got, view[got:]
+        return values
 
     def clear(self) -> None:
         """Forget the layer: the next one begins at the front."""

@@ -9,7 +9,7 @@ A new quantity (second moments, a Hessian) is a new pair; nothing else in calibr
 collect arrays: they live until their layer is finished.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,8 +46,11 @@ class Collector(Protocol):
     def add(self, collected: Any) -> None:
         """Take the results of one batch; batches come in order."""
 
-    def finish(self, layer: int | None) -> None:
-        """Called when all batches of a layer were added; None stands for the head."""
+    def finish(self, layer: int | None, batches: Sequence[Sequence[int]]) -> None:
+        """Called when all batches of a layer were added; None stands for the head.
+
+        ``batches`` are the numbers of the rows of each, without those that were left out.
+        """
 
     def state(self) -> Any:
         """JSON data to keep after a layer: the results, or names and hashes of the files that hold them."""
@@ -105,7 +108,7 @@ class AmaxCollector:
         for expert, count in collected.tokens.items():
             self._tokens[expert] = self._tokens.get(expert, 0) + count
 
-    def finish(self, layer: int | None) -> None:
+    def finish(self, layer: int | None, batches: Sequence[Sequence[int]]) -> None:  # noqa: ARG002
         for name, amax in self._amax.items():
             if name.endswith(names.OUTPUT):
                 self.scales.kv_amax[name.removesuffix(names.OUTPUT)] = amax

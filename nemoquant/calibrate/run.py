@@ -171,32 +171,36 @@ class _Run:
         states = (self.hidden.read(batch) for batch in batches)
         observers = [collector.observer for collector in self.collectors]
         observed = spread(self.checkpoint, self.config, i, states, str(self.device), observers)
+        left: list[list[int]] = []
         for batch, (output, finite, collected) in zip(batches, observed, strict=True):
             lost = [row for row, good in zip(batch, finite, strict=True) if not good]
             if lost:
                 self._lose(lost, i)
-            self.hidden.write([row for row, good in zip(batch, finite, strict=True) if good], output)
+            left.append([row for row, good in zip(batch, finite, strict=True) if good])
+            self.hidden.write(left[-1], output)
             self._add(collected)
         self.checkpoint.check_unchanged()  # after the layer was read: its results are kept next
         self.hidden.turn()
         for collector in self.collectors:
-            collector.finish(i)
+            collector.finish(i, left)
 
     def head(self) -> None:
         """Observe the input of the head; its product is not computed."""
         norm = LayerWeights(self.checkpoint, f"{names.FINAL_NORM}.")["weight"]
         observers = [collector.observer() for collector in self.collectors]
+        left: list[list[int]] = []
         for batch in self.batches(1):
             x = rms_norm(self.hidden.read(batch).to(self.device), norm, self.config.norm_eps).flatten(0, 1)
             if not torch.isfinite(x).all():
                 self._lose(batch, None)
                 continue
+            left.append(batch)
             for observer in observers:
                 observer.observe(names.HEAD, x)
         self._add([observer.collect() for observer in observers])
         self.checkpoint.check_unchanged()
         for collector in self.collectors:
-            collector.finish(None)
+            collector.finish(None, left)
 
     def _add(self, collected: list[Any]) -> None:
         for collector, part in zip(self.collectors, collected, strict=True):

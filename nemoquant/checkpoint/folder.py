@@ -19,6 +19,8 @@ FOLDER = "nemoquant_resume"  # in OUT.partial: all that is not output
 STATE = "state.json"
 HIDDEN = ("hidden.0", "hidden.1")
 INPUTS = "inputs"  # those of the layer in work, where weights are solved for
+STREAM = ("stream.0", "stream.1")  # hidden states of the quantized layers, where those are propagated
+REACHED = "reached"  # inputs of the layer in work on that stream
 HALF = ".partial"  # end of the name of a file that is not whole yet
 MARGIN = 64 << 20  # bytes of free disk beyond the tensors, for side files and the rest
 BYTES_PER_TENSOR = 600  # in headers, index, config files and scales file
@@ -37,7 +39,7 @@ def folds_file(layer: int) -> str:
 def is_inner(name: str) -> bool:
     """Whether a run writes a file of this name into ``FOLDER``."""
     whole = name.removesuffix(HALF)
-    return whole in (STATE, INPUTS, *HIDDEN) or bool(
+    return whole in (STATE, INPUTS, REACHED, *HIDDEN, *STREAM) or bool(
         re.fullmatch(r"(solved|folds)\.[0-9]{1,6}|solved\.head", whole)
     )
 

@@ -113,9 +113,7 @@ def command(
         path,
         name,
         scale_groups=options.scale_groups,
-        method=options.method,
-        folds=options.folds,
-        descent=options.descent,
+        **options.overrides._asdict(),
     )
     expected = api.estimate(path, name, options, out=out) if estimate else None
     file = mixture(resolved)
@@ -124,7 +122,10 @@ def command(
     if as_json:
         data = resolved.to_json() | {"engines": {name: _by_sm(file, name) for name in engines}}
         data["warnings"] = list(resolved.warnings)
-        data["cautions"] = [*method_warnings(resolved, options.method, options.descent), *cautions(resolved)]
+        data["cautions"] = [
+            *method_warnings(resolved, options.overrides),
+            *cautions(resolved),
+        ]
         data["serving"] = [command.to_json() for command in serving]
         print_json(data | ({"estimate": expected.to_json()} if expected else {}))
         _check_runs(resolved.recipe.name, file, engines if engine else [], options.gpu)
@@ -171,7 +172,10 @@ def command(
             f"names",
             err=True,
         )
-    for text in [*method_warnings(resolved, options.method, options.descent), *cautions(resolved)]:
+    for text in [
+        *method_warnings(resolved, options.overrides),
+        *cautions(resolved),
+    ]:
         say(f"warning: {text}", err=True)
     if resolved.assumed:
         say("dtypes of the source are assumed from the config: bf16, the router's correction bias fp32")

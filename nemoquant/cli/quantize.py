@@ -230,7 +230,7 @@ def command(
             say(f"published serving commands name {file}: --also {file} copies it", err=True)
         if result.calibration is not None:
             say(_calibrated(result.calibration))
-            for text in change_sentences(result.calibration, result.plan.recipe.folds):
+            for text in change_sentences(result.calibration, result.plan.recipe):
                 say(text)
         say(_outcome(source, result, took, estimates[0] if estimates else None, dry_run=dry_run))
         say_serving(result.serving)

@@ -17,7 +17,7 @@ from nemoquant.bars import progress_bars
 from nemoquant.errors import UsageError, brief
 from nemoquant.formats import FORMATS, METHODS
 from nemoquant.layouts.gpus import GPUS
-from nemoquant.planning.solving import FOLDS, MOST_DESCENT
+from nemoquant.planning.solving import FOLDS, MOST_DESCENT, MOST_HEADROOM, PROPAGATE
 from nemoquant.run.options import OPTIONS
 from nemoquant.words import passage, plain
 
@@ -194,8 +194,19 @@ def _folds(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 def method_options(function: F) -> F:
-    """``--method``, ``--folds`` and ``--descent``, which take the place of the recipe's own."""
+    """``--method``, ``--folds`` and others on solving, which take the place of the recipe's own."""
     for add in (
+        run_option(
+            "propagate",
+            type=click.Choice(PROPAGATE),
+            help="What gptq and hess solve a layer for: the source's stream, or that of the quantized layers "
+            "before it, whose errors it then takes up.",
+        ),
+        run_option(
+            "headroom",
+            type=Number(1, MOST_HEADROOM),
+            help="How many times the largest input that calibration sees NVFP4 inputs may reach unclipped.",
+        ),
         run_option(
             "descent",
             type=whole(0, MOST_DESCENT),

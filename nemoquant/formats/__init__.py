@@ -68,6 +68,14 @@ class Format:
     weights_only: bool
 
     @property
+    def input_headroom(self) -> bool:
+        """Whether a recipe's ``headroom`` multiplies the calibrated scales of inputs.
+
+        Only where blocks have scales below a calibrated one: these take it up in their exponent.
+        """
+        return self.calibrated and self.block is not None
+
+    @property
     def short(self) -> str:
         """The name for people: ``FP8``."""
         return self.name.upper()

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nemoquant.formats import SOLVED, CacheFormat, Method
+from nemoquant.formats import FORMATS, SOLVED, CacheFormat
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.kinds import has_cache, kv_values_per_token, ssm_state_bytes
 from nemoquant.notebook import html_table
 from nemoquant.planning.recipe import Recipe
 from nemoquant.planning.row import Row, row_json
 from nemoquant.planning.shown import headline, role_cells, role_data
+from nemoquant.planning.solving import Overrides
 from nemoquant.units import size
 
 SCHEMA = 1  # of the plan's JSON
@@ -68,7 +69,10 @@ class Plan:
         needs = [
             ("codes that are solved for", any(row.solved for row in self.quantized)),
             (f"folds ({', '.join(self.recipe.folds)})", bool(self.recipe.folds)),
-            ("activation scales", bool(self.kv_layers) or any(row.calibrated for row in self.rows)),
+            (
+                "activation scales" + f" (headroom {self.recipe.headroom:g})" * self.has_headroom,
+                bool(self.kv_layers) or any(row.calibrated for row in self.rows),
+            ),
         ]
         return ", ".join(what for what, is_needed in needs if is_needed)
 
@@ -81,6 +85,16 @@ class Plan:
     def needs_inputs(self) -> bool:
         """Whether calibration must see all inputs of GEMMs, and not their maxima alone."""
         return bool(self.recipe.folds) or any(row.solved for row in self.rows)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether layers are solved on the stream of the quantized layers before them."""
+        return self.recipe.solve.propagate == "quantized" and any(row.solved for row in self.quantized)
+
+    @cached_property
+    def has_headroom(self) -> bool:
+        """Whether the recipe asks for headroom, and some input gets it."""
+        return self.recipe.headroom != 1 and any(row.input_headroom for row in self.quantized)
 
     @cached_property
     def tensors_out(self) -> int:
@@ -178,20 +192,32 @@ class Plan:
         return html_table(f"{self.recipe.name}: {self.sizes()}", header, cells, right=(3, 4))
 
 
-def method_warnings(plan: Plan, method: Method | None, descent: int | None) -> list[str]:
-    """For a user who asked for one method for all weights, or for sweeps: what does not follow it.
+def method_warnings(plan: Plan, given: Overrides) -> list[str]:
+    """For a user who asked for something else than the recipe's own: what does not follow it.
 
-    A line for each format whose weights get another method, and one where nothing is swept.
+    A line for each format whose weights get another method than was asked for, for each option on solving
+    where nothing is solved, and for headroom that no input has.
     """
     others = Counter(
-        (row.format, row.scale_method) for row in plan.quantized if method not in (None, row.scale_method)
+        (row.format, row.scale_method)
+        for row in plan.quantized
+        if given.method not in (None, row.scale_method)
     )
     warnings = [
-        f"--method {method}: {count:,} {form.upper()} weights get {got}, the nearest that {form.upper()} has"
+        f"--method {given.method}: {count:,} {form.upper()} weights get {got}, the nearest that "
+        f"{form.upper()} has"
         for (form, got), count in others.items()
     ]
-    if descent is not None and not any(row.solved for row in plan.quantized):
+    if not any(row.solved for row in plan.quantized):
+        warnings += [
+            f"--{option} {value}: has no effect, no weight gets {' or '.join(SOLVED)}"
+            for option, value in (("descent", given.descent), ("propagate", given.propagate))
+            if value is not None
+        ]
+    if plan.recipe.headroom != 1 and not plan.has_headroom:
+        having = " or ".join(number.short for number in FORMATS.values() if number.input_headroom)
         warnings.append(
-            f"--descent {descent}: has no effect, no weight gets {' or '.join(SOLVED)}, whose codes are swept"
+            f"headroom {plan.recipe.headroom:g}: has no effect, no GEMM of this model has {having} inputs, "
+            f"whose calibrated scales it multiplies"
         )
     return warnings

@@ -16,14 +16,16 @@ rules:                                  # first match wins; every tensor must be
   - roles: ["*"]
     format: source
 kv_cache: fp8                           # source or fp8
-solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, and sweeps afterwards
+solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, sweeps afterwards, and with
+                                        # propagate: quantized, for the stream of the layers before
 folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
+headroom: 2                             # NVFP4 inputs up to so many times the largest that calibration saw
 
 With ``extends: nvfp4`` (a preset, or a file by its path from this one) a recipe says only what differs: its
 rules come before those of the other, its other keys take their place.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -45,7 +47,16 @@ from nemoquant.formats import (
 from nemoquant.model.parse import MOST_LAYERS
 from nemoquant.planning.layers import Layer, in_words
 from nemoquant.planning.modelopt.recognise import PREFIX, is_theirs
-from nemoquant.planning.solving import DAMPING, DESCENT, FOLDS, MOST_DESCENT, FoldName
+from nemoquant.planning.solving import (
+    DAMPING,
+    DESCENT,
+    FOLDS,
+    MOST_DESCENT,
+    MOST_HEADROOM,
+    FoldName,
+    Overrides,
+    Propagate,
+)
 from nemoquant.planning.strict_yaml import read_yaml
 from nemoquant.shipped import recipe_folder
 
@@ -63,6 +74,7 @@ KEPT_DTYPES: Mapping[str, str] = MappingProxyType({"bf16": "BF16"})
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Summary = Annotated[str, Field(max_length=2000)]
 Folds = Annotated[list[FoldName], Field(max_length=len(FOLDS))]
+Headroom = Annotated[float, Field(ge=1, le=MOST_HEADROOM, strict=True)]
 
 
 class Rule(BaseModel):
@@ -145,10 +157,11 @@ class Solve(BaseModel):
 
     damping: float = Field(default=DAMPING, ge=1e-4, le=100, strict=True)
     descent: int = Field(default=DESCENT, ge=0, le=MOST_DESCENT, strict=True)
+    propagate: Propagate = "source"
 
 
 class Recipe(BaseModel):
-    """A named list of rules, the KV cache's format, how codes are solved for, and folds."""
+    """A named list of rules, the KV cache's format, how codes are solved for, folds, headroom of inputs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -158,6 +171,7 @@ class Recipe(BaseModel):
     kv_cache: Literal["source", CacheName] = "source"
     solve: Solve = Solve()
     folds: Folds = []
+    headroom: Headroom = 1
     _inherited: int = PrivateAttr(0)
 
     @model_validator(mode="after")
@@ -183,30 +197,35 @@ class Recipe(BaseModel):
         """The recipe as plain data without defaults; :func:`parse_recipe` reads it again."""
         return self.model_dump(exclude_defaults=True)
 
-    def changed(
-        self, method: Method | None, folds: Sequence[FoldName] | None = None, descent: int | None = None
-    ) -> "Recipe":
-        """The recipe with another method for all weights, other folds, another number of sweeps.
+    def changed(self, given: Overrides) -> "Recipe":
+        """The recipe with what a user asks for instead.
 
         A format that lacks the method gets the nearest one (``Format.nearest``). ``max``, ``mse`` and
         ``four_over_six`` are functions of the source's weight alone: they drop the folds, unless ``folds`` is
         given. A recipe that changes has the changes in its name.
         """
         new: dict[str, Any] = {}
-        if method is not None:
-            new["rules"] = [_with_method(rule, method) for rule in self.rules]
-            if method not in SOLVED:
+        if given.method is not None:
+            new["rules"] = [_with_method(rule, given.method) for rule in self.rules]
+            if given.method not in SOLVED:
                 new["folds"] = []
+        folds = None if given.folds is None else list(dict.fromkeys(given.folds))
         if folds is not None:
-            new["folds"] = folds = list(dict.fromkeys(folds))
-        if descent is not None:
-            new["solve"] = self.solve.model_copy(update={"descent": descent})
+            new["folds"] = folds
+        solving = {"descent": given.descent, "propagate": given.propagate}
+        solving = {key: value for key, value in solving.items() if value is not None}
+        if solving:
+            new["solve"] = self.solve.model_copy(update=solving)
+        if given.headroom is not None:
+            new["headroom"] = given.headroom
         changed = self.model_copy(update=new)
         if changed == self:
             return self
-        words = [word for word in (method, "-".join(folds) if folds else None) if word]
-        words += [f"descent{descent}"] * (descent is not None)
+        words = [word for word in (given.method, "-".join(folds) if folds else None) if word]
+        words += [f"descent{given.descent}"] * (given.descent is not None)
+        words += [f"on-{given.propagate}"] * (given.propagate not in (None, self.solve.propagate))
         words += ["unfolded"] * (folds is not None and not folds and bool(self.folds))
+        words += [f"headroom{given.headroom:g}"] if given.headroom not in (None, self.headroom) else []
         return changed.model_copy(update={"name": "-".join([self.name, *words])[:100]})
 
     def without(self, numbers: Collection[int]) -> "Recipe":
@@ -231,6 +250,7 @@ class Extension(BaseModel):
     kv_cache: Literal["source", CacheName] | None = None
     solve: Solve | None = None
     folds: Folds | None = None
+    headroom: Headroom | None = None
 
     def of(self, base: Recipe) -> Recipe:
         """The whole recipe; raises ValidationError where both together exceed a bound."""

@@ -55,6 +55,11 @@ class Row:
         return self.activation_format is not None and FORMATS[self.activation_format].calibrated
 
     @property
+    def input_headroom(self) -> bool:
+        """Whether the recipe's ``headroom`` multiplies the scale of the GEMM's input."""
+        return self.activation_format is not None and FORMATS[self.activation_format].input_headroom
+
+    @property
     def solved(self) -> bool:
         """Whether its codes are solved for with the GEMM's inputs."""
         return self.scale_method in SOLVED

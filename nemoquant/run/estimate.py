@@ -11,10 +11,11 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.formats import Device
 from nemoquant.notebook import html_table
 from nemoquant.planning.plan import Plan
+from nemoquant.planning.row import Row
 from nemoquant.run.budget import Budget
 from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds, measure
-from nemoquant.solve.memory import input_bytes, solved_bytes
+from nemoquant.solve.memory import waiting_bytes
 from nemoquant.units import duration, size
 
 VERIFY_TENSOR = 50e-6  # seconds to check one tensor, measured
@@ -89,8 +90,9 @@ def estimate_run(
     processors = processors or threads
     calibrate = solve = 0.0
     if batch is not None and plan.needs_inputs:
-        disk += input_bytes(plan, batch) + solved_bytes(plan)
+        disk += waiting_bytes(plan, batch)
         solve = solve_seconds(plan, batch, speeds, threads, device)
+        solve += _stream_seconds(plan, batch, chosen.row_batch or 1, speeds)
     if batch is not None:
         disk += batch.hidden_bytes(plan.config.hidden_size)
         calibrate = _calibrate_seconds(plan, batch, chosen.row_batch or 1, speeds) * threads / processors
@@ -107,18 +109,37 @@ def estimate_run(
 
 
 def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
+    return sum(_layer_seconds(plan, batch, row_batch, speeds).values())
+
+
+def _layer_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> dict[int, float]:
     """Products at their measured rates, the mixers' other work, and reading the weights for each batch."""
     c, tokens = plan.config, batch.tokens
-    scans = [c.of_layer(i).mamba_inner for i, kind in enumerate(c.layers) if kind == "mamba"]
-    seconds = sum(scans) / scans[0] * tokens * speeds.mixer if scans else 0.0  # the first one was measured
+    scans = {i: c.of_layer(i).mamba_inner for i, kind in enumerate(c.layers) if kind == "mamba"}
+    first = next(iter(scans.values()), 1)  # which was measured
+    seconds = {i: scans.get(i, 0) / first * tokens * speeds.mixer for i in range(len(c.layers))}
     for row in plan.rows:
         if row.layer is None or row.role.startswith("mtp.") or len(row.shape) != 2:
             continue
         batches = math.ceil(batch.rows / rows_of(row_batch, c.layers[row.layer]))
         share = tokens * c.of_layer(row.layer).routed_share if row.expert is not None else tokens
         rate = speeds.expert if row.expert is not None else speeds.product
-        seconds += 2 * share * row.elements / rate + batches * row.bytes_in / speeds.read
+        seconds[row.layer] += 2 * share * row.elements / rate + batches * row.bytes_in / speeds.read
     return seconds
+
+
+def _stream_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
+    """What the stream of the quantized layers takes."""
+    if not plan.propagates:
+        return 0.0
+    from nemoquant.solve.order import passes
+
+    kinds, layers = plan.config.layers, _layer_seconds(plan, batch, row_batch, speeds)
+    rows: dict[int, list[Row]] = {i: [] for i in layers}
+    for row in plan.quantized:
+        if row.layer is not None and row.solved:
+            rows[row.layer].append(row)
+    return sum(passes(kinds[i], rows[i]) * seconds for i, seconds in layers.items())
 
 
 def _pack_seconds(plan: Plan, speeds: Speeds, threads: int) -> float:

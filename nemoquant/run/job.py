@@ -14,7 +14,7 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import HIDDEN, INPUTS, STATE, check_output, nearest_folder
+from nemoquant.checkpoint.folder import HIDDEN, INPUTS, REACHED, STATE, STREAM, check_output, nearest_folder
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
@@ -42,7 +42,7 @@ from nemoquant.run.options import RunOptions
 from nemoquant.run.unfinished import Unfinished, check_finished, earlier, unfinished
 from nemoquant.run.write import Output
 from nemoquant.shipped import calibration_data
-from nemoquant.solve.memory import input_bytes, solved_bytes
+from nemoquant.solve.memory import waiting_bytes
 from nemoquant.sources.source import Source
 from nemoquant.tokens.array import are_rows
 from nemoquant.tokens.rows import Rows, load_rows
@@ -148,8 +148,7 @@ class Job:
         if not calibrates or (options.data is not None and are_rows(Path(options.data), options.columns)):
             return 0
         batch = Batch(options.rows, options.seq_len, self.dtype)
-        solving = input_bytes(self.plan, batch) + solved_bytes(self.plan) if self.plan.needs_inputs else 0
-        return batch.hidden_bytes(self.source.config.hidden_size) + solving
+        return batch.hidden_bytes(self.source.config.hidden_size) + waiting_bytes(self.plan, batch)
 
     def read_origin(self) -> Scales | Rows | None:
         """Read the source of the scales; None where the plan needs no calibration.
@@ -460,7 +459,7 @@ class Job:
                     "solved": self._solved,
                 }
             run.save()
-        for name in (*HIDDEN, INPUTS):
+        for name in (*HIDDEN, *STREAM, INPUTS, REACHED):
             (run.state / name).unlink(missing_ok=True)
         return scales, list(scales.warnings)
 
@@ -486,6 +485,7 @@ class Job:
         dtype, device = getattr(torch, self.dtype), str(torch_device(self.options.device))
         row_batch = prepared.budget.row_batch
         assert row_batch is not None
+        at = run.calibration
         amax = AmaxCollector(self.source.config, Scales(settings(rows, device, self.dtype, row_batch)))
         at_layer = [0, len(self.source.config.layers) + 1]
 
@@ -493,10 +493,13 @@ class Job:
             at_layer[0] = done
             self.listener.progress(stage, done, total, what)
 
+        hidden = InFiles(
+            run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
+        )
+        from nemoquant.solve.collector import NAME, SolveCollector
+
         solving = None
         if self.plan.needs_inputs:
-            from nemoquant.solve.collector import SolveCollector
-
             solving = SolveCollector(
                 self.plan,
                 self.source.checkpoint,
@@ -505,18 +508,18 @@ class Job:
                 threads=self.threads,
                 say=lambda text: self.listener.progress("calibrate", at_layer[0], at_layer[1], text),
                 device=self.options.device,
+                hidden=hidden,
+                state=at["collected"].get(NAME, {}) if at else {},
             )
         collectors: list[Collector] = [amax] if solving is None else [amax, solving]
-        begin, at = None, run.calibration
+        begin = None
         run.check_calibration(len(self.source.config.layers), len(rows.ids))
         units: Units = dict(at["units"]) if at else {}
-        hidden = InFiles(
-            run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
-        )
         if at:
             begin = Between(at["layers"], at["dead_rows"], at["collected"])
             alive = [row for row in range(len(rows.ids)) if row not in begin.dead]
-            if not hidden.holds(alive, at["hidden_sha256"]):
+            whole = hidden.holds(alive, at["hidden_sha256"])
+            if not (whole and (solving is None or solving.holds(alive, at["collected"].get(NAME, {})))):
                 self.listener.say(
                     f"the hidden states in {run.state} are damaged: calibrating from the first layer on"
                 )

@@ -20,6 +20,7 @@ from nemoquant.arguments import (
     check_word,
     column_names,
     file_names,
+    number,
     optional_path,
     threads,
     whole,
@@ -28,7 +29,15 @@ from nemoquant.checkpoint import SHARD_BYTES
 from nemoquant.errors import UsageError
 from nemoquant.formats import DEVICES, METHODS, Device, Method
 from nemoquant.layouts.gpus import GPUS
-from nemoquant.planning.solving import FOLDS, MOST_DESCENT, FoldName
+from nemoquant.planning.solving import (
+    FOLDS,
+    MOST_DESCENT,
+    MOST_HEADROOM,
+    PROPAGATE,
+    FoldName,
+    Overrides,
+    Propagate,
+)
 
 Where = Literal["local", "ray"]
 Dtype = Literal["float32", "bfloat16"]
@@ -56,6 +65,8 @@ class RunOptionsDict(TypedDict, total=False):
     method: Method | None
     folds: Sequence[FoldName] | None
     descent: int | None
+    propagate: Propagate | None
+    headroom: float | None
     on: Where
     address: str | None
     resume: bool
@@ -108,6 +119,10 @@ class RunOptions:
             and drop the recipe's folds.
         folds: instead of the recipe's own; an empty sequence is none.
         descent: sweeps of coordinate descent after ``gptq`` and ``hess``.
+        propagate: what these solve a layer for: ``source``, the source's stream, or ``quantized``, that of
+            the quantized layers before it; None is as in the recipe.
+        headroom: how many times the largest input that calibration sees NVFP4 inputs may reach before they
+            are clipped, 1 to 16.
         on: where to compute: ``local``, this process; ``ray``, a cluster (extra ``ray``).
         address: of the Ray cluster, ``auto`` for one on this machine; None starts one on this machine.
         resume: continue what an earlier run with the same options left in OUT.partial; start from the
@@ -132,6 +147,8 @@ class RunOptions:
     method: Method | None = None
     folds: Sequence[FoldName] | None = None
     descent: int | None = None
+    propagate: Propagate | None = None
+    headroom: float | None = None
     on: Where = "local"
     address: str | None = None
     resume: bool = False
@@ -169,6 +186,10 @@ class RunOptions:
             object.__setattr__(self, "folds", tuple(dict.fromkeys(folds)))
         if self.descent is not None:
             object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
+        if self.propagate is not None:
+            check_word("propagate", self.propagate, PROPAGATE)
+        if self.headroom is not None:
+            object.__setattr__(self, "headroom", number("headroom", self.headroom, 1, MOST_HEADROOM))
         check_flags(scale_groups=self.scale_groups, resume=self.resume)
         object.__setattr__(self, "columns", column_names("columns", self.columns))
         object.__setattr__(self, "also", file_names("also", self.also))
@@ -182,6 +203,11 @@ class RunOptions:
                 )
         if self.on == "ray" and self.device != "cpu":
             raise UsageError(f"--on ray computes on processors only, device is {self.device!r}; expected cpu")
+
+    @property
+    def overrides(self) -> Overrides:
+        """What takes the place of the recipe's own."""
+        return Overrides(self.method, self.folds, self.descent, self.propagate, self.headroom)
 
     def unused_where_nothing_is_calibrated(self) -> list[str]:
         """Flags that were given and have no effect where nothing is calibrated."""
@@ -238,9 +264,11 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         "fixed",
         lambda value: shown(value if value is None else not value),
     ),
-    "method": ("--method", "fixed"),  # these three are in the plan's sha256
+    "method": ("--method", "fixed"),  # these five are in the plan's sha256
     "folds": ("--folds", "fixed"),
     "descent": ("--descent", "fixed"),
+    "propagate": ("--propagate", "fixed"),
+    "headroom": ("--headroom", "fixed"),
     "on": ("--on", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),
     "resume": ("--resume", "free"),

@@ -101,6 +101,9 @@ class _Host:
         # One thread hashes the inputs before: it reads them about as fast as they were written.
         seconds = sum(self._values(row) for row in inputs) * (s.keep + s.value / together)
         seconds += sum(self._moments(row, together) for row in inputs)
+        if self.plan.propagates:
+            seconds += sum(self._target(row, together) for row in inputs)
+            seconds += sum(2 * r.elements * r.shape[1] for r in part) / s.double / self.threads
         return seconds + sum(self._weight(row) for row in part)
 
     def _moments(self, row: Row, together: int) -> float:
@@ -113,6 +116,18 @@ class _Host:
         factor = 0.0 if self.device == "cuda" else width**3 / 3 / s.factor
         # Of a dense weight torch's products have all threads.
         return (doubles / s.double + factor) / self.threads + width**2 * s.moment / together
+
+    def _target(self, row: Row, together: int) -> float:
+        """On the quantized stream: its inputs, kept and hashed; sums of products of both; a factor."""
+        from nemoquant.solve.order import WRITERS
+
+        s, (out, width) = self.speeds, row.shape
+        other = out if row.role in WRITERS else width
+        values = self._values(row) + self._tokens(row) * other
+        seconds = values * (2 * s.keep + 2 * s.value / together)
+        doubles = 2 * self._tokens(row) * width * other + width**3 / 3
+        doubles += 0 if row.role in WRITERS else 2 * width**3
+        return seconds + doubles / s.double / self.threads
 
     def _weight(self, row: Row) -> float:
         from nemoquant.solve.memory import SLICE_ELEMENTS

@@ -34,8 +34,8 @@ def _is_plain(name: str) -> str:
 
 
 def _is_solved(name: str) -> str:
-    if not (is_inner(name) and name.startswith(("solved.", "folds."))):
-        raise ValueError("not the name of a file of solved weights or folds")
+    if not (is_inner(name) and name.startswith(("solved.", "folds.", "stream."))):
+        raise ValueError("not the name of a file of solved weights, of folds, or of hidden states")
     return name
 
 

@@ -118,7 +118,7 @@ class Output:
             save(folder / FOLDS, changes.folds)
         copied, skipped = self.side_files
         copy_side_files(self.source.path, copied, folder)
-        told = change_sentences(changes.summary(), self.plan.recipe.folds)
+        told = change_sentences(changes.summary(), self.plan.recipe)
         text = card(
             self.source,
             self.plan,

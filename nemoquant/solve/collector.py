@@ -5,19 +5,23 @@ are known, because codes are solved for the inputs as engines will have them: fo
 scale.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from nemoquant.calibrate.derived import input_scales
+from nemoquant.calibrate.derived import cache_scale, input_scales
+from nemoquant.calibrate.hidden import InFiles
 from nemoquant.calibrate.inputs import InputFile, InputObserver, Place
 from nemoquant.calibrate.observers import AmaxCollector, Observer
-from nemoquant.checkpoint.folder import INPUTS, folds_file, solved_file
+from nemoquant.checkpoint.folder import INPUTS, REACHED, STREAM, folds_file, solved_file
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CalibrationError
-from nemoquant.formats import Device
+from nemoquant.formats import Device, FormatName
+from nemoquant.formats.gpu import torch_device
+from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.solve.folds.chosen import LayerFolds
@@ -26,7 +30,9 @@ from nemoquant.solve.folds.layer import Folds, InputTransforms
 from nemoquant.solve.layer import LayerSolver
 from nemoquant.solve.source import shared_maxima
 from nemoquant.solve.store import Solved, SolvedFile
+from nemoquant.solve.stream import Layer, QuantizedStream, Rounding, routers
 from nemoquant.solve.taps import input_of
+from nemoquant.solve.written import Written
 
 NAME = "solved"
 
@@ -49,9 +55,12 @@ class SolveCollector:
         threads: int,
         say: Callable[[str], None],
         device: Device = "cpu",
+        *,
+        hidden: InFiles,
+        state: Mapping[str, str],
     ) -> None:
         """``folder``: of the run's state. ``say``: receives how far a layer is, in words. ``device``: where
-        weights are solved.
+        weights are solved. ``hidden``: the source's stream. ``state``: what :meth:`restore` will get.
         """
         self.plan, self.checkpoint, self.amax = plan, checkpoint, amax
         self.folder, self.threads, self.say, self.device = folder, threads, say, device
@@ -61,7 +70,20 @@ class SolveCollector:
             self._rows.setdefault(row.layer, []).append(row)
         taps = {input_of(row) for row in plan.quantized if row.solved}
         self._folding = LayerFolds(plan, checkpoint)
-        self._inputs = InputFile(folder / INPUTS, taps | self._folding.taps)
+        taps |= self._folding.taps
+        self._stream: QuantizedStream | None = None
+        if plan.propagates:
+            taps |= routers(plan.config)
+            current = next((i for i, name in enumerate(STREAM) if name in state), 0)
+            self._stream = QuantizedStream(
+                checkpoint,
+                plan.config,
+                hidden,
+                InFiles(folder, hidden.shape, hidden.dtype, current, STREAM),
+                InputFile(folder / REACHED, ()),
+                torch_device(device),
+            )
+        self._inputs = InputFile(folder / INPUTS, taps)
         self._digests: dict[str, str] = {}
 
     @property
@@ -71,7 +93,7 @@ class SolveCollector:
     def add(self, collected: list[tuple[str, Place]]) -> None:
         self._inputs.keep(collected)
 
-    def finish(self, layer: int | None) -> None:
+    def finish(self, layer: int | None, batches: Sequence[Sequence[int]]) -> None:
         rows = self._rows.get(layer, [])
         folds: Folds = {}
         if layer is not None and self.plan.recipe.folds:
@@ -81,27 +103,62 @@ class SolveCollector:
             self._digests[path.name] = save(path, folds)
             self.folds |= folds
             self._fold_maxima(rows, folds)
-        solved = [row for row in rows if row.solved]
-        if solved:
-            amax = self.amax.scales.amax_of(self.plan)
-            solver = LayerSolver(
-                self.checkpoint,
-                self._inputs,
-                folds,
-                self.plan.recipe.solve,
-                scales=input_scales(rows, amax, []),
-                shared=shared_maxima(self.checkpoint, folds, rows),
-                threads=self.threads,
-                device=self.device,
-            )
-            file = SolvedFile(self.folder / solved_file(layer), solved)
-            where = "head" if layer is None else f"layer {layer}"
-            solver.run(
-                solved, file, lambda done: self.say(f"{where}, {done} of {len(solved)} weights solved")
-            )
-            self._digests[file.path.name] = file.digest
-            file.close()
+        self._solve(layer, batches, rows, folds)
         self._inputs.clear()
+
+    def _solve(
+        self, layer: int | None, batches: Sequence[Sequence[int]], rows: list[Row], folds: Folds
+    ) -> None:
+        """Solve what a layer, or the head, has to solve; ``rows`` are its quantized ones."""
+        solved = [row for row in rows if row.solved]
+        if not solved and (self._stream is None or layer is None):
+            return
+        scales = input_scales(rows, self.amax.scales.amax_of(self.plan), self.plan.recipe.headroom, [])
+        shared = shared_maxima(self.checkpoint, folds, rows)
+        solver = LayerSolver(
+            self.checkpoint,
+            self._inputs,
+            folds,
+            self.plan.recipe.solve,
+            scales=scales,
+            shared=shared,
+            threads=self.threads,
+            device=self.device,
+            reached=None if self._stream is None else self._stream.reached,
+        )
+        with closing(SolvedFile(self.folder / solved_file(layer), solved)) as file:
+            where = "head" if layer is None else f"layer {layer}"
+
+            def solve(part: Sequence[Row]) -> None:
+                def say(done: int) -> None:
+                    self.say(f"{where}, {before + done} of {len(solved)} weights solved")
+
+                before = solved.index(part[0])
+                solver.run(part, file, say)
+
+            if self._stream is None:
+                solve(solved)
+            elif layer is None:
+                self._stream.solve_head(batches, solved, solve)
+            else:
+                written = Written(self.checkpoint, rows, folds, shared, file)
+                rounding = self._rounding(layer, rows, scales)
+                self._stream.solve(Layer(layer, batches, rounding, written, self._inputs), solved, solve)
+            if solved:
+                self._digests[file.path.name] = file.digest
+
+    def _rounding(self, layer: int, rows: Iterable[Row], scales: Mapping[str, np.float32]) -> Rounding:
+        """What engines round in a layer."""
+        found: dict[str, tuple[FormatName, np.float32]] = {}
+        for row in rows:
+            if row.activation_format is not None:
+                found[row.module] = row.activation_format, scales.get(row.module, np.float32(1))
+        cache = self.plan.cache
+        if cache is not None and layer in self.plan.kv_layers:
+            for module in names.kv_projections(layer):
+                amax = self.amax.scales.kv_amax[module]
+                found[f"{module}{names.OUTPUT}"] = cache.number, cache_scale(amax, cache.number)
+        return found
 
     def _fold_maxima(self, rows: list[Row], folds: Folds) -> None:
         """The maxima of folded inputs."""
@@ -117,15 +174,27 @@ class SolveCollector:
 
     def state(self) -> dict[str, str]:
         """Names of files, with their hashes."""
-        return dict(self._digests)
+        if self._stream is None:
+            return dict(self._digests)
+        states = self._stream.states
+        return self._digests | {STREAM[states.current]: states.sha256}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        self._digests = dict(state)
+        self._digests = {name: digest for name, digest in state.items() if name not in STREAM}
         self.folds = read_folds(self.folder, self._digests)
         open_solved(self.plan, self.folder, self._digests).close()
 
+    def holds(self, rows: Sequence[int], state: Mapping[str, str]) -> bool:
+        """Whether these rows of the quantized layers' stream are what the state says, if there is one."""
+        if self._stream is None:
+            return True
+        states = self._stream.states
+        return states.holds(rows, state.get(STREAM[states.current], ""))
+
     def close(self) -> None:
         self._inputs.close()
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _damaged(path: Path) -> CalibrationError:

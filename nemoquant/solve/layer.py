@@ -29,35 +29,43 @@ from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import Folds, InputTransforms
 from nemoquant.solve.folds.transform import Transform
 from nemoquant.solve.memory import SLICE_ELEMENTS
-from nemoquant.solve.metric import Metric, gram, prepare
+from nemoquant.solve.metric import Doubles, Metric, gram, prepare
 from nemoquant.solve.on_device import Task, solve_all_on
+from nemoquant.solve.order import WRITERS
 from nemoquant.solve.solver import Solved, solve
 from nemoquant.solve.source import folded, largest, relative, squares
 from nemoquant.solve.store import Record, SolvedFile, Stored
-from nemoquant.solve.taps import input_of
+from nemoquant.solve.taps import input_of, output_of
+from nemoquant.solve.targets import Target, cross, inner_target, writer_target
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 VERSION = 2  # of the method: another one makes other codes
-SCARCE = 15.0  # how much stronger H is damped where it comes from few tokens, see `damping`
+RIDGE = 0.2  # how near targets are kept to weights, see `targets.py`; of many tokens
+SCARCE = 15.0  # how much stronger both are where H comes from few tokens, see `damping`
 
 Mapped = Callable[..., Iterable[Any]]
 """``map``, or that of a pool of threads."""
 
 
 class _Seen(NamedTuple):
-    """What a weight is solved from: its input's metric, the number of tokens, and the hash of their sums."""
+    """What a weight is solved from: its input's metric, the number of tokens, and the hash of their sums.
+
+    ``target`` makes what it is solved for of the weight; None leaves the weight itself.
+    """
 
     metric: Metric
     tokens: int
     digest: str
+    target: Target | None = None
 
 
 class _Work(NamedTuple):
-    """A row with its weight, folded, and the weight's scale."""
+    """A row with its weight, folded, what it is solved for, and the weight's scale."""
 
     row: Row
     seen: _Seen
     weight: Floats
+    target: Floats
     scale: np.float32
     degenerate: bool
 
@@ -95,6 +103,8 @@ class LayerSolver:
 
     Attributes:
         inputs: what calibration kept of this layer.
+        reached: the same of the stream of the quantized layers, and what writers should put out; None where
+            that is not propagated.
         folds: of the tensors of this layer.
         scales: module -> ``input_scale``.
         shared: scale group of weights -> largest magnitude of all of them, folded.
@@ -111,6 +121,7 @@ class LayerSolver:
     shared: Mapping[str, np.float32]
     threads: int
     device: Device
+    reached: InputFile | None = None
 
     @cached_property
     def _changes(self) -> InputTransforms:
@@ -155,13 +166,34 @@ class LayerSolver:
         moments = gram(self._pieces(row), row.shape[1])
         tokens, digest = self.inputs.tokens(input_of(row)), xxhash.xxh3_128_hexdigest(moments.data)
         strength = damping(self.settings.damping, row.shape[1], tokens)
-        return _Seen(prepare(moments, tokens, strength), tokens, digest)
+        metric = prepare(moments, tokens, strength)
+        if self.reached is None or metric.empty:
+            return _Seen(metric, tokens, digest)
+        return _Seen(metric, tokens, digest, self._target(row, moments, tokens))
 
-    def _pieces(self, row: Row) -> Iterator[Floats]:
+    def _target(self, row: Row, moments: Doubles, tokens: int) -> Target:
+        """What a row, and all that share its input, are solved for on the quantized stream."""
+        assert self.reached is not None
+        out, width = row.shape
+        ridge = damping(RIDGE, width, tokens)
+        if row.role in WRITERS:
+            lacking = self.reached.pieces(output_of(row), width)
+            wanted = cross(zip(lacking, self._pieces(row, out), strict=True), out, width)
+            return writer_target(moments, wanted, ridge)
+        pairs = zip(self._source(row), self._pieces(row), strict=True)
+        missed = cross(((x - z, z) for x, z in pairs), width, width)
+        return inner_target(moments, missed, ridge)
+
+    def _source(self, row: Row) -> Iterator[Floats]:
+        """The source's input, folded."""
         changed = self._changes.of(row.module)
-        scale = self.scales.get(row.module, np.float32(1))
         for piece in self.inputs.pieces(input_of(row)):
-            x: Floats = np.ascontiguousarray(changed(piece), np.float32)
+            yield np.ascontiguousarray(changed(piece), np.float32)
+
+    def _pieces(self, row: Row, widest: int = 0) -> Iterator[Floats]:
+        """The input as the GEMM gets it. On the quantized stream it is folded already."""
+        scale = self.scales.get(row.module, np.float32(1))
+        for x in self._source(row) if self.reached is None else self.reached.pieces(input_of(row), widest):
             if row.activation_format is not None:
                 round_trip(ARITHMETIC[row.activation_format], x, scale, x)
             yield x
@@ -169,7 +201,8 @@ class LayerSolver:
     def _work(self, row: Row, seen: _Seen) -> _Work:
         weight = folded(self.checkpoint, self.folds, row)
         shared = self.shared[row.weight_group] if row.weight_group else largest(row, weight)
-        return _Work(row, seen, weight, *weight_scale(row, shared))
+        target = weight if seen.target is None else seen.target(weight)
+        return _Work(row, seen, weight, target, *weight_scale(row, shared))
 
     def _solved(self, works: list[_Work], mapped: Mapped = map) -> list[Stored]:
         """The weights of some rows."""
@@ -187,7 +220,9 @@ class LayerSolver:
         number, method = _format(row), row.solved_method
 
         def one(part: slice) -> Solved:
-            return solve(number, weight[part], work.scale, work.seen.metric, method, self.settings.descent)
+            return solve(
+                number, work.target[part], work.scale, work.seen.metric, method, self.settings.descent
+            )
 
         solved: list[Solved] = list(mapped(one, _slices(weight)))
         blocks = [s.encoded.block_scales for s in solved if s.encoded.block_scales is not None]
@@ -199,7 +234,7 @@ class LayerSolver:
     def _on_device(self, works: list[_Work], mapped: Mapped) -> list[Stored]:
         """Weights that are alike, at once."""
         row = works[0].row
-        tasks = [Task(work.weight, work.scale, work.seen.metric) for work in works]
+        tasks = [Task(work.target, work.scale, work.seen.metric) for work in works]
         found = solve_all_on(
             torch_device(self.device), _format(row), tasks, row.solved_method, self.settings.descent, mapped
         )
@@ -210,7 +245,7 @@ class LayerSolver:
     def _key(self, part: Sequence[Row]) -> str:
         """A hash of all that the codes of some rows follow from."""
         found = xxhash.xxh3_128()
-        found.update(repr((VERSION, self.settings.damping, self.settings.descent)).encode())
+        found.update(repr((VERSION, self.settings)).encode())
         matrices: dict[int, bytes] = {}
         for row in part:
             scales = float(self.scales.get(row.module, 1)), float(self.shared.get(row.weight_group or "", 1))
@@ -224,9 +259,13 @@ class LayerSolver:
                 if array is not None and id(array) not in matrices:
                     matrices[id(array)] = xxhash.xxh3_128_digest(np.ascontiguousarray(array).data)
                 found.update(b"" if array is None else matrices[id(array)])
-        for tap in dict.fromkeys(map(input_of, part)):
-            for piece in self.inputs.pieces(tap):
-                found.update(piece.data)
+        taps = dict.fromkeys(map(input_of, part))
+        for piece in (x for tap in taps for x in self.inputs.pieces(tap)):
+            found.update(piece.data)
+        if self.reached is not None:
+            for tap in (*taps, *(output_of(row) for row in part)):
+                for piece in self.reached.pieces(tap):
+                    found.update(piece.data)
         return found.hexdigest()
 
 

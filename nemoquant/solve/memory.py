@@ -6,12 +6,15 @@ module loads neither numpy nor torch.
 
 from nemoquant.calibrate.batch import PIECE_BYTES, Batch
 from nemoquant.planning.plan import Plan
+from nemoquant.solve.order import WRITERS
 from nemoquant.solve.taps import input_of
 
 SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
 _METRIC = 40  # bytes an element of H: sums and H in float64, and its factor in passing; measured 38
 _SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes
 _WEIGHT = 6  # bytes an element of a whole weight: float32, codes, block scales
+_TARGET = 8  # bytes an element of H that targets take beside it, where layers see the quantized stream
+_TARGETS, _WANTED = 4, 8  # bytes an element of a weight then: its target, and of a writer what is wanted
 _COPIES = 2  # of a weight that a fold is chosen by: in the page cache, and its own
 _MOMENTS = 80  # bytes an element of a latent layer's second moments, in float64, while M is found
 _PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64
@@ -26,6 +29,9 @@ def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
         out, width = row.shape
         elements, slices = out * width, min(out * width, max(SLICE_ELEMENTS, width))
         one = _METRIC * width * width + _WEIGHT * elements + _PIECES * PIECE_BYTES
+        if plan.propagates:
+            wanted = _WANTED if row.role in WRITERS else 0
+            one += _TARGET * width * width + (_TARGETS + wanted) * elements + 2 * PIECE_BYTES
         needed = (
             threads * (one + _SLICE * slices)
             if row.expert is not None
@@ -66,9 +72,20 @@ def input_bytes(plan: Plan, batch: Batch) -> int:
         if row.expert is not None and row.layer is not None:
             share = plan.config.of_layer(row.layer).routed_share
         values.setdefault(row.layer, {})[input_of(row)] = share * row.shape[1]
-    return round(batch.tokens * batch.item_size * max(sum(taps.values()) for taps in values.values()))
+    most = max(sum(taps.values()) for taps in values.values())
+    if plan.propagates:  # the router's too; and all again on the other stream, with what it lacks
+        most = 2 * (most + plan.config.hidden_size)
+    return round(batch.tokens * batch.item_size * most)
 
 
 def solved_bytes(plan: Plan) -> int:
     """Disk for solved weights until they are packed, in bytes."""
     return sum(row.bytes_out for row in plan.quantized if row.solved)
+
+
+def waiting_bytes(plan: Plan, batch: Batch) -> int:
+    """Disk for all that waits while weights are solved or folded, in bytes."""
+    if not plan.needs_inputs:
+        return 0
+    stream = batch.hidden_bytes(plan.config.hidden_size) if plan.propagates else 0
+    return input_bytes(plan, batch) + stream + solved_bytes(plan)

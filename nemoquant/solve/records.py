@@ -16,6 +16,7 @@ from nemoquant.errors import CheckpointError, brief, schema_problem
 from nemoquant.files import read_json
 from nemoquant.formats import Method
 from nemoquant.planning.plan import Plan
+from nemoquant.planning.solving import Propagate
 from nemoquant.solve.store import Record
 
 SCHEMA = 1
@@ -43,6 +44,7 @@ class Content(BaseModel):
     schema_: int = Field(alias="schema")
     damping: Sum
     descent: Annotated[int, Field(ge=0)]
+    propagate: Propagate = "source"
     units: dict[str, Unit]
 
 
@@ -55,7 +57,7 @@ def dump(plan: Plan, records: Mapping[str, Record]) -> str:
             for key, values in unit.items():
                 values.append(getattr(records[row.name], key))
     settings = plan.recipe.solve
-    content = {"schema": SCHEMA, "damping": settings.damping, "descent": settings.descent, "units": units}
+    content = {"schema": SCHEMA, **settings.model_dump(), "units": units}
     return json.dumps(content, indent=1) + "\n"
 
 

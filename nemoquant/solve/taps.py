@@ -1,4 +1,4 @@
-"""The name that the input of a weight is kept under."""
+"""Names that inputs of weights, and what these should put out, are kept under."""
 
 from nemoquant.model import names
 from nemoquant.planning.row import Row
@@ -12,5 +12,15 @@ def input_of(row: Row) -> str:
     if row.role in _QKV:
         return names.mixer_of(row.module) + "q_proj"
     if row.role in _NORMED:
-        return f"{names.layer(row.layer or 0)}{names.MIXER}{names.ROUTER}"
+        return router_of(row.layer or 0)
     return row.module
+
+
+def output_of(row: Row) -> str:
+    """The name for what a weight that writes the stream should put out."""
+    return f"{row.module}{names.OUTPUT}"
+
+
+def router_of(layer: int) -> str:
+    """The tap of a layer's router."""
+    return f"{names.layer(layer)}{names.MIXER}{names.ROUTER}"

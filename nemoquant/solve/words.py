@@ -1,9 +1,8 @@
 """What was done to weights, in words for people: the model card and the last lines of ``quantize``."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from nemoquant.planning.solving import FoldName
+from nemoquant.planning.recipe import Recipe
 
 KEPT = {
     "latent": "a matrix between fc1 and the experts' up projections",
@@ -12,8 +11,10 @@ KEPT = {
     "expert": "powers of two between up and down projections",
 }
 
+STREAMS = {"source": "", "quantized": ", on the stream of the quantized layers before them"}
 
-def change_sentences(summary: dict[str, Any], folds: Sequence[FoldName]) -> list[str]:
+
+def change_sentences(summary: dict[str, Any], recipe: Recipe) -> list[str]:
     """A sentence each on solved weights and on folds, as far as there are any.
 
     Args:
@@ -23,12 +24,13 @@ def change_sentences(summary: dict[str, Any], folds: Sequence[FoldName]) -> list
     solved = summary["solved"]
     if solved is not None:
         methods = ", ".join(f"{count:,} {method}" for method, count in sorted(solved["methods"].items()))
-        text = f"Weights solved for with the inputs of calibration: {methods}"
+        where = STREAMS[recipe.solve.propagate]
+        text = f"Weights solved for with the inputs of calibration{where}: {methods}"
         if solved["objective_of_plain"] is not None:
             text += f"; their error in outputs is {solved['objective_of_plain']:.0%} of plain rounding's"
         found.append(text + ".")
-    if folds:
-        looked = "; ".join(f"{name} ({KEPT[name]})" for name in folds)
+    if recipe.folds:
+        looked = "; ".join(f"{name} ({KEPT[name]})" for name in recipe.folds)
         found.append(
             f"Folds that keep the function, looked for: {looked}; {summary['folded']:,} tensors were changed."
         )

@@ -34,6 +34,11 @@ METHODS = [
     ("descent", -1, "descent is -1; expected at least 0"),
     ("descent", 17, "descent is 17; expected at most 16"),
     ("descent", "much", "descent is 'much'; expected a whole number of at least 0"),
+    ("headroom", 0.99, "headroom is 0.99; expected a number from 1 to 16"),
+    ("headroom", 16.1, "headroom is 16.1; expected a number from 1 to 16"),
+    ("headroom", float("nan"), "headroom is nan; expected a number from 1 to 16"),
+    ("headroom", True, "headroom is True; expected a number from 1 to 16"),
+    ("headroom", "2", "headroom is '2'; expected a number from 1 to 16"),
 ]
 OPTIONS = [
     *METHODS,
@@ -204,7 +209,7 @@ NUMBERS = [
         "seed",
         "mtp",
     ),
-    *("descent", "temperature", "sm", "max_seq_len", "max_batch", "workspace"),
+    *("descent", "headroom", "temperature", "sm", "max_seq_len", "max_batch", "workspace"),
 ]
 
 

@@ -48,7 +48,7 @@ class MomentsInFiles:
         for name, value in collected.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
-    def finish(self, layer):  # noqa: ARG002
+    def finish(self, layer, batches):  # noqa: ARG002
         for name, value in self.sums.items():
             np.save(self.folder / f"{name}.npy", value)
             self.files[name] = hashlib.sha256((self.folder / f"{name}.npy").read_bytes()).hexdigest()

@@ -78,7 +78,13 @@ class Runs:
             data = out.with_name(f"{rows}x{length}.npy")
             np.save(data, self.token_rows[:rows, :length])
             options = RunOptions(
-                data=data, dtype=compute, row_batch=1, scale_groups=scale_groups, threads=1, method="max"
+                data=data,
+                dtype=compute,
+                row_batch=1,
+                scale_groups=scale_groups,
+                threads=1,
+                method="max",
+                headroom=1,  # theirs is of another making
             )
             quantize(self.source(preset), out, preset, options)
 

@@ -50,6 +50,17 @@ def test_own_rules_come_first_and_keys_override(write: Write) -> None:
     assert (solve.descent, solve.damping) == (3, base.solve.damping)
 
 
+def test_headroom_is_inherited_and_overridden(write: Write) -> None:
+    first = write("first", extends="nvfp4", headroom=3)
+    assert load_recipe(write("second", extends="first.yaml", folds=[])).headroom == 3
+    assert load_recipe(write("third", extends="first.yaml", headroom=1.5)).headroom == 1.5
+    plans = [api.plan(DEMO, path, headroom=other) for path, other in ((first, None), (first, 4))]
+    assert [plan.recipe.headroom for plan in plans] == [3, 4]
+    assert [plan.recipe.name for plan in plans] == ["first", "first-headroom4"]
+    assert len({plan.sha256 for plan in plans}) == 2
+    assert parse_recipe(plans[1].recipe.dump()).headroom == 4
+
+
 def test_a_file_at_home(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write("base", extends="fp8", kv_cache="source")

@@ -52,6 +52,9 @@ def test_recipes_of_the_repository(path: Path) -> None:
         ),
         (BASE | {"solve": {"damping": 0}}, False),
         (BASE | {"folds": ["norms"]}, False),
+        (BASE | {"headroom": 1.5}, True),
+        ({"name": "mine", "extends": "nvfp4", "headroom": 2}, True),
+        *((BASE | {"headroom": wrong}, False) for wrong in (0.5, 17, "2", True, None)),
     ],
 )
 def test_it_says_what_the_loader_says(data: dict[str, Any], valid: bool, tmp_path: Path) -> None:

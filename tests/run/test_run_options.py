@@ -53,6 +53,7 @@ def test_they_are_frozen_and_go_by_their_names():
         ({"method": "best"}, "method is 'best'; expected max, mse, four_over_six, hess or gptq"),
         ({"folds": ["heads"]}, "folds is 'heads'; expected latent, norm, gate or expert"),
         ({"descent": 17}, "descent is 17; expected at most 16"),
+        ({"headroom": 0.5}, "headroom is 0.5; expected a number from 1 to 16"),
         ({"on": "spark"}, "on is 'spark'; expected local or ray"),
         ({"address": "auto"}, "an address (auto) goes with --on ray only; give both, or neither"),
         (

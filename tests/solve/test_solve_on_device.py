@@ -250,6 +250,7 @@ def test_a_run_on_a_gpu_solves_there(fitting, token_rows, tmp_path, monkeypatch)
     monkeypatch.setattr(gpu, "chosen", lambda device: False)
     monkeypatch.setattr("nemoquant.run.job.torch_device", lambda device: CPU)
     monkeypatch.setattr(layer, "torch_device", lambda device: {"cuda": CPU}[device])
+    monkeypatch.setattr("nemoquant.solve.collector.torch_device", lambda device: CPU)
     found = run("cuda")
     assert max(counts) == 3
     assert sum(counts) == sum(len(unit["method"]) for unit in expected.values())

@@ -14,6 +14,7 @@ from nemoquant.api import RunOptions, quantize, verify
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.errors import CalibrationError, Interrupted, OutputError, UsageError
 from nemoquant.planning.plan import method_warnings
+from nemoquant.planning.solving import Overrides
 from nemoquant.solve import layer as solving
 from nemoquant.solve.collector import SolveCollector
 
@@ -188,11 +189,15 @@ def test_a_method_takes_the_place_of_the_recipes_own():
     plan, found = methods(method="max", folds=["latent"])
     assert plan.recipe.folds == ["latent"] and plan.needs_inputs
     assert methods(descent=3)[0].recipe.solve.descent == 3
-    (told,) = method_warnings(methods(method="hess")[0], "hess", None)
+    (told,) = method_warnings(methods(method="hess")[0], Overrides("hess"))
     assert told == "--method hess: 24 FP8 weights get max, the nearest that FP8 has"
-    assert method_warnings(methods(method="gptq")[0], "gptq", 2) == method_warnings(plan, None, None) == []
-    (told,) = method_warnings(methods(method="max", descent=2)[0], "max", 2)
-    assert told == "--descent 2: has no effect, no weight gets hess or gptq, whose codes are swept"
+    assert (
+        method_warnings(methods(method="gptq")[0], Overrides("gptq", descent=2))
+        == method_warnings(plan, Overrides())
+        == []
+    )
+    (told,) = method_warnings(methods(method="max", descent=2)[0], Overrides("max", descent=2))
+    assert told == "--descent 2: has no effect, no weight gets hess or gptq"
     with pytest.raises(UsageError, match="method"):
         api.plan(DEMO, "nvfp4", method="best")
     with pytest.raises(UsageError, match="folds"):
@@ -264,7 +269,7 @@ def test_the_collector_asks_only_for_inputs_that_are_used(tmp_path):
     with (opened := open_weights(DEMO, "")).checkpoint:
         plan = api.plan(DEMO, "nvfp4-w4a16")
         amax = AmaxCollector(plan.config, Scales())
-        collector = SolveCollector(plan, opened.checkpoint, amax, tmp_path, 1, print)
+        collector = SolveCollector(plan, opened.checkpoint, amax, tmp_path, 1, print, hidden=None, state={})
         wanted = collector._inputs.wanted
         assert len(wanted) == 4 * 16 * 2 and all(".experts." in tap for tap in wanted)
         collector.close()

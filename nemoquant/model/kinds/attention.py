@@ -36,6 +36,7 @@ ATTENTION = Kind(
         "attention.o_proj": "attention's o_proj",
     },
     groups={"attention": "attention"},
+    order=(("attention.q_proj", "attention.k_proj", "attention.v_proj"), ("attention.o_proj",)),
     other=(),
     tensors=tensors,
     projections=lambda _: ("q_proj", "k_proj", "v_proj", "o_proj"),

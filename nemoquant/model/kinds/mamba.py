@@ -46,6 +46,7 @@ MAMBA = Kind(
     sizes=("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "use_conv_bias"),
     linear={"mamba.in_proj": "Mamba's input projection", "mamba.out_proj": "Mamba's output projection"},
     groups={"mamba": "Mamba projections"},
+    order=(("mamba.in_proj",), ("mamba.out_proj",)),
     other=("conv1d", "ssm.A_log", "ssm.D", "ssm.dt_bias"),
     tensors=tensors,
     projections=lambda _: ("in_proj", "out_proj"),

@@ -18,6 +18,7 @@ MLP = Kind(
     sizes=("intermediate_size",),
     linear={"mlp.up_proj": "the MLP's up projection", "mlp.down_proj": "the MLP's down projection"},
     groups={"mlp": "the MLP"},
+    order=(("mlp.up_proj",), ("mlp.down_proj",)),
     other=(),
     tensors=tensors,
     projections=lambda _: ("up_proj", "down_proj"),

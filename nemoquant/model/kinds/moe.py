@@ -71,6 +71,13 @@ MOE = Kind(
         "latent.fc2": "the latent fc2",
     },
     groups={"experts": "routed experts", "shared_experts": "shared experts", "latent": "latent projections"},
+    order=(
+        ("latent.fc1",),
+        ("experts.up_proj", "shared_experts.up_proj"),
+        ("experts.down_proj",),
+        ("latent.fc2",),
+        ("shared_experts.down_proj",),
+    ),
     other=("router", "router.bias"),
     tensors=tensors,
     projections=projections,

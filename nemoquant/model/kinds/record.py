@@ -49,6 +49,8 @@ class Kind:
         linear: role of each weight of a GEMM -> what it is, for people.
         sizes: fields of the config that a layer of this kind may have for itself.
         groups: the first part of those roles -> what such modules are together, for people.
+        order: those roles in groups; the inputs of each group depend on the groups before it alone. What the
+            last ones put out is added to the stream.
         other: the other roles of its mixer's tensors, ``norm`` aside, which all layers have.
         tensors: of a mixer, in file order.
         projections: its GEMMs in the order of a graph's function; all experts of a projection are one.
@@ -64,6 +66,7 @@ class Kind:
     sizes: tuple[str, ...]
     linear: Mapping[str, str]
     groups: Mapping[str, str]
+    order: tuple[tuple[str, ...], ...]
     other: tuple[str, ...]
     tensors: Callable[[NemotronHConfig], Iterator[MixerTensor]]
     projections: Callable[[NemotronHConfig], tuple[str, ...]]

@@ -65,7 +65,8 @@ _WHY = {
     "smoothquant": "input channels are not scaled here",
     "svdquant": "no part of a weight is kept in 16 bits here",
     "lsq": "scales are not learned by training here",
-    "nvfp4_act_headroom": "input scales are the largest magnitude seen here, not a percentile",
+    "nvfp4_act_headroom": "input scales follow the largest magnitude seen here, not a percentile; give "
+    "algorithm max and --headroom",
 }
 
 

@@ -7,13 +7,12 @@ from numpy.typing import NDArray
 
 from nemoquant.calibrate.inputs import InputFile
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.model import names
 from nemoquant.model.config import NemotronHConfig
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
 from nemoquant.solve.folds.layer import Folds, layer_folds, readers
 from nemoquant.solve.metric import gram
-from nemoquant.solve.taps import input_of
+from nemoquant.solve.taps import input_of, router_of
 
 NARROW = 8  # bits: codes with fewer lose small values next to large ones
 
@@ -86,7 +85,7 @@ def _norm_tap(row: Row) -> str:
     """The tap of a layer's norm, which this row reads; an expert reads only some of its tokens."""
     if row.expert is None:
         return input_of(row)
-    return f"{names.layer(row.layer or 0)}{names.MIXER}{names.ROUTER}"
+    return router_of(row.layer or 0)
 
 
 def _squares(inputs: InputFile, tap: str, width: int) -> NDArray[np.float64]:

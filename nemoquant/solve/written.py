@@ -1,0 +1,89 @@
+"""A layer's tensors as the output will have them, as far as they are known: folded, solved, encoded."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemoquant.calibrate.derived import weight_scale
+from nemoquant.checkpoint.reader import Checkpoint
+from nemoquant.checkpoint.weights import TORCH, LayerWeights
+from nemoquant.formats.registry import ARITHMETIC
+from nemoquant.planning.row import Row
+from nemoquant.quantized.packed import PackedWeight
+from nemoquant.solve.folds.layer import Folds
+from nemoquant.solve.source import folded, largest
+from nemoquant.solve.store import SolvedFile
+
+
+class Written:
+    """The quantized tensors of one layer.
+
+    Attributes:
+        folds: of the layer's tensors.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        rows: Sequence[Row],
+        folds: Folds,
+        shared: Mapping[str, np.float32],
+        solved: SolvedFile | None,
+    ) -> None:
+        """``rows``: the layer's quantized ones. ``shared``: largest magnitude by scale group of weights."""
+        self.checkpoint, self.folds = checkpoint, folds
+        self._rows = {row.name: row for row in rows}
+        self._shared, self._solved = shared, solved
+        self._known = {row.name for row in rows if not row.solved}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """These have been solved."""
+        self._known |= {row.name for row in rows}
+
+    def get(self, name: str) -> PackedWeight | None:
+        """A tensor's codes; None of one that is not solved yet, or not quantized."""
+        if name not in self._known:
+            return None
+        row = self._rows[name]
+        assert row.format != "source"
+        if row.solved:
+            assert self._solved is not None
+            stored = self._solved.get(name)
+            return PackedWeight(row.format, stored.encoded, np.float32(stored.record.scale))
+        weight = folded(self.checkpoint, self.folds, row)
+        shared = self._shared[row.weight_group] if row.weight_group else largest(row, weight)
+        scale, degenerate = weight_scale(row, shared)
+        arithmetic = ARITHMETIC[row.format]
+        encoded = (
+            arithmetic.zeros((row.shape[0], row.shape[1]))
+            if degenerate
+            else arithmetic.encode(weight, scale, row.plain_method)
+        )
+        return PackedWeight(row.format, encoded, scale)
+
+
+class WrittenWeights(LayerWeights):
+    """The tensors under a prefix, as ``layer_forward`` takes them; those of ``without`` are zero."""
+
+    def __init__(self, written: Written, prefix: str, without: Collection[str] = ()) -> None:
+        super().__init__(written.checkpoint, prefix)
+        self._written, self._without = written, without
+
+    def __getitem__(self, name: str) -> Tensor:
+        full = self.prefix + name
+        if full in self._without:
+            return torch.zeros(self.checkpoint.tensors[full].shape, dtype=torch.bfloat16)
+        packed = self._written.get(full)
+        if packed is not None:
+            return cast(Tensor, packed)  # it decodes itself where it is used
+        fold = self._written.folds.get(full)
+        if fold is None:
+            return super().__getitem__(name)
+        changed = fold.apply(self.hold(full))
+        kept = changed.dtype == self.checkpoint.array(full).dtype
+        return torch.from_numpy(changed).view(
+            TORCH[self.checkpoint.tensors[full].dtype] if kept else torch.float32
+        )
