@@ -60,7 +60,7 @@ RIVALS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # option: (name, script
         ("max", "mse", "local_hessian", "gptq", "awq_lite", "awq_lite:fused", "svdquant", "svdquant:fused"),
     ),
     "llmcompressor": ("llm-compressor", "rival_llmcompressor.py", ("max", "gptq", "gptq:routed")),
-    "autoround": ("AutoRound", "rival_autoround.py", ("rtn", "signround")),
+    "autoround": ("AutoRound", "rival_autoround.py", ("rtn", "signround:50", "signround")),
 }
 PRESETS = ("nvfp4-full", "nvfp4-full-w4a16", "fp8", "nvfp4")
 
