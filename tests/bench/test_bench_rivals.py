@@ -78,7 +78,7 @@ class TestModelOptimizer:
         """Over more than a chunk, where transformers' own scan is wrong."""
         source = rivals.CALIB / "nano_model"
         ids = np.random.default_rng(0).integers(3, 2048, (1, 200))
-        wanted = rivals.source_logits(source, ids)[0]
+        wanted = rivals.source_logits(source, ids)[0].double()
         with torch.no_grad():
             found = (
                 of("nemotron_h").load(str(source), separate)(torch.from_numpy(ids), use_cache=False).logits
