@@ -8,7 +8,8 @@ from support.places import DEMO, ROOT
 
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
-from nemoquant.solve.memory import fold_bytes, input_bytes, solve_bytes, solved_bytes
+from nemoquant.calibrate.memory import batch_bytes
+from nemoquant.solve.memory import fold_bytes, input_bytes, solve_bytes, solved_bytes, stream_bytes
 
 WIDTH, OUT = 2048, 1024
 MEASURE = f"""
@@ -111,3 +112,16 @@ def test_a_weight_is_not_copied_more_than_is_said():
     )
     chosen, widened = map(float, result.stdout.split())
     assert chosen < 0.7 and widened < 4.7
+
+
+def test_the_quantized_stream_takes_memory_beside_a_layer():
+    """By hand: the router's input three times, what is lacking, and the widest input that all tokens have."""
+    plan = api.plan(DEMO, "nvfp4-full")
+    hidden, widest = plan.config.hidden_size, max(r.shape[1] for r in plan.quantized if r.expert is None)
+    assert stream_bytes(plan, 4) == 12 * hidden + 16 * hidden + 4 * widest
+    assert stream_bytes(api.plan(DEMO, "nvfp4"), 4) == 0
+    batch = Batch(1, 512, "float32")
+    alone = batch_bytes(plan.config, "moe", batch)
+    assert batch_bytes(plan.config, "moe", batch, stream_bytes(plan, 4)) == alone + 512 * stream_bytes(
+        plan, 4
+    )
