@@ -1,6 +1,7 @@
 """Time, memory and disk of a run, estimated before it starts from a short measurement and from sizes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,11 @@ def estimate_run(
     if batch is not None and plan.needs_inputs:
         disk += waiting_bytes(plan, batch)
         solve = solve_seconds(plan, batch, speeds, threads, device)
-        solve += _stream_seconds(plan, batch, chosen.row_batch or 1, speeds)
     if batch is not None:
         disk += batch.hidden_bytes(plan.config.hidden_size)
-        calibrate = _calibrate_seconds(plan, batch, chosen.row_batch or 1, speeds) * threads / processors
+        layers = _layer_seconds(plan, batch, chosen.row_batch or 1, speeds)
+        calibrate = sum(layers.values()) * threads / processors
+        solve += _stream_seconds(plan, layers) if plan.propagates else 0.0
     return Estimate(
         calibrate=calibrate,
         solve=solve,
@@ -106,10 +108,6 @@ def estimate_run(
         row_batch=chosen.row_batch,
         speeds=speeds,
     )
-
-
-def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
-    return sum(_layer_seconds(plan, batch, row_batch, speeds).values())
 
 
 def _layer_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> dict[int, float]:
@@ -128,13 +126,11 @@ def _layer_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds
     return seconds
 
 
-def _stream_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
-    """What the stream of the quantized layers takes."""
-    if not plan.propagates:
-        return 0.0
+def _stream_seconds(plan: Plan, layers: Mapping[int, float]) -> float:
+    """What the stream of the quantized layers takes; ``layers``: seconds of each when it is run once."""
     from nemoquant.solve.order import passes
 
-    kinds, layers = plan.config.layers, _layer_seconds(plan, batch, row_batch, speeds)
+    kinds = plan.config.layers
     rows: dict[int, list[Row]] = {i: [] for i in layers}
     for row in plan.quantized:
         if row.layer is not None and row.solved:
