@@ -270,7 +270,7 @@ def lines(case: Case, results: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield from refused
 
 
-def table(case: Case, tools: dict[str, str], again: bool) -> dict[str, dict[str, Any]]:
+def table(case: Case, tools: dict[str, str], without: list[str], again: bool) -> dict[str, dict[str, Any]]:
     formats = planned(case)
     wanted = Reference(case.source)
     results: dict[str, dict[str, Any]] = {}
@@ -279,6 +279,8 @@ def table(case: Case, tools: dict[str, str], again: bool) -> dict[str, dict[str,
             ("nemoquant", tuple(VARIANTS)) if tool == OURS else (RIVALS[tool][0], RIVALS[tool][2])
         )
         for method in methods:
+            if f"{tool}:{method}" in without:
+                continue
             name = f"{tool}-{method.replace(':', '-')}"
             print(
                 f"{time.strftime('%H:%M:%S')} {case.model} {case.preset} {name}", file=sys.stderr, flush=True
@@ -310,6 +312,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("demo", "nano"), default=("demo", "nano"))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--again", action="store_true", help="try once more what a tool refused")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="TOOL:METHOD", help="leave out, as autoround:signround"
+    )
     args = parser.parse_args()
     tools = {OURS: sys.executable} | {tool: getattr(args, tool) for tool in RIVALS if getattr(args, tool)}
     everything: dict[str, Any] = {}
@@ -319,7 +324,7 @@ def main() -> None:
         prepare(args.work, model)
         for preset in args.presets:
             case = Case(model, preset, args.work / model / preset)
-            results = table(case, tools, args.again)
+            results = table(case, tools, args.without, args.again)
             everything[f"{model} {preset}"] = results
             text += lines(case, results)
     (args.work / "rivals.json").write_text(json.dumps(everything, indent=1))

@@ -12,6 +12,7 @@ names that they have in published files: transformers 5 keeps them as two tensor
 import json
 import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts, NemotronHMamba2Mixer
 
-SOURCE = (
-    "weight",
-    "bias",
-    "A_log",
-    "D",
-    "dt_bias",
-    "up_proj",
-    "down_proj",
-)  # last parts of parameters' names
+SOURCE = ("weight", "bias", "A_log", "D", "dt_bias", "up_proj", "down_proj")  # ends of parameters' names
+BESIDE = ("_pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")  # what a tool keeps in the model's dtype
 
 
 @dataclass(frozen=True)
@@ -118,6 +112,6 @@ def load(folder: str, separate: bool) -> Any:
 
 def narrow(model: nn.Module) -> None:
     """The source's parameters to bfloat16, as it has them, for export; scales, which tools add, stay."""
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in SOURCE:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name.rpartition(".")[2] in SOURCE + BESIDE:
+            tensor.data = tensor.data.to(torch.bfloat16)

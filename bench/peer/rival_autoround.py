@@ -8,6 +8,7 @@ which refuses it: rows are full, and are given without a mask.
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,10 +18,18 @@ from transformers import AutoTokenizer
 
 NVFP4 = {"bits": 4, "group_size": 16, "data_type": "nv_fp", "sym": True}
 NVFP4_INPUTS = {"act_bits": 4, "act_data_type": "nv_fp4_with_static_gs", "act_group_size": 16}
+FP8 = {"bits": 8, "group_size": 0, "data_type": "fp", "sym": True}  # 0: one scale a tensor
+FP8_INPUTS = {
+    "act_bits": 8,
+    "act_data_type": "fp",
+    "act_group_size": 0,
+    "act_sym": True,
+    "act_dynamic": False,
+}
 SCHEMES = {
     ("nvfp4", "nvfp4"): NVFP4 | NVFP4_INPUTS | {"act_sym": True, "act_dynamic": True},
     ("nvfp4", None): NVFP4 | {"act_bits": 16},
-    ("fp8", "fp8"): "FP8_STATIC",
+    ("fp8", "fp8"): FP8 | FP8_INPUTS,
 }
 AS_IT_IS = {"bits": 16, "act_bits": 16, "data_type": "fp", "act_data_type": "fp"}
 
@@ -35,10 +44,11 @@ def declare_predictors(path: Path) -> None:
 def main() -> None:
     job = read_job(sys.argv[1])
     method, _, steps = job.method.partition(":")
-    (formats,) = set(job.map.values())
+    formats, *others = Counter(job.map.values())  # the first is the map's first, in the order of layers
     model = load(job.source, separate=False)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {name: dict(AS_IT_IS) for name in linear if name not in job.map}
+    kept |= {name: dict(SCHEMES[given]) for name, given in job.map.items() if given in others}
     rows = [{"input_ids": row[None], "attention_mask": None} for row in job.rows]
     rounding = AutoRound(
         model,
