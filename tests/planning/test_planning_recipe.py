@@ -362,7 +362,13 @@ def test_presets() -> None:
         text = file.read_text()
         assert text.startswith("# ")  # a comment says what it is before the keys
         given = recipe.dump()
-        keys = ["name", "summary", "rules", "kv_cache", *(k for k in ("solve", "folds", "headroom") if k in given)]
+        keys = [
+            "name",
+            "summary",
+            "rules",
+            "kv_cache",
+            *(k for k in ("solve", "folds", "headroom") if k in given),
+        ]
         assert list(yaml.safe_load(text)) == keys
         assert parse_recipe(recipe.dump()) == recipe
 

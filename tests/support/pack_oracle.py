@@ -186,7 +186,9 @@ def expected(
             result[f"{module}.weight_scale"] = ("F8_E4M3", [out, columns // 16], block_scales)
             result[f"{module}.weight_scale_2"] = scalar(scale)
             if form == "nvfp4":
-                result[f"{module}.input_scale"] = scalar(np.float32(HEADROOM[preset]) * (np.float32(seen) / np.float32(2688)))
+                result[f"{module}.input_scale"] = scalar(
+                    np.float32(HEADROOM[preset]) * (np.float32(seen) / np.float32(2688))
+                )
     if preset not in UNCALIBRATED:
         for module, value in scales["kv_amax"].items():
             exact = torch.tensor(np.float32(value) / np.float32(448))
