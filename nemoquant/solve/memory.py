@@ -10,6 +10,7 @@ from nemoquant.solve.order import WRITERS
 from nemoquant.solve.taps import input_of
 
 SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
+OUTPUTS = 2048  # of a weight at most whose errors are weighed together
 _METRIC = 40  # bytes an element of H: sums and H in float64, and its factor in passing; measured 38
 _SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes
 _WEIGHT = 6  # bytes an element of a whole weight: float32, codes, block scales
@@ -17,7 +18,13 @@ _TARGET = 8  # bytes an element of H that targets take beside it, where layers s
 _TARGETS, _WANTED = 4, 8  # bytes an element of a weight then: its target, and of a writer what is wanted
 _COPIES = 2  # of a weight that a fold is chosen by: in the page cache, and its own
 _MOMENTS = 80  # bytes an element of a latent layer's second moments, in float64, while M is found
+_BACKWARD = 8  # memory of a row on the way back through a layer, over that on the way forward
 _PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64
+
+
+def backward_rows(rows: int) -> int:
+    """Rows at once on the way back through a layer, where so many go forward: what they take is kept."""
+    return max(1, rows // _BACKWARD)
 
 
 def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
