@@ -2,13 +2,15 @@
 
     python -m bench.enough demo --preset nvfp4-full --method max --method gptq
     python -m bench.enough nano --preset nvfp4-full-w4a16 --rows 32 --tokens 512 --tokens 1024 --json FILE
+    python -m bench.enough nano --method gptq --changed propagate=source,headroom=1
 
 ROWS are counted in rows of 512 tokens; with TOKENS a row, as many fewer rows have the same number of tokens.
 They are chosen by SEED from the 190 rows of the default's text; where more are asked for, all of these and
-rows of the mix's technical prose (all the prose that is shipped). KL is on rows of the evaluation text, whose
-works are in neither; differences are paired over them, from 32 rows of 512 with the same seed, with their
-standard error. Beside it stands how many tokens an expert got: the median, and the least. By method max,
-weights without quantized inputs need no calibration.
+rows of the mix's technical prose (246 together: all the prose that is shipped). KL is on rows of the
+evaluation text, whose works are in neither; differences are paired over them, from 32 rows of 512 with the
+same seed, with their standard error. CHANGED is of each preset, as in bench.methods. Beside it stands how
+many tokens an expert got: the median, and the least. By method max, weights without quantized inputs need no
+calibration.
 """
 
 import json
@@ -76,7 +78,8 @@ def experts(out: Path) -> list[int]:
 @click.argument("model", type=click.Choice(["demo", "nano"]))
 @click.option("--preset", "presets", multiple=True, default=["nvfp4-full", "nvfp4-full-w4a16"])
 @click.option("--method", "methods", multiple=True, default=["max", "gptq"])
-@click.option("--rows", "sizes", multiple=True, type=int, default=[USUAL, 8, 16, 64, 128, 190, 256])
+@click.option("--changed", default="", help="What else is changed of each preset.")
+@click.option("--rows", "sizes", multiple=True, type=int, default=[USUAL, 8, 16, 64, 128, 190, 246])
 @click.option("--tokens", "lengths", multiple=True, type=int, default=[LENGTH], show_default=True)
 @click.option("--seed", "seeds", multiple=True, type=int, default=[1, 2], show_default=True)
 @click.option("--on", "judges", default=24, show_default=True, help="Rows to compare on.")
@@ -86,6 +89,7 @@ def main(
     model: str,
     presets: tuple[str, ...],
     methods: tuple[str, ...],
+    changed: str,
     sizes: tuple[int, ...],
     lengths: tuple[int, ...],
     seeds: tuple[int, ...],
@@ -118,7 +122,7 @@ def main(
                     if (preset, method) in blind:
                         continue
                     out = scratch / f"out{len(results)}"
-                    took = quantized(source, out, f"{preset}:method={method}", scratch, rows)
+                    took = quantized(source, out, f"{preset}:method={method},{changed}", scratch, rows)
                     kl = np.array(measured(out, ids, wanted)["kl"])
                     paired = kl - usual.setdefault((preset, method, seed), kl)
                     got = experts(out) if (out / SCALES_FILE).exists() else []

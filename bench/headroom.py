@@ -180,6 +180,7 @@ def say_free(head: str, found: Any, first: Any) -> None:
 @click.option("--factor", "factors", multiple=True, type=float, default=[1, 2, 4], show_default=True)
 @click.option("--calib", "calibs", multiple=True, default=["prose", "code"], show_default=True)
 @click.option("--method", help="Instead of the presets' own; with max, codes are the same for each factor.")
+@click.option("--propagate", help="Instead of the presets' own.")
 @click.option(
     "--others", is_flag=True, help="An experiment: headroom of FP8 inputs too, once codes are there."
 )
@@ -192,6 +193,7 @@ def main(
     factors: tuple[float, ...],
     calibs: tuple[str, ...],
     method: Any,
+    propagate: Any,
     others: bool,
     rows: int,
     prompts: int,
@@ -229,6 +231,7 @@ def main(
                         data=scratch / "rows.npy",
                         headroom=factor,
                         method=method,
+                        propagate=propagate,
                         progress=False,
                     )
                     head, key = f"{model} {preset}, calibrated on {calib}", f"{preset} {calib} {factor:g}"

@@ -21,10 +21,10 @@ def change(parts: str, ridge: float) -> None:
     layer.RIDGE = ridge
     made, writers = layer.LayerSolver._target, layer.WRITERS
 
-    def target(self: layer.LayerSolver, row: Any, moments: Any) -> Any:
+    def target(self: layer.LayerSolver, row: Any, moments: Any, tokens: int) -> Any:
         if parts == "none" or (parts == "writers" and row.role not in writers):
             return lambda weight: weight
-        return made(self, row, moments)
+        return made(self, row, moments, tokens)
 
     if parts == "inner":
         layer.WRITERS = frozenset()

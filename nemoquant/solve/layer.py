@@ -41,9 +41,9 @@ from nemoquant.solve.targets import Target, cross, inner_target, writer_target
 
 GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 VERSION = 2  # of the method: another one makes other codes
-RIDGE = 0.3  # how near targets are kept to weights, see `targets.py`
+RIDGE = 0.2  # how near targets are kept to weights, see `targets.py`; of many tokens
+SCARCE = 15.0  # how much stronger both are where H comes from few tokens, see `damping`
 OUTPUT_DAMPING = 0.1  # of the metric of outputs
-SCARCE = 15.0  # how much stronger H is damped where it comes from few tokens, see `damping`
 
 Mapped = Callable[..., Iterable[Any]]
 """``map``, or that of a pool of threads."""
@@ -174,19 +174,20 @@ class LayerSolver:
         metric = prepare(moments, tokens, strength)
         if self.reached is None or metric.empty:
             return _Seen(metric, tokens, digest)
-        return _Seen(metric, tokens, digest, self._target(row, moments))
+        return _Seen(metric, tokens, digest, self._target(row, moments, tokens))
 
-    def _target(self, row: Row, moments: Doubles) -> Target:
+    def _target(self, row: Row, moments: Doubles, tokens: int) -> Target:
         """What a row, and all that share its input, are solved for on the quantized stream."""
         assert self.reached is not None
         out, width = row.shape
+        ridge = damping(RIDGE, width, tokens)
         if row.role in WRITERS:
             lacking = self.reached.pieces(output_of(row), width)
             wanted = cross(zip(lacking, self._pieces(row, out), strict=True), out, width)
-            return writer_target(moments, wanted, RIDGE)
+            return writer_target(moments, wanted, ridge)
         pairs = zip(self._source(row), self._pieces(row), strict=True)
         missed = cross(((x - z, z) for x, z in pairs), width, width)
-        return inner_target(moments, missed, RIDGE)
+        return inner_target(moments, missed, ridge)
 
     def _source(self, row: Row) -> Iterator[Floats]:
         """The source's input, folded."""

@@ -153,7 +153,16 @@ class QuantizedStream:
         """
         prefix, kind = names.layer(layer.number), self._config.layers[layer.number]
 
+        def check(what: str, x: Tensor) -> None:
+            if x.numel() and not torch.isfinite(torch.stack(torch.aminmax(x))).all():  # one pass, no mask
+                raise CalibrationError(
+                    f"layer {layer.number} ({kind}): NaN or Inf in {what} on the stream of the quantized "
+                    f"layers, where the source's is finite; expected finite activations, try --compute "
+                    f"float32, or --propagate source"
+                )
+
         def tap(name: str, x: Tensor) -> Tensor:
+            check(f"the input of {name}", x)
             keep(name, x)
             if routed is not None and name == router_of(layer.number):
                 return routed.to(x)
@@ -165,12 +174,7 @@ class QuantizedStream:
         config, moved = self._config.of_layer(layer.number), states.to(self._device)
         output = layer_forward(config, kind, weights, moved, None, prefixed(tap, prefix))[0]
         weights.release()
-        if not torch.isfinite(output).all():
-            raise CalibrationError(
-                f"layer {layer.number} ({kind}): NaN or Inf in the stream of the quantized layers, where the "
-                f"source's is finite; expected finite activations, try --compute float32, or --propagate "
-                f"source"
-            )
+        check("its output", output)
         return output.cpu()
 
 

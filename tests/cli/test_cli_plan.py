@@ -186,9 +186,8 @@ def test_plan_for_people() -> None:
     assert "bytes 63,155,886,464 in, 19,440,022,864 out (19.44 GB, 3.25 times smaller)" in lines
     assert "bits per weight 4.925" in lines
     assert "KV cache per token 6,144 B as the source, 3,072 B planned" in lines
-    assert (
-        "calibration needed for codes that are solved for, folds (latent, norm), activation scales" in lines
-    )
+    needed = "codes that are solved for, folds (latent, norm), activation scales (headroom 2)"
+    assert f"calibration needed for {needed}" in lines
     assert (
         lines[-1]
         == "dtypes of the source are assumed from the config: bf16, the router's correction bias fp32"

@@ -212,7 +212,7 @@ def compare(source: Path, name: str, preset: str) -> Run:
     folder = source.parent
     write_rows(folder / "rows.npy", (ROWS, LENGTH), seed=1)
     calibration = write_rows(folder / "calibration.npy", (2, 16))
-    options = RunOptions(method="max", data=calibration, dtype="float32", threads=1)
+    options = RunOptions(method="max", headroom=1, data=calibration, dtype="float32", threads=1)
     out = nemoquant.quantize(source, folder / name, preset, options).out
     report = nemoquant.diff(source, [out], data=folder / "rows.npy", card=False, threads=1)
     config = load_config(source)[0]

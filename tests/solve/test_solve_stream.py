@@ -162,9 +162,19 @@ def test_damaged_states_are_found(source, token_rows, tmp_path, monkeypatch):
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_a_stream_that_is_not_finite_is_refused(source, token_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "_rounded", lambda x, number, scale: torch.full_like(x, torch.inf))
-    with pytest.raises(CalibrationError, match=r"layer 0 \(mamba\): NaN or Inf in the stream of the quant"):
+@pytest.mark.parametrize(
+    ("width", "module"),
+    [(64, r"layers\.0\.mixer\.out_proj"), (32, r"layers\.2\.mixer\.experts\.\d\.down_proj")],
+)
+def test_a_stream_that_is_not_finite_is_refused(width, module, source, token_rows, tmp_path, monkeypatch):
+    """Also where the layer is not computed to its end."""
+    rounded = stream._rounded
+
+    def broken(x, number, scale):
+        return torch.full_like(x, torch.inf) if x.shape[-1] == width else rounded(x, number, scale)
+
+    monkeypatch.setattr(stream, "_rounded", broken)
+    with pytest.raises(CalibrationError, match=rf"NaN or Inf in the input of .*{module} on the stream of"):
         make(source, token_rows, tmp_path / "out", propagate="quantized")
 
 
