@@ -206,7 +206,7 @@ def method_options(function: F) -> F:
             "outputs",
             type=click.Choice(OUTPUTS),
             help="How errors in a layer's outputs count for gptq and hess: equally, or as they matter to the "
-            "model's loss, whose gradients take about as long as calibration three times over.",
+            "model's loss, whose gradients take about six times as long as calibration itself.",
         ),
         run_option(
             "headroom",

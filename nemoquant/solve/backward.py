@@ -30,10 +30,9 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.gradients import Seen, layer_gradient, rms_norm
 from nemoquant.model.taps import Weights, product
 from nemoquant.progress import Progress, no_progress
-from nemoquant.solve.memory import backward_rows
+from nemoquant.solve.memory import HEAD_TOKENS, backward_rows
 from nemoquant.tokens.rows import Rows
 
-HEAD_TOKENS = 128  # whose logits are there at once
 SEED = 20_260_101  # of the labels; a row has its own, so that batches change nothing
 
 Keep = Callable[[int, list[int], Mapping[str, str]], None]

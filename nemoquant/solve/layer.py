@@ -29,7 +29,7 @@ from nemoquant.planning.row import Row
 from nemoquant.solve.coupled import solve_coupled
 from nemoquant.solve.folds.layer import Folds, InputTransforms
 from nemoquant.solve.folds.transform import Transform
-from nemoquant.solve.memory import OUTPUTS, SLICE_ELEMENTS
+from nemoquant.solve.memory import SLICE_ELEMENTS, coupled_rows
 from nemoquant.solve.metric import Doubles, Metric, gram, prepare
 from nemoquant.solve.on_device import Task, solve_all_on
 from nemoquant.solve.order import WRITERS
@@ -43,7 +43,7 @@ GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 VERSION = 2  # of the method: another one makes other codes
 RIDGE = 0.2  # how near targets are kept to weights, see `targets.py`; of many tokens
 SCARCE = 15.0  # how much stronger both are where H comes from few tokens, see `damping`
-OUTPUT_DAMPING = 0.1  # of the metric of outputs
+OUTPUT_DAMPING = 0.1  # of the metric of outputs, where tokens are many; see `damping`
 
 Mapped = Callable[..., Iterable[Any]]
 """``map``, or that of a pool of threads."""
@@ -266,7 +266,8 @@ class LayerSolver:
             return start
         pieces = (np.ascontiguousarray(piece[:, rows]) for piece in self.graded.pieces(module))
         tokens, target = self.graded.tokens(module), work.target[rows]
-        outputs = prepare(gram(pieces, len(target)), tokens, OUTPUT_DAMPING)
+        strength = damping(OUTPUT_DAMPING, len(target), tokens)
+        outputs = prepare(gram(pieces, len(target)), tokens, strength)
         if outputs.empty:
             return start
         return solve_coupled(
@@ -329,8 +330,7 @@ def _coupled(weight: Floats) -> list[slice]:
 
     So the metric of outputs stays small where there are many: Mamba's input projections have 18,560.
     """
-    count = -(-len(weight) // OUTPUTS)
-    step = -(-len(weight) // count)
+    step = coupled_rows(len(weight))
     return [slice(at, at + step) for at in range(0, len(weight), step)]
 
 

@@ -159,7 +159,7 @@ def test_the_metric_is_that_of_the_outputs(source, token_rows, tmp_path, monkeyp
 
 
 def test_many_outputs_are_weighed_in_parts(source, token_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(layer, "OUTPUTS", 24)
+    monkeypatch.setattr(memory, "OUTPUTS", 24)
     make(source, token_rows, tmp_path / "out")
     assert verify(tmp_path / "out", source)["ok"]
 
