@@ -194,10 +194,10 @@ def keep_at_outputs(
     weights: Weights,
     before: Callable[[Sequence[int]], Tensor],
     files: GradientFiles,
+    *,
     batches: Sequence[Sequence[int]],
     wanted: set[str],
     outputs: InputFile,
-    *,
     device: torch.device,
 ) -> None:
     """Keep the gradients at the outputs of some modules of a layer.

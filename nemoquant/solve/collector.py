@@ -171,9 +171,9 @@ class SolveCollector:
             weights,
             self._hidden.before,
             self._gradients,
-            batches,
-            wanted,
-            self._graded,
+            batches=batches,
+            wanted=wanted,
+            outputs=self._graded,
             device=torch_device(self.device),
         )
         weights.release()
