@@ -55,21 +55,24 @@ class GradientFiles:
         self._checked: set[str] = set()
 
     def open(self, name: str) -> RowFile:
-        """A whole file to read, or one to write.
+        """A whole file, to read.
 
         Raises:
             CalibrationError: it is not what was written.
         """
         path = self.folder / name
-        if name not in self.digests:
-            self.drop(name)  # what an interrupted run left of it
-        elif name not in self._checked:
-            if not path.is_file() or file_sha256(path) != self.digests[name]:
+        if name not in self._checked:
+            if not path.is_file() or file_sha256(path) != self.digests.get(name):
                 raise CalibrationError(
                     f"{path} is not what the run wrote; remove {self.folder.parent} and begin again"
                 )
             self._checked.add(name)
         return RowFile(path, self._shape, self._dtype)
+
+    def create(self, name: str) -> RowFile:
+        """A new file, in place of what an interrupted run left of it."""
+        self.drop(name)
+        return RowFile(self.folder / name, self._shape, self._dtype)
 
     def finish(self, file: RowFile) -> None:
         """A file is written."""
@@ -89,7 +92,7 @@ class _Forward:
         """``layers``: number of finished layers; -1 before the embeddings."""
         self._files, self._at = files, layers
         self._read = files.open(before_file(layers)) if layers >= 0 else None
-        self._write = files.open(before_file(layers + 1))
+        self._write = files.create(before_file(layers + 1))
 
     def read(self, rows: Sequence[int]) -> Tensor:
         assert self._read is not None
@@ -103,7 +106,7 @@ class _Forward:
         self.close(whole=True)
         self._at += 1
         self._read = self._files.open(before_file(self._at))
-        self._write = self._files.open(before_file(self._at + 1))
+        self._write = self._files.create(before_file(self._at + 1))
 
     def close(self, *, whole: bool = False) -> None:
         if self._read is not None:
@@ -164,7 +167,7 @@ def find_gradients(
     for i in range(min(back, default=layers + 1) - 1, 0, -1):
         what = "head" if i == layers else f"back through layer {i}, {config.layers[i]}"
         progress("gradients", total - i, total, what)
-        before, found = files.open(before_file(i)), files.open(gradient_file(i))
+        before, found = files.open(before_file(i)), files.create(gradient_file(i))
         if i == layers:
             for row in alive:
                 found.write([row], head_gradient(checkpoint, config, before.read([row]).to(device), row))

@@ -58,7 +58,7 @@ class SolveCollector:
         device: Device = "cpu",
         *,
         hidden: InFiles,
-        gradients: GradientFiles | None,
+        gradients: GradientFiles | None = None,
         state: Mapping[str, str],
     ) -> None:
         """``folder``: of the run's state. ``say``: receives how far a layer is, in words. ``device``: where

@@ -16,9 +16,10 @@ from support.small_model import transformers_model
 from nemoquant.api import RunOptions, plan, quantize, verify
 from nemoquant.checkpoint.folder import FOLDER, gradient_file
 from nemoquant.checkpoint.reader import Checkpoint
-from nemoquant.errors import CalibrationError, Interrupted, UsageError
+from nemoquant.errors import CalibrationError, Interrupted, NemoquantError, UsageError
 from nemoquant.planning.plan import method_warnings
 from nemoquant.planning.solving import Overrides
+from nemoquant.run.state import read_state, write_state
 from nemoquant.solve import backward, collector, layer, memory
 from nemoquant.sources.source import open_weights
 from nemoquant.tokens.rows import Rows
@@ -206,6 +207,28 @@ def test_a_damaged_file_is_found(source, token_rows, tmp_path, monkeypatch):
     file.write_bytes(data)
     with pytest.raises(CalibrationError, match=r"gradient.2 is not what the run wrote; remove .*out.partial"):
         make(source, token_rows, out, resume=True)
+
+
+def test_a_state_that_no_run_writes_is_refused(source, token_rows, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(collector, "keep_at_outputs", stop)
+        make(source, token_rows, out)
+    file = tmp_path / f"out.partial/{FOLDER}/state.json"
+    state = read_state(file)
+    files = state["gradients"]["files"]
+    lacking = {name: digest for name, digest in files.items() if name != gradient_file(1)}
+    for change, says in (
+        ({"layers": 99}, "more layers or rows than this run"),
+        ({"dead_rows": [8]}, "more layers or rows than this run"),
+        ({"dead_rows": [0, 1, 2]}, "more rows came to NaN or Inf"),
+        ({"files": {"../x": "0" * 64}}, "not the name of a file of hidden states or of gradients"),
+        ({"files": {gradient_file(1): "0"}}, "can't be read"),
+        ({"files": lacking}, r"before\.1 is not what the run wrote"),
+    ):
+        write_state(file, state | {"gradients": state["gradients"] | change})
+        with pytest.raises(NemoquantError, match=says):
+            make(source, token_rows, out, resume=True)
 
 
 def stop(*_given, **_named):
