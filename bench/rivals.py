@@ -4,7 +4,7 @@ diff`.
     python -m bench.rivals --work DIR --modelopt PYTHON --llmcompressor PYTHON --autoround PYTHON
     python -m bench.rivals --work DIR --models demo --presets nvfp4-full nvfp4 --modelopt PYTHON
 
-PYTHON is the interpreter of an environment with that tool (bench/RESULTS.md says how they are made); a tool
+PYTHON is the interpreter of an environment with that tool (docs/accuracy.md says how they are made); a tool
 without one is left out, and the table says so. Which module gets which format is taken from the plan of our
 preset, and read back from every export; the KV cache stays as the source for all. Every tool calibrates on
 the same 32 rows of 512 tokens, in float32, in a process of its own (bench/peer/), whose processor time and

@@ -117,6 +117,18 @@ def plain_noise(weight: Weight, other: Weight) -> Noise:
     return _total(_in_pieces(piece, *weight.shape))
 
 
+def rounded(x: Tensor, format: FormatName, scale: np.float32) -> Tensor:
+    """``x`` [..., in] float32 as :func:`fake_quantize` rounds it, in a third of the time."""
+    arithmetic = ARITHMETIC[format]
+    if gpu.computes(x.device):
+        on_gpu: Tensor = arithmetic.round_trip_on_gpu(x, scale)
+        return on_gpu
+    values: Floats = x.contiguous().view(-1, x.shape[-1]).numpy()
+    out = np.empty_like(values)
+    _in_pieces(lambda rows: round_trip(arithmetic, values[rows], scale, out[rows]), *values.shape)
+    return torch.from_numpy(out).view(x.shape)
+
+
 def fake_quantize(x: Tensor, format: FormatName, scale: np.float32) -> tuple[Tensor, Noise]:
     """``x`` [..., in] float32 encoded and decoded, as a new tensor, and the noise that this added.
 

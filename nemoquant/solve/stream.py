@@ -28,7 +28,7 @@ from nemoquant.model.norm import rms_norm
 from nemoquant.model.reference import layer_forward
 from nemoquant.model.taps import prefixed
 from nemoquant.planning.row import Row
-from nemoquant.quantized.packed import fake_quantize
+from nemoquant.quantized.packed import rounded
 from nemoquant.solve.folds.layer import InputTransforms
 from nemoquant.solve.order import WRITERS, stages
 from nemoquant.solve.taps import input_of, output_of, router_of
@@ -204,9 +204,9 @@ class _Keeper:
 
 def _rounded(x: Tensor, number: FormatName, scale: np.float32) -> Tensor:
     """An input as an engine rounds it, in its own dtype."""
-    rounded = torch.empty_like(x)
+    made = torch.empty_like(x)
     step = max(1, _ROUNDED * len(x) // x.numel())
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        rounded[part] = fake_quantize(x[part].float(), number, scale)[0]
-    return rounded
+        made[part] = rounded(x[part].float(), number, scale)
+    return made

@@ -27,12 +27,12 @@ from support import modelopt_run
 from support.oracle_tensors import equal
 from torch import Tensor
 
-from nemoquant.formats import fp8, mxfp8, noise, nvfp4
+from nemoquant.formats import FORMATS, fp8, mxfp8, noise, nvfp4
 from nemoquant.formats.arithmetic import Encoded
 from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.model import taps
 from nemoquant.quantized import packed
-from nemoquant.quantized.packed import PackedWeight, fake_quantize
+from nemoquant.quantized.packed import PackedWeight, fake_quantize, rounded
 
 
 def modelopt(test: Any) -> Any:
@@ -423,3 +423,10 @@ def test_a_product_in_slices_is_the_product(format: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(taps, "CAST_ELEMENTS", elements)
         assert torch.equal(taps.product(x, w), expected)  # type: ignore[arg-type]
         assert seen == [(n, 64) for n in rows]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rounding_alone_gives_the_same(format) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 700, 256), np.float32))
+    one = np.float32(1)  # the only scale of formats without one
+    assert torch.equal(rounded(x, format, one), fake_quantize(x, format, one)[0])
