@@ -15,11 +15,14 @@ from nemoquant.model.taps import CAST_ELEMENTS
 MOST_TOKENS = 1 << 15  # with more, products are no faster, and the page cache needs the memory
 
 
-def batch_bytes(config: NemotronHConfig, kind: LayerKind, batch: Batch) -> int:
-    """Peak bytes of a batch in a layer of ``kind``, the largest one where they differ."""
+def batch_bytes(config: NemotronHConfig, kind: LayerKind, batch: Batch, beside: int = 0) -> int:
+    """Peak bytes of a batch in a layer of ``kind``, the largest one where they differ.
+
+    ``beside``: bytes a token that the run holds meanwhile.
+    """
     item = batch.item_size
     # x, its norm, the block's output, their sum; one byte for the mask of finite values
-    stream = config.hidden_size * (4 * item + 1)
+    stream = config.hidden_size * (4 * item + 1) + beside
     needed = (KINDS[kind].batch_bytes(own, item) for own in config.variants(kind))
     return max(batch.tokens * (token + stream) + batch.rows * row for token, row in needed)
 
@@ -40,10 +43,13 @@ def weight_bytes(config: NemotronHConfig, item: int) -> int:
     return HELD_BYTES + 2 * largest + (item * min(CAST_ELEMENTS, largest) if item != 2 else 0)
 
 
-def pick_row_batch(config: NemotronHConfig, batch: Batch, limit: int) -> dict[str, int]:
-    """Rows of ``batch`` at once for each kind of layer, at least 1; they take at most ``limit`` bytes."""
+def pick_row_batch(config: NemotronHConfig, batch: Batch, limit: int, beside: int = 0) -> dict[str, int]:
+    """Rows of ``batch`` at once for each kind of layer, at least 1; they take at most ``limit`` bytes.
+
+    ``beside``: as for :func:`batch_bytes`.
+    """
     most = max(1, min(batch.rows, MOST_TOKENS // batch.length))
     return {
-        kind: max(1, min(most, limit // batch_bytes(config, kind, batch.of(1))))
+        kind: max(1, min(most, limit // batch_bytes(config, kind, batch.of(1), beside)))
         for kind in sorted(set(config.layers))
     }

@@ -138,8 +138,8 @@ def fake_quantize(x: Tensor, format: FormatName, scale: np.float32) -> tuple[Ten
     arithmetic = ARITHMETIC[format]
     limit = arithmetic.limit(scale)
     if gpu.computes(x.device):
-        rounded: Tensor = arithmetic.round_trip_on_gpu(x, scale)
-        return rounded, _noise_on_gpu(x, rounded, limit)
+        on_gpu = rounded(x, format, scale)
+        return on_gpu, _noise_on_gpu(x, on_gpu, limit)
     values: Floats = x.contiguous().view(-1, x.shape[-1]).numpy()
     out = np.empty_like(values)
 

@@ -71,15 +71,15 @@ def budget(
     given = row_batch is not None
     if batch is not None:
         from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
-        from nemoquant.solve.memory import BACKWARD, backward_rows, head_bytes
+        from nemoquant.solve.memory import BACKWARD, backward_rows, head_bytes, stream_bytes
 
-        weights = weight_bytes(plan.config, batch.item_size)
-        row_batch = row_batch or pick_row_batch(plan.config, batch, limit - held - weights)
+        weights, beside = weight_bytes(plan.config, batch.item_size), stream_bytes(plan, batch.item_size)
+        row_batch = row_batch or pick_row_batch(plan.config, batch, limit - held - weights, beside)
         for kind in sorted(set(plan.config.layers)):
             part = batch.of(min(batch.rows, rows_of(row_batch, kind)))
             row_count = f"{part.rows} calibration row{'s' * (part.rows > 1)}"
             what = f"{row_count} of {part.length} tokens in a layer of kind {kind}"
-            needed[what] = held + weights + batch_bytes(plan.config, kind, part)
+            needed[what] = held + weights + batch_bytes(plan.config, kind, part, beside)
             if plan.weighs_outputs:
                 back = part.of(backward_rows(part.rows))
                 needed[f"{what}, on the way back"] = (

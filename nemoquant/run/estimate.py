@@ -1,6 +1,7 @@
 """Time, memory and disk of a run, estimated before it starts from a short measurement and from sizes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,12 @@ def estimate_run(
     if batch is not None and plan.needs_inputs:
         disk += waiting_bytes(plan, batch)
         solve = solve_seconds(plan, batch, speeds, threads, device)
-        solve += _stream_seconds(plan, batch, chosen.row_batch or 1, speeds)
-        solve += _gradient_seconds(plan, batch, chosen.row_batch or 1, speeds)
     if batch is not None:
         disk += batch.hidden_bytes(plan.config.hidden_size)
-        calibrate = _calibrate_seconds(plan, batch, chosen.row_batch or 1, speeds) * threads / processors
+        layers = _layer_seconds(plan, batch, chosen.row_batch or 1, speeds)
+        calibrate = sum(layers.values()) * threads / processors
+        solve += _stream_seconds(plan, layers) if plan.propagates else 0.0
+        solve += _gradient_seconds(plan, batch, sum(layers.values()), speeds) if plan.weighs_outputs else 0.0
     return Estimate(
         calibrate=calibrate,
         solve=solve,
@@ -108,10 +110,6 @@ def estimate_run(
         row_batch=chosen.row_batch,
         speeds=speeds,
     )
-
-
-def _calibrate_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
-    return sum(_layer_seconds(plan, batch, row_batch, speeds).values())
 
 
 def _layer_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> dict[int, float]:
@@ -130,13 +128,11 @@ def _layer_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds
     return seconds
 
 
-def _stream_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
-    """What the stream of the quantized layers takes."""
-    if not plan.propagates:
-        return 0.0
+def _stream_seconds(plan: Plan, layers: Mapping[int, float]) -> float:
+    """What the stream of the quantized layers takes; ``layers``: seconds of each when it is run once."""
     from nemoquant.solve.order import passes
 
-    kinds, layers = plan.config.layers, _layer_seconds(plan, batch, row_batch, speeds)
+    kinds = plan.config.layers
     rows: dict[int, list[Row]] = {i: [] for i in layers}
     for row in plan.quantized:
         if row.layer is not None and row.solved:
@@ -144,11 +140,11 @@ def _stream_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speed
     return sum(passes(kinds[i], rows[i]) * seconds for i, seconds in layers.items())
 
 
-def _gradient_seconds(plan: Plan, batch: Batch, row_batch: RowBatch, speeds: Speeds) -> float:
-    """What gradients of the loss take: all layers forward, and back twice; the head once, both ways."""
-    if not plan.weighs_outputs:
-        return 0.0
-    layers = sum(_layer_seconds(plan, batch, row_batch, speeds).values())
+def _gradient_seconds(plan: Plan, batch: Batch, layers: float, speeds: Speeds) -> float:
+    """What gradients of the loss take: all layers forward, and back twice; the head once, both ways.
+
+    ``layers``: seconds of all layers when each is run once.
+    """
     head = 4 * batch.tokens * plan.config.vocab_size * plan.config.hidden_size / speeds.product
     kept = (2 * len(plan.config.layers) + 1) * batch.tokens * plan.config.hidden_size * batch.item_size
     return (1 + 2 * BACK) * layers + head + kept / speeds.write

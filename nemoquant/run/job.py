@@ -513,10 +513,12 @@ class Job:
         hidden = InFiles(
             run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
         )
-        from nemoquant.solve.collector import NAME, SolveCollector
-
         solving = None
+        solved: dict[str, str] = {}
         if self.plan.needs_inputs:
+            from nemoquant.solve.collector import NAME, SolveCollector
+
+            solved = at["collected"].get(NAME, {}) if at else {}
             solving = SolveCollector(
                 self.plan,
                 self.source.checkpoint,
@@ -527,7 +529,7 @@ class Job:
                 device=self.options.device,
                 hidden=hidden,
                 gradients=gradients,
-                state=at["collected"].get(NAME, {}) if at else {},
+                state=solved,
             )
         collectors: list[Collector] = [amax] if solving is None else [amax, solving]
         begin = None
@@ -536,7 +538,7 @@ class Job:
             begin = Between(at["layers"], at["dead_rows"], at["collected"])
             alive = [row for row in range(len(rows.ids)) if row not in begin.dead]
             whole = hidden.holds(alive, at["hidden_sha256"])
-            if not (whole and (solving is None or solving.holds(alive, at["collected"].get(NAME, {})))):
+            if not (whole and (solving is None or solving.holds(alive, solved))):
                 self.listener.say(
                     f"the hidden states in {run.state} are damaged: calibrating from the first layer on"
                 )

@@ -89,6 +89,18 @@ def _latents(plan: Plan) -> list[int]:
     return [own.moe_latent_size**2 for own in moe]
 
 
+def stream_bytes(plan: Plan, item: int) -> int:
+    """Bytes a token that a pass of the quantized layers' stream holds beside the layer; 0 without one.
+
+    They are the router's input in float32 before and after its fold, what a writer should put out with both
+    streams that it comes from, and the rounded copy of the widest input that all tokens have.
+    """
+    if not plan.propagates:
+        return 0
+    widest = max(row.shape[1] for row in plan.quantized if row.expert is None or row.role.endswith("up_proj"))
+    return plan.config.hidden_size * (2 * 4 + item) + plan.config.hidden_size * (3 * 4 + item) + widest * item
+
+
 def input_bytes(plan: Plan, batch: Batch) -> int:
     """Disk for the inputs of the layer that has most, in bytes; those that only folds look at included."""
     values: dict[int | None, dict[str, float]] = {}

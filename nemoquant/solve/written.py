@@ -1,10 +1,11 @@
 """A layer's tensors as the output will have them, as far as they are known: folded, solved, encoded."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nemoquant.calibrate.derived import weight_scale
@@ -31,17 +32,26 @@ class Written:
         rows: Sequence[Row],
         folds: Folds,
         shared: Mapping[str, np.float32],
-        solved: SolvedFile | None,
+        solved: SolvedFile,
     ) -> None:
         """``rows``: the layer's quantized ones. ``shared``: largest magnitude by scale group of weights."""
         self.checkpoint, self.folds = checkpoint, folds
         self._rows = {row.name: row for row in rows}
         self._shared, self._solved = shared, solved
         self._known = {row.name for row in rows if not row.solved}
+        self._folded: dict[str, NDArray[Any]] = {}
 
     def add(self, rows: Sequence[Row]) -> None:
         """These have been solved."""
         self._known |= {row.name for row in rows}
+
+    def changed(self, name: str, source: NDArray[Any]) -> NDArray[Any]:
+        """A tensor with its fold. Those that stay unquantized are folded once, not in each batch."""
+        if name in self._rows:
+            return self.folds[name].apply(source)
+        if name not in self._folded:
+            self._folded[name] = self.folds[name].apply(source)
+        return self._folded[name]
 
     def get(self, name: str) -> PackedWeight | None:
         """A tensor's codes; None of one that is not solved yet, or not quantized."""
@@ -50,7 +60,6 @@ class Written:
         row = self._rows[name]
         assert row.format != "source"
         if row.solved:
-            assert self._solved is not None
             stored = self._solved.get(name)
             return PackedWeight(row.format, stored.encoded, np.float32(stored.record.scale))
         weight = folded(self.checkpoint, self.folds, row)
@@ -79,10 +88,9 @@ class WrittenWeights(LayerWeights):
         packed = self._written.get(full)
         if packed is not None:
             return cast(Tensor, packed)  # it decodes itself where it is used
-        fold = self._written.folds.get(full)
-        if fold is None:
+        if full not in self._written.folds:
             return super().__getitem__(name)
-        changed = fold.apply(self.hold(full))
+        changed = self._written.changed(full, self.hold(full))
         kept = changed.dtype == self.checkpoint.array(full).dtype
         return torch.from_numpy(changed).view(
             TORCH[self.checkpoint.tensors[full].dtype] if kept else torch.float32
