@@ -52,7 +52,7 @@ def layer_output(config: NemotronHConfig, kind: LayerKind, weights: Weights, x: 
 
     def multiply(name: str, x: Tensor) -> Tensor:
         found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            x, mixer[f"{name}.weight"], lambda g: seen(names.MIXER + name, g)
+            x, lambda: mixer[f"{name}.weight"], lambda g: seen(names.MIXER + name, g)
         )
         return found
 
@@ -62,17 +62,20 @@ def layer_output(config: NemotronHConfig, kind: LayerKind, weights: Weights, x: 
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T``, which shows its output's gradient; see :func:`nemoquant.model.taps.product`."""
+    """``x @ weight.T``, which shows its output's gradient; see :func:`nemoquant.model.taps.product`.
+
+    The weight is looked up once more on the way back: a layer's folded weights would take gigabytes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seen: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], seen: Callable[[Tensor], None]) -> Tensor:
         ctx.weight, ctx.seen = weight, seen
-        return product(x, weight)
+        return product(x, weight())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.seen(gradient)
-        weight = ctx.weight
+        weight = ctx.weight()
         if weight.dtype == gradient.dtype and weight.device == gradient.device:
             return gradient @ weight, None, None
         total = gradient.new_zeros(len(gradient), weight.shape[1])

@@ -33,7 +33,7 @@ from nemoquant.solve.source import shared_maxima
 from nemoquant.solve.store import Solved, SolvedFile
 from nemoquant.solve.stream import Layer, QuantizedStream, Rounding, routers
 from nemoquant.solve.taps import input_of
-from nemoquant.solve.written import Written, WrittenWeights
+from nemoquant.solve.written import FoldedWeights, Written
 
 NAME = "solved"
 
@@ -164,7 +164,7 @@ class SolveCollector:
         wanted = {row.module for row in solved if row.weighed}
         if layer is None or not wanted:
             return
-        weights = WrittenWeights(Written(self.checkpoint, [], folds, {}, None), names.layer(layer))
+        weights = FoldedWeights(self.checkpoint, names.layer(layer), folds)
         keep_at_outputs(
             self.plan.config,
             layer,
