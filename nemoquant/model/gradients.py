@@ -77,13 +77,21 @@ class _Product(torch.autograd.Function):
         ctx.seen(gradient)
         weight = ctx.weight()
         if weight.dtype == gradient.dtype and weight.device == gradient.device:
-            return gradient @ weight, None, None
-        total = gradient.new_zeros(len(gradient), weight.shape[1])
-        step = max(1, CAST_ELEMENTS // weight.shape[1])
-        for start in range(0, len(weight), step):
-            part = slice(start, start + step)
-            total.addmm_(gradient[:, part], weight[part].to(gradient.device).to(gradient.dtype))
-        return total, None, None
+            # Of bf16 matrices that are laid out otherwise, torch's product on a CPU is many times slower.
+            found = gradient.new_empty(len(gradient), weight.shape[1])
+            for part in _steps(weight.shape[1], len(weight)):
+                found[:, part] = F.linear(gradient, weight[:, part].mT.contiguous())
+            return found, None, None
+        found = gradient.new_zeros(len(gradient), weight.shape[1])
+        for part in _steps(len(weight), weight.shape[1]):
+            found.addmm_(gradient[:, part], weight[part].to(gradient.device).to(gradient.dtype))
+        return found, None, None
+
+
+def _steps(length: int, other: int) -> list[slice]:
+    """Parts of a side of a weight, so that what is copied of it at a time stays small."""
+    step = max(1, CAST_ELEMENTS // other)
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 Multiply = Callable[[str, Tensor], Tensor]

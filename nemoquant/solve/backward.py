@@ -19,6 +19,7 @@ from torch import Tensor
 from nemoquant.calibrate.batch import RowBatch, rows_of
 from nemoquant.calibrate.hidden import RowFile
 from nemoquant.calibrate.inputs import InputFile
+from nemoquant.calibrate.memory import backward_rows
 from nemoquant.calibrate.run import Between, calibrate
 from nemoquant.checkpoint.folder import before_file, gradient_file
 from nemoquant.checkpoint.manifest import file_sha256
@@ -30,7 +31,7 @@ from nemoquant.model.config import NemotronHConfig
 from nemoquant.model.gradients import Seen, layer_gradient, rms_norm
 from nemoquant.model.taps import Weights, product
 from nemoquant.progress import Progress, no_progress
-from nemoquant.solve.memory import HEAD_TOKENS, backward_rows
+from nemoquant.solve.memory import HEAD_TOKENS
 from nemoquant.tokens.rows import Rows
 
 SEED = 20_260_101  # of the labels; a row has its own, so that batches change nothing

@@ -21,13 +21,7 @@ _TARGET = 8  # bytes an element of H that targets take beside it, where layers s
 _TARGETS, _WANTED = 4, 8  # bytes an element of a weight then: its target, and of a writer what is wanted
 _COPIES = 2  # of a weight that a fold is chosen by: in the page cache, and its own
 _MOMENTS = 80  # bytes an element of a latent layer's second moments, in float64, while M is found
-BACKWARD = 4  # memory of a row on the way back through a layer, over that on the way forward
 _PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64
-
-
-def backward_rows(rows: int) -> int:
-    """Rows at once on the way back through a layer, where so many go forward: what they take is kept."""
-    return max(1, rows // BACKWARD)
 
 
 def coupled_rows(out: int) -> int:
