@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from support.files import tree
 from support.norms import relative_error as relative
+from support.overflow import head_of_token_95
 from support.small_model import transformers_model
 
 from nemoquant.api import RunOptions, plan, quantize, verify
@@ -259,6 +260,23 @@ def test_gradients_that_are_not_finite_are_refused(source, token_rows, tmp_path,
         CalibrationError, match=r"NaN or Inf in the gradients of the loss; .* --outputs equal"
     ):
         make(source, token_rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize("propagate", ["source", "quantized"])
+def test_a_row_that_comes_to_nan_has_no_gradient(propagate, make_checkpoint, tmp_path):
+    """It overflows at the head, where the gradients begin; the others have theirs."""
+    source = make_checkpoint("head", head_of_token_95)
+    ids = np.random.default_rng(1).integers(3, 95, (20, 16))
+    ids[10, 7] = 95
+    np.save(tmp_path / "rows.npy", ids)
+    _config, files, told = gradients(source, tmp_path / "rows.npy", tmp_path / "files")
+    assert [dead for _layers, dead, _files in told][-1] == [10]
+    with closing(files.open(gradient_file(1))) as found:
+        assert [row for row in range(20) if not found.read([row]).any()] == [10]
+    out = tmp_path / "out"
+    result = make(source, tmp_path / "rows.npy", out, "fp8", method="gptq", propagate=propagate)
+    assert "1 calibration rows came to NaN or Inf and were left out" in result.warnings
+    verify(out)
 
 
 def test_what_is_said_of_it(source, token_rows, tmp_path):
