@@ -22,9 +22,7 @@ GPU_BYTES = 2e12  # bytes/s of its memory in elementwise operations, assumed
 GPU_BUS = 6e9  # bytes/s of PCIe from memory that is not pinned, assumed
 GPU_LAUNCH = 5e-6  # seconds an operation of torch, assumed
 
-COUPLED = (
-    1.5  # time of the kernel of sweeps with errors of outputs weighed, over that of all without, measured
-)
+COUPLED = 1.5  # time of the kernel of sweeps in both metrics, over that of all without, measured
 
 # Operations of torch for one input of the weights that are solved at once, and bytes that they read and write
 # for a weight; a test counts both. `search` is that of block scales among all of them.
