@@ -5,8 +5,8 @@
 
 `outlier` is a copy of the demo model with the same function, some of whose norm channels are 8 to 64 times as
 large. A variant is a preset and what is changed of it: method, folds (with + between them, or none), descent,
-headroom, propagate, parts and ridge of its targets (see `bench.propagation`), damping, calib (number of
-calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are the first ones, as by
+headroom, propagate, outputs, parts and ridge of its targets (see `bench.propagation`), damping, calib (number
+of calibration rows), tokens (in a row), seed (of the choice of calibration rows; 0 are the first ones, as by
 default). Each is quantized by a process of its own, whose processor time and peak memory are printed. Its
 logits are compared with the source's on the same rows of the evaluation text, both in float32 as `nemoquant
 diff` does. Differences from the first variant are paired over rows: their mean, and its standard error.
@@ -40,7 +40,7 @@ from tests.support.outlier_copy import outlier_copy
 CALIB = Path(__file__).parent.parent / "calib"
 BATCH = 4
 LENGTH = 512
-FLAGS = ("method", "descent", "propagate", "headroom")
+FLAGS = ("method", "descent", "propagate", "outputs", "headroom")
 
 
 def logits(model: ReferenceModel, rows: np.ndarray, tap: Any = None) -> Iterator[torch.Tensor]:
@@ -106,9 +106,7 @@ def quantized(
         parse_recipe(data)
         recipe = scratch / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(data))
-    options = [
-        f"--{key}={keys[key]}" for key in ("method", "descent", "propagate", "headroom") if key in keys
-    ]
+    options = [f"--{key}={keys[key]}" for key in FLAGS if key in keys]
     if "folds" in keys:
         options.append(f"--folds={keys['folds'].replace('+', ',')}")
     if chosen is None and keys.keys() & {"calib", "tokens", "seed"}:

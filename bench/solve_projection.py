@@ -4,7 +4,8 @@
 
 No weights are read: plans come from tests/configs. Rates are this machine's; `--disk` are GB/s of writing,
 `--busy` counts processor time, where other programs run beside this one. With a GPU, rates of an H100 are
-assumed (run/solve_time.py), and the host has the same threads. Beside the seconds stand the memory that the
+assumed (run/solve_time.py), and the host has the same threads. Passes of the quantized stream and of the
+loss's gradients are not in it. Beside the seconds stand the memory that the
 largest step takes, and the disk for inputs and solved weights that wait.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from bench.measure import machine
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
+from nemoquant.planning.solving import OUTPUTS, Outputs
 from nemoquant.run.solve_speeds import solve_speeds
 from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds
@@ -24,9 +26,13 @@ from nemoquant.units import duration, size
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tests/configs"
 MODELS = ("super-120b-a12b", "nano-30b-a3b")
+VARIANTS: list[tuple[str, int, Outputs]] = [  # preset, sweeps, how errors of outputs count
+    *((preset, sweeps, "equal") for preset in ("nvfp4", "nvfp4-full") for sweeps in (0, 1, 2)),
+    *(("nvfp4-full-w4a16", 1, outputs) for outputs in OUTPUTS),
+]
 HEADER = (
-    "| model | sweeps | solving | M weights/s | with an H100 | memory | disk while it runs |\n"
-    "|---|---:|---:|---:|---:|---:|---:|"
+    "| model | sweeps | outputs | solving | M weights/s | with an H100 | memory | disk while it runs |\n"
+    "|---|---:|---|---:|---:|---:|---:|---:|"
 )
 NOTHING = Speeds(read=1, write=1, sync=1, hash=1, encode={}, product=1, expert=1, mixer=0)
 
@@ -42,8 +48,8 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true")
     args = parser.parse_args()
     print(f"{machine()}, {args.rows} rows of {args.seq_len} tokens, {args.threads} threads\n\n{HEADER}")
-    for model, preset, descent in product(MODELS, ("nvfp4", "nvfp4-full"), (0, 1, 2)):
-        plan = api.plan(CONFIGS / f"{model}.json", preset, descent=descent)
+    for model, (preset, descent, outputs) in product(MODELS, VARIANTS):
+        plan = api.plan(CONFIGS / f"{model}.json", preset, descent=descent, outputs=outputs)
         rates = solve_speeds(plan, args.threads, busy=args.busy)
         speeds = replace(NOTHING, sync=args.disk * 1e9, solve=rates)
         batch = Batch(args.rows, args.seq_len, "bfloat16")
@@ -53,8 +59,9 @@ def main() -> None:
         weights = sum(row.elements for row in plan.quantized if row.solved)
         _, memory = solve_bytes(plan, args.threads)
         print(
-            f"| {model}, `{preset}` | {descent} | {duration(seconds)} | {weights / seconds / 1e6:.1f} | "
-            f"{duration(gpu)} | {size(memory)} | {size(waiting_bytes(plan, batch))} |"
+            f"| {model}, `{preset}` | {descent} | {outputs} | {duration(seconds)} | "
+            f"{weights / seconds / 1e6:.1f} | {duration(gpu)} | {size(memory)} | "
+            f"{size(waiting_bytes(plan, batch))} |"
         )
 
 

@@ -12,7 +12,7 @@ from nemoquant.formats import Method
 from nemoquant.planning.choose import choose
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.resolve import resolve
-from nemoquant.planning.solving import FoldName, Propagate
+from nemoquant.planning.solving import FoldName, Outputs, Propagate
 from nemoquant.run.options import RunOptions
 from nemoquant.sources.hub import SETTINGS
 from nemoquant.sources.source import BareConfig, Source, open_source
@@ -27,6 +27,7 @@ def plan(
     folds: Sequence[FoldName] | None = None,
     descent: int | None = None,
     propagate: Propagate | None = None,
+    outputs: Outputs | None = None,
     headroom: float | None = None,
     download: bool = False,
     say: Callable[[str], None] | None = None,
@@ -37,7 +38,7 @@ def plan(
 
     Args:
         source: a path, or a model's name on the hub; of that the config alone where its cache lacks weights.
-        method, folds, descent, propagate, headroom: take the place of the recipe's own; see
+        method, folds, descent, propagate, outputs, headroom: take the place of the recipe's own; see
             :class:`RunOptions`.
         scale_groups: q, k, v share their scales, experts of a layer and projection their input scale.
         download: of a name on the hub, fetch the config; without it nothing reaches a network.
@@ -51,6 +52,7 @@ def plan(
         folds=folds,
         descent=descent,
         propagate=propagate,
+        outputs=outputs,
         headroom=headroom,
     )
     name = recipe_text(recipe)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemoquant.checkpoint.folder import HIDDEN
+from nemoquant.checkpoint.manifest import file_sha256
 from nemoquant.files import open_own, sync_folder
 
 
@@ -46,6 +47,40 @@ class InMemory:
 
     def turn(self) -> None:
         pass
+
+
+class RowFile:
+    """A file of rows [rows, length, hidden]; those that were never written are zeros.
+
+    Raises OSError where it can't be read or written.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.path, self._shape, self._dtype = path, shape, dtype
+        self._row = shape[1] * shape[2] * dtype.itemsize
+        self._file = open_own(path)
+        os.ftruncate(self._file, shape[0] * self._row)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Some rows [len(rows), length, hidden]; a copy."""
+        states = torch.empty((len(rows), *self._shape[1:]), dtype=self._dtype)
+        for row, state in zip(rows, states, strict=True):
+            _fill(self._file, state, row * self._row, self.path)
+        return states
+
+    def write(self, rows: Sequence[int], states: Tensor) -> None:
+        for row, state in zip(rows, states.to("cpu").contiguous(), strict=True):
+            view, end = _bytes(state), (row + 1) * self._row
+            while view:
+                view = view[os.pwrite(self._file, view, end - len(view)) :]
+
+    def keep(self) -> str:
+        """What was written is on the disk when this returns; the sha256 of all of it."""
+        os.fsync(self._file)
+        return file_sha256(self.path)
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 class InFiles:
@@ -81,12 +116,7 @@ class InFiles:
     def _read(self, rows: Sequence[int], file: int) -> Tensor:
         states = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         for row, state in zip(rows, states, strict=True):
-            view = _bytes(state)
-            while view:  # one call moves 2 GiB at most
-                got = os.preadv(self._files[file], [view], (row + 1) * self._row - len(view))
-                if not got:
-                    raise OSError(errno.EIO, f"it ends within row {row}", str(self._paths[file]))
-                view = view[got:]
+            _fill(self._files[file], state, row * self._row, self._paths[file])
         return states
 
     def write(self, rows: Sequence[int], states: Tensor) -> None:
@@ -116,6 +146,17 @@ class InFiles:
     def close(self) -> None:
         for file in self._files:
             os.close(file)
+
+
+def _fill(file: int, state: Tensor, at: int, path: Path) -> None:
+    """Read a row."""
+    view = _bytes(state)
+    end = at + len(view)
+    while view:  # one call moves 2 GiB at most
+        got = os.preadv(file, [view], end - len(view))
+        if not got:
+            raise OSError(errno.EIO, f"it ends within the row at byte {at}", str(path))
+        view = view[got:]
 
 
 def _bytes(states: Tensor) -> memoryview:

@@ -20,6 +20,7 @@ STATE = "state.json"
 HIDDEN = ("hidden.0", "hidden.1")
 INPUTS = "inputs"  # those of the layer in work, where weights are solved for
 STREAM = ("stream.0", "stream.1")  # hidden states of the quantized layers, where those are propagated
+GRADED = "graded"  # gradients at the outputs of the layer in work, where errors count by the loss
 REACHED = "reached"  # inputs of the layer in work on that stream
 HALF = ".partial"  # end of the name of a file that is not whole yet
 MARGIN = 64 << 20  # bytes of free disk beyond the tensors, for side files and the rest
@@ -36,11 +37,21 @@ def folds_file(layer: int) -> str:
     return f"folds.{layer}"
 
 
+def before_file(layer: int) -> str:
+    """Name of the file of the hidden states before a layer, until their gradients are known."""
+    return f"before.{layer}"
+
+
+def gradient_file(layer: int) -> str:
+    """Name of the file of the loss's gradients at the hidden states before a layer."""
+    return f"gradient.{layer}"
+
+
 def is_inner(name: str) -> bool:
     """Whether a run writes a file of this name into ``FOLDER``."""
     whole = name.removesuffix(HALF)
-    return whole in (STATE, INPUTS, REACHED, *HIDDEN, *STREAM) or bool(
-        re.fullmatch(r"(solved|folds)\.[0-9]{1,6}|solved\.head", whole)
+    return whole in (STATE, INPUTS, REACHED, GRADED, *HIDDEN, *STREAM) or bool(
+        re.fullmatch(r"(solved|folds|before|gradient)\.[0-9]{1,6}|solved\.head", whole)
     )
 
 

@@ -228,9 +228,13 @@ def told(units: Sequence[str], of: int) -> str:
     return f"{len(units)} of {of} tensors or groups of experts differ ({listing(units)})"
 
 
-def calibrated_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:
-    """The groups that calibration reads: of :func:`source_groups` all but head, MTP modules and towers."""
-    return {key: group for key, group in source_groups(table).items() if key not in ("head", "mtp", TOWER)}
+def calibrated_groups(table: Iterable[TensorSpec], *, head: bool = False) -> dict[int | str, list[str]]:
+    """The groups that calibration reads: of :func:`source_groups` all but head, MTP modules and towers.
+
+    ``head``: with the head, which gradients of the loss come from.
+    """
+    unread = {"mtp", TOWER} if head else {"head", "mtp", TOWER}
+    return {key: group for key, group in source_groups(table).items() if key not in unread}
 
 
 def source_groups(table: Iterable[TensorSpec]) -> dict[int | str, list[str]]:

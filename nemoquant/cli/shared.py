@@ -17,7 +17,7 @@ from nemoquant.bars import progress_bars
 from nemoquant.errors import UsageError, brief
 from nemoquant.formats import FORMATS, METHODS
 from nemoquant.layouts.gpus import GPUS
-from nemoquant.planning.solving import FOLDS, MOST_DESCENT, MOST_HEADROOM, PROPAGATE
+from nemoquant.planning.solving import FOLDS, MOST_DESCENT, MOST_HEADROOM, OUTPUTS, PROPAGATE
 from nemoquant.run.options import OPTIONS
 from nemoquant.words import passage, plain
 
@@ -201,6 +201,12 @@ def method_options(function: F) -> F:
             type=click.Choice(PROPAGATE),
             help="What gptq and hess solve a layer for: the source's stream, or that of the quantized layers "
             "before it, whose errors it then takes up.",
+        ),
+        run_option(
+            "outputs",
+            type=click.Choice(OUTPUTS),
+            help="How errors in a layer's outputs count for gptq and hess: equally, or as they matter to the "
+            "model's loss, whose gradients take about six times as long as calibration itself.",
         ),
         run_option(
             "headroom",

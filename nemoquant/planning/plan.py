@@ -91,6 +91,12 @@ class Plan:
         """Whether layers are solved on the stream of the quantized layers before them."""
         return self.recipe.solve.propagate == "quantized" and any(row.solved for row in self.quantized)
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether errors of outputs count by the loss, those of some layer."""
+        solve = self.recipe.solve
+        return solve.outputs == "loss" and solve.descent > 0 and any(row.weighed for row in self.quantized)
+
     @cached_property
     def has_headroom(self) -> bool:
         """Whether the recipe asks for headroom, and some input gets it."""
@@ -211,9 +217,16 @@ def method_warnings(plan: Plan, given: Overrides) -> list[str]:
     if not any(row.solved for row in plan.quantized):
         warnings += [
             f"--{option} {value}: has no effect, no weight gets {' or '.join(SOLVED)}"
-            for option, value in (("descent", given.descent), ("propagate", given.propagate))
+            for option, value in (
+                ("descent", given.descent),
+                ("propagate", given.propagate),
+                ("outputs", given.outputs),
+            )
             if value is not None
         ]
+    elif plan.recipe.solve.outputs == "loss" and not plan.weighs_outputs:
+        why = "it needs a descent of 1 or more" if not plan.recipe.solve.descent else "no layer is solved"
+        warnings.append(f"outputs loss: has no effect, {why}")
     if plan.recipe.headroom != 1 and not plan.has_headroom:
         having = " or ".join(number.short for number in FORMATS.values() if number.input_headroom)
         warnings.append(

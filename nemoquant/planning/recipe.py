@@ -17,7 +17,8 @@ rules:                                  # first match wins; every tensor must be
     format: source
 kv_cache: fp8                           # source or fp8
 solve: {damping: 0.1, descent: 1}       # of hess and gptq: how H is damped, sweeps afterwards, and with
-                                        # propagate: quantized, for the stream of the layers before
+                                        # propagate: quantized, for the stream of the layers before; with
+                                        # outputs: loss, errors of outputs count by the model's loss
 folds: [latent]                         # changes that keep the function: latent, norm, gate, expert
 headroom: 2                             # NVFP4 inputs up to so many times the largest that calibration saw
 
@@ -54,6 +55,7 @@ from nemoquant.planning.solving import (
     MOST_DESCENT,
     MOST_HEADROOM,
     FoldName,
+    Outputs,
     Overrides,
     Propagate,
 )
@@ -158,6 +160,7 @@ class Solve(BaseModel):
     damping: float = Field(default=DAMPING, ge=1e-4, le=100, strict=True)
     descent: int = Field(default=DESCENT, ge=0, le=MOST_DESCENT, strict=True)
     propagate: Propagate = "source"
+    outputs: Outputs = "equal"
 
 
 class Recipe(BaseModel):
@@ -212,7 +215,7 @@ class Recipe(BaseModel):
         folds = None if given.folds is None else list(dict.fromkeys(given.folds))
         if folds is not None:
             new["folds"] = folds
-        solving = {"descent": given.descent, "propagate": given.propagate}
+        solving = {"descent": given.descent, "propagate": given.propagate, "outputs": given.outputs}
         solving = {key: value for key, value in solving.items() if value is not None}
         if solving:
             new["solve"] = self.solve.model_copy(update=solving)
@@ -224,6 +227,7 @@ class Recipe(BaseModel):
         words = [word for word in (given.method, "-".join(folds) if folds else None) if word]
         words += [f"descent{given.descent}"] * (given.descent is not None)
         words += [f"on-{given.propagate}"] * (given.propagate not in (None, self.solve.propagate))
+        words += [f"by-{given.outputs}"] * (given.outputs not in (None, self.solve.outputs))
         words += ["unfolded"] * (folds is not None and not folds and bool(self.folds))
         words += [f"headroom{given.headroom:g}"] if given.headroom not in (None, self.headroom) else []
         return changed.model_copy(update={"name": "-".join([self.name, *words])[:100]})

@@ -65,6 +65,11 @@ class Row:
         return self.scale_method in SOLVED
 
     @property
+    def weighed(self) -> bool:
+        """Whether errors in its outputs can count by the loss: the head's outputs are the loss's own."""
+        return self.solved and self.layer is not None
+
+    @property
     def solved_method(self) -> SolvedMethod:
         """The method of a row that is solved."""
         return next(known for known in SOLVED if known == self.scale_method)

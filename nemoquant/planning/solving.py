@@ -10,6 +10,8 @@ FOLDS: tuple[FoldName, ...] = get_args(FoldName)
 MOST_DESCENT = 16
 Propagate = Literal["source", "quantized"]
 PROPAGATE: tuple[Propagate, ...] = get_args(Propagate)
+Outputs = Literal["equal", "loss"]
+OUTPUTS: tuple[Outputs, ...] = get_args(Outputs)
 MOST_HEADROOM = 16.0
 DAMPING, DESCENT = 0.1, 1  # found on the trained models, see docs/accuracy.md
 
@@ -21,4 +23,5 @@ class Overrides(NamedTuple):
     folds: Sequence[FoldName] | None = None
     descent: int | None = None
     propagate: Propagate | None = None
+    outputs: Outputs | None = None
     headroom: float | None = None

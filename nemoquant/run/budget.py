@@ -70,8 +70,14 @@ def budget(
     needed = {"packing": held + waiting + ahead * PIECE}
     given = row_batch is not None
     if batch is not None:
-        from nemoquant.calibrate.memory import batch_bytes, pick_row_batch, weight_bytes
-        from nemoquant.solve.memory import stream_bytes
+        from nemoquant.calibrate.memory import (
+            back_bytes,
+            backward_rows,
+            batch_bytes,
+            pick_row_batch,
+            weight_bytes,
+        )
+        from nemoquant.solve.memory import head_bytes, stream_bytes
 
         weights, beside = weight_bytes(plan.config, batch.item_size), stream_bytes(plan, batch.item_size)
         row_batch = row_batch or pick_row_batch(plan.config, batch, limit - held - weights, beside)
@@ -80,6 +86,11 @@ def budget(
             row_count = f"{part.rows} calibration row{'s' * (part.rows > 1)}"
             what = f"{row_count} of {part.length} tokens in a layer of kind {kind}"
             needed[what] = held + weights + batch_bytes(plan.config, kind, part, beside)
+            if plan.weighs_outputs:
+                back = part.of(backward_rows(part.rows))
+                needed[f"{what}, on the way back"] = held + weights + back_bytes(plan.config, kind, back)
+        if plan.weighs_outputs:
+            needed["gradients of the head"] = held + weights + head_bytes(plan)
     if batch is not None and plan.needs_inputs:
         from nemoquant.solve.memory import fold_bytes, solve_bytes
 

@@ -14,7 +14,16 @@ from nemoquant.calibrate.batch import Batch, RowBatch, compute_dtype
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.calibrate.scales import Scales
 from nemoquant.checkpoint import manifest
-from nemoquant.checkpoint.folder import HIDDEN, INPUTS, REACHED, STATE, STREAM, check_output, nearest_folder
+from nemoquant.checkpoint.folder import (
+    GRADED,
+    HIDDEN,
+    INPUTS,
+    REACHED,
+    STATE,
+    STREAM,
+    check_output,
+    nearest_folder,
+)
 from nemoquant.checkpoint.identity import (
     Ahead,
     Units,
@@ -48,7 +57,10 @@ from nemoquant.tokens.array import are_rows
 from nemoquant.tokens.rows import Rows, load_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from nemoquant.run.cluster import Cluster
+    from nemoquant.solve.backward import GradientFiles
 
 
 class Outcome(NamedTuple):
@@ -459,7 +471,8 @@ class Job:
                     "solved": self._solved,
                 }
             run.save()
-        for name in (*HIDDEN, *STREAM, INPUTS, REACHED):
+        between = (run.gradients or {"files": {}})["files"]
+        for name in (*HIDDEN, *STREAM, INPUTS, REACHED, GRADED, *between):
             (run.state / name).unlink(missing_ok=True)
         return scales, list(scales.warnings)
 
@@ -494,6 +507,9 @@ class Job:
             self.listener.progress(stage, done, total, what)
 
         run.check_calibration(len(self.source.config.layers), len(rows.ids))
+        gradients = None
+        if self.plan.weighs_outputs:
+            gradients = self._gradients(run, rows, dtype, device, row_batch)
         hidden = InFiles(
             run.state, (*rows.ids.shape, self.source.config.hidden_size), dtype, at["hidden"] if at else 0
         )
@@ -512,6 +528,7 @@ class Job:
                 say=lambda text: self.listener.progress("calibrate", at_layer[0], at_layer[1], text),
                 device=self.options.device,
                 hidden=hidden,
+                gradients=gradients,
                 state=solved,
             )
         collectors: list[Collector] = [amax] if solving is None else [amax, solving]
@@ -575,6 +592,45 @@ class Job:
         amax.scales.units = units
         amax.scales.non_finite_rows = len(dead)
         return amax.scales
+
+    def _gradients(
+        self, run: Unfinished, rows: Rows, dtype: "torch.dtype", device: str, row_batch: RowBatch
+    ) -> "GradientFiles":
+        """The gradients of the loss between all layers."""
+        import torch
+
+        from nemoquant.solve.backward import GradientFiles, find_gradients
+
+        source, at = self.source, run.gradients
+        shape = (*rows.ids.shape, source.config.hidden_size)
+        files = GradientFiles(run.state, shape, dtype, at["files"] if at else {})
+        units: Units = dict(at["units"]) if at else {}
+        groups = calibrated_groups(source.table, head=True)
+        layers = len(source.config.layers)
+
+        with Ahead(source.checkpoint, groups) as ahead:
+
+            def keep(done: int, dead: list[int], digests: Mapping[str, str]) -> None:
+                for key in list(groups) if done > layers else ("begin", done - 1):
+                    if not set(units_of(groups.get(key, ()))) <= units.keys():
+                        units.update(ahead.take(key))
+                source.checkpoint.check_unchanged()
+                run.gradients = {"layers": done, "units": units, "dead_rows": dead, "files": dict(digests)}
+                run.save()
+
+            find_gradients(
+                source.checkpoint,
+                source.config,
+                rows,
+                files,
+                dead=at["dead_rows"] if at else (),
+                device=torch.device(device),
+                dtype=dtype,
+                row_batch=row_batch,
+                keep=keep,
+                progress=self.listener.progress,
+            )
+        return files
 
     def _check_nodes(self, units: Units, cluster: "Cluster") -> None:
         """Make sure that the nodes calibrated what is here, before the state says that it was calibrated.

@@ -33,8 +33,10 @@ from nemoquant.planning.solving import (
     FOLDS,
     MOST_DESCENT,
     MOST_HEADROOM,
+    OUTPUTS,
     PROPAGATE,
     FoldName,
+    Outputs,
     Overrides,
     Propagate,
 )
@@ -66,6 +68,7 @@ class RunOptionsDict(TypedDict, total=False):
     folds: Sequence[FoldName] | None
     descent: int | None
     propagate: Propagate | None
+    outputs: Outputs | None
     headroom: float | None
     on: Where
     address: str | None
@@ -121,6 +124,8 @@ class RunOptions:
         descent: sweeps of coordinate descent after ``gptq`` and ``hess``.
         propagate: what these solve a layer for: ``source``, the source's stream, or ``quantized``, that of
             the quantized layers before it; None is as in the recipe.
+        outputs: how errors in a layer's outputs count: ``equal``, or as they matter to the model's ``loss``;
+            None is as in the recipe.
         headroom: how many times the largest input that calibration sees NVFP4 inputs may reach before they
             are clipped, 1 to 16.
         on: where to compute: ``local``, this process; ``ray``, a cluster (extra ``ray``).
@@ -148,6 +153,7 @@ class RunOptions:
     folds: Sequence[FoldName] | None = None
     descent: int | None = None
     propagate: Propagate | None = None
+    outputs: Outputs | None = None
     headroom: float | None = None
     on: Where = "local"
     address: str | None = None
@@ -188,6 +194,8 @@ class RunOptions:
             object.__setattr__(self, "descent", whole("descent", self.descent, 0, MOST_DESCENT))
         if self.propagate is not None:
             check_word("propagate", self.propagate, PROPAGATE)
+        if self.outputs is not None:
+            check_word("outputs", self.outputs, OUTPUTS)
         if self.headroom is not None:
             object.__setattr__(self, "headroom", number("headroom", self.headroom, 1, MOST_HEADROOM))
         check_flags(scale_groups=self.scale_groups, resume=self.resume)
@@ -207,7 +215,7 @@ class RunOptions:
     @property
     def overrides(self) -> Overrides:
         """What takes the place of the recipe's own."""
-        return Overrides(self.method, self.folds, self.descent, self.propagate, self.headroom)
+        return Overrides(self.method, self.folds, self.descent, self.propagate, self.outputs, self.headroom)
 
     def unused_where_nothing_is_calibrated(self) -> list[str]:
         """Flags that were given and have no effect where nothing is calibrated."""
@@ -264,10 +272,11 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         "fixed",
         lambda value: shown(value if value is None else not value),
     ),
-    "method": ("--method", "fixed"),  # these five are in the plan's sha256
+    "method": ("--method", "fixed"),  # these six are in the plan's sha256
     "folds": ("--folds", "fixed"),
     "descent": ("--descent", "fixed"),
     "propagate": ("--propagate", "fixed"),
+    "outputs": ("--outputs", "fixed"),
     "headroom": ("--headroom", "fixed"),
     "on": ("--on", "free"),  # what it changes shows in `threads` and `row_batch`
     "address": ("--address", "free"),

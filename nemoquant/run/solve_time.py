@@ -22,6 +22,8 @@ GPU_BYTES = 2e12  # bytes/s of its memory in elementwise operations, assumed
 GPU_BUS = 6e9  # bytes/s of PCIe from memory that is not pinned, assumed
 GPU_LAUNCH = 5e-6  # seconds an operation of torch, assumed
 
+COUPLED = 1.5  # time of the kernel of sweeps in both metrics, over that of all without, measured
+
 # Operations of torch for one input of the weights that are solved at once, and bytes that they read and write
 # for a weight; a test counts both. `search` is that of block scales among all of them.
 LAUNCHES = {"gptq": 10.4, "hess": 1.7}
@@ -142,7 +144,25 @@ class _Host:
         seconds /= self.threads if row.expert is not None else min(self.threads, slices)
         if self._has_matrix(row):
             seconds += 2 * row.elements * width / s.double / self.threads
+        if self.plan.weighs_outputs and row.weighed:
+            seconds += self._coupled(row)
         return seconds
+
+    def _coupled(self, row: Row) -> float:
+        """With errors of outputs weighed: their gradients, kept and hashed; their metric; sweeps in both."""
+        from nemoquant.solve.memory import coupled_rows
+        from nemoquant.solve.metric import gram_products
+
+        s, (out, width), descent = self.speeds, row.shape, self.plan.recipe.solve.descent
+        tokens, together = self._tokens(row), coupled_rows(out)
+        parts = -(-out // together)
+        seconds = parts * (2 * tokens * gram_products(together) / s.double + together**3 / 3 / s.factor)
+        seconds += tokens * out * s.value * parts + parts * together**2 * s.moment
+        # H's and O's products with all errors, half of O's again within a sweep; two objectives.
+        flop = descent * (2 * width + 3 * together) + 2 * (width + together)
+        seconds += row.elements * (COUPLED * s.kernel + flop / s.single)
+        seconds /= self.threads if row.expert is not None else min(self.threads, parts)
+        return seconds + 2 * tokens * out * s.keep
 
 
 def _gpu_seconds(plan: Plan, threads: int) -> float:

@@ -21,7 +21,7 @@ from nemoquant.files import MOST_JSON, plain_name, read_json, replace_text
 from nemoquant.model.config import LayerKind
 from nemoquant.run.options import Dtype
 
-SCHEMA = 4
+SCHEMA = 5
 STRICT = ConfigDict(extra="forbid", strict=True)
 BETWEEN_LAYERS = {"dead_rows", "collected", "hidden", "hidden_sha256"}
 OPEN = ConfigDict(extra="allow", strict=True)
@@ -46,6 +46,12 @@ def _are_collected(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"not the scales so far: {wrong}")
     _SOLVED.validate_python(data.get("solved", {}))
     return data
+
+
+def _is_between(name: str) -> str:
+    if not (is_inner(name) and name.startswith(("before.", "gradient."))):
+        raise ValueError("not the name of a file of hidden states or of gradients between layers")
+    return name
 
 
 Units = dict[str, Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
@@ -89,6 +95,16 @@ class CalibrationState(TypedDict):
 
 
 @with_config(STRICT)
+class GradientState(TypedDict):
+    """How far the rows came, forward and back, for the gradients of the loss; files with their sha256."""
+
+    layers: Count
+    units: Units
+    dead_rows: list[Count]
+    files: dict[Annotated[str, AfterValidator(_is_between)], Digest]
+
+
+@with_config(STRICT)
 class LostState(TypedDict):
     """The counts of a :class:`nemoquant.pack.outliers.Lost`."""
 
@@ -119,6 +135,7 @@ class State(TypedDict):
     """All of it; see :class:`nemoquant.run.unfinished.Unfinished`."""
 
     identity: IdentityState
+    gradients: GradientState | None
     calibration: CalibrationState | None
     calibrated: bool
     shards: dict[FileName, ShardState]

@@ -2,6 +2,8 @@
 
     OUT.partial/nemoquant_resume/state.json    options; calibrated layers and their results; shards, sha256
     OUT.partial/nemoquant_resume/hidden.{0,1}  hidden states of the rows, before and after the current layer
+    OUT.partial/nemoquant_resume/before.N      hidden states before layer N, where gradients are wanted
+    OUT.partial/nemoquant_resume/gradient.N    gradients of the loss there, which take their place
 
 ``state.json`` is written to a temporary file and renamed, after each layer and each shard, so that a kill or
 a power cut at any moment leaves the last one whole. What it names is on the disk before it is. Nothing else
@@ -28,7 +30,14 @@ from nemoquant.checkpoint.intact import Hashing
 from nemoquant.checkpoint.making import making
 from nemoquant.errors import CheckpointError, OutputError, UsageError, WeightError, listing
 from nemoquant.run.options import OPTIONS, Option
-from nemoquant.run.state import CalibrationState, ShardState, identity_problem, read_state, write_state
+from nemoquant.run.state import (
+    CalibrationState,
+    GradientState,
+    ShardState,
+    identity_problem,
+    read_state,
+    write_state,
+)
 
 Identity = Mapping[str, Any]
 FACTS = {  # what decides the output's bytes besides the options, with its name in messages
@@ -46,6 +55,8 @@ class Unfinished:
         folder: where the output's files are written.
         identity: all that decides the output's bytes: ``FACTS``, and options by their fields of
             :class:`RunOptions`.
+        gradients: how far the gradients of the loss are found, None before the first layer; see
+            ``solve/backward.py``.
         calibration: the layers that were calibrated, None before the first; ``units`` in it are the hashes of
             what was read for them, ``scales_sha256`` that of the scales file once it is final.
         calibrated: whether the scales file is written and final.
@@ -54,6 +65,7 @@ class Unfinished:
 
     def __init__(self, folder: Path, identity: Identity) -> None:
         self.folder, self.identity = folder, dict(identity)
+        self.gradients: GradientState | None = None
         self.calibration: CalibrationState | None = None
         self.calibrated = False
         self.shards: dict[str, ShardState] = {}
@@ -65,7 +77,7 @@ class Unfinished:
 
     @property
     def worth_keeping(self) -> bool:
-        return bool(self.shards) or self.calibration is not None
+        return bool(self.shards) or self.calibration is not None or self.gradients is not None
 
     def save(self) -> None:
         """Write the state; a kill or a power cut leaves the new one or the one before."""
@@ -73,6 +85,7 @@ class Unfinished:
             self.state / STATE,
             {
                 "identity": self.identity,  # type: ignore[typeddict-item]  # of any options
+                "gradients": self.gradients,
                 "calibration": self.calibration,
                 "calibrated": self.calibrated,
                 "shards": self.shards,
@@ -86,6 +99,8 @@ class Unfinished:
             if self.calibrated
             else f"{self.calibration['layers']} layers calibrated"
             if self.calibration
+            else f"gradients through {self.gradients['layers']} layers"
+            if self.gradients
             else ""
         )
         shards = f"{len(self.shards)} shards written" if self.shards else ""
@@ -128,7 +143,10 @@ class Unfinished:
     @property
     def units(self) -> Units:
         """The same of the whole kept part; where both have a unit, its hash when it was calibrated."""
-        return self.packed | (self.calibration["units"] if self.calibration else {})
+        found = self.packed
+        for part in (self.gradients, self.calibration):
+            found |= part["units"] if part else {}
+        return found
 
     def forget(self, units: Collection[str]) -> None:
         """Drop the shards that were made from these units of the source; they are packed again."""
@@ -143,12 +161,12 @@ class Unfinished:
         Raises:
             OutputError
         """
-        at = self.calibration
-        dead = at.get("dead_rows", ()) if at else ()
-        if at and (at["layers"] > layers or any(row >= rows for row in dead)):
-            raise _unreadable(self.folder, "it has more layers or rows than this run")
-        if len(set(dead)) > MAX_NON_FINITE * rows:
-            raise _unreadable(self.folder, "more rows came to NaN or Inf than a run goes on with")
+        for at, most in ((self.calibration, layers), (self.gradients, 2 * layers)):
+            dead = at.get("dead_rows", ()) if at else ()
+            if at and (at["layers"] > most or any(row >= rows for row in dead)):
+                raise _unreadable(self.folder, "it has more layers or rows than this run")
+            if len(set(dead)) > MAX_NON_FINITE * rows:
+                raise _unreadable(self.folder, "more rows came to NaN or Inf than a run goes on with")
 
 
 def _unreadable(folder: Path, why: object) -> OutputError:
@@ -168,7 +186,8 @@ def load(folder: Path) -> Unfinished | None:
     except (OSError, ValueError) as error:
         raise _unreadable(folder, getattr(error, "strerror", None) or error) from None
     run = Unfinished(folder, state["identity"])
-    run.calibration, run.calibrated, run.shards = state["calibration"], state["calibrated"], state["shards"]
+    run.gradients, run.calibration = state["gradients"], state["calibration"]
+    run.calibrated, run.shards = state["calibrated"], state["shards"]
     return run
 
 

@@ -16,7 +16,7 @@ from nemoquant.calibrate.derived import cache_scale, input_scales
 from nemoquant.calibrate.hidden import InFiles
 from nemoquant.calibrate.inputs import InputFile, InputObserver, Place
 from nemoquant.calibrate.observers import AmaxCollector, Observer
-from nemoquant.checkpoint.folder import INPUTS, REACHED, STREAM, folds_file, solved_file
+from nemoquant.checkpoint.folder import GRADED, INPUTS, REACHED, STREAM, folds_file, solved_file
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CalibrationError
 from nemoquant.formats import Device, FormatName
@@ -24,6 +24,7 @@ from nemoquant.formats.gpu import torch_device
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
+from nemoquant.solve.backward import GradientFiles, keep_at_outputs
 from nemoquant.solve.folds.chosen import LayerFolds
 from nemoquant.solve.folds.file import load, save
 from nemoquant.solve.folds.layer import Folds, InputTransforms
@@ -32,7 +33,7 @@ from nemoquant.solve.source import shared_maxima
 from nemoquant.solve.store import Solved, SolvedFile
 from nemoquant.solve.stream import Layer, QuantizedStream, Rounding, routers
 from nemoquant.solve.taps import input_of
-from nemoquant.solve.written import Written
+from nemoquant.solve.written import FoldedWeights, Written
 
 NAME = "solved"
 
@@ -57,10 +58,12 @@ class SolveCollector:
         device: Device = "cpu",
         *,
         hidden: InFiles,
+        gradients: GradientFiles | None = None,
         state: Mapping[str, str],
     ) -> None:
         """``folder``: of the run's state. ``say``: receives how far a layer is, in words. ``device``: where
-        weights are solved. ``hidden``: the source's stream. ``state``: what :meth:`restore` will get.
+        weights are solved. ``hidden``: the source's stream. ``gradients``: of the loss between its layers,
+        where errors of outputs count by it. ``state``: what :meth:`restore` will get.
         """
         self.plan, self.checkpoint, self.amax = plan, checkpoint, amax
         self.folder, self.threads, self.say, self.device = folder, threads, say, device
@@ -84,6 +87,8 @@ class SolveCollector:
                 torch_device(device),
             )
         self._inputs = InputFile(folder / INPUTS, taps)
+        self._hidden, self._gradients = hidden, gradients
+        self._graded = None if gradients is None else InputFile(folder / GRADED, ())
         self._digests: dict[str, str] = {}
 
     @property
@@ -115,6 +120,7 @@ class SolveCollector:
             return
         scales = input_scales(rows, self.amax.scales.amax_of(self.plan), self.plan.recipe.headroom, [])
         shared = shared_maxima(self.checkpoint, folds, rows)
+        self._grade(layer, batches, solved, folds)
         solver = LayerSolver(
             self.checkpoint,
             self._inputs,
@@ -125,6 +131,7 @@ class SolveCollector:
             threads=self.threads,
             device=self.device,
             reached=None if self._stream is None else self._stream.reached,
+            graded=self._graded,
         )
         with closing(SolvedFile(self.folder / solved_file(layer), solved)) as file:
             where = "head" if layer is None else f"layer {layer}"
@@ -146,6 +153,30 @@ class SolveCollector:
                 self._stream.solve(Layer(layer, batches, rounding, written, self._inputs), solved, solve)
             if solved:
                 self._digests[file.path.name] = file.digest
+
+    def _grade(
+        self, layer: int | None, batches: Sequence[Sequence[int]], solved: list[Row], folds: Folds
+    ) -> None:
+        """Keep the gradients of the loss at the outputs of what is solved in a layer."""
+        if self._gradients is None or self._graded is None:
+            return
+        self._graded.clear()
+        wanted = {row.module for row in solved if row.weighed}
+        if layer is None or not wanted:
+            return
+        weights = FoldedWeights(self.checkpoint, names.layer(layer), folds)
+        keep_at_outputs(
+            self.plan.config,
+            layer,
+            weights,
+            self._hidden.before,
+            self._gradients,
+            batches=batches,
+            wanted=wanted,
+            outputs=self._graded,
+            device=torch_device(self.device),
+        )
+        weights.release()
 
     def _rounding(self, layer: int, rows: Iterable[Row], scales: Mapping[str, np.float32]) -> Rounding:
         """What engines round in a layer."""
@@ -193,6 +224,8 @@ class SolveCollector:
 
     def close(self) -> None:
         self._inputs.close()
+        if self._graded is not None:
+            self._graded.close()
         if self._stream is not None:
             self._stream.close()
 

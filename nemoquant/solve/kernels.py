@@ -11,7 +11,7 @@ from pathlib import Path
 from nemoquant.formats import rounding
 from nemoquant.formats.rounding import F
 
-FILES = ("descent.py", "gptq.py", "hess.py", "kernels.py", "lanes.py")  # all that have kernels
+FILES = ("coupled.py", "descent.py", "gptq.py", "hess.py", "kernels.py", "lanes.py")  # all that have kernels
 
 
 @cache

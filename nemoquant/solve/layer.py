@@ -26,9 +26,10 @@ from nemoquant.formats.registry import ARITHMETIC
 from nemoquant.formats.rounding import Floats
 from nemoquant.planning.recipe import Solve
 from nemoquant.planning.row import Row
+from nemoquant.solve.coupled import solve_coupled
 from nemoquant.solve.folds.layer import Folds, InputTransforms
 from nemoquant.solve.folds.transform import Transform
-from nemoquant.solve.memory import SLICE_ELEMENTS
+from nemoquant.solve.memory import SLICE_ELEMENTS, coupled_rows
 from nemoquant.solve.metric import Doubles, Metric, gram, prepare
 from nemoquant.solve.on_device import Task, solve_all_on
 from nemoquant.solve.order import WRITERS
@@ -42,6 +43,7 @@ GROUP_BYTES = 64 << 20  # of the source in a record: what a kill may cost
 VERSION = 2  # of the method: another one makes other codes
 RIDGE = 0.2  # how near targets are kept to weights, see `targets.py`; of many tokens
 SCARCE = 15.0  # how much stronger both are where H comes from few tokens, see `damping`
+OUTPUT_DAMPING = 0.1  # of the metric of outputs, where tokens are many; see `damping`
 
 Mapped = Callable[..., Iterable[Any]]
 """``map``, or that of a pool of threads."""
@@ -105,6 +107,8 @@ class LayerSolver:
         inputs: what calibration kept of this layer.
         reached: the same of the stream of the quantized layers, and what writers should put out; None where
             that is not propagated.
+        graded: gradients of the loss at the outputs of this layer's modules, by their names; None where
+            errors of outputs count alike.
         folds: of the tensors of this layer.
         scales: module -> ``input_scale``.
         shared: scale group of weights -> largest magnitude of all of them, folded.
@@ -122,6 +126,7 @@ class LayerSolver:
     threads: int
     device: Device
     reached: InputFile | None = None
+    graded: InputFile | None = None
 
     @cached_property
     def _changes(self) -> InputTransforms:
@@ -220,16 +225,13 @@ class LayerSolver:
         number, method = _format(row), row.solved_method
 
         def one(part: slice) -> Solved:
-            return solve(
+            found = solve(
                 number, work.target[part], work.scale, work.seen.metric, method, self.settings.descent
             )
+            return self._weighed(work, part, found)
 
-        solved: list[Solved] = list(mapped(one, _slices(weight)))
-        blocks = [s.encoded.block_scales for s in solved if s.encoded.block_scales is not None]
-        encoded = Encoded(
-            np.concatenate([s.encoded.codes for s in solved]), np.concatenate(blocks) if blocks else None
-        )
-        return _stored(work, solved, encoded, mapped)
+        solved: list[Solved] = list(mapped(one, self._slices(weight)))
+        return _stored(work, solved, _joined(solved), mapped)
 
     def _on_device(self, works: list[_Work], mapped: Mapped) -> list[Stored]:
         """Weights that are alike, at once."""
@@ -238,9 +240,46 @@ class LayerSolver:
         found = solve_all_on(
             torch_device(self.device), _format(row), tasks, row.solved_method, self.settings.descent, mapped
         )
+        if self.graded is None:
+            return [
+                _stored(work, [solved], solved.encoded, mapped)
+                for work, solved in zip(works, found, strict=True)
+            ]
+
+        def weighed(work: _Work, solved: Solved) -> list[Solved]:
+            parts = self._slices(work.weight)
+            return [self._weighed(work, part, _part(solved, part)) for part in parts]
+
+        # On the host: one row after the other, a step of a sweep is less work than a launch takes.
         return [
-            _stored(work, [solved], solved.encoded, mapped) for work, solved in zip(works, found, strict=True)
+            _stored(work, solved, _joined(solved), mapped)
+            for work, solved in zip(works, mapped(weighed, works, found), strict=True)
         ]
+
+    def _slices(self, weight: Floats) -> list[slice]:
+        return _slices(weight) if self.graded is None else _coupled(weight)
+
+    def _weighed(self, work: _Work, rows: slice, start: Solved) -> Solved:
+        """The codes of some rows with their errors weighed by the loss, from those without."""
+        module = work.row.module
+        if self.graded is None or work.seen.metric.empty or module not in self.graded:
+            return start
+        pieces = (np.ascontiguousarray(piece[:, rows]) for piece in self.graded.pieces(module))
+        tokens, target = self.graded.tokens(module), work.target[rows]
+        strength = damping(OUTPUT_DAMPING, len(target), tokens)
+        outputs = prepare(gram(pieces, len(target)), tokens, strength)
+        if outputs.empty:
+            return start
+        return solve_coupled(
+            _format(work.row),
+            target,
+            work.scale,
+            work.seen.metric,
+            outputs,
+            start=start.encoded,
+            method=work.row.solved_method,
+            sweeps=self.settings.descent,
+        )
 
     def _key(self, part: Sequence[Row]) -> str:
         """A hash of all that the codes of some rows follow from."""
@@ -266,6 +305,9 @@ class LayerSolver:
             for tap in (*taps, *(output_of(row) for row in part)):
                 for piece in self.reached.pieces(tap):
                     found.update(piece.data)
+        if self.graded is not None:
+            for piece in (g for row in part for g in self.graded.pieces(row.module)):
+                found.update(piece.data)
         return found.hexdigest()
 
 
@@ -281,6 +323,30 @@ def _format(row: Row) -> FormatName:
 def _slices(weight: Floats) -> list[slice]:
     step = max(1, SLICE_ELEMENTS // weight.shape[1])
     return [slice(at, at + step) for at in range(0, len(weight), step)]
+
+
+def _coupled(weight: Floats) -> list[slice]:
+    """Rows whose errors are weighed together; those of different slices count as independent.
+
+    So the metric of outputs stays small where there are many: Mamba's input projections have 18,560.
+    """
+    step = coupled_rows(len(weight))
+    return [slice(at, at + step) for at in range(0, len(weight), step)]
+
+
+def _part(solved: Solved, rows: slice) -> Solved:
+    blocks = solved.encoded.block_scales
+    return solved._replace(
+        encoded=Encoded(solved.encoded.codes[rows], None if blocks is None else blocks[rows])
+    )
+
+
+def _joined(solved: list[Solved]) -> Encoded:
+    """The codes of all slices."""
+    blocks = [s.encoded.block_scales for s in solved if s.encoded.block_scales is not None]
+    return Encoded(
+        np.concatenate([s.encoded.codes for s in solved]), np.concatenate(blocks) if blocks else None
+    )
 
 
 def _zeros(work: _Work) -> Stored:

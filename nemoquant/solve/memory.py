@@ -10,6 +10,10 @@ from nemoquant.solve.order import WRITERS
 from nemoquant.solve.taps import input_of
 
 SLICE_ELEMENTS = 1 << 22  # of a weight that one thread solves at once
+OUTPUTS = 2048  # of a weight at most whose errors are weighed together
+_COUPLED = 36  # bytes an element of those rows then: values, errors, codes, products, plain values
+HEAD_TOKENS = 128  # whose logits are there at once on the way back
+_LOGIT = 24  # bytes of a logit there: itself, p, its sums in float64, gradient
 _METRIC = 40  # bytes an element of H: sums and H in float64, and its factor in passing; measured 38
 _SLICE = 26  # bytes an element of a slice: weight, its transpose, values, errors, codes
 _WEIGHT = 6  # bytes an element of a whole weight: float32, codes, block scales
@@ -18,6 +22,16 @@ _TARGETS, _WANTED = 4, 8  # bytes an element of a weight then: its target, and o
 _COPIES = 2  # of a weight that a fold is chosen by: in the page cache, and its own
 _MOMENTS = 80  # bytes an element of a latent layer's second moments, in float64, while M is found
 _PIECES = 4  # pieces alive: as computed, folded, rounded, and a strip of it in float64
+
+
+def coupled_rows(out: int) -> int:
+    """How many of a weight's outputs are weighed together: parts of equal size, ``OUTPUTS`` at most."""
+    return -(-out // -(-out // OUTPUTS))
+
+
+def head_bytes(plan: Plan) -> int:
+    """Bytes on the way back through the head, beside the run's own."""
+    return HEAD_TOKENS * (_LOGIT * plan.config.vocab_size + 32 * plan.config.hidden_size)
 
 
 def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
@@ -32,10 +46,15 @@ def solve_bytes(plan: Plan, threads: int) -> tuple[str, int]:
         if plan.propagates:
             wanted = _WANTED if row.role in WRITERS else 0
             one += _TARGET * width * width + (_TARGETS + wanted) * elements + 2 * PIECE_BYTES
+        part = _SLICE * slices
+        if plan.weighs_outputs and row.weighed:
+            together = coupled_rows(out)
+            slices = together * width
+            part = _METRIC * together**2 + max(_SLICE, _COUPLED) * slices
         needed = (
-            threads * (one + _SLICE * slices)
+            threads * (one + part)
             if row.expert is not None
-            else one + min(threads, -(-elements // slices)) * _SLICE * slices
+            else one + min(threads, -(-elements // slices)) * part
         )
         if needed > most:
             most, name = needed, row.module
@@ -90,6 +109,19 @@ def input_bytes(plan: Plan, batch: Batch) -> int:
     return round(batch.tokens * batch.item_size * most)
 
 
+def graded_bytes(plan: Plan, batch: Batch) -> int:
+    """Disk for gradients of the loss: between layers, and at the outputs of the layer that has most."""
+    if not plan.weighs_outputs:
+        return 0
+    values: dict[int | None, float] = {}
+    for row in plan.quantized:
+        if row.weighed and row.layer is not None:
+            share = plan.config.of_layer(row.layer).routed_share if row.expert is not None else 1.0
+            values[row.layer] = values.get(row.layer, 0.0) + share * row.shape[0]
+    between = (len(plan.config.layers) + 2) * plan.config.hidden_size
+    return round(batch.tokens * batch.item_size * (between + max(values.values())))
+
+
 def solved_bytes(plan: Plan) -> int:
     """Disk for solved weights until they are packed, in bytes."""
     return sum(row.bytes_out for row in plan.quantized if row.solved)
@@ -100,4 +132,4 @@ def waiting_bytes(plan: Plan, batch: Batch) -> int:
     if not plan.needs_inputs:
         return 0
     stream = batch.hidden_bytes(plan.config.hidden_size) if plan.propagates else 0
-    return input_bytes(plan, batch) + stream + solved_bytes(plan)
+    return input_bytes(plan, batch) + stream + solved_bytes(plan) + graded_bytes(plan, batch)

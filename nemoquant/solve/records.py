@@ -16,7 +16,7 @@ from nemoquant.errors import CheckpointError, brief, schema_problem
 from nemoquant.files import read_json
 from nemoquant.formats import Method
 from nemoquant.planning.plan import Plan
-from nemoquant.planning.solving import Propagate
+from nemoquant.planning.solving import Outputs, Propagate
 from nemoquant.solve.store import Record
 
 SCHEMA = 1
@@ -45,6 +45,7 @@ class Content(BaseModel):
     damping: Sum
     descent: Annotated[int, Field(ge=0)]
     propagate: Propagate = "source"
+    outputs: Outputs = "equal"
     units: dict[str, Unit]
 
 

@@ -1,5 +1,6 @@
 """The codes of one weight, solved for the inputs that its GEMM was seen to have."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -155,11 +156,25 @@ def better(
 
     Objectives that float32 can't tell apart are computed again in float64.
     """
+    return compared(
+        format,
+        solved,
+        plain,
+        method,
+        lambda encoded: _exact_objective(format, weight, encoded, scale, metric),
+    )
+
+
+def compared(
+    format: FormatName,
+    solved: Candidate,
+    plain: Candidate,
+    method: SolvedMethod,
+    exact: Callable[[Encoded], float],
+) -> Solved:
+    """As :func:`better`, with ``exact`` to compute an objective in float64."""
     if abs(solved.objective - plain.objective) <= _CLOSE * plain.objective:
-        solved, plain = (
-            Candidate(found.encoded, _exact_objective(format, weight, found.encoded, scale, metric))
-            for found in (solved, plain)
-        )
+        solved, plain = (Candidate(found.encoded, exact(found.encoded)) for found in (solved, plain))
     if solved.objective < plain.objective:
         return Solved(solved.encoded, method, solved.objective, plain.objective)
     return Solved(plain.encoded, FORMATS[format].plain, plain.objective, plain.objective)

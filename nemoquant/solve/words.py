@@ -11,6 +11,7 @@ KEPT = {
     "expert": "powers of two between up and down projections",
 }
 
+WEIGHED = {"equal": "", "loss": "; their errors count as they matter to the loss"}
 STREAMS = {"source": "", "quantized": ", on the stream of the quantized layers before them"}
 
 
@@ -26,6 +27,7 @@ def change_sentences(summary: dict[str, Any], recipe: Recipe) -> list[str]:
         methods = ", ".join(f"{count:,} {method}" for method, count in sorted(solved["methods"].items()))
         where = STREAMS[recipe.solve.propagate]
         text = f"Weights solved for with the inputs of calibration{where}: {methods}"
+        text += WEIGHED[recipe.solve.outputs]
         if solved["objective_of_plain"] is not None:
             text += f"; their error in outputs is {solved['objective_of_plain']:.0%} of plain rounding's"
         found.append(text + ".")

@@ -74,11 +74,32 @@ class Written:
         return PackedWeight(row.format, encoded, scale)
 
 
-class WrittenWeights(LayerWeights):
-    """The tensors under a prefix, as ``layer_forward`` takes them; those of ``without`` are zero."""
+class FoldedWeights(LayerWeights):
+    """The tensors under a prefix with their folds, as ``layer_forward`` takes them."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, folds: Folds) -> None:
+        super().__init__(checkpoint, prefix)
+        self._folds = folds
+
+    def __getitem__(self, name: str) -> Tensor:
+        full = self.prefix + name
+        if full not in self._folds:
+            return super().__getitem__(name)
+        changed = self._changed(full)
+        kept = changed.dtype == self.checkpoint.array(full).dtype
+        return torch.from_numpy(changed).view(
+            TORCH[self.checkpoint.tensors[full].dtype] if kept else torch.float32
+        )
+
+    def _changed(self, full: str) -> NDArray[Any]:
+        return self._folds[full].apply(self.hold(full))
+
+
+class WrittenWeights(FoldedWeights):
+    """The same as they are written, as far as that is known; those of ``without`` are zero."""
 
     def __init__(self, written: Written, prefix: str, without: Collection[str] = ()) -> None:
-        super().__init__(written.checkpoint, prefix)
+        super().__init__(written.checkpoint, prefix, written.folds)
         self._written, self._without = written, without
 
     def __getitem__(self, name: str) -> Tensor:
@@ -88,10 +109,7 @@ class WrittenWeights(LayerWeights):
         packed = self._written.get(full)
         if packed is not None:
             return cast(Tensor, packed)  # it decodes itself where it is used
-        if full not in self._written.folds:
-            return super().__getitem__(name)
-        changed = self._written.changed(full, self.hold(full))
-        kept = changed.dtype == self.checkpoint.array(full).dtype
-        return torch.from_numpy(changed).view(
-            TORCH[self.checkpoint.tensors[full].dtype] if kept else torch.float32
-        )
+        return super().__getitem__(name)
+
+    def _changed(self, full: str) -> NDArray[Any]:
+        return self._written.changed(full, self.hold(full))

@@ -36,6 +36,7 @@ OPTIONS = [
     "folds=None",
     "descent=None",
     "propagate=None",
+    "outputs=None",
     "headroom=None",
     "on='local'",
     "address=None",
@@ -56,7 +57,7 @@ SIGNATURES = {
     "temperature=0.0 seed=0 mtp=0 threads=None download=False ready=None stream=None progress=None say=None",
     "inspect": "path * context=None download=False say=None",
     "plan": "source recipe * scale_groups=True method=None folds=None descent=None propagate=None "
-    "headroom=None download=False say=None",
+    "outputs=None headroom=None download=False say=None",
     "quantize": "source out recipe options=None * dry_run=False download=False planned=None expected=None "
     "progress=None say=None " + " ".join(OPTIONS),
     "verify": "out against=None * download=False progress=None say=None",

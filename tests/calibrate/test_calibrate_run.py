@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.overflow import head_of_token_95
 
 from nemoquant.api import RunOptions, quantize
 from nemoquant.calibrate.observers import AmaxCollector, AmaxObserver
@@ -241,17 +242,6 @@ def last_product(tensors):
     """Finite weights and inputs, a layer whose last product overflows."""
     tensors["backbone.layers.3.mixer.down_proj.weight"].mul_(1e20)
     tensors["backbone.layers.3.mixer.up_proj.weight"].mul_(1e10)
-
-
-def head_of_token_95(tensors):
-    """Only token 95 has channel 0, whose part of the head's input overflows."""
-    tensors["backbone.embeddings.weight"][:95, 0] = 0
-    tensors["backbone.embeddings.weight"][95, 0] = 50
-    last = ("mixer.out_proj", "o_proj", "mixer.down_proj", "shared_experts.down_proj", "fc2_latent_proj")
-    for name, weight in tensors.items():
-        if name.removesuffix(".weight").endswith(last):
-            weight[0] = 0  # of all that a layer adds to this channel
-    tensors["backbone.norm_f.weight"][0] = 3e38
 
 
 def test_the_input_of_the_head_is_finite_too(make_checkpoint):

@@ -62,6 +62,22 @@ def test_weights_and_their_products_are_done_by_all_threads(experts):
     assert seconds(more, single=1e9) == pytest.approx(1.4 * flop / 1e9)
 
 
+def test_errors_of_outputs_take_sweeps_in_two_metrics(experts):
+    """By hand: gradients and their moments, sweeps with H and O, two objectives in both."""
+    weighed = api.plan(DEMO, "nvfp4-w4a16", descent=1, outputs="loss")
+
+    def more(**rates):
+        return seconds(weighed, **rates) - seconds(experts, **rates)
+
+    tokens, count, both = BATCH.tokens * 4 / 16, LAYERS * EXPERTS, LATENT + WIDTH
+    assert more(keep=1e-6) == pytest.approx(2 * count * tokens * both * 1e-6), "kept, and hashed"
+    assert more(kernel=1e-6) == pytest.approx(1.5e-6 * WEIGHTS)
+    assert more(double=1e9) == pytest.approx(count * 2 * tokens * (LATENT**2 + WIDTH**2) / 1e9)
+    # a weight: 2 in + 3 out for a sweep, 2 (in + out) for the objectives; up and down together have both
+    assert more(single=1e9) == pytest.approx(WEIGHTS / 2 * (5 * both + 4 * both) / 1e9)
+    assert more(threads=4, kernel=1e-6) == pytest.approx(1.5e-6 * WEIGHTS / 4)
+
+
 def test_an_expert_has_second_moments_of_its_own_for_each_projection(experts):
     tokens = BATCH.tokens * 4 / 16
     squares = LATENT**2 + WIDTH**2

@@ -9,7 +9,15 @@ from support.places import DEMO, ROOT
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
 from nemoquant.calibrate.memory import batch_bytes
-from nemoquant.solve.memory import fold_bytes, input_bytes, solve_bytes, solved_bytes, stream_bytes
+from nemoquant.solve.memory import (
+    coupled_rows,
+    fold_bytes,
+    graded_bytes,
+    input_bytes,
+    solve_bytes,
+    solved_bytes,
+    stream_bytes,
+)
 
 WIDTH, OUT = 2048, 1024
 MEASURE = f"""
@@ -65,6 +73,22 @@ def test_the_disk_for_what_waits():
     assert input_bytes(plan, batch) == 32 * 512 * 4 * 4 * (96 + 256)
     assert solved_bytes(plan) == sum(row.bytes_out for row in plan.quantized)
     assert solved_bytes(api.plan(DEMO, "nvfp4", method="max")) == 0
+
+
+def test_gradients_of_the_loss_are_counted():
+    plan = api.plan(DEMO, "nvfp4-w4a16", outputs="loss")
+    batch = Batch(32, 512, "float32")
+    # between layers, with one file more while it is replaced; at outputs of 4 experts of 16
+    between = (len(plan.config.layers) + 2) * plan.config.hidden_size
+    assert graded_bytes(plan, batch) == 32 * 512 * 4 * (between + 4 * (96 + 256))
+    assert graded_bytes(api.plan(DEMO, "nvfp4-w4a16"), batch) == 0
+    config = ROOT / "tests/configs/super-120b-a12b.json"
+    plain, weighed = (solve_bytes(api.plan(config, "nvfp4-full", outputs=o), 2)[1] for o in ("equal", "loss"))
+    assert plain < weighed < 2 * plain
+
+
+def test_many_outputs_are_weighed_in_equal_parts():
+    assert [coupled_rows(out) for out in (1, 2048, 2049, 18_560)] == [1, 2048, 1025, 1856]
 
 
 def test_experts_are_counted_by_thread_and_dense_weights_once():

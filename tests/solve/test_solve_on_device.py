@@ -227,9 +227,10 @@ def test_refused(arguments, message):
         solve_all_on(CPU, "fp8", tasks, "gptq", 0)
 
 
-def test_a_run_on_a_gpu_solves_there(fitting, token_rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("outputs", ["equal", "loss"])
+def test_a_run_on_a_gpu_solves_there(outputs, fitting, token_rows, tmp_path, monkeypatch):
     """The device's name goes from the options to the solver; all computes on the CPU. Experts are solved
-    several at once, other weights alone."""
+    several at once, other weights alone. Errors of outputs are weighed afterwards, on the host."""
     source, counts = fitting("nvfp4-full"), []
 
     def counted(device, format, tasks, *rest):
@@ -238,7 +239,7 @@ def test_a_run_on_a_gpu_solves_there(fitting, token_rows, tmp_path, monkeypatch)
         return solve_all_on(device, format, tasks, *rest)
 
     def run(device):
-        options = RunOptions(data=token_rows, dtype="float32", threads=3, device=device)
+        options = RunOptions(data=token_rows, dtype="float32", threads=3, device=device, outputs=outputs)
         quantize(source, tmp_path / device, "nvfp4-full", options)
         assert verify(tmp_path / device, source)["ok"]
         return json.loads((tmp_path / device / "nemoquant_solved.json").read_text())["units"]

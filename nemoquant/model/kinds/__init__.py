@@ -1,7 +1,7 @@
 """The kinds of layers, a file each: everything that is known about a kind without torch.
 
-Two more tables by kind exist, because they need torch and ONNX: ``BLOCKS`` in ``reference.py``, and
-``LAYER_GRAPHS`` in ``graph/layers.py``. A test holds that all three have every kind.
+Three more tables by kind exist, because they need torch and ONNX: ``BLOCKS`` in ``reference.py``, ``MIXERS``
+in ``gradients.py``, and ``LAYER_GRAPHS`` in ``graph/layers.py``. A test holds that all have every kind.
 """
 
 import math
