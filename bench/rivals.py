@@ -48,6 +48,7 @@ VARIANTS: dict[
     str, list[str]
 ] = {  # of ours, by the options of `quantize`; the first is what others are compared with
     DEFAULT: [],
+    "outputs=loss": ["--outputs", "loss"],
     "propagate=source": ["--propagate", "source"],
     "hess": ["--method", "hess"],
     "mse": ["--method", "mse"],
