@@ -34,10 +34,14 @@ SCHEMES = {
 AS_IT_IS = {"bits": 16, "act_bits": 16, "data_type": "fp", "act_data_type": "fp"}
 
 
-def declare_predictors(path: Path) -> None:
-    """Its export copies the MTP module's tensors as they are, and declares every linear layer quantized."""
+def declare(path: Path, weights_only: bool) -> None:
+    """Say what the export is: it declares linear layers of the MTP module, whose tensors are copied as they
+    are, quantized too, and weights without quantized inputs as NVFP4 with them."""
     config = json.loads(path.read_text())
     config["quantization_config"]["ignore"].append("re:.*mtp.*")
+    if weights_only:
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
     path.write_text(json.dumps(config, indent=2))
 
 
@@ -68,7 +72,7 @@ def main() -> None:
         for file in folder.iterdir():
             file.rename(Path(job.out) / file.name)
         folder.rmdir()
-    declare_predictors(Path(job.out) / "config.json")
+    declare(Path(job.out) / "config.json", weights_only=all(inputs is None for _, inputs in job.map.values()))
 
 
 if __name__ == "__main__":
