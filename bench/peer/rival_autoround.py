@@ -48,11 +48,12 @@ def declare(path: Path, weights_only: bool) -> None:
 def main() -> None:
     job = read_job(sys.argv[1])
     method, _, steps = job.method.partition(":")
-    formats, *others = Counter(job.map.values())  # the first is the map's first, in the order of layers
+    # The scheme that is not by layer must be that of the experts, which are no linear layers yet.
+    (formats, _), *others = Counter(job.map.values()).most_common()
     model = load(job.source, separate=False)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {name: dict(AS_IT_IS) for name in linear if name not in job.map}
-    kept |= {name: dict(SCHEMES[given]) for name, given in job.map.items() if given in others}
+    kept |= {name: dict(SCHEMES[given]) for name, given in job.map.items() if given in dict(others)}
     rows = [{"input_ids": row[None], "attention_mask": None} for row in job.rows]
     rounding = AutoRound(
         model,
