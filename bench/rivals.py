@@ -8,9 +8,10 @@ PYTHON is the interpreter of an environment with that tool (docs/accuracy.md say
 without one is left out, and the table says so. Which module gets which format is taken from the plan of our
 preset, and read back from every export; the KV cache stays as the source for all. Every tool calibrates on
 the same 32 rows of 512 tokens, in float32, in a process of its own (bench/peer/), whose processor time and
-peak memory are in the table. KL and the rest are from the exports, over the same rows of the evaluation
-text; differences are paired over rows. What is done stays in DIR: the same command goes on where it was
-stopped. A tool's refusal is kept in its own words; `--again` tries such steps once more.
+peak memory are in the table. KL and the rest are from the exports, over rows 0 to 31 of the evaluation text,
+and differences over rows 64 to 87 too, on which nothing of ours was chosen; they are paired over rows. What
+is done stays in DIR: the same command goes on where it was stopped. A tool's refusal is kept in its own
+words; `--again` tries such steps once more.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from nemoquant.tokens.rows import load_rows
 
 PEERS = Path(__file__).parent / "peer"
 ROWS = 32
+UNSEEN = slice(64, 88)  # of the evaluation text: nothing of ours was chosen on them
 OURS = "ours"
 DEFAULT = "default"
 VARIANTS: dict[
@@ -181,12 +183,9 @@ def step(case: Case, tool: str, method: str, python: str, again: bool) -> dict[s
     return data
 
 
-def evaluated(
-    case: Case, tool: str, method: str, formats: dict[str, tuple[str, str | None]], wanted: Any
-) -> Any:
-    """KL, log-likelihood and top-1 agreement of each row of an export; kept."""
-    folder = case.folder / f"{tool}-{method.replace(':', '-')}"
-    kept = folder / "rows.json"
+def evaluated(folder: Path, rows: slice, formats: dict[str, tuple[str, str | None]], wanted: Any) -> Any:
+    """KL, log-likelihood and top-1 agreement of each row of an export in a step's folder; kept."""
+    kept = folder / f"rows-{rows.start}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     try:
@@ -210,14 +209,15 @@ def source_logits(source: Path, ids: np.ndarray) -> list[torch.Tensor]:
 class Reference:
     """Evaluation rows of a model and the source's log-probabilities on them, made when first asked for."""
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, rows: slice) -> None:
+        self.source, self.rows = source, rows
         self.made: tuple[np.ndarray, list[torch.Tensor]] | None = None
 
     def __call__(self) -> tuple[np.ndarray, list[torch.Tensor]]:
         if self.made is None:
             with (opened := open_weights(self.source, "")).checkpoint:
-                ids = load_rows(evaluation_data(), self.source, opened.config, ROWS, LENGTH).ids
+                ids = load_rows(evaluation_data(), self.source, opened.config, self.rows.stop, LENGTH).ids
+            ids = ids[self.rows]
             self.made = ids, source_logits(self.source, ids)
         return self.made
 
@@ -246,20 +246,26 @@ def mean(values: np.ndarray) -> str:
     return f"{values.mean():.5f} +- {values.std(ddof=1) / len(values) ** 0.5:.5f}"
 
 
+def paired(result: dict[str, Any], ours: dict[str, Any], key: str) -> str:
+    """The mean difference of KL over the same rows, relative to ours, with its standard error."""
+    other, own = (np.array(of[key]["kl"]) for of in (result, ours))
+    less = other - own
+    return f"{less.mean() / own.mean():+.1%} +- {less.std(ddof=1) / len(less) ** 0.5 / own.mean():.1%}"
+
+
 def lines(case: Case, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A Markdown table of a case, and below it what was refused."""
     yield f"\n`{case.model}_model`, `{case.preset}`:\n"
-    yield "| tool, method | KL | less ours | top-1 | perplexity | bits | processor time | peak memory |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
-    ours = np.array(results[f"{OURS}-{DEFAULT}"]["rows"]["kl"])
+    more = f"over ours | rows {UNSEEN.start} to {UNSEEN.stop - 1}"
+    yield f"| tool, method | KL | {more} | top-1 | perplexity | bits | processor time | peak memory |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    ours = results[f"{OURS}-{DEFAULT}"]
     done = {name: result for name, result in results.items() if "refused" not in result}
-    for name, result in sorted(done.items(), key=lambda item: float(np.mean(item[1]["rows"]["kl"]))):
+    for _name, result in sorted(done.items(), key=lambda item: float(np.mean(item[1]["rows"]["kl"]))):
         rows = {key: np.array(values) for key, values in result["rows"].items()}
-        paired = "" if name == f"{OURS}-{DEFAULT}" else f"{(rows['kl'] - ours).mean():+.5f}"
-        if paired:
-            paired += f" +- {(rows['kl'] - ours).std(ddof=1) / len(ours) ** 0.5:.5f}"
+        less, unseen = ("" if result is ours else paired(result, ours, key) for key in ("rows", "unseen"))
         yield (
-            f"| {result['title']} | {mean(rows['kl'])} | {paired} | {rows['top1'].mean():.2%} | "
+            f"| {result['title']} | {mean(rows['kl'])} | {less} | {unseen} | {rows['top1'].mean():.2%} | "
             f"{np.exp(rows['nll'].mean()):.3f} | {result['bits']:.2f} | {result['cpu']:.0f} s | "
             f"{result['peak_tree']:.2f} GB |"
         )
@@ -273,7 +279,7 @@ def lines(case: Case, results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def table(case: Case, tools: dict[str, str], without: list[str], again: bool) -> dict[str, dict[str, Any]]:
     formats = planned(case)
-    wanted = Reference(case.source)
+    wanted, unseen = Reference(case.source, slice(0, ROWS)), Reference(case.source, UNSEEN)
     results: dict[str, dict[str, Any]] = {}
     for tool, python in tools.items():
         title, methods = (
@@ -288,8 +294,10 @@ def table(case: Case, tools: dict[str, str], without: list[str], again: bool) ->
             )
             result = step(case, tool, method, python, again)
             if "refused" not in result:
-                rows = evaluated(case, tool, method, formats, wanted)
+                rows = evaluated(case.folder / name, wanted.rows, formats, wanted)
                 result |= rows if "refused" in rows else {"rows": rows}
+            if "refused" not in result:
+                result["unseen"] = evaluated(case.folder / name, unseen.rows, formats, unseen)
             results[name] = result | {"title": f"{title} `{method}`"}
     done = [name for name, result in results.items() if "refused" not in result]
     found = diffed(case, [case.folder / name / "out" for name in done])
