@@ -55,7 +55,8 @@ def test_a_refusal_is_quoted_and_kept(tmp_path: Path) -> None:
 def test_the_table_is_paired_and_sorted() -> None:
     def result(title: str, kl: list[float]) -> dict[str, Any]:
         rows = {"kl": kl, "nll": [3.0, 3.0], "top1": [0.9, 0.8]}
-        return {"title": title, "rows": rows, "bits": 4.5, "cpu": 7.0, "peak_tree": 0.5}
+        unseen = {"kl": [2 * kl[0], kl[1]]}
+        return {"title": title, "rows": rows, "unseen": unseen, "bits": 4.5, "cpu": 7.0, "peak_tree": 0.5}
 
     results = {
         "modelopt-max": result("Model Optimizer `max`", [0.03, 0.05]),
@@ -65,8 +66,9 @@ def test_the_table_is_paired_and_sorted() -> None:
     text = list(rivals.lines(rivals.Case("demo", "nvfp4", Path()), results))
     cells = [[cell.strip() for cell in line.split("|")] for line in text if line.startswith("| ")]
     assert [line[1] for line in cells[1:]] == ["nemoquant `default`", "Model Optimizer `max`"]
-    assert cells[1][3] == "" and cells[2][3] == "+0.01000 +- 0.00000"
-    assert cells[2][2] == "0.04000 +- 0.01000" and cells[2][4] == "85.00%" and cells[2][5] == "20.086"
+    assert cells[1][3:5] == ["", ""]
+    assert cells[2][3:5] == ["+33.3% +- 0.0%", "+37.5% +- 12.5%"]  # of 0.04, by 0.02 and 0.01
+    assert cells[2][2] == "0.04000 +- 0.01000" and cells[2][5:7] == ["85.00%", "20.086"]
     assert text[-1] == "- Model Optimizer `awq_lite`: `KeyError: x`"
 
 
