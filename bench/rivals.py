@@ -52,6 +52,7 @@ VARIANTS: dict[
     DEFAULT: [],
     "outputs=loss": ["--outputs", "loss"],
     "propagate=source": ["--propagate", "source"],
+    "propagate=quantized": ["--propagate", "quantized"],
     "hess": ["--method", "hess"],
     "mse": ["--method", "mse"],
     "max": ["--method", "max"],
