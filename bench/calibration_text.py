@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 
-from bench.methods import CALIB, LENGTH, logits, measured
+from bench.methods import CALIB, LENGTH, logits, measured, standard_error
 from nemoquant import api
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
@@ -81,10 +81,10 @@ def main(model: str, presets: tuple[str, ...], rows: int, json_file: Path | None
             results[preset] = {name: {d: list(v) for d, v in by.items()} for name, by in kl.items()}
             for domain in texts:
                 paired = kl["mix"][domain] - kl["default"][domain]
-                error = paired.std(ddof=1) / len(paired) ** 0.5
                 click.echo(
                     f"{model} {preset:<11} {domain:<5} default {kl['default'][domain].mean():.5f}  "
-                    f"mix {kl['mix'][domain].mean():.5f}  {paired.mean():+.5f} +- {error:.5f}"
+                    f"mix {kl['mix'][domain].mean():.5f}  {paired.mean():+.5f} +- "
+                    f"{standard_error(paired):.5f}"
                 )
     if json_file:
         json_file.write_text(json.dumps({"model": model, "rows": rows, "kl": results}))

@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from bench.calibration_text import domains, reference
-from bench.methods import CALIB, LENGTH, measured, quantized
+from bench.methods import CALIB, LENGTH, measured, quantized, standard_error
 from nemoquant.calibrate.scales import FILE as SCALES_FILE
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
@@ -136,7 +136,7 @@ def main(
                     click.echo(
                         f"{model} {preset} {method} {len(rows)} rows of {length}, seed {seed}: KL "
                         f"{kl.mean():.5f}, {paired.mean():+.5f} +- "
-                        f"{paired.std(ddof=1) / len(paired) ** 0.5:.5f}"
+                        f"{standard_error(paired):.5f}"
                         + (f", an expert {int(np.median(got)):,}, least {min(got):,}" if got else "")
                         + f", {took['cpu']:.0f} s of CPU, {took['peak_tree']:.2f} GB"
                     )

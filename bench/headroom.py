@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench.calibration_text import domains, reference
-from bench.methods import BATCH, CALIB, LENGTH, compared, logits
+from bench.methods import BATCH, CALIB, LENGTH, compared, logits, standard_error
 from nemoquant import api
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
@@ -128,7 +128,7 @@ def loops(tokens: np.ndarray, last: int = 128) -> bool:
 def mean(values: Any) -> tuple[float, float]:
     """With its standard error."""
     found = np.array(values, np.float64)
-    return float(found.mean()), float(found.std(ddof=1) / len(found) ** 0.5)
+    return float(found.mean()), standard_error(found)
 
 
 def free_running(model: ReferenceModel, tap: Tap, bf16: ReferenceModel, prompts: np.ndarray) -> Any:

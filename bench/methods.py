@@ -50,6 +50,11 @@ def logits(model: ReferenceModel, rows: np.ndarray, tap: Any = None) -> Iterator
         yield torch.log_softmax(out.double(), -1)
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; 0 of a single value."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
 def measured(folder: Path, rows: np.ndarray, reference: list[torch.Tensor]) -> dict[str, Any]:
     """KL, log-likelihood and top-1 agreement of each row."""
     opened = PackedCheckpoint(folder)
@@ -155,10 +160,9 @@ def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file
             results[text] = made | measured(out, ids, reference)
             kl = np.array(results[text]["kl"])
             paired = kl - np.array(results[variants[0]]["kl"])
-            error = paired.std(ddof=1) / len(paired) ** 0.5 if len(paired) > 1 else 0.0
             click.echo(
-                f"{model} {text:<44} KL {kl.mean():.5f}  {paired.mean():+.5f} +- {error:.5f}  ppl "
-                f"{np.exp(np.mean(results[text]['nll'])):.3f}  top-1 {np.mean(results[text]['top1']):.4f}  "
+                f"{model} {text:<44} KL {kl.mean():.5f}  {paired.mean():+.5f} +- "
+                f"{standard_error(paired):.5f}  ppl {np.exp(np.mean(results[text]['nll'])):.3f}  top-1 {np.mean(results[text]['top1']):.4f}  "
                 f"{made['cpu']:.1f} s of CPU, {made['peak_tree']:.2f} GB"
             )
     if json_file:

@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from bench.measure import machine, run
-from bench.methods import CALIB, LENGTH, calibration_rows, logits, measured
+from bench.methods import CALIB, LENGTH, calibration_rows, logits, measured, standard_error
 from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.errors import NemoquantError
@@ -184,16 +184,16 @@ def step(case: Case, tool: str, method: str, python: str, again: bool) -> dict[s
     return data
 
 
-def evaluated(folder: Path, rows: slice, formats: dict[str, tuple[str, str | None]], wanted: Any) -> Any:
+def evaluated(folder: Path, formats: dict[str, tuple[str, str | None]], reference: "Reference") -> Any:
     """KL, log-likelihood and top-1 agreement of each row of an export in a step's folder; kept."""
-    kept = folder / f"rows-{rows.start}.json"
+    kept = folder / f"rows-{reference.rows.start}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     try:
         differs = other_map(folder / "out", formats)
         if differs:
             return {"refused": f"its export has another map: {', '.join(differs[:3])}, {len(differs)} in all"}
-        data = measured(folder / "out", *wanted())
+        data = measured(folder / "out", *reference())
     except NemoquantError as error:
         return {"refused": f"nemoquant diff: {error}"}
     kept.write_text(json.dumps(data))
@@ -244,14 +244,14 @@ def diffed(case: Case, exports: list[Path]) -> dict[str, Any]:
 
 
 def mean(values: np.ndarray) -> str:
-    return f"{values.mean():.5f} +- {values.std(ddof=1) / len(values) ** 0.5:.5f}"
+    return f"{values.mean():.5f} +- {standard_error(values):.5f}"
 
 
 def paired(result: dict[str, Any], ours: dict[str, Any], key: str) -> str:
     """The mean difference of KL over the same rows, relative to ours, with its standard error."""
     other, own = (np.array(of[key]["kl"]) for of in (result, ours))
     less = other - own
-    return f"{less.mean() / own.mean():+.1%} +- {less.std(ddof=1) / len(less) ** 0.5 / own.mean():.1%}"
+    return f"{less.mean() / own.mean():+.1%} +- {standard_error(less) / own.mean():.1%}"
 
 
 def lines(case: Case, results: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -280,7 +280,9 @@ def lines(case: Case, results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def table(case: Case, tools: dict[str, str], without: list[str], again: bool) -> dict[str, dict[str, Any]]:
     formats = planned(case)
-    wanted, unseen = Reference(case.source, slice(0, ROWS)), Reference(case.source, UNSEEN)
+    references = {
+        key: Reference(case.source, rows) for key, rows in (("rows", slice(0, ROWS)), ("unseen", UNSEEN))
+    }
     results: dict[str, dict[str, Any]] = {}
     for tool, python in tools.items():
         title, methods = (
@@ -294,11 +296,10 @@ def table(case: Case, tools: dict[str, str], without: list[str], again: bool) ->
                 f"{time.strftime('%H:%M:%S')} {case.model} {case.preset} {name}", file=sys.stderr, flush=True
             )
             result = step(case, tool, method, python, again)
-            if "refused" not in result:
-                rows = evaluated(case.folder / name, wanted.rows, formats, wanted)
-                result |= rows if "refused" in rows else {"rows": rows}
-            if "refused" not in result:
-                result["unseen"] = evaluated(case.folder / name, unseen.rows, formats, unseen)
+            for key, reference in references.items():
+                if "refused" not in result:
+                    rows = evaluated(case.folder / name, formats, reference)
+                    result |= rows if "refused" in rows else {key: rows}
             results[name] = result | {"title": f"{title} `{method}`"}
     done = [name for name, result in results.items() if "refused" not in result]
     found = diffed(case, [case.folder / name / "out" for name in done])
@@ -322,8 +323,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("demo", "nano"), default=("demo", "nano"))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--again", action="store_true", help="try once more what a tool refused")
+    methods = {OURS: tuple(VARIANTS)} | {tool: RIVALS[tool][2] for tool in RIVALS}
     parser.add_argument(
-        "--without", nargs="+", default=[], metavar="TOOL:METHOD", help="leave out, as autoround:signround"
+        "--without",
+        nargs="+",
+        default=[],
+        choices=[f"{tool}:{method}" for tool in methods for method in methods[tool] if method != DEFAULT],
+        metavar="TOOL:METHOD",
+        help="leave out, as autoround:signround",
     )
     args = parser.parse_args()
     tools = {OURS: sys.executable} | {tool: getattr(args, tool) for tool in RIVALS if getattr(args, tool)}

@@ -5,8 +5,8 @@
 No weights are read: plans come from tests/configs. Rates are this machine's; `--disk` are GB/s of writing,
 `--busy` counts processor time, where other programs run beside this one. With a GPU, rates of an H100 are
 assumed (run/solve_time.py), and the host has the same threads. Passes of the quantized stream and of the
-loss's gradients are not in it. Beside the seconds stand the memory that the
-largest step takes, and the disk for inputs and solved weights that wait.
+loss's gradients are not in it. Beside the seconds stand the memory that the largest step takes, and the disk
+for inputs and solved weights that wait.
 """
 
 import argparse

@@ -36,7 +36,7 @@ from torch import Tensor
 from bench.ideas.gradients import Gradients, gradients
 from bench.ideas.refit import refitted
 from bench.ideas.two_sided import output_side, solve_both
-from bench.methods import CALIB, LENGTH, calibration_rows, logits, variant
+from bench.methods import CALIB, LENGTH, calibration_rows, logits, standard_error, variant
 from nemoquant.checkpoint.weights import LayerWeights
 from nemoquant.cli import main as command_line
 from nemoquant.model import moe
@@ -191,9 +191,8 @@ def main(model: str, variants: tuple[str, ...], first: int, rows: int, seed: int
             kl = bench.kl(text, Path(scratch))
         before = kl if before is None else before
         paired = kl - before
-        error = paired.std(ddof=1) / len(paired) ** 0.5 if len(paired) > 1 else 0.0
         click.echo(
-            f"{model} {text:<64} KL {kl.mean():.5f}  {paired.mean():+.5f} +- {error:.5f}  "
+            f"{model} {text:<64} KL {kl.mean():.5f}  {paired.mean():+.5f} +- {standard_error(paired):.5f}  "
             f"{kl.mean() / before.mean() - 1:+.1%}  {time.process_time() - start:.0f} s of CPU"
         )
 

@@ -111,7 +111,7 @@ def load(folder: str, separate: bool) -> Any:
 
 
 def narrow(model: nn.Module) -> None:
-    """The source's parameters to bfloat16, as it has them, for export; scales, which tools add, stay."""
+    """The source's parameters to bfloat16, as it has them, for export; scales of formats stay as they are."""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name.rpartition(".")[2] in SOURCE + BESIDE:
             tensor.data = tensor.data.to(torch.bfloat16)

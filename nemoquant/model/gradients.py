@@ -80,7 +80,7 @@ class _Product(torch.autograd.Function):
             # Of bf16 matrices that are laid out otherwise, torch's product on a CPU is many times slower.
             found = gradient.new_empty(len(gradient), weight.shape[1])
             for part in _steps(weight.shape[1], len(weight)):
-                found[:, part] = F.linear(gradient, weight[:, part].mT.contiguous())
+                found[:, part] = product(gradient, weight[:, part].mT.contiguous())
             return found, None, None
         found = gradient.new_zeros(len(gradient), weight.shape[1])
         for part in _steps(len(weight), weight.shape[1]):
