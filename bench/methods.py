@@ -162,7 +162,8 @@ def main(model: str, variants: tuple[str, ...], rows: int, first: int, json_file
             paired = kl - np.array(results[variants[0]]["kl"])
             click.echo(
                 f"{model} {text:<44} KL {kl.mean():.5f}  {paired.mean():+.5f} +- "
-                f"{standard_error(paired):.5f}  ppl {np.exp(np.mean(results[text]['nll'])):.3f}  top-1 {np.mean(results[text]['top1']):.4f}  "
+                f"{standard_error(paired):.5f}  ppl {np.exp(np.mean(results[text]['nll'])):.3f}  "
+                f"top-1 {np.mean(results[text]['top1']):.4f}  "
                 f"{made['cpu']:.1f} s of CPU, {made['peak_tree']:.2f} GB"
             )
     if json_file:
