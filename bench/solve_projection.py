@@ -13,11 +13,12 @@ import argparse
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from bench.measure import machine
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
-from nemoquant.planning.solving import OUTPUTS, Outputs
+from nemoquant.planning.solving import OUTPUTS, PROPAGATE
 from nemoquant.run.solve_speeds import solve_speeds
 from nemoquant.run.solve_time import solve_seconds
 from nemoquant.run.speeds import Speeds
@@ -26,13 +27,15 @@ from nemoquant.units import duration, size
 
 CONFIGS = Path(__file__).resolve().parents[1] / "tests/configs"
 MODELS = ("super-120b-a12b", "nano-30b-a3b")
-VARIANTS: list[tuple[str, int, Outputs]] = [  # preset, sweeps, how errors of outputs count
-    *((preset, sweeps, "equal") for preset in ("nvfp4", "nvfp4-full") for sweeps in (0, 1, 2)),
-    *(("nvfp4-full-w4a16", 1, outputs) for outputs in OUTPUTS),
+VARIANTS: list[tuple[str, dict[str, Any]]] = [  # a preset and what is changed of it
+    *(("fp8", {"propagate": stream}) for stream in PROPAGATE),
+    *((preset, {"descent": sweeps}) for preset in ("nvfp4", "nvfp4-full") for sweeps in (0, 1, 2)),
+    *(("nvfp4-full-w4a16", {"descent": 1, "outputs": outputs}) for outputs in OUTPUTS),
 ]
 HEADER = (
-    "| model | sweeps | outputs | solving | M weights/s | with an H100 | memory | disk while it runs |\n"
-    "|---|---:|---|---:|---:|---:|---:|---:|"
+    "| model | sweeps | stream | outputs | solving | M weights/s | with an H100 | memory | "
+    "disk while it runs |\n"
+    "|---|---:|---|---|---:|---:|---:|---:|---:|"
 )
 NOTHING = Speeds(read=1, write=1, sync=1, hash=1, encode={}, product=1, expert=1, mixer=0)
 
@@ -48,8 +51,9 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true")
     args = parser.parse_args()
     print(f"{machine()}, {args.rows} rows of {args.seq_len} tokens, {args.threads} threads\n\n{HEADER}")
-    for model, (preset, descent, outputs) in product(MODELS, VARIANTS):
-        plan = api.plan(CONFIGS / f"{model}.json", preset, descent=descent, outputs=outputs)
+    for model, (preset, changed) in product(MODELS, VARIANTS):
+        plan = api.plan(CONFIGS / f"{model}.json", preset, **changed)
+        solve = plan.recipe.solve
         rates = solve_speeds(plan, args.threads, busy=args.busy)
         speeds = replace(NOTHING, sync=args.disk * 1e9, solve=rates)
         batch = Batch(args.rows, args.seq_len, "bfloat16")
@@ -59,8 +63,8 @@ def main() -> None:
         weights = sum(row.elements for row in plan.quantized if row.solved)
         _, memory = solve_bytes(plan, args.threads)
         print(
-            f"| {model}, `{preset}` | {descent} | {outputs} | {duration(seconds)} | "
-            f"{weights / seconds / 1e6:.1f} | {duration(gpu)} | {size(memory)} | "
+            f"| {model}, `{preset}` | {solve.descent} | {solve.propagate} | {solve.outputs} | "
+            f"{duration(seconds)} | {weights / seconds / 1e6:.1f} | {duration(gpu)} | {size(memory)} | "
             f"{size(waiting_bytes(plan, batch))} |"
         )
 

@@ -192,9 +192,12 @@ def test_the_order_of_a_layer(source):
 
 
 def test_what_is_said_of_it(source, token_rows, tmp_path):
-    made = plan(source, "fp8", propagate="quantized")
-    assert made.propagates and made.recipe.name == "fp8-on-quantized"
+    made = plan(source, "nvfp4", propagate="quantized")
+    assert made.propagates and made.recipe.name == "nvfp4-on-quantized"
     assert made.recipe.solve.propagate == "quantized"
+    by_default, without = plan(source, "fp8"), plan(source, "fp8", propagate="source")
+    assert by_default.propagates and by_default.recipe.name == "fp8"
+    assert not without.propagates and without.recipe.name == "fp8-on-source"
     assert not plan(source, "nvfp4-full", method="max", propagate="quantized").propagates
     plain = plan(source, "nvfp4-full", method="max")
     assert method_warnings(plain, Overrides(propagate="quantized")) == [
