@@ -13,6 +13,7 @@ from typing import Literal
 from nemoquant.arguments import refuse
 from nemoquant.notebook import in_notebook
 from nemoquant.progress import Progress, no_progress
+from nemoquant.units import duration
 from nemoquant.words import MOST_NAME, plain
 
 SHOW_AFTER = 2.0  # seconds: shorter work shows no bar
@@ -99,6 +100,8 @@ def _bars(notebook: bool = False) -> Iterator[Progress]:
         what = plain(what, MOST_NAME)
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, what=what)
+        elif done < total and bars.tasks[tasks[stage]].finished:
+            bars.reset(tasks[stage])  # the demo has each stage once for every preset
         bars.update(tasks[stage], completed=done, total=total, what=what)
         if not bars.live.is_started and time.monotonic() - began > SHOW_AFTER:
             bars.start()
@@ -112,25 +115,25 @@ def _bars(notebook: bool = False) -> Iterator[Progress]:
 
 def _plain() -> Progress:
     """Prints a line each ``PLAIN_EVERY`` seconds, and one at the end of a stage."""
-    began: dict[str, float] = {}
+    began: dict[str, tuple[float, int]] = {}  # when, and what was done by then: a resumed run begins late
     finished: set[str] = set()
     last_line = time.monotonic()
 
     def report(stage: str, done: int, total: int, what: str) -> None:
         nonlocal last_line
         now = time.monotonic()
-        began.setdefault(stage, now)
+        if done < total and stage in finished:  # once more: the demo has each stage for every preset
+            finished.discard(stage)
+            del began[stage]
+        start, before = began.setdefault(stage, (now, done))
         if done >= total and stage not in finished:
             finished.add(stage)
-            print(f"{stage}: done in {now - began[stage]:.1f} s", file=sys.stderr, flush=True)
-        elif now - last_line > PLAIN_EVERY and total:
+            print(f"{stage}: done in {duration(now - start)}", file=sys.stderr, flush=True)
+        elif done < total and now - last_line > PLAIN_EVERY:
             last_line = now
-            left = (now - began[stage]) * (total - done) / max(1, done)
-            where = f", {plain(what, MOST_NAME)}" if what else ""
-            print(
-                f"{stage}: {done / total:.0%}{where}, about {left / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"{stage}: {done / total:.0%}" + (f", {plain(what, MOST_NAME)}" if what else "")
+            if done > before:
+                text += f", about {duration((now - start) * (total - done) / (done - before))} left"
+            print(text, file=sys.stderr, flush=True)
 
     return report

@@ -1,6 +1,7 @@
 """Progress of a call: bars in a terminal or a notebook, nothing elsewhere, and a function if one is given."""
 
 import io
+import re
 import sys
 import time
 import types
@@ -139,6 +140,41 @@ def test_a_line_in_a_notebook_without_widgets(notebook, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and notebook == []
     assert err.startswith("pack: done in ") and err.count("\n") == 1
+
+
+def test_a_stage_that_runs_again_is_timed_anew(monkeypatch, capsys):
+    """As the demo's, once for each preset; and what a resumed run finds done has taken no time."""
+    clock = [0.0]
+    monkeypatch.setattr("nemoquant.bars.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    with progress_bars(quiet=False) as report:
+        for clock[0], done in (
+            (0, 0),
+            (61, 1),
+            (100, 4),
+            (1000, 2),
+            (1140, 3),
+            (1200, 4),
+            (1201, 4),
+        ):
+            report("pack", done, 4, f"layer {done}")
+    assert capsys.readouterr().err.splitlines() == [
+        "pack: 25%, layer 1, about 3 min 3 s left",
+        "pack: done in 1 min 40 s",
+        "pack: 50%, layer 2",
+        "pack: 75%, layer 3, about 2 min 20 s left",
+        "pack: done in 3 min 20 s",
+    ]
+
+
+def test_the_bar_of_a_stage_that_runs_again(terminal):
+    stream = terminal()
+    with shown(None) as report:
+        for done, seconds in ((0, 1.2), (2, 0.2), (0, 0.2), (1, 0.2)):
+            report("pack", done, 2, "")
+            time.sleep(seconds)  # rich draws ten times a second
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    elapsed = re.findall(r"(100|50)% +(\d:\d\d:\d\d)", drawn)
+    assert ("100", "0:00:01") in elapsed and elapsed[-1] == ("50", "0:00:00")
 
 
 @pytest.mark.parametrize("shell", [None, types.SimpleNamespace()], ids=["no shell", "IPython in a terminal"])
