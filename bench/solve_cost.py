@@ -5,10 +5,10 @@
                                [--rows 32] [--seq-len 512] [--threads N] [--json FILE]
 
 DIR gets `mid` (the checkpoint of `bench.peers`) and `super`, a MoE layer with 64 of Super's 512 experts, at
-their true sizes and with as many tokens each; 6 GB at the most. A variant is a method, its sweeps, and what
-is propagated. Every figure of a run is of the whole process, from the start of the interpreter to the last
-byte, verify included; the estimate is of the same stages. Solving's own share is the difference of a run's
-processor time from that of `max`, which is run too.
+their true sizes and with as many tokens each; 6 GB at the most. A variant is a method, its sweeps, what is
+propagated and how errors of outputs count (gptq:1:quantized:loss). Every figure of a run is of the whole
+process, from the start of the interpreter to the last byte, verify included; the estimate is of the same
+stages. Solving's own share is the difference of a run's processor time from that of `max`, which is run too.
 """
 
 import argparse
@@ -30,7 +30,18 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINED = {"demo": ROOT / "calib/demo_model", "nano": ROOT / "calib/nano_model"}
 MADE = {"mid": ["--size", "mid"], "super": ["--size", "super", "--experts", "64"]}
 SOLVED = get_args(SolvedMethod)
-VARIANTS = ("max", "mse", "hess:0", "hess:1", "gptq:0", "gptq:1", "gptq:2", "gptq:1:quantized")
+VARIANTS = (
+    "max",
+    "mse",
+    "hess:0",
+    "hess:1",
+    "gptq:0",
+    "gptq:1",
+    "gptq:2",
+    "gptq:1:source",
+    "gptq:1:quantized",
+    "gptq:1:source:loss",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def text(work: Path, source: Path, count: int, length: int) -> list[str]:
 
 def measured(args: argparse.Namespace, model: str, variant: str) -> Result:
     source, out = checkpoint(args.work, model), args.work / "out"
-    flags = zip(("--method", "--descent", "--propagate"), variant.split(":"), strict=False)
+    flags = zip(("--method", "--descent", "--propagate", "--outputs"), variant.split(":"), strict=False)
     options = ["--recipe", args.recipe, *(word for flag in flags for word in flag)]
     options += ["--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     options += ["--threads", str(args.threads)] if args.threads else []

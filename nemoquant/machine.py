@@ -1,5 +1,6 @@
 """What this process may use of the machine, and what it uses."""
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -60,3 +61,13 @@ def resident(field: str = "VmRSS") -> int:
     """Resident memory of this process in bytes: now (``VmRSS``), or at its peak (``VmHWM``)."""
     with Path("/proc/self/status").open(encoding="ascii") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def trim_heap() -> None:
+    """Returns freed memory to the system, where the C library can: glibc keeps it, in a heap for each thread.
+
+    What was freed on one thread is no use to another, so that a peak follows what all have ever held.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -21,6 +21,7 @@ from nemoquant.checkpoint.reader import Checkpoint
 from nemoquant.errors import CalibrationError
 from nemoquant.formats import Device, FormatName
 from nemoquant.formats.gpu import torch_device
+from nemoquant.machine import trim_heap
 from nemoquant.model import names
 from nemoquant.planning.plan import Plan
 from nemoquant.planning.row import Row
@@ -110,6 +111,7 @@ class SolveCollector:
             self._fold_maxima(rows, folds)
         self._solve(layer, batches, rows, folds)
         self._inputs.clear()
+        trim_heap()  # what the solver's threads freed is not there for the next layer's rows
 
     def _solve(
         self, layer: int | None, batches: Sequence[Sequence[int]], rows: list[Row], folds: Folds

@@ -1,5 +1,6 @@
 """What solving is said to take: memory against a measured peak, and disk by hand."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from support.places import DEMO, ROOT
 from nemoquant import api
 from nemoquant.calibrate.batch import Batch
 from nemoquant.calibrate.memory import batch_bytes
+from nemoquant.machine import resident, trim_heap
 from nemoquant.solve.memory import (
     coupled_rows,
     fold_bytes,
@@ -149,3 +151,19 @@ def test_the_quantized_stream_takes_memory_beside_a_layer():
     assert batch_bytes(plan.config, "moe", batch, stream_bytes(plan, 4)) == alone + 512 * stream_bytes(
         plan, 4
     )
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """Blocks below one that is kept stay with the heap until then."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    *blocks, kept = [libc.malloc(20_000) for _ in range(3000)]
+    for block in [*blocks, kept]:
+        ctypes.memset(block, 1, 20_000)
+    for block in blocks:
+        libc.free(block)
+    before = resident()
+    trim_heap()
+    assert before - resident() > 50_000_000
+    libc.free(kept)
